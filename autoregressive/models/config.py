@@ -1,0 +1,78 @@
+"""The shapes of LlamaGen's class-conditional transformers, as data.
+
+Shapes and names are those of LlamaGen (Sun et al. 2024, arXiv:2406.06525), `autoregressive/models/gpt.py`; the demo model is ours.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that fixes a transformer's parameters and positions. Field names are LlamaGen's.
+
+    Raises:
+        ValueError: the width does not divide into heads of even size, `block_size` is no square, or a field is unsupported.
+    """
+
+    dim: int
+    n_layer: int
+    n_head: int
+    vocab_size: int = 16384
+    block_size: int = 256  # tokens per image: the side of the token grid, squared
+    num_classes: int = 1000
+    cls_token_num: int = 1
+    model_type: str = "c2i"
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    class_dropout_prob: float = 0.1
+    token_dropout_p: float = 0.1
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_head or self.head_size % 4:
+            raise ValueError(f"width {self.dim} does not split into {self.n_head} heads whose size is a multiple of 4")
+        if isqrt(self.block_size) ** 2 != self.block_size:
+            raise ValueError(f"block_size {self.block_size} is not the square of a whole number")
+        if self.model_type != "c2i" or self.cls_token_num != 1:
+            raise ValueError("only class-conditional models (model_type 'c2i', one class token) are supported")
+
+    @property
+    def head_size(self) -> int:
+        """Elements of one attention head."""
+        return self.dim // self.n_head
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the gated feed-forward layer: two thirds of 4 x dim, rounded up to `multiple_of`."""
+        two_thirds = int(2 * 4 * self.dim / 3)
+        return -(-two_thirds // self.multiple_of) * self.multiple_of
+
+    @property
+    def grid(self) -> int:
+        """Side of the square of tokens that makes an image."""
+        return isqrt(self.block_size)
+
+
+@dataclass(frozen=True)
+class GPTShape:
+    """What distinguishes one size from another; the rest of a config follows from the image and the data set."""
+
+    n_layer: int
+    n_head: int
+    dim: int
+
+
+GPT_SHAPES: dict[str, GPTShape] = {
+    "GPT-B": GPTShape(n_layer=12, n_head=12, dim=768),  # 111M
+    "GPT-L": GPTShape(n_layer=24, n_head=16, dim=1024),  # 343M
+    "GPT-XL": GPTShape(n_layer=36, n_head=20, dim=1280),  # 775M
+    "GPT-XXL": GPTShape(n_layer=48, n_head=24, dim=1536),  # 1.4B
+    "GPT-XXXL": GPTShape(n_layer=48, n_head=40, dim=2560),  # 3.9B
+    "GPT-1B": GPTShape(n_layer=22, n_head=32, dim=2048),  # 1.2B
+    "GPT-3B": GPTShape(n_layer=24, n_head=32, dim=3200),  # 3.1B, head size 100
+    "GPT-7B": GPTShape(n_layer=32, n_head=32, dim=4096),  # 6.6B
+    "GPT-demo": GPTShape(n_layer=8, n_head=4, dim=256),  # 7M, ships with the repository
+}
