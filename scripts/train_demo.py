@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render_batch, step_generator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command
 from autoregressive.models.gpt import GPT_models
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,15 +40,14 @@ class Plan:
     ema_decay: float = 0.999
     tokenizer_steps: int = 12_000
     tokenizer_batch: int = 64
-    tokenizer_rate: float = 4e-4
+    tokenizer_rate: float = 6e-4
     edge_weight: float = 1.0  # weight of the loss on image gradients, at full and half size
-    adversarial_weight: float = 0.0  # share of the reconstruction's gradient, at the pixels; 0 trains no discriminator
-    adversarial_start: float = 0.5  # share of the steps after which the discriminator takes part
     revive_every: int = 100  # steps between replacements of codebook entries that nothing used
     gpt_steps: int = 16_000
-    gpt_batch: int = 256
+    gpt_batch: int = 192
     gpt_rate: float = 1e-3
     gpt_weight_decay: float = 0.05
+    class_dropout: float = 0.1  # share of labels replaced by "no class"
 
 
 class Stage(Protocol):
@@ -80,7 +79,7 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int = 300) -> floa
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(rate)
 
 
 def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
@@ -93,110 +92,137 @@ def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
     return total
 
 
-def patch_discriminator(width: int = 64) -> nn.Module:
-    """A PatchGAN: pixels [n, 3, 128, 128] -> scores [n, 1, 15, 15] of overlapping patches."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for i in (1, 2):
-        layers += [
-            nn.Conv2d(width * i, width * i * 2, 4, stride=2, padding=1),
-            nn.GroupNorm(8, width * i * 2),
-            nn.LeakyReLU(0.2),
-        ]
-    return nn.Sequential(*layers, nn.Conv2d(width * 4, 1, 4, padding=1))
+class Average:
+    """An exponential moving average of a module's parameters: what is shipped."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.values = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves towards the parameters as they are now."""
+        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The reverse, in place."""
+        for name, value in self.values.items():
+            value.copy_(state[name])
 
 
-def gradient_ratio(reconstruction: Tensor, adversarial: Tensor, pixels: Tensor) -> Tensor:
-    """What brings the adversarial gradient at the pixels to the length of the reconstruction's (after VQGAN's adaptive weight)."""
-    wanted = torch.autograd.grad(reconstruction, pixels, retain_graph=True)[0].norm()
-    given = torch.autograd.grad(adversarial, pixels, retain_graph=True)[0].norm()
-    return wanted / (given + 1e-8)
+class Update:
+    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the host is too slow for its launches.
+
+    The first calls run as they are, then one is captured (which does not execute it), and from then on the graph is replayed on
+    copies of the inputs. The function must not wait for the device.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], device: torch.device, warm_up: int = 3) -> None:
+        self.function = function
+        self.remaining = warm_up if device.type == "cuda" else -1
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """What the function returns; valid until the next call."""
+        if self.remaining < 0:
+            return self.function(*inputs)
+        assert self.stream is not None
+        if self.remaining > 0:
+            self.remaining -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = tuple(value.clone() for value in inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def adamw(groups: Any, device: torch.device) -> torch.optim.AdamW:
+    """AdamW whose rate is a tensor on the device, so that a captured step sees it change."""
+    on_gpu = device.type == "cuda"
+    rate = torch.zeros((), device=device)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu)
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The function compiled for a GPU, as it is elsewhere."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 
 
 class TokenizerStage:
-    """Reconstruction (absolute error, edges), codebook and, when weighted, adversarial loss."""
+    """Reconstruction (absolute error and edges) and codebook loss."""
 
     def __init__(self, plan: Plan, sprites: Tensor) -> None:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
         self.steps = plan.tokenizer_steps
         torch.manual_seed(plan.seed)
         self.model = VQ_models["VQ-demo"]().to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay))
-        self.discriminator = patch_discriminator().to(self.device, memory_format=torch.channels_last)
-        self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), betas=(0.5, 0.9), weight_decay=0.0)
-        self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.int64, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        self.encode: Callable[[Tensor], Tensor] = torch.compile(self._encode) if on_gpu else self._encode
-        self.decode: Callable[[Tensor], Tensor] = torch.compile(self.model.decode) if on_gpu else self.model.decode
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        return self.model.quant_conv(self.model.encoder(pixels))
+        self.optimizer = adamw(self.model.parameters(), self.device)
+        self.average = Average(self.model, plan.ema_decay)
+        self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool, device=self.device)
+        self.encode = compiled(lambda pixels: self.model.quant_conv(self.model.encoder(pixels)), self.device)
+        self.decode = compiled(self.model.decode, self.device)
+        self.update = Update(self._update, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Stage`."""
-        plan, model = self.plan, self.model
-        rate = learning_rate(plan.tokenizer_rate, step, self.steps)
-        set_rate(self.optimizer, rate)
-        set_rate(self.discriminator_optimizer, rate)
-        pixels, _ = render_batch(self.sprites, plan.tokenizer_batch, plan.seed, "tokenizer", step)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        set_rate(self.optimizer, learning_rate(self.plan.tokenizer_rate, step, self.steps))
+        pixels, _ = render_batch(self.sprites, self.plan.tokenizer_batch, self.plan.seed, "tokenizer", step)
+        figures = dict(self.update(pixels.contiguous(memory_format=torch.channels_last)))
+        vectors, codes = figures.pop("vectors"), figures.pop("codes")
+        self.used[codes] = True
+        figures["codes used"] = self.used.sum()
+        if (step + 1) % self.plan.revive_every == 0:
+            if step < self.steps / 2:
+                self._revive_unused(step, vectors)
+            self.used.zero_()
+        return figures
+
+    def _update(self, pixels: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16):
             features = self.encode(pixels)
-        quantized = model.quantize(features.float())
+        quantized = self.model.quantize(features.float())
         with torch.autocast(self.device.type, torch.bfloat16):
             made = self.decode(quantized.vectors).float()
         absolute = (made - pixels).abs().mean()
         edges = edge_loss(made, pixels)
-        loss = absolute + plan.edge_weight * edges + quantized.codebook_loss
-        figures = {"absolute": absolute.detach(), "edges": edges.detach(), "codebook": quantized.codebook_loss.detach()}
-        adversarial = plan.adversarial_weight > 0 and step >= plan.adversarial_start * self.steps
-        if adversarial:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                fooled = -self.discriminator(made).float().mean()
-            balance = gradient_ratio(absolute + plan.edge_weight * edges, fooled, made)
-            loss = loss + plan.adversarial_weight * balance * fooled
-            figures["fooled"] = fooled.detach()
+        loss = absolute + self.plan.edge_weight * edges + quantized.codebook_loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        if adversarial:
-            figures["discriminator"] = self._train_discriminator(pixels, made.detach()).detach()
-        self._revive_unused(step, quantized.codes, features)
-        self.average.update_parameters(model)
-        figures["codes used"] = (self.used > 0).sum()
-        return figures
-
-    def _train_discriminator(self, real: Tensor, made: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            scores_real, scores_made = self.discriminator(real).float(), self.discriminator(made).float()
-        loss = F.relu(1 - scores_real).mean() + F.relu(1 + scores_made).mean()
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.discriminator_optimizer.step()
-        return loss
+        self.average.update()
+        figures = {"absolute": absolute, "edges": edges, "codebook": quantized.codebook_loss}
+        figures["vectors"] = features.permute(0, 2, 3, 1).flatten(0, 2).float()  # [cells, dim]
+        figures["codes"] = quantized.codes.flatten()
+        return {name: value.detach() for name, value in figures.items()}
 
     @torch.no_grad()
-    def _revive_unused(self, step: int, codes: Tensor, features: Tensor) -> None:
-        """Moves entries that no feature chose for a while onto features of this batch; stops at half of the steps."""
-        self.used += torch.bincount(codes.flatten(), minlength=len(self.used))
-        if (step + 1) % self.plan.revive_every or step > self.steps / 2:
-            return
-        vectors = F.normalize(features.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+    def _revive_unused(self, step: int, vectors: Tensor) -> None:
+        """Moves entries that nothing chose since the last time onto features of this batch."""
         generator = step_generator(self.plan.seed, "revive", step, self.device)
         chosen = torch.randint(len(vectors), (len(self.used),), generator=generator, device=self.device)
         embedding = self.model.quantize.embedding.weight
-        embedding.copy_(torch.where((self.used == 0)[:, None], vectors[chosen], embedding))
-        self.used.zero_()
+        embedding.copy_(torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1)))
 
     def _parts(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "average": self.average,
-            "optimizer": self.optimizer,
-            "discriminator": self.discriminator,
-            "discriminator_optimizer": self.discriminator_optimizer,
-        }
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stage`."""
@@ -210,51 +236,56 @@ class TokenizerStage:
 
     def weights(self) -> dict[str, Tensor]:
         """See `Stage`."""
-        return {key: value for key, value in self.average.module.state_dict().items() if key != "quantize.codebook_used"}
+        return self.average.values
 
 
 class GPTStage:
-    """Next-code prediction on the tokenizer's codes; one label in ten is dropped, so that guidance works."""
+    """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance works."""
 
     def __init__(self, plan: Plan, sprites: Tensor, tokenizer: VQModel) -> None:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
         self.steps = plan.gpt_steps
         grid = IMAGE_SIZE // tokenizer.config.downsample_size
-        torch.manual_seed(plan.seed)
-        self.model = GPT_models["GPT-demo"](
-            vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites),
-            token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0,  # pictures never repeat: nothing to overfit
-        ).to(self.device)  # fmt: skip
+        model = GPT_models["GPT-demo"](
+            vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites)
+        )
+        # In eval mode the model's own dropout is off: pictures never repeat, so there is nothing to overfit.
+        self.model = model.to(self.device).eval()
         self.model.init_weights(step_generator(plan.seed, "gpt weights", 0, self.device))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         gains = [p for p in self.model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": plan.gpt_weight_decay}, {"params": gains, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay))
-        self.encode: Callable[[Tensor], Tensor] = lambda pixels: tokenizer.encode(pixels).codes.flatten(1)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self._loss
-        if self.device.type == "cuda":
-            self.encode, self.loss = torch.compile(self.encode), torch.compile(self._loss)
+        self.optimizer = adamw(groups, self.device)
+        self.average = Average(self.model, plan.ema_decay)
+        self.encode = compiled(lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device)
+        self.loss = compiled(self._loss, self.device)
+        self.update = Update(self._update, self.device)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """See `Stage`."""
+        plan = self.plan
+        set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
+        pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)
+        generator = step_generator(plan.seed, "class dropout", step, self.device)
+        dropped = torch.rand(labels.shape, generator=generator, device=self.device) < plan.class_dropout
+        labels = torch.where(dropped, len(self.sprites), labels)
+        return self.update(pixels.contiguous(memory_format=torch.channels_last), labels)
+
+    def _update(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            with torch.no_grad():
+                codes = self.encode(pixels)
+            loss = self.loss(codes, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        return {"loss": loss.detach(), "gradient norm": norm.detach()}
 
     def _loss(self, codes: Tensor, labels: Tensor) -> Tensor:
         logits = self.model(idx=codes[:, :-1], cond_idx=labels)  # [batch, tokens, vocab_size]
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-
-    def step(self, step: int) -> dict[str, Tensor]:
-        """See `Stage`."""
-        set_rate(self.optimizer, learning_rate(self.plan.gpt_rate, step, self.steps))
-        pixels, labels = render_batch(self.sprites, self.plan.gpt_batch, self.plan.seed, "gpt", step)
-        torch.manual_seed(self.plan.seed * 2**32 + step)  # the dropped labels
-        with torch.autocast(self.device.type, torch.bfloat16):
-            with torch.no_grad():
-                codes = self.encode(pixels.contiguous(memory_format=torch.channels_last))
-            loss = self.loss(codes, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update_parameters(self.model)
-        return {"loss": loss.detach(), "gradient norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stage`."""
@@ -267,7 +298,7 @@ class GPTStage:
 
     def weights(self) -> dict[str, Tensor]:
         """See `Stage`."""
-        return dict(self.average.module.state_dict())
+        return self.average.values
 
 
 def save_whole(path: Path, save: Callable[[Path], object]) -> None:
@@ -278,12 +309,12 @@ def save_whole(path: Path, save: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
-def train(name: str, stage: Stage, run_dir: Path, deadline: float, save_every: int) -> bool:
+def train(name: str, stage: Stage, run_dir: Path, device: torch.device, deadline: float, save_every: int) -> bool:
     """Runs a stage to its end or the deadline (a `time.monotonic` value), from the last saved state. True when it is done."""
     state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
     step = 0
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location=device, weights_only=True)
         stage.load_state_dict(state["stage"])
         step = state["step"]
         print(f"{name}: resuming at step {step}", flush=True)
@@ -320,7 +351,7 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     tokenizer = VQ_models["VQ-demo"]()
     tensors = {key: value.float() for key, value in load_file(path).items()}
     missing, unexpected = tokenizer.load_state_dict(tensors, strict=False)
-    assert missing == ["quantize.codebook_used"] and not unexpected, (missing, unexpected)
+    assert (missing, unexpected) == (["quantize.codebook_used"], []), f"{path} is not the demo tokenizer"
     return tokenizer.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -356,15 +387,15 @@ def main() -> None:
     vq_path, gpt_path = arguments.output_dir / "demo_vq.safetensors", arguments.output_dir / "demo_gpt.safetensors"
     if arguments.stage in ("all", "tokenizer"):
         tokenizer_stage = TokenizerStage(plan, sprites)
-        if not train("tokenizer", tokenizer_stage, arguments.run_dir, deadline, arguments.save_every):
+        if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, deadline, arguments.save_every):
             print("tokenizer: time is up; run the same command again to go on")
             return
-        export(tokenizer_stage.weights(), vq_path, f"VQ-demo {VQ_CONFIGS['VQ-demo']}, {plan.tokenizer_steps} steps, seed {plan.seed}")
+        export(tokenizer_stage.weights(), vq_path, f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}")
     if arguments.stage in ("all", "gpt"):
         if not vq_path.exists():
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
         gpt_stage = GPTStage(plan, sprites, load_tokenizer(vq_path, device))
-        if not train("gpt", gpt_stage, arguments.run_dir, deadline, arguments.save_every):
+        if not train("gpt", gpt_stage, arguments.run_dir, device, deadline, arguments.save_every):
             print("gpt: time is up; run the same command again to go on")
             return
         export(gpt_stage.weights(), gpt_path, f"GPT-demo, {plan.gpt_steps} steps, seed {plan.seed}")
