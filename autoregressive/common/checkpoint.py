@@ -5,6 +5,7 @@ device; no pickle may build anything but tensors, plain containers and `argparse
 """
 
 import argparse
+import os
 import pickle
 import re
 import warnings
@@ -95,7 +96,7 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     Raises:
         CheckpointError: nothing is there, it is no checkpoint, is damaged or hostile, or `ema` is not there.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises where a name is too long
         return _open_directory(path, ema)
     try:
         with path.open("rb") as stream:

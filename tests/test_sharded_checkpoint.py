@@ -1,0 +1,302 @@
+"""FSDP's sharded directories: real ones load exactly in one process; damaged and hostile ones end in one line."""
+
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from torch import distributed
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from autoregressive.common.checkpoint import CheckpointError, load_weights
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import Transformer
+
+CPU = torch.device("cpu")
+RANKS = 2
+
+
+def tiny_gpt() -> Transformer:
+    # 11 classes and 33 codes: rows that two ranks cannot share evenly.
+    return Transformer(GPTConfig(dim=32, n_layer=2, n_head=4, vocab_size=33, block_size=16, num_classes=10, multiple_of=16))
+
+
+def seeded_gpt(seed: int) -> Transformer:
+    torch.manual_seed(seed)
+    model = tiny_gpt()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def write_with_fsdp(rank: int, port: int, folder: str) -> None:
+    """One of two processes: shards a seeded model with both generations of FSDP and saves it in several ways."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType, fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    mesh = distributed.init_device_mesh("cpu", (RANKS,))
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+
+    first = FullyShardedDataParallel(seeded_gpt(1), device_id=CPU, device_mesh=mesh, use_orig_params=True)
+    optimizer = torch.optim.AdamW(first.parameters())
+    first(idx=tokens, cond_idx=torch.zeros(2, dtype=torch.int64)).sum().backward()
+    weights, optimizer_state = get_state_dict(first, optimizer)
+    averaged = {name: tensor * 2 for name, tensor in weights.items()}  # type: ignore[operator]
+    dcp.save(weights, checkpoint_id=f"{folder}/fsdp1_flat")
+    dcp.save(
+        {"model": weights, "optimizer": optimizer_state, "steps": 5, "ema": averaged},
+        checkpoint_id=f"{folder}/fsdp1_nested",
+    )
+
+    with FullyShardedDataParallel.state_dict_type(
+        first, StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(offload_to_cpu=True)
+    ):
+        dcp.save({"module": first.state_dict()}, checkpoint_id=f"{folder}/fsdp1_state_dict_type")
+
+    second = seeded_gpt(1)
+    for block in second.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(second, mesh=mesh)
+    dcp.save({"model": second.state_dict(), "steps": 5}, checkpoint_id=f"{folder}/fsdp2")
+    distributed.barrier()
+    distributed.destroy_process_group()
+    # Everything is written. Leaving the ordinary way aborts now and then, in a gloo thread that torch does not join.
+    os._exit(0)
+
+
+ARRANGEMENTS = ["fsdp1_flat", "fsdp1_nested", "fsdp1_state_dict_type", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(write_with_fsdp, (port, str(folder)), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture
+def directory(written: Path, tmp_path: Path) -> Path:
+    """A copy of one directory, to be damaged."""
+    return shutil.copytree(written / "fsdp1_nested", tmp_path / "copy")
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, ema: bool = False, from_fsdp: bool = False) -> Transformer:
+    with torch.device("meta"):
+        model = tiny_gpt()
+    load_weights(model, path, device=CPU, dtype=dtype, ema=ema, from_fsdp=from_fsdp)
+    return model
+
+
+def error_of(path: Path, **options: bool) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(path, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def rewrite_metadata(path: Path, change: Callable[[Metadata], Any]) -> None:
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    (path / ".metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_of_two_ranks_become_the_weights_they_were(written: Path, arrangement: str, dtype: torch.dtype) -> None:
+    assert len(list((written / arrangement).glob("*.distcp"))) == RANKS
+    model = load(written / arrangement, dtype=dtype, from_fsdp=True)
+    expected = seeded_gpt(1).state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name].to(dtype)), name
+    assert model.freqs_cis.dtype == torch.float32
+
+
+def test_averaged_weights_come_from_their_own_entries(written: Path) -> None:
+    model = load(written / "fsdp1_nested", ema=True)
+    assert torch.equal(model.norm.weight, seeded_gpt(1).norm.weight * 2)
+    assert "leave --ema out" in error_of(written / "fsdp2", ema=True)
+
+
+def test_loading_says_nothing(written: Path, recwarn: pytest.WarningsRecorder) -> None:
+    load(written / "fsdp1_flat")
+    assert not list(recwarn)
+
+
+# --- incomplete ---
+
+
+def test_a_directory_without_metadata_or_with_a_shard_gone_is_incomplete(directory: Path) -> None:
+    (directory / "__1_0.distcp").unlink()
+    assert "__1_0.distcp is missing" in error_of(directory)
+    (directory / ".metadata").unlink()
+    assert ".metadata is missing" in error_of(directory)
+
+
+def test_a_shard_cut_short_is_found_before_anything_is_read(directory: Path) -> None:
+    shard = directory / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert "__0_0.distcp is cut short" in error_of(directory)
+
+
+def test_a_shard_of_other_bytes_is_one_line(directory: Path) -> None:
+    shard = directory / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert "are damaged" in error_of(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04", pickle.dumps({"state_dict_metadata": 1})])
+def test_damaged_metadata_is_one_line(directory: Path, content: bytes) -> None:
+    (directory / ".metadata").write_bytes(content)
+    error_of(directory)
+
+
+def test_metadata_cut_short_anywhere_is_one_line(directory: Path) -> None:
+    whole = (directory / ".metadata").read_bytes()
+    for size in range(0, len(whole), 997):
+        (directory / ".metadata").write_bytes(whole[:size])
+        error_of(directory)
+
+
+# --- hostile ---
+
+
+class Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def make_hostile(directory: Path, mark: Path) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.planner_data = Hostile(mark)
+
+    rewrite_metadata(directory, change)
+
+
+def test_metadata_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
+    make_hostile(directory, tmp_path / "executed")
+    assert "mkdir" in error_of(directory)
+    assert not (tmp_path / "executed").exists()
+    FileSystemReader(directory).read_metadata()  # the file is hostile indeed: the library's own reader executes it
+    assert (tmp_path / "executed").exists()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from autoregressive.common.checkpoint import load_weights
+from autoregressive.common.errors import run_command
+from autoregressive.models.gpt import GPT_models
+with torch.device("meta"):
+    model = GPT_models["GPT-demo"]()
+assert False, "unreachable under -O"
+run_command(lambda: load_weights(model, Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.float32))
+"""
+
+
+def test_refusal_needs_no_assertions(directory: Path, tmp_path: Path) -> None:
+    """Under `python -O` assertions are gone: a refusal resting on one would execute the file."""
+    make_hostile(directory, tmp_path / "executed")
+    command = [sys.executable, "-O", "-c", PROGRAM, str(directory)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_path: Path) -> None:
+    """The library loads entries that are no tensors without care, so none may ever be asked for."""
+
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
+
+    rewrite_metadata(directory, change)
+    with (directory / "__0_0.distcp").open("wb") as stream:
+        torch.save(Hostile(tmp_path / "executed"), stream)
+    error_of(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_shard_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
+    shard = directory / "__0_0.distcp"
+    with shard.open("wb") as stream:
+        torch.save(Hostile(tmp_path / "executed"), stream)
+        size = stream.tell()
+        stream.write(bytes(10**6))
+
+    def change(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            if info.relative_path == shard.name:
+                info.offset, info.length = 0, size
+        entry = metadata.state_dict_metadata["model.norm.weight"]
+        assert isinstance(entry, TensorStorageMetadata)
+
+    rewrite_metadata(directory, change)
+    error_of(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("elsewhere", ["../copy/__0_0.distcp", "/etc/passwd", "..", "", "a\0b", 7])
+def test_shards_are_looked_for_nowhere_but_in_the_directory(directory: Path, elsewhere: Any) -> None:
+    def change(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            info.relative_path = elsewhere
+
+    rewrite_metadata(directory, change)
+    assert "no file of this directory" in error_of(directory)
+
+
+def forget_a_chunk(entry: TensorStorageMetadata) -> None:
+    entry.chunks.pop()
+
+
+def repeat_a_chunk(entry: TensorStorageMetadata) -> None:
+    entry.chunks[-1] = entry.chunks[0]
+
+
+def move_a_chunk(entry: TensorStorageMetadata) -> None:
+    entry.chunks[0].sizes = torch.Size([100, 32])
+
+
+def enlarge(entry: TensorStorageMetadata) -> None:
+    entry.size = torch.Size([2**40, 32])
+    entry.chunks = [type(entry.chunks[0])(offsets=torch.Size([0, 0]), sizes=entry.size)]
+
+
+def spoil(entry: TensorStorageMetadata) -> None:
+    entry.chunks = "text"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("damage", [forget_a_chunk, repeat_a_chunk, move_a_chunk, enlarge, spoil])
+def test_chunks_that_do_not_cover_a_weight_are_refused(directory: Path, damage: Callable[[TensorStorageMetadata], None]) -> None:
+    """What no chunk covers would stay uninitialised memory."""
+
+    def change(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata["model.output.weight"]
+        assert isinstance(entry, TensorStorageMetadata)
+        damage(entry)
+
+    rewrite_metadata(directory, change)
+    assert ".metadata" in error_of(directory)
