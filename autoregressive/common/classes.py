@@ -1,0 +1,76 @@
+"""The class names of a data set: a class is asked for by id or by name and shown by name.
+
+A name is accepted in any case. Where two classes differ in nothing else ("Cardigan" the dog, "cardigan" the garment),
+the exact spelling decides, and any other spelling is an error that names both ids.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from torchvision.models import ResNet18_Weights
+
+from autoregressive.common.demo_classes import DEMO_EMOJI
+from autoregressive.common.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The names of all classes, by id."""
+
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, label: int) -> str:
+        return self.names[label]
+
+    def resolve(self, wanted: str) -> int:
+        """The id of a class given by id or name.
+
+        Raises:
+            UserError: no such class, with the closest three names; or a name that several classes bear.
+        """
+        word = " ".join(wanted.replace("_", " ").split())
+        if re.fullmatch(r"[+-]?[0-9]+", word):
+            label = int(word)
+            if not 0 <= label < len(self):
+                raise UserError(f"class {label}: ids go from 0 to {len(self) - 1} (see --list-classes)")
+            return label
+        exact = [label for label, name in enumerate(self.names) if name == word]
+        alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
+        found = exact if len(exact) == 1 else alike
+        if not found:
+            raise UserError(f"class '{word}' is unknown; the closest are {self._closest(word)} (see --list-classes)")
+        if len(found) > 1:
+            raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
+        return found[0]
+
+    def listing(self, word: str = "") -> str:
+        """One line a class whose name contains the word: its id and name.
+
+        Raises:
+            UserError: no name contains the word.
+        """
+        found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
+        if not found:
+            raise UserError(f"no class name contains '{word}'; the closest are {self._closest(word)}")
+        return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
+
+    def _closest(self, word: str) -> str:
+        by_lower_case = {name.lower(): label for label, name in enumerate(self.names)}
+        closest = difflib.get_close_matches(word.lower(), by_lower_case, n=3, cutoff=0.0)
+        return self._described([by_lower_case[name] for name in closest])
+
+    def _described(self, labels: list[int]) -> str:
+        return ", ".join(f"{self.names[label]} ({label})" for label in labels)
+
+
+IMAGENET = ClassNames(tuple(ResNet18_Weights.DEFAULT.meta["categories"]))
+DEMO = ClassNames(tuple(name for name, _ in DEMO_EMOJI))
+
+
+def numbered_classes(count: int) -> ClassNames:
+    """Names for a data set of which only the number of classes is known."""
+    return ClassNames(tuple(f"class {label}" for label in range(count)))

@@ -1,0 +1,107 @@
+"""Saves what a command drew: the grid, single pictures, codes. Every PNG says inside how it was made."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoregressive.common.errors import UserError
+from autoregressive.common.images import individual_file, picture_grid, save_codes, save_png
+from autoregressive.common.settings import PRECISIONS, Settings
+from autoregressive.common.weights import FoundWeights
+
+PROGRAM = "llamagen-serve"
+
+
+def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor) -> Path:
+    """Writes every file that was asked for, the grid last.
+
+    Args:
+        codes: integers [images, tokens]
+        pixels: [images, 3, height, width] in -1..1
+
+    Returns:
+        Where the grid is.
+
+    Raises:
+        UserError: the pixels are not finite, or a file cannot be written; files written before stay.
+    """
+    if not pixels.isfinite().all():
+        raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
+    output = settings.output
+    names = [settings.classes[label] for label in settings.labels]
+    if output.codes is not None:
+        save_codes(output.codes, codes)
+    if output.individual is not None:
+        _make_folder(output.individual)
+        for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
+            record = generation_record(settings, found) | {"image": image, "label": label, "class_name": name}
+            file = individual_file(output.individual, image, label, name, trained=found.trained)
+            picture = picture_grid(pixels[image : image + 1])
+            save_png(file, picture, readable(record), record)
+    record = generation_record(settings, found)
+    grid = output.grid(trained=found.trained)
+    save_png(grid, picture_grid(pixels, names if output.captions else None), readable(record), record)
+    return grid
+
+
+def generation_record(settings: Settings, found: FoundWeights) -> dict[str, object]:
+    """How the pictures were made, ready for JSON: enough to make them again on the same machine."""
+    model, sampling = settings.model, settings.sampling
+    return {
+        "program": PROGRAM,
+        "version": _version(),
+        "torch": torch.__version__,
+        "device": _device_name(model.device),
+        "trained": found.trained,
+        "model": model.gpt_model,
+        "weights": _name(found.gpt),
+        "tokenizer": model.vq_model,
+        "tokenizer_weights": _name(found.vq),
+        "image_size": model.image_size,
+        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
+        "compile": settings.compile,
+        "labels": list(settings.labels),
+        "class_names": [settings.classes[label] for label in settings.labels],
+        "seed": sampling.seed,
+        "cfg_scale": sampling.cfg_scale,
+        "cfg_interval": sampling.cfg_interval,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
+
+
+def readable(record: dict[str, object]) -> str:
+    """The record for people: the classes on a line, then everything else."""
+    labels, names = record["labels"], record["class_names"]
+    assert isinstance(labels, list)
+    assert isinstance(names, list)
+    drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
+    rest = {key: value for key, value in record.items() if key not in ("labels", "class_names", "trained")}
+    noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
+    return "\n".join([*noise, drawn, ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items())])
+
+
+def _name(weights: Path | None) -> str:
+    """The file's name without its folder, which is the user's own business."""
+    return weights.resolve().name if weights else "untrained"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save-individual {folder}: cannot make this folder: {error.strerror}") from error
+
+
+def _version() -> str:
+    try:
+        return version(PROGRAM)
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "not installed"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,278 @@
+"""What the typed flags mean together: every value resolved, in range and fitting the others, before any long work.
+
+Flags not typed take the values of the chosen model, so only what the user typed can be a mismatch.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from autoregressive.common.classes import ClassNames, numbered_classes
+from autoregressive.common.defaults import ModelDefaults, model_defaults
+from autoregressive.common.errors import UserError
+from autoregressive.common.images import check_file, check_folder
+from autoregressive.common.published import PublishedFile
+from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
+from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
+
+T = TypeVar("T")
+
+PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn; the names and meanings are those of `generate`."""
+
+    cfg_scale: float
+    cfg_interval: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Which files to write."""
+
+    typed_grid: Path | None  # None: the default name, which says whether the weights are trained
+    captions: bool
+    individual: Path | None  # a folder, made if need be
+    codes: Path | None
+
+    def grid(self, *, trained: bool) -> Path:
+        """The file that the grid goes to."""
+        return self.typed_grid or Path("sample_c2i.png" if trained else "sample_c2i_untrained.png")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a command was asked to do."""
+
+    model: ModelSettings
+    sampling: SamplingSettings
+    output: OutputSettings
+    labels: tuple[int, ...]  # one a picture
+    classes: ClassNames
+    compile: bool
+
+
+def resolve_settings(arguments: argparse.Namespace) -> Settings:
+    """Fills in what was not typed and checks everything that can be checked without loading weights.
+
+    Args:
+        arguments: what `build_parser` parsed.
+
+    Raises:
+        UserError: a value out of range, an unknown class, flags that contradict each other, a missing checkpoint, no
+            such device, a file that cannot be written. The message names the flag and what it allows.
+    """
+    gpt_model = _choose_gpt_model(arguments)
+    defaults = model_defaults(gpt_model)
+    model = _resolve_model(arguments, gpt_model, defaults)
+    return Settings(
+        model=model,
+        sampling=_resolve_sampling(arguments, defaults, model.codebook_size),
+        output=_resolve_output(arguments),
+        labels=_resolve_labels(arguments, defaults, model.num_classes),
+        classes=_classes(defaults, model.num_classes),
+        compile=arguments.compile,
+    )
+
+
+def list_classes(arguments: argparse.Namespace) -> str:
+    """What --list-classes shows.
+
+    Raises:
+        UserError: no class name contains the word.
+    """
+    defaults = model_defaults(_choose_gpt_model(arguments))
+    classes = _classes(defaults, _or(arguments.num_classes, defaults.num_classes))
+    return classes.listing(arguments.list_classes)
+
+
+def _choose_gpt_model(arguments: argparse.Namespace) -> str:
+    if arguments.gpt_model is not None:
+        return arguments.gpt_model
+    if arguments.gpt_ckpt is not None:
+        published = published_as(arguments.gpt_ckpt)
+        if arguments.gpt_ckpt.name == DEMO_GPT:
+            return "GPT-demo"
+        return published.model if published and published.image_size else "GPT-B"
+    sizes = model_defaults("GPT-B").image_sizes if arguments.image_size is None else [arguments.image_size]
+    there = any(_gpt_file_there(arguments, "GPT-B", size) for size in sizes)
+    return "GPT-B" if there or arguments.download else "GPT-demo"
+
+
+def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults) -> int:
+    published = _published_gpt(arguments)
+    size: int | None = arguments.image_size
+    if size is None:
+        if published is not None and published.image_size in defaults.image_sizes:
+            return published.image_size
+        if arguments.gpt_ckpt is not None or arguments.random_weights or arguments.download:
+            return defaults.image_size
+        best_first = (defaults.image_size, *defaults.image_sizes)
+        there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
+        return next(there, defaults.image_size)
+    _require(size in defaults.image_sizes, "--image-size", size, f"{_either(defaults.image_sizes)} for {gpt_model}")
+    if published is not None and published.image_size != size:
+        raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
+    return size
+
+
+def _published_gpt(arguments: argparse.Namespace) -> PublishedFile | None:
+    published = published_as(arguments.gpt_ckpt) if arguments.gpt_ckpt else None
+    return published if published and published.image_size else None
+
+
+def _gpt_file_there(arguments: argparse.Namespace, gpt_model: str, image_size: int) -> bool:
+    downsample = VQ_CONFIGS[_choose_vq_model(arguments, model_defaults(gpt_model))].downsample_size
+    file_name = gpt_file_name(gpt_model, image_size, downsample)
+    return file_in(_or(arguments.pretrained_dir, PRETRAINED), file_name) is not None
+
+
+def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> str:
+    if arguments.vq_model is not None:
+        return arguments.vq_model
+    published = published_as(arguments.vq_ckpt) if arguments.vq_ckpt else None
+    if published is not None and published.image_size is None:
+        return published.model
+    wanted = _or(arguments.downsample_size, VQ_CONFIGS[defaults.vq_model].downsample_size)
+    fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
+    sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
+    _require(bool(fitting), "--downsample-size", wanted, _either(sizes))
+    return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
+
+
+def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults) -> ModelSettings:
+    if arguments.gpt_type == "t2i":
+        raise UserError("--gpt-type t2i: text to image is not supported; this program draws classes (c2i)")
+    _require(arguments.cls_token_num in (None, 1), "--cls-token-num", arguments.cls_token_num, "1")
+    vq_model = _choose_vq_model(arguments, defaults)
+    tokenizer: VQConfig = VQ_CONFIGS[vq_model]
+    downsample = tokenizer.downsample_size
+    typed_downsample = _or(arguments.downsample_size, downsample)
+    _require(typed_downsample == downsample, "--downsample-size", typed_downsample, f"{downsample} for {vq_model}")
+    for flag, typed in (
+        ("--codebook-size", arguments.codebook_size),
+        ("--codebook-embed-dim", arguments.codebook_embed_dim),
+        ("--num-classes", arguments.num_classes),
+    ):
+        _require(typed is None or typed >= 1, flag, typed, "1 or more")
+    for flag, path in (("--gpt-ckpt", arguments.gpt_ckpt), ("--vq-ckpt", arguments.vq_ckpt)):
+        if path is not None and arguments.random_weights:
+            raise UserError(f"{flag} and --random-weights contradict each other: leave one out")
+        if path is not None and not path.exists():
+            raise UserError(f"{flag} {path}: there is no such file or folder")
+    if arguments.ema and arguments.gpt_ckpt is None:
+        raise UserError("--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint")
+    device = _resolve_device(arguments.device)
+    precision = _or(arguments.precision, "bf16" if device.type == "cuda" else "none")
+    return ModelSettings(
+        gpt_model=gpt_model,
+        vq_model=vq_model,
+        gpt_ckpt=arguments.gpt_ckpt,
+        vq_ckpt=arguments.vq_ckpt,
+        from_fsdp=arguments.from_fsdp,
+        ema=arguments.ema,
+        random_weights=arguments.random_weights,
+        download=arguments.download,
+        pretrained=_or(arguments.pretrained_dir, PRETRAINED),
+        image_size=_choose_image_size(arguments, gpt_model, defaults),
+        downsample_size=downsample,
+        codebook_size=_or(arguments.codebook_size, tokenizer.codebook_size),
+        codebook_embed_dim=_or(arguments.codebook_embed_dim, tokenizer.codebook_embed_dim),
+        num_classes=_or(arguments.num_classes, defaults.num_classes),
+        precision=PRECISIONS[precision],
+        device=device,
+        seed=_resolve_seed(arguments.seed),
+    )
+
+
+def _resolve_device(typed: str | None) -> torch.device:
+    if typed is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", typed):
+        raise UserError(f"--device {typed}: must be cpu, cuda or cuda:N")
+    device = torch.device("cuda:0" if typed == "cuda" else typed)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {typed}: PyTorch finds no GPU here; use --device cpu")
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {typed}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return device
+
+
+def _resolve_seed(typed: int | None) -> int:
+    seed = _or(typed, 0)
+    _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
+    return seed
+
+
+def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, codebook_size: int) -> SamplingSettings:
+    settings = SamplingSettings(
+        cfg_scale=_or(arguments.cfg_scale, defaults.cfg_scale),
+        cfg_interval=_or(arguments.cfg_interval, defaults.cfg_interval),
+        temperature=_or(arguments.temperature, defaults.temperature),
+        top_k=_or(arguments.top_k, min(defaults.top_k, codebook_size)),
+        top_p=_or(arguments.top_p, defaults.top_p),
+        seed=_resolve_seed(arguments.seed),
+    )
+    scale, temperature = settings.cfg_scale, settings.temperature
+    _require(math.isfinite(scale) and scale >= 0, "--cfg-scale", scale, "a finite number, 0 or more")
+    _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
+    _require(math.isfinite(temperature) and temperature > 0, "--temperature", temperature, "a finite number above 0")
+    _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
+    _require(0 < settings.top_p <= 1, "--top-p", settings.top_p, "above 0 and at most 1")
+    return settings
+
+
+def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
+    output = OutputSettings(
+        typed_grid=arguments.output,
+        captions=arguments.captions,
+        individual=arguments.save_individual,
+        codes=arguments.save_codes,
+    )
+    check_file("--output", output.grid(trained=True), ".png")
+    if output.codes is not None:
+        check_file("--save-codes", output.codes, ".npy")
+    if output.individual is not None:
+        check_folder("--save-individual", output.individual if output.individual.is_dir() else output.individual.parent)
+        if output.individual.exists() and not output.individual.is_dir():
+            raise UserError(f"--save-individual {output.individual}: this is a file; name a folder")
+    return output
+
+
+def _resolve_labels(arguments: argparse.Namespace, defaults: ModelDefaults, num_classes: int) -> tuple[int, ...]:
+    if arguments.class_labels is not None:
+        classes = _classes(defaults, num_classes)
+        return tuple(classes.resolve(wanted) for wanted in arguments.class_labels)
+    if num_classes == defaults.num_classes:
+        return defaults.class_labels
+    return tuple(range(min(num_classes, len(defaults.class_labels))))
+
+
+def _classes(defaults: ModelDefaults, num_classes: int) -> ClassNames:
+    return defaults.classes if num_classes == defaults.num_classes else numbered_classes(num_classes)
+
+
+def _or(typed: T | None, otherwise: T) -> T:
+    return otherwise if typed is None else typed
+
+
+def _require(holds: bool, flag: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{flag} {value}: must be {allowed}")
+
+
+def _either(values: Sequence[int]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last

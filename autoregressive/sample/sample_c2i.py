@@ -1,0 +1,119 @@
+"""Draws pictures of classes with LlamaGen's plain loop: one step a token, a dense cache, math attention.
+
+The honest baseline that the fast command is compared with. Flags, defaults and output lines are LlamaGen's.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.common.arguments import build_parser
+from autoregressive.common.errors import UserError, run_command
+from autoregressive.common.results import save_results
+from autoregressive.common.settings import Settings, list_classes, resolve_settings
+from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+from autoregressive.models.generate import NonFiniteLogitsError, generate
+from autoregressive.models.gpt import Transformer
+
+PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags (the process's own if None), draws, saves.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    arguments = build_parser(PURPOSE, "autoregressive/sample/sample_c2i.py").parse_args(argv)
+    if arguments.list_classes is not None:
+        print(list_classes(arguments))
+        return
+    settings = resolve_settings(arguments)
+    found = find_weights(settings.model)
+    warning = untrained_warning(settings.model, found)
+    if warning is not None:
+        print(warning, file=sys.stderr)
+    set_numerics(settings)
+    try:
+        models = load_models(settings.model, found)
+        codes = draw_codes(models, settings)
+        pixels = decode(models, codes, settings)
+    except NonFiniteLogitsError as error:
+        raise UserError(f"{error}; try --precision none, or other weights") from error
+    except RuntimeError as error:
+        raise _mendable(error, settings) from error
+    print(f"image is saved to {save_results(settings, found, codes, pixels)}")
+
+
+def set_numerics(settings: Settings) -> None:
+    """TF32, deterministic convolutions and the seed, as LlamaGen's command sets them."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if settings.model.device.type == "cuda":
+        torch.cuda.set_device(settings.model.device)
+
+
+def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
+    """Draws the tokens of every picture in one batch: int32 [images, tokens]. Prints how long it took."""
+    sampling, device, tokens = settings.sampling, settings.model.device, settings.model.tokens_per_image
+    images = len(settings.labels)
+    gpt = models.gpt
+    if settings.compile:
+        print("compiling the model; the sampling time below includes it", file=sys.stderr)
+        gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
+    labels = torch.tensor(settings.labels, device=device)
+    torch.manual_seed(sampling.seed)
+    started = _now(device)
+    with tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=None) as bar:  # None: only on a terminal
+        codes = generate(
+            gpt,
+            labels,
+            tokens,
+            cfg_scale=sampling.cfg_scale,
+            cfg_interval=sampling.cfg_interval,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            on_token=lambda _: bar.update(images),
+        )
+    print(f"gpt sampling takes about {_now(device) - started:.2f} seconds.")
+    return codes
+
+
+@torch.no_grad()
+def decode(models: LoadedModels, codes: Tensor, settings: Settings) -> Tensor:
+    """Codes -> pixels [images, 3, height, width], about -1..1. Prints how long it took."""
+    device, model = settings.model.device, settings.model
+    started = _now(device)
+    pixels = models.vq.decode_code(codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid])
+    print(f"decoder takes about {_now(device) - started:.2f} seconds.")
+    return pixels
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _mendable(error: RuntimeError, settings: Settings) -> Exception:
+    """What to tell the user about a failure inside torch; the error itself where there is nothing to tell."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        images = len(settings.labels)
+        fewer = f"draw fewer than {images} pictures at once (--class-labels)" if images > 1 else "use a smaller model"
+        return UserError(f"{settings.model.device} has too little free memory: {fewer}, or use --precision bf16")
+    if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return UserError(f"--compile failed ({str(error).strip().splitlines()[0]}): leave it out")
+    return error
+
+
+if __name__ == "__main__":
+    run_command(main)
