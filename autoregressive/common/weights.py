@@ -5,19 +5,15 @@ from the hub; else they are drawn from the seed, and a warning says so. A comman
 as a picture.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from autoregressive.common.checkpoint import load_weights
-from autoregressive.common.published import (
-    PUBLISHED_FILES,
-    UNPUBLISHED,
-    PublishedFile,
-    published_gpt,
-    published_vq,
-)
+from autoregressive.common.hub import fetch
+from autoregressive.common.published import PUBLISHED_FILES, UNPUBLISHED, PublishedFile, published_gpt, published_vq
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
@@ -126,9 +122,9 @@ def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) ->
     if typed is not None:
         return typed
     there = file_in(settings.pretrained, file_name)
-    published = next((file for file in PUBLISHED_FILES if file.file_name == file_name), None)
+    published = published_as(Path(file_name)) if file_name is not None else None
     if there is None and settings.download and published is not None:
-        raise NotImplementedError("integrate the fetch function")
+        return fetch(published, settings.pretrained)
     return there
 
 
@@ -157,11 +153,13 @@ def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) ->
     ways = []
     published = [name for name in missing.values() if name is not None and name not in (DEMO_GPT, DEMO_VQ)]
     if published:
-        ways.append(f"  get them: python scripts/download_models.py {' '.join(published)}  (or add --download)")
+        folder = "" if settings.pretrained == PRETRAINED else f" --folder {shlex.quote(str(settings.pretrained))}"
+        ways.append(f"  get them: python scripts/download_models.py {' '.join(published)}{folder}  (or add --download)")
     if DEMO_GPT in missing.values() or DEMO_VQ in missing.values():
         ways.append("  get them: git checkout pretrained_models, or train them: python scripts/train_demo.py")
-    for name in (name for name, file_name in missing.items() if file_name is None):
-        ways.append(f"  none are published for {name} ({UNPUBLISHED}): give your own with --gpt-ckpt")
+    unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
+    if unpublished:
+        ways.append(f"  none are published for {unpublished} ({UNPUBLISHED}): give your own with --gpt-ckpt")
     return ways
 
 
