@@ -14,8 +14,9 @@ examples:
   python scripts/download_models.py GPT-B VQ-16 --image-size 256
   python scripts/download_models.py c2i_XL_384.pt vq_ds16_c2i.pt
 
-The files come from the hub repository {HUB_REPOSITORY}. A download that broke off goes on where it stopped, each file's
-SHA-256 is checked, and what is there is not fetched again. Not everything exists: {UNPUBLISHED}.
+The files come from the hub repository {HUB_REPOSITORY}. A download that broke off goes on where it
+stopped, each file's SHA-256 is checked, and what is there is not fetched again. Not everything exists:
+{UNPUBLISHED}.
 """
 
 

@@ -1,0 +1,151 @@
+"""Turns a checkpoint of any kind into one .safetensors file with LlamaGen's plain parameter names.
+
+One tensor is in memory at a time, and the file is written whole or not at all.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
+from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.strictness import TOLERATED_SURPLUS, identify
+from autoregressive.common.weight_source import WeightSource
+
+EXAMPLES = """\
+examples:
+  python scripts/convert_checkpoint.py pretrained_models/c2i_B_256.pt c2i_B_256.safetensors --dtype bfloat16
+  python scripts/convert_checkpoint.py results/vq/0400000.pt vq_averaged.safetensors --ema
+  python scripts/convert_checkpoint.py cloud/gpt/0250000/ gpt.safetensors
+
+Read are .pt and .pth files (weights alone, or under model, module or state_dict), .safetensors, directories with
+consolidated.pth, and sharded FSDP directories. A converted file is loaded like the original, and faster.
+"""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The codes of the safetensors format; sorted by size in the file, so that each tensor is aligned.
+FORMAT_CODES = {
+    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+HEADER_ALIGNMENT_BYTES = 8
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, metavar="IN", help="the checkpoint: a file or a directory")
+    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write, NAME.safetensors")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights that training kept beside the others")
+    parser.add_argument("--dtype", choices=DTYPES, help="convert the numbers (default: keep them as they are)")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    return parser.parse_args()
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Finds out before any work whether the file can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: the name of the output has to end in .safetensors")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path}: is a directory, or its folder does not exist; name a file in an existing folder")
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists already; choose another name, or give --force to replace it")
+
+
+def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> int:
+    """Writes the source's weights to a temporary file, checks it, and moves it into place.
+
+    Args:
+        dtype: of the floating-point tensors; None keeps each as it is.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        UserError: the source is damaged or holds something the format has no code for, or the disk is full.
+    """
+    dtypes = {
+        name: dtype if dtype is not None and stored.is_floating_point else stored
+        for name, stored in source.dtypes.items()
+        if name not in TOLERATED_SURPLUS
+    }
+    if not dtypes:
+        raise CheckpointError(f"{source.path}: holds no weights; use another file")
+    unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
+    if unknown:
+        raise CheckpointError(f"{source.path}: {unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            write_safetensors(source, dtypes, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        check_written(part, source, dtypes)
+        size_bytes = part.stat().st_size
+        os.replace(part, output)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return size_bytes
+
+
+def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:
+    """Header, then tensor after tensor. The library's `save_file` would need all of them in memory at once."""
+    order = sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + source.shapes[name].numel() * dtypes[name].itemsize
+        code, shape = FORMAT_CODES[dtypes[name]], list(source.shapes[name])
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    with tqdm(total=end, unit="B", unit_scale=True, disable=None, leave=False) as progress:
+        for name in order:
+            tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
+            source.read_into(name, tensor)
+            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            progress.update(tensor.nbytes)
+
+
+def check_written(path: Path, source: WeightSource, dtypes: dict[str, torch.dtype]) -> None:
+    """Reads the file's header back through the library.
+
+    Raises:
+        UserError: it is not what was to be written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            agree = names == dtypes.keys() and all(file.get_slice(name).get_shape() == list(source.shapes[name]) for name in names)
+    except SafetensorError as error:
+        raise UserError(f"{path}: came out damaged ({error}); is the disk full?") from error
+    if not agree:
+        raise UserError(f"{path}: came out with other tensors than {source.path} holds; nothing was left behind")
+
+
+def main() -> None:
+    """Does what the command line says."""
+    arguments = parse_arguments()
+    check_output(arguments.output, arguments.force)
+    source = open_checkpoint(arguments.input, ema=arguments.ema)
+    size_bytes = convert(source, arguments.output, DTYPES.get(arguments.dtype))
+    model = identify(source.shapes) or "a model that is not known here"
+    parameters = sum(shape.numel() for name, shape in source.shapes.items() if name not in TOLERATED_SURPLUS)
+    print(f"{arguments.output}: {model}, {parameters / 1e6:.1f} million numbers, {size_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)
