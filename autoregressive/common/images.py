@@ -137,9 +137,9 @@ def check_folder(flag: str, folder: Path) -> None:
     """Raises `UserError` unless a file can be made in this folder."""
     probe = folder / f".{secrets.token_hex(8)}.part"
     try:
+        if not folder.is_dir():
+            raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
         probe.touch(exist_ok=False)
         probe.unlink()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another") from error
     except OSError as error:
-        raise UserError(f"{flag}: cannot write into the folder {folder}: {error.strerror}") from error
+        raise UserError(f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})") from error

@@ -122,7 +122,8 @@ def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: 
         best_first = (defaults.image_size, *defaults.image_sizes)
         there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
         return next(there, defaults.image_size)
-    _require(size in defaults.image_sizes, "--image-size", size, f"{_either(defaults.image_sizes)} for {gpt_model}")
+    hint = "" if arguments.gpt_model else "; name another model with --gpt-model"
+    _require(size in defaults.image_sizes, "--image-size", size, f"{_either(defaults.image_sizes)} for {gpt_model}{hint}")
     if published is not None and published.image_size != size:
         raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
     return size

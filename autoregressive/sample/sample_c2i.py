@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     settings = resolve_settings(arguments)
     found = find_weights(settings.model)
-    warning = untrained_warning(settings.model, found)
-    if warning is not None:
-        print(warning, file=sys.stderr)
     set_numerics(settings)
     try:
         models = load_models(settings.model, found)
+        warning = untrained_warning(settings.model, found)
+        if warning is not None:
+            print(warning, file=sys.stderr)
         codes = draw_codes(models, settings)
         pixels = decode(models, codes, settings)
     except NonFiniteLogitsError as error:
