@@ -309,6 +309,12 @@ def test_text_to_image_weights_are_refused_in_words(tmp_path: Path) -> None:
 # --- damaged, hostile, or no checkpoint at all ---
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_program_is_not_run_and_no_careless_loading_is_advised(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Identity(), torch.zeros(1)), tmp_path / "program.pt")
+    assert error_of(tmp_path / "program.pt").endswith("is a TorchScript program, which is code; a file of weights is needed")
+
+
 def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     assert "No such file" in error_of(tmp_path / "missing.pt")
     assert "is an empty directory" in error_of(tmp_path)
@@ -339,7 +345,7 @@ def test_a_picture_and_a_list_are_no_checkpoints(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
     assert "holds a list" in error_of(tmp_path / "list.pt")
     torch.save({"model": {"norm.weight": "text"}}, tmp_path / "text.pt")
-    assert "'norm.weight' is no tensor" in error_of(tmp_path / "text.pt")
+    assert "'norm.weight' is no plain tensor" in error_of(tmp_path / "text.pt")
 
 
 @pytest.mark.parametrize("kind", ["pt", "old pt", "safetensors"])

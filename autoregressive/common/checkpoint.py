@@ -151,14 +151,14 @@ def _read_pickled(path: Path, memory_mapped: bool) -> object:
             "use a file that you trust to hold weights alone"
         ) from error
     except Exception as error:  # a damaged archive or pickle can raise anything
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path}: is a TorchScript program, which is code; a file of weights is needed") from error
         raise CheckpointError(f"{path}: is damaged or cut short ({_first_line(error)}); download it again") from error
 
 
 def _open_pickled(path: Path, content: object, ema: bool) -> WeightSource:
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, not a dictionary of weights; use another file"
-        )
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights; use another file")
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
     if ema:
         if not isinstance(content.get(AVERAGED_WEIGHTS), Mapping):
@@ -171,18 +171,13 @@ def _open_pickled(path: Path, content: object, ema: bool) -> WeightSource:
     odd = [name for name, value in weights.items() if not (isinstance(name, str) and _is_plain_tensor(value))]
     odd = [name for name in odd if name not in TOLERATED_SURPLUS]
     if odd:
-        raise CheckpointError(f"{path}: is no dictionary of weights: {odd[0]!r} is no tensor; use another file")
+        raise CheckpointError(f"{path}: is no dictionary of weights: {odd[0]!r} is no plain tensor; use another file")
     names = plain_names((name for name in weights if name not in TOLERATED_SURPLUS), path)
     return _source(path, {plain: weights[stored] for plain, stored in names.items()}, is_fsdp=wrapper is None)
 
 
 def _is_plain_tensor(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-    )
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 def _source(path: Path, tensors: Mapping[str, Tensor], is_fsdp: bool) -> WeightSource:
@@ -199,4 +194,4 @@ def _source(path: Path, tensors: Mapping[str, Tensor], is_fsdp: bool) -> WeightS
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".:")
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".:")[:200]
