@@ -43,7 +43,7 @@ class Plan:
     tokenizer_rate: float = 6e-4
     edge_weight: float = 1.0  # weight of the loss on image gradients, at full and half size
     revive_every: int = 100  # steps between replacements of codebook entries that nothing used
-    gpt_steps: int = 16_000
+    gpt_steps: int = 14_000
     gpt_batch: int = 192
     gpt_rate: float = 1e-3
     gpt_weight_decay: float = 0.05
