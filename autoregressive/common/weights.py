@@ -13,7 +13,7 @@ import torch
 
 from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.hub import fetch
-from autoregressive.common.published import PUBLISHED_FILES, UNPUBLISHED, PublishedFile, published_gpt, published_vq
+from autoregressive.common.published import PUBLISHED_FILES, PublishedFile, published_gpt, published_vq
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
@@ -135,7 +135,7 @@ def untrained_warning(settings: ModelSettings, found: FoundWeights) -> str | Non
     missing: dict[str, str | None] = {}  # name for people -> published file
     if found.gpt is None:
         file_name = gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
-        missing[f"{settings.gpt_model} for {settings.image_size} px"] = file_name
+        missing[f"{settings.gpt_model} for {settings.image_size} px in {settings.grid} x {settings.grid} tokens"] = file_name
     if found.vq is None:
         missing[settings.vq_model] = vq_file_name(settings.vq_model)
     return "\n".join(
@@ -159,7 +159,7 @@ def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) ->
         ways.append("  get them: git checkout pretrained_models, or train them: python scripts/train_demo.py")
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
-        ways.append(f"  none are published for {unpublished} ({UNPUBLISHED}): give your own with --gpt-ckpt")
+        ways.append(f"  none are published for {unpublished}: give your own with --gpt-ckpt")
     return ways
 
 
