@@ -109,7 +109,8 @@ def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
 
     hue, saturation, value = uniform(0, 1), uniform(0.1, 0.55), uniform(0.7, 1.0)
     from_colour = _hsv_to_rgb(hue, saturation, value)
-    to_colour = _hsv_to_rgb((hue + uniform(-0.12, 0.12)) % 1, saturation * uniform(0.5, 1), (value * uniform(0.85, 1.15)).clamp(0, 1))
+    hue = (hue + uniform(-0.12, 0.12)) % 1
+    to_colour = _hsv_to_rgb(hue, saturation * uniform(0.5, 1), (value * uniform(0.85, 1.15)).clamp(0, 1))
     direction = uniform(0, 2 * torch.pi)
     axis = torch.linspace(-1, 1, size, device=device)
     along = direction.cos()[:, None, None] * axis[None, None, :] + direction.sin()[:, None, None] * axis[None, :, None]

@@ -92,6 +92,12 @@ def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
     return total
 
 
+def channels_last(model: VQModel) -> VQModel:
+    """The model with its convolutions' weights laid out as GPUs like them."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
 class Average:
     """An exponential moving average of a module's parameters: what is shipped."""
 
@@ -116,7 +122,7 @@ class Average:
 
 
 class Update:
-    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the host is too slow for its launches.
+    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the host's launches take longer.
 
     The first calls run as they are, then one is captured (which does not execute it), and from then on the graph is replayed on
     copies of the inputs. The function must not wait for the device.
@@ -172,7 +178,7 @@ class TokenizerStage:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
         self.steps = plan.tokenizer_steps
         torch.manual_seed(plan.seed)
-        self.model = VQ_models["VQ-demo"]().to(self.device, memory_format=torch.channels_last)
+        self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
         self.optimizer = adamw(self.model.parameters(), self.device)
         self.average = Average(self.model, plan.ema_decay)
         self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool, device=self.device)
@@ -352,7 +358,7 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     tensors = {key: value.float() for key, value in load_file(path).items()}
     missing, unexpected = tokenizer.load_state_dict(tensors, strict=False)
     assert (missing, unexpected) == (["quantize.codebook_used"], []), f"{path} is not the demo tokenizer"
-    return tokenizer.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return channels_last(tokenizer.eval().requires_grad_(False).to(device))
 
 
 def parse_arguments() -> argparse.Namespace:

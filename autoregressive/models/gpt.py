@@ -78,6 +78,14 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
         self.resid_dropout = nn.Dropout(config.resid_dropout_p)
 
+    def setup_cache(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        """See `Transformer.setup_caches`."""
+        wanted = (max_batch_size, self.n_head, max_seq_length, self.head_size)
+        old = self.kv_cache.k_cache if self.kv_cache is not None else None
+        if old is None or (old.shape, old.dtype, old.device) != (wanted, dtype, device):
+            with torch.device(device):
+                self.kv_cache = KVCache(max_batch_size, max_seq_length, self.n_head, self.head_size, dtype)
+
     def forward(self, x: Tensor, rotary: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
         """x [batch, tokens, dim]; with input_pos the cache is written and read, without it attention is causal over x."""
         batch, tokens, dim = x.shape
@@ -163,14 +171,9 @@ class Transformer(nn.Module):
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         """Allocates KV caches of [max_batch_size, heads, max_seq_length, head_size]; kept when they have that shape already."""
         device = self.tok_embeddings.weight.device
-        wanted = (max_batch_size, self.config.n_head, max_seq_length, self.config.head_size)
         for block in self.layers:
-            cache = block.attention.kv_cache
-            if cache is None or cache.k_cache.shape != wanted or cache.k_cache.dtype != dtype or cache.k_cache.device != device:
-                with torch.device(device):
-                    block.attention.kv_cache = KVCache(
-                        max_batch_size, max_seq_length, self.config.n_head, self.config.head_size, dtype
-                    )
+            assert isinstance(block, TransformerBlock)
+            block.attention.setup_cache(max_batch_size, max_seq_length, dtype, device)
         self.causal_mask = torch.ones(max_seq_length, max_seq_length, dtype=torch.bool, device=device).tril()
 
     def forward(self, idx: Tensor | None = None, cond_idx: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
