@@ -77,3 +77,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     with pytest.raises(CheckpointError):
         load_models(settings, find_weights(settings))
+
+
+def test_the_model_that_ships_is_whole() -> None:
+    """Fails if the repository's own weights are missing, do not fit the demo model, or hold NaN."""
+    typed = ["--gpt-model", "GPT-demo", "--device", "cpu"]
+    settings = resolve_settings(build_parser("purpose", "command.py").parse_args(typed)).model
+    found = find_weights(settings)
+    assert found.trained
+    assert all(tensor.isfinite().all() for tensor in all_weights(load_models(settings, found)).values())
