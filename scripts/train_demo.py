@@ -315,8 +315,17 @@ def save_whole(path: Path, save: Callable[[Path], object]) -> None:
     os.replace(temporary, path)
 
 
-def train(name: str, stage: Stage, run_dir: Path, device: torch.device, deadline: float, save_every: int) -> bool:
-    """Runs a stage to its end or the deadline (a `time.monotonic` value), from the last saved state. True when it is done."""
+@dataclass(frozen=True)
+class Limits:
+    """When a run stops before its end, and how often it saves."""
+
+    deadline: float  # a `time.monotonic` value
+    stop_after: int  # steps of a stage in this run
+    save_every: int  # steps
+
+
+def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: Limits) -> bool:
+    """Runs a stage to its end or a limit, from the last saved state. True when it is done."""
     state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
     step = 0
     if state_path.exists():
@@ -329,7 +338,7 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, deadline
     def save(path: Path) -> None:
         torch.save({"stage": stage.state_dict(), "step": step}, path)
 
-    while step < stage.steps and time.monotonic() < deadline:
+    while step < stage.steps and step - first < limits.stop_after and time.monotonic() < limits.deadline:
         figures = stage.step(step)
         step += 1
         if step % 200 == 0 or step == stage.steps:
@@ -338,7 +347,7 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, deadline
             print(f"{name}: {json.dumps(line)}", flush=True)
             with log_path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
-        if step % save_every == 0:
+        if step % limits.save_every == 0:
             save_whole(state_path, save)
     save_whole(state_path, save)
     return step >= stage.steps
@@ -370,6 +379,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", help="where the weights go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
+    parser.add_argument("--stop-after", type=int, default=10**9, metavar="STEPS", help="of a stage; the same command resumes")
     parser.add_argument("--save-every", type=int, default=2000, metavar="STEPS")
     for field, default in Plan().__dict__.items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s")
@@ -386,23 +396,23 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU here; use --device cpu (hours)")
-    deadline = time.monotonic() + 60 * arguments.minutes
+    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
     sprites = load_sprites(arguments.font).to(device)
     vq_path, gpt_path = arguments.output_dir / "demo_vq.safetensors", arguments.output_dir / "demo_gpt.safetensors"
     if arguments.stage in ("all", "tokenizer"):
         tokenizer_stage = TokenizerStage(plan, sprites)
-        if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, deadline, arguments.save_every):
-            print("tokenizer: time is up; run the same command again to go on")
+        if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, limits):
+            print("tokenizer: stopped; the same command goes on")
             return
         export(tokenizer_stage.weights(), vq_path, f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}")
     if arguments.stage in ("all", "gpt"):
         if not vq_path.exists():
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
         gpt_stage = GPTStage(plan, sprites, load_tokenizer(vq_path, device))
-        if not train("gpt", gpt_stage, arguments.run_dir, device, deadline, arguments.save_every):
-            print("gpt: time is up; run the same command again to go on")
+        if not train("gpt", gpt_stage, arguments.run_dir, device, limits):
+            print("gpt: stopped; the same command goes on")
             return
         export(gpt_stage.weights(), gpt_path, f"GPT-demo, {plan.gpt_steps} steps, seed {plan.seed}")
 

@@ -1,0 +1,51 @@
+"""What several test files share: numerics, and the weights that the reference outputs were made with."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(autouse=True)
+def ieee_float32() -> Iterator[None]:
+    """TF32 can flip a greedy token; commands run in-process turn it on, so every test starts and ends without it."""
+
+    def turn_off() -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+    turn_off()
+    yield
+    turn_off()
+
+
+def reference_weights(model: nn.Module, seed: int) -> None:
+    """Fills a model with the weights that tests/reference was made with (its recipe is in tests/reference/README.md)."""
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key == "quantize.codebook_used":
+                continue
+            generator = torch.Generator().manual_seed((seed * 1000003 + zlib.crc32(key.encode())) % 2**63)
+            drawn = torch.randn(tensor.shape, generator=generator)
+            if "embedding" in key:
+                tensor.copy_(drawn)
+            elif tensor.dim() > 1:
+                tensor.copy_(drawn / float(np.prod(tensor.shape[1:])) ** 0.5)
+            else:
+                tensor.copy_(0.1 * drawn + (1.0 if key.endswith("weight") else 0.0))
+
+
+def load_reference(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A reference file's description and arrays."""
+    with np.load(REFERENCE / f"{name}.npz") as arrays:
+        values = {key: arrays[key] for key in arrays.files}
+    meta = json.loads(str(values.pop("meta"))) if "meta" in values else {}
+    return meta, values
