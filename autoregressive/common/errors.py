@@ -1,6 +1,7 @@
 """How a command ends when the mistake is the user's: one line on stderr, exit status 2, no traceback."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,10 +20,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's main function and exits: 0, 2 after a `UserError`, 130 after Ctrl-C."""
-    program = sys.argv[0].rsplit("/", 1)[-1]
+    """Runs a command's main function and exits: 0, 2 after a `UserError`, 130 after Ctrl-C, 141 when a reader left."""
+    program = os.path.basename(sys.argv[0])
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,8 @@ The honest baseline that the fast command is compared with. Flags, defaults and 
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from autoregressive.common.errors import UserError, run_command
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
 
@@ -71,7 +73,8 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
     labels = torch.tensor(settings.labels, device=device)
     torch.manual_seed(sampling.seed)
     started = _now(device)
-    with tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=None) as bar:  # None: only on a terminal
+    # disable=None: a bar on a terminal only
+    with tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=None) as bar, threads_that_pay(gpt.config, device):
         codes = generate(
             gpt,
             labels,
@@ -85,6 +88,18 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
         )
     print(f"gpt sampling takes about {_now(device) - started:.2f} seconds.")
     return codes
+
+
+@contextmanager
+def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and config.dim < 512:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
