@@ -1,7 +1,6 @@
 """What needs a GPU, beyond the reference outputs: `pytest -m gpu`. The commands run as users type them."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,8 +26,7 @@ CUDA = torch.device("cuda")
 
 def run_command(*typed: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "autoregressive/sample/sample_c2i.py", *typed]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def demo_gpt() -> Transformer:
