@@ -8,12 +8,13 @@ of an unbroken one on the same machine and versions.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +22,11 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render_batch, step_generator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.errors import OneLineParser, UserError, run_command
 from autoregressive.models.gpt import GPT_models
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
@@ -54,6 +56,7 @@ class Stage(Protocol):
     """One thing to train. `step` changes the state in place and returns figures to log."""
 
     steps: int
+    made_with: dict[str, Any]  # what a saved state must have been made with to be resumed
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Runs one optimisation step."""
@@ -176,7 +179,7 @@ class TokenizerStage:
 
     def __init__(self, plan: Plan, sprites: Tensor) -> None:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
-        self.steps = plan.tokenizer_steps
+        self.steps, self.made_with = plan.tokenizer_steps, asdict(plan)
         torch.manual_seed(plan.seed)
         self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
         self.optimizer = adamw(self.model.parameters(), self.device)
@@ -248,9 +251,11 @@ class TokenizerStage:
 class GPTStage:
     """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance works."""
 
-    def __init__(self, plan: Plan, sprites: Tensor, tokenizer: VQModel) -> None:
+    def __init__(self, plan: Plan, sprites: Tensor, tokenizer_path: Path) -> None:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
         self.steps = plan.gpt_steps
+        self.made_with = asdict(plan) | {"tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()}
+        tokenizer = load_tokenizer(tokenizer_path, self.device)
         grid = IMAGE_SIZE // tokenizer.config.downsample_size
         model = GPT_models["GPT-demo"](
             vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites)
@@ -330,13 +335,16 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
     step = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
+        different = [key for key, value in stage.made_with.items() if state["made_with"].get(key) != value]
+        if different:
+            raise UserError(f"{state_path} was made with another {', '.join(different)}: use the same values or another --run-dir")
         stage.load_state_dict(state["stage"])
         step = state["step"]
         print(f"{name}: resuming at step {step}", flush=True)
     started, first = time.monotonic(), step
 
     def save(path: Path) -> None:
-        torch.save({"stage": stage.state_dict(), "step": step}, path)
+        torch.save({"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, path)
 
     while step < stage.steps and step - first < limits.stop_after and time.monotonic() < limits.deadline:
         figures = stage.step(step)
@@ -356,18 +364,18 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
 def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     """Writes weights in float16 as safetensors, whole or not at all."""
     tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in weights.items()}
-    metadata = {"description": description, "data": "rendered from Noto Color Emoji (SIL Open Font License 1.1)"}
+    # One entry only: safetensors writes several in random order, and equal weights would make unequal files.
+    metadata = {"description": f"{description}; data rendered from Noto Color Emoji (SIL Open Font License 1.1)"}
     save_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
 def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     """The exported tokenizer, in float32."""
-    tokenizer = VQ_models["VQ-demo"]()
-    tensors = {key: value.float() for key, value in load_file(path).items()}
-    missing, unexpected = tokenizer.load_state_dict(tensors, strict=False)
-    assert (missing, unexpected) == (["quantize.codebook_used"], []), f"{path} is not the demo tokenizer"
-    return channels_last(tokenizer.eval().requires_grad_(False).to(device))
+    with torch.device("meta"):
+        tokenizer = VQ_models["VQ-demo"]()
+    load_weights(tokenizer, path, device=device, dtype=torch.float32)
+    return channels_last(tokenizer.eval().requires_grad_(False))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -381,7 +389,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
     parser.add_argument("--stop-after", type=int, default=10**9, metavar="STEPS", help="of a stage; the same command resumes")
     parser.add_argument("--save-every", type=int, default=2000, metavar="STEPS")
-    for field, default in Plan().__dict__.items():
+    for field, default in asdict(Plan()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s")
     return parser.parse_args()
 
@@ -389,7 +397,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Trains what is not trained yet and exports it."""
     arguments = parse_arguments()
-    plan = Plan(**{field: getattr(arguments, field) for field in Plan().__dict__})
+    plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch._inductor.config.deterministic = True  # else reductions are tuned by timing, and the last bits vary
@@ -410,7 +418,7 @@ def main() -> None:
     if arguments.stage in ("all", "gpt"):
         if not vq_path.exists():
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
-        gpt_stage = GPTStage(plan, sprites, load_tokenizer(vq_path, device))
+        gpt_stage = GPTStage(plan, sprites, vq_path)
         if not train("gpt", gpt_stage, arguments.run_dir, device, limits):
             print("gpt: stopped; the same command goes on")
             return

@@ -11,7 +11,7 @@ import torch
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, SPRITE_SIZE, load_sprites, render, render_batch, step_generator
 from evaluate_demo import blurred, load_models, mean_pairwise_distance
 from safetensors import safe_open
-from train_demo import GPTStage, Limits, Plan, Stage, TokenizerStage, export, load_tokenizer, train
+from train_demo import GPTStage, Limits, Plan, Stage, TokenizerStage, export, train
 
 from autoregressive.common.demo_classes import DEMO_EMOJI
 from autoregressive.common.errors import UserError
@@ -33,7 +33,7 @@ def stage_of(name: str, folder: Path) -> Stage:
     if name == "tokenizer":
         return TokenizerStage(SMALL, made_up_sprites())
     export(TokenizerStage(SMALL, made_up_sprites()).weights(), folder / "vq.safetensors", "test")
-    return GPTStage(SMALL, made_up_sprites(), load_tokenizer(folder / "vq.safetensors", CPU))
+    return GPTStage(SMALL, made_up_sprites(), folder / "vq.safetensors")
 
 
 def trained(name: str, folder: Path, steps_at_a_time: int) -> dict[str, torch.Tensor]:
@@ -60,6 +60,24 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_unbroken_one(name: 
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
     start = stage_of(name, tmp_path).weights()
     assert any(not torch.equal(whole[key], start[key]) for key in whole), "nothing was trained"
+
+
+def test_a_state_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
+    """Weights of seed 0 would be exported as seed 1's."""
+    trained("tokenizer", tmp_path / "run", steps_at_a_time=3)
+    other = TokenizerStage(replace(SMALL, seed=1), made_up_sprites())
+    with pytest.raises(UserError, match="another seed"):
+        train("tokenizer", other, tmp_path / "run", CPU, Limits(float("inf"), 3, 1000))
+
+
+def test_no_two_steps_of_the_default_plans_draw_the_same_pictures() -> None:
+    """A checksum of 32 bits may collide: then a picture would be trained on twice, or tested after training."""
+    plan = Plan()
+    streams = {"tokenizer": plan.tokenizer_steps, "gpt": plan.gpt_steps}
+    keys = [step_generator(0, name, step, CPU).initial_seed() for name, steps in streams.items() for step in range(steps)]
+    judge = [("classifier training", step) for step in range(2000)] + [("classifier test", 0), ("distance", 0)]
+    keys += [step_generator(1, name, step, CPU).initial_seed() for name, step in judge]
+    assert len(set(keys)) == len(keys)
 
 
 def test_pictures_depend_on_seed_stream_and_step_alone() -> None:
@@ -110,7 +128,15 @@ def test_the_shipped_files_are_small_enough_and_say_what_they_are() -> None:
     assert sum(sizes) <= 30e6
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            assert "SIL Open Font License" in tensors.metadata()["data"]
+            assert "SIL Open Font License" in tensors.metadata()["description"]
+
+
+def test_equal_weights_make_equal_files(tmp_path: Path) -> None:
+    """Two runs from one seed are compared by their files' digests."""
+    weights = stage_of("tokenizer", tmp_path).weights()
+    for i in range(6):
+        export(weights, tmp_path / f"{i}.safetensors", "test")
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
 
 
 @needs_font
@@ -140,9 +166,9 @@ def test_the_shipped_transformer_knows_the_classes() -> None:
     assert right.mean() < none.mean() < wrong.mean()
 
 
-def test_a_missing_demo_weight_says_how_to_get_it(tmp_path: Path) -> None:
+def test_missing_demo_weights_are_one_line(tmp_path: Path) -> None:
     """The evaluation of an empty folder must not end in a traceback."""
-    with pytest.raises(UserError, match="train it with"):
+    with pytest.raises(UserError, match="demo_vq"):
         load_models(tmp_path, CPU)
 
 

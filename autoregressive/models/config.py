@@ -12,7 +12,7 @@ class GPTConfig:
     """Everything that fixes a transformer's parameters and positions. Field names are LlamaGen's.
 
     Raises:
-        ValueError: the width does not divide into heads of even size, `block_size` is no square, or a field is unsupported.
+        ValueError: the heads' size is no multiple of 4, `block_size` is no square, or a field is unsupported.
     """
 
     dim: int
