@@ -4,7 +4,6 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -12,17 +11,8 @@ import torch
 from PIL import Image, ImageFont
 
 from autoregressive.common.errors import UserError
-from autoregressive.common.images import (
-    JSON_KEY,
-    check_file,
-    check_folder,
-    individual_file,
-    picture_grid,
-    save_codes,
-    save_png,
-    shortened,
-    write_whole,
-)
+from autoregressive.common.files import check_file, check_folder, write_whole
+from autoregressive.common.images import JSON_KEY, individual_file, picture_grid, save_codes, save_png, shortened
 
 
 def constant_images(*values: float, side: int = 8) -> torch.Tensor:
@@ -103,8 +93,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, fai
     path = tmp_path / "x.png"
     path.write_bytes(b"old")
 
-    def write(file: BinaryIO) -> None:
-        file.write(b"half")
+    def write(file: Path) -> None:
+        assert (file.parent, file.suffix) == (tmp_path, ".png")
+        file.write_bytes(b"half")
         raise failure
 
     with pytest.raises(UserError if isinstance(failure, OSError) else type(failure)):
@@ -118,7 +109,7 @@ def test_a_link_stays_a_link_and_the_file_is_readable_by_others(tmp_path: Path) 
     (tmp_path / "link.png").symlink_to(tmp_path / "target.png")
     umask = os.umask(0o022)
     try:
-        write_whole(tmp_path / "link.png", lambda file: file.write(b"new"))
+        write_whole(tmp_path / "link.png", lambda file: file.write_bytes(b"new"))
     finally:
         os.umask(umask)
     assert (tmp_path / "link.png").is_symlink()
@@ -143,6 +134,21 @@ def test_an_unwritable_output_is_found_before_the_work(tmp_path: Path, name: str
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=complaint):
         check_file("--output", tmp_path / name, ".png")
+
+
+def test_a_link_to_itself_is_found_before_the_work(tmp_path: Path) -> None:
+    """Fails if a ring of links ends in a traceback, or is silently replaced."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(UserError, match="leads to itself"):
+        check_file("--output", tmp_path / "loop.png", ".png")
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".png", "x." + "n" * 300, "n" * 300 + "/x.png"])
+def test_a_name_that_the_disk_refuses_is_one_line(tmp_path: Path, name: str) -> None:
+    """Fails if tidying up after the error raises another one."""
+    with pytest.raises(UserError, match="cannot write"):
+        write_whole(tmp_path / name, lambda file: file.write_bytes(b"new"))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")

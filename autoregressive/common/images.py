@@ -1,16 +1,12 @@
 """Pictures on disk: the grid, captions, and a PNG that says how it was made.
 
-Pixels are [images, 3, height, width] in -1..1, as the tokenizer's decoder gives them. A file is whole or is not there:
-it is written under another name in the same folder and moved into place.
+Pixels are [images, 3, height, width] in -1..1, as the tokenizer's decoder gives them. A file is whole or is not there.
 """
 
 import json
-import os
 import re
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from autoregressive.common.errors import UserError
+from autoregressive.common.files import write_whole
 
 IMAGES_PER_ROW = 4
 JSON_KEY = "llamagen"  # of the PNG's text; "parameters" has the same for people
@@ -94,52 +90,3 @@ def individual_file(folder: Path, image: int, label: int, class_name: str, *, tr
     """The file of one image: its place in the batch, class id and name, and "untrained" where the picture is noise."""
     words = re.sub(r"[^a-z0-9]+", "_", class_name.lower()).strip("_")
     return folder / f"{image:04d}_{label}_{words}{'' if trained else '_untrained'}.png"
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write` with a new file beside `path`, then moves it there; on any error `path` stays as it was.
-
-    Raises:
-        UserError: the folder or the disk does not take the file.
-    """
-    path = path.resolve()  # a link stays one: its target is replaced
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with unfinished.open("xb") as file:
-            write(file)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def check_file(flag: str, path: Path, suffix: str) -> None:
-    """Finds out before any long work whether `write_whole` will be able to write the file; leaves nothing behind.
-
-    Raises:
-        UserError: wrong suffix, a folder, no such folder, or no right to write there.
-    """
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
-    check_folder(flag, path.parent)
-    try:
-        if path.is_dir():
-            raise UserError(f"{flag} {path}: this is a folder; give a file's name")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{flag} {path}: this file is write-protected; choose another name")
-        check_folder(flag, path.resolve().parent)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
-
-
-def check_folder(flag: str, folder: Path) -> None:
-    """Raises `UserError` unless a file can be made in this folder."""
-    probe = folder / f".{secrets.token_hex(8)}.part"
-    try:
-        if not folder.is_dir():
-            raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})") from error

@@ -16,7 +16,7 @@ import torch
 from autoregressive.common.classes import ClassNames, numbered_classes
 from autoregressive.common.defaults import ModelDefaults, model_defaults
 from autoregressive.common.errors import UserError
-from autoregressive.common.images import check_file, check_folder
+from autoregressive.common.files import check_file, check_folder
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
