@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_reference
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, SPRITE_SIZE, load_sprites, render, render_batch, step_generator
 from evaluate_demo import blurred, load_models, mean_pairwise_distance
 from safetensors import safe_open
@@ -139,21 +140,25 @@ def test_equal_weights_make_equal_files(tmp_path: Path) -> None:
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1
 
 
-@needs_font
+def recorded_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of the data that were rendered once, so that no font is needed: ([8, 3, 128, 128] in -1..1, labels [8])."""
+    _, arrays = load_reference("demo_pictures")
+    return torch.from_numpy(arrays["pixels"]).float() / 127.5 - 1, torch.from_numpy(arrays["labels"])
+
+
 def test_the_shipped_tokenizer_keeps_what_it_encodes() -> None:
     """The wrong weights, or a decoder that no longer fits them, would blur or scramble every picture."""
     _, tokenizer = load_models(ROOT / "pretrained_models", CPU)
-    pictures, _ = render_batch(load_sprites(DEFAULT_FONT), 8, seed=7, stream="test", step=0)
+    pictures, _ = recorded_pictures()
     with torch.no_grad():
         made = tokenizer(pictures)[0].clamp(-1, 1)
     assert 10 * torch.log10(4 / (made - pictures).square().mean()) > 27
 
 
-@needs_font
 def test_the_shipped_transformer_knows_the_classes() -> None:
     """Codes of a picture must be likelier under its own class than under another; "no class" lies between, for guidance."""
     gpt, tokenizer = load_models(ROOT / "pretrained_models", CPU)
-    pictures, labels = render_batch(load_sprites(DEFAULT_FONT), 12, seed=8, stream="test", step=0)
+    pictures, labels = recorded_pictures()
     with torch.no_grad():
         codes = tokenizer.encode(pictures).codes.flatten(1)
 
@@ -164,6 +169,15 @@ def test_the_shipped_transformer_knows_the_classes() -> None:
         right, wrong, none = surprise(labels), surprise((labels + 7) % 64), surprise(torch.full_like(labels, 64))
     assert (right < wrong).all()
     assert right.mean() < none.mean() < wrong.mean()
+
+
+@needs_font
+def test_the_font_still_draws_the_recorded_pictures() -> None:
+    """Another version of the font, or a change of the renderer, would make another data set."""
+    pictures, labels = recorded_pictures()
+    drawn, drawn_labels = render_batch(load_sprites(DEFAULT_FONT), 8, seed=7, stream="test", step=0)
+    assert torch.equal(drawn_labels, labels)
+    assert (drawn - pictures).abs().mean() < 0.01
 
 
 def test_missing_demo_weights_are_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""The README is true: its Python example runs, its flags and files exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from autoregressive.common.arguments import build_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_draws_a_picture(tmp_path: Path) -> None:
+    """The first thing that a reader copies must work, from the repository's root."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = code.replace('"dog_and_fox.png"', repr(str(tmp_path / "x.png")))
+    one_thread = "import torch\ntorch.set_num_threads(1)\n"
+    done = subprocess.run([sys.executable, "-c", one_thread + code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (262, 132)
+
+
+def test_every_flag_is_in_the_table_and_every_row_is_a_flag() -> None:
+    """A flag that was added, renamed or removed must not leave the README behind."""
+    parser = build_parser("purpose", "command.py")
+    flags = {text for action in parser._actions for text in action.option_strings if text.startswith("--")} - {"--help"}
+    table = README.split("## Flags")[1].split("## From Python")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
+    assert {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)} == flags
+
+
+def test_every_file_that_the_docs_name_exists() -> None:
+    """A link or command that leads nowhere."""
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "pretrained_models" / "README.md"]:
+        text = document.read_text()
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
+            assert (document.parent / link).exists(), (document, link)
+        for script in re.findall(r"python ((?:scripts|autoregressive)/[\w/]+\.py)", text):
+            assert (ROOT / script).exists(), (document, script)
