@@ -4,8 +4,10 @@ import os
 import pickle
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from torch import distributed
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from autoregressive.common.checkpoint import CheckpointError, load_weights
+from autoregressive.common.sharded import _BadMetadataError, _check_chunks
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 
@@ -226,36 +236,207 @@ def test_refusal_needs_no_assertions(directory: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_path: Path) -> None:
-    """The library loads entries that are no tensors without care, so none may ever be asked for."""
+# --- hostile metadata made of allowed names alone ---
 
+MODULE = "torch.distributed.checkpoint.metadata"
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def named(name: str, module: str = MODULE) -> bytes:
+    return text(module) + text(name) + pickle.STACK_GLOBAL
+
+
+def called(function: bytes, *arguments: bytes) -> bytes:
+    return function + b"(" + b"".join(arguments) + b"tR"
+
+
+def mapping(*items: bytes) -> bytes:
+    return b"}(" + b"".join(items) + b"u"
+
+
+def altered(target: bytes, attribute: str, value: bytes) -> bytes:
+    """A state for slots: the standard library would do setattr(target, attribute, value)."""
+    return target + b"(N" + mapping(text(attribute), value) + b"tb0"
+
+
+def shape(*sides: int) -> bytes:
+    return called(named("Size", "torch"), b"](" + b"".join(map(number, sides)) + b"e")
+
+
+def altering_metadata(genuine: bytes) -> bytes:
+    """Takes effect on the classes, then describes the checkpoint as it is."""
+    assert genuine.startswith(b"\x80\x04")
+    return b"\x80\x04" + altered(named("Metadata"), "__len__", named("Size", "torch")) + genuine[2:]
+
+
+def disguised_metadata(shard: Path) -> bytes:
+    """An entry that is a tensor when it is checked and a pickle, which the library executes, when it is read."""
+    name = text("norm.weight")
+    chunk = called(named("ChunkStorageMetadata"), shape(0), shape(32))
+    disguise = mapping(
+        text("__class__"), named("BytesStorageMetadata"), text("size"), shape(32), text("offset"), b"N", text("index"), b"N",
+        text("properties"), called(named("TensorProperties"), named("float32", "torch")), text("chunks"), b"](" + chunk + b"e",
+        text("fqn"), name,
+    )  # fmt: skip
+    place = (text(shard.name), number(0), number(shard.stat().st_size))
+    info = called(named("_StorageInfo", "torch.distributed.checkpoint.filesystem"), *place)
+    return b"".join([
+        b"\x80\x04",
+        altered(named("_MEM_FORMAT_ENCODING"), "_value2member_map_", disguise),
+        altered(named("TensorStorageMetadata"), "__getattribute__", named("_MEM_FORMAT_ENCODING")),
+        altered(named("MetadataIndex"), "__getattribute__", named("_MEM_FORMAT_ENCODING")),
+        called(
+            named("Metadata"), mapping(name, named("TensorStorageMetadata") + b")\x81"), b"N",
+            mapping(called(named("MetadataIndex"), name), info),
+        ),
+        b".",
+    ])  # fmt: skip
+
+
+UNALTERED = """
+import pickle, sys
+from pathlib import Path, PurePosixPath
+import torch
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from autoregressive.common.checkpoint import CheckpointError, load_weights
+from autoregressive.models.gpt import GPT_models
+known = [cls for cls in vars(metadata).values() if isinstance(cls, type)] + [_StorageInfo, PurePosixPath]
+def state():
+    return [{key: id(value) for key, value in vars(cls).items()} for cls in known], dict(metadata._MEM_FORMAT_ENCODING._value2member_map_)
+before = state()
+with torch.device("meta"):
+    model = GPT_models["GPT-demo"]()
+try:
+    load_weights(model, Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.float32)
+except CheckpointError as error:
+    print(error)
+if state() != before:
+    sys.exit(3)
+pickle.loads((Path(sys.argv[1]) / ".metadata").read_bytes())
+sys.exit(4 if state() != before else 5)
+"""
+
+
+@pytest.mark.parametrize("optimized", [[], ["-O"]])
+@pytest.mark.parametrize("attack", ["altering", "disguised"])
+def test_metadata_cannot_alter_the_classes_it_may_name(
+    directory: Path, tmp_path: Path, attack: str, optimized: list[str]
+) -> None:
+    """Allowed classes are no protection by themselves: altered, they call what the file says."""
+    shard, file = directory / "__0_0.distcp", directory / ".metadata"
+    with shard.open("wb") as stream:
+        torch.save({"a": Hostile(tmp_path / "executed"), "pad": torch.zeros(1000)}, stream)
+    file.write_bytes(altering_metadata(file.read_bytes()) if attack == "altering" else disguised_metadata(shard))
+    command = [sys.executable, *optimized, "-c", UNALTERED, str(directory)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # 4: unaltered after the refusal, altered by the standard library, so the file is hostile indeed.
+    assert finished.returncode == 4, finished.stdout + finished.stderr
+    assert "refused, this is not what describes a checkpoint: it changes a _Name" in finished.stdout
+    assert not (tmp_path / "executed").exists()
+
+
+SIZE = named("Size", "torch")
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        called(text("text"), text("text")),
+        SIZE + b"NR",
+        b"(itorch\nSize\n",
+        b"(" + SIZE + b"o",
+        SIZE + b")}\x92",
+        b"ctorch\nSize\n",
+        b"\x82\x01",
+        b"\x84\x01\x00\x00\x00",
+        b"Pname\n",
+        text("name") + b"Q",
+        b"}" + mapping(text("a"), number(1)) + b"b",
+        called(named("Metadata")) + mapping(text("a"), number(1)) + b"b" + mapping() + b"b",
+        b")" + b"\x85" * 10**6 + b"\x94}h\x00Ns",
+        b"}(" + b")" + b"\x85" * 10**6 + b"Nu",
+        named("getattr", "builtins"),
+        named("Metadata.__init__.__globals__"),
+    ],
+    ids=[
+        "call of a text", "call without a tuple", "INST", "OBJ", "NEWOBJ_EX", "GLOBAL", "EXT1", "EXT4", "PERSID", "BINPERSID",
+        "state of a dictionary", "state twice", "deep key", "deep keys", "getattr", "dotted name",
+    ],
+)  # fmt: skip
+def test_instructions_that_no_metadata_needs_are_refused(directory: Path, instructions: bytes) -> None:
+    file = directory / ".metadata"
+    file.write_bytes(b"\x80\x04" + instructions + b"0" + file.read_bytes()[2:])
+    assert "refused, this is not what describes a checkpoint: " in error_of(directory)
+
+
+@pytest.mark.parametrize("value", [True, "text", 1.0, -1, 2**63, None, (1,)])
+def test_sides_of_a_weight_are_whole_numbers_of_a_plain_kind(directory: Path, value: Any) -> None:
     def change(metadata: Metadata) -> None:
-        metadata.state_dict_metadata["model.norm.weight"] = BytesStorageMetadata()
+        entry = metadata.state_dict_metadata["model.norm.weight"]
+        assert isinstance(entry, TensorStorageMetadata)
+        entry.size = Sides(value)  # type: ignore[assignment]
 
     rewrite_metadata(directory, change)
-    with (directory / "__0_0.distcp").open("wb") as stream:
+    assert ".metadata: " in error_of(directory)
+
+
+class Sides:
+    """Pickled, it says that it is a torch.Size."""
+
+    def __init__(self, *sides: Any) -> None:
+        self.sides = sides
+
+    def __reduce__(self) -> tuple[object, tuple[Any]]:
+        return torch.Size, (self.sides,)
+
+
+# --- hostile shards ---
+
+
+def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_path: Path) -> None:
+    """The library loads entries that are no tensors without care, so none may ever be asked for."""
+    name, shard = "model.norm.weight", directory / "__0_0.distcp"
+    start = shard.stat().st_size
+    with shard.open("ab") as stream:
         torch.save(Hostile(tmp_path / "executed"), stream)
-    error_of(directory)
+
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(name)] = _StorageInfo(shard.name, start, shard.stat().st_size - start)
+
+    rewrite_metadata(directory, change)
+    assert "1 of 18 weights are missing: norm.weight" in error_of(directory)
     assert not (tmp_path / "executed").exists()
+    with pytest.raises(CheckpointException):  # it executes and is no weight
+        dcp.load({name: None}, checkpoint_id=directory, no_dist=True)
+    assert (tmp_path / "executed").exists()
 
 
 def test_a_shard_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
     shard = directory / "__0_0.distcp"
     with shard.open("wb") as stream:
-        torch.save(Hostile(tmp_path / "executed"), stream)
-        size = stream.tell()
-        stream.write(bytes(10**6))
+        torch.save({"a": Hostile(tmp_path / "executed"), "pad": torch.zeros(10**5)}, stream)
 
     def change(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             if info.relative_path == shard.name:
-                info.offset, info.length = 0, size
-        entry = metadata.state_dict_metadata["model.norm.weight"]
-        assert isinstance(entry, TensorStorageMetadata)
+                info.offset, info.length = 0, shard.stat().st_size
 
     rewrite_metadata(directory, change)
-    error_of(directory)
+    message = error_of(directory)
+    assert "holds more than weights and could run code (posix.mkdir)" in message
+    assert "weights_only" not in message  # torch's advice would execute the file
     assert not (tmp_path / "executed").exists()
+    torch.load(shard, weights_only=False)
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("elsewhere", ["../copy/__0_0.distcp", "/etc/passwd", "..", "", "a\0b", 7])
@@ -289,14 +470,41 @@ def spoil(entry: TensorStorageMetadata) -> None:
     entry.chunks = "text"  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("damage", [forget_a_chunk, repeat_a_chunk, move_a_chunk, enlarge, spoil])
+def overlap_chunks(entry: TensorStorageMetadata) -> None:
+    """Of 33 rows 17 and 16: the second part starts in the first, so that the last rows are in none."""
+    entry.chunks[1].offsets = torch.Size([8, 0])
+
+
+@pytest.mark.parametrize("damage", [forget_a_chunk, repeat_a_chunk, move_a_chunk, overlap_chunks, enlarge, spoil])
 def test_chunks_that_do_not_cover_a_weight_are_refused(directory: Path, damage: Callable[[TensorStorageMetadata], None]) -> None:
     """What no chunk covers would stay uninitialised memory."""
 
     def change(metadata: Metadata) -> None:
         entry = metadata.state_dict_metadata["model.output.weight"]
         assert isinstance(entry, TensorStorageMetadata)
+        places = [metadata.storage_data[MetadataIndex("model.output.weight", chunk.offsets)] for chunk in entry.chunks]
         damage(entry)
+        for chunk, place in zip(entry.chunks, places, strict=False):
+            if isinstance(chunk, ChunkStorageMetadata):
+                metadata.storage_data[MetadataIndex("model.output.weight", chunk.offsets)] = place
 
     rewrite_metadata(directory, change)
-    assert ".metadata" in error_of(directory)
+    message = error_of(directory)
+    assert ".metadata: " in message
+    assert damage is not overlap_chunks or "overlap" in message
+
+
+def grid(rows: int, columns: int) -> list[ChunkStorageMetadata]:
+    return [ChunkStorageMetadata(torch.Size([2 * i, 3 * j]), torch.Size([2, 3])) for i in range(rows) for j in range(columns)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4000), (4000, 1), (60, 70)])
+def test_parts_of_thousands_of_ranks_are_compared_quickly(rows: int, columns: int) -> None:
+    """Each part against each other would be millions of comparisons a weight, in Python."""
+    size, chunks = torch.Size([2 * rows, 3 * columns]), grid(rows, columns)
+    start = time.process_time()
+    _check_chunks("weight", size, chunks)
+    assert time.process_time() - start < 2
+    chunks[-1] = chunks[0]
+    with pytest.raises(_BadMetadataError, match="overlap"):
+        _check_chunks("weight", size, chunks)

@@ -7,7 +7,6 @@ device; no pickle may build anything but tensors, plain containers and `argparse
 import argparse
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from autoregressive.common.weight_source import (
     WRAPPERS,
     CheckpointError,
     WeightSource,
+    named_in_refusal,
     no_averaged_weights,
     plain_names,
     select_flattened,
@@ -143,11 +143,11 @@ def _read_pickled(path: Path, memory_mapped: bool) -> object:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_mapped)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+        named = named_in_refusal(error)
         if named is None:
             raise CheckpointError(f"{path}: is damaged or not a checkpoint; download it again") from error
         raise CheckpointError(
-            f"{path}: refused, it holds more than weights and could run code ({named[1] or named[2]}); "
+            f"{path}: refused, it holds more than weights and could run code ({named}); "
             "use a file that you trust to hold weights alone"
         ) from error
     except Exception as error:  # a damaged archive or pickle can raise anything
@@ -182,7 +182,7 @@ def _is_plain_tensor(value: object) -> bool:
 
 def _source(path: Path, tensors: Mapping[str, Tensor], is_fsdp: bool) -> WeightSource:
     def read_into(name: str, target: Tensor) -> None:
-        target.copy_(tensors[name].detach())
+        target.copy_(Tensor.detach(tensors[name]))  # a Parameter in a pickle can carry attributes of such names
 
     return WeightSource(
         path=path,

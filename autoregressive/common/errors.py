@@ -1,6 +1,7 @@
-"""How a command ends when the mistake is the user's: one line on stderr, exit status 2, no traceback."""
+"""How a command ends when something is amiss that is not its own bug: one line on stderr, no traceback."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,19 +20,42 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
 
 
+def tell(message: str) -> None:
+    """Prints on stderr; nothing where it is closed or broken, for no work should fail over a message."""
+    if sys.stderr is not None:  # print would take None for stdout
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command's main function and exits: 0, 2 after a `UserError`, 130 after Ctrl-C, 141 when a reader left."""
+    """Runs a command's main function and exits.
+
+    The status is 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after Ctrl-C; 141 when
+    whoever read stdout has left.
+    """
     program = os.path.basename(sys.argv[0])
+    status = 0
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        status = 141
+    except (UserError, OSError) as error:
+        tell(f"{program}: error: {' '.join(str(error).split())}")
+        status = 2
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        tell(f"\n{program}: interrupted")
+        status = 130
+    _leave_stdout_flushed()
+    sys.exit(status)
+
+
+def _leave_stdout_flushed() -> None:
+    """Drops what stdout does not take: the interpreter would try once more at its end, and complain."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

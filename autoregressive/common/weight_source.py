@@ -4,6 +4,7 @@ Nothing is read until it is asked for, and then one tensor at a time, so that me
 weights.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,12 @@ def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
         if other != name:
             raise CheckpointError(f"{path}: holds {plain_name(name)} twice, as {other} and as {name}")
     return plain
+
+
+def named_in_refusal(error: Exception) -> str | None:
+    """The class or function over which torch refused to unpickle a file; None if it failed over something else."""
+    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+    return (named[1] or named[2]) if named else None
 
 
 def no_averaged_weights(path: Path) -> CheckpointError:

@@ -14,13 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.common.arguments import build_parser
-from autoregressive.common.errors import UserError, run_command
+from autoregressive.common.errors import UserError, run_command, tell
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
+
+_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 
@@ -38,22 +40,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = resolve_settings(arguments)
     found = find_weights(settings.model)
     set_numerics(settings)
+    device = settings.model.device
     try:
         models = load_models(settings.model, found)
         warning = untrained_warning(settings.model, found)
         if warning is not None:
-            print(warning, file=sys.stderr)
+            tell(warning)
+        started = _now(device)
         codes = draw_codes(models, settings)
+        drawn = _now(device)
         pixels = decode(models, codes, settings)
+        decoded = _now(device)
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
     except RuntimeError as error:
         raise _mendable(error, settings) from error
-    print(f"image is saved to {save_results(settings, found, codes, pixels)}")
+    grid = save_results(settings, found, codes, pixels)
+    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
+    print(f"gpt sampling takes about {drawn - started:.2f} seconds.")
+    print(f"decoder takes about {decoded - drawn:.2f} seconds.")
+    print(f"image is saved to {grid}")
 
 
 def set_numerics(settings: Settings) -> None:
-    """TF32, deterministic convolutions and the seed, as LlamaGen's command sets them."""
+    """TF32 and deterministic convolutions, as LlamaGen's command sets them."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = True
@@ -63,19 +73,19 @@ def set_numerics(settings: Settings) -> None:
 
 
 def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
-    """Draws the tokens of every picture in one batch: int32 [images, tokens]. Prints how long it took."""
+    """Draws the tokens of every picture in one batch: int32 [images, tokens]."""
     sampling, device, tokens = settings.sampling, settings.model.device, settings.model.tokens_per_image
     images = len(settings.labels)
     gpt = models.gpt
     if settings.compile:
-        print("compiling the model; the sampling time below includes it", file=sys.stderr)
+        tell("compiling the model; the sampling time will include it")
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
     labels = torch.tensor(settings.labels, device=device)
     torch.manual_seed(sampling.seed)
-    started = _now(device)
-    # disable=None: a bar on a terminal only
-    with tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=None) as bar, threads_that_pay(gpt.config, device):
-        codes = generate(
+    hidden = True if sys.stderr is None else None  # None: a bar on a terminal only
+    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=hidden)
+    with bar, threads_that_pay(gpt.config, device):
+        return generate(
             gpt,
             labels,
             tokens,
@@ -86,15 +96,13 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
             top_p=sampling.top_p,
             on_token=lambda _: bar.update(images),
         )
-    print(f"gpt sampling takes about {_now(device) - started:.2f} seconds.")
-    return codes
 
 
 @contextmanager
 def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
     """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
     before = torch.get_num_threads()
-    if device.type == "cpu" and config.dim < 512:
+    if device.type == "cpu" and config.dim < _NARROW:
         torch.set_num_threads(1)
     try:
         yield
@@ -104,12 +112,9 @@ def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def decode(models: LoadedModels, codes: Tensor, settings: Settings) -> Tensor:
-    """Codes -> pixels [images, 3, height, width], about -1..1. Prints how long it took."""
-    device, model = settings.model.device, settings.model
-    started = _now(device)
-    pixels = models.vq.decode_code(codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid])
-    print(f"decoder takes about {_now(device) - started:.2f} seconds.")
-    return pixels
+    """Codes -> pixels [images, 3, height, width], about -1..1."""
+    model = settings.model
+    return models.vq.decode_code(codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid])
 
 
 def _now(device: torch.device) -> float:
