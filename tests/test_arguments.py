@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from autoregressive.common.arguments import build_parser
+from autoregressive.common.devices import resolve_device
 from autoregressive.common.errors import UserError
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.settings import Settings, list_classes, resolve_settings
-from autoregressive.common.weights import DEMO_GPT, DEMO_VQ, find_weights, untrained_warning
+from autoregressive.common.weights import DEMO_GPT, DEMO_VQ, FoundWeights, find_weights, untrained_warning
 
 
 def parsed(*typed: str) -> argparse.Namespace:
@@ -128,8 +129,10 @@ def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], exp
         ("--top-p nan", "--top-p nan"),
         ("--top-k -1", "--top-k -1: must be 0 "),
         ("--top-k 1025", "1024"),
-        ("--cfg-scale -1", "--cfg-scale -1.0: must be a finite number, 0 or more"),
+        ("--cfg-scale -1", "--cfg-scale -1.0: must be 0 to 1000"),
         ("--cfg-scale inf", "--cfg-scale inf"),
+        ("--cfg-scale nan", "--cfg-scale nan"),
+        ("--cfg-scale 1e300", "must be 0 to 1000"),
         ("--cfg-interval -2", "--cfg-interval -2: must be -1 or more"),
         ("--seed -1", "--seed -1: must be 0 to"),
         (f"--seed {2**63}", "--seed"),
@@ -140,10 +143,14 @@ def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], exp
         ("--downsample-size 4 --gpt-model GPT-B", "--downsample-size 4: must be 8 or 16"),
         ("--downsample-size 8 --vq-model VQ-16 --gpt-model GPT-B", "must be 16 for VQ-16"),
         ("--cls-token-num 2", "--cls-token-num 2: must be 1"),
-        ("--num-classes 0", "--num-classes 0: must be 1 or more"),
+        ("--num-classes 0", "--num-classes 0: must be 1 to 1000000"),
         ("--codebook-size 0", "--codebook-size 0"),
+        ("--num-classes 3000000000", "must be 1 to 1000000"),
+        ("--codebook-size 3000000000", "must be 1 to 1000000"),
+        ("--codebook-embed-dim 3000000000", "must be 1 to 1000000"),
         ("--gpt-type t2i", "text to image is not supported"),
         ("--device cuda", "no GPU here"),
+        ("--device cuda:99999999999999999999", "no GPU here"),
         ("--device tpu", "must be cpu, cuda or cuda:N"),
         ("--device cuda:x", "must be cpu, cuda or cuda:N"),
         ("--gpt-ckpt missing.pt", "--gpt-ckpt missing.pt: there is no such file"),
@@ -159,6 +166,13 @@ def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], exp
         ("--save-codes x.txt", "must end in .npy"),
         ("--save-individual missing/deeper", "no folder missing"),
         ("--save-individual c2i_B_256.pt", "this is a file"),
+        ("--save-individual " + "n" * 300, "File name too long"),
+        ("--save-codes " + "n" * 300 + ".npy", "File name too long"),
+        ("--output " + "n" * 300 + ".png", "File name too long"),
+        ("--output " + "n" * 300 + "/x.png", "there is no folder"),
+        ("--gpt-ckpt " + "n" * 300, "there is no such file"),
+        ("--vq-ckpt " + "n" * 300, "there is no such file"),
+        ("--output loop.png", "leads to itself"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag_and_the_range(
@@ -167,10 +181,56 @@ def test_a_mistake_is_one_line_that_names_the_flag_and_the_range(
     """Fails if a bad value passes, or its message does not say what is allowed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("c2i_B_256.pt").touch()
+    Path("loop.png").symlink_to("loop.png")
     with pytest.raises(UserError) as caught:
         resolved(folder, *typed.split())
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["2", "99999999999999999999", "1" * 5000, "01"])
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    """Fails if a number that torch or Python cannot hold ends in a traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="cuda:0 to cuda:1"):
+        resolve_device(f"cuda:{number}")
+
+
+def test_a_folder_of_weights_that_cannot_exist_holds_none(folder: Path) -> None:
+    """Fails if an overlong name ends in a traceback."""
+    model = resolved(folder, "--pretrained-dir", "n" * 300).model
+    assert find_weights(model) == FoundWeights(None, None)
+
+
+@pytest.mark.parametrize("name", ["sample_c2i.png", "sample_c2i_untrained.png"])
+def test_both_default_names_are_checked_before_the_work(folder: Path, name: str) -> None:
+    """Fails if a folder in the way of the picture is found only after the sampling."""
+    Path(name).mkdir()
+    with pytest.raises(UserError, match="this is a folder"):
+        resolved(folder)
+    resolved(folder, "--output", "x.png")
+
+
+def test_checking_the_folder_of_single_pictures_leaves_nothing_behind(folder: Path) -> None:
+    """Fails if a mistake in a later flag leaves an empty folder."""
+    resolved(folder, "--save-individual", "each")
+    assert not Path("each").exists()
+    Path("each").mkdir()
+    resolved(folder, "--save-individual", "each")
+    assert list(Path("each").iterdir()) == []
+
+
+def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
+    """Fails if someone who wants ImageNet's classes is not told that the demo model was chosen, and how to change it."""
+    hint = "these are the classes of GPT-demo; --gpt-model GPT-B has ImageNet's"
+    with pytest.raises(UserError, match=hint):
+        resolved(folder, "--class-labels", "golden retriever")
+    with pytest.raises(UserError, match=hint):
+        list_classes(parsed("--pretrained-dir", str(folder), "--list-classes", "retriever"))
+    with pytest.raises(UserError) as caught:
+        resolved(folder, "--gpt-model", "GPT-demo", "--class-labels", "golden retriever")
+    assert hint not in str(caught.value)
 
 
 @pytest.mark.parametrize("typed", ["--precision fp8", "--gpt-model GPT-9", "--seed x", "--bogus", "--vq-model VQ-1", "--gpt 1"])

@@ -50,7 +50,7 @@ def test_a_near_miss_suggests_the_closest_three() -> None:
     assert str(caught.value).count("(") == 4  # three ids and the pointer to --list-classes
 
 
-@pytest.mark.parametrize("typed", ["1000", "-1", "99999999999999999999"])
+@pytest.mark.parametrize("typed", ["1000", "-1", "99999999999999999999", "9" * 5000])
 def test_ids_beyond_the_data_set_are_refused(typed: str) -> None:
     """Fails if an id could index past the embedding table, or the row for "no class"."""
     with pytest.raises(UserError, match="0 to 999"):

@@ -7,7 +7,7 @@ the chosen model's table, which is also where the help takes the defaults from.
 import argparse
 from pathlib import Path
 
-from autoregressive.common.defaults import DEMO_DEFAULTS, LLAMAGEN_DEFAULTS
+from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
 from autoregressive.common.errors import OneLineParser
 from autoregressive.common.weights import DEMO_GPT, DEMO_VQ
 from autoregressive.models.config import GPT_SHAPES
@@ -153,8 +153,8 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         "--image-size",
         type=int,
         metavar="PIXELS",
-        help="256, 384 or 512; GPT-demo: 128 (default: what --gpt-ckpt is named after, else 384, or 256 if only those "
-        "weights are there)",
+        help=f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt is named after, "
+        "else 384, or 256 if only those weights are there)",
     )
     group.add_argument(
         "--vq-model", choices=list(VQ_CONFIGS), metavar="NAME", help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}"

@@ -13,6 +13,8 @@ from torchvision.models import ResNet18_Weights
 from autoregressive.common.demo_classes import DEMO_EMOJI
 from autoregressive.common.errors import UserError
 
+_LONGEST_ID = 18  # digits; int() refuses thousands of them
+
 
 @dataclass(frozen=True)
 class ClassNames:
@@ -34,9 +36,10 @@ class ClassNames:
         """
         word = " ".join(wanted.replace("_", " ").split())
         if re.fullmatch(r"[+-]?[0-9]+", word):
-            label = int(word)
+            label = int(word) if len(word) <= _LONGEST_ID else -1
             if not 0 <= label < len(self):
-                raise UserError(f"class {label}: ids go from 0 to {len(self) - 1} (see --list-classes)")
+                shown = word if len(word) <= _LONGEST_ID else f"{word[:_LONGEST_ID]}..."
+                raise UserError(f"class {shown}: ids go from 0 to {len(self) - 1} (see --list-classes)")
             return label
         exact = [label for label, name in enumerate(self.names) if name == word]
         alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from autoregressive.common.classes import DEMO, IMAGENET, ClassNames
 
+DEMO_MODEL = "GPT-demo"  # the transformer that ships with the repository
+
 
 @dataclass(frozen=True)
 class ModelDefaults:
@@ -47,4 +49,4 @@ DEMO_DEFAULTS = ModelDefaults(
 
 def model_defaults(gpt_model: str) -> ModelDefaults:
     """The table of the family that a transformer belongs to."""
-    return DEMO_DEFAULTS if gpt_model == "GPT-demo" else LLAMAGEN_DEFAULTS
+    return DEMO_DEFAULTS if gpt_model == DEMO_MODEL else LLAMAGEN_DEFAULTS

@@ -53,24 +53,42 @@ def check_file(flag: str, path: Path, suffix: str) -> None:
         raise UserError(f"{flag} {path}: this link leads to itself; choose another name")
     check_folder(flag, target.parent)
     try:
-        if path.is_dir():
-            raise UserError(f"{flag} {path}: this is a folder; give a file's name")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{flag} {path}: this file is write-protected; choose another name")
+        os.stat(target)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from error
+    if target.is_dir():
+        raise UserError(f"{flag} {path}: this is a folder; give a file's name")
+    if not os.access(target, os.W_OK):
+        raise UserError(f"{flag} {path}: this file is write-protected; choose another name")
 
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raises `UserError` unless a file can be made in this folder."""
-    probe = _unused_name(folder, ".probe")
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
+    probe = _unused_name(folder, "")
     try:
-        if not folder.is_dir():
-            raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})") from error
+
+
+def check_own_folder(flag: str, folder: Path) -> None:
+    """Raises `UserError` unless files can be made in this folder, or it does not exist and can be made."""
+    try:
+        folder.mkdir()
+        folder.rmdir()
+    except FileExistsError as error:
+        if not os.path.isdir(folder):
+            raise UserError(f"{flag} {folder}: this is a file; name a folder") from error
+        check_folder(flag, folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}: there is no folder {folder.parent}; make it first, or choose another") from error
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})") from error
 
 
 def _unused_name(folder: Path, suffix: str) -> Path:

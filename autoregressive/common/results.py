@@ -12,6 +12,7 @@ from autoregressive.common.settings import PRECISIONS, Settings
 from autoregressive.common.weights import FoundWeights
 
 PROGRAM = "llamagen-serve"
+_SAID_BEFORE = ("labels", "class_names", "label", "class_name", "trained")  # what `readable` has on lines of their own
 
 
 def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor) -> Path:
@@ -31,23 +32,24 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
         raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
+    common = generation_record(settings, found)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
         _make_folder(output.individual)
         for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
-            record = generation_record(settings, found) | {"image": image, "label": label, "class_name": name}
+            one = common | {"images": len(names), "image": image, "label": label, "class_name": name}
             file = individual_file(output.individual, image, label, name, trained=found.trained)
             picture = picture_grid(pixels[image : image + 1])
-            save_png(file, picture, readable(record), record)
-    record = generation_record(settings, found)
+            save_png(file, picture, readable(one), one)
+    record = common | {"labels": list(settings.labels), "class_names": names}
     grid = output.grid(trained=found.trained)
     save_png(grid, picture_grid(pixels, names if output.captions else None), readable(record), record)
     return grid
 
 
 def generation_record(settings: Settings, found: FoundWeights) -> dict[str, object]:
-    """How the pictures were made, ready for JSON: enough to make them again on the same machine."""
+    """How the pictures were made, ready for JSON: with the labels, enough to make them again on the same machine."""
     model, sampling = settings.model, settings.sampling
     return {
         "program": PROGRAM,
@@ -57,13 +59,16 @@ def generation_record(settings: Settings, found: FoundWeights) -> dict[str, obje
         "trained": found.trained,
         "model": model.gpt_model,
         "weights": _name(found.gpt),
+        "ema": model.ema,
         "tokenizer": model.vq_model,
         "tokenizer_weights": _name(found.vq),
         "image_size": model.image_size,
+        "downsample_size": model.downsample_size,
+        "codebook_size": model.codebook_size,
+        "codebook_embed_dim": model.codebook_embed_dim,
+        "num_classes": model.num_classes,
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
         "compile": settings.compile,
-        "labels": list(settings.labels),
-        "class_names": [settings.classes[label] for label in settings.labels],
         "seed": sampling.seed,
         "cfg_scale": sampling.cfg_scale,
         "cfg_interval": sampling.cfg_interval,
@@ -74,12 +79,12 @@ def generation_record(settings: Settings, found: FoundWeights) -> dict[str, obje
 
 
 def readable(record: dict[str, object]) -> str:
-    """The record for people: the classes on a line, then everything else."""
-    labels, names = record["labels"], record["class_names"]
+    """The record of a grid or of a single picture for people: the classes on a line, then everything else."""
+    labels, names = record.get("labels", [record.get("label")]), record.get("class_names", [record.get("class_name")])
     assert isinstance(labels, list)
     assert isinstance(names, list)
     drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
-    rest = {key: value for key, value in record.items() if key not in ("labels", "class_names", "trained")}
+    rest = {key: value for key, value in record.items() if key not in _SAID_BEFORE}
     noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
     return "\n".join([*noise, drawn, ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items())])
 

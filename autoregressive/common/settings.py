@@ -5,8 +5,9 @@ Flags not typed take the values of the chosen model, so only what the user typed
 
 import argparse
 import math
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,14 +15,18 @@ from typing import TypeVar
 import torch
 
 from autoregressive.common.classes import ClassNames, numbered_classes
-from autoregressive.common.defaults import ModelDefaults, model_defaults
+from autoregressive.common.defaults import DEMO_MODEL, ModelDefaults, model_defaults
+from autoregressive.common.devices import resolve_device
 from autoregressive.common.errors import UserError
-from autoregressive.common.files import check_file, check_folder
+from autoregressive.common.files import check_file, check_own_folder
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 
 T = TypeVar("T")
+
+_LARGEST_SIZE = 10**6  # of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
+_LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -76,12 +81,14 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     """
     gpt_model = _choose_gpt_model(arguments)
     defaults = model_defaults(gpt_model)
-    model = _resolve_model(arguments, gpt_model, defaults)
+    seed = _or(arguments.seed, 0)
+    _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
+    model = _resolve_model(arguments, gpt_model, defaults, seed)
     return Settings(
         model=model,
-        sampling=_resolve_sampling(arguments, defaults, model.codebook_size),
+        sampling=_resolve_sampling(arguments, defaults, model.codebook_size, seed),
         output=_resolve_output(arguments),
-        labels=_resolve_labels(arguments, defaults, model.num_classes),
+        labels=_resolve_labels(arguments, gpt_model, model.num_classes),
         classes=_classes(defaults, model.num_classes),
         compile=arguments.compile,
     )
@@ -93,22 +100,25 @@ def list_classes(arguments: argparse.Namespace) -> str:
     Raises:
         UserError: no class name contains the word.
     """
-    defaults = model_defaults(_choose_gpt_model(arguments))
-    classes = _classes(defaults, _or(arguments.num_classes, defaults.num_classes))
-    return classes.listing(arguments.list_classes)
+    gpt_model = _choose_gpt_model(arguments)
+    defaults = model_defaults(gpt_model)
+    num_classes = _or(arguments.num_classes, defaults.num_classes)
+    _require(1 <= num_classes <= _LARGEST_SIZE, "--num-classes", num_classes, f"1 to {_LARGEST_SIZE}")
+    with _naming_the_model(arguments, gpt_model):
+        return _classes(defaults, num_classes).listing(arguments.list_classes)
 
 
 def _choose_gpt_model(arguments: argparse.Namespace) -> str:
     if arguments.gpt_model is not None:
         return arguments.gpt_model
     if arguments.gpt_ckpt is not None:
-        published = published_as(arguments.gpt_ckpt)
         if arguments.gpt_ckpt.name == DEMO_GPT:
-            return "GPT-demo"
-        return published.model if published and published.image_size else "GPT-B"
+            return DEMO_MODEL
+        published = _published_gpt(arguments)
+        return published.model if published else "GPT-B"
     sizes = model_defaults("GPT-B").image_sizes if arguments.image_size is None else [arguments.image_size]
     there = any(_gpt_file_there(arguments, "GPT-B", size) for size in sizes)
-    return "GPT-B" if there or arguments.download else "GPT-demo"
+    return "GPT-B" if there or arguments.download else DEMO_MODEL
 
 
 def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults) -> int:
@@ -153,7 +163,7 @@ def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> 
     return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
 
 
-def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults) -> ModelSettings:
+def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults, seed: int) -> ModelSettings:
     if arguments.gpt_type == "t2i":
         raise UserError("--gpt-type t2i: text to image is not supported; this program draws classes (c2i)")
     _require(arguments.cls_token_num in (None, 1), "--cls-token-num", arguments.cls_token_num, "1")
@@ -167,15 +177,15 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         ("--codebook-embed-dim", arguments.codebook_embed_dim),
         ("--num-classes", arguments.num_classes),
     ):
-        _require(typed is None or typed >= 1, flag, typed, "1 or more")
+        _require(typed is None or 1 <= typed <= _LARGEST_SIZE, flag, typed, f"1 to {_LARGEST_SIZE}")
     for flag, path in (("--gpt-ckpt", arguments.gpt_ckpt), ("--vq-ckpt", arguments.vq_ckpt)):
         if path is not None and arguments.random_weights:
             raise UserError(f"{flag} and --random-weights contradict each other: leave one out")
-        if path is not None and not path.exists():
+        if path is not None and not os.path.exists(path):  # Path.exists raises where the name is too long
             raise UserError(f"{flag} {path}: there is no such file or folder")
     if arguments.ema and arguments.gpt_ckpt is None:
         raise UserError("--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint")
-    device = _resolve_device(arguments.device)
+    device = resolve_device(_or(arguments.device, "cuda" if torch.cuda.is_available() else "cpu"))
     precision = _or(arguments.precision, "bf16" if device.type == "cuda" else "none")
     return ModelSettings(
         gpt_model=gpt_model,
@@ -194,40 +204,23 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         num_classes=_or(arguments.num_classes, defaults.num_classes),
         precision=PRECISIONS[precision],
         device=device,
-        seed=_resolve_seed(arguments.seed),
+        seed=seed,
     )
 
 
-def _resolve_device(typed: str | None) -> torch.device:
-    if typed is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", typed):
-        raise UserError(f"--device {typed}: must be cpu, cuda or cuda:N")
-    device = torch.device("cuda:0" if typed == "cuda" else typed)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {typed}: PyTorch finds no GPU here; use --device cpu")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {typed}: the GPUs here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return device
-
-
-def _resolve_seed(typed: int | None) -> int:
-    seed = _or(typed, 0)
-    _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
-    return seed
-
-
-def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, codebook_size: int) -> SamplingSettings:
+def _resolve_sampling(
+    arguments: argparse.Namespace, defaults: ModelDefaults, codebook_size: int, seed: int
+) -> SamplingSettings:
     settings = SamplingSettings(
         cfg_scale=_or(arguments.cfg_scale, defaults.cfg_scale),
         cfg_interval=_or(arguments.cfg_interval, defaults.cfg_interval),
         temperature=_or(arguments.temperature, defaults.temperature),
         top_k=_or(arguments.top_k, min(defaults.top_k, codebook_size)),
         top_p=_or(arguments.top_p, defaults.top_p),
-        seed=_resolve_seed(arguments.seed),
+        seed=seed,
     )
     scale, temperature = settings.cfg_scale, settings.temperature
-    _require(math.isfinite(scale) and scale >= 0, "--cfg-scale", scale, "a finite number, 0 or more")
+    _require(0 <= scale <= _LARGEST_SCALE, "--cfg-scale", scale, f"0 to {_LARGEST_SCALE:g}")
     _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
     _require(math.isfinite(temperature) and temperature > 0, "--temperature", temperature, "a finite number above 0")
     _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
@@ -242,23 +235,36 @@ def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
         individual=arguments.save_individual,
         codes=arguments.save_codes,
     )
-    check_file("--output", output.grid(trained=True), ".png")
+    for trained in (True, False):  # which of the default names it will be is not known yet
+        check_file("--output", output.grid(trained=trained), ".png")
     if output.codes is not None:
         check_file("--save-codes", output.codes, ".npy")
     if output.individual is not None:
-        check_folder("--save-individual", output.individual if output.individual.is_dir() else output.individual.parent)
-        if output.individual.exists() and not output.individual.is_dir():
-            raise UserError(f"--save-individual {output.individual}: this is a file; name a folder")
+        check_own_folder("--save-individual", output.individual)
     return output
 
 
-def _resolve_labels(arguments: argparse.Namespace, defaults: ModelDefaults, num_classes: int) -> tuple[int, ...]:
+def _resolve_labels(arguments: argparse.Namespace, gpt_model: str, num_classes: int) -> tuple[int, ...]:
+    defaults = model_defaults(gpt_model)
     if arguments.class_labels is not None:
         classes = _classes(defaults, num_classes)
-        return tuple(classes.resolve(wanted) for wanted in arguments.class_labels)
+        with _naming_the_model(arguments, gpt_model):
+            return tuple(classes.resolve(wanted) for wanted in arguments.class_labels)
     if num_classes == defaults.num_classes:
         return defaults.class_labels
     return tuple(range(min(num_classes, len(defaults.class_labels))))
+
+
+@contextmanager
+def _naming_the_model(arguments: argparse.Namespace, gpt_model: str) -> Iterator[None]:
+    """Adds to an error about classes whose classes they are, where the user may not know: the model was not typed."""
+    try:
+        yield
+    except UserError as error:
+        if arguments.gpt_model is not None or arguments.num_classes is not None:
+            raise
+        other = "; --gpt-model GPT-B has ImageNet's" if gpt_model == DEMO_MODEL else ""
+        raise UserError(f"{error}; these are the classes of {gpt_model}{other}") from error
 
 
 def _classes(defaults: ModelDefaults, num_classes: int) -> ClassNames:

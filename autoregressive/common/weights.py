@@ -5,6 +5,7 @@ from the hub; else they are drawn from the seed, and a warning says so. A comman
 as a picture.
 """
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from pathlib import Path
 import torch
 
 from autoregressive.common.checkpoint import load_weights
+from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL
 from autoregressive.common.hub import fetch
 from autoregressive.common.published import PUBLISHED_FILES, PublishedFile, published_gpt, published_vq
 from autoregressive.models.gpt import GPT_models, Transformer
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained_models"
 DEMO_GPT, DEMO_VQ = "demo_gpt.safetensors", "demo_vq.safetensors"
-_PUBLISHED_DOWNSAMPLE, _DEMO_DOWNSAMPLE, _DEMO_IMAGE_SIZE = 16, 8, 128
+_PUBLISHED_DOWNSAMPLE = 16
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,16 @@ class LoadedModels:
 
 def gpt_file_name(gpt_model: str, image_size: int, downsample_size: int) -> str | None:
     """The file that a transformer's weights for such images are published in, or shipped in; None if there is none."""
-    if gpt_model == "GPT-demo":
-        return DEMO_GPT if (image_size, downsample_size) == (_DEMO_IMAGE_SIZE, _DEMO_DOWNSAMPLE) else None
+    if gpt_model == DEMO_MODEL:
+        shipped = (DEMO_DEFAULTS.image_size, VQ_CONFIGS[DEMO_DEFAULTS.vq_model].downsample_size)
+        return DEMO_GPT if (image_size, downsample_size) == shipped else None
     published = published_gpt(gpt_model, image_size) if downsample_size == _PUBLISHED_DOWNSAMPLE else None
     return published.file_name if published else None
 
 
 def vq_file_name(vq_model: str) -> str | None:
     """The file that a tokenizer's weights are published in, or shipped in; None if there is none."""
-    if vq_model == "VQ-demo":
+    if vq_model == DEMO_DEFAULTS.vq_model:
         return DEMO_VQ
     published = published_vq(vq_model)
     return published.file_name if published else None
@@ -102,7 +105,7 @@ def file_in(folder: Path, file_name: str | None) -> Path | None:
     if file_name is None:
         return None
     candidates = (folder / file_name, (folder / file_name).with_suffix(".safetensors"))
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if os.path.exists(path)), None)  # Path.exists raises where a name is too long
 
 
 def find_weights(settings: ModelSettings) -> FoundWeights:

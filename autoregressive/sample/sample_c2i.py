@@ -22,9 +22,8 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
 
-_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
-
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
+_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
 def main(argv: Sequence[str] | None = None) -> None:
