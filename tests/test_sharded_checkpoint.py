@@ -17,7 +17,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from torch import distributed
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -310,36 +309,38 @@ from autoregressive.common.checkpoint import CheckpointError, load_weights
 from autoregressive.models.gpt import GPT_models
 known = [cls for cls in vars(metadata).values() if isinstance(cls, type)] + [_StorageInfo, PurePosixPath]
 def state():
-    return [{key: id(value) for key, value in vars(cls).items()} for cls in known], dict(metadata._MEM_FORMAT_ENCODING._value2member_map_)
+    members = dict(metadata._MEM_FORMAT_ENCODING._value2member_map_)
+    return members, [{key: id(value) for key, value in vars(cls).items()} for cls in known]
 before = state()
 with torch.device("meta"):
     model = GPT_models["GPT-demo"]()
-try:
-    load_weights(model, Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.float32)
-except CheckpointError as error:
-    print(error)
+for folder in map(Path, sys.argv[1:]):
+    try:
+        load_weights(model, folder, device=torch.device("cpu"), dtype=torch.float32)
+    except CheckpointError as error:
+        print(error)
 if state() != before:
     sys.exit(3)
-pickle.loads((Path(sys.argv[1]) / ".metadata").read_bytes())
-sys.exit(4 if state() != before else 5)
+for folder in map(Path, sys.argv[1:]):
+    before = state()
+    pickle.loads((folder / ".metadata").read_bytes())
+    if state() == before:
+        sys.exit(4)
 """
 
 
-@pytest.mark.parametrize("optimized", [[], ["-O"]])
-@pytest.mark.parametrize("attack", ["altering", "disguised"])
-def test_metadata_cannot_alter_the_classes_it_may_name(
-    directory: Path, tmp_path: Path, attack: str, optimized: list[str]
-) -> None:
+def test_metadata_cannot_alter_the_classes_it_may_name(directory: Path, tmp_path: Path) -> None:
     """Allowed classes are no protection by themselves: altered, they call what the file says."""
-    shard, file = directory / "__0_0.distcp", directory / ".metadata"
-    with shard.open("wb") as stream:
+    altering, disguised = directory, shutil.copytree(directory, tmp_path / "disguised")
+    (altering / ".metadata").write_bytes(altering_metadata((altering / ".metadata").read_bytes()))
+    with (disguised / "__0_0.distcp").open("wb") as stream:
         torch.save({"a": Hostile(tmp_path / "executed"), "pad": torch.zeros(1000)}, stream)
-    file.write_bytes(altering_metadata(file.read_bytes()) if attack == "altering" else disguised_metadata(shard))
-    command = [sys.executable, *optimized, "-c", UNALTERED, str(directory)]
+    (disguised / ".metadata").write_bytes(disguised_metadata(disguised / "__0_0.distcp"))
+    command = [sys.executable, "-O", "-c", UNALTERED, str(altering), str(disguised)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    # 4: unaltered after the refusal, altered by the standard library, so the file is hostile indeed.
-    assert finished.returncode == 4, finished.stdout + finished.stderr
-    assert "refused, this is not what describes a checkpoint: it changes a _Name" in finished.stdout
+    # 3: altered by what should have been refused; 4: not even altered by the standard library, so no attack at all.
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("refused, this is not what describes a checkpoint: it changes a _Name") == 2
     assert not (tmp_path / "executed").exists()
 
 
@@ -401,6 +402,7 @@ class Sides:
 # --- hostile shards ---
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_path: Path) -> None:
     """The library loads entries that are no tensors without care, so none may ever be asked for."""
     name, shard = "model.norm.weight", directory / "__0_0.distcp"
@@ -415,8 +417,7 @@ def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_
     rewrite_metadata(directory, change)
     assert "1 of 18 weights are missing: norm.weight" in error_of(directory)
     assert not (tmp_path / "executed").exists()
-    with pytest.raises(CheckpointException):  # it executes and is no weight
-        dcp.load({name: None}, checkpoint_id=directory, no_dist=True)
+    dcp.load({name: None}, checkpoint_id=directory, no_dist=True)
     assert (tmp_path / "executed").exists()
 
 

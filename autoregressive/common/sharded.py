@@ -10,7 +10,7 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,7 @@ _OPCODES = (
     pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
     pickle.TUPLE, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.STACK_GLOBAL,
 )  # fmt: skip
+_STANDARD: Mapping[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
 
 
 class _BadMetadataError(Exception):
@@ -109,11 +110,11 @@ class _InertUnpickler(pickle._Unpickler):
 
     def _load_item(self) -> None:
         self._check_keys(self.stack[-2:-1])
-        pickle._Unpickler.dispatch[pickle.SETITEM[0]](self)
+        _STANDARD[pickle.SETITEM[0]](self)
 
     def _load_items(self) -> None:
         self._check_keys(self.stack[::2])
-        pickle._Unpickler.dispatch[pickle.SETITEMS[0]](self)
+        _STANDARD[pickle.SETITEMS[0]](self)
 
     def _check_keys(self, keys: Sequence[object]) -> None:
         """Hashing a million tuples, each inside the other, would end the process without a word."""
@@ -125,7 +126,7 @@ class _InertUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         **dict.fromkeys(range(256), _refuse),
-        **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES},
+        **{opcode[0]: _STANDARD[opcode[0]] for opcode in _OPCODES},
         **dict.fromkeys((pickle.REDUCE[0], pickle.NEWOBJ[0]), _load_call),
         pickle.BUILD[0]: _load_build,
         pickle.SETITEM[0]: _load_item,
