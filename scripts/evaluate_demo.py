@@ -18,15 +18,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from demo_stages import load_tokenizer
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render, render_batch, step_generator
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 from torchvision.utils import make_grid, save_image
-from train_demo import ROOT, load_tokenizer, save_whole
+from train_demo import ROOT
 
 from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.defaults import model_defaults
+from autoregressive.common.devices import resolve_device
 from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.files import write_whole
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -133,7 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights-dir", type=Path, default=ROOT / "pretrained_models", help="default: %(default)s")
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)")
     parser.add_argument("--cfg-scale", type=float, nargs="+", default=[model_defaults("GPT-demo").cfg_scale, 1.0], metavar="S")
     parser.add_argument("--samples", type=int, default=16, help="pictures of each class (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="pictures drawn at a time (default: %(default)s)")
@@ -161,7 +164,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.samples < 2:
         raise UserError("--samples must be at least 2: the distance is between pictures of one class")
-    device = torch.device(arguments.device)
+    device = resolve_device(arguments.device)
     sprites = load_sprites(arguments.font).to(device)
     gpt, tokenizer = load_models(arguments.weights_dir, device)
     names = model_defaults("GPT-demo").classes.names
@@ -193,10 +196,10 @@ def main() -> None:
         print(results[-1], flush=True)
         if arguments.grid and len(results) == 1:
             grid = make_grid(pixels, nrow=arguments.samples, normalize=True, value_range=(-1, 1))
-            save_whole(arguments.grid, partial(save_image, grid, format="png"))
+            write_whole(arguments.grid, partial(save_image, grid, format="png"))
     if arguments.output:
         text = json.dumps(figures | {"samples": [asdict(result) for result in results]}, indent=2)
-        save_whole(arguments.output, lambda path: path.write_text(text + "\n"))
+        write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
 
 
 if __name__ == "__main__":

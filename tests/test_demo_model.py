@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_reference
+from demo_stages import GPTStage, Plan, Stage, TokenizerStage
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, SPRITE_SIZE, load_sprites, render, render_batch, step_generator
 from evaluate_demo import blurred, load_models, mean_pairwise_distance
 from safetensors import safe_open
-from train_demo import GPTStage, Limits, Plan, Stage, TokenizerStage, export, train
+from train_demo import Limits, export, train
 
 from autoregressive.common.demo_classes import DEMO_EMOJI
 from autoregressive.common.errors import UserError
