@@ -136,7 +136,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights-dir", type=Path, default=ROOT / "pretrained_models", help="default: %(default)s")
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)"
+    )
     parser.add_argument("--cfg-scale", type=float, nargs="+", default=[model_defaults("GPT-demo").cfg_scale, 1.0], metavar="S")
     parser.add_argument("--samples", type=int, default=16, help="pictures of each class (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="pictures drawn at a time (default: %(default)s)")

@@ -86,7 +86,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", help="states to resume from, and logs")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", help="where the weights go")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu (hours), cuda or cuda:N (default here: %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu (hours), cuda or cuda:N (default here: %(default)s)",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
     parser.add_argument("--stop-after", type=int, default=10**9, metavar="STEPS", help="of a stage; the same command resumes")
     parser.add_argument("--save-every", type=int, default=2000, metavar="STEPS")
