@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
 from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.strictness import TOLERATED_SURPLUS, identify
+from autoregressive.common.strictness import COMPUTED_HERE, identify
 from autoregressive.common.weight_source import WeightSource
 
 EXAMPLES = """\
@@ -56,10 +56,24 @@ def check_output(path: Path, force: bool) -> None:
     """
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: the name of the output has to end in .safetensors")
-    if path.is_dir() or not path.parent.is_dir():
+    try:
+        str(path).encode()
+        is_file_name = path.parent.is_dir() and not path.is_dir()
+        exists = path.exists()
+        part_of(path).exists()  # a little longer, which can be too much
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: the name is not UTF-8; choose another") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another name") from error
+    if not is_file_name:
         raise UserError(f"{path}: is a directory, or its folder does not exist; name a file in an existing folder")
-    if path.exists() and not force:
+    if exists and not force:
         raise UserError(f"{path}: exists already; choose another name, or give --force to replace it")
+
+
+def part_of(path: Path) -> Path:
+    """The temporary file beside the output."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> int:
@@ -77,14 +91,14 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
     dtypes = {
         name: dtype if dtype is not None and stored.is_floating_point else stored
         for name, stored in source.dtypes.items()
-        if name not in TOLERATED_SURPLUS
+        if name not in COMPUTED_HERE
     }
     if not dtypes:
         raise CheckpointError(f"{source.path}: holds no weights; use another file")
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
         raise CheckpointError(f"{source.path}: {unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
+    part = part_of(output)
     try:
         with part.open("wb") as stream:
             write_safetensors(source, dtypes, stream)
@@ -143,7 +157,7 @@ def main() -> None:
     source = open_checkpoint(arguments.input, ema=arguments.ema)
     size_bytes = convert(source, arguments.output, DTYPES.get(arguments.dtype))
     model = identify(source.shapes) or "a model that is not known here"
-    parameters = sum(shape.numel() for name, shape in source.shapes.items() if name not in TOLERATED_SURPLUS)
+    parameters = sum(shape.numel() for name, shape in source.shapes.items() if name not in COMPUTED_HERE)
     print(f"{arguments.output}: {model}, {parameters / 1e6:.1f} million numbers, {size_bytes / 1e6:.1f} MB")
 
 

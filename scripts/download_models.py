@@ -56,6 +56,19 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
     return list(chosen)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises UserError if nothing can ever lie there; a folder that does not exist yet is fine."""
+    try:
+        str(folder).encode()
+        there = (folder / PUBLISHED_FILES[0].file_name).exists() or folder.exists()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{folder}: the name is not UTF-8; choose another --folder") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used: {error.strerror}; choose another --folder") from error
+    if there and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; choose another --folder")
+
+
 def print_list(folder: Path) -> None:
     """One line a published file."""
     print(f"{'file':<18} {'model':<8} {'pixels':<7} in {folder}")
@@ -68,6 +81,7 @@ def print_list(folder: Path) -> None:
 def main() -> None:
     """Does what the command line says."""
     arguments = parse_arguments()
+    check_folder(arguments.folder)
     if arguments.list:
         print_list(arguments.folder)
         return

@@ -190,6 +190,12 @@ def test_from_fsdp_is_accepted_for_flat_weights_and_refused_for_wrapped_ones(tmp
     assert "leave --from-fsdp out" in error_of(tmp_path / "wrapped.pt", from_fsdp=True)
 
 
+def test_from_fsdp_is_accepted_for_safetensors_which_cannot_tell(tmp_path: Path) -> None:
+    weights = drawn_weights(tiny_gpt())
+    save_file(weights, tmp_path / "weights.safetensors")
+    assert_loads(tmp_path / "weights.safetensors", weights, from_fsdp=True)
+
+
 def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
     """Same dtype, same device: a mapped tensor kept as the parameter would follow later writes to the file."""
     weights, path = drawn_weights(tiny_gpt()), tmp_path / "weights.pt"
@@ -210,6 +216,12 @@ def test_tables_that_are_computed_here_and_a_missing_code_log_are_tolerated(tmp_
     del vq["quantize.codebook_used"]
     torch.save({"model": vq}, tmp_path / "v.pt")
     assert_loads(tmp_path / "v.pt", {**vq, "quantize.codebook_used": torch.zeros(65536)}, tiny_vq)
+
+
+def test_a_stray_code_log_is_tolerated_in_any_file(tmp_path: Path) -> None:
+    weights = drawn_weights(tiny_gpt())
+    torch.save({**weights, "quantize.codebook_used": torch.zeros(5)}, tmp_path / "weights.pt")
+    assert_loads(tmp_path / "weights.pt", weights)
 
 
 # --- strictness ---
@@ -296,6 +308,22 @@ def test_transformers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dic
 def test_tokenizers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dict[str, int], flags: str) -> None:
     torch.save(drawn_weights(tiny_vq(**changes)), tmp_path / "weights.pt")
     assert error_of(tmp_path / "weights.pt", tiny_vq).endswith(flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("cls_embedding.embedding_table.weight", (0, 32)),
+        ("cls_embedding.embedding_table.weight", (1, 32)),
+        ("tok_embeddings.weight", (0, 32)),
+    ],
+)
+def test_sizes_that_no_model_has_are_not_advised_as_flags(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    torch.save({**drawn_weights(tiny_gpt()), name: torch.zeros(shape)}, tmp_path / "weights.pt")
+    message = error_of(tmp_path / "weights.pt")
+    assert f"{name} is {list(shape)} and should be" in message
+    assert "--num-classes" not in message
+    assert "--codebook-size" not in message
 
 
 def test_text_to_image_weights_are_refused_in_words(tmp_path: Path) -> None:
@@ -428,3 +456,30 @@ def test_empty_weights_and_an_impossible_path_are_one_line(tmp_path: Path) -> No
     torch.save({}, tmp_path / "empty.pt")
     assert "holds no weights" in error_of(tmp_path / "empty.pt")
     assert "cannot be read" in error_of(tmp_path / ("long" * 100))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    command = [sys.executable, "-c", PROGRAM.replace("assert False", "pass #"), str(tmp_path / "pipe.pt")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert finished.returncode == 2, finished.stderr
+    assert "is neither a file nor a directory" in finished.stderr
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_name_that_is_no_utf_8_is_not_called_damage(tmp_path: Path, kind: str) -> None:
+    weights, path = drawn_weights(tiny_gpt()), tmp_path / "weights"
+    if kind == "pt":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path)
+    odd = path.rename(tmp_path / os.fsdecode(b"\xff.pt"))
+    assert error_of(odd).endswith("is not UTF-8; rename it")
+
+
+def test_attributes_that_a_pickle_gives_its_parameters_are_never_called(tmp_path: Path) -> None:
+    weights = drawn_weights(tiny_gpt())
+    parameter = nn.Parameter(weights["norm.weight"])
+    parameter.detach = "text"  # type: ignore[assignment, method-assign]
+    torch.save({**weights, "norm.weight": parameter}, tmp_path / "weights.pt")
+    assert_loads(tmp_path / "weights.pt", weights)

@@ -109,7 +109,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("output", "told"),
-    [("out.pt", "has to end in .safetensors"), ("missing/out.safetensors", "name a file in an existing folder")],
+    [
+        ("out.pt", "has to end in .safetensors"),
+        ("missing/out.safetensors", "name a file in an existing folder"),
+        ("long" * 100 + ".safetensors", "File name too long"),
+        ("n" * 240 + ".safetensors", "File name too long"),  # only the temporary file's
+        (os.fsdecode(b"\xff.safetensors"), "is not UTF-8"),
+    ],
 )
 def test_an_output_that_cannot_be_is_refused_before_any_work(output: str, told: str, tmp_path: Path) -> None:
     done = convert(write("training", tmp_path), tmp_path / output)
@@ -126,3 +132,10 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == ["in.pt"]
+
+
+def test_an_impossible_input_is_one_line(tmp_path: Path) -> None:
+    done = convert(tmp_path / ("long" * 100), tmp_path / "out.safetensors")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "File name too long" in done.stderr

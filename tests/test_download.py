@@ -271,3 +271,15 @@ def test_list_shows_every_file_and_what_is_there(tmp_path: Path) -> None:
     rows = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:] if line.strip()}
     assert {file.file_name for file in PUBLISHED_FILES} <= rows.keys()
     assert (rows["c2i_B_256.pt"], rows["c2i_L_256.pt"]) == ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"), [("long" * 100, "File name too long"), ("file", "is no folder"), (os.fsdecode(b"\xff"), "is not UTF-8")]
+)
+@pytest.mark.parametrize("what", ["--list", "VQ-16"])
+def test_an_impossible_folder_is_one_line_and_status_2(what: str, folder: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = download(what, "--folder", str(tmp_path / folder), "--endpoint", "http://127.0.0.1:9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr

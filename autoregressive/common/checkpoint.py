@@ -5,8 +5,8 @@ device; no pickle may build anything but tensors, plain containers and `argparse
 """
 
 import argparse
-import os
 import pickle
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autoregressive.common.strictness import TOLERATED_MISSING, TOLERATED_SURPLUS, find_mismatch
+from autoregressive.common.strictness import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.common.weight_source import (
     AVERAGED_WEIGHTS,
     TRAINING_STATE,
@@ -55,7 +55,8 @@ def load_weights(
         model: its state dict says what is wanted; buffers outside of it are moved along.
         path: a file, or a directory that FSDP training left.
         ema: take the averaged weights that training kept beside the others.
-        from_fsdp: LlamaGen's flag; checked, not needed.
+        from_fsdp: LlamaGen's flag; not needed. Refused for a pickle whose weights are wrapped, as FSDP's are not; a
+            .safetensors file does not tell where it came from and is accepted.
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to another model.
@@ -68,7 +69,7 @@ def load_weights(
     model.to_empty(device=device)
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            if name in TOLERATED_MISSING and source.shapes.get(name) != target.shape:
+            if name in TOLERATED and source.shapes.get(name) != target.shape:
                 target.zero_()
             else:
                 source.read_into(name, target)
@@ -96,9 +97,16 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     Raises:
         CheckpointError: nothing is there, it is no checkpoint, is damaged or hostile, or `ema` is not there.
     """
-    if os.path.isdir(path):  # Path.is_dir() raises where a name is too long
-        return _open_directory(path, ema)
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # the libraries take no such names
+        raise CheckpointError(f"{path}: its name is not UTF-8; rename it") from error
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return _open_directory(path, ema)
+        if not stat.S_ISREG(mode):  # reading from a pipe would wait for ever
+            raise CheckpointError(f"{path}: is neither a file nor a directory; name one")
         with path.open("rb") as stream:
             start = stream.read(32)
     except OSError as error:
@@ -169,10 +177,10 @@ def _open_pickled(path: Path, content: object, ema: bool) -> WeightSource:
     else:
         weights = {key: value for key, value in content.items() if key not in TRAINING_STATE}
     odd = [name for name, value in weights.items() if not (isinstance(name, str) and _is_plain_tensor(value))]
-    odd = [name for name in odd if name not in TOLERATED_SURPLUS]
+    odd = [name for name in odd if name not in COMPUTED_HERE]
     if odd:
         raise CheckpointError(f"{path}: is no dictionary of weights: {odd[0]!r} is no plain tensor; use another file")
-    names = plain_names((name for name in weights if name not in TOLERATED_SURPLUS), path)
+    names = plain_names((name for name in weights if name not in COMPUTED_HERE), path)
     return _source(path, {plain: weights[stored] for plain, stored in names.items()}, is_fsdp=wrapper is None)
 
 

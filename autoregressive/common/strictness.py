@@ -11,10 +11,11 @@ import torch
 from autoregressive.models.config import GPT_SHAPES, GPTShape
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
 
-# A log of LlamaGen's training that nothing reads: zeros take its place if it is not there or of another size.
-TOLERATED_MISSING = frozenset({"quantize.codebook_used"})
-# Tables that old checkpoints may carry and that are computed here.
-TOLERATED_SURPLUS = frozenset({"freqs_cis", "causal_mask"})
+# Tables that old checkpoints may carry and that are computed here: never read.
+COMPUTED_HERE = frozenset({"freqs_cis", "causal_mask"})
+# What may be missing, surplus or of another shape. The last is a log of LlamaGen's training that nothing reads: zeros
+# take its place where it does not fit.
+TOLERATED = frozenset({*COMPUTED_HERE, "quantize.codebook_used"})
 
 _SHOWN = 3  # names in a message
 
@@ -44,10 +45,10 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> str | None:
         wanted: the model's state dict.
         found: the checkpoint's tensors, by plain names.
     """
-    missing = [name for name in wanted if name not in found and name not in TOLERATED_MISSING]
-    surplus = [name for name in found if name not in wanted and name not in TOLERATED_SURPLUS]
+    missing = [name for name in wanted if name not in found and name not in TOLERATED]
+    surplus = [name for name in found if name not in wanted and name not in TOLERATED]
     misshaped = [
-        name for name in wanted if name in found and wanted[name] != found[name] and name not in TOLERATED_MISSING
+        name for name in wanted if name in found and wanted[name] != found[name] and name not in TOLERATED
     ]
     if not (missing or surplus or misshaped):
         return None
@@ -109,6 +110,8 @@ def _other_flags(wanted: Shapes, found: Shapes, other_keys: list[str], misshaped
     explained = {_CLASSES, *_VOCABULARY} if _VOCABULARY[0] in found else {_CODEBOOK, *_CODEBOOK_NEIGHBOURS}
     if other_keys or not explained.issuperset(misshaped):
         return None
+    if any(0 in found[name] for name in misshaped) or (_CLASSES in misshaped and found[_CLASSES][:1] == (1,)):
+        return None  # no model has such sizes
     flags = []
     if _CLASSES in misshaped and len(found[_CLASSES]) == 2:
         flags.append(f"--num-classes {found[_CLASSES][0] - 1}")

@@ -35,7 +35,7 @@ class WeightSource:
     """One set of weights in a checkpoint, by the names that the model gives its parameters."""
 
     path: Path
-    is_fsdp: bool  # a flat full state dict or a sharded directory, which is what --from-fsdp means
+    is_fsdp: bool  # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
     shapes: Mapping[str, torch.Size]
     dtypes: Mapping[str, torch.dtype]
     read_into: Callable[[str, Tensor], None]
