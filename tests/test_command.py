@@ -1,8 +1,10 @@
 """The naive command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
 
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,7 +103,7 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
 def test_same_seed_same_picture_other_seed_other_tokens(work: Path) -> None:
     """Fails if a picture cannot be made again, or the seed does nothing."""
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
-        draw("--class-labels", "3", "--seed", seed, "--output", f"{name}.png", "--save-codes", f"{name}.npy")
+        draw("--class-labels", "3", "--cfg-scale", "1", "--seed", seed, "--output", f"{name}.png", "--save-codes", f"{name}.npy")
     codes = {name: np.load(f"{name}.npy") for name in "abc"}
     assert np.array_equal(codes["a"], codes["b"])
     assert np.array_equal(pixels_of(work / "a.png"), pixels_of(work / "b.png"))
@@ -224,3 +226,88 @@ def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.Capt
     draw("--list-classes", "ion")
     assert capsys.readouterr().out.splitlines() == ["   9  lion"]
     assert os.listdir(work) == []
+
+
+def test_a_reader_that_left_does_not_cost_the_picture(tmp_path: Path) -> None:
+    """Fails if the command prints before it saves, so that `| head` or a closed window loses the work."""
+    words = [sys.executable, "-u", COMMAND, "--gpt-model", "GPT-demo", "--random-weights", "--device", "cpu"]
+    words += ["--class-labels", "0", "--cfg-scale", "1", "--output", str(tmp_path / "x.png")]
+    line = f"set -o pipefail; {shlex.join(words)} | true"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert pixels_of(tmp_path / "x.png").shape == (128, 128, 3)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_stdout_that_is_full_does_not_cost_the_picture(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a line that cannot be printed loses the work."""
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(OSError, match="No space left"):
+            draw("--class-labels", "0", "--cfg-scale", "1", "--output", "x.png")
+        sys.stdout.detach()  # type: ignore[attr-defined]
+    assert pixels_of(work / "x.png").shape == (128, 128, 3)
+
+
+def test_without_stderr_nothing_is_said(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a closed stderr ends the command, or sends its warnings to stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    draw("--class-labels", "0", "--cfg-scale", "1", "--output", "x.png")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert pixels_of(work / "x.png").shape == (128, 128, 3)
+
+
+BRIEF_COMMAND = """
+from autoregressive.common.errors import UserError, run_command, tell
+def main():
+    tell("a note")
+    print("a line")
+    {end}
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "streams", "status", "out", "errors"),
+    [
+        ("pass", "", 0, "a line\n", ["a note"]),
+        ("pass", "| true", 141, "", ["a note"]),
+        ("pass", "> /dev/full", 2, "", ["a note", "-c: error: [Errno 28] No space left on device"]),
+        ("pass", ">&-", 0, "", ["a note"]),
+        ("pass", "2>&-", 0, "a line\n", []),
+        ("pass", "2> /dev/full", 0, "a line\n", []),
+        ("raise UserError('mend this')", "", 2, "a line\n", ["a note", "-c: error: mend this"]),
+        ("raise UserError('mend this')", "2>&-", 2, "a line\n", []),
+        ("open('missing')", "", 2, "a line\n", ["a note", "-c: error: [Errno 2] No such file or directory: 'missing'"]),
+        ("raise KeyboardInterrupt", "", 130, "a line\n", ["a note", "", "-c: interrupted"]),
+    ],
+)
+@pytest.mark.parametrize("flag", ["-u", "-B"])  # -B changes nothing here: stdout is buffered
+def test_every_end_has_its_status_and_at_most_one_line(
+    end: str, streams: str, status: int, out: str, errors: list[str], flag: str
+) -> None:
+    """Fails if an end shows a traceback, a false status, or a promise that is not true of every command."""
+    sleep = "sleep 0.3; " if streams == "| true" else ""  # until the reader has left
+    program = shlex.join([sys.executable, flag, "-c", BRIEF_COMMAND.format(end=end)])
+    line = f"unset PYTHONUNBUFFERED; set -o pipefail; {{ {sleep}{program}; }} {streams}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (status, out, errors)
+
+
+def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
+    """Fails if the picture cannot be made again from its record, or every single one carries the whole batch's labels."""
+    draw("--class-labels", "0", "7", "--cfg-scale", "1", "--num-classes", "9", "--output", "x.png", "--save-individual", "each")
+    whole = record_of(work / "x.png")
+    sizes = {"ema": False, "codebook_size": 1024, "codebook_embed_dim": 8, "num_classes": 9, "downsample_size": 8}
+    assert sizes.items() <= whole.items()
+    assert whole["labels"] == [0, 7]
+    record = record_of(work / "each" / "0001_7_class_7_untrained.png")
+    assert sizes.items() <= record.items()
+    single = {"images": 2, "image": 1, "label": 7, "class_name": "class 7"}
+    assert single.items() <= record.items()
+    assert not {"labels", "class_names"} & record.keys()
+    with Image.open(work / "each" / "0001_7_class_7_untrained.png") as image:
+        assert "class 7 (7)" in image.text["parameters"]  # type: ignore[attr-defined]
