@@ -245,10 +245,11 @@ def test_a_reader_that_left_does_not_cost_the_picture(tmp_path: Path) -> None:
 def test_a_stdout_that_is_full_does_not_cost_the_picture(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a line that cannot be printed loses the work."""
     with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        stdout = io.TextIOWrapper(full, write_through=True)
+        monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(OSError, match="No space left"):
             draw("--class-labels", "0", "--cfg-scale", "1", "--output", "x.png")
-        sys.stdout.detach()  # type: ignore[attr-defined]
+        stdout.detach()
     assert pixels_of(work / "x.png").shape == (128, 128, 3)
 
 

@@ -47,15 +47,16 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         tell(f"\n{program}: interrupted")
         status = 130
-    _leave_stdout_flushed()
+    _drop_what_is_not_taken()
     sys.exit(status)
 
 
-def _leave_stdout_flushed() -> None:
-    """Drops what stdout does not take: the interpreter would try once more at its end, and complain."""
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_what_is_not_taken() -> None:
+    """Empties stdout and stderr: the interpreter would try once more at its end, complain, and change the status."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
