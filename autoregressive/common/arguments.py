@@ -127,7 +127,9 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--random-weights", action="store_true", help="use no trained weights even if they are there")
     group.add_argument("--ema", action="store_true", help="use the averaged weights that training kept in --gpt-ckpt")
     group.add_argument(
-        "--from-fsdp", action="store_true", help="assert that the transformer's checkpoint is FSDP's (found out anyway)"
+        "--from-fsdp",
+        action="store_true",
+        help="assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors file cannot tell)",
     )
     group.add_argument(
         "--pretrained-dir",

@@ -42,13 +42,18 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
         status = 141
     except (UserError, OSError) as error:
-        tell(f"{program}: error: {' '.join(str(error).split())}")
+        tell(f"{program}: error: {_one_line(str(error))}")
         status = 2
     except KeyboardInterrupt:
         tell(f"\n{program}: interrupted")
         status = 130
     _drop_what_is_not_taken()
     sys.exit(status)
+
+
+def _one_line(message: str) -> str:
+    """The message without line breaks, and without the control characters that a hostile file may bear in its names."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
 
 
 def _drop_what_is_not_taken() -> None:
