@@ -30,6 +30,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.files import write_whole
 from autoregressive.models.gpt import GPT_models, Transformer
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
@@ -223,9 +224,7 @@ def main() -> None:
     }
     print(json.dumps(report))
     if arguments.output is not None:
-        part = arguments.output.with_name(f".{arguments.output.name}.part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(part, arguments.output)
+        write_whole(arguments.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
     if not all(m.within_limit for m in measurements):
         sys.exit(1)
 
