@@ -14,6 +14,14 @@ from torch import nn
 REFERENCE = Path(__file__).parent / "reference"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are skipped, and say so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def ieee_float32() -> Iterator[None]:
     """TF32 can flip a greedy token; commands run in-process turn it on, so every test starts and ends without it."""

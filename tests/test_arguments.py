@@ -43,6 +43,26 @@ def test_nothing_typed_means_the_demo_model_where_gpt_b_is_not_there(folder: Pat
     assert settings.labels == tuple(range(8))
 
 
+def test_a_bare_checkpoint_name_may_be_in_the_folder_of_pretrained_models(folder: Path) -> None:
+    """Fails if what download_models.py fetched is not found under the name that it was fetched by."""
+    (folder / "c2i_XL_384.pt").touch()
+    typed = ["--gpt-model", "GPT-XL", "--gpt-ckpt", "c2i_XL_384.pt"]
+    assert resolved(folder, *typed).model.gpt_ckpt == folder / "c2i_XL_384.pt"
+    Path("c2i_XL_384.pt").touch()
+    assert resolved(folder, *typed).model.gpt_ckpt == Path("c2i_XL_384.pt"), "the current folder comes first"
+    for missing in ("vq_ds16_c2i.pt", "elsewhere/c2i_XL_384.pt"):
+        with pytest.raises(UserError, match="there is no such file or folder"):
+            resolved(folder, "--gpt-model", "GPT-XL", "--vq-ckpt", missing)
+
+
+def test_the_warning_names_the_sizes_that_are_published(folder: Path) -> None:
+    """Fails if the user of a size without weights is not told that another has some."""
+    model = resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256").model
+    warning = untrained_warning(model, find_weights(model))
+    assert warning is not None
+    assert "there are some for 384 px" in warning
+
+
 def test_defaults_are_llamagens_for_its_models(folder: Path) -> None:
     """Fails if LlamaGen's command without flags would draw something else."""
     settings = resolved(folder, "--gpt-model", "GPT-XL")

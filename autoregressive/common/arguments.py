@@ -121,8 +121,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_weights(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gpt-ckpt", type=Path, metavar="PATH", help="the transformer's: a file or FSDP directory")
-    group.add_argument("--vq-ckpt", type=Path, metavar="PATH", help="the tokenizer's")
+    group.add_argument(
+        "--gpt-ckpt",
+        type=Path,
+        metavar="PATH",
+        help="the transformer's: a file or FSDP directory, or the bare name of one in the folder of pretrained models",
+    )
+    group.add_argument("--vq-ckpt", type=Path, metavar="PATH", help="the tokenizer's, likewise")
     group.add_argument("--download", action="store_true", help="fetch published weights that are not there yet")
     group.add_argument("--random-weights", action="store_true", help="use no trained weights even if they are there")
     group.add_argument("--ema", action="store_true", help="use the averaged weights that training kept in --gpt-ckpt")
@@ -145,8 +150,8 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         "--gpt-model",
         choices=list(GPT_SHAPES),
         metavar="NAME",
-        help=f"{', '.join(GPT_SHAPES)} (default: what --gpt-ckpt is named after, else GPT-B if its weights are there, "
-        "else GPT-demo)",
+        help=f"{', '.join(GPT_SHAPES)} (default: what --gpt-ckpt is named after; GPT-B with another --gpt-ckpt, "
+        "with --download, or if its weights are there; else GPT-demo)",
     )
     group.add_argument(
         "--gpt-type", choices=["c2i", "t2i"], metavar="TYPE", help="c2i, class to image; not t2i (default: c2i)"

@@ -178,11 +178,9 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         ("--num-classes", arguments.num_classes),
     ):
         _require(typed is None or 1 <= typed <= _LARGEST_SIZE, flag, typed, f"1 to {_LARGEST_SIZE}")
-    for flag, path in (("--gpt-ckpt", arguments.gpt_ckpt), ("--vq-ckpt", arguments.vq_ckpt)):
-        if path is not None and arguments.random_weights:
-            raise UserError(f"{flag} and --random-weights contradict each other: leave one out")
-        if path is not None and not os.path.exists(path):  # Path.exists raises where the name is too long
-            raise UserError(f"{flag} {path}: there is no such file or folder")
+    pretrained = _or(arguments.pretrained_dir, PRETRAINED)
+    gpt_ckpt = _resolve_checkpoint("--gpt-ckpt", arguments.gpt_ckpt, pretrained, arguments.random_weights)
+    vq_ckpt = _resolve_checkpoint("--vq-ckpt", arguments.vq_ckpt, pretrained, arguments.random_weights)
     if arguments.ema and arguments.gpt_ckpt is None:
         raise UserError("--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint")
     device = resolve_device(_or(arguments.device, "cuda" if torch.cuda.is_available() else "cpu"))
@@ -190,13 +188,13 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
     return ModelSettings(
         gpt_model=gpt_model,
         vq_model=vq_model,
-        gpt_ckpt=arguments.gpt_ckpt,
-        vq_ckpt=arguments.vq_ckpt,
+        gpt_ckpt=gpt_ckpt,
+        vq_ckpt=vq_ckpt,
         from_fsdp=arguments.from_fsdp,
         ema=arguments.ema,
         random_weights=arguments.random_weights,
         download=arguments.download,
-        pretrained=_or(arguments.pretrained_dir, PRETRAINED),
+        pretrained=pretrained,
         image_size=_choose_image_size(arguments, gpt_model, defaults),
         downsample_size=downsample,
         codebook_size=_or(arguments.codebook_size, tokenizer.codebook_size),
@@ -206,6 +204,20 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         device=device,
         seed=seed,
     )
+
+
+def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_weights: bool) -> Path | None:
+    """The checkpoint as typed; a bare name that is not in the current folder may be in that of the pretrained models."""
+    if typed is None:
+        return None
+    if random_weights:
+        raise UserError(f"{flag} and --random-weights contradict each other: leave one out")
+    places = [typed, pretrained / typed] if len(typed.parts) == 1 else [typed]
+    for place in places:
+        if os.path.exists(place):  # Path.exists raises where the name is too long
+            return place
+    also = f", nor in {pretrained}" if len(places) > 1 else ""
+    raise UserError(f"{flag} {typed}: there is no such file or folder{also}")
 
 
 def _resolve_sampling(

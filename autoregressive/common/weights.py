@@ -162,7 +162,9 @@ def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) ->
         ways.append("  get them: git checkout pretrained_models, or train them: python scripts/train_demo.py")
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
-        ways.append(f"  none are published for {unpublished}: give your own with --gpt-ckpt")
+        sizes = " and ".join(str(file.image_size) for file in PUBLISHED_FILES if file.model == settings.gpt_model)
+        others = f" (there are some for {sizes} px)" if sizes else ""
+        ways.append(f"  none are published for {unpublished}{others}: give your own with --gpt-ckpt")
     return ways
 
 
