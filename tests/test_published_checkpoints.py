@@ -1,0 +1,44 @@
+"""The promise to LlamaGen's users, end to end: files of the published form in, LlamaGen's tokens out."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import load_reference, reference_weights
+from PIL import Image
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.sample import sample_c2i
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+
+def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_form(tmp_path: Path) -> None:
+    """Fails if finding, unwrapping or loading weights, the defaults, or the loop differ from what LlamaGen does."""
+    meta, expected = load_reference("gpt_b_256")
+    gpt, vq = GPT_models["GPT-B"](block_size=meta["block_size"]), VQ_models["VQ-16"]()
+    reference_weights(gpt, meta["seed"])
+    reference_weights(vq, 6)
+    training = {"optimizer": {"state": {}}, "steps": 300_000, "args": argparse.Namespace(epochs=300)}
+    torch.save({"model": gpt.state_dict(), **training}, tmp_path / "c2i_B_256.pt")
+    torch.save({"model": vq.state_dict()}, tmp_path / "vq_ds16_c2i.pt")
+    deterministic = torch.backends.cudnn.deterministic
+
+    sample_c2i.main(
+        [
+            "--pretrained-dir", str(tmp_path), "--device", "cpu", "--top-k", "1", "--output", str(tmp_path / "x.png"),
+            "--class-labels", *map(str, meta["labels"]), "--save-codes", str(tmp_path / "codes.npy"),
+        ]
+    )  # fmt: skip
+
+    torch.backends.cudnn.deterministic = deterministic
+    codes = np.load(tmp_path / "codes.npy")
+    assert codes.dtype == np.int32
+    assert np.array_equal(codes, expected["tokens"])
+    with torch.no_grad():
+        pixels = vq.eval().decode_code(torch.from_numpy(codes), [2, 8, 16, 16])
+    first = ((pixels[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (2 * 256 + 6, 256 + 4)
+        drawn = np.asarray(image)[2:258, 2:258].astype(np.float32)
+    assert np.abs(drawn - first).max() <= 1
