@@ -312,3 +312,16 @@ def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
     assert not {"labels", "class_names"} & record.keys()
     with Image.open(work / "each" / "0001_7_class_7_untrained.png") as image:
         assert "class 7 (7)" in image.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_a_terminal_sees_a_bar_even_one_that_states_no_size(tmp_path: Path) -> None:
+    """tqdm alone draws nothing on a terminal of 0 columns, such as one made by a remote shell."""
+    terminal, end = os.openpty()
+    command = [sys.executable, COMMAND, "--device", "cpu", "--class-labels", "fox", "--output", str(tmp_path / "x.png")]
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, env=environment, check=False)
+    os.close(end)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert re.search(r"sampling: +\d+%.*/256 \[.*tokens/s", shown)

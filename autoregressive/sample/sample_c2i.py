@@ -3,6 +3,7 @@
 The honest baseline that the fast command is compared with. Flags, defaults and output lines are LlamaGen's.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,8 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
     labels = torch.tensor(settings.labels, device=device)
     torch.manual_seed(sampling.seed)
     hidden = True if sys.stderr is None else None  # None: a bar on a terminal only
-    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=hidden)
+    columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
+    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=hidden, ncols=columns, nrows=lines)
     with bar, threads_that_pay(gpt.config, device):
         return generate(
             gpt,
