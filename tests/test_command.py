@@ -1,7 +1,7 @@
 """The naive command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
 
-import io
 import contextlib
+import io
 import json
 import os
 import re
