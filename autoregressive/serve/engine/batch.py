@@ -1,0 +1,184 @@
+"""The device-side state of the running rows: what the model runner's kernels read and write.
+
+Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join or leave or get pages; within a
+span only the device changes `positions`, `codes` and `failed`. Everything is enqueued on the current stream; nothing waits for the
+device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autoregressive.serve.engine.request import ImageState, RowState
+
+_ALIGNMENT = 64  # bytes; what kernels may assume of a pointer, with room to spare
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The sizes of a batch's tensors."""
+
+    max_rows: int
+    max_images: int
+    tokens: int  # of an image
+    page_size: int  # tokens of a page
+    pages_per_row: int
+    num_slots: int  # images that are running or whose codes are on their way to the host
+
+    @classmethod
+    def of(cls, max_rows: int, tokens: int, page_size: int) -> "BatchShape":
+        """The shape for at most `max_rows` rows: each may be an image, and as many images again may be on their way to the host."""
+        return cls(max_rows, max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
+
+
+class Batch:
+    """Rows and images in use come first, the rest is padding.
+
+    A padding row has position -1: kernels read and write no page for it. A padding image has conditional row -1. The input token of
+    a row at position p > 0 is codes[row_slots[row], p - 1]; at position 0 it is the label.
+    """
+
+    # per row, [max_rows]
+    labels: Tensor  # int32: class, or num_classes for an unconditional row
+    row_slots: Tensor  # int32: slot of the row's image
+    positions: Tensor  # int32: of the token that the step feeds; each step adds 1 at its end
+    page_table: Tensor  # int32 [max_rows, pages_per_row]
+    # per image, [max_images]
+    conditional_rows: Tensor  # int32
+    unconditional_rows: Tensor  # int32, -1: none
+    image_slots: Tensor  # int32
+    guidance_scales: Tensor  # float32
+    temperatures: Tensor  # float32, 0: greedy
+    top_ks: Tensor  # int32, 0: all
+    top_ps: Tensor  # float32
+    seeds: Tensor  # int64
+    image_indices: Tensor  # int32
+    # per slot
+    codes: Tensor  # int32 [num_slots, tokens]
+    failed: Tensor  # int32 [num_slots], 1: a step's logits were NaN or infinite
+
+    def __init__(self, shape: BatchShape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        rows, images = (shape.max_rows,), (shape.max_images,)
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "labels": (rows, torch.int32),
+            "row_slots": (rows, torch.int32),
+            "positions": (rows, torch.int32),
+            "conditional_rows": (images, torch.int32),
+            "unconditional_rows": (images, torch.int32),
+            "image_slots": (images, torch.int32),
+            "guidance_scales": (images, torch.float32),
+            "temperatures": (images, torch.float32),
+            "top_ks": (images, torch.int32),
+            "top_ps": (images, torch.float32),
+            "seeds": (images, torch.int64),
+            "image_indices": (images, torch.int32),
+            "under_way": ((shape.num_slots,), torch.int32),
+            "page_table": ((shape.max_rows, shape.pages_per_row), torch.int32),  # last: only the rows in use are uploaded
+        }
+        # One buffer holds them all, as does its mirror on the host, so that a load is one copy.
+        sizes = {name: prod(dims) * dtype.itemsize for name, (dims, dtype) in layout.items()}
+        padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
+        self._buffer = torch.zeros(sum(padded.values()), dtype=torch.uint8, device=device)
+        self._mirror = torch.zeros(sum(padded.values()), dtype=torch.uint8)
+        self._host: dict[str, NDArray] = {}
+        start = 0
+        for name, (dims, dtype) in layout.items():
+            place = slice(start, start + sizes[name])
+            setattr(self, name, self._buffer[place].view(dtype).view(dims))
+            self._host[name] = self._mirror[place].view(dtype).view(dims).numpy()
+            start += padded[name]
+        self._page_table_start = start - padded["page_table"]
+        self.codes = torch.zeros(shape.num_slots, shape.tokens, dtype=torch.int32, device=device)
+        self.failed = torch.zeros(shape.num_slots, dtype=torch.int32, device=device)
+        self.under_way: Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
+        self.load([], [])
+
+    def load(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
+        """Uploads what the host knows of rows and images, in this order, and pads the rest.
+
+        Args:
+            rows: every row of every image in `images`, and no other.
+            images: in any order.
+        """
+        host = self._host
+        assert len(rows) <= self.shape.max_rows
+        assert len(images) <= self.shape.max_images
+        _fill(host["labels"], [row.label for row in rows], 0)
+        _fill(host["row_slots"], [row.slot for row in rows], 0)
+        _fill(host["positions"], [row.position for row in rows], -1)
+        for table, row in zip(host["page_table"], rows, strict=False):
+            table[: len(row.pages)] = row.pages  # what lies behind is of an earlier row, and not read
+        self._fill_images(rows, images)
+        host["under_way"].fill(1)
+        host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
+        end = self._page_table_start + host["page_table"][: len(rows)].nbytes
+        self._buffer[:end].copy_(_staged(self._mirror[:end], self.device), non_blocking=True)
+        self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
+
+    def fetch(self, slots: Sequence[int]) -> "CodesOnTheWay":
+        """Begins to copy the codes of complete images to the host, behind the spans enqueued so far."""
+        index = _staged(torch.tensor(slots, dtype=torch.int64), self.device).to(self.device, non_blocking=True)
+        return CodesOnTheWay(self.codes[index], self.failed[index])
+
+    def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
+        host = self._host
+        row_index = {id(row): index for index, row in enumerate(rows)}
+        row_index[id(None)] = -1
+        _fill(host["conditional_rows"], [row_index[id(image.conditional)] for image in images], -1)
+        _fill(host["unconditional_rows"], [row_index[id(image.unconditional)] for image in images], -1)
+        _fill(host["image_slots"], [image.slot for image in images], 0)
+        _fill(host["image_indices"], [image.image_index for image in images], 0)
+        _fill(host["guidance_scales"], [image.params.cfg_scale for image in images], 1)
+        _fill(host["temperatures"], [image.params.temperature for image in images], 1)
+        _fill(host["top_ks"], [image.params.top_k for image in images], 0)
+        _fill(host["top_ps"], [image.params.top_p for image in images], 1)
+        _fill(host["seeds"], [image.params.seed for image in images], 0)
+
+
+class Runner(Protocol):
+    """What runs the model's steps over a batch."""
+
+    def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
+        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
+
+
+class CodesOnTheWay:
+    """Codes [images, tokens] and failure flags [images] being copied to the host."""
+
+    def __init__(self, codes: Tensor, failed: Tensor) -> None:
+        # Copies to pinned memory do not wait; the device's side of them lives on until its stream has passed.
+        self._codes, self._failed = (_staging_like(tensor).copy_(tensor, non_blocking=True) for tensor in (codes, failed))
+        self._copied: torch.cuda.Event | None = None
+        if codes.is_cuda:
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record(torch.cuda.current_stream(codes.device))
+
+    def arrived(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Waits for the copy: int32 [images, tokens] and [images] on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._codes, self._failed
+
+
+def _fill(target: NDArray, values: Sequence[float], padding: float) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = padding
+
+
+def _staged(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that may be uploaded without waiting: torch's allocator of pinned memory reuses it only after the upload is done."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _staging_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -1,0 +1,73 @@
+"""Which pages of the KV cache are taken. The pool deals in page numbers; the memory belongs to the model runner.
+
+Every page is either free or used, never both: `free_pages + used_pages == num_pages` always.
+"""
+
+from collections.abc import Iterable
+
+
+class PagePool:
+    """A stack of free page numbers, 0 to num_pages - 1."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._is_used = bytearray(num_pages)
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages nobody holds."""
+        return len(self._free)
+
+    @property
+    def used_pages(self) -> int:
+        """How many pages are held."""
+        return self.num_pages - len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` pages. There must be as many: admission by forecast sees to it."""
+        assert 0 <= count <= len(self._free), f"{count} pages wanted, {len(self._free)} of {self.num_pages} free"
+        start = len(self._free) - count
+        pages = self._free[start:]
+        del self._free[start:]
+        for page in pages:
+            self._is_used[page] = True
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Gives pages back."""
+        for page in pages:
+            assert self._is_used[page], f"page {page} is given back, but nobody holds it"
+            self._is_used[page] = False
+            self._free.append(page)
+
+    def audit(self) -> None:
+        """Asserts that every page is free or used, and none twice."""
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert not any(self._is_used[page] for page in self._free), "a page is both free and used"
+        assert sum(self._is_used) + len(self._free) == self.num_pages, "a page is neither free nor used"
+
+
+def pages_that_fit(total_bytes: int, free_bytes: int, utilization: float, reserve_bytes: int, page_bytes: int, most: int) -> int:
+    """How many pages to make of a device's memory.
+
+    Args:
+        total_bytes: the device's memory.
+        free_bytes: what of it is free now, with the weights loaded.
+        utilization: the share of the whole memory that this process and all others together may fill.
+        reserve_bytes: left for activations, captured graphs and decoding.
+        page_bytes: one page in all layers, keys and values.
+        most: pages that the largest batch can hold; more would never be used.
+
+    Raises:
+        ValueError: not one page fits.
+    """
+    budget = int(total_bytes * utilization) - (total_bytes - free_bytes) - reserve_bytes
+    pages = min(most, budget // page_bytes)
+    if pages < 1:
+        free, total, reserved = (f"{size / 2**30:.1f} GiB" for size in (free_bytes, total_bytes, reserve_bytes))
+        raise ValueError(
+            f"no memory for the KV cache: {free} of {total} free, {reserved} reserved, gpu_memory_utilization {utilization:g}: "
+            "raise it, give num_pages, or choose a smaller model"
+        )
+    return pages

@@ -1,0 +1,122 @@
+"""What is asked of the engine and what becomes of it: sampling parameters, the request, and its images and rows.
+
+A request owns its rows: each of its `n` images has a conditional row and, under guidance, an unconditional one. All of them start
+at the same step and are at the same position ever after.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+_LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of a request are drawn. Names and meanings are those of the naive loop; ranges those of the commands.
+
+    Raises:
+        ValueError: a value out of range; the message names the parameter and what it allows.
+    """
+
+    cfg_scale: float = 4.0  # guidance; at 1 and below there is none, and no unconditional row
+    cfg_interval: int = -1  # k >= 0 guides the first k + 2 tokens only; -1 guides all
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 2000  # 0 keeps all
+    top_p: float = 1.0  # 1 keeps all
+    seed: int = 0
+    n: int = 1  # images of this request; image k draws with (seed, k)
+
+    def __post_init__(self) -> None:
+        for name in ("cfg_interval", "top_k", "seed", "n"):
+            _require(isinstance(getattr(self, name), int), name, getattr(self, name), "a whole number")
+        _require(0 <= self.cfg_scale <= _LARGEST_SCALE, "cfg_scale", self.cfg_scale, f"0 to {_LARGEST_SCALE:g}")
+        _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
+        finite = math.isfinite(self.temperature)
+        _require(finite and self.temperature >= 0, "temperature", self.temperature, "a finite number, 0 (greedy) or above")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to the size of the codebook")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        _require(1 <= self.n < 2**31, "n", self.n, "1 or more")
+
+    @property
+    def guided(self) -> bool:
+        """Whether an image starts with an unconditional row."""
+        return self.cfg_scale > 1.0
+
+    @property
+    def rows(self) -> int:
+        """Rows that the request starts with."""
+        return self.n * (2 if self.guided else 1)
+
+    def guided_steps(self, tokens: int) -> int:
+        """How many of an image's `tokens` steps run the unconditional row."""
+        if not self.guided:
+            return 0
+        return tokens if self.cfg_interval < 0 else min(tokens, self.cfg_interval + 2)
+
+
+class RequestState(StrEnum):
+    """Where a request is on its way; the last three are ends."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class Request:
+    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread changes it.
+
+    `codes` is set when the state is finished, `error` (one line) when it is failed; the state is always set last, so that a
+    thread that sees the end sees the result.
+    """
+
+    id: int
+    class_label: int
+    params: SamplingParams
+    first_image: int = 0  # image k of the request draws with (seed, first_image + k)
+    state: RequestState = RequestState.WAITING
+    steps: int = 0  # given to the device so far, out of the tokens of an image
+    codes: Tensor | None = None  # int32 [n, tokens] on the CPU
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
+
+@dataclass(eq=False)
+class RowState:
+    """What the host knows of one sequence of the batch."""
+
+    label: int  # class, or num_classes for an unconditional row
+    slot: int  # of the image that it draws
+    position: int = 0  # of the token that the next step feeds
+    pages: list[int] = field(default_factory=list)  # page k holds positions k * page_size and the next page_size - 1
+
+
+@dataclass(eq=False)
+class ImageState:
+    """What the host knows of one image of the batch."""
+
+    params: SamplingParams
+    image_index: int  # the draws' key beside the seed
+    slot: int  # row of the codes buffer
+    conditional: RowState
+    unconditional: RowState | None  # None without guidance, and after the guidance interval
+
+    @property
+    def rows(self) -> list[RowState]:
+        """One row or two, the conditional one first."""
+        return [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {value}: must be {allowed}")
