@@ -1,0 +1,304 @@
+"""The engine: class labels in, codes or pixels out, any number of requests at a time on one device.
+
+One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be called by any. In ten lines:
+
+    engine = Engine(gpt, vq, EngineConfig(max_num_seqs=64), ModelRunner)
+    pixels = engine.generate([207, 360, 387], SamplingParams(cfg_scale=4.0, seed=1), progress=True)  # offline: all at once
+
+    few = engine.submit(207, SamplingParams(cfg_scale=1.5, top_k=0, n=4))  # online: come and go
+    many = engine.submit(88, SamplingParams(cfg_scale=7.5, cfg_interval=100, seed=2))
+    while engine.wait_for_work(timeout=1.0):
+        for request in engine.step():
+            print(request.id, request.state, request.codes)  # int32 [n, tokens] on the CPU
+        if few.ended:
+            engine.cancel(many)  # takes effect within 16 steps or 0.25 s
+"""
+
+import itertools
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.models.generate import NonFiniteLogitsError
+from autoregressive.models.gpt import Transformer
+from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner
+from autoregressive.serve.engine.pacing import Pacer
+from autoregressive.serve.engine.page_pool import pages_that_fit
+from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.engine.scheduler import Limits, RunningRequest, Scheduler
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+ATTENTION_BACKENDS = ("auto", "triton", "torch")
+
+_WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
+_CPU_SHARE = 0.25  # of the memory, for pages
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine is built with. Names and defaults follow vLLM where the thing is the same.
+
+    Raises:
+        ValueError: a value out of range; the message names it and what is allowed.
+    """
+
+    max_num_seqs: int = 256  # rows that run at once; a guided image has two
+    page_size: int = 16  # tokens of a page
+    num_pages: int | None = None  # None: as many as fit, and as are of use
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
+    enforce_eager: bool = False  # no CUDA graphs
+    attention_backend: str = "auto"
+    deterministic: bool = False  # an image's codes do not depend on its neighbours, also where that costs speed
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be 1 or more")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}")
+
+
+# transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the pages' memory
+RunnerFactory = Callable[[Transformer, BatchShape, int, EngineConfig], Runner]
+
+
+class Engine:
+    """Requests wait, run a token a step beside each other, and end. What `step` does is the engine's whole life.
+
+    Args:
+        gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the number of tokens of an image.
+        vq: for `generate`'s pixels; None: codes only.
+        make_runner: `ModelRunner`, or another that keeps its promises.
+
+    Raises:
+        ValueError: no memory is left for pages.
+    """
+
+    def __init__(self, gpt: Transformer, vq: VQModel | None, config: EngineConfig, make_runner: RunnerFactory) -> None:
+        model = gpt.config
+        self.config, self.vocab_size, self.num_classes = config, model.vocab_size, model.num_classes
+        self.device = gpt.tok_embeddings.weight.device
+        self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
+        with self._on_device():
+            self.decoder = None if vq is None else PixelDecoder(vq, model.grid, self.device)
+            self.batch = Batch(shape, self.device)
+            num_pages = config.num_pages or default_num_pages(gpt, shape, config.gpu_memory_utilization)
+            limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes)
+            self.scheduler = Scheduler(limits)
+            self.runner = make_runner(gpt, shape, num_pages, config)
+        self._pacer = Pacer(self.device)
+        self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
+        self._ids = itertools.count()
+        self._commands = threading.Condition()  # guards the two lists
+        self._submitted: list[Request] = []
+        self._cancelled: list[Request] = []
+
+    def submit(self, class_label: int, params: SamplingParams, first_image: int = 0) -> Request:
+        """Puts a request at the end of the queue. Any thread may call it.
+
+        Args:
+            class_label: 0 to num_classes - 1
+            first_image: index, in the draws' key, of the request's first image; so one job can be split into several requests.
+
+        Raises:
+            ValueError: no such class, a top-k beyond the vocabulary, or a request that could never run; the message says the sizes.
+        """
+        if not 0 <= class_label < self.num_classes:
+            raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
+        if params.top_k > self.vocab_size:
+            raise ValueError(f"top_k {params.top_k}: must be 0 (all) to {self.vocab_size} (the codebook)")
+        self.scheduler.check_fits(params)
+        with self._commands:
+            request = Request(next(self._ids), class_label, params, first_image)
+            self._submitted.append(request)
+            self._commands.notify_all()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request early, within 16 steps or 0.25 s. Any thread may call it.
+
+        Without effect if the request has ended, or all its steps have been given to the device: then it finishes.
+        """
+        with self._commands:
+            self._cancelled.append(request)
+            self._commands.notify_all()
+
+    def wait_for_work(self, timeout: float | None = None) -> bool:
+        """Waits, at most `timeout` seconds, until a step has something to do; returns whether it has. For the owner's loop."""
+        with self._commands:
+            return self._commands.wait_for(self._has_work, timeout)
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Runs one span: several steps of every running request.
+
+        Returns:
+            The requests that have ended since the last call: finished, failed or cancelled.
+        """
+        with self._on_device():
+            ended = self._drain_commands()
+            scheduler, batch = self.scheduler, self.batch
+            scheduler.admit()
+            images = scheduler.images
+            rows = [row for image in images for row in image.rows]
+            steps = scheduler.plan_span(self._pacer.span_limit(len(rows)))
+            if steps > 0:
+                scheduler.allocate(steps)
+                if scheduler.take_changed():
+                    batch.load(rows, images)
+                self._pacer.begin()
+                self.runner.run(batch, len(rows), len(images), steps)
+                self._retire(scheduler.advance(steps))
+                self._pacer.end(steps, len(rows))
+            return ended + self._take_arrived(wait=steps == 0)
+
+    def generate(
+        self, labels: Sequence[int], params: SamplingParams | Sequence[SamplingParams], progress: bool = False, decode: bool = True
+    ) -> Tensor:
+        """Draws `params.n` images for each label and waits for all of them.
+
+        Args:
+            labels: one class a request.
+            params: for all labels, or one for each. One for all numbers the images through, so that equal labels differ.
+            progress: show a bar on stderr.
+            decode: pixels if the engine has a tokenizer; False: codes.
+
+        Returns:
+            Pixels float32 [images, 3, size, size], about -1..1, on the device, or codes int32 [images, tokens] on the CPU: in the
+            order of the labels, those of one label side by side.
+
+        Raises:
+            ValueError: as `submit`; nothing is drawn then.
+            NonFiniteLogitsError: the model gave NaN or infinite logits.
+        """
+        if not labels or (not isinstance(params, SamplingParams) and len(params) != len(labels)):
+            raise ValueError(f"{len(labels)} labels: give one or more, and one SamplingParams for all or one for each")
+        decoder = self.decoder if decode else None
+        requests: list[Request] = []
+        pixels: dict[int, Tensor] = {}
+        try:
+            for index, label in enumerate(labels):
+                if isinstance(params, SamplingParams):
+                    requests.append(self.submit(label, params, first_image=index * params.n))
+                else:
+                    requests.append(self.submit(label, params[index]))
+            columns, _ = shutil.get_terminal_size()  # 80 where a terminal states no size: tqdm alone would draw nothing
+            total = sum(request.params.n for request in requests) * self.shape.tokens
+            with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns) as bar:
+                while not all(request.ended for request in requests):
+                    ended = [request for request in self.step() if request in requests]
+                    if decoder is not None:
+                        pixels |= self._decode(decoder, [r for r in ended if r.state is RequestState.FINISHED])
+                    bar.update(sum(request.params.n * request.steps for request in requests) - bar.n)
+            if decoder is not None:
+                decoder.wait()
+        except BaseException:  # Ctrl-C too: nobody would fetch the images
+            for request in requests:
+                self.cancel(request)
+            raise
+        failure = next((request.error for request in requests if request.error is not None), None)
+        if failure is not None:
+            raise NonFiniteLogitsError(failure)
+        if decoder is not None:
+            return torch.cat([pixels[request.id] for request in requests])
+        return torch.cat([request.codes for request in requests if request.codes is not None])
+
+    def audit(self) -> None:
+        """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after any step."""
+        self.scheduler.audit()
+        taken = [slot for running in self.scheduler.running for slot in running.slots]
+        taken += [slot for ended, _ in self._arriving for running in ended for slot in running.slots]
+        assert len(set(taken)) == len(taken), "two images share a slot"
+        assert len(taken) + self.scheduler.free_slots == self.shape.num_slots, "a slot is lost"
+
+    def _has_work(self) -> bool:
+        scheduler = self.scheduler
+        return bool(self._submitted or self._cancelled or scheduler.waiting or scheduler.running or self._arriving)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        # The current device is a thread's own; the thread that loaded the model may have set it, this one perhaps not.
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _drain_commands(self) -> list[Request]:
+        """Carries out what was asked since the last span; returns the requests that this has ended."""
+        with self._commands:
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+        for request in submitted:
+            self.scheduler.add(request)
+        ended = [request for request in cancelled if self.scheduler.cancel(request)]
+        for request in ended:
+            request.state = RequestState.CANCELLED
+        return ended
+
+    def _retire(self, ended: list[RunningRequest]) -> None:
+        """Begins to fetch the codes of requests whose last step is on the device; their slots stay taken until the copy arrives."""
+        if ended:
+            self._arriving.append((ended, self.batch.fetch([slot for running in ended for slot in running.slots])))
+
+    def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> dict[int, Tensor]:
+        """Pixels [n, 3, size, size] by the request's id. The decoder has its own stream: other rows go on meanwhile."""
+        codes = [request.codes for request in requests if request.codes is not None]
+        if not codes:
+            return {}
+        pixels = decoder.decode(torch.cat(codes).to(self.device))
+        parts = pixels.split([request.params.n for request in requests])
+        return {request.id: part for request, part in zip(requests, parts, strict=True)}
+
+    def _take_arrived(self, wait: bool) -> list[Request]:
+        """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as there is nothing else to do."""
+        finished = []
+        while self._arriving and (wait or self._arriving[0][1].arrived()):
+            wait = False
+            ended, on_the_way = self._arriving.popleft()
+            codes, failed = on_the_way.wait()
+            start = 0
+            for running in ended:
+                request, end = running.request, start + len(running.images)
+                _finish(request, codes[start:end], failed[start:end])
+                self.scheduler.release_slots(running.slots)
+                finished.append(request)
+                start = end
+        return finished
+
+
+def default_num_pages(gpt: Transformer, shape: BatchShape, utilization: float) -> int:
+    """Pages for as many rows as memory allows, at most for `max_rows`.
+
+    Raises:
+        ValueError: no memory is left.
+    """
+    weight, model = gpt.tok_embeddings.weight, gpt.config
+    page_bytes = 2 * model.n_layer * model.dim * shape.page_size * weight.element_size()  # keys and values
+    most = shape.max_rows * shape.pages_per_row
+    if weight.device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading the weights has left counts as free
+        free_bytes, total_bytes = torch.cuda.mem_get_info(weight.device)
+        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, page_bytes, most)
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, page_bytes, most)
+
+
+def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:
+    """Gives a request its codes [n, tokens], or its error if one of its images failed [n]."""
+    failures = failed.nonzero().flatten().tolist()
+    if failures:
+        request.error = (
+            f"image {failures[0]} of request {request.id}: the model's logits are NaN or infinite: "
+            "its weights are damaged or overflow this precision"
+        )
+        request.state = RequestState.FAILED
+    else:
+        request.codes = codes.clone()  # the copy's own memory is pinned, and shared with other requests
+        request.state = RequestState.FINISHED
