@@ -1,0 +1,139 @@
+"""Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as CUDA graphs.
+
+On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on the stream, on a CPU the same at once,
+both in float32. What is decoded never depends on what else is: a batch is split, or padded, to captured sizes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.serve.engine.vq_forward import VQForward
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+_MOST_IMAGES = 16  # at once: more is no faster
+_MOST_PIXELS = 8 * 384 * 384  # at once: VQ-16 then needs about 1 GiB beside its weights
+
+
+class Pending:
+    """Pixels on their way."""
+
+    def __init__(self, pixels: Tensor, done: torch.cuda.Event | None) -> None:
+        self._pixels, self._done = pixels, done
+
+    def ready(self) -> bool:
+        """Whether they are there; never waits."""
+        return self._done is None or self._done.query()
+
+    def pixels(self) -> Tensor:
+        """Float32 [images, 3, height, width], about -1..1: the current stream waits for them, the host does not."""
+        if self._done is not None:
+            current = torch.cuda.current_stream(self._pixels.device)
+            current.wait_event(self._done)
+            self._pixels.record_stream(current)  # their memory, the decoder's stream's, must not be reused while this one reads
+        return self._pixels
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The decoding of a fixed number of images, as a graph between fixed addresses."""
+
+    graph: torch.cuda.CUDAGraph
+    codes: Tensor  # int32 [images, tokens]
+    pixels: Tensor  # float32 [images, 3, height, width]
+
+
+class PixelDecoder:
+    """Decodes any number of images. Used by one thread.
+
+    Args:
+        vq: in eval mode, float32, on `device`; later changes to its parameters may have no effect.
+        grid: codes of an image's side.
+        device: where codes come from and pixels go.
+        cuda_graphs: capture now (seconds); without, a GPU is kept waiting by the host at small batches.
+    """
+
+    def __init__(self, vq: VQModel, grid: int, device: torch.device, *, cuda_graphs: bool = True) -> None:
+        self._vq, self._grid, self._device = vq, grid, device
+        self._size = grid * vq.config.downsample_size
+        self.batch_sizes = batch_sizes(self._size)
+        self._captured: dict[int, _Captured] = {}
+        self._forward: VQForward | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            if torch.cuda.get_device_capability(device) >= (8, 0):
+                self._forward = VQForward(vq, grid)
+                if cuda_graphs:
+                    self._capture()
+
+    @torch.no_grad()
+    def submit(self, codes: Tensor) -> Pending:
+        """Enqueues the decoding behind what the current stream has been given; the codes may be overwritten after that.
+
+        Args:
+            codes: integers [images, grid * grid], on the device. Ids outside the codebook are clamped.
+        """
+        if self._device.type != "cuda":
+            parts = [self._decode_plain(part) for part in codes.split(self.batch_sizes[-1])]
+            return Pending(torch.cat(parts), None)
+        codes = codes.to(torch.int32, copy=True)  # on the current stream, before whatever it does to them next
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            codes.record_stream(self._stream)
+            pixels = torch.empty(codes.shape[0], 3, self._size, self._size, device=self._device)
+            start = 0
+            for part in codes.split(self.batch_sizes[-1]):
+                pixels[start : start + len(part)] = self._decode_part(part)
+                start += len(part)
+            done = torch.cuda.Event()
+            done.record()
+        return Pending(pixels, done)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """`submit` and `pixels` in one."""
+        return self.submit(codes).pixels()
+
+    def _decode_part(self, codes: Tensor) -> Tensor:
+        """At most the largest batch size; the result is valid until the next call."""
+        if self._forward is None:
+            return self._decode_plain(codes)
+        images = codes.shape[0]
+        captured = next((self._captured[size] for size in self.batch_sizes if size >= images and size in self._captured), None)
+        if captured is None:
+            return _without_tuning(self._forward, codes)
+        captured.codes[:images] = codes  # the rest keeps older codes: valid ones, whose pixels nobody takes
+        captured.graph.replay()
+        return captured.pixels[:images]
+
+    def _decode_plain(self, codes: Tensor) -> Tensor:
+        config = self._vq.config
+        codes = codes.clamp(0, config.codebook_size - 1)
+        return self._vq.decode_code(codes, [codes.shape[0], config.codebook_embed_dim, self._grid, self._grid])
+
+    def _capture(self) -> None:
+        """Captures every batch size; they share one pool of memory, for they run one after the other."""
+        assert self._forward is not None
+        pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device):
+            for images in reversed(self.batch_sizes):  # the largest first: the others fit into its memory
+                codes = torch.zeros(images, self._grid**2, dtype=torch.int32, device=self._device)
+                self._stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self._stream):
+                    _without_tuning(self._forward, codes)  # compiles, and builds the library's plans
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    pixels = _without_tuning(self._forward, codes)
+                self._captured[images] = _Captured(graph, codes, pixels)
+
+
+def batch_sizes(image_size: int) -> tuple[int, ...]:
+    """Numbers of images that are decoded at once: powers of two, the largest as memory allows."""
+    most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // image_size**2))
+    return tuple(2**power for power in range(most.bit_length()))
+
+
+def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
+    """Convolutions chosen by rule, reproducible ones: choosing by measurement changes the last bits from run to run, and takes seconds."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+        return forward(codes)
