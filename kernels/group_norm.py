@@ -2,8 +2,9 @@
 
 `add_with_statistics` makes the tensor that is to be normalised (convolution + its bias + shortcut) and measures it on the way;
 `normalize` applies norm and SiLU. torch's own group norm first copies channels-last images into the other layout. Statistics are
-float32 means and squared deviations of small chunks, merged by Chan's formula: no difference of large sums is ever taken. The order of
-every sum depends on the shape alone. Each function stands beside a torch reference of the same signature, which any device runs.
+float32 means and squared deviations of small chunks, merged by Chan's formula around a pivot near the mean, so that a large mean
+does not swallow the variance. The order of every sum depends on the shape alone. Each function stands beside a torch reference of
+the same signature, which any device runs.
 
 Images are [images, height, width, channels] here, contiguous.
 """
@@ -76,7 +77,7 @@ def normalize_reference(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """See `normalize`."""
-    images, chunks, groups = statistics.means.shape
+    chunks, groups = statistics.means.shape[1:]
     starts = torch.arange(chunks, device=x.device) * statistics.chunk_positions
     lengths = (statistics.positions - starts).clamp(max=statistics.chunk_positions).float()[:, None]  # [chunks, 1]
     group_size = x.shape[-1] // groups
@@ -211,8 +212,7 @@ def normalize(
         num_warps=4,
     )
     out = torch.empty_like(x, dtype=out_dtype)
-    tile_positions = chunk_positions_for(channels, positions) // 2  # no second pass here: smaller tiles hide more latency
-    tile_positions = max(tile_positions, 1)
+    tile_positions = max(chunk_positions_for(channels, positions) // 2, 1)
     _apply_kernel[(triton.cdiv(positions, tile_positions), images)](
         x, scale, offset, out, positions, CHANNELS=channels, TILE=tile_positions, SILU=silu, num_warps=_WARPS
     )

@@ -1,7 +1,7 @@
 """Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as CUDA graphs.
 
-On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on the stream, on a CPU the same at once,
-both in float32. What is decoded never depends on what else is: a batch is split, or padded, to captured sizes.
+On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on that stream, on a CPU the same at
+once, both in float32. A batch is split to the largest captured size, and what remains is padded to the next.
 """
 
 from dataclasses import dataclass
@@ -134,6 +134,6 @@ def batch_sizes(image_size: int) -> tuple[int, ...]:
 
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
-    """Convolutions chosen by rule, reproducible ones: choosing by measurement changes the last bits from run to run, and takes seconds."""
+    """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last bits from run to run."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         return forward(codes)
