@@ -1,0 +1,273 @@
+"""Runs a transformer's steps over a batch: the layers' operations in order, captured as one CUDA graph for each number of rows.
+
+A step reads the batch's device-side state and nothing else, so any number of steps can be enqueued without the host. Its first
+operation (`embed`) starts only when everything before it has ended; inside a step, kernels overlap (programmatic dependent launch).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.common.errors import tell
+from autoregressive.models.gpt import Transformer, TransformerBlock
+from autoregressive.serve.engine.batch import Batch, BatchShape
+from kernels.attention import head_stride
+from kernels.dispatch import MANY_ROWS, Operations, select_operations
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """How steps are carried out."""
+
+    attention_backend: str = "auto"  # "auto", "triton" or "torch"
+    enforce_eager: bool = False  # no CUDA graphs
+    deterministic: bool = False  # the same numbers whatever the batch: no library products for many rows
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's parameters: the model's own memory, as the operations take it."""
+
+    attention_gain: Tensor  # [width]
+    qkv: Tensor  # [3 * width, width]
+    output: Tensor  # [width, width]
+    ffn_gain: Tensor  # [width]
+    gate_up: Tensor  # [2 * ffn width, width]: w1 above w3
+    down: Tensor  # [width, ffn width]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What the operations of a step leave to each other, for one number of rows."""
+
+    residual: Tensor  # float32 [rows, width]
+    normed: Tensor  # [rows, width]
+    qkv: Tensor  # [splits, rows, 3 * width]
+    mixed_chunks: Tensor  # float32 [rows, heads, chunks, head_size]
+    chunk_stats: Tensor  # float32 [rows, heads, chunks, 2]
+    mixed: Tensor  # [rows, width]
+    projected: Tensor  # [splits, rows, width]
+    gate_up: Tensor | None  # [rows, 2 * ffn width], for many rows
+    hidden: Tensor  # [rows, ffn width]
+    down: Tensor  # [splits, rows, width]
+    logits: Tensor  # float32 [rows, vocabulary]
+
+
+class ModelRunner:
+    """See the module. Owns the KV pages.
+
+    Args:
+        gpt: in eval mode on its device. w1 and w3 of each layer are moved into one tensor, of which they become views.
+        shape: the batches' sizes.
+        num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
+
+    Raises:
+        ValueError: the backend does not run on the model's device.
+    """
+
+    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
+        model, weight = gpt.config, gpt.output.weight
+        self.model, self.shape, self.config = model, shape, config
+        self.device, self.dtype = weight.device, weight.dtype
+        self.operations = select_operations(self.device, self.dtype, model.head_size, config.attention_backend, tell=tell)
+        self._uses_library = self.device.type == "cuda" and not config.deterministic
+        self.token_embedding, self.class_embedding = gpt.tok_embeddings.weight, gpt.cls_embedding.embedding_table.weight
+        self.layers = [layer_weights(block) for block in gpt.layers if isinstance(block, TransformerBlock)]
+        self.final_gain, self.head = gpt.norm.weight, weight
+        self.rotary = gpt.freqs_cis
+        stride = head_stride(model.head_size, weight.element_size())
+        pages = (model.n_layer, 2, num_pages, model.n_head, shape.page_size, stride)
+        self.kv_pages = torch.zeros(pages, dtype=self.dtype, device=self.device)
+        self.workspaces = WorkspaceFactory(self)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles the kernels and captures a graph for every bucket of rows; without effect where there are no graphs.
+
+        Args:
+            batch: empty, all padding: the steps run once for each bucket.
+            progress: called with buckets done and in all.
+        """
+        if self.device.type != "cuda" or self.config.enforce_eager:
+            return
+        buckets = row_buckets(self.shape.max_rows)
+        pool = None
+        # Largest first: the smaller buckets' graphs then find memory in its pool.
+        for done, rows in enumerate(reversed(buckets)):
+            self._step(batch, rows)
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._step(batch, rows)
+            pool = pool or graph.pool()
+            self._graphs[rows] = graph
+            if progress is not None:
+                progress(done + 1, len(buckets))
+
+    def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
+        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
+        assert 1 <= images <= rows <= self.shape.max_rows
+        bucket = next(size for size in row_buckets(self.shape.max_rows) if size >= rows) if self._graphs else rows
+        for _ in range(steps):
+            if self._graphs:
+                self._graphs[bucket].replay()
+            else:
+                self._step(batch, bucket)
+
+    def _step(self, batch: Batch, rows: int) -> None:
+        """One token for the first `rows` rows: padding among them touches no page and no code."""
+        operations, model = self.operations, self.model
+        space = self.workspaces.for_rows(rows)
+        positions, eps = batch.positions[:rows], model.norm_eps
+        operations.embed(
+            batch.codes,
+            batch.row_slots[:rows],
+            positions,
+            batch.labels[:rows],
+            self.token_embedding,
+            self.class_embedding,
+            self.layers[0].attention_gain,
+            space.residual,
+            space.normed,
+            eps=eps,
+        )
+        next_gains = [layer.attention_gain for layer in self.layers[1:]] + [self.final_gain]
+        for layer, (key_pages, value_pages), next_gain in zip(self.layers, self.kv_pages, next_gains, strict=True):
+            self._linear(space.normed, layer.qkv, space.qkv)
+            operations.attention(
+                space.qkv,
+                self.rotary,
+                key_pages,
+                value_pages,
+                batch.page_table[:rows],
+                positions,
+                space.mixed_chunks,
+                space.chunk_stats,
+                space.mixed,
+            )
+            self._linear(space.mixed, layer.output, space.projected)
+            operations.add_norm(space.residual, space.projected, layer.ffn_gain, space.normed, eps=eps)
+            if space.gate_up is None:
+                operations.swiglu(space.normed, layer.gate_up, space.hidden)
+            else:
+                torch.mm(space.normed, layer.gate_up.t(), out=space.gate_up)
+                operations.gate(space.gate_up, space.hidden)
+            self._linear(space.hidden, layer.down, space.down)
+            operations.add_norm(space.residual, space.down, next_gain, space.normed, eps=eps)
+        self._head(space)
+        operations.draw_tokens(
+            space.logits,
+            batch.positions,
+            batch.conditional_rows,
+            batch.unconditional_rows,
+            batch.image_slots,
+            batch.guidance_scales,
+            batch.temperatures,
+            batch.top_ks,
+            batch.top_ps,
+            batch.seeds,
+            batch.image_indices,
+            batch.codes,
+            batch.failed,
+            images=rows,
+        )
+
+    def _linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        if self.many(x.shape[0]):
+            torch.mm(x, weight.t(), out=out[0])
+        else:
+            self.operations.linear(x, weight, out)
+
+    def _head(self, space: Workspace) -> None:
+        if self.many(space.logits.shape[0]):
+            torch.mm(space.normed, self.head.t(), out_dtype=torch.float32, out=space.logits)
+        else:
+            self.operations.whole_linear(space.normed, self.head, space.logits)
+
+    def many(self, rows: int) -> bool:
+        """Whether products of so many rows are a library's."""
+        return self._uses_library and rows > MANY_ROWS
+
+
+class WorkspaceFactory:
+    """Cuts workspaces out of memory that all of them share: only one step runs at a time."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._made: dict[int, Workspace] = {}
+        self.for_rows(runner.shape.max_rows)  # the largest first, but for splits of fewer rows
+
+    def for_rows(self, rows: int) -> Workspace:
+        """The workspace for that many rows."""
+        if rows not in self._made:
+            self._made[rows] = self._make(rows)
+        return self._made[rows]
+
+    def _make(self, rows: int) -> Workspace:
+        runner, model = self._runner, self._runner.model
+        operations: Operations = runner.operations
+        width, ffn = model.dim, model.ffn_dim
+        layer, many = runner.layers[0], runner.many(rows)
+        chunks = operations.attention_chunks(runner.shape.tokens)
+        chunk_rows = (rows, model.n_head, chunks)
+
+        def partials(name: str, weight: Tensor) -> Tensor:
+            if many:
+                return self._take(name, (1, rows, weight.shape[0]), runner.dtype)
+            return self._take(name, (operations.linear_splits(weight, rows), rows, weight.shape[0]), torch.float32)
+
+        return Workspace(
+            residual=self._take("residual", (rows, width), torch.float32),
+            normed=self._take("normed", (rows, width), runner.dtype),
+            qkv=partials("qkv", layer.qkv),
+            mixed_chunks=self._take("mixed_chunks", (*chunk_rows, model.head_size), torch.float32),
+            chunk_stats=self._take("chunk_stats", (*chunk_rows, 2), torch.float32),
+            mixed=self._take("mixed", (rows, width), runner.dtype),
+            projected=partials("projected", layer.output),
+            gate_up=self._take("gate_up", (rows, 2 * ffn), runner.dtype) if many else None,
+            hidden=self._take("hidden", (rows, ffn), runner.dtype),
+            down=partials("down", layer.down),
+            logits=self._take("logits", (rows, model.vocab_size), torch.float32),
+        )
+
+    def _take(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of that shape at the start of the memory of that name."""
+        size = torch.Size(dims).numel()
+        memory = self._memory.get((name, dtype))
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=dtype, device=self._runner.device)
+            self._memory[name, dtype] = memory
+        return memory[:size].view(dims)
+
+
+def layer_weights(block: TransformerBlock) -> LayerWeights:
+    """A block's parameters; w1 and w3 move into one tensor and become views of it, so that nothing is held twice."""
+    attention, feed_forward = block.attention, block.feed_forward
+    gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
+    feed_forward.w1.weight.data, feed_forward.w3.weight.data = gate_up.chunk(2)
+    return LayerWeights(
+        attention_gain=block.attention_norm.weight,
+        qkv=attention.wqkv.weight,
+        output=attention.wo.weight,
+        ffn_gain=block.ffn_norm.weight,
+        gate_up=gate_up,
+        down=feed_forward.w2.weight,
+    )
+
+
+def row_buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that graphs are captured for: dense where a row matters, each at most a quarter more than the one before."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    step = 128
+    while sizes[-1] < max_rows:
+        sizes.append(sizes[-1] + step)
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def page_bytes(gpt: Transformer, page_size: int) -> int:
+    """Memory of one page in all layers, keys and values."""
+    model, itemsize = gpt.config, gpt.output.weight.element_size()
+    return 2 * model.n_layer * model.n_head * page_size * head_stride(model.head_size, itemsize) * itemsize

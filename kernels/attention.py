@@ -1,0 +1,280 @@
+"""Paged decode attention: one new token a row against the keys and values of all tokens before it.
+
+The context is cut into chunks, a program each, so that few rows fill a GPU; `combine` weighs the chunks' results. The attention
+kernel also finishes the query-key-value product (adding its partial sums), turns queries and keys by their rotary angles, and writes the new key and value.
+A page holds [heads, page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size rounded
+up to 16 bytes (`head_stride`), and what pads it is always written as zeros.
+Rotary positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining chunks as in
+flash-decoding (Dao et al. 2023).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.linear import pdl_option
+
+HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """How a row's context is cut up."""
+
+    chunk: int  # tokens of a program
+    warps: int
+
+    def chunks(self, tokens: int) -> int:
+        """Programs for the longest context."""
+        return -(-tokens // self.chunk)
+
+
+def head_stride(head_size: int, itemsize: int) -> int:
+    """Elements from one token to the next in a page: the head size, rounded up so that a token starts at a multiple of 16 bytes."""
+    step = 16 // itemsize
+    return -(-head_size // step) * step
+
+
+@triton.jit
+def _attention_kernel(
+    qkv,  # [SPLITS, rows, 3, HEADS, HEAD_SIZE] partial sums
+    rotary,  # [positions, HEAD_SIZE / 2, 2] float32
+    key_pages,  # [pages, HEADS, PAGE_SIZE, STRIDE]
+    value_pages,  # likewise
+    page_table,  # [rows, PAGES]
+    positions,  # [rows]
+    mixed,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
+    stats,  # [rows, HEADS, CHUNKS, 2] float32, written: largest score, sum of weights
+    rows,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+    # Written before this step began: positions, page table, and every key and value but the newest token's.
+    position = tl.load(positions + row)
+    if chunk * CHUNK > position:
+        return  # without waiting: the row's first chunk waits, so the kernel still ends after the one before it
+    lane = tl.arange(0, HEAD_TILE)
+    live_lane = lane < HEAD_SIZE
+    stored_lane = lane < STRIDE
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    old = token < position
+    page = tl.load(page_table + row * PAGES + token // PAGE_SIZE, mask=old, other=0).to(tl.int64)
+    at = ((page * HEADS + head) * PAGE_SIZE + token % PAGE_SIZE) * STRIDE
+    live = old[:, None] & stored_lane[None, :]
+    # Past the first-level cache, which another step's token beside these may have filled.
+    keys = tl.load(key_pages + at[:, None] + lane[None, :], mask=live, other=0.0, cache_modifier=".cg")
+    values = tl.load(value_pages + at[:, None] + lane[None, :], mask=live, other=0.0, cache_modifier=".cg")
+    angle = rotary + position * HEAD_SIZE + lane // 2 * 2
+    cosine = tl.load(angle, mask=live_lane, other=0.0)
+    sine = tl.load(angle + 1, mask=live_lane, other=0.0)
+    sine = tl.where(lane % 2 == 0, -sine, sine)
+    if LAUNCH_PDL:
+        gdc_wait()
+    WIDTH: tl.constexpr = HEADS * HEAD_SIZE
+    SCALE: tl.constexpr = HEAD_SIZE**-0.5
+    source = qkv + row.to(tl.int64) * 3 * WIDTH + head * HEAD_SIZE
+    split_size = rows.to(tl.int64) * 3 * WIDTH
+    query = _turned(source, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
+    new_score = float("-inf")
+    new_value = tl.zeros([HEAD_TILE], tl.float32)
+    if position < (chunk + 1) * CHUNK:  # the newest token falls into this chunk
+        key = _turned(source + WIDTH, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS).to(key_pages.dtype.element_ty)
+        for split in tl.static_range(SPLITS):
+            new_value += tl.load(source + split * split_size + 2 * WIDTH + lane, mask=live_lane, other=0.0).to(tl.float32)
+        value = new_value.to(value_pages.dtype.element_ty)
+        new_page = tl.load(page_table + row * PAGES + position // PAGE_SIZE).to(tl.int64)
+        new_at = ((new_page * HEADS + head) * PAGE_SIZE + position % PAGE_SIZE) * STRIDE
+        tl.store(key_pages + new_at + lane, key, mask=stored_lane)
+        tl.store(value_pages + new_at + lane, value, mask=stored_lane)
+        new_score = tl.sum(query * key.to(tl.float32), 0) * SCALE
+        new_value = value.to(tl.float32)
+    score = tl.where(old, tl.sum(keys.to(tl.float32) * query[None, :], 1) * SCALE, float("-inf"))
+    largest = tl.maximum(tl.max(score, 0), new_score)
+    weight = tl.exp(score - largest)
+    new_weight = tl.exp(new_score - largest)
+    total = tl.sum(values.to(tl.float32) * weight[:, None], 0) + new_weight * new_value
+    result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
+    tl.store(mixed + result * HEAD_SIZE + lane, total, mask=live_lane)
+    tl.store(stats + result * 2, largest)
+    tl.store(stats + result * 2 + 1, tl.sum(weight, 0) + new_weight)
+
+
+@triton.jit
+def _turned(source, split_size, cosine, sine, HEAD_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr, SPLITS: tl.constexpr):
+    """A head's vector [HEAD_TILE]: its partial sums added in order, then turned; `sine` bears the sign of the even elements."""
+    lane = tl.arange(0, HEAD_TILE)
+    live = lane < HEAD_SIZE
+    own = tl.zeros([HEAD_TILE], tl.float32)
+    other = tl.zeros([HEAD_TILE], tl.float32)  # the other element of the pair
+    for split in tl.static_range(SPLITS):
+        own += tl.load(source + split * split_size + lane, mask=live, other=0.0).to(tl.float32)
+        other += tl.load(source + split * split_size + (lane ^ 1), mask=live, other=0.0).to(tl.float32)
+    return own * cosine + other * sine
+
+
+@triton.jit
+def _combine_kernel(
+    mixed,  # [rows, HEADS, CHUNKS, HEAD_SIZE]
+    stats,  # [rows, HEADS, CHUNKS, 2]
+    positions,  # [rows]
+    out,  # [rows, HEADS * HEAD_SIZE]
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNKS_TILE: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    head, row = tl.program_id(0), tl.program_id(1)
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+    position = tl.load(positions + row)
+    lane = tl.arange(0, HEAD_TILE)
+    live_lane = lane < HEAD_SIZE
+    chunk = tl.arange(0, CHUNKS_TILE)
+    live = (chunk * CHUNK <= position) & (chunk < CHUNKS)
+    result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
+    if LAUNCH_PDL:
+        gdc_wait()
+    largest = tl.load(stats + result * 2, mask=live, other=float("-inf"))
+    total = tl.load(stats + result * 2 + 1, mask=live, other=0.0)
+    parts = tl.load(mixed + result[:, None] * HEAD_SIZE + lane[None, :], mask=live[:, None] & live_lane[None, :], other=0.0)
+    weight = tl.where(live, tl.exp(largest - tl.max(largest, 0)), 0.0)
+    # A row that is padding has no chunk at all: its result is zero, not 0 / 0.
+    joined = tl.sum(parts * weight[:, None], 0) / tl.where(position >= 0, tl.sum(total * weight, 0), 1.0)
+    at = (row.to(tl.int64) * HEADS + head) * HEAD_SIZE + lane
+    tl.store(out + at, joined.to(out.dtype.element_ty), mask=live_lane)
+
+
+def attention(
+    qkv: Tensor,
+    rotary: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    mixed: Tensor,
+    stats: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+    *,
+    launch_pdl: bool,
+) -> None:
+    """Writes the newest token's key and value, and attends from it to the row's whole context. Two kernels.
+
+    Args:
+        qkv: [splits, rows, 3 * heads * head_size], partial sums of the query-key-value product.
+        rotary: float32 [positions, head_size / 2, 2], cosine and sine.
+        key_pages, value_pages: [pages, heads, page_size, stride]
+        page_table: int32 [rows, pages of a row]; only entries up to the row's position are read.
+        positions: int32 [rows], the newest token's; below 0 for padding, which touches no page and comes out as zeros.
+        mixed: float32 [rows, heads, chunks, head_size], scratch; stats: float32 [rows, heads, chunks, 2], scratch.
+        out: [rows, heads * head_size]
+    """
+    splits, rows = qkv.shape[:2]
+    _, heads, page_size, stride = key_pages.shape
+    head_size = rotary.shape[1] * 2
+    chunks = mixed.shape[2]
+    assert stats.shape == (rows, heads, chunks, 2) and mixed.shape == (rows, heads, chunks, head_size)
+    assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(head_size, key_pages.element_size())
+    head_tile = triton.next_power_of_2(stride)
+    _attention_kernel[(heads, chunks, rows)](
+        qkv,
+        rotary,
+        key_pages,
+        value_pages,
+        page_table,
+        positions,
+        mixed,
+        stats,
+        rows,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        HEAD_TILE=head_tile,
+        STRIDE=stride,
+        PAGE_SIZE=page_size,
+        PAGES=page_table.shape[1],
+        CHUNK=tiles.chunk,
+        CHUNKS=chunks,
+        SPLITS=splits,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=tiles.warps,
+        **pdl_option(launch_pdl),
+    )
+    _combine_kernel[(heads, rows)](
+        mixed,
+        stats,
+        positions,
+        out,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        HEAD_TILE=head_tile,
+        CHUNK=tiles.chunk,
+        CHUNKS=chunks,
+        CHUNKS_TILE=triton.next_power_of_2(chunks),
+        LAUNCH_PDL=launch_pdl,
+        num_warps=1,
+        **pdl_option(launch_pdl),
+    )
+
+
+def attention_reference(
+    qkv: Tensor,
+    rotary: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    mixed: Tensor,
+    stats: Tensor,
+    out: Tensor,
+) -> None:
+    """The same in torch, for any head size; `mixed` and `stats` are not used."""
+    rows = qkv.shape[1]
+    _, heads, page_size, stride = key_pages.shape
+    head_size = rotary.shape[1] * 2
+    live = positions >= 0
+    at = positions.clamp(min=0).long()
+    query, key, value = qkv.sum(dim=0).view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
+    angles = rotary[at]  # [rows, head_size / 2, 2]
+    query = _rotated(query, angles)
+    pages = page_table.long().gather(1, (at // page_size)[:, None])[:, 0]
+    padded = torch.nn.functional.pad
+    for cache, new in ((key_pages, _rotated(key, angles)), (value_pages, value.float())):
+        filled = padded(new, (0, stride - head_size)).to(cache.dtype)
+        # Padding rows write what is there already: their page is not theirs.
+        where = (pages * live, slice(None), at % page_size * live)
+        cache[where] = torch.where(live[:, None, None], filled, cache[where])
+    longest = int(at.max()) + 1 if out.device.type == "cpu" else page_table.shape[1] * page_size
+    token = torch.arange(longest, device=out.device)
+    seen = (token[None, :] <= positions[:, None].long()) & live[:, None]  # [rows, tokens]
+    table = torch.where(seen, page_table.long()[:, token // page_size], 0)
+    keys = torch.where(seen[:, :, None, None], key_pages[table, :, token % page_size, :head_size].float(), 0)
+    values = torch.where(seen[:, :, None, None], value_pages[table, :, token % page_size, :head_size].float(), 0)
+    score = torch.einsum("rhe,rthe->rht", query, keys) * head_size**-0.5
+    weight = score.masked_fill(~seen[:, None, :], -torch.inf).softmax(dim=-1)
+    joined = torch.einsum("rht,rthe->rhe", weight.nan_to_num(), values)
+    out.copy_(joined.flatten(1))
+
+
+def _rotated(vectors: Tensor, angles: Tensor) -> Tensor:
+    """Vectors [rows, heads, head_size] turned by angles [rows, head_size / 2, 2], in float32."""
+    first, second = vectors.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = angles[:, None].unbind(-1)  # [rows, 1, head_size / 2]
+    return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1).flatten(-2)

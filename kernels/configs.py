@@ -1,0 +1,101 @@
+"""How each product is cut up: settings measured per operation, shape and architecture, and rules for shapes not measured.
+
+The tables (`tiles_sm90.json`, ...) are written by scripts/tune_kernels.py. Nothing is tuned at run time: tiles that depend on
+timing would change the last bits from run to run, and slow the start. Settings do not depend on the number of rows, so neither does
+the order of a sum.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kernels.attention import AttentionTiles
+from kernels.linear import LinearTiles
+from kernels.swiglu import SwigluTiles
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """The settings for one architecture and dtype."""
+
+    linear: dict[tuple[int, int], LinearTiles]  # (outputs, inputs), partial sums allowed
+    whole_linear: dict[tuple[int, int], LinearTiles]  # the same in one piece
+    swiglu: dict[tuple[int, int], SwigluTiles]  # (hidden, inputs)
+    attention: dict[int, AttentionTiles]  # head size
+
+    def linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
+        """For a product whose consumer adds up partial sums."""
+        return self.linear.get((outputs, inputs)) or default_linear_tiles(inputs, itemsize)
+
+    def whole_linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
+        """For a product whose consumer wants it in one piece."""
+        return self.whole_linear.get((outputs, inputs)) or default_whole_linear_tiles(inputs, itemsize)
+
+    def swiglu_tiles(self, hidden: int, inputs: int, itemsize: int) -> SwigluTiles:
+        """For the gated product."""
+        return self.swiglu.get((hidden, inputs)) or default_swiglu_tiles(inputs, itemsize)
+
+    def attention_tiles(self, head_size: int, itemsize: int) -> AttentionTiles:
+        """For a head size."""
+        return self.attention.get(head_size) or default_attention_tiles(head_size, itemsize)
+
+
+@cache
+def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
+    """The table for an architecture and dtype: empty where none was measured, so that the rules below hold.
+
+    Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
+    """
+    path = _FOLDER / f"tiles_sm{capability[0]}{capability[1]}.json"
+    if dtype.itemsize != 2 or not path.exists():
+        return TileTable({}, {}, {}, {})
+    return read_table(path)
+
+
+def read_table(path: Path) -> TileTable:
+    """The table in a file that scripts/tune_kernels.py wrote."""
+    stored = json.loads(path.read_text())
+
+    def shape(entry: dict) -> tuple[int, int]:
+        return entry["outputs"], entry["inputs"]
+
+    return TileTable(
+        linear={shape(entry): LinearTiles(**entry["tiles"]) for entry in stored["linear"]},
+        whole_linear={shape(entry): LinearTiles(**entry["tiles"]) for entry in stored["whole_linear"]},
+        swiglu={shape(entry): SwigluTiles(**entry["tiles"]) for entry in stored["swiglu"]},
+        attention={entry["head_size"]: AttentionTiles(**entry["tiles"]) for entry in stored["attention"]},
+    )
+
+
+def _tile_of(inputs: int, itemsize: int) -> int:
+    """Inputs of a tile: 512 bytes of a weight's row, fewer for narrow models."""
+    largest = 512 // itemsize
+    while largest > 32 and largest > inputs:
+        largest //= 2
+    return largest
+
+
+def default_linear_tiles(inputs: int, itemsize: int) -> LinearTiles:
+    """One tile of weights a program, 32 KiB of 64 outputs, as many splits as that takes."""
+    return LinearTiles(outputs=64, inputs=_tile_of(inputs, itemsize), tiles=1, early=1, stages=1, warps=4)
+
+
+def default_whole_linear_tiles(inputs: int, itemsize: int) -> LinearTiles:
+    """A tile early, the rest through a pipeline of three."""
+    tile = _tile_of(inputs, itemsize)
+    return LinearTiles(outputs=64, inputs=tile, tiles=-(-inputs // tile), early=1, stages=3, warps=4)
+
+
+def default_swiglu_tiles(inputs: int, itemsize: int) -> SwigluTiles:
+    """Thirty-two outputs of each half, a tile early, the rest through a pipeline of three."""
+    return SwigluTiles(outputs=32, inputs=_tile_of(inputs, itemsize), early=1, stages=3, warps=4)
+
+
+def default_attention_tiles(head_size: int, itemsize: int) -> AttentionTiles:
+    """Keys and values of a chunk fill about half the registers of two warps."""
+    return AttentionTiles(chunk=64 if head_size * itemsize <= 128 else 32, warps=2)

@@ -1,0 +1,126 @@
+"""Which implementation carries out each operation of a decode step: Triton where it can, else torch. One table, one place.
+
+Every operation takes the same tensors in both. Triton needs compute capability 8.0; its attention the head sizes in
+`HEAD_SIZES`; programmatic dependent launch 9.0. With TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.attention import HEAD_SIZES, attention, attention_reference
+from kernels.configs import TileTable, tile_table
+from kernels.linear import linear, linear_reference
+from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.sampling import draw_tokens
+from kernels.sampling_reference import draw_tokens as draw_tokens_reference
+from kernels.swiglu import gate, gate_reference, swiglu, swiglu_reference
+
+BACKENDS = ("auto", "triton", "torch")
+MANY_ROWS = 64  # above, a library's matrix product is faster; below, the weights' stream decides
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a decode step is made of; the arguments are those of the torch references beside each kernel."""
+
+    embed: Callable[..., None]
+    linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, partial sums
+    linear_splits: Callable[[Tensor, int], int]  # weight, rows -> partial sums of `linear`
+    whole_linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, product [rows, outputs]
+    swiglu: Callable[[Tensor, Tensor, Tensor], None]
+    gate: Callable[[Tensor, Tensor], None]
+    attention: Callable[..., None]
+    attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
+    add_norm: Callable[..., None]
+    draw_tokens: Callable[..., None]
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: a GPU of compute capability 8.0 and above, or the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def select_operations(
+    device: torch.device, dtype: torch.dtype, head_size: int, backend: str, *, tell: Callable[[str], None]
+) -> Operations:
+    """The operations for a model's shape on a device.
+
+    Args:
+        backend: "auto", "triton" or "torch".
+        tell: called with one line for the user where something falls back.
+
+    Raises:
+        ValueError: Triton was asked for where it does not run.
+    """
+    assert backend in BACKENDS
+    runs = triton_runs_on(device)
+    if backend == "triton" and not runs:
+        raise ValueError(f"attention backend triton: {device} has no GPU of compute capability 8.0; use auto or torch")
+    if backend == "torch" or not runs:
+        if backend == "auto" and device.type == "cuda":
+            tell("this GPU's compute capability is below 8.0: torch's operations take the place of the Triton kernels")
+        return torch_operations()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    operations = triton_operations(tile_table(capability, dtype), head_size, launch_pdl=capability >= (9, 0))
+    if head_size in HEAD_SIZES:
+        return operations
+    tell(f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): torch's takes its place")
+    return Operations(
+        **{**operations.__dict__, "attention": attention_reference, "attention_chunks": torch_operations().attention_chunks}
+    )
+
+
+def torch_operations() -> Operations:
+    """The references: every device and dtype, nothing fused."""
+    return Operations(
+        embed=embed_reference,
+        linear=linear_reference,
+        linear_splits=lambda weight, rows: 1,
+        whole_linear=lambda x, weight, out: linear_reference(x, weight, out[None]),
+        swiglu=swiglu_reference,
+        gate=gate_reference,
+        attention=attention_reference,
+        attention_chunks=lambda tokens: 1,
+        add_norm=add_norm_reference,
+        draw_tokens=draw_tokens_reference,
+    )
+
+
+def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool) -> Operations:
+    """The fused kernels, cut up as the table says."""
+
+    def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        linear(x, weight, out, table.linear_tiles(*weight.shape, weight.element_size()), launch_pdl=launch_pdl)
+
+    def whole_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        tiles = table.whole_linear_tiles(*weight.shape, weight.element_size())
+        linear(x, weight, out[None], tiles, launch_pdl=launch_pdl)
+
+    def gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        tiles = table.swiglu_tiles(weight.shape[0] // 2, weight.shape[1], weight.element_size())
+        swiglu(x, weight, out, tiles, launch_pdl=launch_pdl)
+
+    def attend(*tensors: Tensor) -> None:
+        tiles = table.attention_tiles(head_size, tensors[2].element_size())
+        attention(*tensors, tiles=tiles, launch_pdl=launch_pdl)
+
+    return Operations(
+        embed=partial(embed, launch_pdl=launch_pdl),
+        linear=split_linear,
+        linear_splits=lambda weight, rows: table.linear_tiles(*weight.shape, weight.element_size()).splits(weight.shape[1]),
+        whole_linear=whole_linear,
+        swiglu=gated,
+        gate=partial(gate, launch_pdl=launch_pdl),
+        attention=attend,
+        attention_chunks=lambda tokens: table.attention_tiles(head_size, 2).chunks(tokens),
+        add_norm=partial(add_norm, launch_pdl=launch_pdl),
+        # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
+        draw_tokens=partial(draw_tokens, early_positions=True),
+    )

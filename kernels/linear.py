@@ -1,0 +1,138 @@
+"""Matrix products of few rows with many weights: y = x W^T, cut along the inputs into partial sums.
+
+A decode step multiplies a handful of rows with every weight once, so the time is that of streaming the weights. Three things
+make the stream dense: the weights are the wide operand (y^T = W x^T), a program's weights are on their way before it waits for
+the kernel that computes x (programmatic dependent launch), and the inputs are cut into splits so that there are enough programs.
+The splits' partial sums are stored apart and added in order by whoever reads them: a sum's order depends on shapes only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """How a product is cut up; from the measured table, or `configs.default_linear_tiles`."""
+
+    outputs: int  # outputs of a program
+    inputs: int  # inputs of one tile
+    tiles: int  # tiles of a program, one after the other along the inputs
+    early: int  # tiles whose weights are loaded before the wait; the rest is streamed through a pipeline
+    stages: int  # depth of that pipeline
+    warps: int
+
+    def splits(self, inputs: int) -> int:
+        """Partial sums of a product with that many inputs."""
+        return -(-inputs // (self.inputs * self.tiles))
+
+
+@triton.jit
+def _linear_kernel(
+    x,  # [rows, INPUTS]
+    weight,  # [OUTPUTS, INPUTS]
+    out,  # [splits, rows, OUTPUTS] float32
+    rows,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    OUTPUT_TILE: tl.constexpr,
+    INPUT_TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    output_block, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = row_block * ROW_TILE + tl.arange(0, ROW_TILE)
+    output = output_block * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
+    lane = tl.arange(0, INPUT_TILE)
+    first_input = split * (TILES * INPUT_TILE)
+    live_row = row < rows
+    live_output = output < OUTPUTS
+    weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
+    x_rows = x + row[None, :] * INPUTS
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+    early_weights = ()
+    for tile in tl.static_range(EARLY):
+        column = first_input + tile * INPUT_TILE + lane
+        early_weights = early_weights + (_load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE),)
+    if LAUNCH_PDL:
+        gdc_wait()  # only now is x valid
+    total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
+    for tile in tl.range(EARLY, TILES, num_stages=STAGES):
+        column = first_input + tile * INPUT_TILE + lane
+        weights = _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE)
+        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        total = tl.dot(weights, values, total, input_precision="ieee")
+    early_values = ()
+    for tile in tl.static_range(EARLY):
+        column = first_input + tile * INPUT_TILE + lane
+        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        early_values = early_values + (values,)
+    for tile in tl.static_range(EARLY):
+        total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
+    at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
+    tl.store(out + at, total, mask=live_row[None, :] & live_output[:, None])
+
+
+@triton.jit
+def _load_weights(weight_rows, column, live_output, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_TILE: tl.constexpr):
+    """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's outputs exist."""
+    live = (column < INPUTS)[None, :]
+    if OUTPUTS % OUTPUT_TILE != 0:
+        live = live & live_output[:, None]
+    return tl.load(weight_rows + column[None, :], mask=live, other=0.0)
+
+
+def row_tile(rows: int) -> int:
+    """Rows of a program's tile: the least the matrix unit takes, up to 64."""
+    return max(16, min(64, triton.next_power_of_2(rows)))
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch_pdl: bool) -> None:
+    """Partial sums of x W^T.
+
+    Args:
+        x: [rows, inputs], the weights' dtype; a multiple of 8 inputs.
+        weight: [outputs, inputs], contiguous.
+        out: float32 [tiles.splits(inputs), rows, outputs]; their sum over the first dimension is the product.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    assert out.shape == (tiles.splits(inputs), rows, outputs), (out.shape, tiles)
+    row_block = row_tile(rows)
+    grid = (triton.cdiv(outputs, tiles.outputs), tiles.splits(inputs), triton.cdiv(rows, row_block))
+    _linear_kernel[grid](
+        x,
+        weight,
+        out,
+        rows,
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        ROW_TILE=row_block,
+        OUTPUT_TILE=tiles.outputs,
+        INPUT_TILE=tiles.inputs,
+        TILES=tiles.tiles,
+        EARLY=tiles.early,
+        STAGES=tiles.stages,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=tiles.warps,
+        **pdl_option(launch_pdl),
+    )
+
+
+def pdl_option(launch_pdl: bool) -> dict[str, bool]:
+    """The launch option of programmatic dependent launch; none where it is off (older GPUs do not know it)."""
+    return {"launch_pdl": True} if launch_pdl else {}
+
+
+def linear_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The same in torch: the product in the first of the partial sums, zeros in the others."""
+    out[0] = torch.nn.functional.linear(x, weight).to(out.dtype)
+    out[1:] = 0

@@ -1,0 +1,195 @@
+"""The residual stream: its start (a row's embedding) and its growth (partial sums of a product), each with the norm that follows.
+
+The residual stream is float32; what is normalised goes to the next product in the weights' dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.linear import pdl_option
+
+
+@triton.jit
+def _embed_kernel(
+    codes,  # [slots, cells]
+    row_slots,  # [rows]
+    positions,  # [rows]
+    labels,  # [rows]
+    token_embedding,  # [vocabulary, WIDTH]
+    class_embedding,  # [classes, WIDTH]
+    gain,  # [WIDTH]
+    residual,  # [rows, WIDTH] float32
+    normed,  # [rows, WIDTH]
+    cells,
+    vocabulary,
+    classes,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    lane = tl.arange(0, TILE)
+    live = lane < WIDTH
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+    gains = tl.load(gain + lane, mask=live, other=0.0).to(tl.float32)
+    position = tl.load(positions + row)
+    slot = tl.load(row_slots + row).to(tl.int64)
+    label = tl.load(labels + row)
+    token = tl.load(codes + slot * cells + position - 1, mask=position > 0, other=0)
+    # Clamped: whatever a damaged model drew, no address outside the tables is read.
+    token = tl.minimum(tl.maximum(token, 0), vocabulary - 1).to(tl.int64)
+    label = tl.minimum(tl.maximum(label, 0), classes - 1).to(tl.int64)
+    x = tl.load(token_embedding + token * WIDTH + lane, mask=live & (position > 0), other=0.0).to(tl.float32)
+    x += tl.load(class_embedding + label * WIDTH + lane, mask=live & (position <= 0), other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
+    at = row.to(tl.int64) * WIDTH + lane
+    tl.store(residual + at, x, mask=live)
+    tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
+
+
+def embed(
+    codes: Tensor,
+    row_slots: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    token_embedding: Tensor,
+    class_embedding: Tensor,
+    gain: Tensor,
+    residual: Tensor,
+    normed: Tensor,
+    *,
+    eps: float,
+    launch_pdl: bool,
+) -> None:
+    """Starts the residual stream of every row: its class at position 0, else the token drawn last; and norms it.
+
+    The first kernel of a step. It is launched without the programmatic attribute, so that every kernel of earlier steps is
+    complete before any kernel of this step starts: what these may load early is complete by that.
+
+    Args:
+        codes: int32 [slots, cells], tokens of the images.
+        row_slots, positions, labels: int32 [rows]; positions below 0 are padding (any finite values come out).
+        token_embedding: [vocabulary, width]; class_embedding: [classes, width]; gain: [width].
+        residual: float32 [rows, width], written.
+        normed: [rows, width], written: the first layer's input, rms-normed times gain.
+    """
+    rows, width = residual.shape
+    tile = triton.next_power_of_2(width)
+    _embed_kernel[(rows,)](
+        codes,
+        row_slots,
+        positions,
+        labels,
+        token_embedding,
+        class_embedding,
+        gain,
+        residual,
+        normed,
+        codes.shape[1],
+        token_embedding.shape[0],
+        class_embedding.shape[0],
+        EPS=eps,
+        WIDTH=width,
+        TILE=tile,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=_warps(tile),
+    )
+
+
+def embed_reference(
+    codes: Tensor,
+    row_slots: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    token_embedding: Tensor,
+    class_embedding: Tensor,
+    gain: Tensor,
+    residual: Tensor,
+    normed: Tensor,
+    *,
+    eps: float,
+) -> None:
+    """The same in torch."""
+    cells = (positions.long() - 1).clamp(min=0)
+    tokens = codes[row_slots.long(), cells].long().clamp(0, token_embedding.shape[0] - 1)
+    classes = class_embedding[labels.long().clamp(0, class_embedding.shape[0] - 1)]
+    residual.copy_(torch.where(positions[:, None] > 0, token_embedding[tokens], classes))
+    normed.copy_(_rms_norm(residual, gain, eps))
+
+
+@triton.jit
+def _add_norm_kernel(
+    residual,  # [rows, WIDTH] float32
+    partials,  # [SPLITS, rows, WIDTH]
+    gain,  # [WIDTH]
+    normed,  # [rows, WIDTH]
+    rows,
+    EPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    row = tl.program_id(0)
+    lane = tl.arange(0, TILE)
+    live = lane < WIDTH
+    at = row.to(tl.int64) * WIDTH + lane
+    if LAUNCH_PDL:
+        gdc_launch_dependents()
+    gains = tl.load(gain + lane, mask=live, other=0.0).to(tl.float32)
+    if LAUNCH_PDL:
+        gdc_wait()
+    x = tl.load(residual + at, mask=live, other=0.0)
+    for split in tl.static_range(SPLITS):
+        x += tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
+    tl.store(residual + at, x, mask=live)
+    tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
+
+
+def add_norm(residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float, launch_pdl: bool) -> None:
+    """Adds a product's partial sums to the residual stream, in order, and norms the result for the next product.
+
+    Args:
+        residual: float32 [rows, width], updated.
+        partials: [splits, rows, width]
+        gain: [width]
+        normed: [rows, width], written: x / rms(x) * gain.
+    """
+    splits, rows, width = partials.shape
+    tile = triton.next_power_of_2(width)
+    _add_norm_kernel[(rows,)](
+        residual,
+        partials,
+        gain,
+        normed,
+        rows,
+        EPS=eps,
+        WIDTH=width,
+        TILE=tile,
+        SPLITS=splits,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=_warps(tile),
+        **pdl_option(launch_pdl),
+    )
+
+
+def add_norm_reference(residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float) -> None:
+    """The same in torch."""
+    for partial in partials:
+        residual += partial
+    normed.copy_(_rms_norm(residual, gain, eps))
+
+
+def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain.float()
+
+
+def _warps(tile: int) -> int:
+    """Enough threads for eight elements each, within reason."""
+    return max(1, min(16, tile // 256))

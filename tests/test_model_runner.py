@@ -1,0 +1,44 @@
+"""The engine's steps against LlamaGen's stored outputs, on a CPU with the torch operations."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_reference, reference_weights
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.serve.engine.engine import Engine, EngineConfig
+from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
+from autoregressive.serve.engine.request import SamplingParams
+
+TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
+
+
+def engine_codes(name: str, device: torch.device, backend: str, **engine: object) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy codes of the engine for a reference file, and the file's own."""
+    meta, expected = load_reference(name)
+    if "config" in meta:
+        model = Transformer(GPTConfig(**meta["config"]))
+    else:
+        model = GPT_models[meta["model"]](block_size=meta["block_size"])
+    reference_weights(model, meta["seed"])
+    model.eval().requires_grad_(False).to(device)
+    config = EngineConfig(max_num_seqs=8, page_size=4, attention_backend=backend, **engine)  # type: ignore[arg-type]
+    params = SamplingParams(cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0)
+    codes = Engine(model, None, config, ModelRunner).generate(meta["labels"], params, decode=False)
+    return codes.numpy(), expected["tokens"]
+
+
+@pytest.mark.parametrize("name", [*TINY, "gpt_b_256"])
+def test_greedy_tokens_are_llamagens(name: str) -> None:
+    """Guards positions, page tables, pairing, the interval's end, head size 100 and no guidance."""
+    codes, expected = engine_codes(name, torch.device("cpu"), "torch")
+    assert np.array_equal(codes, expected)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 16, 100, 512, 700])
+def test_buckets_cover_every_number_of_rows(max_rows: int) -> None:
+    """A batch size between two graphs, or above the last, would have nothing to run it."""
+    buckets = row_buckets(max_rows)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == max_rows
