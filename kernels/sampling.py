@@ -253,13 +253,15 @@ def draw_tokens(
         num_warps: of a program; None takes what keeps the vocabulary in registers.
 
     Raises:
-        ValueError: the vocabulary is larger than a program holds, or a tensor is not contiguous.
+        ValueError: the vocabulary or the logits are larger than a program holds or addresses, or a tensor is not contiguous.
     """
     if images == 0:
         return
     vocab_size = logits.shape[1]
     if vocab_size > _LARGEST_VOCABULARY:
         raise ValueError(f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use the torch reference")
+    if logits.numel() >= 2**31:
+        raise ValueError(f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw addresses: use fewer rows")
     if not (logits.is_contiguous() and codes.is_contiguous()):
         raise ValueError("the Triton draw takes logits and codes whose rows follow each other in memory: make them contiguous")
     block = max(16, triton.next_power_of_2(vocab_size))

@@ -28,18 +28,25 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     word0, word1, word2, word3 = counter
     key0, key1 = key
     for _ in range(_PHILOX_ROUNDS):
-        # The products wrap around in int64; their 64 bits are right all the same, and the mask undoes the shift's sign.
+        # The products wrap around in int64; their 64 bits are right all the same. Bits above 32 are cleared before they matter.
         even = word0 * _PHILOX_MULTIPLIERS[0]
         odd = word2 * _PHILOX_MULTIPLIERS[1]
-        word0 = (odd >> 32) & _WORD ^ word1 ^ key0
-        word2 = (even >> 32) & _WORD ^ word3 ^ key1
-        word1, word3 = odd & _WORD, even & _WORD
-        key0, key1 = (key0 + _PHILOX_KEY_STEPS[0]) & _WORD, (key1 + _PHILOX_KEY_STEPS[1]) & _WORD
-    return word0, word1, word2, word3
+        word0 = ((odd >> 32) ^ word1 ^ key0) & _WORD
+        word2 = ((even >> 32) ^ word3 ^ key1) & _WORD
+        word1, word3 = odd, even
+        key0, key1 = key0 + _PHILOX_KEY_STEPS[0], key1 + _PHILOX_KEY_STEPS[1]
+    return word0, word1 & _WORD, word2, word3 & _WORD
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """-log(-log(u)) as float32, u = (top 24 bits of a 32-bit word + 1/2) / 2^24, which is neither 0 nor 1."""
+    # 2^24 - 1/2 is no float32, and u must not round to 1: hence float64.
+    uniform = (words >> 8).double().add_(0.5).mul_(2.0**-24)
+    return uniform.log_().neg_().log_().neg_().float()
 
 
 def gumbel_noise(seeds: Tensor, image_indices: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise: -log(-log(u)), u = (top 24 bits + 1/2) / 2^24 of Philox's word.
+    """Standard Gumbel noise of every token.
 
     Token t takes word t % 4 of counter (t // 4, position, image index, 0) under the seed as key (low word first).
 
@@ -55,9 +62,7 @@ def gumbel_noise(seeds: Tensor, image_indices: Tensor, positions: Tensor, vocab_
     seeds, image_indices, positions = (words.long()[:, None] for words in (seeds, image_indices, positions))
     counter = (quads[None], positions & _WORD, image_indices & _WORD, torch.zeros_like(quads)[None])
     words = torch.stack(philox4x32(counter, (seeds & _WORD, (seeds >> 32) & _WORD)), dim=-1)  # [images, quads, 4]
-    # 2^24 - 1/2 is no float32, and u must not round to 1: hence float64.
-    uniform = ((words.flatten(1)[:, :vocab_size] >> 8).double() + 0.5) * 2.0**-24
-    return (-uniform.log().neg().log()).float()
+    return gumbel(words.flatten(1)[:, :vocab_size])
 
 
 def kept_tokens(scaled: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ def draw_tokens(
         top_ps: float32, 1 keeps all
         seeds: int64
         image_indices: int32, index of the image within its request
-        codes: int32 [slots, tokens]; codes[slot, position] is written. At a position outside 0 .. tokens - 1 an image is left alone.
+        codes: int32 [slots, tokens]; codes[slot, position] is written. At a position that it does not have, an image is left alone.
         failed: int32 [slots]; becomes 1 where a logit (guided, divided by the temperature) is NaN or +inf, or all are -inf; then
             the token is 0.
         images: how many leading entries are in use

@@ -1,0 +1,5 @@
+"""Triton's interpreter is chosen when triton is imported, so these tests have a process of their own (tests/test_interpreted.py)."""
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]

@@ -1,0 +1,187 @@
+"""Batches that the draw's tests share, and how two draws are compared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from kernels import sampling_reference
+
+TOKENS = 7
+CLOSE = 1e-5
+
+
+@dataclass(frozen=True)
+class DrawArguments:
+    """The arguments of `draw_tokens` by name."""
+
+    logits: Tensor
+    positions: Tensor
+    conditional_rows: Tensor
+    unconditional_rows: Tensor
+    image_slots: Tensor
+    guidance_scales: Tensor
+    temperatures: Tensor
+    top_ks: Tensor
+    top_ps: Tensor
+    seeds: Tensor
+    image_indices: Tensor
+    codes: Tensor
+    failed: Tensor
+
+    def copy(self, device: str | torch.device = "cpu", **changes: Tensor) -> "DrawArguments":
+        """A copy of every tensor on a device."""
+        changed = replace(self, **changes)
+        return DrawArguments(**{field.name: getattr(changed, field.name).to(device, copy=True) for field in fields(changed)})
+
+    def drawn_by(self, draw: Callable[..., None], images: int | None = None, **options: object) -> "DrawArguments":
+        """What one call of `draw` leaves behind; these arguments stay as they are."""
+        result = self.copy(self.logits.device)
+        tensors = {field.name: getattr(result, field.name) for field in fields(result)}
+        draw(**tensors, images=len(self.conditional_rows) if images is None else images, **options)
+        return result
+
+    def tokens(self, before: "DrawArguments") -> Tensor:
+        """The token of each image, if `before` is what the draw was given."""
+        return self.codes[before.image_slots.long(), before.positions[before.conditional_rows.long()].long()].cpu()
+
+
+def plain_case(logits: Tensor, **changes: Tensor) -> DrawArguments:
+    """One unguided image for each row of `logits`, at temperature 1 and unfiltered, at positions 0, 1, ... 6, 0, ..."""
+    images = len(logits)
+    numbers = torch.arange(images, dtype=torch.int32)
+    case = DrawArguments(
+        logits=logits,
+        positions=numbers % TOKENS,
+        conditional_rows=numbers.clone(),
+        unconditional_rows=torch.full_like(numbers, -1),
+        image_slots=numbers.clone(),
+        guidance_scales=torch.ones(images),
+        temperatures=torch.ones(images),
+        top_ks=torch.zeros_like(numbers),
+        top_ps=torch.ones(images),
+        seeds=torch.full((images,), 0x1234_5678_9ABC_DEF0),
+        image_indices=numbers.clone(),
+        codes=torch.full((images, TOKENS), -7, dtype=torch.int32),
+        failed=torch.zeros(images, dtype=torch.int32),
+    )
+    return replace(case, **changes)
+
+
+def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
+    """Images with and without guidance, every filter and temperature, ties, rows and slots in no order, unused rows all NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype)[torch.randint(len(values), (images,), generator=generator)]
+
+    rows = torch.randperm(2 * images + 3, generator=generator).int()
+    conditional, unconditional = rows[:images], rows[images : 2 * images].clone()
+    unguided = torch.rand(images, generator=generator) < 0.4
+    logits = torch.randn(len(rows), vocab_size, generator=generator) * 3
+    tied = torch.rand(len(rows), generator=generator) < 0.5
+    logits[tied] = (logits[tied] * 2).round() / 2
+    logits[unconditional[unguided].long()] = torch.nan
+    logits[rows[2 * images :].long()] = torch.nan
+    unconditional[unguided] = -1
+    positions = torch.full((len(rows),), -1, dtype=torch.int32)
+    positions[conditional.long()] = torch.randint(TOKENS, (images,), generator=generator).int()
+    guided = ~unguided
+    positions[unconditional[guided].long()] = positions[conditional[guided].long()]
+    return DrawArguments(
+        logits=logits,
+        positions=positions,
+        conditional_rows=conditional,
+        unconditional_rows=unconditional,
+        image_slots=torch.randperm(images + 2, generator=generator)[:images].int(),
+        guidance_scales=pick([1.5, 2.0, 4.0]),
+        temperatures=pick([0.0, 0.7, 1.0, 1.0, 1.9]),
+        top_ks=pick([0, 0, 1, 7, vocab_size // 8, vocab_size, 10 * vocab_size], torch.int32),
+        top_ps=pick([1.0, 1.0, 0.95, 0.6, 0.2, 0.0]),
+        seeds=torch.randint(-(2**63), 2**63 - 1, (images,), generator=generator),
+        image_indices=torch.randint(10, (images,), generator=generator).int(),
+        codes=torch.full((images + 2, TOKENS), -7, dtype=torch.int32),
+        failed=torch.zeros(images + 2, dtype=torch.int32),
+    )
+
+
+def scaled_logits(case: DrawArguments) -> Tensor:
+    """Guided logits over the temperature, image by image [images, vocab_size]."""
+    rows = []
+    for image, (row, pair) in enumerate(zip(case.conditional_rows.tolist(), case.unconditional_rows.tolist(), strict=True)):
+        guided = case.logits[row]
+        if pair >= 0:
+            guided = case.logits[pair] + (guided - case.logits[pair]) * case.guidance_scales[image]
+        temperature = case.temperatures[image]
+        rows.append(guided if temperature == 0 else guided * (1.0 / temperature.clamp(min=1e-5)))
+    return torch.stack(rows)
+
+
+def assert_same_draws(case: DrawArguments, result: DrawArguments, expected: DrawArguments) -> int:
+    """Fails if two draws differ in anything but tokens that rounding may swap; returns how many tokens differ.
+
+    It may swap tokens whose perturbed scores are within 1e-5, and it may keep or drop a token whose mass is within 1e-5 of top-p.
+    """
+    for name in ("positions", "failed"):
+        assert torch.equal(getattr(result, name).cpu(), getattr(expected, name).cpu()), name
+    differing = result.codes.cpu() != expected.codes.cpu()
+    ours, theirs = result.tokens(case), expected.tokens(case)
+    images = (ours != theirs).nonzero()[:, 0]
+    assert differing.sum() == len(images), "codes differ where no token was drawn"
+    scaled = scaled_logits(case)
+    steps = case.positions[case.conditional_rows.long()]
+    for image in images.tolist():
+        one = slice(image, image + 1)
+        noise = sampling_reference.gumbel_noise(case.seeds[one], case.image_indices[one], steps[one], scaled.shape[1])[0]
+        row, pair = scaled[image], [int(ours[image]), int(theirs[image])]
+        perturbed = row + noise * (case.temperatures[image] > 0)
+        keeps = [
+            sampling_reference.kept_tokens(row[None], case.top_ks[one], case.top_ps[one] + shift)[0][pair].tolist()
+            for shift in (-CLOSE, CLOSE)
+        ]
+        assert keeps[0] != keeps[1] or abs(float(perturbed[pair[0]] - perturbed[pair[1]])) <= CLOSE, (image, pair)
+    return len(images)
+
+
+def chi_square_p_value(counts: Tensor, probabilities: Tensor, bins: int) -> float:
+    """The chance of draws at least this far from the probabilities; tokens are gathered, in order of id, into equally likely bins.
+
+    Args:
+        counts: [vocab_size] how often each token was drawn; a token of probability 0 may not be among them.
+        probabilities: float64 [vocab_size]
+        bins: how many at most; at least 100 must remain.
+    """
+    assert counts[probabilities == 0].sum() == 0, "a token was drawn that the filter ruled out"
+    total = counts.sum()
+    edges = (probabilities.cumsum(0) * bins).floor().clamp(max=bins - 1).long()
+    observed = torch.zeros(bins, dtype=torch.float64).index_add_(0, edges, counts.double())
+    expected = torch.zeros(bins, dtype=torch.float64).index_add_(0, edges, probabilities * total)
+    used = expected > 0
+    assert used.sum() >= 100
+    assert expected[used].min() > 20
+    statistic = ((observed - expected)[used] ** 2 / expected[used]).sum()
+    freedom = torch.tensor((int(used.sum()) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def tied_logits(vocab_size: int, seed: int) -> Tensor:
+    """Logits of many ties: normal, rounded to quarters [vocab_size]."""
+    return (torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * 8).round() / 4
+
+
+def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The distribution that a draw should follow, by sorting, in float64 and independent of the kernels [vocab_size]."""
+    order = sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))
+    values = logits.double()
+    if top_k > 0:
+        values = values.masked_fill(logits < logits[order[top_k - 1]], -torch.inf)
+    probabilities = values.softmax(0)
+    kept = torch.zeros_like(probabilities)
+    mass = 0.0
+    for token in order:
+        if top_p < 1 and mass > top_p:
+            break
+        kept[token] = probabilities[token]
+        mass += float(probabilities[token])
+    return kept / kept.sum()
