@@ -1,0 +1,148 @@
+"""Times decoding codes to pixels: the naive command's float32 (TF32) against the engine's decoder. Ends in JSON.
+
+Random weights and codes, both kept on the device; median of the repeats after warming up. PSNR is against float32 without TF32
+(peak to peak 2.0), the worst image of the batch. Needs a GPU; on a CPU it runs one small case, to show that it works.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoregressive.common.devices import resolve_device
+from autoregressive.common.errors import OneLineParser, run_command
+from autoregressive.common.files import write_whole
+from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+_NAIVE_IMAGES = 8  # at once: more need too much memory in float32
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One size and number of images."""
+
+    image_size: int
+    images: int
+    naive_ms: float
+    engine_ms: float
+    worst_psnr: float | None  # decibels; None: equal
+
+    @property
+    def speed_up(self) -> float:
+        """Naive over engine."""
+        return self.naive_ms / self.engine_ms
+
+
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds by the host's clock, the device idle before and after."""
+    times = []
+    for _ in range(_WARM_UPS + repeats):
+        began = _now(device)
+        run()
+        times.append((_now(device) - began) * 1e3)
+    return statistics.median(times[_WARM_UPS:])
+
+
+def naive(vq: VQModel, codes: Tensor, grid: int) -> Tensor:
+    """As the naive command decodes, in parts where the batch is large."""
+    shape = [vq.config.codebook_embed_dim, grid, grid]
+    return torch.cat([vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)])
+
+
+def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
+    """Of the images [n, 3, height, width], in decibels; peak to peak 2.0. None if they are equal."""
+    error = (found.double() - expected.double()).square().mean(dim=(1, 2, 3)).max().item()
+    return 10 * math.log10(4.0 / error) if error > 0 else None
+
+
+@torch.no_grad()
+def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> dict[str, object]:
+    """All batches at one size of image, and what building the decoder (compiling, capturing) took: seconds and memory."""
+    device = vq.quantize.embedding.weight.device
+    grid = image_size // vq.config.downsample_size
+    before, began = _reserved_bytes(device), _now(device)
+    decoder = PixelDecoder(vq, grid, device)
+    start_seconds, mib = _now(device) - began, (_reserved_bytes(device) - before) / 2**20
+    print(f"{image_size:>4} px: the decoder was ready after {start_seconds:.1f} s and keeps {mib:.0f} MiB", flush=True)
+    results = []
+    for images in batches:
+        codes = torch.randint(0, vq.config.codebook_size, (images, grid * grid), dtype=torch.int32, device=device)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            exact = naive(vq, codes, grid)
+        psnr = worst_psnr(decoder.decode(codes), exact)
+        del exact
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+            naive_ms = median_ms(lambda codes=codes: naive(vq, codes, grid), device, repeats)  # type: ignore[misc]
+        engine_ms = median_ms(lambda codes=codes: decoder.decode(codes), device, repeats)  # type: ignore[misc]
+        results.append(Result(image_size, images, naive_ms, engine_ms, psnr))
+        print(row(results[-1]), flush=True)
+    cases = [asdict(result) for result in results]
+    return {"image_size": image_size, "start_seconds": start_seconds, "decoder_mib": mib, "results": cases}
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    psnr = "equal" if result.worst_psnr is None else f"{result.worst_psnr:.1f}"
+    times = f"{result.naive_ms:>9.2f} {result.engine_ms:>9.2f} {result.engine_ms / result.images:>9.2f}"
+    return f"{result.image_size:>4} px {result.images:>6} {times} {result.speed_up:>8.2f}x {psnr:>7}"
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vq-model", choices=VQ_models, help="whose size (default: VQ-16; on a CPU VQ-demo)")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="(default: 256 384; on a CPU 128)")
+    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="(default: 1 8 16 64; on a CPU 1)")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Does what the command line says."""
+    arguments = parse_arguments()
+    device = resolve_device(arguments.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    name = arguments.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
+    torch.manual_seed(0)
+    vq = VQ_models[name]().to(device).eval().requires_grad_(False)
+    report: dict[str, object] = {"benchmark": "pixels", "vq_model": name, "torch": torch.__version__, "repeats": arguments.repeats}
+    report["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    print(f"{name} on {report['device']}, median of {arguments.repeats}, milliseconds")
+    print(f"{'size':>7} {'images':>6} {'naive':>9} {'engine':>9} {'an image':>9} {'speed-up':>9} {'PSNR dB':>7}")
+    sizes = arguments.image_size or ([256, 384] if on_gpu else [128])
+    batches = arguments.images or ([1, 8, 16, 64] if on_gpu else [1])
+    report["sizes"] = [measure(vq, image_size, batches, arguments.repeats) for image_size in sizes]
+    print(json.dumps(report))
+    if arguments.output is not None:
+        write_whole(arguments.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    run_command(main)
