@@ -13,7 +13,9 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay
-from autoregressive.serve.engine.engine import Engine, EngineConfig
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, SamplingParams
 
 VOCABULARY, CLASSES = 97, 10
@@ -61,13 +63,19 @@ def draw_numbers(params: SamplingParams) -> tuple[float, ...]:
 class FakeRunner:
     """Fulfils the `Runner` protocol; a factory of it is the class itself."""
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig) -> None:
+    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
         self.shape, self.config = shape, config
         self.pages = np.full((num_pages, shape.page_size), -12345, dtype=np.int64)  # poison
         self.spans: list[int] = []
         self.step_seconds = 0.0
         self.fails: set[tuple[int, int, int]] = set()  # (seed, image index, step) whose logits are NaN
         self.before_span: Callable[[int], None] = lambda steps: None
+
+    def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
+        """Nothing is compiled; the batch must be empty."""
+        self._check_padding(batch, 0, 0)
+        if progress is not None:
+            progress(1, 1)
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
         """As the protocol says."""

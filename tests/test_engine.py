@@ -10,8 +10,11 @@ import torch
 from fake_runner import VOCABULARY, FakeRunner, LateCopies, expected_codes, fake_engine, tiny_gpt
 
 from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.serve.engine.engine import Engine, EngineConfig, default_num_pages
+from autoregressive.serve.engine.config import EngineConfig, default_num_pages
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from tokenizer.tokenizer_image.vq_model import VQ_models
 
 SMALL = EngineConfig(max_num_seqs=8, page_size=4)
 GUIDED, PLAIN = SamplingParams(top_k=5), SamplingParams(cfg_scale=1.0, top_k=5)
@@ -255,10 +258,36 @@ def test_the_pool_holds_a_full_batch_where_memory_allows() -> None:
     assert fixed.scheduler.pool.num_pages == 5
 
 
+def test_an_idle_owner_is_woken() -> None:
+    """Fails if a request has to wait until the owner looks by itself."""
+    engine, _ = fake_engine(SMALL)
+    timer = threading.Timer(0.1, lambda: engine.submit(1, GUIDED))
+    timer.start()
+    start = time.monotonic()
+    assert engine.wait_for_work(timeout=20)
+    assert time.monotonic() - start < 10
+    timer.join()
+    run_out(engine)
+
+
+def test_generate_decodes_each_image_where_it_belongs() -> None:
+    """Fails if pixels come back in the order in which codes were finished, or belong to other codes."""
+    torch.manual_seed(0)
+    vq = VQ_models["VQ-demo"](codebook_size=VOCABULARY).eval()
+    engine = Engine(tiny_gpt(4), vq, EngineConfig(max_num_seqs=4, page_size=4), FakeRunner)
+    params = [SamplingParams(top_k=5, n=2), PLAIN, SamplingParams(cfg_interval=0, top_k=5)]
+    pixels = engine.generate([1, 2, 3], params)
+    codes = engine.generate([1, 2, 3], params, decode=False)
+    with torch.no_grad():
+        expected = torch.cat([vq.decode_code(one[None], [1, vq.config.codebook_embed_dim, 2, 2]) for one in codes])
+    assert pixels.shape == (4, 3, 16, 16)
+    assert torch.allclose(pixels, expected, atol=1e-4)
+
+
 def test_the_runner_gets_what_the_engine_was_built_with() -> None:
     """Fails if the runner's tensors could have other sizes than the batch, or its switches are lost."""
     config = EngineConfig(max_num_seqs=3, page_size=5, enforce_eager=True, attention_backend="torch", deterministic=True)
     engine, runner = fake_engine(config)
     assert isinstance(runner, FakeRunner)
     assert runner.shape == engine.shape == engine.batch.shape
-    assert runner.config is config
+    assert runner.config == RunnerConfig("torch", True, True)

@@ -7,7 +7,8 @@ from fake_runner import FakeRunner, LateCopies, expected_codes, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.serve.engine.engine import Engine, EngineConfig
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 
 TOKENS = 9

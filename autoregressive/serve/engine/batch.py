@@ -5,7 +5,7 @@ span only the device changes `positions`, `codes` and `failed`. Everything is en
 device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -118,12 +118,12 @@ class Batch:
         host["under_way"].fill(1)
         host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
         end = self._page_table_start + host["page_table"][: len(rows)].nbytes
-        self._buffer[:end].copy_(_staged(self._mirror[:end], self.device), non_blocking=True)
+        self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
         self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
 
     def fetch(self, slots: Sequence[int]) -> "CodesOnTheWay":
         """Begins to copy the codes of complete images to the host, behind the spans enqueued so far."""
-        index = _staged(torch.tensor(slots, dtype=torch.int64), self.device).to(self.device, non_blocking=True)
+        index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(self.device, non_blocking=True)
         return CodesOnTheWay(self.codes[index], self.failed[index])
 
     def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
@@ -143,6 +143,9 @@ class Batch:
 
 class Runner(Protocol):
     """What runs the model's steps over a batch."""
+
+    def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles and captures all that `run` will need, with the batch still empty; tells how much is done, of how much."""
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
         """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
@@ -170,14 +173,14 @@ class CodesOnTheWay:
         return self._codes, self._failed
 
 
+def staged(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when its upload is done."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def _fill(target: NDArray, values: Sequence[float], padding: float) -> None:
     target[: len(values)] = values
     target[len(values) :] = padding
-
-
-def _staged(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that may be uploaded without waiting: torch's allocator of pinned memory reuses it only after the upload is done."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _staging_like(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be called by any. In ten lines:
 
-    engine = Engine(gpt, vq, EngineConfig(max_num_seqs=64), ModelRunner)
+    engine = Engine(gpt, vq, EngineConfig(max_num_seqs=64))
     pixels = engine.generate([207, 360, 387], SamplingParams(cfg_scale=4.0, seed=1), progress=True)  # offline: all at once
 
     few = engine.submit(207, SamplingParams(cfg_scale=1.5, top_k=0, n=4))  # online: come and go
@@ -15,7 +15,6 @@ One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and
 """
 
 import itertools
-import os
 import shutil
 import threading
 from collections import deque
@@ -29,48 +28,17 @@ from tqdm import tqdm
 
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner
+from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner, staged
+from autoregressive.serve.engine.config import EngineConfig, default_num_pages
+from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from autoregressive.serve.engine.pacing import Pacer
-from autoregressive.serve.engine.page_pool import pages_that_fit
-from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+from autoregressive.serve.engine.pixel_decoder import Pending, PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, RunningRequest, Scheduler
 from tokenizer.tokenizer_image.vq_model import VQModel
 
-ATTENTION_BACKENDS = ("auto", "triton", "torch")
-
-_WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
-_CPU_SHARE = 0.25  # of the memory, for pages
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What an engine is built with. Names and defaults follow vLLM where the thing is the same.
-
-    Raises:
-        ValueError: a value out of range; the message names it and what is allowed.
-    """
-
-    max_num_seqs: int = 256  # rows that run at once; a guided image has two
-    page_size: int = 16  # tokens of a page
-    num_pages: int | None = None  # None: as many as fit, and as are of use
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
-    enforce_eager: bool = False  # no CUDA graphs
-    attention_backend: str = "auto"
-    deterministic: bool = False  # an image's codes do not depend on its neighbours, also where that costs speed
-
-    def __post_init__(self) -> None:
-        for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be 1 or more")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
-        if self.attention_backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}")
-
-
 # transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the pages' memory
-RunnerFactory = Callable[[Transformer, BatchShape, int, EngineConfig], Runner]
+RunnerFactory = Callable[[Transformer, BatchShape, int, RunnerConfig], Runner]
 
 
 class Engine:
@@ -80,23 +48,33 @@ class Engine:
         gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the number of tokens of an image.
         vq: for `generate`'s pixels; None: codes only.
         make_runner: `ModelRunner`, or another that keeps its promises.
+        on_progress: called with how much of the preparation is done, and how much there is: kernels are compiled and graphs
+            captured here, none later.
 
     Raises:
-        ValueError: no memory is left for pages.
+        ValueError: no memory is left for pages, or the attention backend does not run on the device.
     """
 
-    def __init__(self, gpt: Transformer, vq: VQModel | None, config: EngineConfig, make_runner: RunnerFactory) -> None:
+    def __init__(
+        self,
+        gpt: Transformer,
+        vq: VQModel | None,
+        config: EngineConfig,
+        make_runner: RunnerFactory = ModelRunner,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         model = gpt.config
         self.config, self.vocab_size, self.num_classes = config, model.vocab_size, model.num_classes
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
-            self.decoder = None if vq is None else PixelDecoder(vq, model.grid, self.device)
+            self.decoder = None if vq is None else PixelDecoder(vq, model.grid, self.device, cuda_graphs=not config.enforce_eager)
             self.batch = Batch(shape, self.device)
             num_pages = config.num_pages or default_num_pages(gpt, shape, config.gpu_memory_utilization)
             limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes)
             self.scheduler = Scheduler(limits)
-            self.runner = make_runner(gpt, shape, num_pages, config)
+            self.runner = make_runner(gpt, shape, num_pages, config.runner)
+            self.runner.prepare(self.batch, on_progress)
         self._pacer = Pacer(self.device)
         self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
         self._ids = itertools.count()
@@ -186,7 +164,7 @@ class Engine:
             raise ValueError(f"{len(labels)} labels: give one or more, and one SamplingParams for all or one for each")
         decoder = self.decoder if decode else None
         requests: list[Request] = []
-        pixels: dict[int, Tensor] = {}
+        decoding: dict[Request, _Decoding] = {}
         try:
             for index, label in enumerate(labels):
                 if isinstance(params, SamplingParams):
@@ -197,12 +175,10 @@ class Engine:
             total = sum(request.params.n for request in requests) * self.shape.tokens
             with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns) as bar:
                 while not all(request.ended for request in requests):
-                    ended = [request for request in self.step() if request in requests]
+                    ended = self.step()
                     if decoder is not None:
-                        pixels |= self._decode(decoder, [r for r in ended if r.state is RequestState.FINISHED])
+                        decoding |= self._decode(decoder, [request for request in ended if request in requests])
                     bar.update(sum(request.params.n * request.steps for request in requests) - bar.n)
-            if decoder is not None:
-                decoder.wait()
         except BaseException:  # Ctrl-C too: nobody would fetch the images
             for request in requests:
                 self.cancel(request)
@@ -211,7 +187,7 @@ class Engine:
         if failure is not None:
             raise NonFiniteLogitsError(failure)
         if decoder is not None:
-            return torch.cat([pixels[request.id] for request in requests])
+            return torch.cat([decoding[request].pixels() for request in requests])
         return torch.cat([request.codes for request in requests if request.codes is not None])
 
     def audit(self) -> None:
@@ -247,14 +223,15 @@ class Engine:
         if ended:
             self._arriving.append((ended, self.batch.fetch([slot for running in ended for slot in running.slots])))
 
-    def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> dict[int, Tensor]:
-        """Pixels [n, 3, size, size] by the request's id. The decoder has its own stream: other rows go on meanwhile."""
-        codes = [request.codes for request in requests if request.codes is not None]
-        if not codes:
+    def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> "dict[Request, _Decoding]":
+        """Begins to decode those that have finished. The decoder has its own stream: other rows go on meanwhile."""
+        finished = [request for request in requests if request.codes is not None]
+        if not finished:
             return {}
-        pixels = decoder.decode(torch.cat(codes).to(self.device))
-        parts = pixels.split([request.params.n for request in requests])
-        return {request.id: part for request, part in zip(requests, parts, strict=True)}
+        codes = torch.cat([request.codes for request in finished if request.codes is not None])
+        pending = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
+        starts = itertools.accumulate((request.params.n for request in finished), initial=0)
+        return {request: _Decoding(pending, start, request.params.n) for request, start in zip(finished, starts, strict=False)}
 
     def _take_arrived(self, wait: bool) -> list[Request]:
         """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as there is nothing else to do."""
@@ -273,21 +250,17 @@ class Engine:
         return finished
 
 
-def default_num_pages(gpt: Transformer, shape: BatchShape, utilization: float) -> int:
-    """Pages for as many rows as memory allows, at most for `max_rows`.
+@dataclass(frozen=True)
+class _Decoding:
+    """A request's share of pixels that are on their way."""
 
-    Raises:
-        ValueError: no memory is left.
-    """
-    weight, model = gpt.tok_embeddings.weight, gpt.config
-    page_bytes = 2 * model.n_layer * model.dim * shape.page_size * weight.element_size()  # keys and values
-    most = shape.max_rows * shape.pages_per_row
-    if weight.device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading the weights has left counts as free
-        free_bytes, total_bytes = torch.cuda.mem_get_info(weight.device)
-        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, page_bytes, most)
-    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, page_bytes, most)
+    pending: Pending
+    start: int
+    images: int
+
+    def pixels(self) -> Tensor:
+        """Float32 [images, 3, size, size]."""
+        return self.pending.pixels()[self.start : self.start + self.images]
 
 
 def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:
