@@ -1,0 +1,132 @@
+"""Random cases for the layer kernels, and how a kernel is compared with its torch reference: for the interpreter and for a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention import AttentionTiles, attention, attention_reference, head_stride
+from kernels.linear import LinearTiles, linear, linear_reference
+from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
+
+POISON = float("nan")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where kernels run and with which numbers."""
+
+    device: torch.device
+    dtype: torch.dtype
+    launch_pdl: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error (of norms) against a float32 reference on the same inputs."""
+        return {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[self.dtype]
+
+    def random(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normally distributed numbers."""
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def poisoned(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """NaN everywhere: what a kernel leaves unwritten shows."""
+        return torch.full(shape, POISON, device=self.device, dtype=dtype or self.dtype)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over norm of what is wanted; NaN fails every comparison."""
+    got, wanted = got.double().cpu(), wanted.double().cpu()
+    return float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def check_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: LinearTiles) -> None:
+    """Guards splits, tails along every axis, and early tiles against the pipeline."""
+    x, weight = place.random(rows, inputs, seed=1), place.random(outputs, inputs, seed=2)
+    out = place.poisoned(tiles.splits(inputs), rows, outputs, dtype=torch.float32)
+    linear(x, weight, out, tiles, launch_pdl=place.launch_pdl)
+    wanted = torch.empty_like(out)
+    linear_reference(x.float(), weight.float(), wanted)
+    assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
+
+
+def check_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: SwigluTiles) -> None:
+    """Guards which rows of the weights belong together."""
+    x, weight = place.random(rows, inputs, seed=1) * inputs**-0.5, place.random(2 * hidden, inputs, seed=2)
+    out = place.poisoned(rows, hidden)
+    swiglu(x, weight, out, tiles, launch_pdl=place.launch_pdl)
+    wanted = torch.empty(rows, hidden, device=place.device)
+    swiglu_reference(x.float(), weight.float(), wanted)
+    assert relative_error(out, wanted) < place.tolerance
+
+
+def check_gate(place: Place, rows: int, hidden: int) -> None:
+    """Guards the two halves' places."""
+    products, out = place.random(rows, 2 * hidden, seed=1), place.poisoned(rows, hidden)
+    gate(products, out, launch_pdl=place.launch_pdl)
+    wanted = torch.empty(rows, hidden, device=place.device)
+    gate_reference(products.float(), wanted)
+    assert relative_error(out, wanted) < place.tolerance
+
+
+def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
+    """Guards widths that are no power of two, and the order of the partial sums (residuals equal bit for bit)."""
+    residual = place.random(rows, width, seed=1, dtype=torch.float32)
+    partials, gain = place.random(splits, rows, width, seed=2, dtype=torch.float32), place.random(width, seed=3)
+    normed, wanted_residual = place.poisoned(rows, width), residual.clone()
+    wanted = torch.empty(rows, width, device=place.device)
+    add_norm(residual, partials, gain, normed, eps=1e-5, launch_pdl=place.launch_pdl)
+    add_norm_reference(wanted_residual, partials, gain, wanted, eps=1e-5)
+    assert torch.equal(residual, wanted_residual)
+    assert relative_error(normed, wanted) < place.tolerance
+
+
+def check_embed(place: Place, rows: int, width: int) -> None:
+    """Guards class against token, the slot, and ids outside the tables (clamped, not read)."""
+    codes = torch.arange(5 * 9, dtype=torch.int32, device=place.device).view(5, 9) - 3
+    codes[1, 3] = 10**9
+    slots = torch.arange(rows, dtype=torch.int32, device=place.device) % 5
+    positions = torch.arange(rows, dtype=torch.int32, device=place.device) % 6 - 1
+    labels = torch.arange(rows, dtype=torch.int32, device=place.device) * 3
+    tables = place.random(20, width, seed=1), place.random(7, width, seed=2), place.random(width, seed=3)
+    residual, normed = place.poisoned(rows, width, dtype=torch.float32), place.poisoned(rows, width)
+    wanted_residual, wanted = torch.empty_like(residual), torch.empty(rows, width, device=place.device)
+    embed(codes, slots, positions, labels, *tables, residual, normed, eps=1e-5, launch_pdl=place.launch_pdl)
+    embed_reference(codes, slots, positions, labels, *tables, wanted_residual, wanted, eps=1e-5)
+    assert torch.equal(residual, wanted_residual)
+    assert relative_error(normed, wanted) < place.tolerance
+
+
+def check_attention(
+    place: Place, positions: list[int], heads: int, head_size: int, page_size: int, tiles: AttentionTiles, splits: int = 2
+) -> None:
+    """Guards chunk borders, pages in any order, padding rows, and that nothing but a row's own context is read or written."""
+    rows, tokens = len(positions), max(*positions, 1) + 1
+    pages_per_row = -(-tokens // page_size)
+    pages, stride = rows * pages_per_row + 3, head_stride(head_size, place.dtype.itemsize)
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: rows * pages_per_row]
+    table = order.to(torch.int32).view(rows, pages_per_row).to(place.device)
+    keys, values = (place.poisoned(pages, heads, page_size, stride) for _ in range(2))
+    for row, position in enumerate(positions):
+        for token in range(position):  # what earlier steps wrote, the padding of each token as zeros
+            page, offset = table[row, token // page_size], token % page_size
+            for cache, seed in ((keys, 10), (values, 11)):
+                filled = place.random(heads, head_size, seed=seed + 1000 * row + 7 * token)
+                cache[page, :, offset] = torch.nn.functional.pad(filled, (0, stride - head_size))
+    qkv = place.random(splits, rows, 3 * heads * head_size, seed=5, dtype=torch.float32)
+    angles = torch.rand(tokens, head_size // 2, generator=torch.Generator().manual_seed(6)) * 6
+    rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
+    at = torch.tensor(positions, dtype=torch.int32, device=place.device)
+    chunks = tiles.chunks(tokens)
+    scratch = [place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2)]
+    out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    attention(qkv, rotary, keys, values, table, at, *scratch, out, tiles, launch_pdl=place.launch_pdl)
+    attention_reference(qkv, rotary, wanted_keys, wanted_values, table, at, *scratch, wanted)
+    assert relative_error(out, wanted) < place.tolerance
+    for got, expected in ((keys, wanted_keys), (values, wanted_values)):
+        written = ~expected.isnan()
+        assert torch.equal(got.isnan(), expected.isnan()), "a page that is not the row's was written, or a token was not"
+        assert relative_error(got[written], expected[written]) < place.tolerance
