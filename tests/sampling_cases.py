@@ -145,24 +145,29 @@ def assert_same_draws(case: DrawArguments, result: DrawArguments, expected: Draw
 
 
 def chi_square_p_value(counts: Tensor, probabilities: Tensor, bins: int) -> float:
-    """The chance of draws at least this far from the probabilities; tokens are gathered, in order of id, into equally likely bins.
+    """The chance of draws at least this far from the probabilities.
 
     Args:
         counts: [vocab_size] how often each token was drawn; a token of probability 0 may not be among them.
         probabilities: float64 [vocab_size]
-        bins: how many at most; at least 100 must remain.
+        bins: into about how many bins of like mass tokens are gathered in order of id; at least 100 must come of it.
     """
     assert counts[probabilities == 0].sum() == 0, "a token was drawn that the filter ruled out"
-    total = counts.sum()
-    edges = (probabilities.cumsum(0) * bins).floor().clamp(max=bins - 1).long()
-    observed = torch.zeros(bins, dtype=torch.float64).index_add_(0, edges, counts.double())
-    expected = torch.zeros(bins, dtype=torch.float64).index_add_(0, edges, probabilities * total)
-    used = expected > 0
-    assert used.sum() >= 100
-    assert expected[used].min() > 20
-    statistic = ((observed - expected)[used] ** 2 / expected[used]).sum()
-    freedom = torch.tensor((int(used.sum()) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2))
+    total = int(counts.sum())
+    observed, expected = [0.0], [0.0]
+    for count, probability in zip(counts.tolist(), probabilities.tolist(), strict=True):
+        if expected[-1] >= total / bins:
+            observed.append(0.0)
+            expected.append(0.0)
+        observed[-1] += count
+        expected[-1] += probability * total
+    # What is left for the last bin may be too little for the test.
+    observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert len(expected) >= 100
+    assert min(expected) > 20
+    statistic = sum((seen - due) ** 2 / due for seen, due in zip(observed, expected, strict=True))
+    halves = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
 def tied_logits(vocab_size: int, seed: int) -> Tensor:

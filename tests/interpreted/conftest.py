@@ -1,4 +1,4 @@
-"""Triton's interpreter is chosen when triton is imported, so these tests have a process of their own (tests/test_interpreted.py)."""
+"""Triton's interpreter is chosen when triton is imported: these tests have a process of their own (tests/test_interpreted.py)."""
 
 import os
 
