@@ -1,0 +1,94 @@
+"""The engine's own flags, shared by its commands; everything else is in `autoregressive.common.arguments`."""
+
+import argparse
+from typing import Any
+
+from autoregressive.common.errors import OneLineParser, UserError
+from autoregressive.common.settings import PRECISIONS
+from autoregressive.serve.engine.config import ATTENTION_BACKENDS, EngineConfig
+
+_DEFAULTS = EngineConfig()
+
+
+def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
+    """Adds the group; in it, what --precision and --compile mean here.
+
+    Args:
+        max_num_seqs: the default of --max-num-seqs, for --help.
+    """
+    parser.conflict_handler = "resolve"  # the naive command's --precision and --compile give way to those below
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--max-num-seqs",
+        type=int,
+        metavar="ROWS",
+        help=f"rows that run at once; a guided picture has two (default: {max_num_seqs})",
+    )
+    group.add_argument(
+        "--page-size", type=int, metavar="N", help=f"tokens of a page of the KV cache (default: {_DEFAULTS.page_size})"
+    )
+    group.add_argument(
+        "--num-pages", type=int, metavar="N", help="pages of the KV cache (default: as many as fit, and as are of use)"
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="X",
+        help="share of the GPU's memory that may be filled, everything counted; without effect beside --num-pages "
+        f"(default: {_DEFAULTS.gpu_memory_utilization})",
+    )
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower")
+    group.add_argument(
+        "--attention-backend",
+        choices=ATTENTION_BACKENDS,
+        metavar="B",
+        help=f"{', '.join(ATTENTION_BACKENDS)}: Triton kernels where they run, or one or the other for certain "
+        f"(default: {_DEFAULTS.attention_backend})",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="a picture's tokens do not depend on what else is drawn, also where that costs speed",
+    )
+    group.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        metavar="P",
+        help="of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU, none on a CPU); pixels are decoded in "
+        "bf16 on a GPU, 45 dB or more from float32's",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="accepted, without effect: kernels and CUDA graphs take torch.compile's place"
+    )
+
+
+def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
+    """What was typed, and defaults for the rest.
+
+    Args:
+        arguments: parsed by a parser that `add_engine_flags` was given.
+        max_num_seqs: used where none was typed.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    typed: dict[str, Any] = {
+        "max_num_seqs": arguments.max_num_seqs,
+        "page_size": arguments.page_size,
+        "num_pages": arguments.num_pages,
+        "gpu_memory_utilization": arguments.gpu_memory_utilization,
+        "attention_backend": arguments.attention_backend,
+    }
+    given = {"max_num_seqs": max_num_seqs} | {name: value for name, value in typed.items() if value is not None}
+    try:
+        return EngineConfig(**given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic)
+    except ValueError as error:
+        raise UserError(as_flags(str(error))) from error
+
+
+def as_flags(message: str) -> str:
+    """The engine's message, with flags in the place of its parameters' names; there is no flag for a request's n."""
+    message = message.replace("lower n, or ", "")
+    for name in ("max_num_seqs", "page_size", "num_pages", "gpu_memory_utilization", "attention_backend"):
+        message = message.replace(name, f"--{name.replace('_', '-')}")
+    return message

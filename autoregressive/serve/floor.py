@@ -1,0 +1,172 @@
+"""The least time that a step can take on a device: what every report of the engine's speed is held against.
+
+A step reads every weight of the layers and of the head once, and every row's keys and values once. Each matrix product takes at
+least the larger of its weights' bytes over the read bandwidth and its operations over the rate of the matrix units; reading keys
+and values comes on top. Embeddings, norms, activations and the draw count as nothing. Both ceilings are measured, in the run they
+are used in.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.serve.engine.request import Request, SamplingParams
+from autoregressive.serve.engine.scheduler import Limits, Scheduler
+
+_BUFFER_BYTES = 2 * 2**30  # far beyond any cache
+_SMALLEST_BUFFER_BYTES = 2**28
+_MATRIX_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do at most, as measured."""
+
+    read_bytes_per_second: float
+    operations_per_second: float  # of a large matrix product; a multiplication and an addition are two
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight matrix, and how many of its shape a step multiplies by."""
+
+    inputs: int
+    outputs: int
+    count: int
+
+    @property
+    def elements(self) -> int:
+        """Of all of them."""
+        return self.inputs * self.outputs * self.count
+
+
+def products(config: GPTConfig) -> tuple[Product, ...]:
+    """Every matrix product of a step."""
+    dim, ffn, layers = config.dim, config.ffn_dim, config.n_layer
+    return (
+        Product(dim, 3 * dim, layers),  # queries, keys and values
+        Product(dim, dim, layers),  # attention's output
+        Product(dim, 2 * ffn, layers),  # gate and up
+        Product(ffn, dim, layers),  # down
+        Product(dim, config.vocab_size, 1),  # head
+    )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The floor of one model on one device."""
+
+    config: GPTConfig
+    element_bytes: int  # of a weight, and of a key or value
+    ceilings: Ceilings
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read by every step."""
+        return sum(product.elements for product in products(self.config)) * self.element_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token of one row, all layers."""
+        return 2 * self.config.dim * self.config.n_layer * self.element_bytes
+
+    def step_seconds(self, rows: int, kv_tokens: float) -> float:
+        """One step.
+
+        Args:
+            rows: that take the step.
+            kv_tokens: tokens of all rows together whose keys and values are read (the newest, which is written, counts as read).
+        """
+        seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
+        for product in products(self.config):
+            reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
+            computing = 2 * product.elements * rows / self.ceilings.operations_per_second
+            seconds += max(reading, computing)
+        return seconds
+
+    def image_seconds(self, rows: int, tokens: int) -> float:
+        """All `tokens` steps of rows that start together; row by row, step p reads p + 1 tokens."""
+        return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)  # linear in the context: the mean step times the number
+
+
+@dataclass(frozen=True)
+class JobFloor:
+    """The floor of a whole job of the engine."""
+
+    steps: int
+    seconds: float
+
+
+def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> JobFloor:
+    """Steps that the engine's scheduling needs for these requests, all there at the start, and their floor together."""
+    steps, seconds = 0, 0.0
+    for span, positions in _planned_spans(limits, jobs):
+        mean_kv_tokens = sum(positions) + len(positions) * (span + 1) / 2
+        steps += span
+        seconds += span * floor.step_seconds(len(positions), mean_kv_tokens)
+    return JobFloor(steps, seconds)
+
+
+def _planned_spans(limits: Limits, jobs: Sequence[SamplingParams]) -> Iterator[tuple[int, list[int]]]:
+    """Runs the scheduler alone: spans of steps, each with the positions of its rows at the start."""
+    scheduler = Scheduler(limits)
+    for number, params in enumerate(jobs):
+        scheduler.add(Request(number, 0, params))
+    while True:
+        scheduler.admit()
+        span = scheduler.plan_span(limits.tokens)
+        if span == 0:
+            return
+        scheduler.allocate(span)
+        positions = [row.position for running in scheduler.running for row in running.rows]
+        yield span, positions
+        for ended in scheduler.advance(span):
+            scheduler.release_slots(ended.slots)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
+    """Measures both on a GPU in well under a second: the medians of `repeats`, on random data (zeros run faster).
+
+    Args:
+        dtype: of the matrix product; float32 runs as torch.backends.cuda.matmul allows, TF32 or not.
+    """
+    ceilings = Ceilings(_read_bytes_per_second(device, repeats), _operations_per_second(device, dtype, repeats))
+    torch.cuda.empty_cache()
+    return ceilings
+
+
+def _read_bytes_per_second(device: torch.device, repeats: int) -> float:
+    """A sum over 2 GiB, or over half of the free memory where that is less."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    size = max(min(_BUFFER_BYTES, free_bytes // 2), _SMALLEST_BUFFER_BYTES)
+    data = torch.rand(size // 4, device=device)  # float32
+    return data.numel() * 4 / _median_seconds(data.sum, device, repeats)
+
+
+def _operations_per_second(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    a, b = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def multiply() -> Tensor:
+        return torch.mm(a, b, out=out)
+
+    return 2 * _MATRIX_SIDE**3 / _median_seconds(multiply, device, repeats)
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """By the device's clock, after two warm-ups."""
+    times = []
+    with torch.cuda.device(device):
+        for repeat in range(repeats + 2):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if repeat >= 2:
+                times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)

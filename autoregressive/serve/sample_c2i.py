@@ -1,0 +1,228 @@
+"""Draws pictures of classes with the engine: the naive command's flags, files and output lines, and how fast it went.
+
+All pictures are requests of one engine, which runs as many rows at once as --max-num-seqs and its memory allow.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from autoregressive.common.arguments import build_parser
+from autoregressive.common.errors import OneLineParser, UserError, run_command, tell
+from autoregressive.common.results import save_results
+from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
+from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.generate import NonFiniteLogitsError
+from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
+from autoregressive.serve.engine.batch import BatchShape
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+
+COMMAND = "autoregressive/serve/sample_c2i.py"
+PURPOSE = """\
+Draws pictures of classes, token by token, with LlamaGen's models: the fast engine.
+From the same seed it draws other pictures than the plain loop (autoregressive/sample/sample_c2i.py): here a draw depends on the
+seed, the picture's number and the step alone, there on one generator that all pictures share, as LlamaGen has it. Both draw from
+the same probabilities."""
+_MOST_ROWS = 512  # of the default; the matrix units are busy by then
+_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the pictures were drawn."""
+
+    images: int
+    tokens: int  # of an image
+    sampling_seconds: float
+    decoding_seconds: float
+    job: JobFloor
+    ceilings: Ceilings | None  # None: not measured, for there is no GPU
+
+    def lines(self) -> list[str]:
+        """For people."""
+        seconds = self.sampling_seconds
+        tokens_per_second = self.images * self.tokens / seconds
+        images_per_second = self.images / (seconds + self.decoding_seconds)
+        step_ms = seconds / self.job.steps * 1e3
+        return [
+            f"{tokens_per_second:.0f} tokens/s, {images_per_second:.2f} images/s with decoding, {step_ms:.3f} ms/step.",
+            self._share(),
+        ]
+
+    def _share(self) -> str:
+        if self.ceilings is None:
+            return "share of the memory floor: no GPU, no floor."
+        terabytes, teraflops = self.ceilings.read_bytes_per_second / 1e12, self.ceilings.operations_per_second / 1e12
+        return (
+            f"share of the memory floor: {self.job.seconds / self.sampling_seconds:.1%} (at best {self.job.seconds:.3f} seconds, "
+            f"with the {terabytes:.2f} TB/s and {teraflops:.0f} TFLOP/s measured here)."
+        )
+
+
+def build_engine_parser() -> OneLineParser:
+    """The naive command's flags and the engine's."""
+    parser = build_parser(PURPOSE, COMMAND)
+    add_engine_flags(parser, max_num_seqs=f"what the pictures need, at most {_MOST_ROWS}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags (the process's own if None), draws, saves.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    arguments = build_engine_parser().parse_args(argv)
+    if arguments.list_classes is not None:
+        print(list_classes(arguments))
+        return
+    settings = resolve_settings(arguments)
+    params = sampling_params(settings.sampling)
+    config = engine_config(arguments, min(len(settings.labels) * params.rows, _MOST_ROWS))
+    check_fits(params, config, settings)
+    if settings.compile:
+        tell("--compile has no effect here: kernels and CUDA graphs take its place")
+        settings = replace(settings, compile=False)  # the pictures' record must not claim it
+    found = find_weights(settings.model)
+    set_numerics(settings)
+    try:
+        models = load_models(settings.model, found)
+        warning = untrained_warning(settings.model, found)
+        if warning is not None:
+            tell(warning)
+        codes, pixels, speed = draw(models, settings, params, config)
+    except NonFiniteLogitsError as error:
+        raise UserError(f"{error}; try --precision none, or other weights") from error
+    except RuntimeError as error:
+        raise _mendable(error, settings) from error
+    grid = save_results(settings, found, codes, pixels)
+    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
+    print(f"gpt sampling takes about {speed.sampling_seconds:.2f} seconds.")
+    print(f"decoder takes about {speed.decoding_seconds:.2f} seconds.")
+    print(f"image is saved to {grid}")
+    print("\n".join(speed.lines()))
+
+
+def sampling_params(sampling: SamplingSettings) -> SamplingParams:
+    """The engine's name for the same values; one request an image."""
+    return SamplingParams(
+        cfg_scale=sampling.cfg_scale,
+        cfg_interval=sampling.cfg_interval,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+    )
+
+
+def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings) -> None:
+    """Finds out before any long work whether the engine can ever draw such a picture; how much memory there is shows later.
+
+    Raises:
+        UserError: too few rows or pages were asked for.
+    """
+    model = settings.model
+    shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
+    pages = config.num_pages or params.rows * shape.pages_per_row
+    limits = Limits(shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes)
+    try:
+        Scheduler(limits).check_fits(params)
+    except ValueError as error:
+        raise UserError(as_flags(str(error))) from error
+
+
+def set_numerics(settings: Settings) -> None:
+    """TF32 for float32 products on a GPU, as the naive command has it."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if settings.model.device.type == "cuda":
+        torch.cuda.set_device(settings.model.device)
+
+
+def draw(models: LoadedModels, settings: Settings, params: SamplingParams, config: EngineConfig) -> tuple[Tensor, Tensor, Speed]:
+    """Builds the engine and draws every picture: codes int32 [images, tokens] and pixels [images, 3, height, width].
+
+    Raises:
+        UserError: the engine does not fit on the device, or a picture does not fit into the engine.
+    """
+    model, device = settings.model, settings.model.device
+    ceilings = measure_ceilings(device, model.precision) if device.type == "cuda" else None
+    engine = start_engine(models, config)
+    started = _now(device)
+    try:
+        with threads_that_pay(models.gpt.config, device):
+            codes = engine.generate(settings.labels, params, progress=_on_terminal(), decode=False)
+    except ValueError as error:
+        raise UserError(as_flags(str(error))) from error
+    drawn = _now(device)
+    assert engine.decoder is not None
+    pixels = engine.decoder.decode(codes.to(device))
+    decoded = _now(device)
+    floor = Floor(models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))  # the steps do not depend on it
+    job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
+    speed = Speed(len(settings.labels), model.tokens_per_image, drawn - started, decoded - drawn, job, ceilings)
+    return codes, pixels, speed
+
+
+def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
+    """An engine that is ready to draw; compiling and capturing shows as a bar on a terminal.
+
+    Raises:
+        UserError: it does not fit on the device.
+    """
+    with tqdm(desc="preparing", unit=" graphs", disable=not _on_terminal(), leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            return Engine(models.gpt, models.vq, config, on_progress=progress)
+        except ValueError as error:
+            raise UserError(as_flags(str(error))) from error
+
+
+@contextmanager
+def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and config.dim < _NARROW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _mendable(error: RuntimeError, settings: Settings) -> Exception:
+    """What to tell the user about a failure inside torch; the error itself where there is nothing to tell."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        device = settings.model.device
+        return UserError(f"{device} has too little free memory: lower --max-num-seqs, use a smaller model, or use --precision bf16")
+    return error
+
+
+if __name__ == "__main__":
+    run_command(main)

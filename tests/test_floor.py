@@ -1,0 +1,55 @@
+"""The floor's arithmetic, against the figures that docs and issues quote, and against sums written out."""
+
+import pytest
+
+from autoregressive.models.config import GPT_SHAPES, GPTConfig
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.engine.scheduler import Limits
+from autoregressive.serve.floor import Ceilings, Floor, job_floor
+
+H200 = Ceilings(read_bytes_per_second=4.24e12, operations_per_second=790e12)
+
+
+def floor_of(name: str, ceilings: Ceilings = H200) -> Floor:
+    shape = GPT_SHAPES[name]
+    return Floor(GPTConfig(shape.dim, shape.n_layer, shape.n_head, block_size=576), 2, ceilings)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights_mb", "seconds"),
+    [("GPT-B", 195, 0.050), ("GPT-L", 650, 0.150), ("GPT-XL", 1505, 0.320), ("GPT-XXL", 2768, 0.561), ("GPT-3B", 6082, 1.019)],
+)
+def test_the_floor_of_the_headline_job(name: str, weights_mb: int, seconds: float) -> None:
+    """Fails if a product is forgotten or counted twice: 16 rows of 576 tokens on an H200, computed by hand before."""
+    floor = floor_of(name)
+    assert floor.weight_bytes / 1e6 == pytest.approx(weights_mb, rel=0.005)
+    assert floor.image_seconds(16, 576) == pytest.approx(seconds, rel=0.01)
+
+
+def test_many_rows_are_bound_by_arithmetic() -> None:
+    """Fails if the larger of both limits is not taken, product by product."""
+    floor = floor_of("GPT-XL")
+    elements = floor.weight_bytes / 2
+    assert floor.step_seconds(2, 0) == pytest.approx(floor.weight_bytes / 4.24e12)
+    assert floor.step_seconds(512, 0) == pytest.approx(2 * elements * 512 / 790e12)
+    kv_seconds = floor.step_seconds(2, 1000) - floor.step_seconds(2, 0)
+    assert kv_seconds == pytest.approx(1000 * 4 * 1280 * 36 / 4.24e12)
+
+
+def written_out(floor: Floor, rows_of_steps: list[list[int]]) -> float:
+    """The sum over steps, each with its rows' positions."""
+    return sum(floor.step_seconds(len(positions), sum(position + 1 for position in positions)) for positions in rows_of_steps)
+
+
+def test_a_job_is_the_sum_of_its_steps() -> None:
+    """Fails if unconditional rows that leave early, or pictures that wait for others, are charged wrongly."""
+    floor = floor_of("GPT-B")
+    limits = Limits(tokens=4, page_size=2, max_rows=3, num_pages=6, num_slots=6, num_classes=1000)
+    guided, plain = SamplingParams(cfg_interval=0), SamplingParams(cfg_scale=1.0)  # guided for 2 steps
+    found = job_floor(floor, limits, [guided, plain, plain, plain])
+    # The first two start together; when the unconditional row has left, the third fits; the fourth follows the first two.
+    steps = [[0, 0, 0], [1, 1, 1], [2, 2, 0], [3, 3, 1], [2, 0], [3, 1], [2], [3]]
+    assert found.steps == len(steps)
+    assert found.seconds == pytest.approx(written_out(floor, steps))
+    together = job_floor(floor, limits, [plain, plain, plain])
+    assert together.seconds == pytest.approx(floor.image_seconds(3, 4))

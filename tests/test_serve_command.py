@@ -1,0 +1,217 @@
+"""The engine's command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from autoregressive.common.errors import UserError
+from autoregressive.common.images import JSON_KEY
+from autoregressive.models.gpt import GPT_models
+from autoregressive.sample import sample_c2i as naive
+from autoregressive.serve import sample_c2i
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.floor import Ceilings, JobFloor
+from autoregressive.serve.sample_c2i import Speed
+from tokenizer.tokenizer_image.vq_model import VQ_models
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "autoregressive/serve/sample_c2i.py"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; the process's switches are put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    switches = [(torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark")]
+    before = [getattr(owner, name) for owner, name in switches]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other make small steps 30 times slower
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for (owner, name), value in zip(switches, before, strict=True):
+        setattr(owner, name, value)
+
+
+FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu", "--pretrained-dir", "pretrained"]
+
+
+def draw(*typed: str) -> None:
+    """Runs the command in this process on the CPU, without weights unless the flags say otherwise."""
+    sample_c2i.main([*FLAGS, *typed])
+
+
+def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
+    """Fails if the command needs a PYTHONPATH, a terminal, a GPU or weights, hides that there were none, or its speed."""
+    typed = ["--gpt-model", "GPT-demo", "--random-weights", "--device", "cpu", "--class-labels", "otter", "62", "--cfg-scale", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    files = ["--output", str(tmp_path / "x.png"), "--save-codes", str(tmp_path / "codes.npy")]
+    done = subprocess.run(
+        [sys.executable, COMMAND, *typed, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"gpt sampling takes about \d+\.\d\d seconds\.", lines[0])
+    assert re.fullmatch(r"decoder takes about \d+\.\d\d seconds\.", lines[1])
+    assert lines[2] == f"image is saved to {tmp_path / 'x.png'}"
+    assert re.fullmatch(r"\d+ tokens/s, \d+\.\d\d images/s with decoding, \d+\.\d\d\d ms/step\.", lines[3])
+    assert lines[4] == "share of the memory floor: no GPU, no floor."
+    assert len(lines) == 5
+    assert "noise" in done.stderr
+    assert "\r" not in done.stderr  # no progress bar: this is no terminal
+    codes = np.load(tmp_path / "codes.npy")
+    assert (codes.shape, codes.dtype) == ((2, 256), np.int32)
+    assert codes.min() >= 0
+    assert codes.max() < 1024
+    assert not np.array_equal(codes[0], codes[1])
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (2 + 2 * 130, 132)
+
+
+def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
+    """Fails if a flag means something else here: where nothing is left to chance both commands must draw the same codes."""
+    gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
+    gpt.init_weights(torch.Generator().manual_seed(3), std=0.1)  # far enough from ties
+    save_file(gpt.state_dict(), "gpt.safetensors")
+    flags = ["--gpt-ckpt", "gpt.safetensors", "--class-labels", "3", "9", "--cfg-scale", "2", "--cfg-interval", "99"]
+    flags += ["--top-k", "1"]
+    naive.main([*FLAGS, *flags, "--output", "a.png", "--save-codes", "a.npy"])
+    draw(*flags, "--output", "b.png", "--save-codes", "b.npy", "--max-num-seqs", "2")  # one picture after the other
+    assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
+    with Image.open("a.png") as first, Image.open("b.png") as second:
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+
+
+@pytest.mark.parametrize("damaged", ["gpt", "vq"])
+def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged: str) -> None:
+    """Fails if NaN becomes a black picture, or replaces a good one."""
+    (work / "x.png").write_bytes(b"old")
+    gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64).state_dict()
+    vq = VQ_models["VQ-demo"]().state_dict()
+    {"gpt": gpt["norm.weight"], "vq": vq["decoder.conv_out.bias"]}[damaged].fill_(torch.nan)
+    save_file(gpt, "gpt.safetensors")
+    save_file(vq, "vq.safetensors")
+    flags = ["--gpt-ckpt", "gpt.safetensors", "--vq-ckpt", "vq.safetensors", "--class-labels", "0", "--cfg-scale", "1"]
+    with pytest.raises(UserError, match="NaN"):
+        draw(*flags, "--output", "x.png")
+    assert (work / "x.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--class-labels", "unicorn"], "unicorn"),
+        (["--temperature", "0"], "--temperature"),
+        (["--page-size", "0"], "--page-size 0: must be 1 or more"),
+        (["--num-pages", "0"], "--num-pages 0"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5"),
+        (["--max-num-seqs", "0"], "--max-num-seqs 0"),
+        (["--max-num-seqs", "1"], "needs 2 rows and --max-num-seqs is 1: raise"),
+        (["--num-pages", "31"], "needs 32 pages of 16 tokens and the pool has 31: raise --num-pages"),
+        (["--attention-backend", "triton"], "triton"),
+    ],
+)
+def test_a_mistake_is_found_before_sampling(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:
+    """Fails if sampling starts in spite of a mistake, the message does not name the flag, or the picture before is lost."""
+    (work / "x.png").write_bytes(b"old")
+
+    def sampled(*_: object, **__: object) -> None:
+        pytest.fail("sampling began")
+
+    monkeypatch.setattr(Engine, "step", sampled)
+    with pytest.raises(UserError, match=re.escape(said)):
+        draw("--output", "x.png", *typed)
+    assert (work / "x.png").read_bytes() == b"old"
+    assert os.listdir(work) == ["x.png"]
+
+
+def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a flag is parsed and then forgotten."""
+    seen: dict[str, object] = {}
+
+    def fake(engine: Engine, labels: object, params: object, **rest: object) -> torch.Tensor:
+        seen.update(labels=labels, params=params, config=engine.config)
+        return torch.zeros(2, 256, dtype=torch.int32)
+
+    monkeypatch.setattr(Engine, "generate", fake)
+    sampling = {"cfg_scale": 3.0, "cfg_interval": 5, "temperature": 0.5, "top_k": 9, "top_p": 0.25, "seed": 4}
+    engine = {"max_num_seqs": 6, "page_size": 8, "num_pages": 777, "gpu_memory_utilization": 0.5, "attention_backend": "torch"}
+    values = (sampling | engine).items()
+    flags = [word for name, value in values for word in (f"--{name.replace('_', '-')}", str(value))]
+    draw(*flags, "--enforce-eager", "--deterministic", "--class-labels", "fox", "1")
+    assert seen["labels"] == (7, 1)
+    assert vars(seen["params"]) == sampling | {"n": 1}
+    assert vars(seen["config"]) == engine | {"enforce_eager": True, "deterministic": True}
+    draw("--class-labels", "fox", "1")
+    assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
+
+
+def test_compile_is_accepted_and_said_to_do_nothing(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a script written for the naive command breaks, or the picture's record claims a compilation."""
+    monkeypatch.setattr(Engine, "generate", lambda *_, **__: torch.zeros(1, 256, dtype=torch.int32))
+    draw("--compile", "--class-labels", "0", "--output", "x.png")
+    assert "--compile has no effect" in capsys.readouterr().err
+    with Image.open("x.png") as image:
+        image.load()
+        assert json.loads(image.text[JSON_KEY])["compile"] is False  # type: ignore[attr-defined]
+
+
+def test_help_says_that_the_seeds_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if users who compare both commands by seed are not told; and if a flag is described twice."""
+    with pytest.raises(SystemExit):
+        sample_c2i.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "From the same seed it draws other pictures than the plain loop" in shown
+    assert shown.count("  --compile") == shown.count("  --precision") == 1
+    assert "the tokenizer runs in float32" not in " ".join(shown.split())  # it does not, on a GPU
+    assert f"python {COMMAND} --gpt-model GPT-demo" in shown
+
+
+def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if --list-classes draws, or shows nothing."""
+    draw("--list-classes", "ion")
+    assert capsys.readouterr().out.splitlines() == ["   9  lion"]
+    assert os.listdir(work) == []
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")])
+def test_too_little_memory_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    """Fails if running out of memory ends in a traceback, or does not say what to do."""
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Engine, "generate", exhausted)
+    with pytest.raises(UserError, match="lower --max-num-seqs"):
+        draw()
+    assert os.listdir(work) == []
+
+
+def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a bug is reported as the user's mistake."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Engine, "generate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        draw()
+
+
+def test_the_speed_is_held_against_the_floor() -> None:
+    """Fails if a rate is computed from the wrong time, or the share is inverted."""
+    speed = Speed(8, 576, 0.5, 0.3, JobFloor(steps=576, seconds=0.35), Ceilings(4.24e12, 790e12))
+    rates, share = speed.lines()
+    assert rates == "9216 tokens/s, 10.00 images/s with decoding, 0.868 ms/step."
+    assert share.startswith("share of the memory floor: 70.0% (at best 0.350 seconds, with the 4.24 TB/s and 790 TFLOP/s")
