@@ -1,0 +1,314 @@
+"""How much faster the engine is: for each model LlamaGen's plain loop, the same compiled, and the engine. A table, a chart, JSON.
+
+    python scripts/speedup_table.py --models GPT-B,GPT-L,GPT-XL,GPT-XXL,GPT-3B --image-size 384
+
+The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
+are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
+warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others). The floor and its share are those of
+serve/floor.py, with the GPU's ceilings measured in the same process. What is finished is kept in OUTPUT_DIR/speedup.json: a run that
+was broken off, or in which something failed, goes on where it was. Without a GPU the demo model takes the others' place.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from speedup_report import METHODS, ModelRow, chart, markdown
+
+from autoregressive.common.arguments import build_parser
+from autoregressive.common.defaults import DEMO_MODEL, model_defaults
+from autoregressive.common.devices import resolve_device
+from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.files import check_own_folder, write_whole
+from autoregressive.common.settings import Settings, resolve_settings
+from autoregressive.common.weights import find_weights, load_models
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
+from autoregressive.serve.sample_c2i import sampling_params
+from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
+
+PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
+_EAGER_WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method is timed on; results of another job are not mixed with these."""
+
+    image_size: int | None  # None: the models' default
+    images: int | None  # None: all labels
+    device: str
+    device_name: str
+    torch: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One finished method of one model."""
+
+    seconds: float  # median
+    repeats: list[float]
+    warm_up_seconds: float  # of the warm-up, which for `compile` includes compiling
+    trained: bool
+    start_seconds: float | None = None  # of the engine: compiling kernels and capturing
+    floor_seconds: float | None = None
+    read_bytes_per_second: float | None = None
+    operations_per_second: float | None = None
+
+
+def settings_for(model: str, job: Job, folder: Path) -> Settings:
+    """The naive command's settings for this model's job."""
+    typed = ["--gpt-model", model, "--device", job.device, "--output", str(folder / "unused.png")]
+    if job.image_size is not None:
+        typed += ["--image-size", str(job.image_size)]
+    settings = resolve_settings(build_parser("", "scripts/speedup_table.py").parse_args(typed))
+    return replace(settings, labels=settings.labels[: job.images])
+
+
+def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
+    """The plain loop, as the naive command runs it."""
+    set_numerics(settings)
+    found = find_weights(settings.model)
+    gpt = load_models(settings.model, found).gpt
+    if compiled:
+        gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
+    device, tokens, sampling = settings.model.device, settings.model.tokens_per_image, settings.sampling
+    labels = torch.tensor(settings.labels, device=device)
+
+    def run(steps: int = tokens) -> None:
+        torch.manual_seed(sampling.seed)
+        with threads_that_pay(gpt.config, device):
+            generate(
+                gpt,
+                labels,
+                steps,
+                cfg_scale=sampling.cfg_scale,
+                cfg_interval=sampling.cfg_interval,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            )
+
+    warm_up_seconds = seconds_of(lambda: run(tokens if compiled else _EAGER_WARM_UP_TOKENS), device)
+    times = [seconds_of(run, device) for _ in range(repeats)]
+    return Timing(statistics.median(times), times, warm_up_seconds, found.trained)
+
+
+def time_paged(settings: Settings, repeats: int) -> Timing:
+    """The engine, codes back on the host."""
+    set_numerics(settings)
+    found = find_weights(settings.model)
+    gpt = load_models(settings.model, found).gpt
+    device, params = settings.model.device, sampling_params(settings.sampling)
+    ceilings = measure_ceilings(device, settings.model.precision) if device.type == "cuda" else None
+    rows = len(settings.labels) * params.rows
+    began = _now(device)
+    engine = Engine(gpt, None, EngineConfig(max_num_seqs=rows))
+    start_seconds = _now(device) - began
+
+    def run() -> None:
+        with threads_that_pay(gpt.config, device):
+            engine.generate(settings.labels, params, decode=False)
+
+    warm_up_seconds = seconds_of(run, device)
+    times = [seconds_of(run, device) for _ in range(repeats)]
+    timing = Timing(statistics.median(times), times, warm_up_seconds, found.trained, start_seconds)
+    if ceilings is None:
+        return timing
+    floor = Floor(gpt.config, settings.model.precision.itemsize, ceilings)
+    job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
+    return replace(timing, floor_seconds=job.seconds, **asdict(ceilings))
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of one run, the device idle before and after."""
+    began = _now(device)
+    run()
+    return _now(device) - began
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def work(arguments: argparse.Namespace, job: Job) -> None:
+    """In the fresh process: times one model's methods in turn, a line of JSON each; the first failure is the last line."""
+    (model,) = arguments.models
+    for method in arguments.methods:
+        try:
+            settings = settings_for(model, job, arguments.output_dir)
+            if method == "paged":
+                timing = time_paged(settings, arguments.repeats)
+            else:
+                repeats = arguments.naive_repeats or arguments.repeats
+                timing = time_naive(settings, repeats if method == "naive" else arguments.repeats, method == "compile")
+        except Exception as error:  # whatever it is, it goes into the table, and the others go on
+            print(json.dumps({"method": method, "error": first_line(error)}), flush=True)
+            raise
+        print(json.dumps({"method": method, "timing": asdict(timing)}), flush=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def run_model(model: str, methods: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs the worker, again in a fresh process after each failure; yields each method's timing or error as it comes."""
+    left = list(methods)
+    while left:
+        command = [sys.executable, __file__, "--worker", "--models", model, "--methods", ",".join(left), *options]
+        with tempfile.TemporaryFile("w+") as errors:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+                assert process.stdout is not None
+                failed = False
+                for line in process.stdout:
+                    outcome = json.loads(line)
+                    left.remove(outcome["method"])
+                    failed = failed or "error" in outcome
+                    yield outcome.pop("method"), outcome
+            errors.seek(0)
+            said = errors.read().strip()
+        if failed:
+            print(said, file=sys.stderr)
+        elif process.returncode != 0 and left:  # it died without a word, as after a crash of the driver
+            reason = said.splitlines()[-1] if said else "no message"
+            yield left.pop(0), {"error": f"the process ended with status {process.returncode}: {reason}"}
+
+
+class Results:
+    """The finished timings of one job, kept in a file after each."""
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self._path, self._job = path, asdict(job)
+        self.timings: dict[str, dict[str, dict[str, Any]]] = {}  # model -> method -> Timing or error
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text())
+                kept_job, self.timings = kept["job"], kept["results"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is no file of this script's: remove it, or choose another --output-dir") from error
+            if kept_job != self._job:
+                raise UserError(f"{path} holds the results of another job ({kept_job}): choose another --output-dir")
+
+    def missing(self, model: str, methods: Sequence[str]) -> list[str]:
+        """Methods that have not finished; failed ones are tried again."""
+        return [method for method in methods if "timing" not in self.timings.get(model, {}).get(method, {})]
+
+    def keep(self, model: str, method: str, outcome: dict[str, Any]) -> None:
+        """Adds one, and writes the file."""
+        self.timings.setdefault(model, {})[method] = outcome
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
+        text = json.dumps(self.report(), indent=1) + "\n"
+        write_whole(self._path, lambda part: part.write_text(text))
+
+    def report(self) -> dict[str, Any]:
+        """Everything."""
+        return {"benchmark": "speedup", "job": self._job, "results": self.timings}
+
+    def row(self, model: str, methods: Sequence[str]) -> ModelRow:
+        """A model's line of the table."""
+        outcomes = {method: outcome for method, outcome in self.timings.get(model, {}).items() if method in methods}
+        seconds = {method: outcome["timing"]["seconds"] for method, outcome in outcomes.items() if "timing" in outcome}
+        errors = {method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome}
+        floor = outcomes.get("paged", {}).get("timing", {}).get("floor_seconds")
+        return ModelRow(model, parameters_of(model, self._job["image_size"]), seconds, errors, floor)
+
+
+def parameters_of(model: str, image_size: int | None) -> int:
+    """Elements of its weights."""
+    defaults = model_defaults(model)
+    tokenizer = VQ_CONFIGS[defaults.vq_model]
+    grid = (image_size or defaults.image_size) // tokenizer.downsample_size
+    with torch.device("meta"):
+        gpt = GPT_models[model](vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes)
+    return sum(parameter.numel() for parameter in gpt.parameters())
+
+
+def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names."""
+
+    def parse(typed: str) -> list[str]:
+        chosen = [name for name in typed.split(",") if name]
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown or not chosen:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    on_gpu = torch.cuda.is_available()
+    defaults = list(PAPER_MODELS) if on_gpu else [DEMO_MODEL]
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=names(list(GPT_models)), default=defaults, help=f"(default: {','.join(defaults)})")
+    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), help=f"(default: {','.join(METHODS)})")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: 384; GPT-demo: 128)")
+    parser.add_argument("--images", type=int, metavar="N", help="how many of the eight labels (default: all)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs, after one warm-up (default: %(default)s)")
+    parser.add_argument("--naive-repeats", type=int, metavar="N", help="of the plain loop, which takes long (default: --repeats)")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # in the fresh process
+    arguments = parser.parse_args(argv)
+    for flag in ("repeats", "naive_repeats", "images"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: must be 1 or more")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    arguments = parse_arguments(argv)
+    device = resolve_device(arguments.device)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__)
+    if arguments.worker:
+        work(arguments, job)
+        return
+    folder: Path = arguments.output_dir
+    check_own_folder("--output-dir", folder)
+    folder.mkdir(exist_ok=True)
+    results = Results(folder / "speedup.json", job)
+    options = ["--repeats", str(arguments.repeats), "--device", arguments.device, "--output-dir", str(folder)]
+    for flag in ("image_size", "images", "naive_repeats"):
+        if getattr(arguments, flag) is not None:
+            options += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
+    for model in arguments.models:
+        for method, outcome in run_model(model, results.missing(model, arguments.methods), options):
+            results.keep(model, method, outcome)
+            told = f"{outcome['timing']['seconds']:.3f} s" if "timing" in outcome else f"failed: {outcome['error']}"
+            print(f"{model}, {method}: {told}", flush=True)
+    results.save()
+    rows = [results.row(model, arguments.methods) for model in arguments.models]
+    table = markdown(rows)
+    write_whole(folder / "speedup.md", lambda part: part.write_text(table))
+    write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
+    print(table)
+    print(json.dumps(results.report()))
+
+
+if __name__ == "__main__":
+    run_command(main)
