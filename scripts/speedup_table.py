@@ -5,8 +5,8 @@
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
 are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
 warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others). The floor and its share are those of
-serve/floor.py, with the GPU's ceilings measured in the same process. What is finished is kept in OUTPUT_DIR/speedup.json: a run that
-was broken off, or in which something failed, goes on where it was. Without a GPU the demo model takes the others' place.
+serve/floor.py, with the GPU's ceilings measured in the same process. What is finished is kept in OUTPUT_DIR/speedup.json: a run
+that was broken off, or in which something failed, goes on where it was. Without a GPU the demo model takes the others' place.
 """
 
 import argparse

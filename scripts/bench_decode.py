@@ -1,0 +1,231 @@
+"""Times the engine's steps: milliseconds a step and share of the memory floor, for each model and number of rows. Ends in JSON.
+
+    python scripts/bench_decode.py --models GPT-B,GPT-XL --rows 2,16,512
+    python scripts/bench_decode.py --models GPT-XL --rows 512 --image-size 256 --images 1024 --pixels
+
+Guided images with random weights, from class token to last token, so over all contexts; sampling included. Two rows are one image.
+Times are medians of the repeats, after each engine has drawn one image. The floor is that of serve/floor.py; both ceilings, read
+bandwidth and rate of a matrix product, are measured in the same run, before each model. With --pixels, decoding goes on beside the
+steps, and ms/step, share and images/s count it. Without a GPU the demo model shows that it works; there is no floor then.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from autoregressive.common.defaults import DEMO_MODEL, model_defaults
+from autoregressive.common.devices import resolve_device
+from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.files import write_whole
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
+from kernels.attention import head_stride
+from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
+
+PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured of every model."""
+
+    rows: list[int]
+    image_size: int | None  # None: 384; of GPT-demo 128
+    images: int | None  # None: as many as run at once
+    repeats: int
+    pixels: bool
+    deterministic: bool
+    enforce_eager: bool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model and number of rows."""
+
+    model: str
+    rows: int
+    images: int
+    steps: int
+    seconds: float
+    repeats: list[float]
+    floor_seconds: float | None  # None: no GPU
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds."""
+        return self.seconds / self.steps * 1e3
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor."""
+        return None if self.floor_seconds is None else self.floor_seconds / self.seconds
+
+    def line(self) -> str:
+        """Of the table."""
+        share = "-" if self.share is None else f"{self.share:.1%}"
+        floor = "-" if self.floor_seconds is None else f"{self.floor_seconds / self.steps * 1e3:.3f}"
+        return f"{self.model:<9} {self.rows:>5} {self.step_ms:>9.3f} {floor:>9} {share:>7} {self.images / self.seconds:>9.2f}"
+
+
+def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
+    """Random weights on the device: bf16, float32 on a CPU."""
+    defaults, device = model_defaults(model), options.device
+    tokenizer = VQ_CONFIGS[defaults.vq_model]
+    grid = (options.image_size or defaults.image_size) // tokenizer.downsample_size
+    with torch.device("meta"):
+        gpt = GPT_models[model](vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes)
+    gpt = gpt.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
+    gpt.init_weights(torch.Generator(device).manual_seed(0))
+    vq = None
+    if options.pixels:
+        torch.manual_seed(0)
+        vq = VQ_models[defaults.vq_model]().to(device).eval().requires_grad_(False)
+    return gpt.eval().requires_grad_(False), vq
+
+
+def measure(model: str, options: Options) -> dict[str, object]:
+    """All numbers of rows of one model, with one engine."""
+    device, defaults = options.device, model_defaults(model)
+    ceilings = measure_ceilings(device, torch.bfloat16) if device.type == "cuda" else None
+    params = SamplingParams(cfg_scale=defaults.cfg_scale, top_k=defaults.top_k)
+    gpt, vq = build(model, options)
+    if ceilings is not None:
+        torch.cuda.reset_peak_memory_stats(device)
+    floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
+    config = EngineConfig(max(options.rows), deterministic=options.deterministic, enforce_eager=options.enforce_eager)
+    began = _now(device)
+    engine = Engine(gpt, vq, config)
+    start_seconds = _now(device) - began
+    engine.generate([0], params, decode=options.pixels)
+    results = []
+    for rows in options.rows:
+        images = options.images or rows // params.rows
+        labels = [image % engine.num_classes for image in range(images)]
+        times = []
+        for repeat in range(options.repeats):
+            began = _now(device)
+            engine.generate(labels, replace(params, seed=repeat), decode=options.pixels)
+            times.append(_now(device) - began)
+        job = job_floor(floor, engine.scheduler.limits, [params] * images)
+        floor_seconds = None if ceilings is None else job.seconds
+        results.append(Result(model, rows, images, job.steps, statistics.median(times), times, floor_seconds))
+        print(results[-1].line(), flush=True)
+    report: dict[str, object] = {"model": model, "start_seconds": start_seconds, "results": [with_rates(each) for each in results]}
+    if ceilings is not None:
+        report["ceilings"] = asdict(ceilings)
+        report["memory_gib"] = memory_gib(engine, gpt)
+    return report
+
+
+def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
+    """The peak of what torch has taken from the GPU, and what of it is neither weights nor pages."""
+    weight, config, limits = gpt.output.weight, gpt.config, engine.scheduler.limits
+    peak = torch.cuda.max_memory_reserved(weight.device)
+    weights = sum(parameter.nbytes for parameter in gpt.parameters())
+    head_bytes = head_stride(config.head_size, weight.element_size()) * weight.element_size()
+    pages = limits.num_pages * limits.page_size * 2 * config.n_layer * config.n_head * head_bytes
+    sizes = {"peak": peak, "weights": weights, "pages": pages, "other": peak - weights - pages}
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def with_rates(result: Result) -> dict[str, object]:
+    """Ready for JSON."""
+    return asdict(result) | {"step_ms": result.step_ms, "share": result.share, "images_per_second": result.images / result.seconds}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure_or_say_why(model: str, options: Options) -> dict[str, object]:
+    """A model that fails does not cost the others."""
+    try:
+        return measure(model, options)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        print(f"{model:<9} failed: {reason}", flush=True)
+        return {"model": model, "error": reason}
+    finally:  # the next model needs the memory
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
+    """The command line; ends the process on a mistake."""
+    on_gpu = torch.cuda.is_available()
+    models, rows = ",".join(PAPER_MODELS if on_gpu else [DEMO_MODEL]), "2,16,64,256,512" if on_gpu else "2"
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=models, help="(default: %(default)s)")
+    parser.add_argument("--rows", default=rows, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: 384; GPT-demo: 128)")
+    parser.add_argument("--images", type=int, metavar="N", help="more than run at once; goes with one number of rows")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--pixels", action="store_true", help="decode too")
+    parser.add_argument("--deterministic", action="store_true", help="as the engine's flag")
+    parser.add_argument("--enforce-eager", action="store_true", help="as the engine's flag")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    typed = parser.parse_args(argv)
+    chosen = typed.models.split(",")
+    for model in chosen:
+        if model not in GPT_models:
+            raise UserError(f"--models {model}: choose from {', '.join(GPT_models)}")
+    counts = [int(count) for count in typed.rows.split(",") if count.isdecimal()]
+    if len(counts) != len(typed.rows.split(",")) or any(count < 2 or count % 2 for count in counts):
+        raise UserError(f"--rows {typed.rows}: must be even numbers, 2 or more, with commas between them")
+    if typed.images is not None and (len(counts) > 1 or typed.images < 1):
+        raise UserError(f"--images {typed.images}: must be 1 or more, and goes with one number of --rows")
+    if typed.repeats < 1:
+        raise UserError(f"--repeats {typed.repeats}: must be 1 or more")
+    options = Options(
+        rows=counts,
+        image_size=typed.image_size,
+        images=typed.images,
+        repeats=typed.repeats,
+        pixels=typed.pixels,
+        deterministic=typed.deterministic,
+        enforce_eager=typed.enforce_eager,
+        device=resolve_device(typed.device),
+    )
+    return chosen, options, typed.output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    models, options, output = parse_arguments(argv)
+    on_gpu = options.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(options.device)
+    else:
+        torch.set_num_threads(1)  # the demo model's products are too small to share
+    device_name = torch.cuda.get_device_name(options.device) if on_gpu else "cpu"
+    print(f"{device_name}, median of {options.repeats}")
+    print(f"{'model':<9} {'rows':>5} {'ms/step':>9} {'floor ms':>9} {'share':>7} {'images/s':>9}")
+    report = {
+        "benchmark": "decode",
+        "device": device_name,
+        "torch": torch.__version__,
+        "options": asdict(options) | {"device": str(options.device)},
+        "models": [measure_or_say_why(model, options) for model in models],
+    }
+    print(json.dumps(report))
+    if output is not None:
+        write_whole(output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+
+
+if __name__ == "__main__":
+    run_command(main)
