@@ -24,7 +24,7 @@ from kernels.group_norm import (
     normalize_reference,
     supports,
 )
-from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, normalized
+from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _PRODUCTS = torch.bfloat16  # of convolutions and matrix products: operands and results
@@ -130,6 +130,7 @@ class VQForward:
         self._stages = [_Stage([_block(module) for module in decoder.mid], None, torch.float32, torch.float32)]
         last = len(decoder.conv_blocks) - 1
         for number, stage in enumerate(decoder.conv_blocks):
+            assert isinstance(stage, Stage)
             pairs = zip(stage.res, stage.attn, strict=True) if stage.attn else ((block,) for block in stage.res)
             blocks = [_block(module) for pair in pairs for module in pair]
             upsample = None if stage.upsample is None else Convolution.upsampling(stage.upsample.conv)
@@ -156,8 +157,10 @@ class VQForward:
 
     def _run_stage(self, stage: "_Stage", image: Measured) -> Measured:
         for block in stage.blocks:
-            step = self._attend if isinstance(block, _Attention) else self._convolve
-            image = step(block, image, stage.residual_dtype)
+            if isinstance(block, _Attention):
+                image = self._attend(block, image, stage.residual_dtype)
+            else:
+                image = self._convolve(block, image, stage.residual_dtype)
         if stage.upsample is None:
             return image
         phases = stage.upsample(image.values)
