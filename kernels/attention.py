@@ -39,7 +39,7 @@ def head_stride(head_size: int, itemsize: int) -> int:
     return -(-head_size // step) * step
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _attention_kernel(
     qkv,  # [SPLITS, rows, 3, HEADS, HEAD_SIZE] partial sums
     rotary,  # [positions, HEAD_SIZE / 2, 2] float32
@@ -192,6 +192,7 @@ def attention(
     head_size = rotary.shape[1] * 2
     chunks = mixed.shape[2]
     assert stats.shape == (rows, heads, chunks, 2) and mixed.shape == (rows, heads, chunks, head_size)
+    assert chunks * tiles.chunk >= min(rotary.shape[0] - 1, page_table.shape[1] * page_size), "the chunks do not cover the longest context"
     assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(head_size, key_pages.element_size())
     head_tile = triton.next_power_of_2(stride)
     _attention_kernel[(heads, chunks, rows)](
@@ -254,13 +255,13 @@ def attention_reference(
     query, key, value = qkv.sum(dim=0).view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
     angles = rotary[at]  # [rows, head_size / 2, 2]
     query = _rotated(query, angles)
-    pages = page_table.long().gather(1, (at // page_size)[:, None])[:, 0]
-    padded = torch.nn.functional.pad
+    # Padding rows repeat the write of a live row: were they to write elsewhere, two rows could write one place differently.
+    row = torch.arange(rows, device=out.device)
+    source = torch.where(live, row, live.int().argmax())
+    pages, offsets = page_table.long()[row, at // page_size][source], (at % page_size)[source]
     for cache, new in ((key_pages, _rotated(key, angles)), (value_pages, value.float())):
-        filled = padded(new, (0, stride - head_size)).to(cache.dtype)
-        # Padding rows write what is there already: their page is not theirs.
-        where = (pages * live, slice(None), at % page_size * live)
-        cache[where] = torch.where(live[:, None, None], filled, cache[where])
+        filled = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)[source]
+        cache[pages, :, offsets] = torch.where(live.any(), filled, cache[pages, :, offsets])
     longest = int(at.max()) + 1 if out.device.type == "cpu" else page_table.shape[1] * page_size
     token = torch.arange(longest, device=out.device)
     seen = (token[None, :] <= positions[:, None].long()) & live[:, None]  # [rows, tokens]

@@ -73,8 +73,8 @@ def read_table(path: Path) -> TileTable:
 
 
 def _tile_of(inputs: int, itemsize: int) -> int:
-    """Inputs of a tile: 512 bytes of a weight's row, fewer for narrow models."""
-    largest = 512 // itemsize
+    """Inputs of a tile: 512 bytes of a 16-bit weight's row, fewer for narrow models and where no matrix unit does the products."""
+    largest = 256 if itemsize == 2 else 64
     while largest > 32 and largest > inputs:
         largest //= 2
     return largest

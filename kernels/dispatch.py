@@ -35,7 +35,7 @@ class Operations:
     swiglu: Callable[[Tensor, Tensor, Tensor], None]
     gate: Callable[[Tensor, Tensor], None]
     attention: Callable[..., None]
-    attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
+    attention_chunks: Callable[[int, int], int]  # tokens, bytes of an element -> chunks of its scratch tensors
     add_norm: Callable[..., None]
     draw_tokens: Callable[..., None]
 
@@ -87,7 +87,7 @@ def torch_operations() -> Operations:
         swiglu=swiglu_reference,
         gate=gate_reference,
         attention=attention_reference,
-        attention_chunks=lambda tokens: 1,
+        attention_chunks=lambda tokens, itemsize: 1,
         add_norm=add_norm_reference,
         draw_tokens=draw_tokens_reference,
     )
@@ -119,7 +119,7 @@ def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool) -> 
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=attend,
-        attention_chunks=lambda tokens: table.attention_tiles(head_size, 2).chunks(tokens),
+        attention_chunks=lambda tokens, itemsize: table.attention_tiles(head_size, itemsize).chunks(tokens),
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),

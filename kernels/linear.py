@@ -31,7 +31,7 @@ class LinearTiles:
         return -(-inputs // (self.inputs * self.tiles))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x,  # [rows, INPUTS]
     weight,  # [OUTPUTS, INPUTS]

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.linear import pdl_option
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cells", "vocabulary", "classes"])
 def _embed_kernel(
     codes,  # [slots, cells]
     row_slots,  # [rows]
@@ -122,7 +122,7 @@ def embed_reference(
     normed.copy_(_rms_norm(residual, gain, eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm_kernel(
     residual,  # [rows, WIDTH] float32
     partials,  # [SPLITS, rows, WIDTH]

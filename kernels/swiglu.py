@@ -26,7 +26,7 @@ class SwigluTiles:
     warps: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_kernel(
     x,  # [rows, INPUTS]
     weight,  # [2 * HIDDEN, INPUTS]: W1 above W3

@@ -211,7 +211,7 @@ class WorkspaceFactory:
         operations: Operations = runner.operations
         width, ffn = model.dim, model.ffn_dim
         layer, many = runner.layers[0], runner.many(rows)
-        chunks = operations.attention_chunks(runner.shape.tokens)
+        chunks = operations.attention_chunks(runner.shape.tokens, runner.dtype.itemsize)
         chunk_rows = (rows, model.n_head, chunks)
 
         def partials(name: str, weight: Tensor) -> Tensor:
