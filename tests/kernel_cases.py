@@ -120,11 +120,11 @@ def check_attention(
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
     at = torch.tensor(positions, dtype=torch.int32, device=place.device)
     chunks = tiles.chunks(tokens)
-    scratch = [place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2)]
+    mixed, stats = (place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2))
     out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    attention(qkv, rotary, keys, values, table, at, *scratch, out, tiles, launch_pdl=place.launch_pdl)
-    attention_reference(qkv, rotary, wanted_keys, wanted_values, table, at, *scratch, wanted)
+    attention(qkv, rotary, keys, values, table, at, mixed, stats, out, tiles, launch_pdl=place.launch_pdl)
+    attention_reference(qkv, rotary, wanted_keys, wanted_values, table, at, mixed, stats, wanted)
     assert relative_error(out, wanted) < place.tolerance
     for got, expected in ((keys, wanted_keys), (values, wanted_values)):
         written = ~expected.isnan()

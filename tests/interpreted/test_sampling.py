@@ -1,5 +1,7 @@
 """The draw's Triton kernel, statement by statement, against its torch reference; small vocabularies, since it is interpreted."""
 
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -10,7 +12,7 @@ from kernels import sampling, sampling_reference
 
 
 @triton.jit
-def _philox_kernel(words_pointer, seed_pointer, position, image_index, BLOCK: tl.constexpr):
+def _philox_kernel(words_pointer: Any, seed_pointer: Any, position: Any, image_index: Any, BLOCK: tl.constexpr) -> None:
     quads = tl.arange(0, BLOCK)
     words = tl.philox(tl.load(seed_pointer), quads, position, image_index, 0)
     for word in tl.static_range(4):
@@ -18,7 +20,7 @@ def _philox_kernel(words_pointer, seed_pointer, position, image_index, BLOCK: tl
 
 
 @triton.jit
-def _gumbel_kernel(words_pointer, noise_pointer, BLOCK: tl.constexpr):
+def _gumbel_kernel(words_pointer: Any, noise_pointer: Any, BLOCK: tl.constexpr) -> None:
     offsets = tl.arange(0, BLOCK)
     words = tl.load(words_pointer + offsets).to(tl.uint32)
     tl.store(noise_pointer + offsets, sampling._gumbel(words, FAST=False))
