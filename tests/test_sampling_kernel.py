@@ -4,14 +4,10 @@ tests/interpreted/test_sampling.py runs the Triton kernel against the reference.
 """
 
 import inspect
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import triton
+from compiled import launches_of, machine_code
 from sampling_cases import (
     TOKENS,
     chi_square_p_value,
@@ -21,8 +17,7 @@ from sampling_cases import (
     scaled_logits,
     tied_logits,
 )
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 
 from autoregressive.models.generate import filter_logits
 from kernels import sampling, sampling_reference
@@ -222,43 +217,19 @@ def test_both_draws_take_the_same_arguments() -> None:
 
 def compiled(capability: int, early_positions: bool, vocab_size: int = 16384) -> CompiledKernel:
     """The kernel as the launcher would compile it, without a GPU."""
-    names = sampling._draw_kernel.arg_names
-    floats = ("logits", "guidance_scales", "temperatures", "top_ps")
-    types = {f"{name}_pointer": "*fp32" for name in floats} | {"seeds_pointer": "*i64"}
-    block = triton.next_power_of_2(vocab_size)
-    constants = {
-        "VOCAB": vocab_size,
-        "BLOCK": block,
-        "TOKENS": 576,
-        "FAST": True,
-        "LAUNCH_PDL": capability >= 90,
-        "EARLY_POSITIONS": early_positions,
-    }
-    signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in names}
-    attributes = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
-    source = ASTSource(sampling._draw_kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": sampling.warps_for(block), "launch_pdl": capability >= 90, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with launches_of(capability) as builds:
+        case = plain_case(torch.zeros(2, vocab_size))
+        case.drawn_by(sampling.draw_tokens, early_positions=early_positions)
+    (build,) = builds
+    return build.compiled(capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("vocab_size", [1000, 16384])
 def test_the_kernel_compiles(capability: int, vocab_size: int) -> None:
-    """Fails if an architecture refuses the kernel, or dependent launch reaches one that has none."""
+    """Fails if an architecture refuses the kernel, also for a codebook that is no power of two, or has no dependent launch."""
     ptx = compiled(capability, early_positions=False, vocab_size=vocab_size).asm["ptx"]
     assert ("griddepcontrol" in ptx) == (capability >= 90)
-
-
-def machine_code(kernel: CompiledKernel) -> list[str]:
-    """The opcodes of a compiled kernel, by the disassembler that comes with Triton."""
-    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not disassembler.exists():
-        pytest.skip("this Triton brings no cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([disassembler, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE)
 
 
 def test_what_is_read_before_the_wait() -> None:

@@ -1,0 +1,127 @@
+"""Kernels compiled as their launchers would, without a GPU, and what the disassembler that comes with Triton says of the result.
+
+The product's own code decides what is launched: it runs on tensors that have shape, dtype and device but no memory, and every
+launch is written down instead of carried out.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"
+}  # fmt: skip
+_ALIGNMENT = 16  # bytes, or the divisor of a number, that Triton compiles for
+
+
+@dataclass(frozen=True)
+class Build:
+    """What Triton compiles for one launch; launches that share it share the machine code."""
+
+    kernel: JITFunction
+    types: tuple[tuple[str, str], ...]  # of every argument, "constexpr" included
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, kernel: JITFunction, positional: tuple[Any, ...], named: Mapping[str, Any]) -> "Build":
+        """Of a launch's arguments, as Triton specialises them."""
+        values = dict(zip(kernel.arg_names, positional, strict=False)) | {k: v for k, v in named.items() if k in kernel.arg_names}
+        types, constants, aligned = {}, {}, []
+        for parameter in kernel.params:
+            name, value = parameter.name, values[parameter.name]
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+                types[name], constants[name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                types[name] = f"*{_TYPES[value.dtype]}"
+                if value.storage_offset() * value.dtype.itemsize % _ALIGNMENT == 0:
+                    aligned.append(name)
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if specialised and value % _ALIGNMENT == 0:
+                    aligned.append(name)
+        options = {k: v for k, v in named.items() if k not in kernel.arg_names}
+        return cls(kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items())))
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.__name__
+
+    def compiled(self, capability: int) -> CompiledKernel:
+        """For an architecture, 90 for sm_90."""
+        places = {name: place for place, name in enumerate(self.kernel.arg_names)}
+        attributes = {(places[name],): [["tt.divisibility", _ALIGNMENT]] for name in self.aligned}
+        source = ASTSource(self.kernel, dict(self.types), constexprs=dict(self.constants), attrs=attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+
+
+@contextmanager
+def launches_of(capability: int) -> Iterator[list[Build]]:
+    """Within it, tensors are made on a GPU of that capability that is not there; what would be launched is collected, once each."""
+    builds: list[Build] = []
+
+    def write_down(kernel: JITFunction, *positional: Any, grid: object, warmup: bool, **named: Any) -> None:
+        build = Build.of(kernel, positional, named)
+        if build not in builds:
+            builds.append(build)
+
+    with (
+        patch.object(JITFunction, "run", write_down),
+        patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
+        FakeTensorMode(),
+        torch.device("cuda"),
+        torch.no_grad(),
+    ):
+        yield builds
+
+
+def machine_code(kernel: CompiledKernel) -> list[str]:
+    """The opcodes of a compiled kernel."""
+    text = _disassembled(kernel, "--dump-sass")
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a thread of a compiled kernel holds."""
+
+    registers: int
+    local_bytes: int  # of memory, for what does not fit into registers
+
+
+def resources(kernel: CompiledKernel) -> Resources:
+    """Read from the machine code's own description."""
+    text = _disassembled(kernel, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", text)
+    assert found is not None, text
+    return Resources(int(found[1]), int(found[2]) + int(found[3]))
+
+
+def _disassembled(kernel: CompiledKernel, flag: str) -> str:
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not disassembler.exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([disassembler, flag, file.name], capture_output=True, text=True, check=True).stdout
