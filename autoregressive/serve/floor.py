@@ -82,11 +82,13 @@ class Floor:
             kv_tokens: tokens of all rows together whose keys and values are read (the newest, which is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        for product in products(self.config):
-            reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
-            computing = 2 * product.elements * rows / self.ceilings.operations_per_second
-            seconds += max(reading, computing)
-        return seconds
+        return seconds + sum(self.product_seconds(product, rows) for product in products(self.config))
+
+    def product_seconds(self, product: Product, rows: int) -> float:
+        """All products of one shape in a step."""
+        reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
+        computing = 2 * product.elements * rows / self.ceilings.operations_per_second
+        return max(reading, computing)
 
     def image_seconds(self, rows: int, tokens: int) -> float:
         """All `tokens` steps of rows that start together; row by row, step p reads p + 1 tokens."""
@@ -144,7 +146,7 @@ def _read_bytes_per_second(device: torch.device, repeats: int) -> float:
     free_bytes, _ = torch.cuda.mem_get_info(device)
     size = max(min(_BUFFER_BYTES, free_bytes // 2), _SMALLEST_BUFFER_BYTES)
     data = torch.rand(size // 4, device=device)  # float32
-    return data.numel() * 4 / _median_seconds(data.sum, device, repeats)
+    return data.numel() * 4 / median_seconds(data.sum, device, repeats)
 
 
 def _operations_per_second(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
@@ -154,14 +156,22 @@ def _operations_per_second(device: torch.device, dtype: torch.dtype, repeats: in
     def multiply() -> Tensor:
         return torch.mm(a, b, out=out)
 
-    return 2 * _MATRIX_SIDE**3 / _median_seconds(multiply, device, repeats)
+    return 2 * _MATRIX_SIDE**3 / median_seconds(multiply, device, repeats)
 
 
-def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """By the device's clock, after two warm-ups."""
+def median_seconds(
+    run: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] | None = None
+) -> float:
+    """Of one run on a GPU: the median of `repeats` by the device's clock, after two warm-ups.
+
+    Args:
+        before: called ahead of each run; what it enqueues is not timed.
+    """
     times = []
     with torch.cuda.device(device):
         for repeat in range(repeats + 2):
+            if before is not None:
+                before()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()

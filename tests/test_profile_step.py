@@ -1,0 +1,95 @@
+"""Where a step's time goes: kernels are told apart, times add up, and the script runs without a GPU."""
+
+import json
+from collections.abc import Iterator
+
+import profile_step
+import pytest
+import torch
+from step_times import ORDER, PRODUCTS, Kernel, operations_of, summed, with_floor
+
+from autoregressive.common.errors import UserError
+from autoregressive.models.config import GPTConfig
+from autoregressive.serve.floor import Ceilings, Floor
+
+LAYER = ["qkv product", "attention", "combine", "output product", "add_norm", "swiglu", "down product", "add_norm"]
+STEP = ["embed", *LAYER, *LAYER, "head", "draw"]
+
+
+def kernel_of(operation: str) -> str:
+    """How our own kernels are called: all products but the gated one alike."""
+    return "_linear_kernel" if operation in PRODUCTS and operation != "swiglu" else f"_{operation}_kernel"
+
+
+def test_products_are_told_apart_by_their_place() -> None:
+    """Fails if one product's time is charged to another, in the last layer or in the next step."""
+    assert operations_of([kernel_of(operation) for operation in STEP * 2], layers=2) == STEP * 2
+
+
+def test_a_librarys_kernels_belong_to_the_product_that_is_due() -> None:
+    """Fails if products of many rows, which may be two kernels each, shift everything after them."""
+    names, expected = [], []
+    for operation in STEP:
+        if operation in PRODUCTS:
+            names += ["nvjet_sm90", "splitKreduce"]
+            expected += [operation] * 2
+        else:
+            names.append(kernel_of(operation))
+            expected.append(operation)
+        if operation == "swiglu":
+            names.append("_gate_kernel")
+            expected.append("gate")
+    assert operations_of(names, layers=2) == expected
+
+
+def test_what_operations_add_is_the_step() -> None:
+    """Fails if overlapping kernels are counted twice in what sums to the step, or once in what they are busy."""
+    kernels = [Kernel(kernel_of(operation), 10.0 * at, 10.0 * at + 15) for at, operation in enumerate(STEP * 2)]
+    times = summed(list(reversed(kernels)), layers=2, steps=2)
+    assert [each.operation for each in times] == [name for name in ORDER if name in STEP]
+    step_us = (kernels[-1].end_us - kernels[0].start_us) / 2
+    assert sum(each.adds_us or 0.0 for each in times) == pytest.approx(step_us)
+    assert sum(each.busy_us for each in times) == pytest.approx(15 * len(STEP))
+    norm = next(each for each in times if each.operation == "add_norm")
+    assert (norm.launches, norm.busy_us, norm.mean_us) == (4, 60, 15)
+    with pytest.raises(UserError, match="2 of 3 steps"):
+        summed(kernels, layers=2, steps=3)
+
+
+def test_the_operations_floors_are_the_steps() -> None:
+    """Fails if an operation's bytes are left out of its share, or counted for two."""
+    floor = Floor(GPTConfig(dim=256, n_layer=2, n_head=4), 2, Ceilings(4e12, 8e14))
+    kernels = [Kernel(kernel_of(operation), 10.0 * at, 10.0 * at + 10) for at, operation in enumerate(STEP)]
+    times = with_floor(summed(kernels, layers=2, steps=1), floor, rows=16, context=100)
+    assert sum(each.floor_us or 0.0 for each in times) == pytest.approx(floor.step_seconds(16, 1600) * 1e6)
+    assert sum(each.bytes or 0 for each in times) == floor.weight_bytes + 1600 * floor.kv_bytes_per_token
+    assert {each.operation for each in times if each.floor_us is None} == {"embed", "combine", "add_norm", "draw"}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The script takes one thread; it is given back to other tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the script is out of step with the engine: an operation that is not called, or is called by another name."""
+    profile_step.main(["--device", "cpu", "--rows", "2", "--context", "40"])
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    launches = {each["operation"]: each["launches"] for each in report["operations"]}
+    assert launches == dict.fromkeys(("embed", "head", "draw"), 1) | {"add_norm": 16} | dict.fromkeys(
+        ("qkv product", "attention", "output product", "swiglu", "down product"), 8
+    )
+    spent_us = sum(each["busy_us"] for each in report["operations"])
+    assert 0.5 * report["step_us"] < spent_us <= report["step_us"]
+
+
+@pytest.mark.parametrize("typed", [["--rows", "3"], ["--rows", "0"], ["--context", "0"], ["--context", "257"]])
+def test_a_mistake_is_told(typed: list[str]) -> None:
+    """Fails if a span beyond the image's end, or half a pair, is measured."""
+    with pytest.raises(UserError, match=typed[0]):
+        profile_step.main(["--device", "cpu", "--gpt-model", "GPT-demo", *typed])
