@@ -1,0 +1,174 @@
+"""Times every kernel of a step alone: against its floor, and the matrix products against cuBLAS. Ends in JSON.
+
+    python scripts/bench_kernels.py --models GPT-B,GPT-XL --rows 2,16,64 --context 288
+
+First each kernel's result is compared with the torch reference in float32; one that is wrong is not timed. Then launches follow
+each other in a CUDA graph, with programmatic dependent launch where the GPU has it, as they do in a step, over so many copies of
+weights and KV pages that none is in the second-level cache. Times are medians of 11. The floor is the bytes that must be moved over
+the read bandwidth, or the operations over the rate of a large matrix product if that is more; both are measured in the same run.
+Tiles are those of kernels/configs.py. `attention` includes the kernel that combines its chunks; cuBLAS's `swiglu` is the product
+alone.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from bench_kernel_cases import Case, Setting, cases
+from bench_models import PAPER_MODELS, config_of
+
+from autoregressive.common.devices import resolve_device
+from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.common.files import write_whole
+from autoregressive.common.settings import PRECISIONS
+from autoregressive.models.config import GPT_SHAPES
+from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
+from kernels.configs import tile_table
+from kernels.dispatch import triton_operations, triton_runs_on
+
+REPEATS = 11
+FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
+CACHES = 4  # copies fill the second-level cache so many times
+_LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_OTHER_TOKENS = 0.1  # share of draws that may differ from the reference's: ties within the noise's precision
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel at one shape."""
+
+    model: str
+    rows: int
+    operation: str
+    shape: str
+    error: float
+    wrong: bool
+    us: float | None  # None: wrong, and not timed
+    floor_us: float
+    library_us: float | None
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor."""
+        return None if self.us is None else self.floor_us / self.us
+
+    def line(self) -> str:
+        """Of the table."""
+        name = f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} {self.error:>8.1e}"
+        if self.us is None or self.share is None:
+            return f"{name}  WRONG: not timed"
+        library = f"{self.library_us:>10.2f} {self.library_us / self.us:>8.2f}x" if self.library_us is not None else ""
+        return f"{name} {self.us:>8.2f} {self.floor_us:>9.2f} {self.share:>7.1%}{library}"
+
+
+HEADER = (
+    f"{'model':<9} {'rows':>4}  {'operation':<15} {'shape':<20} {'error':>8} "
+    f"{'us':>8} {'floor us':>9} {'share':>7}{'cuBLAS us':>10} {'speed-up':>9}"
+)
+
+
+def floor_seconds(case: Case, ceilings: Ceilings) -> float:
+    """The least time of a launch."""
+    reading = case.bytes / ceilings.read_bytes_per_second
+    return max(reading, 2 * case.multiplications / ceilings.operations_per_second)
+
+
+def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:
+    """Whether a result is too far from the reference's; NaN is."""
+    return not error <= (_OTHER_TOKENS if case.operation == "draw" else _LARGEST_ERROR[dtype])
+
+
+def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -> float:
+    """Microseconds of a launch among its like."""
+    launches = max(FEWEST_LAUNCHES, copies)
+    run(0)  # compiles, or builds the library's plan
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in range(launches):
+            run(launch % copies)
+    return median_seconds(graph.replay, device, REPEATS) / launches * 1e6
+
+
+def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Result:
+    """Compares, then times."""
+    error = case.error()
+    wrong = is_wrong(case, error, setting.dtype)
+    us = library_us = None
+    if not wrong:
+        us = launch_us(case.run, case.copies, setting.device)
+        library_us = launch_us(case.library, case.copies, setting.device) if case.library is not None else None
+    floor_us = floor_seconds(case, ceilings) * 1e6
+    return Result(model, setting.rows, case.operation, case.shape, error, wrong, us, floor_us, library_us)
+
+
+@torch.no_grad()
+def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device) -> list[Result]:
+    """Prints a line for each kernel and number of rows."""
+    config, capability = config_of(model), torch.cuda.get_device_capability(device)
+    operations = triton_operations(tile_table(capability, dtype), config.head_size, launch_pdl=capability >= (9, 0))
+    ceilings = measure_ceilings(device, dtype)
+    cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+    results = []
+    for rows in row_counts:
+        setting = Setting(config, rows, context, device, dtype, operations, cold_bytes)
+        torch.manual_seed(0)
+        for case in cases(setting):
+            results.append(measure(case, setting, model, ceilings))
+            print(results[-1].line(), flush=True)
+    return results
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(PAPER_MODELS), help="(default: %(default)s)")
+    parser.add_argument("--rows", default="2,16,64", help="even numbers (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help="of attention (default: %(default)s)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    typed = parser.parse_args(argv)
+    typed.models = typed.models.split(",")
+    for model in typed.models:
+        if model not in GPT_SHAPES:
+            raise UserError(f"--models {model}: choose from {', '.join(GPT_SHAPES)}")
+        if not 1 <= typed.context <= config_of(model).block_size:
+            raise UserError(f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the tokens of {model}'s image")
+    counts = [int(count) for count in typed.rows.split(",") if count.isdecimal()]
+    if len(counts) != len(typed.rows.split(",")) or any(count < 2 or count % 2 for count in counts):
+        raise UserError(f"--rows {typed.rows}: must be even numbers, 2 or more, with commas between them")
+    typed.rows = counts
+    device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type != "cuda" or not triton_runs_on(device):
+        raise UserError("a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run")
+    typed.device = device
+    return typed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    typed = parse_arguments(argv)
+    torch.cuda.set_device(typed.device)
+    device_name = torch.cuda.get_device_name(typed.device)
+    print(f"{device_name}, precision {typed.precision}, median of {REPEATS}, microseconds")
+    print(HEADER)
+    dtype, results = PRECISIONS[typed.precision], []
+    for model in typed.models:
+        results += measure_model(model, typed.rows, typed.context, dtype, typed.device)
+    figures = [asdict(result) | {"share": result.share} for result in results]
+    about = {"benchmark": "kernels", "device": device_name, "torch": torch.__version__, "precision": typed.precision}
+    report = about | {"context": typed.context, "repeats": REPEATS, "results": figures}
+    print(json.dumps(report))
+    if typed.output is not None:
+        write_whole(typed.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    wrong = sum(result.wrong for result in results)
+    if wrong:
+        raise UserError(f"{wrong} of {len(results)} kernels differ from their references: see the lines above")
+
+
+if __name__ == "__main__":
+    run_command(main)
