@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from autoregressive.common.defaults import DEMO_MODEL
-from autoregressive.common.devices import resolve_device
+from autoregressive.common.devices import resolve_device, threads_that_pay
 from autoregressive.common.errors import OneLineParser, UserError, run_command
 from autoregressive.common.files import write_whole
 from autoregressive.common.settings import PRECISIONS
@@ -158,7 +158,8 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
     floor_us = None
     if ceilings is None:
-        times, step_seconds = profile_on_cpu(span)
+        with threads_that_pay(gpt.config, device):
+            times, step_seconds = profile_on_cpu(span)
     else:
         floor = Floor(gpt.config, dtype.itemsize, ceilings)
         times = with_floor(profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context)
@@ -216,8 +217,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
     device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     print(f"{case.model} on {device_name}: one step of {case.rows} rows at context {case.context}, precision {case.precision}")
     try:

@@ -303,7 +303,7 @@ def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
     """Fails if the picture cannot be made again from its record, or every single one carries the whole batch's labels."""
     draw("--class-labels", "0", "7", "--cfg-scale", "1", "--num-classes", "9", "--output", "x.png", "--save-individual", "each")
     whole = record_of(work / "x.png")
-    sizes = {"ema": False, "codebook_size": 1024, "codebook_embed_dim": 8, "num_classes": 9, "downsample_size": 8}
+    sizes = {"loop": "naive", "ema": False, "codebook_size": 1024, "codebook_embed_dim": 8, "num_classes": 9, "downsample_size": 8}
     assert sizes.items() <= whole.items()
     assert whole["labels"] == [0, 7]
     record = record_of(work / "each" / "0001_7_class_7_untrained.png")

@@ -1,11 +1,9 @@
 """Where a step's time goes: kernels are told apart, times add up, and the script runs without a GPU."""
 
 import json
-from collections.abc import Iterator
 
 import profile_step
 import pytest
-import torch
 from step_times import ORDER, PRODUCTS, Kernel, operations_of, summed, with_floor
 
 from autoregressive.common.errors import UserError
@@ -66,15 +64,6 @@ def test_the_operations_floors_are_the_steps() -> None:
     assert {each.operation for each in times if each.floor_us is None} == {"embed", "combine", "add_norm", "draw"}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The script takes one thread; it is given back to other tests."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the script is out of step with the engine: an operation that is not called, or is called by another name."""
     profile_step.main(["--device", "cpu", "--rows", "2", "--context", "40"])

@@ -158,13 +158,14 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
 def test_compile_is_accepted_and_said_to_do_nothing(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a script written for the naive command breaks, or the picture's record claims a compilation."""
+    """Fails if a script written for the naive command breaks, or the picture's record claims a compilation or the plain loop."""
     monkeypatch.setattr(Engine, "generate", lambda *_, **__: torch.zeros(1, 256, dtype=torch.int32))
     draw("--compile", "--class-labels", "0", "--output", "x.png")
     assert "--compile has no effect" in capsys.readouterr().err
     with Image.open("x.png") as image:
         image.load()
-        assert json.loads(image.text[JSON_KEY])["compile"] is False  # type: ignore[attr-defined]
+        record = json.loads(image.text[JSON_KEY])  # type: ignore[attr-defined]
+        assert (record["compile"], record["loop"]) == (False, "paged")
 
 
 def test_help_says_that_the_seeds_differ(capsys: pytest.CaptureFixture[str]) -> None:

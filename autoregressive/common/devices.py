@@ -1,10 +1,16 @@
-"""Which device a command runs on, found out before anything is put there."""
+"""Which device a command runs on, found out before anything is put there; and what every command minds while it runs there."""
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from autoregressive.common.errors import UserError
+from autoregressive.models.config import GPTConfig
+
+_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
 def resolve_device(name: str) -> torch.device:
@@ -25,3 +31,22 @@ def resolve_device(name: str) -> torch.device:
     if found is None:
         raise UserError(f"--device {name}: the GPUs here are cuda:0 to cuda:{len(there) - 1}")
     return found
+
+
+@contextmanager
+def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
+    before = torch.get_num_threads()
+    if device.type == "cpu" and config.dim < _NARROW:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given; only differences mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

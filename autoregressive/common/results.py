@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from autoregressive.common.settings import PRECISIONS, Settings
 from autoregressive.common.weights import FoundWeights
 
 PROGRAM = "llamagen-serve"
+Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
 _SAID_BEFORE = ("labels", "class_names", "label", "class_name", "trained")  # what `readable` has on lines of their own
 
 
-def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor) -> Path:
+def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor, *, loop: Loop) -> Path:
     """Writes every file that was asked for, the grid last.
 
     Args:
         codes: integers [images, tokens]
         pixels: [images, 3, height, width] in -1..1
+        loop: which one drew the codes.
 
     Returns:
         Where the grid is.
@@ -32,7 +35,7 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
         raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    common = generation_record(settings, found)
+    common = generation_record(settings, found, loop)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
@@ -48,14 +51,18 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
     return grid
 
 
-def generation_record(settings: Settings, found: FoundWeights) -> dict[str, object]:
-    """How the pictures were made, ready for JSON: with the labels, enough to make them again on the same machine."""
+def generation_record(settings: Settings, found: FoundWeights, loop: Loop) -> dict[str, object]:
+    """How the pictures were made, ready for JSON: with the labels, enough to make them again on the same machine.
+
+    The loop is part of it: from one seed the naive command and the engine's draw different pictures.
+    """
     model, sampling = settings.model, settings.sampling
     return {
         "program": PROGRAM,
         "version": _version(),
         "torch": torch.__version__,
         "device": _device_name(model.device),
+        "loop": loop,
         "trained": found.trained,
         "model": model.gpt_model,
         "weights": _name(found.gpt),

@@ -5,9 +5,7 @@ The honest baseline that the fast command is compared with. Flags, defaults and 
 
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,16 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.common.arguments import build_parser
+from autoregressive.common.devices import now, threads_that_pay
 from autoregressive.common.errors import UserError, run_command, tell
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
-_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         warning = untrained_warning(settings.model, found)
         if warning is not None:
             tell(warning)
-        started = _now(device)
+        started = now(device)
         codes = draw_codes(models, settings)
-        drawn = _now(device)
+        drawn = now(device)
         pixels = decode(models, codes, settings)
-        decoded = _now(device)
+        decoded = now(device)
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
     except RuntimeError as error:
         raise _mendable(error, settings) from error
-    grid = save_results(settings, found, codes, pixels)
+    grid = save_results(settings, found, codes, pixels, loop="naive")
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
     print(f"gpt sampling takes about {drawn - started:.2f} seconds.")
     print(f"decoder takes about {decoded - drawn:.2f} seconds.")
@@ -99,30 +96,11 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
         )
 
 
-@contextmanager
-def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
-    """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
-    before = torch.get_num_threads()
-    if device.type == "cpu" and config.dim < _NARROW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @torch.no_grad()
 def decode(models: LoadedModels, codes: Tensor, settings: Settings) -> Tensor:
     """Codes -> pixels [images, 3, height, width], about -1..1."""
     model = settings.model
     return models.vq.decode_code(codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid])
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _mendable(error: RuntimeError, settings: Settings) -> Exception:

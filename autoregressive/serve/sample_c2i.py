@@ -4,9 +4,7 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 """
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoregressive.common.arguments import build_parser
+from autoregressive.common.devices import now, threads_that_pay
 from autoregressive.common.errors import OneLineParser, UserError, run_command, tell
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
 from autoregressive.serve.engine.batch import BatchShape
@@ -35,7 +33,6 @@ From the same seed it draws other pictures than the plain loop (autoregressive/s
 seed, the picture's number and the step alone, there on one generator that all pictures share, as LlamaGen has it. Both draw from
 the same probabilities."""
 _MOST_ROWS = 512  # of the default; the matrix units are busy by then
-_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{error}; try --precision none, or other weights") from error
     except RuntimeError as error:
         raise _mendable(error, settings) from error
-    grid = save_results(settings, found, codes, pixels)
+    grid = save_results(settings, found, codes, pixels, loop="paged")
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
     print(f"gpt sampling takes about {speed.sampling_seconds:.2f} seconds.")
     print(f"decoder takes about {speed.decoding_seconds:.2f} seconds.")
@@ -159,16 +156,16 @@ def draw(models: LoadedModels, settings: Settings, params: SamplingParams, confi
     model, device = settings.model, settings.model.device
     ceilings = measure_ceilings(device, model.precision) if device.type == "cuda" else None
     engine = start_engine(models, config)
-    started = _now(device)
+    started = now(device)
     try:
         with threads_that_pay(models.gpt.config, device):
             codes = engine.generate(settings.labels, params, progress=_on_terminal(), decode=False)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
-    drawn = _now(device)
+    drawn = now(device)
     assert engine.decoder is not None
     pixels = engine.decoder.decode(codes.to(device))
-    decoded = _now(device)
+    decoded = now(device)
     floor = Floor(models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))  # the steps do not depend on it
     job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
     speed = Speed(len(settings.labels), model.tokens_per_image, drawn - started, decoded - drawn, job, ceilings)
@@ -193,27 +190,8 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
             raise UserError(as_flags(str(error))) from error
 
 
-@contextmanager
-def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
-    """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
-    before = torch.get_num_threads()
-    if device.type == "cpu" and config.dim < _NARROW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _mendable(error: RuntimeError, settings: Settings) -> Exception:
