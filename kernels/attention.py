@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.linear import pdl_option
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
+_COLUMNS = 8  # least width of a matrix product
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class AttentionTiles:
 
     chunk: int  # tokens of a program
     warps: int
+    registers: int | None = None  # most of a thread, so that more programs fit beside each other; None: the compiler's choice
 
     def chunks(self, tokens: int) -> int:
         """Programs for the longest context."""
@@ -48,7 +50,7 @@ def _attention_kernel(
     page_table,  # [rows, PAGES]
     positions,  # [rows]
     mixed,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
-    stats,  # [rows, HEADS, CHUNKS, 2] float32, written: largest score, sum of weights
+    stats,  # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     rows,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -59,6 +61,7 @@ def _attention_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -66,15 +69,15 @@ def _attention_kernel(
         gdc_launch_dependents()
     # Written before this step began: positions, page table, and every key and value but the newest token's.
     position = tl.load(positions + row)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    page = tl.load(page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0).to(tl.int64)
     if chunk * CHUNK > position:
         return  # without waiting: the row's first chunk waits, so the kernel still ends after the one before it
     lane = tl.arange(0, HEAD_TILE)
     live_lane = lane < HEAD_SIZE
     stored_lane = lane < STRIDE
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
     old = token < position
-    page = tl.load(page_table + row * PAGES + token // PAGE_SIZE, mask=old, other=0).to(tl.int64)
-    at = ((page * HEADS + head) * PAGE_SIZE + token % PAGE_SIZE) * STRIDE
+    at = (page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE
     live = old[:, None] & stored_lane[None, :]
     # Past the first-level cache, which another step's token beside these may have filled.
     keys = tl.load(key_pages + at[:, None] + lane[None, :], mask=live, other=0.0, cache_modifier=".cg")
@@ -86,7 +89,7 @@ def _attention_kernel(
     if LAUNCH_PDL:
         gdc_wait()
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
-    SCALE: tl.constexpr = HEAD_SIZE**-0.5
+    SCALE: tl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(tl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(tl.int64) * 3 * WIDTH
     query = _turned(source, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
@@ -98,20 +101,26 @@ def _attention_kernel(
             new_value += tl.load(source + split * split_size + 2 * WIDTH + lane, mask=live_lane, other=0.0).to(tl.float32)
         value = new_value.to(value_pages.dtype.element_ty)
         new_page = tl.load(page_table + row * PAGES + position // PAGE_SIZE).to(tl.int64)
-        new_at = ((new_page * HEADS + head) * PAGE_SIZE + position % PAGE_SIZE) * STRIDE
+        new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
         tl.store(key_pages + new_at + lane, key, mask=stored_lane)
         tl.store(value_pages + new_at + lane, value, mask=stored_lane)
         new_score = tl.sum(query * key.to(tl.float32), 0) * SCALE
         new_value = value.to(tl.float32)
-    score = tl.where(old, tl.sum(keys.to(tl.float32) * query[None, :], 1) * SCALE, float("-inf"))
-    largest = tl.maximum(tl.max(score, 0), new_score)
-    weight = tl.exp(score - largest)
-    new_weight = tl.exp(new_score - largest)
-    total = tl.sum(values.to(tl.float32) * weight[:, None], 0) + new_weight * new_value
+    # One query, repeated to the least number of columns that the matrix unit takes: its products cost nothing beside the loads.
+    queries = tl.broadcast_to(query.to(key_pages.dtype.element_ty)[:, None], [HEAD_TILE, COLUMNS])
+    score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS], columns alike
+    score = tl.where(old[:, None], score, float("-inf"))
+    largest = tl.maximum(tl.max(score, 0), new_score)  # [COLUMNS]
+    weight = tl.exp2(score - largest[None, :])
+    new_weight = tl.exp2(new_score - largest)
+    total = tl.dot(tl.trans(values), weight.to(value_pages.dtype.element_ty), input_precision="ieee")
+    total += new_value[:, None] * new_weight[None, :]  # [HEAD_TILE, COLUMNS]
     result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
-    tl.store(mixed + result * HEAD_SIZE + lane, total, mask=live_lane)
-    tl.store(stats + result * 2, largest)
-    tl.store(stats + result * 2 + 1, tl.sum(weight, 0) + new_weight)
+    column = tl.arange(0, COLUMNS)
+    first = column == 0
+    tl.store(mixed + result * HEAD_SIZE + lane[:, None] + column[None, :], total, mask=live_lane[:, None] & first[None, :])
+    tl.store(stats + result * 2 + column, largest, mask=first)
+    tl.store(stats + result * 2 + 1 + column, tl.sum(weight, 0) + new_weight, mask=first)
 
 
 @triton.jit
@@ -155,7 +164,7 @@ def _combine_kernel(
     largest = tl.load(stats + result * 2, mask=live, other=float("-inf"))
     total = tl.load(stats + result * 2 + 1, mask=live, other=0.0)
     parts = tl.load(mixed + result[:, None] * HEAD_SIZE + lane[None, :], mask=live[:, None] & live_lane[None, :], other=0.0)
-    weight = tl.where(live, tl.exp(largest - tl.max(largest, 0)), 0.0)
+    weight = tl.where(live, tl.exp2(largest - tl.max(largest, 0)), 0.0)
     # A row that is padding has no chunk at all: its result is zero, not 0 / 0.
     joined = tl.sum(parts * weight[:, None], 0) / tl.where(position >= 0, tl.sum(total * weight, 0), 1.0)
     at = (row.to(tl.int64) * HEADS + head) * HEAD_SIZE + lane
@@ -214,8 +223,10 @@ def attention(
         CHUNK=tiles.chunk,
         CHUNKS=chunks,
         SPLITS=splits,
+        COLUMNS=_COLUMNS,
         LAUNCH_PDL=launch_pdl,
         num_warps=tiles.warps,
+        maxnreg=tiles.registers,
         **pdl_option(launch_pdl),
     )
     _combine_kernel[(heads, rows)](

@@ -97,5 +97,5 @@ def default_swiglu_tiles(inputs: int, itemsize: int) -> SwigluTiles:
 
 
 def default_attention_tiles(head_size: int, itemsize: int) -> AttentionTiles:
-    """Keys and values of a chunk fill about half the registers of two warps."""
-    return AttentionTiles(chunk=64 if head_size * itemsize <= 128 else 32, warps=2)
+    """A chunk of 16 KiB of keys and values a warp: many small programs, none of which waits for another warp."""
+    return AttentionTiles(chunk=32 if head_size * itemsize <= 256 else 16, warps=1)

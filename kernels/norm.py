@@ -145,8 +145,11 @@ def _add_norm_kernel(
     if LAUNCH_PDL:
         gdc_wait()
     x = tl.load(residual + at, mask=live, other=0.0)
+    parts = ()
+    for split in tl.static_range(SPLITS):  # all on their way before the first is added
+        parts = parts + (tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0),)
     for split in tl.static_range(SPLITS):
-        x += tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0).to(tl.float32)
+        x += parts[split].to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
     tl.store(residual + at, x, mask=live)
     tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
@@ -191,5 +194,5 @@ def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def _warps(tile: int) -> int:
-    """Enough threads for eight elements each, within reason."""
-    return max(1, min(16, tile // 256))
+    """Threads for four elements each: what a thread loads at once stays in few registers."""
+    return max(1, min(32, tile // 128))
