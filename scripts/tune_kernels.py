@@ -1,0 +1,287 @@
+"""Measures how each product and the attention are best cut up on this GPU, and writes the table that the engine reads.
+
+    python scripts/tune_kernels.py --models GPT-B,GPT-XL
+
+Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's candidates are tried while the others
+keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of few rows and one pair decides.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.common.errors import OneLineParser, UserError, run_command
+from autoregressive.models.config import GPT_SHAPES, GPTConfig
+from kernels import configs
+from kernels.attention import AttentionTiles, head_stride
+from kernels.configs import TileTable, read_table
+from kernels.dispatch import Operations, triton_operations
+from kernels.linear import LinearTiles
+from kernels.swiglu import SwigluTiles
+
+_ROWS = (16, 2)
+_TOKENS, _CONTEXT, _PAGE_SIZE = 576, 288, 16
+_COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
+_SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers of random weights, and what their operations leave to each other."""
+
+    config: GPTConfig
+    layers: list[dict[str, Tensor]]
+    heads: list[Tensor]  # [vocabulary, width]
+
+    @classmethod
+    def of(cls, config: GPTConfig, layers: int) -> "Chain":
+        """A chain on the GPU, in bf16."""
+        width, ffn = config.dim, config.ffn_dim
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+
+        pages = max(_ROWS) * (_TOKENS // _PAGE_SIZE)
+        kv = (pages, config.n_head, _PAGE_SIZE, head_stride(config.head_size, 2))
+        made = [
+            {
+                "qkv": random(3 * width, width),
+                "output": random(width, width),
+                "gate_up": random(2 * ffn, width),
+                "down": random(width, ffn),
+                "keys": random(*kv),
+                "values": random(*kv),
+            }
+            for _ in range(layers)
+        ]
+        heads = 2 + int(100e6 / (2 * config.vocab_size * width))
+        return cls(config, made, [random(config.vocab_size, width) for _ in range(heads)])
+
+    def layers_step(self, operations: Operations, rows: int) -> Callable[[], None]:
+        """What runs one step through the layers, with its scratch memory."""
+        config = self.config
+        width, tokens = config.dim, _TOKENS
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, device="cuda", dtype=dtype)
+
+        first = self.layers[0]
+        splits = {name: operations.linear_splits(first[name], rows) for name in ("qkv", "output", "down")}
+        qkv, projected, down = (empty(splits[name], rows, first[name].shape[0]) for name in splits)
+        chunks = operations.attention_chunks(tokens, 2)
+        mixed, stats = empty(rows, config.n_head, chunks, config.head_size), empty(rows, config.n_head, chunks, 2)
+        residual, gain = empty(rows, width), empty(width, dtype=torch.bfloat16) + 1
+        normed, joined = torch.randn(rows, width, device="cuda").bfloat16(), empty(rows, width, dtype=torch.bfloat16)
+        hidden = empty(rows, config.ffn_dim, dtype=torch.bfloat16)
+        rotary = torch.rand(tokens + 1, config.head_size // 2, 2, device="cuda")
+        positions = torch.full((rows,), _CONTEXT, device="cuda", dtype=torch.int32)
+        table = torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda", dtype=torch.int32).view(rows, -1)
+
+        def run() -> None:
+            for layer in self.layers:
+                operations.linear(normed, layer["qkv"], qkv)
+                operations.attention(qkv, rotary, layer["keys"], layer["values"], table, positions, mixed, stats, joined)
+                operations.linear(joined, layer["output"], projected)
+                operations.add_norm(residual, projected, gain, normed, eps=1e-5)
+                operations.swiglu(normed, layer["gate_up"], hidden)
+                operations.linear(hidden, layer["down"], down)
+                operations.add_norm(residual, down, gain, normed, eps=1e-5)
+
+        return run
+
+    def heads_step(self, operations: Operations, rows: int) -> Callable[[], None]:
+        """What runs the last product, several times."""
+        normed = torch.randn(rows, self.config.dim, device="cuda").bfloat16()
+        logits = torch.zeros(rows, self.config.vocab_size, device="cuda")
+
+        def run() -> None:
+            for head in self.heads:
+                operations.whole_linear(normed, head, logits)
+
+        return run
+
+
+def main() -> None:
+    """Reads the flags, tunes each model, writes the table.
+
+    Raises:
+        UserError: no GPU with Triton kernels is here, or a model's name is wrong.
+    """
+    arguments = _parser().parse_args()
+    names = arguments.models.split(",")
+    unknown = [name for name in names if name not in GPT_SHAPES]
+    if unknown:
+        raise UserError(f"--models {','.join(unknown)}: must be of {', '.join(GPT_SHAPES)}")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("tuning needs a GPU of compute capability 8.0 or above")
+    major, minor = torch.cuda.get_device_capability()
+    path = arguments.output or Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
+    table = read_table(path) if path.exists() else TileTable({}, {}, {}, {})
+    for name in names:
+        shape = GPT_SHAPES[name]
+        table = tune(GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head), table, (major, minor) >= (9, 0), name)
+        write_table(table, path, torch.cuda.get_device_name())
+    print(json.dumps({"benchmark": "tune_kernels", "models": names, "table": str(path)}))
+
+
+def tune(config: GPTConfig, table: TileTable, launch_pdl: bool, name: str) -> TileTable:
+    """The table with the best settings found for one model."""
+    width, ffn = config.dim, config.ffn_dim
+    stages: list[tuple[str, Any, list[Any]]] = [
+        ("attention", config.head_size, list(attention_candidates(config.head_size))),
+        ("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
+        ("swiglu", (ffn, width), list(swiglu_candidates(width))),
+        ("linear", (width, ffn), list(linear_candidates(width, ffn))),
+        ("linear", (width, width), list(linear_candidates(width, width))),
+        ("attention", config.head_size, list(attention_candidates(config.head_size))),
+        ("whole_linear", (config.vocab_size, width), list(whole_candidates(width))),
+    ]
+    compile_in_parallel(config, table, stages, launch_pdl)
+    layer_bytes = 2 * (4 * width * width + 3 * width * ffn)
+    chain = Chain.of(config, 2 + int(_COLD_BYTES / layer_bytes))
+    for field, key, candidates in stages:
+        tried = {}
+        for candidate in candidates:
+            changed = with_setting(table, field, key, candidate)
+            try:
+                tried[candidate] = score(chain, changed, launch_pdl, heads=field == "whole_linear")
+            except Exception as error:  # a setting that does not fit the GPU is no candidate
+                print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
+        best = min(tried, key=lambda candidate: sum(tried[candidate]))
+        table = with_setting(table, field, key, best)
+        times = ", ".join(f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True))
+        print(f"{name} {field} {key}, best of {len(tried)}: {best}, {times}", flush=True)
+    return table
+
+
+def score(chain: Chain, table: TileTable, launch_pdl: bool, heads: bool) -> list[float]:
+    """Microseconds of a layer (or of the head) at each number of rows."""
+    operations = triton_operations(table, chain.config.head_size, launch_pdl=launch_pdl)
+    prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.layers))
+    times = []
+    for rows in _ROWS:
+        run = prepare(operations, rows)
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        samples = []
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(start.elapsed_time(end) * 1e3 / repeats)
+        times.append(sorted(samples)[4])
+    return times
+
+
+def with_setting(table: TileTable, field: str, key: Any, tiles: Any) -> TileTable:
+    """The table with one setting changed."""
+    return replace(table, **{field: {**getattr(table, field), key: tiles}})
+
+
+def attention_candidates(head_size: int) -> Iterator[AttentionTiles]:
+    """Chunks of 16 to 128 tokens."""
+    for chunk, warps in ((64, 1), (32, 1), (64, 2), (128, 2), (128, 4), (16, 1)):
+        if chunk * head_size <= 64 * 128 * warps:
+            yield AttentionTiles(chunk, warps)
+            if warps == 1:
+                yield AttentionTiles(chunk, warps, registers=128)
+
+
+def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
+    """Splits that give each multiprocessor one to six programs; all weights early, or a few and a pipeline."""
+    for tile, tiles, warps in ((256, 1, 4), (256, 2, 4), (512, 1, 8), (128, 2, 4), (128, 3, 4), (128, 5, 4)):
+        if 24 <= outputs / 64 * -(-inputs // (tile * tiles)) <= 1200:
+            yield LinearTiles(64, tile, tiles, early=tiles, stages=1, warps=warps)
+    for splits in (1, 2, 3, 4, 5, 7):
+        if not 48 <= outputs / 64 * splits <= 400:
+            continue
+        for tile, early, stages in ((64, 2, 5), (64, 4, 4), (128, 2, 3), (128, 1, 3), (64, 0, 6), (128, 3, 3)):
+            tiles = -(-inputs // (tile * splits))
+            if tiles > early + 1:
+                yield LinearTiles(64, tile, tiles, early, stages, warps=4)
+
+
+def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
+    """Few or many tiles early."""
+    for tile in (256, 128, 64):
+        whole = -(-inputs // tile)
+        for early, stages in ((whole, 1), (4, 3), (6, 3), (2, 5), (3, 4), (0, 3), (0, 5), (1, 4), (8, 3)):
+            held = 64 * tile * 2 * (early + (stages if early < whole else 0))
+            if early <= whole and held <= _SHARED_MEMORY * 0.8 and not (0 < whole - early < stages - 1):
+                yield SwigluTiles(32, tile, early, stages, warps=4)
+
+
+def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
+    """The head: whole inputs, so a pipeline."""
+    for tile, early, stages in ((256, 1, 3), (128, 2, 4), (128, 0, 5), (64, 4, 5), (64, 0, 8), (128, 4, 3), (64, 2, 5)):
+        tiles = -(-inputs // tile)
+        if tiles > early:
+            yield LinearTiles(64, tile, tiles, early, stages, warps=4)
+
+
+def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[tuple[str, Any, list[Any]]], launch_pdl: bool) -> None:
+    """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
+    jobs = [(config, with_setting(table, field, key, c), launch_pdl, field) for field, key, tried in stages for c in tried]
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, min(len(jobs), (os.cpu_count() or 1) - 1))
+    processes = [context.Process(target=_compile, args=(jobs[index::workers],)) for index in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def _compile(jobs: list[tuple[GPTConfig, TileTable, bool, str]]) -> None:
+    chain = Chain.of(jobs[0][0], layers=1)
+    for config, table, launch_pdl, field in jobs:
+        operations = triton_operations(table, config.head_size, launch_pdl=launch_pdl)
+        try:
+            (chain.heads_step if field == "whole_linear" else chain.layers_step)(operations, _ROWS[0])()
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"  does not run: {str(error).splitlines()[0][:100]}")
+
+
+def write_table(table: TileTable, path: Path, gpu: str) -> None:
+    """Writes the settings as JSON, one a line."""
+
+    def lines(entries: list[dict[str, Any]]) -> str:
+        return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+
+    def shaped(settings: dict[tuple[int, int], Any]) -> list[dict[str, Any]]:
+        return [{"outputs": out, "inputs": inputs, "tiles": asdict(tiles)} for (out, inputs), tiles in sorted(settings.items())]
+
+    parts = {
+        "linear": shaped(table.linear),
+        "whole_linear": shaped(table.whole_linear),
+        "swiglu": shaped(table.swiglu),
+        "attention": [{"head_size": size, "tiles": asdict(tiles)} for size, tiles in sorted(table.attention.items())],
+    }
+    versions = f"torch {torch.__version__}"
+    body = ",\n".join(f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items())
+    path.write_text(f'{{\n  "measured_on": {json.dumps(f"{gpu}, {versions}")},\n{body}\n}}\n')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--models", default="GPT-B,GPT-L,GPT-XL,GPT-XXL,GPT-3B", metavar="NAMES", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: the table of this GPU's architecture in kernels/)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
