@@ -206,6 +206,9 @@ def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
     for tile, tiles, warps in ((256, 1, 4), (256, 2, 4), (512, 1, 8), (128, 2, 4), (128, 3, 4), (128, 5, 4)):
         if 24 <= outputs / 64 * -(-inputs // (tile * tiles)) <= 1200:
             yield LinearTiles(64, tile, tiles, early=tiles, stages=1, warps=warps)
+    for tile, tiles, warps in ((256, 1, 8), (256, 1, 4), (128, 2, 8), (128, 3, 8), (256, 2, 8)):
+        if 24 <= outputs / 128 * -(-inputs // (tile * tiles)) <= 600 and outputs % 128 == 0:
+            yield LinearTiles(128, tile, tiles, early=tiles, stages=1, warps=warps)
     for splits in (1, 2, 3, 4, 5, 7):
         if not 48 <= outputs / 64 * splits <= 400:
             continue
