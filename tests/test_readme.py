@@ -24,6 +24,26 @@ def test_the_python_example_draws_a_picture(tmp_path: Path) -> None:
         assert image.size == (262, 132)
 
 
+def test_the_engines_example_runs() -> None:
+    """Fails if the engine's own example names something that is gone, or does not come to an end."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engine.md").read_text(), flags=re.DOTALL)
+    small = code.replace("block_size=256", "block_size=16")  # the weights fit any number of tokens: 16 are quick to draw
+    assert small != code
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{small}\nprint(pixels.shape)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("2 finished") for line in lines)  # requests 0 and 1 were of `generate`
+    assert any(line.startswith(("3 finished", "3 cancelled")) for line in lines)
+    assert lines[-1] == "torch.Size([2, 3, 32, 32])"
+
+
 def test_every_flag_is_in_the_table_and_every_row_is_a_flag() -> None:
     """A flag that was added, renamed or removed must not leave the README behind."""
     parser = build_parser("purpose", "command.py")
