@@ -1,5 +1,6 @@
-"""The README is true: its Python example runs, its flags and files exist."""
+"""The README and the engine's page are true: their Python examples run, their flags and files exist."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from autoregressive.common.arguments import build_parser
+from autoregressive.serve.sample_c2i import build_engine_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,13 +46,23 @@ def test_the_engines_example_runs() -> None:
     assert lines[-1] == "torch.Size([2, 3, 32, 32])"
 
 
-def test_every_flag_is_in_the_table_and_every_row_is_a_flag() -> None:
-    """A flag that was added, renamed or removed must not leave the README behind."""
-    parser = build_parser("purpose", "command.py")
-    flags = {text for action in parser._actions for text in action.option_strings if text.startswith("--")} - {"--help"}
-    table = README.split("## Flags")[1].split("## From Python")[0]
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All long flags but --help."""
+    return {text for action in parser._actions for text in action.option_strings if text.startswith("--")} - {"--help"}
+
+
+def flags_in(table: str) -> set[str]:
+    """What the first column of a README's table names."""
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
-    assert {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)} == flags
+    return {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)}
+
+
+def test_every_flag_is_in_its_table_and_every_row_is_a_flag() -> None:
+    """A flag that was added, renamed or removed must not leave the README behind."""
+    both, engines = README.split("### Of both commands")[1].split("## From Python")[0].split("### Of the engine's command")
+    naive = flags_of(build_parser("purpose", "command.py"))
+    assert flags_in(both) == naive
+    assert flags_in(engines) == flags_of(build_engine_parser()) - naive | {"--precision", "--compile"}
 
 
 def test_every_file_that_the_docs_name_exists() -> None:
