@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import Transformer
+from autoregressive.serve.engine.batch import BatchShape
+from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, WorkspaceFactory
 from kernels.attention import AttentionTiles, attention, attention_reference, head_stride
+from kernels.configs import TileTable
+from kernels.dispatch import triton_operations
 from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
@@ -130,3 +137,36 @@ def check_attention(
         written = ~expected.isnan()
         assert torch.equal(got.isnan(), expected.isnan()), "a page that is not the row's was written, or a token was not"
         assert relative_error(got[written], expected[written]) < place.tolerance
+
+
+def large_tiles(model: GPTConfig, pieces: int) -> TileTable:
+    """Tiles for the interpreter, where a program costs milliseconds whatever its size: `pieces` along the sums, else few."""
+    width, ffn = model.dim, model.ffn_dim
+
+    def part_of(size: int) -> int:
+        return triton.next_power_of_2(-(-size // pieces))
+
+    def product(outputs: int, inputs: int, *, whole: bool) -> LinearTiles:
+        tiles = pieces if whole else 1
+        return LinearTiles(min(1024, triton.next_power_of_2(outputs)), part_of(inputs), tiles, early=1, stages=1, warps=4)
+
+    largest_half = max(power for power in (64, 128, 256, 512, 1024) if ffn % power == 0)
+    return TileTable(
+        linear={
+            (3 * width, width): product(3 * width, width, whole=True),  # the many programs of the attention add the partial sums
+            (width, width): product(width, width, whole=False),
+            (width, ffn): product(width, ffn, whole=False),
+        },
+        whole_linear={(model.vocab_size, width): product(model.vocab_size, width, whole=True)},
+        swiglu={(ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)},
+        attention={model.head_size: AttentionTiles(part_of(model.block_size), warps=2)},
+    )
+
+
+class LargeTilesRunner(ModelRunner):
+    """The real runner on Triton's kernels, cut up by `large_tiles`."""
+
+    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig, pieces: int = 1) -> None:
+        super().__init__(gpt, shape, num_pages, config)
+        self.operations = triton_operations(large_tiles(gpt.config, pieces), gpt.config.head_size, launch_pdl=False)
+        self.workspaces = WorkspaceFactory(self)

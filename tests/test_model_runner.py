@@ -3,29 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load_reference, reference_weights
+from teacher import reference_model
 
-from autoregressive.models.config import GPTConfig
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.serve.engine.engine import Engine, EngineConfig
+from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.request import SamplingParams
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
 
-def engine_codes(name: str, device: torch.device, backend: str, **engine: object) -> tuple[np.ndarray, np.ndarray]:
+def engine_codes(
+    name: str, device: torch.device, backend: str, make_runner: RunnerFactory = ModelRunner, **engine: object
+) -> tuple[np.ndarray, np.ndarray]:
     """Greedy codes of the engine for a reference file, and the file's own."""
-    meta, expected = load_reference(name)
-    if "config" in meta:
-        model = Transformer(GPTConfig(**meta["config"]))
-    else:
-        model = GPT_models[meta["model"]](block_size=meta["block_size"])
-    reference_weights(model, meta["seed"])
-    model.eval().requires_grad_(False).to(device)
+    model, meta, expected = reference_model(name)
+    model.to(device)
     config = EngineConfig(max_num_seqs=8, page_size=4, attention_backend=backend, **engine)  # type: ignore[arg-type]
     params = SamplingParams(cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0)
-    codes = Engine(model, None, config, ModelRunner).generate(meta["labels"], params, decode=False)
+    codes = Engine(model, None, config, make_runner).generate(meta["labels"], params, decode=False)
     return codes.numpy(), expected["tokens"]
 
 

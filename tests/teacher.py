@@ -1,0 +1,56 @@
+"""Steps of a runner along given codes, so that logits of every position can be compared whatever would have been drawn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import load_reference, reference_weights
+from torch import Tensor
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.serve.engine.batch import Batch
+from autoregressive.serve.engine.model_runner import ModelRunner
+
+
+def reference_model(name: str) -> tuple[Transformer, dict[str, Any], dict[str, np.ndarray]]:
+    """The model of a file of tests/reference, float32 on the CPU, with the file's description and arrays."""
+    meta, expected = load_reference(name)
+    if "config" in meta:
+        model = Transformer(GPTConfig(**meta["config"]))
+    else:
+        model = GPT_models[meta["model"]](block_size=meta["block_size"])
+    reference_weights(model, meta["seed"])
+    return model.eval().requires_grad_(False), meta, expected
+
+
+class TeacherForced:
+    """Guided images at one position after the other; each has a conditional row and an unconditional one. Nothing is drawn.
+
+    Args:
+        runner: without graphs, with at least two rows an image and the pages of all their tokens.
+        codes: int32 [images, tokens]
+        labels: of the images.
+    """
+
+    def __init__(self, runner: ModelRunner, codes: Tensor, labels: Sequence[int]) -> None:
+        self.runner, self.rows = runner, 2 * len(labels)
+        self.batch = batch = Batch(runner.shape, runner.device)  # no image in use: the draw leaves all alone
+        batch.codes[: len(labels)] = codes.to(runner.device)
+        of_rows = [label for image_label in labels for label in (image_label, runner.model.num_classes)]
+        batch.labels[: self.rows] = torch.tensor(of_rows, dtype=torch.int32)
+        batch.row_slots[: self.rows] = torch.arange(self.rows) // 2
+        batch.page_table[: self.rows] = torch.arange(self.rows * runner.shape.pages_per_row).view(self.rows, -1)
+
+    @torch.no_grad()
+    def logits(self, position: int) -> Tensor:
+        """Float32 [images, 2, vocab_size], conditional and unconditional; the positions before must have been run."""
+        self.batch.positions[: self.rows] = position
+        self.runner.run(self.batch, self.rows, self.rows, 1)
+        return self.runner.workspaces.for_rows(self.rows).logits.view(self.rows // 2, 2, -1).clone()
+
+    def guided_logits(self, position: int, scale: float) -> Tensor:
+        """Float32 [images, vocab_size]."""
+        conditional, unconditional = self.logits(position).unbind(1)
+        return unconditional + (conditional - unconditional) * scale
