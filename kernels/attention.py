@@ -1,7 +1,8 @@
 """Paged decode attention: one new token a row against the keys and values of all tokens before it.
 
 The context is cut into chunks, a program each, so that few rows fill a GPU; `combine` weighs the chunks' results. The attention
-kernel also finishes the query-key-value product (adding its partial sums), turns queries and keys by their rotary angles, and writes the new key and value.
+kernel also finishes the query-key-value product (adding its partial sums), turns queries and keys by their rotary angles, and
+writes the new key and value.
 A page holds [heads, page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size rounded
 up to 16 bytes (`head_stride`), and what pads it is always written as zeros.
 Rotary positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining chunks as in
@@ -201,7 +202,8 @@ def attention(
     head_size = rotary.shape[1] * 2
     chunks = mixed.shape[2]
     assert stats.shape == (rows, heads, chunks, 2) and mixed.shape == (rows, heads, chunks, head_size)
-    assert chunks * tiles.chunk >= min(rotary.shape[0] - 1, page_table.shape[1] * page_size), "the chunks do not cover the longest context"
+    longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
+    assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
     assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(head_size, key_pages.element_size())
     head_tile = triton.next_power_of_2(stride)
     _attention_kernel[(heads, chunks, rows)](

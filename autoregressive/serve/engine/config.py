@@ -7,9 +7,8 @@ import torch
 
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig
+from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
-from kernels.attention import head_stride
 
 ATTENTION_BACKENDS = ("auto", "triton", "torch")
 
@@ -54,13 +53,12 @@ def default_num_pages(gpt: Transformer, shape: BatchShape, utilization: float) -
     Raises:
         ValueError: no memory is left.
     """
-    weight, model = gpt.tok_embeddings.weight, gpt.config
-    token_bytes = model.n_head * head_stride(model.head_size, weight.element_size()) * weight.element_size()
-    page_bytes = model.n_layer * 2 * shape.page_size * token_bytes  # keys and values
+    weight = gpt.tok_embeddings.weight
+    bytes_of_page = page_bytes(gpt, shape.page_size)
     most = shape.max_rows * shape.pages_per_row
     if weight.device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
         free_bytes, total_bytes = torch.cuda.mem_get_info(weight.device)
-        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, page_bytes, most)
+        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, bytes_of_page, most)
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, page_bytes, most)
+    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, bytes_of_page, most)

@@ -10,7 +10,7 @@ One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and
     while engine.wait_for_work(timeout=1.0):
         for request in engine.step():
             print(request.id, request.state, request.codes)  # int32 [n, tokens] on the CPU
-        if few.ended:
+        if few.ended and not many.ended:
             engine.cancel(many)  # takes effect within 16 steps or 0.25 s
 """
 

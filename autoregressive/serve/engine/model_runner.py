@@ -83,6 +83,7 @@ class ModelRunner:
         self.workspaces = WorkspaceFactory(self)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
+    @torch.no_grad()
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles the kernels and captures a graph for every bucket of rows; without effect where there are no graphs.
 
@@ -243,6 +244,7 @@ class WorkspaceFactory:
         return memory[:size].view(dims)
 
 
+@torch.no_grad()
 def layer_weights(block: TransformerBlock) -> LayerWeights:
     """A block's parameters; w1 and w3 move into one tensor and become views of it, so that nothing is held twice."""
     attention, feed_forward = block.attention, block.feed_forward
