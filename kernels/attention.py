@@ -275,16 +275,28 @@ def attention_reference(
     for cache, new in ((key_pages, _rotated(key, angles)), (value_pages, value.float())):
         filled = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)[source]
         cache[pages, :, offsets] = torch.where(live.any(), filled, cache[pages, :, offsets])
-    longest = int(at.max()) + 1 if out.device.type == "cpu" else page_table.shape[1] * page_size
-    token = torch.arange(longest, device=out.device)
-    seen = (token[None, :] <= positions[:, None].long()) & live[:, None]  # [rows, tokens]
-    table = torch.where(seen, page_table.long()[:, token // page_size], 0)
-    keys = torch.where(seen[:, :, None, None], key_pages[table, :, token % page_size, :head_size].float(), 0)
-    values = torch.where(seen[:, :, None, None], value_pages[table, :, token % page_size, :head_size].float(), 0)
-    score = torch.einsum("rhe,rthe->rht", query, keys) * head_size**-0.5
-    weight = score.masked_fill(~seen[:, None, :], -torch.inf).softmax(dim=-1)
-    joined = torch.einsum("rht,rthe->rhe", weight.nan_to_num(), values)
-    out.copy_(joined.flatten(1))
+    # On a CPU, where a look at the positions costs nothing, as many pages as the longest context has; else all.
+    taken = int(at.max()) // page_size + 1 if out.device.type == "cpu" else page_table.shape[1]
+    token = torch.arange(taken * page_size, device=out.device)
+    seen = (token[None, :] <= positions[:, None]) & live[:, None]  # [rows, tokens]
+    table = torch.where(seen[:, ::page_size], page_table[:, :taken], 0).flatten()
+    keys, values = (_gathered(pages, table, rows)[..., :head_size].float() for pages in (key_pages, value_pages))
+    score = (query[:, :, None] @ keys.transpose(2, 3))[:, :, 0] * head_size**-0.5  # [rows, heads, tokens]
+    weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
+    # What is not the row's own may be anything, and 0 times that not 0.
+    if out.device.type == "cpu":  # few tokens, and counting them costs nothing
+        values.transpose(1, 2)[(~seen).nonzero(as_tuple=True)] = 0
+    else:
+        values.masked_fill_(~seen[:, None, :, None], 0)
+    joined = weight[:, :, None] @ values
+    out.copy_(joined[:, :, 0].flatten(1))
+
+
+def _gathered(pages: Tensor, table: Tensor, rows: int) -> Tensor:
+    """The pages of a table [rows * pages of a row], as a copy [rows, heads, tokens, stride]."""
+    _, heads, page_size, stride = pages.shape
+    chosen = pages.index_select(0, table).view(rows, -1, heads, page_size, stride)
+    return chosen.transpose(1, 2).reshape(rows, heads, -1, stride)
 
 
 def _rotated(vectors: Tensor, angles: Tensor) -> Tensor:
