@@ -1,32 +1,13 @@
-"""Group norm with SiLU: the references against torch, the kernels against the references in the interpreter."""
-
-import os
-import re
-import subprocess
-import sys
+"""Group norm with SiLU: the references against torch. The kernels against the references: tests/interpreted."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.group_norm import add_with_statistics, add_with_statistics_reference, interleave, normalize, normalize_reference
+from kernels.group_norm import add_with_statistics_reference, interleave, normalize_reference
 
 GROUPS, EPS = 8, 1e-6
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernels_in_the_interpreter, in a process of its own")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
-def test_the_kernels_in_the_interpreter() -> None:
-    """Fails if one of the interpreted tests below does, or if they are no longer run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "kernel", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) == 10
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -54,54 +35,3 @@ def test_interleaved_phases_are_an_upsampled_convolution() -> None:
         a, b = row % 2, column % 2
         phase = (2 * a + b) * 5
         assert torch.equal(image[:, row, column], phases[:, row // 2 + a, column // 2 + b, phase : phase + 5])
-
-
-@interpreted
-@pytest.mark.parametrize("channels", [32, 128])
-@pytest.mark.parametrize("size", [(24, 40), (5, 7)])  # several chunks with a remainder; less than one
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernels_equal_the_references(channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Fails if a chunk's remainder, a group's border, the residual or the stored rounding is treated otherwise."""
-    height, width = size
-    x, residual = drawn(2, height, width, channels).to(dtype), drawn(2, height, width, channels, seed=4).to(dtype)
-    bias, gain, shift = drawn(channels, seed=1), drawn(channels, seed=2), drawn(channels, seed=3)
-    for added, stored in ((residual, dtype), (None, None), (residual.float(), torch.float32)):
-        total, statistics = add_with_statistics(x, bias, added, GROUPS, stored)
-        expected_total, expected_statistics = add_with_statistics_reference(x, bias, added, GROUPS, stored)
-        if stored is not None:
-            assert total is not None
-            assert expected_total is not None
-            assert total.dtype == stored
-            assert torch.equal(total, expected_total)
-        source, folded = (x, bias) if total is None else (total, None)
-        for silu in (True, False):
-            found = normalize(source, statistics, gain, shift, EPS, bias=folded, silu=silu, out_dtype=dtype)
-            expected = normalize_reference(source, expected_statistics, gain, shift, EPS, bias=folded, silu=silu, out_dtype=dtype)
-            assert found.dtype == dtype
-            tolerance = 2e-5 if dtype == torch.float32 else 4e-3
-            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-
-
-@interpreted
-def test_interleaving_kernel_equals_the_reference() -> None:
-    """Fails if the kernel reads another phase, another pixel or another image."""
-    x, bias = drawn(3, 9, 6, 4 * 64), drawn(64, seed=1)
-    total, statistics = add_with_statistics(x, bias, None, GROUPS, torch.float32, interleaved=True)
-    expected, expected_statistics = add_with_statistics_reference(x, bias, None, GROUPS, torch.float32, interleaved=True)
-    assert total is not None
-    assert expected is not None
-    assert total.shape == (3, 16, 10, 64)
-    assert torch.equal(total, expected)
-    ones = torch.ones(64)
-    found = normalize(total, statistics, ones, bias, EPS, out_dtype=torch.float32)
-    torch.testing.assert_close(found, normalize_reference(expected, expected_statistics, ones, bias, EPS, out_dtype=torch.float32))
-
-
-@interpreted
-def test_the_kernels_keep_a_variance_beside_a_large_mean() -> None:
-    """Fails if the variance is a difference of large sums: at a mean of 1,000 and a deviation of 0.1 nothing is left of it."""
-    x, zero, one = drawn(1, 24, 24, 32, scale=0.1, offset=1000.0), torch.zeros(32), torch.ones(32)
-    _, statistics = add_with_statistics(x, zero, None, GROUPS, None)
-    found = normalize(x, statistics, one, zero, EPS, silu=False, out_dtype=torch.float32)
-    exact = F.group_norm(x.double().permute(0, 3, 1, 2), GROUPS, eps=EPS).permute(0, 2, 3, 1)
-    torch.testing.assert_close(found.double(), exact, atol=0.01, rtol=0)

@@ -1,0 +1,41 @@
+"""The Triton kernels at a published model's size in the interpreter."""
+
+import numpy as np
+import torch
+from kernel_cases import LargeTilesRunner
+from teacher import TeacherForced, reference_model
+from torch import Tensor
+
+from autoregressive.models.gpt import Transformer, TransformerBlock
+from autoregressive.serve.engine.batch import BatchShape
+from autoregressive.serve.engine.model_runner import RunnerConfig
+
+
+def test_gpt_b_logits_are_llamagens() -> None:
+    """The kernels at a published model's size: guided logits at LlamaGen's five recorded positions, for one of the two images.
+
+    Keys and values of the positions before come from the naive model; what lies behind is NaN.
+    """
+    model, meta, expected = reference_model("gpt_b_256")
+    wanted, codes, labels = expected["guided_logits_at_positions"][:1], torch.from_numpy(expected["tokens"][:1]), meta["labels"][:1]
+    shape = BatchShape.of(2, meta["block_size"], page_size=16)
+    runner = LargeTilesRunner(model, shape, 2 * shape.pages_per_row, RunnerConfig("triton"), pieces=3)
+    teacher = TeacherForced(runner, codes, labels)
+    cache = naive_keys_and_values(model, codes, labels)
+    for index, position in enumerate(meta["positions"]):
+        known = torch.where((torch.arange(shape.tokens) < position)[:, None], cache, torch.nan)
+        in_pages = known.unflatten(4, (-1, shape.page_size)).transpose(3, 4)  # [layers, 2, rows, pages, heads, ...]
+        runner.kv_pages.copy_(in_pages.flatten(2, 3))
+        guided = teacher.guided_logits(position, meta["cfg_scale"])
+        assert np.abs(guided.numpy() - wanted[:, index]).max() < 1e-3, position
+
+
+@torch.no_grad()
+def naive_keys_and_values(model: Transformer, codes: Tensor, labels: list[int]) -> Tensor:
+    """What the naive model caches: [layers, 2, rows, heads, tokens, head_size], two rows an image as `TeacherForced` has them."""
+    tokens, no_class = codes.shape[1], model.config.num_classes
+    of_rows = torch.tensor([label for image_label in labels for label in (image_label, no_class)])
+    model.setup_caches(len(of_rows), tokens, torch.float32)
+    model(idx=codes[:, :-1].repeat_interleave(2, dim=0), cond_idx=of_rows, input_pos=torch.arange(tokens))
+    caches = [block.attention.kv_cache for block in model.layers if isinstance(block, TransformerBlock)]
+    return torch.stack([torch.stack([cache.k_cache, cache.v_cache]) for cache in caches if cache is not None])
