@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from conftest import load_reference, reference_weights
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, Transformer
@@ -54,3 +55,21 @@ class TeacherForced:
         """Float32 [images, vocab_size]."""
         conditional, unconditional = self.logits(position).unbind(1)
         return unconditional + (conditional - unconditional) * scale
+
+
+@torch.no_grad()
+def naive_logits(model: Transformer, codes: Tensor, labels: Sequence[int], positions: int) -> Tensor:
+    """The naive loop's logits along given codes, with its dense cache: float32 [images, 2, positions, vocab_size], as above."""
+    device, images = model.output.weight.device, len(labels)
+    classes = torch.tensor([*labels, *[model.config.num_classes] * images], device=device)
+    tokens = codes.to(device).long().repeat(2, 1)
+    model.setup_caches(2 * images, positions, model.output.weight.dtype)
+    steps = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for position in range(positions):
+            at = torch.tensor([position], device=device)
+            if position == 0:
+                steps.append(model(cond_idx=classes, input_pos=at)[:, -1])
+            else:
+                steps.append(model(idx=tokens[:, position - 1 : position], input_pos=at)[:, -1])
+    return torch.stack(steps, dim=1).unflatten(0, (2, images)).transpose(0, 1)
