@@ -11,7 +11,7 @@ import torch
 from conftest import load_reference
 from demo_stages import GPTStage, Plan, Stage, TokenizerStage
 from emoji_data import DEFAULT_FONT, IMAGE_SIZE, SPRITE_SIZE, load_sprites, render, render_batch, step_generator
-from evaluate_demo import blurred, load_models, mean_pairwise_distance
+from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
 from safetensors import safe_open
 from train_demo import Limits, export, train
 
@@ -108,6 +108,19 @@ def test_blur_removes_what_is_finer_than_four_pixels() -> None:
     stripes = torch.ones(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     stripes[..., ::2] = -1
     assert blurred(stripes).abs().max() < 1e-6
+
+
+def test_the_engine_draws_pictures_to_judge() -> None:
+    """Fails if the pictures are out of range, empty or all alike, or the seed is ignored."""
+    gpt, tokenizer = load_models(ROOT / "pretrained_models", CPU)
+    first, second = draw_with_engine(gpt, tokenizer, torch.tensor([3, 3]), 2.0, batch=2, seed=1)
+    (other,) = draw_with_engine(gpt, tokenizer, torch.tensor([3]), 2.0, batch=2, seed=2)
+    for picture in (first, second, other):
+        assert picture.shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+        assert picture.abs().max() <= 1
+        assert picture.std() > 0.1
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_a_missing_or_wrong_font_is_one_line(tmp_path: Path) -> None:
