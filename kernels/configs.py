@@ -17,6 +17,7 @@ from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
 _FOLDER = Path(__file__).parent
+_LITTLE_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  # 8.7 has more, and does with this
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class TileTable:
     whole_linear: dict[tuple[int, int], LinearTiles]  # the same in one piece
     swiglu: dict[tuple[int, int], SwigluTiles]  # (hidden, inputs)
     attention: dict[int, AttentionTiles]  # head size
+    shared_memory: int = 163 * 1024  # bytes that a program may have; the rules keep to it
 
     def linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
         """For a product whose consumer adds up partial sums."""
@@ -34,11 +36,11 @@ class TileTable:
 
     def whole_linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
         """For a product whose consumer wants it in one piece."""
-        return self.whole_linear.get((outputs, inputs)) or default_whole_linear_tiles(inputs, itemsize)
+        return self.whole_linear.get((outputs, inputs)) or default_whole_linear_tiles(inputs, itemsize, self.shared_memory)
 
     def swiglu_tiles(self, hidden: int, inputs: int, itemsize: int) -> SwigluTiles:
         """For the gated product."""
-        return self.swiglu.get((hidden, inputs)) or default_swiglu_tiles(inputs, itemsize)
+        return self.swiglu.get((hidden, inputs)) or default_swiglu_tiles(inputs, itemsize, self.shared_memory)
 
     def attention_tiles(self, head_size: int, itemsize: int) -> AttentionTiles:
         """For a head size."""
@@ -52,8 +54,10 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
     Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
     """
     path = _FOLDER / f"tiles_sm{capability[0]}{capability[1]}.json"
+    # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227, of which the rules need 160.
+    shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024
     if dtype.itemsize != 2 or not path.exists():
-        return TileTable({}, {}, {}, {})
+        return TileTable({}, {}, {}, {}, shared_memory)
     return read_table(path)
 
 
@@ -72,9 +76,9 @@ def read_table(path: Path) -> TileTable:
     )
 
 
-def _tile_of(inputs: int, itemsize: int) -> int:
-    """Inputs of a tile: 512 bytes of a 16-bit weight's row, fewer for narrow models and where no matrix unit does the products."""
-    largest = 256 if itemsize == 2 else 64
+def _tile_of(inputs: int, itemsize: int, shared_memory: int) -> int:
+    """Inputs of a tile: 512 bytes of a 16-bit weight's row; fewer for narrow models, little memory, and without a matrix unit."""
+    largest = 64 if itemsize != 2 else 256 if shared_memory >= 160 * 1024 else 128
     while largest > 32 and largest > inputs:
         largest //= 2
     return largest
@@ -82,18 +86,19 @@ def _tile_of(inputs: int, itemsize: int) -> int:
 
 def default_linear_tiles(inputs: int, itemsize: int) -> LinearTiles:
     """One tile of weights a program, 32 KiB of 64 outputs, as many splits as that takes."""
-    return LinearTiles(outputs=64, inputs=_tile_of(inputs, itemsize), tiles=1, early=1, stages=1, warps=4)
+    tile = _tile_of(inputs, itemsize, shared_memory=160 * 1024)  # 64 KiB with the most rows
+    return LinearTiles(outputs=64, inputs=tile, tiles=1, early=1, stages=1, warps=4)
 
 
-def default_whole_linear_tiles(inputs: int, itemsize: int) -> LinearTiles:
+def default_whole_linear_tiles(inputs: int, itemsize: int, shared_memory: int) -> LinearTiles:
     """A tile early, the rest through a pipeline of three."""
-    tile = _tile_of(inputs, itemsize)
+    tile = _tile_of(inputs, itemsize, shared_memory)
     return LinearTiles(outputs=64, inputs=tile, tiles=-(-inputs // tile), early=1, stages=3, warps=4)
 
 
-def default_swiglu_tiles(inputs: int, itemsize: int) -> SwigluTiles:
+def default_swiglu_tiles(inputs: int, itemsize: int, shared_memory: int) -> SwigluTiles:
     """Thirty-two outputs of each half, a tile early, the rest through a pipeline of three."""
-    return SwigluTiles(outputs=32, inputs=_tile_of(inputs, itemsize), early=1, stages=3, warps=4)
+    return SwigluTiles(outputs=32, inputs=_tile_of(inputs, itemsize, shared_memory), early=1, stages=3, warps=4)
 
 
 def default_attention_tiles(head_size: int, itemsize: int) -> AttentionTiles:

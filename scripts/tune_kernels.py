@@ -23,7 +23,7 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import configs
 from kernels.attention import AttentionTiles, head_stride
 from kernels.configs import TileTable, read_table
-from kernels.dispatch import Operations, triton_operations
+from kernels.dispatch import MANY_ROWS, Operations, triton_operations
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
@@ -83,7 +83,8 @@ class Chain:
         hidden = empty(rows, config.ffn_dim, dtype=torch.bfloat16)
         rotary = torch.rand(tokens + 1, config.head_size // 2, 2, device="cuda")
         positions = torch.full((rows,), _CONTEXT, device="cuda", dtype=torch.int32)
-        table = torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda", dtype=torch.int32).view(rows, -1)
+        pages = first["keys"].shape[0]  # more rows than these share pages: only whether it runs matters then
+        table = (torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda") % pages).int().view(rows, -1)
 
         def run() -> None:
             for layer in self.layers:
@@ -166,6 +167,7 @@ def score(chain: Chain, table: TileTable, launch_pdl: bool, heads: bool) -> list
     """Microseconds of a layer (or of the head) at each number of rows."""
     operations = triton_operations(table, chain.config.head_size, launch_pdl=launch_pdl)
     prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.layers))
+    prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
     for rows in _ROWS:
         run = prepare(operations, rows)

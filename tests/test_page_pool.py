@@ -43,15 +43,17 @@ def test_giving_a_page_back_twice_stops() -> None:
 def test_the_audit_sees_a_lost_page() -> None:
     """Fails if the audit passes over a page that is neither free nor used, or is both."""
     lost = PagePool(3)
-    lost._free.pop()
+    lost.free(lost.allocate(2))
+    lost._returned.pop()
     with pytest.raises(AssertionError, match="neither free nor used"):
         lost.audit()
     both = PagePool(3)
-    both._free.append(both.allocate(1)[0])
+    both._returned.append(both.allocate(1)[0])
     with pytest.raises(AssertionError, match="both free and used"):
         both.audit()
     twice = PagePool(3)
-    twice._free.append(twice._free[0])
+    twice.free(twice.allocate(1))
+    twice._returned.append(twice._returned[0])
     with pytest.raises(AssertionError, match="free twice"):
         twice.audit()
 

@@ -105,7 +105,7 @@ def test_an_unconditional_row_leaves_after_its_interval() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(n=5), "needs 10 rows and max_num_seqs is 8"),
+        (SamplingParams(n=5), "needs 10 rows .* and max_num_seqs is 8"),
         (SamplingParams(n=4), "needs 32 pages of 4 tokens and the pool has 15"),
         (SamplingParams(n=2), "needs 16 pages of 4 tokens and the pool has 15"),
         (SamplingParams(n=4, cfg_scale=1.0), "needs 16 pages of 4 tokens and the pool has 15"),

@@ -111,11 +111,11 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
     [
         (["--class-labels", "unicorn"], "unicorn"),
         (["--temperature", "0"], "--temperature"),
-        (["--page-size", "0"], "--page-size 0: must be 1 or more"),
+        (["--page-size", "0"], "--page-size 0: must be a whole number, 1 to"),
         (["--num-pages", "0"], "--num-pages 0"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5"),
         (["--max-num-seqs", "0"], "--max-num-seqs 0"),
-        (["--max-num-seqs", "1"], "needs 2 rows and --max-num-seqs is 1: raise"),
+        (["--max-num-seqs", "1"], "needs 2 rows (a guided image has two) and --max-num-seqs is 1: raise"),
         (["--num-pages", "31"], "needs 32 pages of 16 tokens and the pool has 31: raise --num-pages"),
         (["--attention-backend", "triton"], "triton"),
     ],

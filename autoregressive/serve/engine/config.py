@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -14,6 +15,8 @@ ATTENTION_BACKENDS = ("auto", "triton", "torch")
 
 _WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
+# Rows are an axis of the kernels' grids; page numbers are int32.
+_MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be 1 or more")
+            if value is not None and not (isinstance(value, Integral) and 1 <= value <= _MOST[name]):
+                raise ValueError(f"{name} {value}: must be a whole number, 1 to {_MOST[name]}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
         if self.attention_backend not in ATTENTION_BACKENDS:

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class Engine:
         self._pacer = Pacer(self.device)
         self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
         self._ids = itertools.count()
+        self._ended: list[Request] = []  # since the last call of `step` that returned
         self._commands = threading.Condition()  # guards the two lists
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
@@ -92,10 +94,12 @@ class Engine:
         Raises:
             ValueError: no such class, a top-k beyond the vocabulary, or a request that could never run; the message says the sizes.
         """
-        if not 0 <= class_label < self.num_classes:
+        if not isinstance(class_label, Integral) or not 0 <= class_label < self.num_classes:
             raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
         if params.top_k > self.vocab_size:
             raise ValueError(f"top_k {params.top_k}: must be 0 (all) to {self.vocab_size} (the codebook)")
+        if not 0 <= first_image <= 2**31 - params.n:
+            raise ValueError(f"first_image {first_image}: must be 0 to {2**31 - params.n}, so that images number below 2**31")
         self.scheduler.check_fits(params)
         with self._commands:
             request = Request(next(self._ids), class_label, params, first_image)
@@ -123,23 +127,21 @@ class Engine:
 
         Returns:
             The requests that have ended since the last call: finished, failed or cancelled.
+
+        Raises:
+            Exception: what the runner raised, such as `torch.OutOfMemoryError`. The running requests have failed then, and the next
+                call returns them; those that wait are unharmed, and the engine can go on.
         """
         with self._on_device():
-            ended = self._drain_commands()
-            scheduler, batch = self.scheduler, self.batch
-            scheduler.admit()
-            images = scheduler.images
-            rows = [row for image in images for row in image.rows]
-            steps = scheduler.plan_span(self._pacer.span_limit(len(rows)))
-            if steps > 0:
-                scheduler.allocate(steps)
-                if scheduler.take_changed():
-                    batch.load(rows, images)
-                self._pacer.begin()
-                self.runner.run(batch, len(rows), len(images), steps)
-                self._retire(scheduler.advance(steps))
-                self._pacer.end(steps, len(rows))
-            return ended + self._take_arrived(wait=steps == 0)
+            self._ended += self._drain_commands()
+            try:
+                idle = self._run_span() == 0
+            except BaseException as error:  # out of memory, say; or Ctrl-C in the middle
+                self._fail(self.scheduler.abandon(), error)
+                raise
+            self._ended += self._take_arrived(wait=idle)
+            ended, self._ended = self._ended, []
+            return ended
 
     def generate(
         self, labels: Sequence[int], params: SamplingParams | Sequence[SamplingParams], progress: bool = False, decode: bool = True
@@ -174,15 +176,21 @@ class Engine:
             columns, _ = shutil.get_terminal_size()  # 80 where a terminal states no size: tqdm alone would draw nothing
             total = sum(request.params.n for request in requests) * self.shape.tokens
             with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns) as bar:
-                while not all(request.ended for request in requests):
-                    ended = self.step()
+                pending, drawn = set(requests), 0
+                while pending:
+                    ended = [request for request in self.step() if request in pending]
+                    pending.difference_update(ended)
                     if decoder is not None:
-                        decoding |= self._decode(decoder, [request for request in ended if request in requests])
-                    bar.update(sum(request.params.n * request.steps for request in requests) - bar.n)
+                        decoding |= self._decode(decoder, ended)
+                    drawn += sum(request.params.n * request.steps for request in ended)
+                    running = (running.request for running in self.scheduler.running)
+                    bar.update(drawn + sum(r.params.n * r.steps for r in running if r in pending) - bar.n)
         except BaseException:  # Ctrl-C too: nobody would fetch the images
             for request in requests:
                 self.cancel(request)
             raise
+        if any(request.state is RequestState.CANCELLED for request in requests):
+            raise RuntimeError("a request of this call was cancelled while it waited: its images are lost")
         failure = next((request.error for request in requests if request.error is not None), None)
         if failure is not None:
             raise NonFiniteLogitsError(failure)
@@ -200,7 +208,9 @@ class Engine:
 
     def _has_work(self) -> bool:
         scheduler = self.scheduler
-        return bool(self._submitted or self._cancelled or scheduler.waiting or scheduler.running or self._arriving)
+        return bool(
+            self._submitted or self._cancelled or scheduler.waiting or scheduler.running or self._arriving or self._ended
+        )
 
     def _on_device(self) -> AbstractContextManager[object]:
         # The current device is a thread's own; the thread that loaded the model may have set it, this one perhaps not.
@@ -218,10 +228,41 @@ class Engine:
             request.state = RequestState.CANCELLED
         return ended
 
+    def _run_span(self) -> int:
+        """Admits, plans, and gives the device several steps of every running request; returns how many, 0 if nothing runs."""
+        scheduler, batch = self.scheduler, self.batch
+        scheduler.admit()
+        images = scheduler.images
+        rows = [row for image in images for row in image.rows]
+        steps = scheduler.plan_span(self._pacer.span_limit(len(rows)))
+        if steps > 0:
+            scheduler.allocate(steps)
+            if scheduler.take_changed():
+                batch.load(rows, images)
+            self._pacer.begin()
+            self.runner.run(batch, len(rows), len(images), steps)
+            self._retire(scheduler.advance(steps))
+            self._pacer.end(steps, len(rows))
+        return steps
+
     def _retire(self, ended: list[RunningRequest]) -> None:
         """Begins to fetch the codes of requests whose last step is on the device; their slots stay taken until the copy arrives."""
-        if ended:
-            self._arriving.append((ended, self.batch.fetch([slot for running in ended for slot in running.slots])))
+        if not ended:
+            return
+        slots = [slot for running in ended for slot in running.slots]
+        try:
+            self._arriving.append((ended, self.batch.fetch(slots)))
+        except BaseException as error:
+            self.scheduler.release_slots(slots)
+            self._fail([running.request for running in ended], error)
+            raise
+
+    def _fail(self, requests: list[Request], error: BaseException) -> None:
+        """Ends requests that a failed span has taken along; the next `step` returns them."""
+        for request in requests:
+            request.error = f"request {request.id}: the engine could not go on: {type(error).__name__}: {error}".splitlines()[0]
+            request.state = RequestState.FAILED
+        self._ended += requests
 
     def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> "dict[Request, _Decoding]":
         """Begins to decode those that have finished. The decoder has its own stream: other rows go on meanwhile."""

@@ -7,45 +7,49 @@ from collections.abc import Iterable
 
 
 class PagePool:
-    """A stack of free page numbers, 0 to num_pages - 1."""
+    """A stack of free page numbers, 0 to num_pages - 1; those never taken yet are only counted."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._is_used = bytearray(num_pages)
+        self._never_taken = 0  # this page and all above it
+        self._returned: list[int] = []
+        self._used: set[int] = set()
 
     @property
     def free_pages(self) -> int:
         """How many pages nobody holds."""
-        return len(self._free)
+        return self.num_pages - len(self._used)
 
     @property
     def used_pages(self) -> int:
         """How many pages are held."""
-        return self.num_pages - len(self._free)
+        return len(self._used)
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` pages. There must be as many: admission by forecast sees to it."""
-        assert 0 <= count <= len(self._free), f"{count} pages wanted, {len(self._free)} of {self.num_pages} free"
-        start = len(self._free) - count
-        pages = self._free[start:]
-        del self._free[start:]
-        for page in pages:
-            self._is_used[page] = True
+        assert 0 <= count <= self.free_pages, f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
+        start = max(0, len(self._returned) - count)
+        pages = self._returned[start:]
+        del self._returned[start:]
+        new = count - len(pages)
+        pages += range(self._never_taken, self._never_taken + new)
+        self._never_taken += new
+        self._used.update(pages)
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
         """Gives pages back."""
         for page in pages:
-            assert self._is_used[page], f"page {page} is given back, but nobody holds it"
-            self._is_used[page] = False
-            self._free.append(page)
+            assert page in self._used, f"page {page} is given back, but nobody holds it"
+            self._used.remove(page)
+            self._returned.append(page)
 
     def audit(self) -> None:
         """Asserts that every page is free or used, and none twice."""
-        assert len(set(self._free)) == len(self._free), "a page is free twice"
-        assert not any(self._is_used[page] for page in self._free), "a page is both free and used"
-        assert sum(self._is_used) + len(self._free) == self.num_pages, "a page is neither free nor used"
+        returned = set(self._returned)
+        assert len(returned) == len(self._returned), "a page is free twice"
+        assert not returned & self._used, "a page is both free and used"
+        assert len(returned) + len(self._used) == self._never_taken <= self.num_pages, "a page is neither free nor used"
 
 
 def pages_that_fit(total_bytes: int, free_bytes: int, utilization: float, reserve_bytes: int, page_bytes: int, most: int) -> int:

@@ -7,6 +7,7 @@ at the same step and are at the same position ever after.
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -31,7 +32,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("cfg_interval", "top_k", "seed", "n"):
-            _require(isinstance(getattr(self, name), int), name, getattr(self, name), "a whole number")
+            _require(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
+        for name in ("cfg_scale", "temperature", "top_p"):
+            _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
         _require(0 <= self.cfg_scale <= _LARGEST_SCALE, "cfg_scale", self.cfg_scale, f"0 to {_LARGEST_SCALE:g}")
         _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
         finite = math.isfinite(self.temperature)

@@ -101,15 +101,18 @@ class Scheduler:
         """
         limits = self.limits
         if params.rows > limits.max_rows:
+            guided = " (a guided image has two)" if params.guided else ""
+            fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
-                f"the request needs {params.rows} rows and max_num_seqs is {limits.max_rows}: lower n, or raise max_num_seqs"
+                f"the request needs {params.rows} rows{guided} and max_num_seqs is {limits.max_rows}: {fewer}raise max_num_seqs"
             )
         guided = params.guided_steps(limits.tokens)  # the peak is either the last guided step or the last step of all
         peak = params.n * max(2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size))
         if peak > limits.num_pages:
+            fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
                 f"the request needs {peak} pages of {limits.page_size} tokens and the pool has {limits.num_pages}: "
-                "lower n, or raise num_pages"
+                f"{fewer}raise num_pages"
             )
 
     def add(self, request: Request) -> None:
@@ -194,6 +197,15 @@ class Scheduler:
                 self._forecast[:left] -= page_profile(request.params, self.limits.tokens, self.limits.page_size)[running.position :]
                 return True
         return False
+
+    def abandon(self) -> list[Request]:
+        """Takes every running request out, in whatever state a span that could not be enqueued has left it; returns them."""
+        abandoned = [running.request for running in self.running]
+        for running in [*self.running]:
+            self._remove(running)
+            self.release_slots(running.slots)
+        self._forecast[:] = 0
+        return abandoned
 
     def release_slots(self, slots: list[int]) -> None:
         """Gives the slots of an ended request back."""
