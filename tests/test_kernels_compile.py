@@ -103,6 +103,6 @@ def test_what_is_launched_compiles(case: Case) -> None:
         assert waits == (case.capability >= 90 and case.model in GPT_SHAPES), build
         assert waits or not dict(build.options).get("launch_pdl"), build
         if case.capability == 90 and case.dtype == torch.bfloat16:
-            # The draw's rounds and the attention of head size 100 keep two scalars in memory, next to no time; tiles stay in registers.
-            allowed_bytes = 8 if build.name in ("_draw_kernel", "_attention_kernel") else 0
+            # The draw's rounds and the attention of head size 100 keep a few scalars in memory, next to no time; no tile is there.
+            allowed_bytes = {"_draw_kernel": 8, "_attention_kernel": 16}.get(build.name, 0)
             assert resources(compiled).local_bytes <= allowed_bytes, build
