@@ -191,7 +191,8 @@ def score(chain: Chain, table: TileTable, launch_pdl: bool, heads: bool) -> list
 
 def with_setting(table: TileTable, field: str, key: Any, tiles: Any) -> TileTable:
     """The table with one setting changed."""
-    return replace(table, **{field: {**getattr(table, field), key: tiles}})
+    changed: dict[str, Any] = {field: {**getattr(table, field), key: tiles}}
+    return replace(table, **changed)
 
 
 def attention_candidates(head_size: int) -> Iterator[AttentionTiles]:

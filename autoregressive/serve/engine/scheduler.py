@@ -101,10 +101,10 @@ class Scheduler:
         """
         limits = self.limits
         if params.rows > limits.max_rows:
-            guided = " (a guided image has two)" if params.guided else ""
+            pairs = " (a guided image has two)" if params.guided else ""
             fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
-                f"the request needs {params.rows} rows{guided} and max_num_seqs is {limits.max_rows}: {fewer}raise max_num_seqs"
+                f"the request needs {params.rows} rows{pairs} and max_num_seqs is {limits.max_rows}: {fewer}raise max_num_seqs"
             )
         guided = params.guided_steps(limits.tokens)  # the peak is either the last guided step or the last step of all
         peak = params.n * max(2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size))
