@@ -261,7 +261,7 @@ def layer_weights(block: TransformerBlock) -> LayerWeights:
 
 
 def row_buckets(max_rows: int) -> list[int]:
-    """Numbers of rows that graphs are captured for: dense where a row matters, each at most a quarter more than the one before."""
+    """Numbers of rows that graphs are captured for; from 32 on, each is at most a third more than the one before."""
     sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
     step = 128
     while sizes[-1] < max_rows:
