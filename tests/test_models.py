@@ -194,7 +194,8 @@ def test_encode_and_decode_round_trip_shapes_and_codes(name: str) -> None:
         whole = model.decode(quantized.vectors)
         from_codes = model.decode_code(quantized.codes.flatten(1), [1, model.config.codebook_embed_dim, 4, 4])
     assert whole.shape == pixels.shape
-    torch.testing.assert_close(from_codes, whole, atol=1e-5, rtol=1e-5)
+    # The straight-through sum rounds the entries, by how much depends on the CPU; another order would differ by some 0.1.
+    torch.testing.assert_close(from_codes, whole, atol=2e-4, rtol=0)
 
 
 def test_quantising_takes_the_nearest_entry() -> None:
