@@ -197,15 +197,9 @@ def attention(
         mixed: float32 [rows, heads, chunks, head_size], scratch; stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
     """
-    splits, rows = qkv.shape[:2]
-    _, heads, page_size, stride = key_pages.shape
-    head_size = rotary.shape[1] * 2
-    chunks = mixed.shape[2]
-    assert stats.shape == (rows, heads, chunks, 2) and mixed.shape == (rows, heads, chunks, head_size)
-    longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
-    assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
-    assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(head_size, key_pages.element_size())
-    head_tile = triton.next_power_of_2(stride)
+    splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
+        qkv, rotary, key_pages, page_table, mixed, stats, tiles
+    )
     _attention_kernel[(heads, chunks, rows)](
         qkv,
         rotary,
@@ -218,7 +212,7 @@ def attention(
         rows,
         HEADS=heads,
         HEAD_SIZE=head_size,
-        HEAD_TILE=head_tile,
+        HEAD_TILE=triton.next_power_of_2(stride),
         STRIDE=stride,
         PAGE_SIZE=page_size,
         PAGES=page_table.shape[1],
@@ -231,6 +225,26 @@ def attention(
         maxnreg=tiles.registers,
         **pdl_option(launch_pdl),
     )
+    combine(mixed, stats, positions, out, tiles, launch_pdl=launch_pdl)
+
+
+def check_sizes(
+    qkv: Tensor, rotary: Tensor, key_pages: Tensor, page_table: Tensor, mixed: Tensor, stats: Tensor, tiles: AttentionTiles
+) -> tuple[int, int, int, int, int, int, int]:
+    """Splits, rows, heads, head size, page size, stride and chunks of the tensors of `attention`, once they agree."""
+    splits, rows = qkv.shape[:2]
+    _, heads, page_size, stride = key_pages.shape
+    head_size, chunks = rotary.shape[1] * 2, mixed.shape[2]
+    assert stats.shape == (rows, heads, chunks, 2) and mixed.shape == (rows, heads, chunks, head_size)
+    longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
+    assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
+    assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(head_size, key_pages.element_size())
+    return splits, rows, heads, head_size, page_size, stride, chunks
+
+
+def combine(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, *, launch_pdl: bool) -> None:
+    """Weighs the chunks' results: `out` of `attention` from its `mixed` and `stats`."""
+    rows, heads, chunks, head_size = mixed.shape
     _combine_kernel[(heads, rows)](
         mixed,
         stats,
@@ -238,7 +252,7 @@ def attention(
         out,
         HEADS=heads,
         HEAD_SIZE=head_size,
-        HEAD_TILE=head_tile,
+        HEAD_TILE=triton.next_power_of_2(head_size),
         CHUNK=tiles.chunk,
         CHUNKS=chunks,
         CHUNKS_TILE=triton.next_power_of_2(chunks),

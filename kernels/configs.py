@@ -6,13 +6,14 @@ the order of a sum.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from kernels.attention import AttentionTiles
+from kernels.hopper_products import StreamTiles
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
@@ -24,10 +25,15 @@ _LITTLE_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))  # 8.7 has mo
 class TileTable:
     """The settings for one architecture and dtype."""
 
-    linear: dict[tuple[int, int], LinearTiles]  # (outputs, inputs), partial sums allowed
-    whole_linear: dict[tuple[int, int], LinearTiles]  # the same in one piece
-    swiglu: dict[tuple[int, int], SwigluTiles]  # (hidden, inputs)
-    attention: dict[int, AttentionTiles]  # head size
+    linear: dict[tuple[int, int], LinearTiles] = field(default_factory=dict)  # (outputs, inputs), partial sums allowed
+    whole_linear: dict[tuple[int, int], LinearTiles] = field(default_factory=dict)  # the same in one piece
+    swiglu: dict[tuple[int, int], SwigluTiles] = field(default_factory=dict)  # (hidden, inputs)
+    attention: dict[int, AttentionTiles] = field(default_factory=dict)  # head size
+    # Of Hopper's products (kernels/hopper_products.py), as above.
+    stream_linear: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
+    stream_project: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
+    stream_swiglu: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
+    stream_head: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
     shared_memory: int = 163 * 1024  # bytes that a program may have; the rules keep to it
 
     def linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
@@ -46,6 +52,22 @@ class TileTable:
         """For a head size."""
         return self.attention.get(head_size) or default_attention_tiles(head_size, itemsize)
 
+    def stream_linear_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+        """For a product whose consumer adds up partial sums."""
+        return self.stream_linear.get((outputs, inputs)) or default_stream_tiles(outputs, inputs)
+
+    def stream_project_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+        """For a product that adds itself to the residual stream."""
+        return self.stream_project.get((outputs, inputs)) or default_stream_tiles(outputs, inputs)
+
+    def stream_swiglu_tiles(self, hidden: int, inputs: int) -> StreamTiles:
+        """For the gated product."""
+        return self.stream_swiglu.get((hidden, inputs)) or StreamTiles(outputs=32, inputs=64, splits=1, stages=8, warps=4)
+
+    def stream_head_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+        """For the last product, in one piece."""
+        return self.stream_head.get((outputs, inputs)) or StreamTiles(outputs=64, inputs=64, splits=1, stages=8, warps=4)
+
 
 @cache
 def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
@@ -57,23 +79,35 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
     # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227, of which the rules need 160.
     shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024
     if dtype.itemsize != 2 or not path.exists():
-        return TileTable({}, {}, {}, {}, shared_memory)
+        return TileTable(shared_memory=shared_memory)
     return read_table(path)
 
 
 def read_table(path: Path) -> TileTable:
     """The table in a file that scripts/tune_kernels.py wrote."""
     stored = json.loads(path.read_text())
+    return TileTable(**{name: _read_settings(name, stored.get(name, [])) for name in SECTIONS})
 
-    def shape(entry: dict) -> tuple[int, int]:
-        return entry["outputs"], entry["inputs"]
 
-    return TileTable(
-        linear={shape(entry): LinearTiles(**entry["tiles"]) for entry in stored["linear"]},
-        whole_linear={shape(entry): LinearTiles(**entry["tiles"]) for entry in stored["whole_linear"]},
-        swiglu={shape(entry): SwigluTiles(**entry["tiles"]) for entry in stored["swiglu"]},
-        attention={entry["head_size"]: AttentionTiles(**entry["tiles"]) for entry in stored["attention"]},
-    )
+# What the settings of each section of a table are made of.
+SECTIONS: dict[str, type] = {
+    "linear": LinearTiles,
+    "whole_linear": LinearTiles,
+    "swiglu": SwigluTiles,
+    "attention": AttentionTiles,
+    "stream_linear": StreamTiles,
+    "stream_project": StreamTiles,
+    "stream_swiglu": StreamTiles,
+    "stream_head": StreamTiles,
+}
+
+
+def _read_settings(section: str, entries: list[dict]) -> dict:
+    """A section's settings by head size, or by (outputs, inputs)."""
+    tiles = SECTIONS[section]
+    if section == "attention":
+        return {entry["head_size"]: tiles(**entry["tiles"]) for entry in entries}
+    return {(entry["outputs"], entry["inputs"]): tiles(**entry["tiles"]) for entry in entries}
 
 
 def _tile_of(inputs: int, itemsize: int, shared_memory: int) -> int:
@@ -99,6 +133,14 @@ def default_whole_linear_tiles(inputs: int, itemsize: int, shared_memory: int) -
 def default_swiglu_tiles(inputs: int, itemsize: int, shared_memory: int) -> SwigluTiles:
     """Thirty-two outputs of each half, a tile early, the rest through a pipeline of three."""
     return SwigluTiles(outputs=32, inputs=_tile_of(inputs, itemsize, shared_memory), early=1, stages=3, warps=4)
+
+
+def default_stream_tiles(outputs: int, inputs: int) -> StreamTiles:
+    """Sixty-four outputs a program, and splits enough for a hundred programs as long as each has two tiles."""
+    splits = 1
+    while splits < 8 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
+        splits *= 2
+    return StreamTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
 
 
 def default_attention_tiles(head_size: int, itemsize: int) -> AttentionTiles:

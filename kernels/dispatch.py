@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kernels.attention import HEAD_SIZES, attention, attention_reference
 from kernels.configs import TileTable, tile_table
+from kernels.hopper_attention import hopper_attention
+from kernels.hopper_products import HEADROOM, stream_linear, stream_project, stream_swiglu
 from kernels.linear import linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.sampling import draw_tokens
@@ -38,6 +40,20 @@ class Operations:
     attention_chunks: Callable[[int, int], int]  # tokens, bytes of an element -> chunks of its scratch tensors
     add_norm: Callable[..., None]
     draw_tokens: Callable[..., None]
+    stream: "StreamProducts | None" = None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
+
+
+@dataclass(frozen=True)
+class StreamProducts:
+    """A layer's products where each norms its own input and adds itself to the residual stream; see kernels/hopper_products.py."""
+
+    linear: Callable[..., None]  # x, squares, weight, partial sums
+    linear_splits: Callable[[Tensor], int]  # weight -> partial sums of `linear`
+    project: Callable[..., None]
+    project_blocks: Callable[[Tensor], int]  # weight -> blocks of squares that `project` writes
+    swiglu: Callable[..., None]  # x, squares, weight, out
+    head: Callable[..., None]  # x, squares, weight, logits
+    headroom: float  # factor of every x
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -68,7 +84,8 @@ def select_operations(
             tell("this GPU's compute capability is below 8.0: torch's operations take the place of the Triton kernels")
         return torch_operations()
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    operations = triton_operations(tile_table(capability, dtype), head_size, launch_pdl=capability >= (9, 0))
+    hopper = capability == (9, 0) and dtype.itemsize == 2
+    operations = triton_operations(tile_table(capability, dtype), head_size, launch_pdl=capability >= (9, 0), hopper=hopper)
     if head_size in HEAD_SIZES:
         return operations
     tell(f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): torch's takes its place")
@@ -93,8 +110,12 @@ def torch_operations() -> Operations:
     )
 
 
-def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool) -> Operations:
-    """The fused kernels, cut up as the table says."""
+def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool, hopper: bool = False) -> Operations:
+    """The fused kernels, cut up as the table says.
+
+    Args:
+        hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
+    """
 
     def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         linear(x, weight, out, table.linear_tiles(*weight.shape, weight.element_size()), launch_pdl=launch_pdl)
@@ -109,7 +130,10 @@ def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool) -> 
 
     def attend(*tensors: Tensor) -> None:
         tiles = table.attention_tiles(head_size, tensors[2].element_size())
-        attention(*tensors, tiles=tiles, launch_pdl=launch_pdl)
+        if hopper:
+            hopper_attention(*tensors, tiles=tiles)
+        else:
+            attention(*tensors, tiles=tiles, launch_pdl=launch_pdl)
 
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
@@ -123,4 +147,32 @@ def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool) -> 
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),
+        stream=stream_products(table) if hopper else None,
+    )
+
+
+def stream_products(table: TileTable) -> StreamProducts:
+    """Hopper's products, cut up as the table says."""
+
+    def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        stream_linear(x, squares, weight, out, table.stream_linear_tiles(*weight.shape), eps=eps)
+
+    def project(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
+        stream_project(x, weight, residual, gain, normed, squares, table.stream_project_tiles(*weight.shape))
+
+    def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        tiles = table.stream_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
+        stream_swiglu(x, squares, weight, out, tiles, eps=eps)
+
+    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
+        stream_linear(x, squares, weight, logits[None], table.stream_head_tiles(*weight.shape), eps=eps)
+
+    return StreamProducts(
+        linear=linear,
+        linear_splits=lambda weight: table.stream_linear_tiles(*weight.shape).splits,
+        project=project,
+        project_blocks=lambda weight: -(-weight.shape[0] // table.stream_project_tiles(*weight.shape).outputs),
+        swiglu=swiglu,
+        head=head,
+        headroom=HEADROOM,
     )

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.linear import pdl_option
 
 
-@triton.jit(do_not_specialize=["cells", "vocabulary", "classes"])
+@triton.jit(do_not_specialize=["rows", "cells", "vocabulary", "classes"])
 def _embed_kernel(
     codes,  # [slots, cells]
     row_slots,  # [rows]
@@ -23,12 +23,17 @@ def _embed_kernel(
     gain,  # [WIDTH]
     residual,  # [rows, WIDTH] float32
     normed,  # [rows, WIDTH]
+    squares,  # [BLOCKS, rows] float32
+    rows,
     cells,
     vocabulary,
     classes,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_TILE: tl.constexpr,
+    HEADROOM: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -46,7 +51,13 @@ def _embed_kernel(
     label = tl.minimum(tl.maximum(label, 0), classes - 1).to(tl.int64)
     x = tl.load(token_embedding + token * WIDTH + lane, mask=live & (position > 0), other=0.0).to(tl.float32)
     x += tl.load(class_embedding + label * WIDTH + lane, mask=live & (position <= 0), other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
+    total = tl.sum(x * x, 0)
+    if BLOCKS > 0:  # the next product divides
+        block = tl.arange(0, BLOCKS_TILE)
+        tl.store(squares + block * rows + row, tl.where(block == 0, total, 0.0), mask=block < BLOCKS)
+        scale = HEADROOM
+    else:
+        scale = tl.rsqrt(total / WIDTH + EPS)
     at = row.to(tl.int64) * WIDTH + lane
     tl.store(residual + at, x, mask=live)
     tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
@@ -62,8 +73,10 @@ def embed(
     gain: Tensor,
     residual: Tensor,
     normed: Tensor,
+    squares: Tensor | None = None,
     *,
     eps: float,
+    headroom: float = 1.0,
     launch_pdl: bool,
 ) -> None:
     """Starts the residual stream of every row: its class at position 0, else the token drawn last; and norms it.
@@ -77,6 +90,8 @@ def embed(
         token_embedding: [vocabulary, width]; class_embedding: [classes, width]; gain: [width].
         residual: float32 [rows, width], written.
         normed: [rows, width], written: the first layer's input, rms-normed times gain.
+        squares: float32 [blocks, rows]; if given, the norm is left to the first product (kernels/hopper_products.py): `normed` is
+            residual * gain * headroom, and the residual's sum of squares is written here, in the first block.
     """
     rows, width = residual.shape
     tile = triton.next_power_of_2(width)
@@ -90,12 +105,17 @@ def embed(
         gain,
         residual,
         normed,
+        squares,
+        rows,
         codes.shape[1],
         token_embedding.shape[0],
         class_embedding.shape[0],
         EPS=eps,
         WIDTH=width,
         TILE=tile,
+        BLOCKS=0 if squares is None else squares.shape[0],
+        BLOCKS_TILE=1 if squares is None else triton.next_power_of_2(squares.shape[0]),
+        HEADROOM=headroom,
         LAUNCH_PDL=launch_pdl,
         num_warps=_warps(tile),
     )
@@ -111,15 +131,22 @@ def embed_reference(
     gain: Tensor,
     residual: Tensor,
     normed: Tensor,
+    squares: Tensor | None = None,
     *,
     eps: float,
+    headroom: float = 1.0,
 ) -> None:
     """The same in torch."""
     cells = (positions.long() - 1).clamp(min=0)
     tokens = codes[row_slots.long(), cells].long().clamp(0, token_embedding.shape[0] - 1)
     classes = class_embedding[labels.long().clamp(0, class_embedding.shape[0] - 1)]
     residual.copy_(torch.where(positions[:, None] > 0, token_embedding[tokens], classes))
-    normed.copy_(_rms_norm(residual, gain, eps))
+    if squares is None:
+        normed.copy_(_rms_norm(residual, gain, eps))
+    else:
+        normed.copy_(residual * gain.float() * headroom)
+        squares.zero_()
+        squares[0] = residual.square().sum(dim=1)
 
 
 @triton.jit(do_not_specialize=["rows"])

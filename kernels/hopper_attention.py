@@ -1,0 +1,174 @@
+"""The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous copies.
+
+Same cut and same result; a program asks for the keys and values of its chunk all at once, into shared memory, and holds no register for
+what is on its way, where Triton's own loads would take the values only after the keys have come.
+"""
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention import AttentionTiles, check_sizes, combine
+
+_COLUMNS = gl.constexpr(8)  # least width of a matrix product
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _hopper_attention_kernel(
+    qkv,  # [SPLITS, rows, 3, HEADS, HEAD_SIZE] partial sums
+    rotary,  # [positions, HEAD_SIZE / 2, 2] float32
+    key_pages,  # [pages, HEADS, PAGE_SIZE, STRIDE]
+    value_pages,  # likewise
+    page_table,  # [rows, PAGES]
+    positions,  # [rows]
+    mixed,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
+    stats,  # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
+    rows,
+    HEADS: gl.constexpr,
+    HEAD_SIZE: gl.constexpr,
+    HEAD_TILE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    PAGES: gl.constexpr,
+    CHUNK: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    SPLITS: gl.constexpr,
+):
+    head, chunk, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    gdc_launch_dependents()
+    WARPS: gl.constexpr = gl.num_warps()
+    copy_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [WARPS, 1], [1, 0])
+    token_layout: gl.constexpr = gl.BlockedLayout([max(1, CHUNK // (32 * WARPS))], [32], [WARPS], [0])
+    head_layout: gl.constexpr = gl.BlockedLayout([HEAD_TILE // 32], [32], [WARPS], [0])
+    product_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    wide_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout, 2)
+    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, product_layout, 2)
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    dtype: gl.constexpr = key_pages.dtype.element_ty
+    # Written before this step began: positions, page table, and every key and value but the newest token's.
+    position = gl.load(positions + row)
+    first_token = chunk * CHUNK
+    token = first_token + gl.arange(0, CHUNK, layout=token_layout)
+    page = gl.load(page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0)
+    if first_token > position:
+        return  # without waiting: the row's first chunk waits, so the kernel still ends after the one before it
+    page = gl.convert_layout(page, gl.SliceLayout(1, copy_layout)).to(gl.int64)
+    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, copy_layout))
+    lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, copy_layout))[None, :]
+    at = ((page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE)[:, None] + lane
+    live = (token < position)[:, None] & (lane < STRIDE)  # what is not comes as zeros
+    keys = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
+    values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
+    # Past the first-level cache, which another step's token beside these may have filled.
+    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=live, cache_modifier=".cg")
+    async_copy.async_copy_global_to_shared(values, value_pages + at, mask=live, cache_modifier=".cg")
+    async_copy.commit_group()
+    lane = gl.arange(0, HEAD_TILE, layout=head_layout)
+    live_lane, stored_lane = lane < HEAD_SIZE, lane < STRIDE
+    angle = rotary + position * HEAD_SIZE + lane // 2 * 2
+    cosine = gl.load(angle, mask=live_lane, other=0.0)
+    sine = gl.load(angle + 1, mask=live_lane, other=0.0)
+    sine = gl.where(lane % 2 == 0, -sine, sine)
+    gdc_wait()
+    WIDTH: gl.constexpr = HEADS * HEAD_SIZE
+    SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
+    source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
+    split_size = rows.to(gl.int64) * 3 * WIDTH
+    query = _turned(source, split_size, lane, cosine, sine, HEAD_SIZE, SPLITS)
+    new_score = gl.to_tensor(float("-inf"))
+    new_value = gl.zeros([HEAD_TILE], gl.float32, head_layout)
+    if position < first_token + CHUNK:  # the newest token falls into this chunk
+        key = _turned(source + WIDTH, split_size, lane, cosine, sine, HEAD_SIZE, SPLITS).to(dtype)
+        value = _summed(source + 2 * WIDTH, split_size, lane, HEAD_SIZE, SPLITS).to(dtype)
+        new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
+        new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
+        gl.store(key_pages + new_at + lane, key, mask=stored_lane)
+        gl.store(value_pages + new_at + lane, value, mask=stored_lane)
+        new_score = gl.sum(query * key.to(gl.float32), 0) * SCALE
+        new_value = value.to(gl.float32)
+    async_copy.wait_group(0)
+    gl.thread_barrier()
+    # One query, repeated to the least number of columns that the matrix unit takes.
+    query = gl.convert_layout(query.to(dtype), gl.SliceLayout(1, narrow_layout))
+    queries, _ = gl.broadcast(query[:, None], gl.zeros([HEAD_TILE, _COLUMNS], dtype, narrow_layout))
+    score = mma_v2(keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, product_layout)) * SCALE
+    old = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, product_layout)) < position
+    score = gl.where(old[:, None], score, float("-inf"))
+    largest = gl.maximum(gl.max(score, 0), new_score)  # [COLUMNS], alike
+    weight = gl.exp2(score - largest[None, :])
+    new_weight = gl.exp2(new_score - largest)
+    weights = gl.convert_layout(weight.to(dtype), narrow_layout)
+    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, product_layout)
+    total = mma_v2(values.permute((1, 0)).load(wide_layout), weights, total)
+    total += gl.convert_layout(new_value, gl.SliceLayout(1, product_layout))[:, None] * new_weight[None, :]
+    result = (row.to(gl.int64) * HEADS + head) * CHUNKS + chunk
+    lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
+    column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, product_layout))
+    first = column == 0
+    gl.store(mixed + result * HEAD_SIZE + lane + column[None, :], total, mask=(lane < HEAD_SIZE) & first[None, :])
+    gl.store(stats + result * 2 + column, largest, mask=first)
+    gl.store(stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
+
+
+@gluon.jit
+def _summed(source, split_size, lane, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr):
+    """A head's vector: its partial sums added in order."""
+    live = lane < HEAD_SIZE
+    total = gl.load(source + lane, mask=live, other=0.0).to(gl.float32)
+    for split in gl.static_range(1, SPLITS):
+        total += gl.load(source + split * split_size + lane, mask=live, other=0.0).to(gl.float32)
+    return total
+
+
+@gluon.jit
+def _turned(source, split_size, lane, cosine, sine, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr):
+    """The same, then turned: each element with the other of its pair; `sine` bears the sign of the even elements."""
+    own = _summed(source, split_size, lane, HEAD_SIZE, SPLITS)
+    other = _summed(source, split_size, lane ^ 1, HEAD_SIZE, SPLITS)
+    return own * cosine + other * sine
+
+
+def hopper_attention(
+    qkv: Tensor,
+    rotary: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    mixed: Tensor,
+    stats: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+) -> None:
+    """`kernels.attention.attention` for 16-bit keys and values, on compute capability 9.0; chunks of at least 16 tokens a warp."""
+    splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
+        qkv, rotary, key_pages, page_table, mixed, stats, tiles
+    )
+    assert key_pages.element_size() == 2
+    _hopper_attention_kernel[(heads, chunks, rows)](
+        qkv,
+        rotary,
+        key_pages,
+        value_pages,
+        page_table,
+        positions,
+        mixed,
+        stats,
+        rows,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        HEAD_TILE=triton.next_power_of_2(stride),
+        STRIDE=stride,
+        PAGE_SIZE=page_size,
+        PAGES=page_table.shape[1],
+        CHUNK=tiles.chunk,
+        CHUNKS=chunks,
+        SPLITS=splits,
+        num_warps=tiles.warps,
+        maxnreg=tiles.registers,
+        launch_pdl=True,
+    )
+    combine(mixed, stats, positions, out, tiles, launch_pdl=True)

@@ -1,0 +1,98 @@
+"""Clusters of programs on Hopper: programs of one cluster add up what each has, through each other's shared memory.
+
+Triton starts clusters, but offers no sum across one; a few instructions do. In a cluster of R programs, program r of a cluster owns
+every R-th part of the rows of a tile: each sends the owner its partial sums, the owner adds them in the order of the programs,
+so that the sum's order depends on shapes only.
+"""
+
+from typing import Any
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import JITFunction
+
+_PADDING = gl.constexpr(4)  # numbers after each row, so that threads of a warp meet different banks of shared memory
+
+
+@gluon.jit
+def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
+    """The address, in shared memory, of room for partial sums; announces to the cluster that this program has started."""
+    return gl.inline_asm_elementwise(
+        _open_text(4 * ROWS * (OUTPUTS + _PADDING)), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.constexpr_function
+def _open_text(size: int) -> str:
+    # Whole KiB: what Triton lays out behind it must keep to its alignment.
+    room = f".shared .align 1024 .b8 exchange[{-(-size // 1024) * 1024}];"
+    return f"{{ {room} mov.u32 $0, exchange; barrier.cluster.arrive.relaxed.aligned; }}"
+
+
+@gluon.jit
+def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
+    """The cluster's sum of [outputs, rows] for the rows that the program owns: [outputs, rows / RANKS], from row rank * rows / RANKS."""
+    OUTPUTS: gl.constexpr = partial.shape[0]
+    OWN: gl.constexpr = partial.shape[1] // RANKS
+    STRIDE: gl.constexpr = OUTPUTS + _PADDING
+    source: gl.constexpr = partial.type.layout
+    output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, source))[:, None]
+    row = gl.arange(0, OWN * RANKS, layout=gl.SliceLayout(0, source))[None, :]
+    _wait()  # every program of the cluster runs
+    _send(exchange + 4 * ((rank * OWN + row % OWN) * STRIDE + output), row // OWN, partial)
+    _arrive()
+    _wait()  # every program has sent
+    own_output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))[:, None]
+    own_row = gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))[None, :]
+    at = exchange + 4 * (own_row * STRIDE + own_output)
+    total = _received(at)
+    for sender in gl.static_range(1, RANKS):
+        total += _received(at + 4 * sender * OWN * STRIDE)
+    return total
+
+
+@gluon.jit
+def _wait():
+    gl.inline_asm_elementwise("barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _arrive():
+    gl.inline_asm_elementwise("barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _send(address, rank, value):
+    """Writes to the same address of another program's shared memory."""
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; st.shared::cluster.f32 [there], $3; mov.u32 $0, 0; }",
+        "=r,r,r,f",
+        [address, rank, value],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _received(address):
+    return gl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=gl.float32, is_pure=False, pack=1)
+
+
+def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
+    """Shared memory that `open_exchange` takes."""
+    return 0 if cluster == 1 else -(-4 * rows * (outputs + _PADDING.value) // 1024) * 1024
+
+
+def launch_clustered(kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any) -> None:
+    """Launches `clusters` clusters of `cluster` programs; a program's number along the first axis counts all programs.
+
+    Triton takes the size from `num_ctas`, with which it would also spread every tensor over the cluster. Here a program's tensors
+    are its own, so the kernel is compiled without, and the launch told.
+    """
+    if cluster > 1:
+        compiled = kernel.warmup(*arguments, grid=clusters, **named)
+        warps, _, shared_memory = compiled.packed_metadata
+        compiled.packed_metadata = (warps, cluster, shared_memory)
+    kernel[clusters](*arguments, **named)
