@@ -5,7 +5,8 @@ from typing import Any
 
 from autoregressive.common.errors import OneLineParser, UserError
 from autoregressive.common.settings import PRECISIONS
-from autoregressive.serve.engine.config import ATTENTION_BACKENDS, EngineConfig
+from autoregressive.serve.engine.config import EngineConfig
+from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()
 
@@ -40,9 +41,9 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower")
     group.add_argument(
         "--attention-backend",
-        choices=ATTENTION_BACKENDS,
+        choices=BACKENDS,
         metavar="B",
-        help=f"{', '.join(ATTENTION_BACKENDS)}: Triton kernels where they run, or one or the other for certain "
+        help=f"{', '.join(BACKENDS)}: Triton kernels where they run, or one or the other for certain "
         f"(default: {_DEFAULTS.attention_backend})",
     )
     group.add_argument(

@@ -10,8 +10,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
-
-ATTENTION_BACKENDS = ("auto", "triton", "torch")
+from kernels.dispatch import BACKENDS
 
 _WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
@@ -41,8 +40,8 @@ class EngineConfig:
                 raise ValueError(f"{name} {value}: must be a whole number, 1 to {_MOST[name]}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
-        if self.attention_backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}")
+        if self.attention_backend not in BACKENDS:
+            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}")
 
     @property
     def runner(self) -> RunnerConfig:
