@@ -239,10 +239,10 @@ class Engine:
             scheduler.allocate(steps)
             if scheduler.take_changed():
                 batch.load(rows, images)
-            self._pacer.begin()
+            begun = self._pacer.begin()
             self.runner.run(batch, len(rows), len(images), steps)
             self._retire(scheduler.advance(steps))
-            self._pacer.end(steps, len(rows))
+            self._pacer.end(begun, steps, len(rows))
         return steps
 
     def _retire(self, ended: list[RunningRequest]) -> None:
