@@ -117,17 +117,17 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         (["--max-num-seqs", "0"], "--max-num-seqs 0"),
         (["--max-num-seqs", "1"], "needs 2 rows (a guided image has two) and --max-num-seqs is 1: raise"),
         (["--num-pages", "31"], "needs 32 pages of 16 tokens and the pool has 31: raise --num-pages"),
-        (["--attention-backend", "triton"], "triton"),
+        (["--attention-backend", "triton"], "--attention-backend triton: cpu is no GPU of compute capability 8.0; use auto"),
     ],
 )
-def test_a_mistake_is_found_before_sampling(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:
-    """Fails if sampling starts in spite of a mistake, the message does not name the flag, or the picture before is lost."""
+def test_a_mistake_is_found_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:
+    """Fails if anything is loaded in spite of a mistake, the message does not name the flag, or the picture before is lost."""
     (work / "x.png").write_bytes(b"old")
 
-    def sampled(*_: object, **__: object) -> None:
-        pytest.fail("sampling began")
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("weights were looked for")
 
-    monkeypatch.setattr(Engine, "step", sampled)
+    monkeypatch.setattr(sample_c2i, "find_weights", loaded)
     with pytest.raises(UserError, match=re.escape(said)):
         draw("--output", "x.png", *typed)
     assert (work / "x.png").read_bytes() == b"old"

@@ -17,6 +17,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
 from autoregressive.serve.engine.batch import BatchShape
@@ -25,6 +26,7 @@ from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+from kernels.dispatch import select_operations
 
 COMMAND = "autoregressive/serve/sample_c2i.py"
 PURPOSE = """\
@@ -127,13 +129,15 @@ def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings)
     """Finds out before any long work whether the engine can ever draw such a picture; how much memory there is shows later.
 
     Raises:
-        UserError: too few rows or pages were asked for.
+        UserError: too few rows or pages were asked for, or a backend that does not run on the device.
     """
     model = settings.model
+    gpt = GPT_SHAPES[model.gpt_model]
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes)
     try:
+        select_operations(model.device, model.precision, gpt.dim // gpt.n_head, config.attention_backend, tell=lambda _: None)
         Scheduler(limits).check_fits(params)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
