@@ -19,6 +19,7 @@ from autoregressive.common.images import JSON_KEY
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i
+from autoregressive.serve.engine import config
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.floor import Ceilings, JobFloor
 from autoregressive.serve.sample_c2i import Speed
@@ -186,17 +187,65 @@ def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.Capt
     assert os.listdir(work) == []
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")])
-def test_too_little_memory_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
-    """Fails if running out of memory ends in a traceback, or does not say what to do."""
+MEMORY_ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS)
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("", "lower --max-num-seqs, use a smaller model or use --precision bf16"),
+        ("--precision bf16", "lower --max-num-seqs or use a smaller model"),
+        ("--num-pages 700", "lower --num-pages, lower --max-num-seqs, use a smaller model or use --precision bf16"),
+        ("--page-size 64", "lower --page-size, lower --max-num-seqs, use a smaller model or use --precision bf16"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, typed: str, advice: str
+) -> None:
+    """Fails if running out of memory ends in a traceback, or the advice passes over the flag that was typed."""
 
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Engine, "generate", exhausted)
-    with pytest.raises(UserError, match="lower --max-num-seqs"):
-        draw()
+    with pytest.raises(UserError, match=f"^cpu has too little free memory: {advice}$"):
+        draw(*typed.split())
     assert os.listdir(work) == []
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS)
+def test_weights_that_do_not_fit_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    """Fails if the advice is about pages and rows, of which there are none while weights are loaded."""
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sample_c2i, "load_models", exhausted)
+    with pytest.raises(UserError, match=r"^cpu has too little free memory: use a smaller model or use --precision bf16$"):
+        draw("--num-pages", "700")
+
+
+LESS = "give --num-pages or use a smaller model"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        # A page of 16 tokens of GPT-demo takes 256 KiB in float32; of 16 MiB, a quarter is for pages that nobody asked for.
+        ("", f"needs 32 pages of 16 tokens and the pool has 16: {LESS}"),
+        ("--page-size 256", f"needs 2 pages of 256 tokens and the pool has 1: lower --page-size, {LESS}"),
+        ("--page-size 1024", f"(it may take 25% of 16.0 MiB; a page of 1024 tokens takes 16.0 MiB): lower --page-size, {LESS}"),
+        ("--num-pages 65", "--num-pages 65: a page of 16 tokens takes 0.2 MiB, and 16.0 MiB of 16.0 MiB are free on cpu"),
+        ("--page-size 128 --num-pages 9", "lower --num-pages to 8 or less"),
+        ("--page-size 2048 --num-pages 2", "16.0 MiB are free on cpu: lower --page-size or use a smaller model"),
+    ],
+)
+def test_a_pool_that_does_not_fit_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str) -> None:
+    """Fails if the process is left to run out of memory, or the line advises another flag than the one that was typed."""
+    monkeypatch.setattr(config, "memory_of", lambda device: (16 * 2**20, 16 * 2**20))
+    with pytest.raises(UserError, match=re.escape(said)):
+        draw("--class-labels", "0", *typed.split())
 
 
 def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
@@ -18,6 +18,12 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+
+
+def either(alternatives: Sequence[object]) -> str:
+    """One or more of them as a message lists them: a, b or c."""
+    *most, last = map(str, alternatives)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def tell(message: str) -> None:

@@ -6,7 +6,7 @@ Flags not typed take the values of the chosen model, so only what the user typed
 import argparse
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from autoregressive.common.classes import ClassNames, numbered_classes
 from autoregressive.common.defaults import DEMO_MODEL, ModelDefaults, model_defaults
 from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import UserError
+from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
@@ -133,7 +133,7 @@ def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: 
         there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
         return next(there, defaults.image_size)
     hint = "" if arguments.gpt_model else "; name another model with --gpt-model"
-    _require(size in defaults.image_sizes, "--image-size", size, f"{_either(defaults.image_sizes)} for {gpt_model}{hint}")
+    _require(size in defaults.image_sizes, "--image-size", size, f"{either(defaults.image_sizes)} for {gpt_model}{hint}")
     if published is not None and published.image_size != size:
         raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
     return size
@@ -159,7 +159,7 @@ def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> 
     wanted = _or(arguments.downsample_size, VQ_CONFIGS[defaults.vq_model].downsample_size)
     fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
     sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
-    _require(bool(fitting), "--downsample-size", wanted, _either(sizes))
+    _require(bool(fitting), "--downsample-size", wanted, either(sizes))
     return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
 
 
@@ -292,6 +292,3 @@ def _require(holds: bool, flag: str, value: object, allowed: str) -> None:
         raise UserError(f"{flag} {value}: must be {allowed}")
 
 
-def _either(values: Sequence[int]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -4,7 +4,8 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from autoregressive.common.arguments import build_parser
 from autoregressive.common.devices import now, threads_that_pay
-from autoregressive.common.errors import OneLineParser, UserError, run_command, tell
+from autoregressive.common.errors import OneLineParser, UserError, either, run_command, tell
 from autoregressive.common.results import save_results
 from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
 from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
@@ -21,7 +22,7 @@ from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
@@ -95,16 +96,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = replace(settings, compile=False)  # the pictures' record must not claim it
     found = find_weights(settings.model)
     set_numerics(settings)
-    try:
+    with _saying_what_needs_less_memory(settings):
         models = load_models(settings.model, found)
-        warning = untrained_warning(settings.model, found)
-        if warning is not None:
-            tell(warning)
-        codes, pixels, speed = draw(models, settings, params, config)
+    warning = untrained_warning(settings.model, found)
+    if warning is not None:
+        tell(warning)
+    try:
+        with _saying_what_needs_less_memory(settings, config):
+            codes, pixels, speed = draw(models, settings, params, config)
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
-    except RuntimeError as error:
-        raise _mendable(error, settings) from error
     grid = save_results(settings, found, codes, pixels, loop="paged")
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
     print(f"gpt sampling takes about {speed.sampling_seconds:.2f} seconds.")
@@ -198,12 +199,19 @@ def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _mendable(error: RuntimeError, settings: Settings) -> Exception:
-    """What to tell the user about a failure inside torch; the error itself where there is nothing to tell."""
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        device = settings.model.device
-        return UserError(f"{device} has too little free memory: lower --max-num-seqs, use a smaller model, or use --precision bf16")
-    return error
+@contextmanager
+def _saying_what_needs_less_memory(settings: Settings, config: EngineConfig | None = None) -> Iterator[None]:
+    """Turns running out of memory into the user's line, what was typed first; `config`: where the engine's settings matter."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        model = settings.model
+        ways = ways_to_less_memory(config, model.device) if config is not None else []
+        ways += ["use a smaller model"]
+        ways += ["use --precision bf16"] if model.precision == torch.float32 else []
+        raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
 
 
 if __name__ == "__main__":

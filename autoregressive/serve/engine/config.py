@@ -6,6 +6,7 @@ from numbers import Integral
 
 import torch
 
+from autoregressive.common.errors import either
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes
@@ -49,18 +50,64 @@ class EngineConfig:
         return RunnerConfig(self.attention_backend, self.enforce_eager, self.deterministic)
 
 
-def default_num_pages(gpt: Transformer, shape: BatchShape, utilization: float) -> int:
-    """Pages for as many rows as memory allows, at most for `max_rows`.
+def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int:
+    """Pages of the KV cache: as many as were asked for, else as many as memory gives, at most for `max_rows` rows.
 
     Raises:
-        ValueError: no memory is left.
+        ValueError: so many do not fit, or not even one; the message names what was set, and what to do.
     """
-    weight = gpt.tok_embeddings.weight
-    bytes_of_page = page_bytes(gpt, shape.page_size)
+    device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
+    free_bytes, total_bytes = memory_of(device)
+    free, total, page = (_readable(size) for size in (free_bytes, total_bytes, bytes_of_page))
+    page = f"a page of {shape.page_size} tokens takes {page}"
+    if config.num_pages is not None:
+        fitting = free_bytes // bytes_of_page
+        if config.num_pages > fitting:
+            fewer = [f"lower num_pages to {fitting} or less"]
+            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"])
+            raise ValueError(f"num_pages {config.num_pages}: {page}, and {free} of {total} are free on {device}: {ways}")
+        return config.num_pages
     most = shape.max_rows * shape.pages_per_row
-    if weight.device.type == "cuda":
+    if device.type == "cuda":
+        share, reserve_bytes = config.gpu_memory_utilization, _WORKSPACE_BYTES
+        bounds = f"{free} of {total} free, {_readable(reserve_bytes)} reserved, gpu_memory_utilization {share:g}"
+    else:
+        share, reserve_bytes = _CPU_SHARE, 0
+        bounds = f"it may take {share:.0%} of {total}"
+    pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
+    if pages == 0:
+        raise ValueError(f"no memory for the KV cache ({bounds}; {page}): {ways_to_more_pages(config, device)}")
+    return pages
+
+
+def ways_to_more_pages(config: EngineConfig, device: torch.device) -> str:
+    """What to do where the pool has too few pages, for a message; begins with what was set."""
+    if config.num_pages is not None:
+        return "raise num_pages"
+    more = "raise gpu_memory_utilization" if device.type == "cuda" else "give num_pages"
+    return either([*_smaller_pages(config), more, "use a smaller model"])
+
+
+def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[str]:
+    """Which settings of the engine to change where memory runs out in spite of all forecasts; begins with what was set."""
+    pages = ["lower num_pages"] if config.num_pages is not None else []
+    if not pages and device.type == "cuda":
+        pages = ["lower gpu_memory_utilization"]
+    return [*pages, *_smaller_pages(config), "lower max_num_seqs"]
+
+
+def _smaller_pages(config: EngineConfig) -> list[str]:
+    return ["lower page_size"] if config.page_size > EngineConfig.page_size else []
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device that are free, and all; of a CPU, whose memory the system can clear, all count as free."""
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
-        free_bytes, total_bytes = torch.cuda.mem_get_info(weight.device)
-        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, bytes_of_page, most)
+        return torch.cuda.mem_get_info(device)
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, bytes_of_page, most)
+    return total_bytes, total_bytes
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
