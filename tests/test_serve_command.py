@@ -156,6 +156,13 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
 
 
+def test_the_process_is_left_as_it_was(work: Path) -> None:
+    """Fails if the command leaves a switch behind that changes the numbers of whatever the process does next."""
+    draw("--class-labels", "0", "--cfg-scale", "1")
+    assert torch.get_float32_matmul_precision() == "highest"  # as every test starts: conftest.py
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_compile_is_accepted_and_said_to_do_nothing(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

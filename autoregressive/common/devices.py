@@ -45,6 +45,23 @@ def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their place; it does again afterwards.
+
+    The switches are the whole process's: products of other threads go by them for as long.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]  # reads what either of torch's two interfaces has set
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
 def now(device: torch.device) -> float:
     """Seconds, once the device has done all that it was given; only differences mean something."""
     if device.type == "cuda":

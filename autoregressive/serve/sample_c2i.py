@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tell("--compile has no effect here: kernels and CUDA graphs take its place")
         settings = replace(settings, compile=False)  # the pictures' record must not claim it
     found = find_weights(settings.model)
-    set_numerics(settings)
+    if settings.model.device.type == "cuda":
+        torch.cuda.set_device(settings.model.device)
     with _saying_what_needs_less_memory(settings):
         models = load_models(settings.model, found)
     warning = untrained_warning(settings.model, found)
@@ -142,14 +143,6 @@ def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings)
         Scheduler(limits).check_fits(params)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
-
-
-def set_numerics(settings: Settings) -> None:
-    """TF32 for float32 products on a GPU, as the naive command has it."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    if settings.model.device.type == "cuda":
-        torch.cuda.set_device(settings.model.device)
 
 
 def draw(models: LoadedModels, settings: Settings, params: SamplingParams, config: EngineConfig) -> tuple[Tensor, Tensor, Speed]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoregressive.common.devices import ieee_float32
 from autoregressive.common.errors import tell
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -84,6 +85,7 @@ class ModelRunner:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
+    @ieee_float32()
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles the kernels and captures a graph for every bucket of rows; without effect where there are no graphs.
 
@@ -107,6 +109,7 @@ class ModelRunner:
             if progress is not None:
                 progress(done + 1, len(buckets))
 
+    @ieee_float32()
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
         """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
         assert 1 <= images <= rows <= self.shape.max_rows
