@@ -35,10 +35,12 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "--gpu-memory-utilization",
         type=float,
         metavar="X",
-        help="share of the GPU's memory that may be filled, everything counted; without effect beside --num-pages "
+        help="share of the GPU's memory that may be filled, everything counted; no effect beside --num-pages, none on a CPU "
         f"(default: {_DEFAULTS.gpu_memory_utilization})",
     )
-    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower")
+    group.add_argument(
+        "--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower; no effect on a CPU"
+    )
     group.add_argument(
         "--attention-backend",
         choices=BACKENDS,
@@ -49,7 +51,8 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="a picture's tokens do not depend on what else is drawn, also where that costs speed",
+        help="with Triton kernels: a picture's tokens do not depend on what else is drawn, above 64 rows too, where that costs "
+        "speed; with torch's operations (a CPU, an older GPU, --attention-backend torch): no promise",
     )
     group.add_argument(
         "--precision",

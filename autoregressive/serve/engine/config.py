@@ -33,7 +33,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    deterministic: bool = False  # an image's codes do not depend on its neighbours, also where that costs speed
+    deterministic: bool = False  # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
 
     def __post_init__(self) -> None:
         for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
