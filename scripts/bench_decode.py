@@ -17,20 +17,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from bench_models import PAPER_MODELS, random_transformer
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.defaults import DEMO_MODEL, model_defaults
-from autoregressive.common.devices import now, resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.model_runner import page_bytes
-from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+with slow_imports(__name__):
+    import torch
+    from bench_models import PAPER_MODELS, random_transformer
+
+    from autoregressive.common.defaults import DEMO_MODEL, model_defaults
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.model_runner import page_bytes
+    from autoregressive.serve.engine.request import SamplingParams
+    from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
+    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
-from safetensors.torch import save_file
-from torch import Tensor, distributed
-from torch.distributed.tensor import Shard, distribute_tensor
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.checkpoint import load_weights
-from autoregressive.common.devices import now
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.models.gpt import GPT_models, Transformer
+with slow_imports(__name__):
+    import torch
+    import torch.distributed.checkpoint as dcp
+    import torch.multiprocessing
+    from safetensors.torch import save_file
+    from torch import Tensor, distributed
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from autoregressive.common.checkpoint import load_weights
+    from autoregressive.common.devices import now
+    from autoregressive.common.files import write_whole
+    from autoregressive.models.gpt import GPT_models, Transformer
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors

@@ -12,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from autoregressive.common.errors import OneLineParser, run_command, slow_imports
 
-from autoregressive.common.devices import now, resolve_device
-from autoregressive.common.errors import OneLineParser, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.serve.engine.pixel_decoder import PixelDecoder
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 _NAIVE_IMAGES = 8  # at once: more need too much memory in float32
 _WARM_UPS = 3

@@ -20,24 +20,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from bench_models import PAPER_MODELS, empty_transformer
-from speedup_report import METHODS, ModelRow, chart, markdown
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.defaults import DEMO_MODEL
-from autoregressive.common.devices import now, resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import check_own_folder, write_whole
-from autoregressive.common.settings import Settings, resolve_settings
-from autoregressive.common.weights import find_weights, load_models
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
-from autoregressive.serve.sample_c2i import sampling_params
+with slow_imports(__name__):
+    import torch
+    from bench_models import PAPER_MODELS, empty_transformer
+    from speedup_report import METHODS, ModelRow, chart, markdown
+
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.defaults import DEMO_MODEL
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import check_own_folder, write_whole
+    from autoregressive.common.settings import Settings, resolve_settings
+    from autoregressive.common.weights import find_weights, load_models
+    from autoregressive.models.generate import generate
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
+    from autoregressive.serve.sample_c2i import sampling_params
 
 _EAGER_WARM_UP_TOKENS = 16
 

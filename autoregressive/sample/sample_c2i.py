@@ -8,18 +8,20 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from autoregressive.common.errors import UserError, run_command, slow_imports, tell
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.devices import now, threads_that_pay
-from autoregressive.common.errors import UserError, run_command, tell
-from autoregressive.common.results import save_results
-from autoregressive.common.settings import Settings, list_classes, resolve_settings
-from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.generate import NonFiniteLogitsError, generate
-from autoregressive.models.gpt import Transformer
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.devices import now, threads_that_pay
+    from autoregressive.common.results import save_results
+    from autoregressive.common.settings import Settings, list_classes, resolve_settings
+    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.models.generate import NonFiniteLogitsError, generate
+    from autoregressive.models.gpt import Transformer
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 

@@ -8,26 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from autoregressive.common.errors import OneLineParser, UserError, either, run_command, slow_imports, tell
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.devices import now, threads_that_pay
-from autoregressive.common.errors import OneLineParser, UserError, either, run_command, tell
-from autoregressive.common.results import save_results
-from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
-from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.config import GPT_SHAPES
-from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
-from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.engine.scheduler import Limits, Scheduler
-from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
-from kernels.dispatch import select_operations
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.devices import now, threads_that_pay
+    from autoregressive.common.results import save_results
+    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
+    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.models.config import GPT_SHAPES
+    from autoregressive.models.generate import NonFiniteLogitsError
+    from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
+    from autoregressive.serve.engine.batch import BatchShape
+    from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.request import SamplingParams
+    from autoregressive.serve.engine.scheduler import Limits, Scheduler
+    from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+    from kernels.dispatch import select_operations
 
 COMMAND = "autoregressive/serve/sample_c2i.py"
 PURPOSE = """\
