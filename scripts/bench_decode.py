@@ -24,7 +24,7 @@ with slow_imports(__name__):
     from bench_models import PAPER_MODELS, random_transformer
 
     from autoregressive.common.defaults import DEMO_MODEL, model_defaults
-    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.devices import default_precision, now, resolve_device
     from autoregressive.common.files import write_whole
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.config import EngineConfig
@@ -79,9 +79,9 @@ class Result:
 
 
 def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
-    """Random weights on the device: bf16, float32 on a CPU."""
+    """Random weights on the device: bf16 (fp16 on a GPU without), float32 on a CPU."""
     device = options.device
-    gpt = random_transformer(model, options.image_size, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    gpt = random_transformer(model, options.image_size, device, default_precision(device))
     vq = None
     if options.pixels:
         torch.manual_seed(0)
@@ -92,7 +92,7 @@ def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
 def measure(model: str, options: Options) -> dict[str, object]:
     """All numbers of rows of one model, with one engine."""
     device, defaults = options.device, model_defaults(model)
-    ceilings = measure_ceilings(device, torch.bfloat16) if device.type == "cuda" else None
+    ceilings = measure_ceilings(device, default_precision(device)) if device.type == "cuda" else None
     params = SamplingParams(cfg_scale=defaults.cfg_scale, top_k=defaults.top_k)
     gpt, vq = build(model, options)
     if ceilings is not None:

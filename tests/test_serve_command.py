@@ -1,12 +1,15 @@
 """The engine's command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from safetensors.torch import save_file
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.images import JSON_KEY
+from autoregressive.common.settings import Settings, resolve_settings
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i
@@ -161,6 +165,20 @@ def test_the_process_is_left_as_it_was(work: Path) -> None:
     draw("--class-labels", "0", "--cfg-scale", "1")
     assert torch.get_float32_matmul_precision() == "highest"  # as every test starts: conftest.py
     assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("command", [sample_c2i, naive])
+def test_a_changed_precision_is_said_once(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: ModuleType
+) -> None:
+    """Fails if one of the commands passes over in silence that an older GPU runs in fp16, or repeats it."""
+
+    def resolve(arguments: argparse.Namespace) -> Settings:
+        return replace(resolve_settings(arguments), note="in fp16")
+
+    monkeypatch.setattr(command, "resolve_settings", resolve)
+    command.main([*FLAGS, "--class-labels", "0", "--cfg-scale", "1"])
+    assert capsys.readouterr().err.count("in fp16\n") == 1
 
 
 def test_compile_is_accepted_and_said_to_do_nothing(

@@ -10,6 +10,7 @@ import torch
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 
+_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs that multiply in bf16
 _NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
@@ -31,6 +32,13 @@ def resolve_device(name: str) -> torch.device:
     if found is None:
         raise UserError(f"--device {name}: the GPUs here are cuda:0 to cuda:{len(there) - 1}")
     return found
+
+
+def default_precision(device: torch.device) -> torch.dtype:
+    """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else torch.float16
 
 
 @contextmanager

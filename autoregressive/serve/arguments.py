@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from autoregressive.common.arguments import PRECISION_HELP
 from autoregressive.common.errors import OneLineParser, UserError
 from autoregressive.common.settings import PRECISIONS
 from autoregressive.serve.engine.config import EngineConfig
@@ -58,8 +59,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "--precision",
         choices=list(PRECISIONS),
         metavar="P",
-        help="of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU, none on a CPU); pixels are decoded in "
-        "bf16 on a GPU, 45 dB or more from float32's",
+        help=f"{PRECISION_HELP}; pixels are decoded in bf16 on a GPU that has it, 45 dB or more from float32's",
     )
     group.add_argument(
         "--compile", action="store_true", help="accepted, without effect: kernels and CUDA graphs take torch.compile's place"

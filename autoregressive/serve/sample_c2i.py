@@ -18,7 +18,7 @@ with slow_imports(__name__):
     from autoregressive.common.arguments import build_parser
     from autoregressive.common.devices import now, threads_that_pay
     from autoregressive.common.results import save_results
-    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
+    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings, smaller_precision
     from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.generate import NonFiniteLogitsError
@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.compile:
         tell("--compile has no effect here: kernels and CUDA graphs take its place")
         settings = replace(settings, compile=False)  # the pictures' record must not claim it
+    if settings.note is not None:
+        tell(settings.note)
     found = find_weights(settings.model)
     if settings.model.device.type == "cuda":
         torch.cuda.set_device(settings.model.device)
@@ -204,8 +206,7 @@ def _saying_what_needs_less_memory(settings: Settings, config: EngineConfig | No
             raise
         model = settings.model
         ways = ways_to_less_memory(config, model.device) if config is not None else []
-        ways += ["use a smaller model"]
-        ways += ["use --precision bf16"] if model.precision == torch.float32 else []
+        ways += ["use a smaller model", *smaller_precision(model)]
         raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
 
 
