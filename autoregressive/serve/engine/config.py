@@ -9,11 +9,11 @@ import torch
 from autoregressive.common.errors import either
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes
+from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes, workspace_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
 from kernels.dispatch import BACKENDS
 
-_WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
+_RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and workspaces: captured graphs, libraries, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
@@ -58,19 +58,21 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     """
     device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
     free_bytes, total_bytes = memory_of(device)
-    free, total, page = (_readable(size) for size in (free_bytes, total_bytes, bytes_of_page))
+    steps_bytes = workspace_bytes(gpt, shape, config.runner)
+    free, total, page, steps = (_readable(size) for size in (free_bytes, total_bytes, bytes_of_page, steps_bytes))
     page = f"a page of {shape.page_size} tokens takes {page}"
+    steps = f"{steps} for steps of {shape.max_rows} rows"
     if config.num_pages is not None:
-        fitting = free_bytes // bytes_of_page
+        fitting = max(0, free_bytes - steps_bytes) // bytes_of_page
         if config.num_pages > fitting:
             fewer = [f"lower num_pages to {fitting} or less"]
-            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"])
-            raise ValueError(f"num_pages {config.num_pages}: {page}, and {free} of {total} are free on {device}: {ways}")
+            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "lower max_num_seqs", "use a smaller model"])
+            raise ValueError(f"num_pages {config.num_pages}: {page}, and {device} has {free} of {total} free, {steps}: {ways}")
         return config.num_pages
     most = shape.max_rows * shape.pages_per_row
     if device.type == "cuda":
-        share, reserve_bytes = config.gpu_memory_utilization, _WORKSPACE_BYTES
-        bounds = f"{free} of {total} free, {_readable(reserve_bytes)} reserved, gpu_memory_utilization {share:g}"
+        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps_bytes
+        bounds = f"{free} of {total} free, {_readable(_RESERVE_BYTES)} reserved, {steps}, gpu_memory_utilization {share:g}"
     else:
         share, reserve_bytes = _CPU_SHARE, 0
         bounds = f"it may take {share:.0%} of {total}"
@@ -84,8 +86,8 @@ def ways_to_more_pages(config: EngineConfig, device: torch.device) -> str:
     """What to do where the pool has too few pages, for a message; begins with what was set."""
     if config.num_pages is not None:
         return "raise num_pages"
-    more = "raise gpu_memory_utilization" if device.type == "cuda" else "give num_pages"
-    return either([*_smaller_pages(config), more, "use a smaller model"])
+    more = ["raise gpu_memory_utilization", "lower max_num_seqs"] if device.type == "cuda" else ["give num_pages"]
+    return either([*_smaller_pages(config), *more, "use a smaller model"])
 
 
 def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[str]:
