@@ -13,26 +13,26 @@ import argparse
 import gc
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.defaults import DEMO_MODEL, model_defaults
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
-from kernels.attention import head_stride
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
+with slow_imports(__name__):
+    import torch
+    from bench_models import PAPER_MODELS, random_transformer
 
-PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
+    from autoregressive.common.defaults import DEMO_MODEL, model_defaults
+    from autoregressive.common.devices import default_precision, now, resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.model_runner import page_bytes
+    from autoregressive.serve.engine.request import SamplingParams
+    from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
+    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 
 @dataclass(frozen=True)
@@ -79,34 +79,29 @@ class Result:
 
 
 def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
-    """Random weights on the device: bf16, float32 on a CPU."""
-    defaults, device = model_defaults(model), options.device
-    tokenizer = VQ_CONFIGS[defaults.vq_model]
-    grid = (options.image_size or defaults.image_size) // tokenizer.downsample_size
-    with torch.device("meta"):
-        gpt = GPT_models[model](vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes)
-    gpt = gpt.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
-    gpt.init_weights(torch.Generator(device).manual_seed(0))
+    """Random weights on the device: bf16 (fp16 on a GPU without), float32 on a CPU."""
+    device = options.device
+    gpt = random_transformer(model, options.image_size, device, default_precision(device))
     vq = None
     if options.pixels:
         torch.manual_seed(0)
-        vq = VQ_models[defaults.vq_model]().to(device).eval().requires_grad_(False)
-    return gpt.eval().requires_grad_(False), vq
+        vq = VQ_models[model_defaults(model).vq_model]().to(device).eval().requires_grad_(False)
+    return gpt, vq
 
 
 def measure(model: str, options: Options) -> dict[str, object]:
     """All numbers of rows of one model, with one engine."""
     device, defaults = options.device, model_defaults(model)
-    ceilings = measure_ceilings(device, torch.bfloat16) if device.type == "cuda" else None
+    ceilings = measure_ceilings(device, default_precision(device)) if device.type == "cuda" else None
     params = SamplingParams(cfg_scale=defaults.cfg_scale, top_k=defaults.top_k)
     gpt, vq = build(model, options)
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)
     floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
     config = EngineConfig(max(options.rows), deterministic=options.deterministic, enforce_eager=options.enforce_eager)
-    began = _now(device)
+    began = now(device)
     engine = Engine(gpt, vq, config)
-    start_seconds = _now(device) - began
+    start_seconds = now(device) - began
     engine.generate([0], params, decode=options.pixels)
     results = []
     for rows in options.rows:
@@ -114,9 +109,9 @@ def measure(model: str, options: Options) -> dict[str, object]:
         labels = [image % engine.num_classes for image in range(images)]
         times = []
         for repeat in range(options.repeats):
-            began = _now(device)
+            began = now(device)
             engine.generate(labels, replace(params, seed=repeat), decode=options.pixels)
-            times.append(_now(device) - began)
+            times.append(now(device) - began)
         job = job_floor(floor, engine.scheduler.limits, [params] * images)
         floor_seconds = None if ceilings is None else job.seconds
         results.append(Result(model, rows, images, job.steps, statistics.median(times), times, floor_seconds))
@@ -130,11 +125,10 @@ def measure(model: str, options: Options) -> dict[str, object]:
 
 def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
     """The peak of what torch has taken from the GPU, and what of it is neither weights nor pages."""
-    weight, config, limits = gpt.output.weight, gpt.config, engine.scheduler.limits
-    peak = torch.cuda.max_memory_reserved(weight.device)
+    limits = engine.scheduler.limits
+    peak = torch.cuda.max_memory_reserved(engine.device)
     weights = sum(parameter.nbytes for parameter in gpt.parameters())
-    head_bytes = head_stride(config.head_size, weight.element_size()) * weight.element_size()
-    pages = limits.num_pages * limits.page_size * 2 * config.n_layer * config.n_head * head_bytes
+    pages = limits.num_pages * page_bytes(gpt, limits.page_size)
     sizes = {"peak": peak, "weights": weights, "pages": pages, "other": peak - weights - pages}
     return {name: size / 2**30 for name, size in sizes.items()}
 
@@ -142,12 +136,6 @@ def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
 def with_rates(result: Result) -> dict[str, object]:
     """Ready for JSON."""
     return asdict(result) | {"step_ms": result.step_ms, "share": result.share, "images_per_second": result.images / result.seconds}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure_or_say_why(model: str, options: Options) -> dict[str, object]:

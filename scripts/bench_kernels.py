@@ -16,18 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from bench_kernel_cases import Case, Setting, cases
-from bench_models import PAPER_MODELS, config_of
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.common.settings import PRECISIONS
-from autoregressive.models.config import GPT_SHAPES
-from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
-from kernels.configs import tile_table
-from kernels.dispatch import triton_operations, triton_runs_on
+with slow_imports(__name__):
+    import torch
+    from bench_kernel_cases import Case, Setting, cases
+    from bench_models import PAPER_MODELS, config_of
+
+    from autoregressive.common.devices import resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.common.settings import PRECISIONS
+    from autoregressive.models.config import GPT_SHAPES
+    from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
+    from kernels.configs import tile_table
+    from kernels.dispatch import triton_operations, triton_runs_on
 
 REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count

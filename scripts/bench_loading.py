@@ -15,23 +15,25 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
-from safetensors.torch import save_file
-from torch import Tensor, distributed
-from torch.distributed.tensor import Shard, distribute_tensor
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.checkpoint import load_weights
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.models.gpt import GPT_models, Transformer
+with slow_imports(__name__):
+    import torch
+    import torch.distributed.checkpoint as dcp
+    import torch.multiprocessing
+    from safetensors.torch import save_file
+    from torch import Tensor, distributed
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from autoregressive.common.checkpoint import load_weights
+    from autoregressive.common.devices import now
+    from autoregressive.common.files import write_whole
+    from autoregressive.models.gpt import GPT_models, Transformer
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors
@@ -149,11 +151,9 @@ def measure_here(kind: str, name: str, path: Path, device: torch.device) -> Meas
     model = build_on_meta(name)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
     with sampled_peak() as peak:
-        began = time.perf_counter()
+        began = now(device)
         load_weights(model, path, device=device, dtype=torch.bfloat16)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
+        seconds = now(device) - began
     files = [path] if path.is_file() else list(path.iterdir())
     return Measurement(
         kind=kind,

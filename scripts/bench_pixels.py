@@ -8,19 +8,20 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from autoregressive.common.errors import OneLineParser, run_command, slow_imports
 
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.serve.engine.pixel_decoder import PixelDecoder
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 _NAIVE_IMAGES = 8  # at once: more need too much memory in float32
 _WARM_UPS = 3
@@ -46,9 +47,9 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> 
     """Milliseconds by the host's clock, the device idle before and after."""
     times = []
     for _ in range(_WARM_UPS + repeats):
-        began = _now(device)
+        began = now(device)
         run()
-        times.append((_now(device) - began) * 1e3)
+        times.append((now(device) - began) * 1e3)
     return statistics.median(times[_WARM_UPS:])
 
 
@@ -69,9 +70,9 @@ def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> d
     """All batches at one size of image, and what building the decoder (compiling, capturing) took: seconds and memory."""
     device = vq.quantize.embedding.weight.device
     grid = image_size // vq.config.downsample_size
-    before, began = _reserved_bytes(device), _now(device)
+    before, began = _reserved_bytes(device), now(device)
     decoder = PixelDecoder(vq, grid, device)
-    start_seconds, mib = _now(device) - began, (_reserved_bytes(device) - before) / 2**20
+    start_seconds, mib = now(device) - began, (_reserved_bytes(device) - before) / 2**20
     print(f"{image_size:>4} px: the decoder was ready after {start_seconds:.1f} s and keeps {mib:.0f} MiB", flush=True)
     results = []
     for images in batches:
@@ -94,12 +95,6 @@ def row(result: Result) -> str:
     psnr = "equal" if result.worst_psnr is None else f"{result.worst_psnr:.1f}"
     times = f"{result.naive_ms:>9.2f} {result.engine_ms:>9.2f} {result.engine_ms / result.images:>9.2f}"
     return f"{result.image_size:>4} px {result.images:>6} {times} {result.speed_up:>8.2f}x {psnr:>7}"
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _reserved_bytes(device: torch.device) -> int:

@@ -9,14 +9,16 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.strictness import COMPUTED_HERE, identify
-from autoregressive.common.weight_source import WeightSource
+with slow_imports(__name__):
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+
+    from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
+    from autoregressive.common.strictness import COMPUTED_HERE, identify
+    from autoregressive.common.weight_source import WeightSource
 
 EXAMPLES = """\
 examples:

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.hub import fetch
-from autoregressive.common.published import HUB_REPOSITORY, PUBLISHED_FILES, UNPUBLISHED, PublishedFile
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+
+with slow_imports(__name__):
+    from autoregressive.common.hub import fetch
+    from autoregressive.common.published import HUB_REPOSITORY, PUBLISHED_FILES, UNPUBLISHED, PublishedFile
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[1] / "pretrained_models"
 EXAMPLES = f"""\

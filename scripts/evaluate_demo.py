@@ -15,27 +15,29 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-import torchvision
-from demo_stages import load_tokenizer
-from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render, render_batch, step_generator
-from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
-from torchvision.utils import make_grid, save_image
-from train_demo import ROOT
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.checkpoint import load_weights
-from autoregressive.common.defaults import model_defaults
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
-from tokenizer.tokenizer_image.vq_model import VQModel
+with slow_imports(__name__):
+    import torch
+    import torch.nn.functional as F
+    import torchvision
+    from demo_stages import load_tokenizer
+    from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render, render_batch, step_generator
+    from torch import Tensor, nn
+    from torchvision.transforms.v2.functional import gaussian_blur
+    from torchvision.utils import make_grid, save_image
+    from train_demo import ROOT
+
+    from autoregressive.common.checkpoint import load_weights
+    from autoregressive.common.defaults import model_defaults
+    from autoregressive.common.devices import resolve_device
+    from autoregressive.common.files import write_whole
+    from autoregressive.models.generate import generate
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.request import SamplingParams
+    from tokenizer.tokenizer_image.vq_model import VQModel
 
 QUARTER = IMAGE_SIZE // 4
 

@@ -20,23 +20,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_models import config_of, random_transformer
-from step_times import HEADER, ORDER, Kernel, OperationTime, summed, with_floor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.defaults import DEMO_MODEL
-from autoregressive.common.devices import resolve_device, threads_that_pay
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
-from autoregressive.common.settings import PRECISIONS
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
-from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
-from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
-from kernels.dispatch import Operations, triton_runs_on
+with slow_imports(__name__):
+    import torch
+    from bench_models import config_of, random_transformer
+    from step_times import HEADER, ORDER, Kernel, OperationTime, summed, with_floor
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    from autoregressive.common.defaults import DEMO_MODEL
+    from autoregressive.common.devices import resolve_device, threads_that_pay
+    from autoregressive.common.files import write_whole
+    from autoregressive.common.settings import PRECISIONS
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.serve.engine.batch import Batch, BatchShape
+    from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+    from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
+    from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
+    from kernels.dispatch import Operations, triton_runs_on
 
 STEPS = 16  # of a span; the context grows by as many
 REPEATS = 11

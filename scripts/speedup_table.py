@@ -15,32 +15,32 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from speedup_report import METHODS, ModelRow, chart, markdown
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.defaults import DEMO_MODEL, model_defaults
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import check_own_folder, write_whole
-from autoregressive.common.settings import Settings, resolve_settings
-from autoregressive.common.weights import find_weights, load_models
-from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
-from autoregressive.serve.sample_c2i import sampling_params
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
+with slow_imports(__name__):
+    import torch
+    from bench_models import PAPER_MODELS, empty_transformer
+    from speedup_report import METHODS, ModelRow, chart, markdown
 
-PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.defaults import DEMO_MODEL
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import check_own_folder, write_whole
+    from autoregressive.common.settings import Settings, resolve_settings
+    from autoregressive.common.weights import find_weights, load_models
+    from autoregressive.models.generate import generate
+    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
+    from autoregressive.serve.sample_c2i import sampling_params
+
 _EAGER_WARM_UP_TOKENS = 16
 
 
@@ -115,9 +115,9 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
     device, params = settings.model.device, sampling_params(settings.sampling)
     ceilings = measure_ceilings(device, settings.model.precision) if device.type == "cuda" else None
     rows = len(settings.labels) * params.rows
-    began = _now(device)
+    began = now(device)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=rows))
-    start_seconds = _now(device) - began
+    start_seconds = now(device) - began
 
     def run() -> None:
         with threads_that_pay(gpt.config, device):
@@ -135,15 +135,9 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """Of one run, the device idle before and after."""
-    began = _now(device)
+    began = now(device)
     run()
-    return _now(device) - began
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now(device) - began
 
 
 def work(arguments: argparse.Namespace, job: Job) -> None:
@@ -236,12 +230,7 @@ class Results:
 
 def parameters_of(model: str, image_size: int | None) -> int:
     """Elements of its weights."""
-    defaults = model_defaults(model)
-    tokenizer = VQ_CONFIGS[defaults.vq_model]
-    grid = (image_size or defaults.image_size) // tokenizer.downsample_size
-    with torch.device("meta"):
-        gpt = GPT_models[model](vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes)
-    return sum(parameter.numel() for parameter in gpt.parameters())
+    return sum(parameter.numel() for parameter in empty_transformer(model, image_size).parameters())
 
 
 def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:

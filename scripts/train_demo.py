@@ -15,16 +15,18 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch._inductor.config
-from demo_stages import GPTStage, Plan, Stage, TokenizerStage
-from emoji_data import DEFAULT_FONT, load_sprites
-from safetensors.torch import save_file
-from torch import Tensor
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.common.files import write_whole
+with slow_imports(__name__):
+    import torch
+    import torch._inductor.config
+    from demo_stages import GPTStage, Plan, Stage, TokenizerStage
+    from emoji_data import DEFAULT_FONT, load_sprites
+    from safetensors.torch import save_file
+    from torch import Tensor
+
+    from autoregressive.common.devices import resolve_device
+    from autoregressive.common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,17 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command
-from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from kernels import configs
-from kernels.attention import AttentionTiles, head_stride
-from kernels.configs import TileTable, read_table
-from kernels.dispatch import MANY_ROWS, Operations, triton_operations
-from kernels.linear import LinearTiles
-from kernels.swiglu import SwigluTiles
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+
+    from autoregressive.models.config import GPT_SHAPES, GPTConfig
+    from kernels import configs
+    from kernels.attention import AttentionTiles, head_stride
+    from kernels.configs import TileTable, read_table
+    from kernels.dispatch import MANY_ROWS, Operations, triton_operations
+    from kernels.linear import LinearTiles
+    from kernels.swiglu import SwigluTiles
 
 _ROWS = (16, 2)
 _TOKENS, _CONTEXT, _PAGE_SIZE = 576, 288, 16

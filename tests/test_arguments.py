@@ -11,7 +11,7 @@ from autoregressive.common.arguments import build_parser
 from autoregressive.common.devices import resolve_device
 from autoregressive.common.errors import UserError
 from autoregressive.common.published import PublishedFile
-from autoregressive.common.settings import Settings, list_classes, resolve_settings
+from autoregressive.common.settings import Settings, list_classes, resolve_settings, smaller_precision
 from autoregressive.common.weights import DEMO_GPT, DEMO_VQ, FoundWeights, find_weights, untrained_warning
 
 
@@ -78,7 +78,9 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(folder: Pa
     """Fails if a CPU runs slow bf16 unasked, a GPU does not run LlamaGen's bf16, or the typed precision is ignored."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert resolved(folder).model.precision == torch.bfloat16
+    assert resolved(folder).note is None
     assert resolved(folder).model.device == torch.device("cuda:0")
     assert resolved(folder, "--device", "cuda:1").model.device == torch.device("cuda:1")
     assert resolved(folder, "--device", "cpu").model.precision == torch.float32
@@ -86,6 +88,23 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(folder: Pa
     assert resolved(folder, "--precision", "none").model.precision == torch.float32
     with pytest.raises(UserError, match="cuda:0 to cuda:1"):
         resolved(folder, "--device", "cuda:2")
+
+
+def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an older GPU, such as a T4, is given bf16, which it does not compute in, or changes to fp16 in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    settings = resolved(folder)
+    assert settings.model.precision == torch.float16
+    assert settings.note == "cuda:0 has compute capability 7.5, and bf16 takes 8.0: the transformer runs in fp16"
+    for typed, precision in (("fp16", torch.float16), ("none", torch.float32)):
+        settings = resolved(folder, "--precision", typed)
+        assert (settings.model.precision, settings.note) == (precision, None)
+    assert smaller_precision(settings.model) == ["use --precision fp16"]
+    with pytest.raises(UserError, match=r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$"):
+        resolved(folder, "--precision", "bf16")
+    assert resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
 
 
 @pytest.mark.parametrize(

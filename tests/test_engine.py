@@ -10,7 +10,7 @@ import torch
 from fake_runner import VOCABULARY, FakeRunner, LateCopies, expected_codes, fake_engine, tiny_gpt
 
 from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.serve.engine.config import EngineConfig, default_num_pages
+from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory, ways_to_more_pages
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
@@ -253,9 +253,31 @@ def test_the_pool_holds_a_full_batch_where_memory_allows() -> None:
     """Fails if the default pool is smaller than the batch on a machine with room, or larger than can be of use."""
     engine, runner = fake_engine(SMALL)
     assert engine.scheduler.pool.num_pages == len(runner.pages) == 8 * 4
-    assert default_num_pages(tiny_gpt(16), engine.shape, 0.9) == 32
     fixed, _ = fake_engine(EngineConfig(num_pages=5))
     assert fixed.scheduler.pool.num_pages == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "less"),
+    [
+        (
+            EngineConfig(),
+            "raise gpu_memory_utilization, lower max_num_seqs or use a smaller model",
+            "lower gpu_memory_utilization",
+        ),
+        (EngineConfig(num_pages=9), "raise num_pages", "lower num_pages"),
+        (
+            EngineConfig(page_size=64),
+            "lower page_size, raise gpu_memory_utilization, lower max_num_seqs or use a smaller model",
+            "lower gpu_memory_utilization",
+        ),
+    ],
+)
+def test_advice_about_a_gpus_memory_is_of_use(config: EngineConfig, more: str, less: str) -> None:
+    """Fails if it names a setting that the one that was set overrides: then following it changes nothing."""
+    cuda = torch.device("cuda")
+    assert ways_to_more_pages(config, cuda) == more
+    assert ways_to_less_memory(config, cuda)[0] == less
 
 
 def test_an_idle_owner_is_woken() -> None:

@@ -1,10 +1,18 @@
 """How commands end."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from test_imports import ROOT, source_files
 
-from autoregressive.common.errors import UserError, run_command
+from autoregressive.common.errors import UserError, run_command, slow_imports
+
+COMMANDS = [path for path in source_files() if "run_command(main)" in path.read_text()]
 
 
 def ending(capsys: pytest.CaptureFixture[str], error: BaseException | None) -> tuple[int | str | None, str]:
@@ -44,3 +52,32 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     """Only what the user can mend is one line: hiding a bug would make it impossible to report."""
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: print(1 // 0))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, path: Path) -> None:
+    """Fails if Ctrl-C in a command's first seconds prints a traceback; imports that never end stand in for slow ones."""
+    for name in ("torch", "httpx2"):
+        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (130, f"\n{path.name}: interrupted\n")
+
+
+def test_there_are_commands_to_interrupt() -> None:
+    """Fails if the test above runs for none."""
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("module", ["__main__", "autoregressive.sample.sample_c2i"])
+def test_whoever_imports_a_command_keeps_its_interrupts(module: str) -> None:
+    """Fails if importing a command's module changes what Ctrl-C does in the importer's process, then or later."""
+    before = signal.getsignal(signal.SIGINT)
+    with slow_imports(module):
+        assert (signal.getsignal(signal.SIGINT) is before) == (module != "__main__")
+    assert signal.getsignal(signal.SIGINT) is before

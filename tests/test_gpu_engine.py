@@ -86,6 +86,19 @@ def test_bf16_is_as_precise_as_the_naive_model(images: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_float32_draws_the_same_where_tf32_is_allowed(backend: str) -> None:
+    """Fails if a library's float32 products, above 64 rows, are TF32's: their errors of 1e-3 turn greedy tokens."""
+    gpt = random_gpt("GPT-B", torch.float32)
+    codes = []
+    for allowed in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        engine = Engine(gpt, None, EngineConfig(max_num_seqs=80, attention_backend=backend))
+        codes.append(engine.generate(range(40), GREEDY, decode=False))
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_what_lies_in_unused_pages_does_not_matter(backend: str) -> None:
     """Fails if a step reads a page, or a place in one, that its row has not written: all others are NaN, all the time."""
     gpt = random_gpt("GPT-B", torch.bfloat16)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from teacher import reference_model
+from torch import Tensor
 
 from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
@@ -29,6 +30,26 @@ def test_greedy_tokens_are_llamagens(name: str) -> None:
     """Guards positions, page tables, pairing, the interval's end, head size 100 and no guidance."""
     codes, expected = engine_codes(name, torch.device("cpu"), "torch")
     assert np.array_equal(codes, expected)
+
+
+def test_float32_products_are_ieee_whatever_the_process_allows() -> None:
+    """Fails if --precision none computes in TF32 because someone allowed it, or if what was allowed is not again afterwards."""
+    seen = set()
+
+    class Watched(ModelRunner):
+        def _linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+            on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+            seen.add((torch.backends.cuda.matmul.fp32_precision, on_cpu.fp32_precision))
+            super()._linear(x, weight, out)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        engine_codes("gpt_tiny_nocfg", torch.device("cpu"), "torch", Watched)
+        assert seen == {("ieee", "ieee")}
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 16, 100, 512, 700])

@@ -65,7 +65,6 @@ def test_pages_fill_what_utilization_leaves() -> None:
     assert pages_that_fit(100 * GIB, 70 * GIB, 0.9, 2 * GIB, GIB // 2, most=50) == 50  # more would never be used
 
 
-def test_no_memory_for_a_page_is_said_with_the_sizes() -> None:
-    """Fails if an engine starts with an empty pool, or the message does not say how much is missing."""
-    with pytest.raises(ValueError, match=r"5\.0 GiB of 16\.0 GiB free, 2\.0 GiB reserved, gpu_memory_utilization 0\.5"):
-        pages_that_fit(16 * GIB, 5 * GIB, 0.5, 2 * GIB, GIB, most=10)
+def test_no_memory_for_a_page_is_no_page() -> None:
+    """Fails if memory that others hold, or the reserve's, makes a number of pages below none."""
+    assert pages_that_fit(16 * GIB, 5 * GIB, 0.5, 2 * GIB, GIB, most=10) == 0

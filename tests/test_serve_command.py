@@ -1,12 +1,15 @@
 """The engine's command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,9 +19,11 @@ from safetensors.torch import save_file
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.images import JSON_KEY
+from autoregressive.common.settings import Settings, resolve_settings
 from autoregressive.models.gpt import GPT_models
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i
+from autoregressive.serve.engine import config
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.floor import Ceilings, JobFloor
 from autoregressive.serve.sample_c2i import Speed
@@ -117,17 +122,17 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         (["--max-num-seqs", "0"], "--max-num-seqs 0"),
         (["--max-num-seqs", "1"], "needs 2 rows (a guided image has two) and --max-num-seqs is 1: raise"),
         (["--num-pages", "31"], "needs 32 pages of 16 tokens and the pool has 31: raise --num-pages"),
-        (["--attention-backend", "triton"], "triton"),
+        (["--attention-backend", "triton"], "--attention-backend triton: cpu is no GPU of compute capability 8.0; use auto"),
     ],
 )
-def test_a_mistake_is_found_before_sampling(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:
-    """Fails if sampling starts in spite of a mistake, the message does not name the flag, or the picture before is lost."""
+def test_a_mistake_is_found_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:
+    """Fails if anything is loaded in spite of a mistake, the message does not name the flag, or the picture before is lost."""
     (work / "x.png").write_bytes(b"old")
 
-    def sampled(*_: object, **__: object) -> None:
-        pytest.fail("sampling began")
+    def loaded(*_: object, **__: object) -> None:
+        pytest.fail("weights were looked for")
 
-    monkeypatch.setattr(Engine, "step", sampled)
+    monkeypatch.setattr(sample_c2i, "find_weights", loaded)
     with pytest.raises(UserError, match=re.escape(said)):
         draw("--output", "x.png", *typed)
     assert (work / "x.png").read_bytes() == b"old"
@@ -155,6 +160,27 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
 
 
+def test_the_process_is_left_as_it_was(work: Path) -> None:
+    """Fails if the command leaves a switch behind that changes the numbers of whatever the process does next."""
+    draw("--class-labels", "0", "--cfg-scale", "1")
+    assert torch.get_float32_matmul_precision() == "highest"  # as every test starts: conftest.py
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("command", [sample_c2i, naive])
+def test_a_changed_precision_is_said_once(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: ModuleType
+) -> None:
+    """Fails if one of the commands passes over in silence that an older GPU runs in fp16, or repeats it."""
+
+    def resolve(arguments: argparse.Namespace) -> Settings:
+        return replace(resolve_settings(arguments), note="in fp16")
+
+    monkeypatch.setattr(command, "resolve_settings", resolve)
+    command.main([*FLAGS, "--class-labels", "0", "--cfg-scale", "1"])
+    assert capsys.readouterr().err.count("in fp16\n") == 1
+
+
 def test_compile_is_accepted_and_said_to_do_nothing(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +205,22 @@ def test_help_says_that_the_seeds_differ(capsys: pytest.CaptureFixture[str]) -> 
     assert f"python {COMMAND} --gpt-model GPT-demo" in shown
 
 
+@pytest.mark.parametrize("source", ["--help", "README.md"])
+def test_what_a_flag_does_not_do_is_said(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a flag's line promises something on a CPU, or of torch's operations, that is not so."""
+    if source == "--help":
+        with pytest.raises(SystemExit):
+            sample_c2i.main(["--help"])
+        entries = capsys.readouterr().out.split("\n  --")
+    else:
+        entries = (ROOT / source).read_text().split("\n| `--")
+    of_flag = {entry.split()[0].strip("`"): " ".join(entry.split()) for entry in entries}
+    assert "none on a CPU" in of_flag["gpu-memory-utilization"]
+    assert "no effect on a CPU" in of_flag["enforce-eager"]
+    assert "with torch's operations (a CPU, an older GPU, " in of_flag["deterministic"]
+    assert "no promise" in of_flag["deterministic"]
+
+
 def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if --list-classes draws, or shows nothing."""
     draw("--list-classes", "ion")
@@ -186,17 +228,65 @@ def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.Capt
     assert os.listdir(work) == []
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")])
-def test_too_little_memory_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
-    """Fails if running out of memory ends in a traceback, or does not say what to do."""
+MEMORY_ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS)
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("", "lower --max-num-seqs, use a smaller model or use --precision bf16"),
+        ("--precision bf16", "lower --max-num-seqs or use a smaller model"),
+        ("--num-pages 700", "lower --num-pages, lower --max-num-seqs, use a smaller model or use --precision bf16"),
+        ("--page-size 64", "lower --page-size, lower --max-num-seqs, use a smaller model or use --precision bf16"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, typed: str, advice: str
+) -> None:
+    """Fails if running out of memory ends in a traceback, or the advice passes over the flag that was typed."""
 
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Engine, "generate", exhausted)
-    with pytest.raises(UserError, match="lower --max-num-seqs"):
-        draw()
+    with pytest.raises(UserError, match=f"^cpu has too little free memory: {advice}$"):
+        draw(*typed.split())
     assert os.listdir(work) == []
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS)
+def test_weights_that_do_not_fit_are_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    """Fails if the advice is about pages and rows, of which there are none while weights are loaded."""
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sample_c2i, "load_models", exhausted)
+    with pytest.raises(UserError, match=r"^cpu has too little free memory: use a smaller model or use --precision bf16$"):
+        draw("--num-pages", "700")
+
+
+LESS = "give --num-pages or use a smaller model"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        # A page of 16 tokens of GPT-demo takes 256 KiB in float32; of 16 MiB, a quarter is for pages that nobody asked for.
+        ("", f"needs 32 pages of 16 tokens and the pool has 16: {LESS}"),
+        ("--page-size 256", f"needs 2 pages of 256 tokens and the pool has 1: lower --page-size, {LESS}"),
+        ("--page-size 1024", f"(it may take 25% of 16.0 MiB; a page of 1024 tokens takes 16.0 MiB): lower --page-size, {LESS}"),
+        ("--num-pages 65", "--num-pages 65: a page of 16 tokens takes 0.2 MiB, and cpu has 16.0 MiB of 16.0 MiB free, "),
+        ("--page-size 128 --num-pages 9", "1.5 MiB for steps of 2 rows: lower --num-pages to 7 or less"),
+        ("--page-size 2048 --num-pages 2", ": lower --page-size, lower --max-num-seqs or use a smaller model"),
+    ],
+)
+def test_a_pool_that_does_not_fit_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str) -> None:
+    """Fails if the process is left to run out of memory, or the line advises another flag than the one that was typed."""
+    monkeypatch.setattr(config, "memory_of", lambda device: (16 * 2**20, 16 * 2**20))
+    with pytest.raises(UserError, match=re.escape(said)):
+        draw("--class-labels", "0", *typed.split())
 
 
 def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,10 @@ examples:
   python {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
+PRECISION_HELP = (
+    "of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU; fp16 below compute capability 8.0, where "
+    "bf16 is refused; none on a CPU)"
+)
 
 
 def build_parser(purpose: str, command: str) -> OneLineParser:
@@ -178,8 +182,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=["none", "fp16", "bf16"],
         metavar="P",
-        help="of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU, none on a CPU); the tokenizer "
-        "runs in float32",
+        help=f"{PRECISION_HELP}; the tokenizer runs in float32",
     )
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     group.add_argument(

@@ -10,6 +10,7 @@ import torch
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 
+_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs that multiply in bf16
 _NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
@@ -33,6 +34,13 @@ def resolve_device(name: str) -> torch.device:
     return found
 
 
+def default_precision(device: torch.device) -> torch.dtype:
+    """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else torch.float16
+
+
 @contextmanager
 def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
     """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
@@ -43,6 +51,23 @@ def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their place; it does again afterwards.
+
+    The switches are the whole process's: products of other threads go by them for as long.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]  # reads what either of torch's two interfaces has set
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def now(device: torch.device) -> float:

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import NoReturn
 
 
@@ -20,11 +22,41 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
 
 
+def either(alternatives: Sequence[object]) -> str:
+    """One or more of them as a message lists them: a, b or c."""
+    *most, last = map(str, alternatives)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 def tell(message: str) -> None:
     """Prints on stderr; nothing where it is closed or broken, for no work should fail over a message."""
     if sys.stderr is not None:  # print would take None for stdout
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def slow_imports(module: str) -> Iterator[None]:
+    """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command` does later.
+
+    It ends at once: nothing has begun that is to be tidied up, and an exception would hit some library halfway through its own
+    imports, which may pass over it or fail in its place.
+
+    Args:
+        module: __name__ of whoever imports. Another's module has no say: the command that imports it has.
+    """
+    if module != "__main__" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(_interrupted())
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -33,7 +65,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     The status is 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after Ctrl-C; 141 when
     whoever read stdout has left.
     """
-    program = os.path.basename(sys.argv[0])
     status = 0
     try:
         main()
@@ -42,13 +73,22 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
         status = 141
     except (UserError, OSError) as error:
-        tell(f"{program}: error: {_one_line(str(error))}")
+        tell(f"{_program()}: error: {_one_line(str(error))}")
         status = 2
     except KeyboardInterrupt:
-        tell(f"\n{program}: interrupted")
-        status = 130
+        status = _interrupted()
     _drop_what_is_not_taken()
     sys.exit(status)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+def _interrupted() -> int:
+    """Says so, below what the terminal shows of the key; the exit status."""
+    tell(f"\n{_program()}: interrupted")
+    return 130
 
 
 def _one_line(message: str) -> str:

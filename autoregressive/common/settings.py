@@ -6,7 +6,7 @@ Flags not typed take the values of the chosen model, so only what the user typed
 import argparse
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ import torch
 
 from autoregressive.common.classes import ClassNames, numbered_classes
 from autoregressive.common.defaults import DEMO_MODEL, ModelDefaults, model_defaults
-from autoregressive.common.devices import resolve_device
-from autoregressive.common.errors import UserError
+from autoregressive.common.devices import default_precision, resolve_device
+from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
@@ -67,6 +67,7 @@ class Settings:
     labels: tuple[int, ...]  # one a picture
     classes: ClassNames
     compile: bool
+    note: str | None = None  # for the user, once the work begins: what is not as usual, unasked
 
 
 def resolve_settings(arguments: argparse.Namespace) -> Settings:
@@ -84,6 +85,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     seed = _or(arguments.seed, 0)
     _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
     model = _resolve_model(arguments, gpt_model, defaults, seed)
+    older_gpu = arguments.precision is None and model.precision == torch.float16
     return Settings(
         model=model,
         sampling=_resolve_sampling(arguments, defaults, model.codebook_size, seed),
@@ -91,6 +93,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         labels=_resolve_labels(arguments, gpt_model, model.num_classes),
         classes=_classes(defaults, model.num_classes),
         compile=arguments.compile,
+        note=f"{_why_not_bf16(model.device)}: the transformer runs in fp16" if older_gpu else None,
     )
 
 
@@ -133,7 +136,7 @@ def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: 
         there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
         return next(there, defaults.image_size)
     hint = "" if arguments.gpt_model else "; name another model with --gpt-model"
-    _require(size in defaults.image_sizes, "--image-size", size, f"{_either(defaults.image_sizes)} for {gpt_model}{hint}")
+    _require(size in defaults.image_sizes, "--image-size", size, f"{either(defaults.image_sizes)} for {gpt_model}{hint}")
     if published is not None and published.image_size != size:
         raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
     return size
@@ -159,7 +162,7 @@ def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> 
     wanted = _or(arguments.downsample_size, VQ_CONFIGS[defaults.vq_model].downsample_size)
     fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
     sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
-    _require(bool(fitting), "--downsample-size", wanted, _either(sizes))
+    _require(bool(fitting), "--downsample-size", wanted, either(sizes))
     return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
 
 
@@ -184,7 +187,6 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
     if arguments.ema and arguments.gpt_ckpt is None:
         raise UserError("--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint")
     device = resolve_device(_or(arguments.device, "cuda" if torch.cuda.is_available() else "cpu"))
-    precision = _or(arguments.precision, "bf16" if device.type == "cuda" else "none")
     return ModelSettings(
         gpt_model=gpt_model,
         vq_model=vq_model,
@@ -200,10 +202,29 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         codebook_size=_or(arguments.codebook_size, tokenizer.codebook_size),
         codebook_embed_dim=_or(arguments.codebook_embed_dim, tokenizer.codebook_embed_dim),
         num_classes=_or(arguments.num_classes, defaults.num_classes),
-        precision=PRECISIONS[precision],
+        precision=_resolve_precision(arguments.precision, device),
         device=device,
         seed=seed,
     )
+
+
+def _resolve_precision(typed: str | None, device: torch.device) -> torch.dtype:
+    default = default_precision(device)
+    if typed == "bf16" and default == torch.float16:
+        raise UserError(f"--precision bf16: {_why_not_bf16(device)}; use fp16 or none")
+    return default if typed is None else PRECISIONS[typed]
+
+
+def _why_not_bf16(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} has compute capability {major}.{minor}, and bf16 takes 8.0"
+
+
+def smaller_precision(model: ModelSettings) -> list[str]:
+    """What to advise where memory is short: a precision of half the size, if there is one."""
+    if model.precision != torch.float32:
+        return []
+    return [f"use --precision {'fp16' if default_precision(model.device) == torch.float16 else 'bf16'}"]
 
 
 def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_weights: bool) -> Path | None:
@@ -292,6 +313,3 @@ def _require(holds: bool, flag: str, value: object, allowed: str) -> None:
         raise UserError(f"{flag} {value}: must be {allowed}")
 
 
-def _either(values: Sequence[int]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -8,18 +8,20 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from autoregressive.common.errors import UserError, either, run_command, slow_imports, tell
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.devices import now, threads_that_pay
-from autoregressive.common.errors import UserError, run_command, tell
-from autoregressive.common.results import save_results
-from autoregressive.common.settings import Settings, list_classes, resolve_settings
-from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.generate import NonFiniteLogitsError, generate
-from autoregressive.models.gpt import Transformer
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.devices import now, threads_that_pay
+    from autoregressive.common.results import save_results
+    from autoregressive.common.settings import Settings, list_classes, resolve_settings, smaller_precision
+    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.models.generate import NonFiniteLogitsError, generate
+    from autoregressive.models.gpt import Transformer
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(list_classes(arguments))
         return
     settings = resolve_settings(arguments)
+    if settings.note is not None:
+        tell(settings.note)
     found = find_weights(settings.model)
     set_numerics(settings)
     device = settings.model.device
@@ -108,7 +112,8 @@ def _mendable(error: RuntimeError, settings: Settings) -> Exception:
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         images = len(settings.labels)
         fewer = f"draw fewer than {images} pictures at once (--class-labels)" if images > 1 else "use a smaller model"
-        return UserError(f"{settings.model.device} has too little free memory: {fewer}, or use --precision bf16")
+        ways = either([fewer, *smaller_precision(settings.model)])
+        return UserError(f"{settings.model.device} has too little free memory: {ways}")
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return UserError(f"--compile failed ({str(error).strip().splitlines()[0]}): leave it out")
     return error

@@ -3,9 +3,11 @@
 import argparse
 from typing import Any
 
+from autoregressive.common.arguments import PRECISION_HELP
 from autoregressive.common.errors import OneLineParser, UserError
 from autoregressive.common.settings import PRECISIONS
-from autoregressive.serve.engine.config import ATTENTION_BACKENDS, EngineConfig
+from autoregressive.serve.engine.config import EngineConfig
+from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()
 
@@ -34,28 +36,30 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "--gpu-memory-utilization",
         type=float,
         metavar="X",
-        help="share of the GPU's memory that may be filled, everything counted; without effect beside --num-pages "
+        help="share of the GPU's memory that may be filled, everything counted; no effect beside --num-pages, none on a CPU "
         f"(default: {_DEFAULTS.gpu_memory_utilization})",
     )
-    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower")
+    group.add_argument(
+        "--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower; no effect on a CPU"
+    )
     group.add_argument(
         "--attention-backend",
-        choices=ATTENTION_BACKENDS,
+        choices=BACKENDS,
         metavar="B",
-        help=f"{', '.join(ATTENTION_BACKENDS)}: Triton kernels where they run, or one or the other for certain "
+        help=f"{', '.join(BACKENDS)}: Triton kernels where they run, or one or the other for certain "
         f"(default: {_DEFAULTS.attention_backend})",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="a picture's tokens do not depend on what else is drawn, also where that costs speed",
+        help="with Triton kernels: a picture's tokens do not depend on what else is drawn, above 64 rows too, where that costs "
+        "speed; with torch's operations (a CPU, an older GPU, --attention-backend torch): no promise",
     )
     group.add_argument(
         "--precision",
         choices=list(PRECISIONS),
         metavar="P",
-        help="of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU, none on a CPU); pixels are decoded in "
-        "bf16 on a GPU, 45 dB or more from float32's",
+        help=f"{PRECISION_HELP}; pixels are decoded in bf16 on a GPU that has it, 45 dB or more from float32's",
     )
     group.add_argument(
         "--compile", action="store_true", help="accepted, without effect: kernels and CUDA graphs take torch.compile's place"

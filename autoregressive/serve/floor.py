@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoregressive.common.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.engine.request import Request, SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
@@ -130,11 +131,12 @@ def _planned_spans(limits: Limits, jobs: Sequence[SamplingParams]) -> Iterator[t
             scheduler.release_slots(ended.slots)
 
 
+@ieee_float32()
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
     """Measures both on a GPU in well under a second: the medians of `repeats`, on random data (zeros run faster).
 
     Args:
-        dtype: of the matrix product; float32 runs as torch.backends.cuda.matmul allows, TF32 or not.
+        dtype: of the matrix product; float32 is IEEE float32, as the engine's.
     """
     ceilings = Ceilings(_read_bytes_per_second(device, repeats), _operations_per_second(device, dtype, repeats))
     torch.cuda.empty_cache()

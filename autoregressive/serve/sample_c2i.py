@@ -4,27 +4,32 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from autoregressive.common.errors import OneLineParser, UserError, either, run_command, slow_imports, tell
 
-from autoregressive.common.arguments import build_parser
-from autoregressive.common.devices import now, threads_that_pay
-from autoregressive.common.errors import OneLineParser, UserError, run_command, tell
-from autoregressive.common.results import save_results
-from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
-from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
-from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
-from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.engine.scheduler import Limits, Scheduler
-from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
+
+    from autoregressive.common.arguments import build_parser
+    from autoregressive.common.devices import now, threads_that_pay
+    from autoregressive.common.results import save_results
+    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings, smaller_precision
+    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.models.config import GPT_SHAPES
+    from autoregressive.models.generate import NonFiniteLogitsError
+    from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
+    from autoregressive.serve.engine.batch import BatchShape
+    from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.request import SamplingParams
+    from autoregressive.serve.engine.scheduler import Limits, Scheduler
+    from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+    from kernels.dispatch import select_operations
 
 COMMAND = "autoregressive/serve/sample_c2i.py"
 PURPOSE = """\
@@ -91,18 +96,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.compile:
         tell("--compile has no effect here: kernels and CUDA graphs take its place")
         settings = replace(settings, compile=False)  # the pictures' record must not claim it
+    if settings.note is not None:
+        tell(settings.note)
     found = find_weights(settings.model)
-    set_numerics(settings)
-    try:
+    if settings.model.device.type == "cuda":
+        torch.cuda.set_device(settings.model.device)
+    with _saying_what_needs_less_memory(settings):
         models = load_models(settings.model, found)
-        warning = untrained_warning(settings.model, found)
-        if warning is not None:
-            tell(warning)
-        codes, pixels, speed = draw(models, settings, params, config)
+    warning = untrained_warning(settings.model, found)
+    if warning is not None:
+        tell(warning)
+    try:
+        with _saying_what_needs_less_memory(settings, config):
+            codes, pixels, speed = draw(models, settings, params, config)
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
-    except RuntimeError as error:
-        raise _mendable(error, settings) from error
     grid = save_results(settings, found, codes, pixels, loop="paged")
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
     print(f"gpt sampling takes about {speed.sampling_seconds:.2f} seconds.")
@@ -127,24 +135,18 @@ def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings)
     """Finds out before any long work whether the engine can ever draw such a picture; how much memory there is shows later.
 
     Raises:
-        UserError: too few rows or pages were asked for.
+        UserError: too few rows or pages were asked for, or a backend that does not run on the device.
     """
     model = settings.model
+    gpt = GPT_SHAPES[model.gpt_model]
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes)
     try:
+        select_operations(model.device, model.precision, gpt.dim // gpt.n_head, config.attention_backend, tell=lambda _: None)
         Scheduler(limits).check_fits(params)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
-
-
-def set_numerics(settings: Settings) -> None:
-    """TF32 for float32 products on a GPU, as the naive command has it."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    if settings.model.device.type == "cuda":
-        torch.cuda.set_device(settings.model.device)
 
 
 def draw(models: LoadedModels, settings: Settings, params: SamplingParams, config: EngineConfig) -> tuple[Tensor, Tensor, Speed]:
@@ -194,12 +196,18 @@ def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _mendable(error: RuntimeError, settings: Settings) -> Exception:
-    """What to tell the user about a failure inside torch; the error itself where there is nothing to tell."""
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        device = settings.model.device
-        return UserError(f"{device} has too little free memory: lower --max-num-seqs, use a smaller model, or use --precision bf16")
-    return error
+@contextmanager
+def _saying_what_needs_less_memory(settings: Settings, config: EngineConfig | None = None) -> Iterator[None]:
+    """Turns running out of memory into the user's line, what was typed first; `config`: where the engine's settings matter."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        model = settings.model
+        ways = ways_to_less_memory(config, model.device) if config is not None else []
+        ways += ["use a smaller model", *smaller_precision(model)]
+        raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
 
 
 if __name__ == "__main__":

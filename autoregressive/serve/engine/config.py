@@ -6,14 +6,14 @@ from numbers import Integral
 
 import torch
 
+from autoregressive.common.errors import either
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes
+from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes, workspace_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
+from kernels.dispatch import BACKENDS
 
-ATTENTION_BACKENDS = ("auto", "triton", "torch")
-
-_WORKSPACE_BYTES = 2 * 2**30  # of a GPU, beside weights and pages: activations, captured graphs, decoding
+_RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and workspaces: captured graphs, libraries, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
@@ -33,7 +33,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    deterministic: bool = False  # an image's codes do not depend on its neighbours, also where that costs speed
+    deterministic: bool = False  # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
 
     def __post_init__(self) -> None:
         for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
@@ -41,8 +41,8 @@ class EngineConfig:
                 raise ValueError(f"{name} {value}: must be a whole number, 1 to {_MOST[name]}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
-        if self.attention_backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(ATTENTION_BACKENDS)}")
+        if self.attention_backend not in BACKENDS:
+            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}")
 
     @property
     def runner(self) -> RunnerConfig:
@@ -50,18 +50,66 @@ class EngineConfig:
         return RunnerConfig(self.attention_backend, self.enforce_eager, self.deterministic)
 
 
-def default_num_pages(gpt: Transformer, shape: BatchShape, utilization: float) -> int:
-    """Pages for as many rows as memory allows, at most for `max_rows`.
+def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int:
+    """Pages of the KV cache: as many as were asked for, else as many as memory gives, at most for `max_rows` rows.
 
     Raises:
-        ValueError: no memory is left.
+        ValueError: so many do not fit, or not even one; the message names what was set, and what to do.
     """
-    weight = gpt.tok_embeddings.weight
-    bytes_of_page = page_bytes(gpt, shape.page_size)
+    device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
+    free_bytes, total_bytes = memory_of(device)
+    steps_bytes = workspace_bytes(gpt, shape, config.runner)
+    free, total, page, steps = (_readable(size) for size in (free_bytes, total_bytes, bytes_of_page, steps_bytes))
+    page = f"a page of {shape.page_size} tokens takes {page}"
+    steps = f"{steps} for steps of {shape.max_rows} rows"
+    if config.num_pages is not None:
+        fitting = max(0, free_bytes - steps_bytes) // bytes_of_page
+        if config.num_pages > fitting:
+            fewer = [f"lower num_pages to {fitting} or less"]
+            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "lower max_num_seqs", "use a smaller model"])
+            raise ValueError(f"num_pages {config.num_pages}: {page}, and {device} has {free} of {total} free, {steps}: {ways}")
+        return config.num_pages
     most = shape.max_rows * shape.pages_per_row
-    if weight.device.type == "cuda":
+    if device.type == "cuda":
+        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps_bytes
+        bounds = f"{free} of {total} free, {_readable(_RESERVE_BYTES)} reserved, {steps}, gpu_memory_utilization {share:g}"
+    else:
+        share, reserve_bytes = _CPU_SHARE, 0
+        bounds = f"it may take {share:.0%} of {total}"
+    pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
+    if pages == 0:
+        raise ValueError(f"no memory for the KV cache ({bounds}; {page}): {ways_to_more_pages(config, device)}")
+    return pages
+
+
+def ways_to_more_pages(config: EngineConfig, device: torch.device) -> str:
+    """What to do where the pool has too few pages, for a message; begins with what was set."""
+    if config.num_pages is not None:
+        return "raise num_pages"
+    more = ["raise gpu_memory_utilization", "lower max_num_seqs"] if device.type == "cuda" else ["give num_pages"]
+    return either([*_smaller_pages(config), *more, "use a smaller model"])
+
+
+def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[str]:
+    """Which settings of the engine to change where memory runs out in spite of all forecasts; begins with what was set."""
+    pages = ["lower num_pages"] if config.num_pages is not None else []
+    if not pages and device.type == "cuda":
+        pages = ["lower gpu_memory_utilization"]
+    return [*pages, *_smaller_pages(config), "lower max_num_seqs"]
+
+
+def _smaller_pages(config: EngineConfig) -> list[str]:
+    return ["lower page_size"] if config.page_size > EngineConfig.page_size else []
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of a device that are free, and all; of a CPU, whose memory the system can clear, all count as free."""
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
-        free_bytes, total_bytes = torch.cuda.mem_get_info(weight.device)
-        return pages_that_fit(total_bytes, free_bytes, utilization, _WORKSPACE_BYTES, bytes_of_page, most)
+        return torch.cuda.mem_get_info(device)
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages_that_fit(total_bytes, total_bytes, _CPU_SHARE, 0, bytes_of_page, most)
+    return total_bytes, total_bytes
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

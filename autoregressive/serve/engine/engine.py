@@ -30,7 +30,7 @@ from tqdm import tqdm
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner, staged
-from autoregressive.serve.engine.config import EngineConfig, default_num_pages
+from autoregressive.serve.engine.config import EngineConfig, pool_pages, ways_to_more_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from autoregressive.serve.engine.pacing import Pacer
 from autoregressive.serve.engine.pixel_decoder import Pending, PixelDecoder
@@ -53,7 +53,7 @@ class Engine:
             captured here, none later.
 
     Raises:
-        ValueError: no memory is left for pages, or the attention backend does not run on the device.
+        ValueError: memory does not hold the pages, or the attention backend does not run on the device.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class Engine:
         with self._on_device():
             self.decoder = None if vq is None else PixelDecoder(vq, model.grid, self.device, cuda_graphs=not config.enforce_eager)
             self.batch = Batch(shape, self.device)
-            num_pages = config.num_pages or default_num_pages(gpt, shape, config.gpu_memory_utilization)
-            limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes)
+            num_pages = pool_pages(gpt, shape, config)
+            more = ways_to_more_pages(config, self.device)
+            limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes, more)
             self.scheduler = Scheduler(limits)
             self.runner = make_runner(gpt, shape, num_pages, config.runner)
             self.runner.prepare(self.batch, on_progress)
@@ -239,10 +240,10 @@ class Engine:
             scheduler.allocate(steps)
             if scheduler.take_changed():
                 batch.load(rows, images)
-            self._pacer.begin()
+            begun = self._pacer.begin()
             self.runner.run(batch, len(rows), len(images), steps)
             self._retire(scheduler.advance(steps))
-            self._pacer.end(steps, len(rows))
+            self._pacer.end(begun, steps, len(rows))
         return steps
 
     def _retire(self, ended: list[RunningRequest]) -> None:

@@ -14,10 +14,32 @@ _CANCEL_STEPS = 16
 _CANCEL_SECONDS = 0.25
 
 
+class Moment:
+    """The device has done all that it was given: a GPU's event; on a CPU, where calls return when they are done, the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host_seconds = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_until(self, later: "Moment") -> float:
+        """By the device's clock; both have come."""
+        if self._event is not None and later._event is not None:
+            return self._event.elapsed_time(later._event) / 1000
+        return later._host_seconds - self._host_seconds
+
+
 @dataclass(frozen=True)
 class _Span:
-    begun: torch.cuda.Event
-    ended: torch.cuda.Event
+    begun: Moment
+    ended: Moment
     steps: int
     rows: int
 
@@ -26,12 +48,11 @@ class Pacer:
     """Measures spans on the current stream of a device. On a GPU two spans are in flight, so that it never waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        spans_in_flight = 2 if self._is_cuda else 1
-        self._most_steps = _CANCEL_STEPS // spans_in_flight
-        self._most_seconds = _CANCEL_SECONDS / spans_in_flight
+        self._device = device
+        self._most_in_flight = 2 if device.type == "cuda" else 1
+        self._most_steps = _CANCEL_STEPS // self._most_in_flight
+        self._most_seconds = _CANCEL_SECONDS / self._most_in_flight
         self._in_flight: deque[_Span] = deque()
-        self._begun: torch.cuda.Event | float = 0.0
         self._measured: tuple[float, int] | None = None  # seconds of a step, and its rows
 
     def span_limit(self, rows: int) -> int:
@@ -43,23 +64,14 @@ class Pacer:
         seconds *= max(1.0, rows / measured_rows)
         return max(1, min(self._most_steps, int(self._most_seconds / max(seconds, 1e-9))))
 
-    def begin(self) -> None:
-        """Comes before a span is enqueued."""
-        self._begun = _recorded_event() if self._is_cuda else time.perf_counter()
+    def begin(self) -> Moment:
+        """Comes before a span is enqueued; what it returns is for `end`."""
+        return Moment(self._device)
 
-    def end(self, steps: int, rows: int) -> None:
-        """Comes after a span is enqueued; waits until the one before it has ended."""
-        if isinstance(self._begun, float):
-            self._measured = ((time.perf_counter() - self._begun) / steps, rows)
-            return
-        self._in_flight.append(_Span(self._begun, _recorded_event(), steps, rows))
-        if len(self._in_flight) > 1:
+    def end(self, begun: Moment, steps: int, rows: int) -> None:
+        """Comes after a span is enqueued; on a GPU it waits until the one before has ended."""
+        self._in_flight.append(_Span(begun, Moment(self._device), steps, rows))
+        if len(self._in_flight) == self._most_in_flight:
             span = self._in_flight.popleft()
-            span.ended.synchronize()
-            self._measured = (span.begun.elapsed_time(span.ended) / 1000 / span.steps, span.rows)
-
-
-def _recorded_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True, blocking=True)
-    event.record()
-    return event
+            span.ended.wait()
+            self._measured = (span.begun.seconds_until(span.ended) / span.steps, span.rows)

@@ -53,7 +53,7 @@ class PagePool:
 
 
 def pages_that_fit(total_bytes: int, free_bytes: int, utilization: float, reserve_bytes: int, page_bytes: int, most: int) -> int:
-    """How many pages to make of a device's memory.
+    """How many pages to make of a device's memory; 0 if not one fits.
 
     Args:
         total_bytes: the device's memory.
@@ -62,16 +62,6 @@ def pages_that_fit(total_bytes: int, free_bytes: int, utilization: float, reserv
         reserve_bytes: left for activations, captured graphs and decoding.
         page_bytes: one page in all layers, keys and values.
         most: pages that the largest batch can hold; more would never be used.
-
-    Raises:
-        ValueError: not one page fits.
     """
     budget = int(total_bytes * utilization) - (total_bytes - free_bytes) - reserve_bytes
-    pages = min(most, budget // page_bytes)
-    if pages < 1:
-        free, total, reserved = (f"{size / 2**30:.1f} GiB" for size in (free_bytes, total_bytes, reserve_bytes))
-        raise ValueError(
-            f"no memory for the KV cache: {free} of {total} free, {reserved} reserved, gpu_memory_utilization {utilization:g}: "
-            "raise it, give num_pages, or choose a smaller model"
-        )
-    return pages
+    return max(0, min(most, budget // page_bytes))

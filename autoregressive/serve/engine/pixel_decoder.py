@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoregressive.common.devices import ieee_float32
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
 
@@ -135,5 +136,5 @@ def batch_sizes(image_size: int) -> tuple[int, ...]:
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
     """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last bits from run to run."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+    with ieee_float32(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         return forward(codes)

@@ -26,6 +26,7 @@ class Limits:
     num_pages: int
     num_slots: int  # images that are running or whose codes are on their way to the host; at least max_rows
     num_classes: int  # the label of unconditional rows
+    to_get_more_pages: str = "raise num_pages"  # what to do where a request needs more, for the message
 
 
 @dataclass(eq=False)
@@ -112,7 +113,7 @@ class Scheduler:
             fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
                 f"the request needs {peak} pages of {limits.page_size} tokens and the pool has {limits.num_pages}: "
-                f"{fewer}raise num_pages"
+                f"{fewer}{limits.to_get_more_pages}"
             )
 
     def add(self, request: Request) -> None:

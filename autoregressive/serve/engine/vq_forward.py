@@ -40,15 +40,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Operations:
+class GroupNormOperations:
     """The two fused operations of kernels/group_norm.py, or their references."""
 
     add: Callable[..., tuple[Tensor | None, GroupStatistics]]
     normalize: Callable[..., Tensor]
 
 
-TRITON = Operations(add_with_statistics, normalize)
-TORCH = Operations(add_with_statistics_reference, normalize_reference)
+TRITON = GroupNormOperations(add_with_statistics, normalize)
+TORCH = GroupNormOperations(add_with_statistics_reference, normalize_reference)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class VQForward:
         operations: the Triton kernels or their references; None: the kernels on a GPU, where they take the tokenizer's widths.
     """
 
-    def __init__(self, vq: VQModel, grid: int, operations: Operations | None = None) -> None:
+    def __init__(self, vq: VQModel, grid: int, operations: GroupNormOperations | None = None) -> None:
         decoder, config = vq.decoder, vq.config
         on_gpu = vq.quantize.embedding.weight.device.type == "cuda"
         self._groups = decoder.norm_out.num_groups
