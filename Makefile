@@ -20,9 +20,8 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-# The naive command: on a CPU it is quicker than the engine's (docs/design.md).
 demo: $(READY)
-	$(VENV)/bin/python autoregressive/sample/sample_c2i.py --gpt-model GPT-demo --captions --output demo.png
+	$(VENV)/bin/python autoregressive/serve/sample_c2i.py --gpt-model GPT-demo --captions --output demo.png
 
 test: $(READY)
 	$(VENV)/bin/ruff check .

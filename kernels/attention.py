@@ -274,12 +274,79 @@ def attention_reference(
     out: Tensor,
 ) -> None:
     """The same in torch, for any head size; `mixed` and `stats` are not used."""
-    rows = qkv.shape[1]
+    attend = _attend_in_place if out.device.type == "cpu" else _attend_to_copies
+    attend(qkv.sum(dim=0), rotary, key_pages, value_pages, page_table, positions, out)
+
+
+def _attend_in_place(
+    qkv: Tensor, rotary: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, positions: Tensor, out: Tensor
+) -> None:
+    """On a CPU, where a look at the positions costs nothing and a copy of the context more than all else: none is made."""
+    out.zero_()
+    rows = (positions >= 0).nonzero()[:, 0]
+    if len(rows) == 0:
+        return
+    _, heads, page_size, stride = key_pages.shape
+    head_size = rotary.shape[1] * 2
+    at, table = positions[rows].long(), page_table[rows].long()
+    vectors = qkv[rows].view(len(rows), 3 * heads, head_size)
+    query, key = _rotated(vectors[:, : 2 * heads], rotary[at]).chunk(2, dim=1)  # [rows, heads, head_size]
+    newest = table[torch.arange(len(rows)), at // page_size]
+    for cache, new in ((key_pages, key), (value_pages, vectors[:, 2 * heads :])):
+        cache[newest, :, at % page_size] = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)
+    mixed = _mixed_in_place(query, key_pages[..., :head_size], value_pages[..., :head_size], table, at)
+    out[rows] = mixed.flatten(1).to(out.dtype)
+
+
+def _mixed_in_place(query: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, at: Tensor) -> Tensor:
+    """Values mixed by the scores of queries [rows, heads, head_size], all rows being live: float32, the queries' shape.
+
+    Queries and weights go to the pages, not pages to the rows. What comes of a page that no row has is not used.
+    """
+    rows, heads, head_size = query.shape
+    page_size = key_pages.shape[2]
+    columns = int(at.max()) // page_size + 1
+    row, column = (torch.arange(columns) <= (at // page_size)[:, None]).nonzero(as_tuple=True)  # of every page of a row: [n]
+    extent, place = _extent(table[row, column])
+    keys, values = (pages[extent].float() for pages in (key_pages, value_pages))  # [pages, heads, page_size, head_size]
+    row_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
+    row_of_page[place], column_of_page[place] = row, column
+
+    products = (query * head_size**-0.5)[row_of_page, :, None] @ keys.transpose(2, 3)  # [pages, heads, 1, page_size]
+    scores = query.new_empty(rows, heads, columns, page_size)
+    scores[row, :, column] = products[place, :, 0]
+    unseen = (torch.arange(columns * page_size) > at[:, None]).view(rows, 1, columns, page_size)
+    weights = scores.masked_fill_(unseen, -torch.inf).flatten(2).softmax(dim=-1).view_as(scores)
+
+    weights_of_page = weights[row_of_page, :, column_of_page][:, :, None]  # [pages, heads, 1, page_size]
+    parts = (weights_of_page @ values)[place, :, 0]  # [n, heads, head_size]
+    if not parts.sum().isfinite():  # behind the newest token its page may hold anything, and 0 times NaN or infinity is not 0
+        unseen_of_page = unseen[row_of_page, :, column_of_page]  # [pages, 1, page_size]
+        parts = (weights_of_page @ values.masked_fill(unseen_of_page[..., None], 0))[place, :, 0]
+    return torch.zeros_like(query).index_add_(0, row, parts)
+
+
+def _extent(pages: Tensor) -> tuple[slice | Tensor, Tensor]:
+    """What of a cache to read for those pages [n], and where therein each of them is.
+
+    All from the first to the last, a view, if at least half of that is wanted; else copies of the pages.
+    """
+    first, last = (int(page) for page in pages.aminmax())
+    if last - first < 2 * len(pages):
+        return slice(first, last + 1), pages - first
+    return pages, torch.arange(len(pages))
+
+
+def _attend_to_copies(
+    qkv: Tensor, rotary: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, positions: Tensor, out: Tensor
+) -> None:
+    """Without a look at the positions, for which the host would have to wait: every page of every row is copied, and masked."""
+    rows = len(positions)
     _, heads, page_size, stride = key_pages.shape
     head_size = rotary.shape[1] * 2
     live = positions >= 0
     at = positions.clamp(min=0).long()
-    query, key, value = qkv.sum(dim=0).view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
+    query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
     angles = rotary[at]  # [rows, head_size / 2, 2]
     query = _rotated(query, angles)
     # Padding rows repeat the write of a live row: were they to write elsewhere, two rows could write one place differently.
@@ -289,19 +356,14 @@ def attention_reference(
     for cache, new in ((key_pages, _rotated(key, angles)), (value_pages, value.float())):
         filled = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)[source]
         cache[pages, :, offsets] = torch.where(live.any(), filled, cache[pages, :, offsets])
-    # On a CPU, where a look at the positions costs nothing, as many pages as the longest context has; else all.
-    taken = int(at.max()) // page_size + 1 if out.device.type == "cpu" else page_table.shape[1]
-    token = torch.arange(taken * page_size, device=out.device)
+    token = torch.arange(page_table.shape[1] * page_size, device=out.device)
     seen = (token[None, :] <= positions[:, None]) & live[:, None]  # [rows, tokens]
-    table = torch.where(seen[:, ::page_size], page_table[:, :taken], 0).flatten()
+    table = torch.where(seen[:, ::page_size], page_table, 0).flatten()
     keys, values = (_gathered(pages, table, rows)[..., :head_size].float() for pages in (key_pages, value_pages))
     score = (query[:, :, None] @ keys.transpose(2, 3))[:, :, 0] * head_size**-0.5  # [rows, heads, tokens]
     weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
     # What is not the row's own may be anything, and 0 times that not 0.
-    if out.device.type == "cpu":  # few tokens, and counting them costs nothing
-        values.transpose(1, 2)[(~seen).nonzero(as_tuple=True)] = 0
-    else:
-        values.masked_fill_(~seen[:, None, :, None], 0)
+    values.masked_fill_(~seen[:, None, :, None], 0)
     joined = weight[:, :, None] @ values
     out.copy_(joined[:, :, 0].flatten(1))
 

@@ -79,6 +79,8 @@ def kept_tokens(scaled: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
     Returns:
         bool [images, vocab_size]
     """
+    if scaled.device.type == "cpu" and (top_ks <= 0).all() and (top_ps >= 1).all():
+        return torch.ones_like(scaled, dtype=torch.bool)  # on a CPU, a look costs nothing
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     last = torch.where(top_ks > 0, top_ks, scaled.shape[-1]).clamp(max=scaled.shape[-1]).long() - 1
     in_top_k = scaled >= ordered.gather(-1, last[:, None])
