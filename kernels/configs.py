@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,8 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
 def read_table(path: Path) -> TileTable:
     """The table in a file that scripts/tune_kernels.py wrote."""
     stored = json.loads(path.read_text())
-    return TileTable(**{name: _read_settings(name, stored.get(name, [])) for name in SECTIONS})
+    sections: dict[str, Any] = {name: _read_settings(name, stored.get(name, [])) for name in SECTIONS}
+    return TileTable(**sections)
 
 
 # What the settings of each section of a table are made of.

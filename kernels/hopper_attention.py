@@ -1,7 +1,7 @@
 """The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous copies.
 
-Same cut and same result; a program asks for the keys and values of its chunk all at once, into shared memory, and holds no register for
-what is on its way, where Triton's own loads would take the values only after the keys have come.
+Same cut and same result; a program asks for the keys and values of its chunk all at once, into shared memory, and holds no register
+for what is on its way, where Triton's own loads would take the values only after the keys have come.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Clusters of programs on Hopper: programs of one cluster add up what each has, through each other's shared memory.
 
-Triton starts clusters, but offers no sum across one; a few instructions do. In a cluster of R programs, program r of a cluster owns
-every R-th part of the rows of a tile: each sends the owner its partial sums, the owner adds them in the order of the programs,
-so that the sum's order depends on shapes only.
+Triton starts clusters, but offers no sum across one; a few instructions do. Each of a cluster's programs owns a part of a tile's
+rows: all send it their partial sums of these, and it adds them in the order of the programs, so that the sum's order depends on
+shapes only.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def _open_text(size: int) -> str:
 
 @gluon.jit
 def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
-    """The cluster's sum of [outputs, rows] for the rows that the program owns: [outputs, rows / RANKS], from row rank * rows / RANKS."""
+    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows / RANKS]."""
     OUTPUTS: gl.constexpr = partial.shape[0]
     OWN: gl.constexpr = partial.shape[1] // RANKS
     STRIDE: gl.constexpr = OUTPUTS + _PADDING
@@ -54,12 +54,17 @@ def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constex
 
 @gluon.jit
 def _wait():
-    gl.inline_asm_elementwise("barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    _run("barrier.cluster.wait.acquire.aligned;")
 
 
 @gluon.jit
 def _arrive():
-    gl.inline_asm_elementwise("barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    _run("barrier.cluster.arrive.release.aligned;")
+
+
+@gluon.jit
+def _run(instruction: gl.constexpr):
+    gl.inline_asm_elementwise(instruction + " mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
-"""Matrix products of few rows on Hopper: weights and inputs come as bulk copies, so that a program asks for all it can hold at once.
+"""Matrix products of few rows on Hopper: weights and inputs come as bulk copies, and a program asks for all it can hold at once.
 
-Like `kernels.linear` (the weights are the wide operand and on their way before the wait for what computes the input), with two
-more links of a layer's chain gone: `project` adds its result to the residual stream and prepares the next product's input itself, the
-sum over a cluster of programs taking the place of partial sums in memory. A norm needs whole rows, which no program of it has, so
-the next product divides: its input is residual * gain, not yet normed, beside the sums of squares.
+Like `kernels.linear` (the weights are the wide operand, and on their way before the wait for what computes the input), but without
+the norms' kernels: `stream_project` adds its result to the residual stream and prepares the next product's input itself, a sum over
+a cluster of programs taking the place of partial sums in memory. A norm needs whole rows, which no program has, so the next product
+divides: its input is residual * gain, not yet normed, beside the sums of squares.
 """
 
 from dataclasses import dataclass
@@ -110,8 +110,10 @@ def _product(
 
 
 @gluon.jit
-def _row_scales(squares, row, rows, WIDTH: gl.constexpr, BLOCKS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, EPS: gl.constexpr):
-    """What the product of each row is to be multiplied by, so that its input was normed: [ROWS]. The sum's order depends on BLOCKS."""
+def _row_scales(
+    squares, row, rows, WIDTH: gl.constexpr, BLOCKS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, EPS: gl.constexpr
+):
+    """What norms each row's product: [ROWS]. The sum's order depends on BLOCKS alone."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
     own = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))[:, None]
     block = gl.arange(0, LANES, layout=gl.SliceLayout(0, layout))[None, :]

@@ -24,8 +24,9 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from kernels import configs
     from kernels.attention import AttentionTiles, head_stride
-    from kernels.configs import TileTable, read_table
+    from kernels.configs import SECTIONS, TileTable, read_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
+    from kernels.hopper_products import StreamTiles
     from kernels.linear import LinearTiles
     from kernels.swiglu import SwigluTiles
 
@@ -76,8 +77,6 @@ class Chain:
             return torch.zeros(shape, device="cuda", dtype=dtype)
 
         first = self.layers[0]
-        splits = {name: operations.linear_splits(first[name], rows) for name in ("qkv", "output", "down")}
-        qkv, projected, down = (empty(splits[name], rows, first[name].shape[0]) for name in splits)
         chunks = operations.attention_chunks(tokens, 2)
         mixed, stats = empty(rows, config.n_head, chunks, config.head_size), empty(rows, config.n_head, chunks, 2)
         residual, gain = empty(rows, width), empty(width, dtype=torch.bfloat16) + 1
@@ -88,10 +87,29 @@ class Chain:
         pages = first["keys"].shape[0]  # more rows than these share pages: only whether it runs matters then
         table = (torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda") % pages).int().view(rows, -1)
 
+        def attend(layer: dict[str, Tensor], qkv: Tensor) -> None:
+            operations.attention(qkv, rotary, layer["keys"], layer["values"], table, positions, mixed, stats, joined)
+
+        if (stream := operations.stream) is not None:
+            qkv = empty(stream.linear_splits(first["qkv"]), rows, 3 * width)
+            squares, ffn_squares = (empty(stream.project_blocks(first[name]), rows) for name in ("down", "output"))
+
+            def run_streamed() -> None:
+                for layer in self.layers:
+                    stream.linear(normed, squares, layer["qkv"], qkv, eps=1e-5)
+                    attend(layer, qkv)
+                    stream.project(joined, layer["output"], residual, gain, normed, ffn_squares)
+                    stream.swiglu(normed, ffn_squares, layer["gate_up"], hidden, eps=1e-5)
+                    stream.project(hidden, layer["down"], residual, gain, normed, squares)
+
+            return run_streamed
+        splits = {name: operations.linear_splits(first[name], rows) for name in ("qkv", "output", "down")}
+        qkv, projected, down = (empty(splits[name], rows, first[name].shape[0]) for name in splits)
+
         def run() -> None:
             for layer in self.layers:
                 operations.linear(normed, layer["qkv"], qkv)
-                operations.attention(qkv, rotary, layer["keys"], layer["values"], table, positions, mixed, stats, joined)
+                attend(layer, qkv)
                 operations.linear(joined, layer["output"], projected)
                 operations.add_norm(residual, projected, gain, normed, eps=1e-5)
                 operations.swiglu(normed, layer["gate_up"], hidden)
@@ -104,10 +122,14 @@ class Chain:
         """What runs the last product, several times."""
         normed = torch.randn(rows, self.config.dim, device="cuda").bfloat16()
         logits = torch.zeros(rows, self.config.vocab_size, device="cuda")
+        squares = torch.ones(1, rows, device="cuda")
 
         def run() -> None:
             for head in self.heads:
-                operations.whole_linear(normed, head, logits)
+                if operations.stream is not None:
+                    operations.stream.head(normed, squares, head, logits, eps=1e-5)
+                else:
+                    operations.whole_linear(normed, head, logits)
 
         return run
 
@@ -127,49 +149,93 @@ def main() -> None:
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
     major, minor = torch.cuda.get_device_capability()
     path = arguments.output or Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
-    table = read_table(path) if path.exists() else TileTable({}, {}, {}, {})
+    table = read_table(path) if path.exists() else TileTable()
     for name in names:
         shape = GPT_SHAPES[name]
-        table = tune(GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head), table, (major, minor) >= (9, 0), name)
+        config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
+        table = tune(config, table, Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0)), name)
         write_table(table, path, torch.cuda.get_device_name())
     print(json.dumps({"benchmark": "tune_kernels", "models": names, "table": str(path)}))
 
 
-def tune(config: GPTConfig, table: TileTable, launch_pdl: bool, name: str) -> TileTable:
+@dataclass(frozen=True)
+class Kernels:
+    """What the GPU runs."""
+
+    launch_pdl: bool
+    hopper: bool
+
+    def operations(self, table: TileTable, head_size: int) -> Operations:
+        """Cut up as the table says."""
+        return triton_operations(table, head_size, launch_pdl=self.launch_pdl, hopper=self.hopper)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A setting of the table and what is tried for it."""
+
+    section: str
+    key: Any
+    candidates: list[Any]
+
+    @property
+    def of_head(self) -> bool:
+        """Whether it is the last product's, which no layer has."""
+        return self.section in ("whole_linear", "stream_head")
+
+
+def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
+    """In the order in which they are tuned."""
+    width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
+    attention = Stage("attention", config.head_size, list(attention_candidates(config.head_size, kernels.hopper)))
+    if kernels.hopper:
+        layer = [
+            Stage("stream_project", (width, ffn), list(stream_candidates(width, ffn, most_splits=8))),
+            Stage("stream_project", (width, width), list(stream_candidates(width, width, most_splits=8))),
+            Stage("stream_swiglu", (ffn, width), list(stream_swiglu_candidates(width))),
+            Stage("stream_linear", (3 * width, width), list(stream_candidates(3 * width, width, most_splits=6))),
+            attention,
+        ]
+        return [*layer, *layer, Stage("stream_head", (vocabulary, width), list(stream_head_candidates(width)))]
+    return [
+        attention,
+        Stage("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
+        Stage("swiglu", (ffn, width), list(swiglu_candidates(width))),
+        Stage("linear", (width, ffn), list(linear_candidates(width, ffn))),
+        Stage("linear", (width, width), list(linear_candidates(width, width))),
+        attention,
+        Stage("whole_linear", (vocabulary, width), list(whole_candidates(width))),
+    ]
+
+
+def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str) -> TileTable:
     """The table with the best settings found for one model."""
     width, ffn = config.dim, config.ffn_dim
-    stages: list[tuple[str, Any, list[Any]]] = [
-        ("attention", config.head_size, list(attention_candidates(config.head_size))),
-        ("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
-        ("swiglu", (ffn, width), list(swiglu_candidates(width))),
-        ("linear", (width, ffn), list(linear_candidates(width, ffn))),
-        ("linear", (width, width), list(linear_candidates(width, width))),
-        ("attention", config.head_size, list(attention_candidates(config.head_size))),
-        ("whole_linear", (config.vocab_size, width), list(whole_candidates(width))),
-    ]
-    compile_in_parallel(config, table, stages, launch_pdl)
+    stages = stages_of(config, kernels)
+    compile_in_parallel(config, table, stages, kernels)
     layer_bytes = 2 * (4 * width * width + 3 * width * ffn)
     chain = Chain.of(config, 2 + int(_COLD_BYTES / layer_bytes))
-    for field, key, candidates in stages:
+    for stage in stages:
         tried = {}
-        for candidate in candidates:
-            changed = with_setting(table, field, key, candidate)
+        for candidate in stage.candidates:
+            changed = with_setting(table, stage, candidate)
             try:
-                tried[candidate] = score(chain, changed, launch_pdl, heads=field == "whole_linear")
+                tried[candidate] = score(chain, changed, kernels, heads=stage.of_head)
             except Exception as error:  # a setting that does not fit the GPU is no candidate
                 print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
         best = min(tried, key=lambda candidate: sum(tried[candidate]))
-        table = with_setting(table, field, key, best)
+        table = with_setting(table, stage, best)
         times = ", ".join(f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True))
-        print(f"{name} {field} {key}, best of {len(tried)}: {best}, {times}", flush=True)
+        print(f"{name} {stage.section} {stage.key}, best of {len(tried)}: {best}, {times}", flush=True)
     return table
 
 
-def score(chain: Chain, table: TileTable, launch_pdl: bool, heads: bool) -> list[float]:
+def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list[float]:
     """Microseconds of a layer (or of the head) at each number of rows."""
-    operations = triton_operations(table, chain.config.head_size, launch_pdl=launch_pdl)
+    operations = kernels.operations(table, chain.config.head_size)
     prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.layers))
-    prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
+    if not kernels.hopper:  # whose programs hold fewer tiles then
+        prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
     for rows in _ROWS:
         run = prepare(operations, rows)
@@ -191,19 +257,52 @@ def score(chain: Chain, table: TileTable, launch_pdl: bool, heads: bool) -> list
     return times
 
 
-def with_setting(table: TileTable, field: str, key: Any, tiles: Any) -> TileTable:
+def with_setting(table: TileTable, stage: Stage, tiles: Any) -> TileTable:
     """The table with one setting changed."""
-    changed: dict[str, Any] = {field: {**getattr(table, field), key: tiles}}
+    changed: dict[str, Any] = {stage.section: {**getattr(table, stage.section), stage.key: tiles}}
     return replace(table, **changed)
 
 
-def attention_candidates(head_size: int) -> Iterator[AttentionTiles]:
+def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTiles]:
     """Chunks of 16 to 128 tokens."""
-    for chunk, warps in ((64, 1), (32, 1), (64, 2), (128, 2), (128, 4), (16, 1)):
-        if chunk * head_size <= 64 * 128 * warps:
+    for chunk, warps in ((64, 1), (32, 1), (64, 2), (128, 2), (128, 4), (128, 1) if hopper else (16, 1)):
+        if hopper or chunk * head_size <= 64 * 128 * warps:
             yield AttentionTiles(chunk, warps)
-            if warps == 1:
+            if warps == 1 and not hopper:
                 yield AttentionTiles(chunk, warps, registers=128)
+
+
+def stream_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[StreamTiles]:
+    """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a program on their way."""
+    for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
+        for tile in (64, 128, 256):
+            for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
+                tiles = -(-inputs // (tile * splits))
+                if 40 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
+                    for stages in _stages(tiles, tile_outputs, tile):
+                        yield StreamTiles(tile_outputs, tile, splits, stages, warps)
+
+
+def stream_swiglu_candidates(inputs: int) -> Iterator[StreamTiles]:
+    """The same without splits."""
+    for half, warps in ((32, 4), (64, 4), (64, 8)):
+        for tile in (64, 128, 256):
+            for stages in _stages(-(-inputs // tile), 2 * half, tile):
+                yield StreamTiles(half, tile, 1, stages, warps)
+
+
+def stream_head_candidates(inputs: int) -> Iterator[StreamTiles]:
+    """The same for the last product."""
+    for outputs, warps in ((64, 4), (128, 4), (128, 8)):
+        for tile in (64, 128):
+            for stages in _stages(-(-inputs // tile), outputs, tile):
+                yield StreamTiles(outputs, tile, 1, stages, warps)
+
+
+def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
+    """Tiles on their way at once that are worth a try."""
+    tile_bytes = (outputs + _ROWS[0]) * tile * 2
+    return sorted({min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0})
 
 
 def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
@@ -241,9 +340,10 @@ def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
             yield LinearTiles(64, tile, tiles, early, stages, warps=4)
 
 
-def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[tuple[str, Any, list[Any]]], launch_pdl: bool) -> None:
+def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels) -> None:
     """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
-    jobs = [(config, with_setting(table, field, key, c), launch_pdl, field) for field, key, tried in stages for c in tried]
+    tried = {(stage.section, stage.key, tiles): stage for stage in stages for tiles in stage.candidates}
+    jobs = [(config, with_setting(table, stage, key[2]), kernels, stage.of_head) for key, stage in tried.items()]
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(jobs), (os.cpu_count() or 1) - 1))
     processes = [context.Process(target=_compile, args=(jobs[index::workers],)) for index in range(workers)]
@@ -253,12 +353,12 @@ def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[tuple[
         process.join()
 
 
-def _compile(jobs: list[tuple[GPTConfig, TileTable, bool, str]]) -> None:
+def _compile(jobs: list[tuple[GPTConfig, TileTable, Kernels, bool]]) -> None:
     chain = Chain.of(jobs[0][0], layers=1)
-    for config, table, launch_pdl, field in jobs:
-        operations = triton_operations(table, config.head_size, launch_pdl=launch_pdl)
+    for config, table, kernels, of_head in jobs:
+        operations = kernels.operations(table, config.head_size)
         try:
-            (chain.heads_step if field == "whole_linear" else chain.layers_step)(operations, _ROWS[0])()
+            (chain.heads_step if of_head else chain.layers_step)(operations, _ROWS[0])()
             torch.cuda.synchronize()
         except Exception as error:
             print(f"  does not run: {str(error).splitlines()[0][:100]}")
@@ -270,15 +370,12 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
     def lines(entries: list[dict[str, Any]]) -> str:
         return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
 
-    def shaped(settings: dict[tuple[int, int], Any]) -> list[dict[str, Any]]:
+    def entries(section: str, settings: dict[Any, Any]) -> list[dict[str, Any]]:
+        if section == "attention":
+            return [{"head_size": size, "tiles": asdict(tiles)} for size, tiles in sorted(settings.items())]
         return [{"outputs": out, "inputs": inputs, "tiles": asdict(tiles)} for (out, inputs), tiles in sorted(settings.items())]
 
-    parts = {
-        "linear": shaped(table.linear),
-        "whole_linear": shaped(table.whole_linear),
-        "swiglu": shaped(table.swiglu),
-        "attention": [{"head_size": size, "tiles": asdict(tiles)} for size, tiles in sorted(table.attention.items())],
-    }
+    parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}
     versions = f"torch {torch.__version__}"
     body = ",\n".join(f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items())
     path.write_text(f'{{\n  "measured_on": {json.dumps(f"{gpu}, {versions}")},\n{body}\n}}\n')

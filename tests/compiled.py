@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 _TYPES = {
@@ -53,6 +56,8 @@ class Build:
                 types[name] = f"*{_TYPES[value.dtype]}"
                 if value.storage_offset() * value.dtype.itemsize % _ALIGNMENT == 0:
                     aligned.append(name)
+            elif isinstance(value, TensorDescriptor):
+                types[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
             elif isinstance(value, float):
                 types[name] = "fp32"
             else:
@@ -71,7 +76,9 @@ class Build:
         """For an architecture, 90 for sm_90."""
         places = {name: place for place, name in enumerate(self.kernel.arg_names)}
         attributes = {(places[name],): [["tt.divisibility", _ALIGNMENT]] for name in self.aligned}
-        source = ASTSource(self.kernel, dict(self.types), constexprs=dict(self.constants), attrs=attributes)
+        kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        constants = {(places[name],): value for name, value in self.constants}
+        source = kind(self.kernel, dict(self.types), constexprs=constants, attrs=attributes)
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
 
 
@@ -80,13 +87,16 @@ def launches_of(capability: int) -> Iterator[list[Build]]:
     """Within it, tensors are made on a GPU of that capability that is not there; what would be launched is collected, once each."""
     builds: list[Build] = []
 
-    def write_down(kernel: JITFunction, *positional: Any, grid: object, warmup: bool, **named: Any) -> None:
-        build = Build.of(kernel, positional, named)
-        if build not in builds:
-            builds.append(build)
+    def write_down(kernel: JITFunction, *positional: Any, grid: object, warmup: bool, **named: Any) -> SimpleNamespace:
+        if not warmup:  # the launch follows
+            build = Build.of(kernel, positional, named)
+            if build not in builds:
+                builds.append(build)
+        return SimpleNamespace(packed_metadata=(0, 0, 0))
 
     with (
         patch.object(JITFunction, "run", write_down),
+        patch.object(TensorDescriptor, "__post_init__", lambda descriptor: None),  # looks at addresses, which are not there
         patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
         FakeTensorMode(),
         torch.device("cuda"),

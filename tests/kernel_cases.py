@@ -13,6 +13,16 @@ from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, 
 from kernels.attention import AttentionTiles, attention, attention_reference, head_stride
 from kernels.configs import TileTable
 from kernels.dispatch import triton_operations
+from kernels.hopper_attention import hopper_attention
+from kernels.hopper_products import (
+    StreamTiles,
+    stream_linear,
+    stream_linear_reference,
+    stream_project,
+    stream_project_reference,
+    stream_swiglu,
+    stream_swiglu_reference,
+)
 from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
@@ -90,8 +100,43 @@ def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
     assert relative_error(normed, wanted) < place.tolerance
 
 
-def check_embed(place: Place, rows: int, width: int) -> None:
-    """Guards class against token, the slot, and ids outside the tables (clamped, not read)."""
+def check_stream_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: StreamTiles) -> None:
+    """Guards splits, tails along every axis, and the division that is left to the product."""
+    x, weight = place.random(rows, inputs, seed=1), place.random(outputs, inputs, seed=2)
+    squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * inputs
+    out = place.poisoned(tiles.splits, rows, outputs, dtype=torch.float32)
+    stream_linear(x, squares, weight, out, tiles, eps=1e-5)
+    wanted = torch.empty_like(out)
+    stream_linear_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
+    assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
+
+
+def check_stream_project(place: Place, rows: int, width: int, inputs: int, tiles: StreamTiles) -> None:
+    """Guards the cluster's sum, what each of its programs writes, and the blocks of squares."""
+    x, weight = place.random(rows, inputs, seed=1) * inputs**-0.5, place.random(width, inputs, seed=2)
+    residual, gain = place.random(rows, width, seed=3, dtype=torch.float32), place.random(width, seed=4)
+    normed, squares = place.poisoned(rows, width), place.poisoned(-(-width // tiles.outputs), rows, dtype=torch.float32)
+    wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
+    wanted_squares = torch.empty_like(squares)
+    stream_project(x, weight, residual, gain, normed, squares, tiles)
+    stream_project_reference(x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares)
+    assert relative_error(residual, wanted_residual) < place.tolerance
+    assert relative_error(normed, wanted) < place.tolerance
+    assert relative_error(squares.sum(0), wanted_squares.sum(0)) < place.tolerance
+
+
+def check_stream_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: StreamTiles) -> None:
+    """Guards which rows of the weights belong together, and the division that is left to the product."""
+    x, weight = place.random(rows, inputs, seed=1), place.random(2 * hidden, inputs, seed=2)
+    squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * 4096 * inputs**2
+    out, wanted = place.poisoned(rows, hidden), torch.empty(rows, hidden, device=place.device)
+    stream_swiglu(x, squares, weight, out, tiles, eps=1e-5)
+    stream_swiglu_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
+    assert relative_error(out, wanted) < place.tolerance
+
+
+def check_embed(place: Place, rows: int, width: int, blocks: int | None = None) -> None:
+    """Guards class against token, the slot, and ids outside the tables (clamped, not read); with blocks, the sums of squares."""
     codes = torch.arange(5 * 9, dtype=torch.int32, device=place.device).view(5, 9) - 3
     codes[1, 3] = 10**9
     slots = torch.arange(rows, dtype=torch.int32, device=place.device) % 5
@@ -100,14 +145,28 @@ def check_embed(place: Place, rows: int, width: int) -> None:
     tables = place.random(20, width, seed=1), place.random(7, width, seed=2), place.random(width, seed=3)
     residual, normed = place.poisoned(rows, width, dtype=torch.float32), place.poisoned(rows, width)
     wanted_residual, wanted = torch.empty_like(residual), torch.empty(rows, width, device=place.device)
-    embed(codes, slots, positions, labels, *tables, residual, normed, eps=1e-5, launch_pdl=place.launch_pdl)
-    embed_reference(codes, slots, positions, labels, *tables, wanted_residual, wanted, eps=1e-5)
+    squares, wanted_squares = (
+        (None, None) if blocks is None else [place.poisoned(blocks, rows, dtype=torch.float32) for _ in range(2)]
+    )
+    sources = codes, slots, positions, labels, *tables
+    embed(*sources, residual, normed, squares, eps=1e-5, headroom=0.25, launch_pdl=place.launch_pdl)
+    embed_reference(*sources, wanted_residual, wanted, wanted_squares, eps=1e-5, headroom=0.25)
     assert torch.equal(residual, wanted_residual)
     assert relative_error(normed, wanted) < place.tolerance
+    if squares is not None and wanted_squares is not None:
+        assert relative_error(squares, wanted_squares) < place.tolerance
 
 
 def check_attention(
-    place: Place, positions: list[int], heads: int, head_size: int, page_size: int, tiles: AttentionTiles, splits: int = 2
+    place: Place,
+    positions: list[int],
+    heads: int,
+    head_size: int,
+    page_size: int,
+    tiles: AttentionTiles,
+    splits: int = 2,
+    *,
+    hopper: bool = False,
 ) -> None:
     """Guards chunk borders, pages in any order, padding rows, and that nothing but a row's own context is read or written."""
     rows, tokens = len(positions), max(*positions, 1) + 1
@@ -130,7 +189,11 @@ def check_attention(
     mixed, stats = (place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2))
     out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    attention(qkv, rotary, keys, values, table, at, mixed, stats, out, tiles, launch_pdl=place.launch_pdl)
+    tensors = qkv, rotary, keys, values, table, at, mixed, stats, out
+    if hopper:
+        hopper_attention(*tensors, tiles)
+    else:
+        attention(*tensors, tiles, launch_pdl=place.launch_pdl)
     attention_reference(qkv, rotary, wanted_keys, wanted_values, table, at, mixed, stats, wanted)
     assert relative_error(out, wanted) < place.tolerance
     for got, expected in ((keys, wanted_keys), (values, wanted_values)):

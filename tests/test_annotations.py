@@ -9,7 +9,7 @@ KERNELS = sorted((Path(__file__).resolve().parents[1] / "kernels").glob("*.py"))
 
 
 def missing_annotations(source: str) -> list[str]:
-    """Functions of a module that lack an annotation; what @triton.jit compiles is left out."""
+    """Functions of a module that lack an annotation; what @triton.jit and @gluon.jit compile is left out."""
     return [
         node.name
         for node in ast.walk(ast.parse(source))
@@ -18,7 +18,8 @@ def missing_annotations(source: str) -> list[str]:
 
 
 def _is_compiled(function: ast.FunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    compilers = ("triton.jit", "gluon.jit")
+    return any(name in ast.unparse(decorator) for decorator in function.decorator_list for name in compilers)
 
 
 def _is_annotated(function: ast.FunctionDef) -> bool:

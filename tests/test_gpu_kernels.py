@@ -3,12 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import Place, check_add_norm, check_attention, check_embed, check_gate, check_linear, check_swiglu
+from kernel_cases import (
+    Place,
+    check_add_norm,
+    check_attention,
+    check_embed,
+    check_gate,
+    check_linear,
+    check_stream_linear,
+    check_stream_project,
+    check_stream_swiglu,
+    check_swiglu,
+)
 from test_model_runner import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels.attention import HEAD_SIZES
-from kernels.configs import default_attention_tiles, tile_table
+from kernels.configs import TileTable, default_attention_tiles, tile_table
+from kernels.hopper_products import StreamTiles
 
 pytestmark = pytest.mark.gpu
 
@@ -38,8 +50,44 @@ def test_products(place: Place, model: str, rows: int) -> None:
     check_add_norm(place, rows, width, 3)
 
 
+@pytest.fixture(params=(torch.float16, torch.bfloat16), ids=str)
+def hopper(request: pytest.FixtureRequest) -> Place:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for GPUs of compute capability 9.0")
+    return Place(CUDA, request.param, launch_pdl=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("rows", [1, 2, 16, 70])
+@pytest.mark.parametrize("measured", [True, False], ids=["table", "rules"])
+def test_streamed_products(hopper: Place, model: str, rows: int, measured: bool) -> None:
+    """The tiles that the table, and the rules, choose for the models' shapes."""
+    shape = GPT_SHAPES[model]
+    config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
+    table = tile_table((9, 0), hopper.dtype) if measured else TileTable()
+    width, ffn = config.dim, config.ffn_dim
+    check_stream_linear(hopper, rows, 3 * width, width, table.stream_linear_tiles(3 * width, width))
+    check_stream_linear(hopper, rows, 16384, width, table.stream_head_tiles(16384, width))
+    check_stream_swiglu(hopper, rows, ffn, width, table.stream_swiglu_tiles(ffn, width))
+    for inputs in (width, ffn):
+        check_stream_project(hopper, rows, width, inputs, table.stream_project_tiles(width, inputs))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 17, 33, 64])
+def test_streamed_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> None:
+    """Guards tails along every axis, more programs than tiles, and tiles that must wait for room."""
+    for tiles in (StreamTiles(64, 64, splits, 2, 4), StreamTiles(128, 128, splits, 8, 8)):
+        check_stream_linear(hopper, rows, 200, 328, tiles)
+        check_stream_project(hopper, rows, 200, 328, tiles)
+        check_stream_project(hopper, rows, 48, 1336, tiles)
+    check_stream_swiglu(hopper, rows, 72, 328, StreamTiles(32, 64, 1, 2, 4))
+    check_stream_swiglu(hopper, rows, 40, 1000, StreamTiles(64, 128, 1, 3, 8))
+
+
 def test_embed(place: Place) -> None:
     check_embed(place, 40, 1280)
+    check_embed(place, 40, 1280, blocks=20)
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -48,6 +96,14 @@ def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
     tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(head_size, place.dtype.itemsize)
     check_attention(place, positions, 3, head_size, 16, tiles)
     check_attention(place, positions, 3, head_size, 7, default_attention_tiles(head_size, place.dtype.itemsize))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
+def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -> None:
+    tiles = tile_table((9, 0), hopper.dtype).attention_tiles(head_size, 2)
+    check_attention(hopper, positions, 3, head_size, 16, tiles, hopper=True)
+    check_attention(hopper, positions, 3, head_size, 7, default_attention_tiles(head_size, 2), splits=1, hopper=True)
 
 
 @pytest.mark.parametrize("name", [*TINY, "gpt_b_256"])

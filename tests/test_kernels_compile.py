@@ -86,7 +86,9 @@ def all_kernels() -> set[str]:
 def test_every_kernel_has_a_case(capability: int) -> None:
     """Fails if a kernel was added that no case launches: nobody would know whether it compiles for that architecture."""
     launched = {build.name for case in CASES if case.capability == capability for build in builds_of(case)}
-    assert launched == all_kernels()
+    # Hopper has its own beside those that it runs in float32.
+    expected = {name for name in all_kernels() if capability == 90 or not name.startswith(("_stream_", "_hopper_"))}
+    assert launched == expected
     assert len(launched) >= 10
 
 

@@ -5,7 +5,8 @@ operation (`embed`) starts only when everything before it has ended; inside a st
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from math import prod
 
 import torch
@@ -16,7 +17,7 @@ from autoregressive.common.errors import tell
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from kernels.attention import attention_reference, head_stride
-from kernels.dispatch import MANY_ROWS, Operations, select_operations
+from kernels.dispatch import MANY_ROWS, Operations, StreamProducts, select_operations
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,26 @@ class Workspace:
     mixed_chunks: Tensor  # float32 [rows, heads, chunks, head_size]
     chunk_stats: Tensor  # float32 [rows, heads, chunks, 2]
     mixed: Tensor  # [rows, width]
-    projected: Tensor  # [splits, rows, width]
-    gate_up: Tensor | None  # [rows, 2 * ffn width], for many rows
     hidden: Tensor  # [rows, ffn width]
-    down: Tensor  # [splits, rows, width]
     logits: Tensor  # float32 [rows, vocabulary]
+    scratch: "PlainScratch | StreamScratch"
+
+
+@dataclass(frozen=True)
+class PlainScratch:
+    """What products leave that a kernel of its own adds and norms."""
+
+    projected: Tensor  # [splits, rows, width]
+    down: Tensor  # [splits, rows, width]
+    gate_up: Tensor | None = None  # [rows, 2 * ffn width], for many rows
+
+
+@dataclass(frozen=True)
+class StreamScratch:
+    """What products leave that add and norm themselves: float32 sums of the residual stream's squares, [blocks, rows]."""
+
+    squares: Tensor  # for a layer's attention
+    ffn_squares: Tensor  # for its feed-forward half
 
 
 class ModelRunner:
@@ -130,44 +146,30 @@ class ModelRunner:
 
     def _step(self, batch: Batch, rows: int) -> None:
         """One token for the first `rows` rows: padding among them touches no page and no code."""
-        operations, model = self.operations, self.model
-        space = self.workspaces.for_rows(rows)
-        positions, eps = batch.positions[:rows], model.norm_eps
+        operations, space = self.operations, self.workspaces.for_rows(rows)
+        stream = operations.stream if isinstance(space.scratch, StreamScratch) else None
         operations.embed(
             batch.codes,
             batch.row_slots[:rows],
-            positions,
+            batch.positions[:rows],
             batch.labels[:rows],
             self.token_embedding,
             self.class_embedding,
             self.layers[0].attention_gain,
             space.residual,
             space.normed,
-            eps=eps,
+            space.scratch.squares if isinstance(space.scratch, StreamScratch) else None,
+            eps=self.model.norm_eps,
+            headroom=1.0 if stream is None else stream.headroom,
         )
         next_gains = [layer.attention_gain for layer in self.layers[1:]] + [self.final_gain]
-        for layer, (key_pages, value_pages), next_gain in zip(self.layers, self.kv_pages, next_gains, strict=True):
-            self._linear(space.normed, layer.qkv, space.qkv)
-            operations.attention(
-                space.qkv,
-                self.rotary,
-                key_pages,
-                value_pages,
-                batch.page_table[:rows],
-                positions,
-                space.mixed_chunks,
-                space.chunk_stats,
-                space.mixed,
-            )
-            self._linear(space.mixed, layer.output, space.projected)
-            operations.add_norm(space.residual, space.projected, layer.ffn_gain, space.normed, eps=eps)
-            if space.gate_up is None:
-                operations.swiglu(space.normed, layer.gate_up, space.hidden)
+        for layer, kv_pages, next_gain in zip(self.layers, self.kv_pages, next_gains, strict=True):
+            attend = partial(self._attend, space, kv_pages, batch.page_table[:rows], batch.positions[:rows])
+            if stream is not None and isinstance(space.scratch, StreamScratch):
+                self._streamed_layer(stream, space, space.scratch, layer, next_gain, attend)
             else:
-                torch.mm(space.normed, layer.gate_up.t(), out=space.gate_up)
-                operations.gate(space.gate_up, space.hidden)
-            self._linear(space.hidden, layer.down, space.down)
-            operations.add_norm(space.residual, space.down, next_gain, space.normed, eps=eps)
+                assert isinstance(space.scratch, PlainScratch)
+                self._layer(space, space.scratch, layer, next_gain, attend)
         self._head(space)
         operations.draw_tokens(
             space.logits,
@@ -186,6 +188,54 @@ class ModelRunner:
             images=rows,
         )
 
+    def _layer(
+        self, space: Workspace, scratch: PlainScratch, layer: LayerWeights, next_gain: Tensor, attend: Callable[[], None]
+    ) -> None:
+        """A layer whose norms have kernels of their own."""
+        operations, eps = self.operations, self.model.norm_eps
+        self._linear(space.normed, layer.qkv, space.qkv)
+        attend()
+        self._linear(space.mixed, layer.output, scratch.projected)
+        operations.add_norm(space.residual, scratch.projected, layer.ffn_gain, space.normed, eps=eps)
+        if scratch.gate_up is None:
+            operations.swiglu(space.normed, layer.gate_up, space.hidden)
+        else:
+            torch.mm(space.normed, layer.gate_up.t(), out=scratch.gate_up)
+            operations.gate(scratch.gate_up, space.hidden)
+        self._linear(space.hidden, layer.down, scratch.down)
+        operations.add_norm(space.residual, scratch.down, next_gain, space.normed, eps=eps)
+
+    def _streamed_layer(
+        self,
+        stream: StreamProducts,
+        space: Workspace,
+        scratch: StreamScratch,
+        layer: LayerWeights,
+        next_gain: Tensor,
+        attend: Callable[[], None],
+    ) -> None:
+        """A layer whose products norm their inputs and add themselves to the residual stream: two links less in its chain."""
+        eps = self.model.norm_eps
+        stream.linear(space.normed, scratch.squares, layer.qkv, space.qkv, eps=eps)
+        attend()
+        stream.project(space.mixed, layer.output, space.residual, layer.ffn_gain, space.normed, scratch.ffn_squares)
+        stream.swiglu(space.normed, scratch.ffn_squares, layer.gate_up, space.hidden, eps=eps)
+        stream.project(space.hidden, layer.down, space.residual, next_gain, space.normed, scratch.squares)
+
+    def _attend(self, space: Workspace, kv_pages: Tensor, page_table: Tensor, positions: Tensor) -> None:
+        key_pages, value_pages = kv_pages
+        self.operations.attention(
+            space.qkv,
+            self.rotary,
+            key_pages,
+            value_pages,
+            page_table,
+            positions,
+            space.mixed_chunks,
+            space.chunk_stats,
+            space.mixed,
+        )
+
     def _linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         if self.many(x.shape[0]):
             torch.mm(x, weight.t(), out=out[0])
@@ -193,7 +243,10 @@ class ModelRunner:
             self.operations.linear(x, weight, out)
 
     def _head(self, space: Workspace) -> None:
-        if self.many(space.logits.shape[0]):
+        stream = self.operations.stream
+        if stream is not None and isinstance(space.scratch, StreamScratch):
+            stream.head(space.normed, space.scratch.squares, self.head, space.logits, eps=self.model.norm_eps)
+        elif self.many(space.logits.shape[0]):
             torch.mm(space.normed, self.head.t(), out_dtype=torch.float32, out=space.logits)
         else:
             self.operations.whole_linear(space.normed, self.head, space.logits)
@@ -221,11 +274,15 @@ class WorkspacePlan:
         many = self.config.uses_library(weight.device, rows)
         chunks = (rows, model.n_head, self.operations.attention_chunks(self.shape.tokens, dtype.itemsize))
 
+        stream = None if many else self.operations.stream
+
         def partials(weight: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
             if many:
                 return (1, rows, weight.shape[0]), dtype
-            return (self.operations.linear_splits(weight, rows), rows, weight.shape[0]), torch.float32
+            splits = self.operations.linear_splits(weight, rows) if stream is None else stream.linear_splits(weight)
+            return (splits, rows, weight.shape[0]), torch.float32
 
+        output, down = attention.wo.weight, block.feed_forward.w2.weight
         found = {
             "residual": ((rows, width), torch.float32),
             "normed": ((rows, width), dtype),
@@ -233,12 +290,16 @@ class WorkspacePlan:
             "mixed_chunks": ((*chunks, model.head_size), torch.float32),
             "chunk_stats": ((*chunks, 2), torch.float32),
             "mixed": ((rows, width), dtype),
-            "projected": partials(attention.wo.weight),
             "hidden": ((rows, ffn), dtype),
-            "down": partials(block.feed_forward.w2.weight),
             "logits": ((rows, model.vocab_size), torch.float32),
         }
-        return found | ({"gate_up": ((rows, 2 * ffn), dtype)} if many else {})
+        if stream is not None:
+            found["squares"] = (stream.project_blocks(down), rows), torch.float32
+            found["ffn_squares"] = (stream.project_blocks(output), rows), torch.float32
+        else:
+            found |= {"projected": partials(output), "down": partials(down)}
+            found |= {"gate_up": ((rows, 2 * ffn), dtype)} if many else {}
+        return found
 
     def memory(self) -> dict[tuple[str, torch.dtype], int]:
         """Elements of each piece of memory that the workspaces of all numbers of rows share."""
@@ -265,7 +326,9 @@ class WorkspaceFactory:
         if rows not in self._made:
             planned = self._plan.tensors(rows)
             tensors = {name: self._memory[name, dtype][: prod(dims)].view(dims) for name, (dims, dtype) in planned.items()}
-            self._made[rows] = Workspace(gate_up=tensors.pop("gate_up", None), **tensors)
+            kind = StreamScratch if "squares" in tensors else PlainScratch
+            scratch = kind(**{field.name: tensors.pop(field.name) for field in fields(kind) if field.name in tensors})
+            self._made[rows] = Workspace(scratch=scratch, **tensors)
         return self._made[rows]
 
 
