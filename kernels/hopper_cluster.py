@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITFunction
 
+_UNASKED_SHARED_MEMORY = 48 * 1024  # bytes that every program may have
 _PADDING = gl.constexpr(4)  # numbers after each row, so that threads of a warp meet different banks of shared memory
 
 
@@ -100,4 +101,6 @@ def launch_clustered(kernel: JITFunction, clusters: tuple[int, int], cluster: in
         compiled = kernel.warmup(*arguments, grid=clusters, **named)
         warps, _, shared_memory = compiled.packed_metadata
         compiled.packed_metadata = (warps, cluster, shared_memory)
+        if compiled.module is None:  # Triton asks for more than 48 KiB only if its own part is more: the exchange is not in it
+            compiled.metadata = compiled.metadata._replace(shared=max(shared_memory, _UNASKED_SHARED_MEMORY + 1))
     kernel[clusters](*arguments, **named)

@@ -92,7 +92,7 @@ def launches_of(capability: int) -> Iterator[list[Build]]:
             build = Build.of(kernel, positional, named)
             if build not in builds:
                 builds.append(build)
-        return SimpleNamespace(packed_metadata=(0, 0, 0))
+        return SimpleNamespace(packed_metadata=(0, 0, 0), module="loaded")
 
     with (
         patch.object(JITFunction, "run", write_down),
