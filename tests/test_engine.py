@@ -260,11 +260,15 @@ def test_the_pool_holds_a_full_batch_where_memory_allows() -> None:
 @pytest.mark.parametrize(
     ("config", "more", "less"),
     [
-        (EngineConfig(), "raise gpu_memory_utilization or use a smaller model", "lower gpu_memory_utilization"),
+        (
+            EngineConfig(),
+            "raise gpu_memory_utilization, lower max_num_seqs or use a smaller model",
+            "lower gpu_memory_utilization",
+        ),
         (EngineConfig(num_pages=9), "raise num_pages", "lower num_pages"),
         (
             EngineConfig(page_size=64),
-            "lower page_size, raise gpu_memory_utilization or use a smaller model",
+            "lower page_size, raise gpu_memory_utilization, lower max_num_seqs or use a smaller model",
             "lower gpu_memory_utilization",
         ),
     ],

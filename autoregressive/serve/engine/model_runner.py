@@ -6,6 +6,7 @@ operation (`embed`) starts only when everything before it has ended; inside a st
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from autoregressive.common.devices import ieee_float32
 from autoregressive.common.errors import tell
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from kernels.attention import head_stride
+from kernels.attention import attention_reference, head_stride
 from kernels.dispatch import MANY_ROWS, Operations, select_operations
 
 
@@ -25,6 +26,14 @@ class RunnerConfig:
     attention_backend: str = "auto"  # "auto", "triton" or "torch"
     enforce_eager: bool = False  # no CUDA graphs
     deterministic: bool = False  # the same numbers whatever the batch: no library products for many rows
+
+    def uses_graphs(self, device: torch.device) -> bool:
+        """Whether steps are captured, for each of `row_buckets`; else they run with any number of rows."""
+        return device.type == "cuda" and not self.enforce_eager
+
+    def uses_library(self, device: torch.device, rows: int) -> bool:
+        """Whether products of so many rows are a library's."""
+        return device.type == "cuda" and not self.deterministic and rows > MANY_ROWS
 
 
 @dataclass(frozen=True)
@@ -70,10 +79,9 @@ class ModelRunner:
 
     def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
         model, weight = gpt.config, gpt.output.weight
-        self.model, self.shape, self.config = model, shape, config
+        self.gpt, self.model, self.shape, self.config = gpt, model, shape, config
         self.device, self.dtype = weight.device, weight.dtype
         self.operations = select_operations(self.device, self.dtype, model.head_size, config.attention_backend, tell=tell)
-        self._uses_library = self.device.type == "cuda" and not config.deterministic
         self.token_embedding, self.class_embedding = gpt.tok_embeddings.weight, gpt.cls_embedding.embedding_table.weight
         self.layers = [layer_weights(block) for block in gpt.layers if isinstance(block, TransformerBlock)]
         self.final_gain, self.head = gpt.norm.weight, weight
@@ -93,7 +101,7 @@ class ModelRunner:
             batch: empty, all padding: the steps run once for each bucket.
             progress: called with buckets done and in all.
         """
-        if self.device.type != "cuda" or self.config.enforce_eager:
+        if not self.config.uses_graphs(self.device):
             return
         buckets = row_buckets(self.shape.max_rows)
         pool = None
@@ -192,59 +200,73 @@ class ModelRunner:
 
     def many(self, rows: int) -> bool:
         """Whether products of so many rows are a library's."""
-        return self._uses_library and rows > MANY_ROWS
+        return self.config.uses_library(self.device, rows)
+
+
+@dataclass(frozen=True)
+class WorkspacePlan:
+    """The workspaces' tensors as shapes: what `WorkspaceFactory` allocates, and `StepBytes` sums up before it does."""
+
+    gpt: Transformer
+    shape: BatchShape
+    config: RunnerConfig
+    operations: Operations
+
+    def tensors(self, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of `Workspace`, for one number of rows."""
+        model, weight = self.gpt.config, self.gpt.output.weight
+        block = self.gpt.layers[0]
+        assert isinstance(block, TransformerBlock)
+        attention, width, ffn, dtype = block.attention, model.dim, model.ffn_dim, weight.dtype
+        many = self.config.uses_library(weight.device, rows)
+        chunks = (rows, model.n_head, self.operations.attention_chunks(self.shape.tokens, dtype.itemsize))
+
+        def partials(weight: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+            if many:
+                return (1, rows, weight.shape[0]), dtype
+            return (self.operations.linear_splits(weight, rows), rows, weight.shape[0]), torch.float32
+
+        found = {
+            "residual": ((rows, width), torch.float32),
+            "normed": ((rows, width), dtype),
+            "qkv": partials(attention.wqkv.weight),
+            "mixed_chunks": ((*chunks, model.head_size), torch.float32),
+            "chunk_stats": ((*chunks, 2), torch.float32),
+            "mixed": ((rows, width), dtype),
+            "projected": partials(attention.wo.weight),
+            "hidden": ((rows, ffn), dtype),
+            "down": partials(block.feed_forward.w2.weight),
+            "logits": ((rows, model.vocab_size), torch.float32),
+        }
+        return found | ({"gate_up": ((rows, 2 * ffn), dtype)} if many else {})
+
+    def memory(self) -> dict[tuple[str, torch.dtype], int]:
+        """Elements of each piece of memory that the workspaces of all numbers of rows share."""
+        most = self.shape.max_rows
+        graphs = self.config.uses_graphs(self.gpt.output.weight.device)
+        elements: dict[tuple[str, torch.dtype], int] = {}
+        for rows in row_buckets(most) if graphs else range(1, most + 1):
+            for name, (dims, dtype) in self.tensors(rows).items():
+                elements[name, dtype] = max(elements.get((name, dtype), 0), prod(dims))
+        return elements
 
 
 class WorkspaceFactory:
     """Cuts workspaces out of memory that all of them share: only one step runs at a time."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._plan = WorkspacePlan(runner.gpt, runner.shape, runner.config, runner.operations)
+        sizes = self._plan.memory().items()
+        self._memory = {(name, dtype): torch.empty(size, dtype=dtype, device=runner.device) for (name, dtype), size in sizes}
         self._made: dict[int, Workspace] = {}
-        self.for_rows(runner.shape.max_rows)  # the largest first, but for splits of fewer rows
 
     def for_rows(self, rows: int) -> Workspace:
-        """The workspace for that many rows."""
+        """The workspace for that many rows: tensors at the start of the memory of their names."""
         if rows not in self._made:
-            self._made[rows] = self._make(rows)
+            planned = self._plan.tensors(rows)
+            tensors = {name: self._memory[name, dtype][: prod(dims)].view(dims) for name, (dims, dtype) in planned.items()}
+            self._made[rows] = Workspace(gate_up=tensors.pop("gate_up", None), **tensors)
         return self._made[rows]
-
-    def _make(self, rows: int) -> Workspace:
-        runner, model = self._runner, self._runner.model
-        operations: Operations = runner.operations
-        width, ffn = model.dim, model.ffn_dim
-        layer, many = runner.layers[0], runner.many(rows)
-        chunks = operations.attention_chunks(runner.shape.tokens, runner.dtype.itemsize)
-        chunk_rows = (rows, model.n_head, chunks)
-
-        def partials(name: str, weight: Tensor) -> Tensor:
-            if many:
-                return self._take(name, (1, rows, weight.shape[0]), runner.dtype)
-            return self._take(name, (operations.linear_splits(weight, rows), rows, weight.shape[0]), torch.float32)
-
-        return Workspace(
-            residual=self._take("residual", (rows, width), torch.float32),
-            normed=self._take("normed", (rows, width), runner.dtype),
-            qkv=partials("qkv", layer.qkv),
-            mixed_chunks=self._take("mixed_chunks", (*chunk_rows, model.head_size), torch.float32),
-            chunk_stats=self._take("chunk_stats", (*chunk_rows, 2), torch.float32),
-            mixed=self._take("mixed", (rows, width), runner.dtype),
-            projected=partials("projected", layer.output),
-            gate_up=self._take("gate_up", (rows, 2 * ffn), runner.dtype) if many else None,
-            hidden=self._take("hidden", (rows, ffn), runner.dtype),
-            down=partials("down", layer.down),
-            logits=self._take("logits", (rows, model.vocab_size), torch.float32),
-        )
-
-    def _take(self, name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of that shape at the start of the memory of that name."""
-        size = torch.Size(dims).numel()
-        memory = self._memory.get((name, dtype))
-        if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=dtype, device=self._runner.device)
-            self._memory[name, dtype] = memory
-        return memory[:size].view(dims)
 
 
 @torch.no_grad()
@@ -276,3 +298,28 @@ def page_bytes(gpt: Transformer, page_size: int) -> int:
     """Memory of one page in all layers, keys and values."""
     model, itemsize = gpt.config, gpt.output.weight.element_size()
     return 2 * model.n_layer * model.n_head * page_size * head_stride(model.head_size, itemsize) * itemsize
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Memory that the steps of a model take beside its weights and pages."""
+
+    workspaces: int
+    gathered: int  # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel runs
+
+    @classmethod
+    def of(cls, gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> "StepBytes":
+        """From shapes alone, before any of it is taken.
+
+        Raises:
+            ValueError: the backend does not run on the model's device.
+        """
+        model, device, dtype = gpt.config, gpt.output.weight.device, gpt.output.weight.dtype
+        operations = select_operations(device, dtype, model.head_size, config.attention_backend, tell=lambda message: None)
+        memory = WorkspacePlan(gpt, shape, config, operations).memory()
+        workspaces = sum(elements * dtype.itemsize for (_, dtype), elements in memory.items())
+        if operations.attention is not attention_reference:
+            return cls(workspaces, 0)
+        # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in float32: 12 bytes an element.
+        tokens = shape.max_rows * shape.pages_per_row * shape.page_size
+        return cls(workspaces, 12 * tokens * model.n_head * head_stride(model.head_size, dtype.itemsize))
