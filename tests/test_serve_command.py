@@ -276,10 +276,11 @@ LESS = "give --num-pages or use a smaller model"
         # A page of 16 tokens of GPT-demo takes 256 KiB in float32; of 16 MiB, a quarter is for pages that nobody asked for.
         ("", f"needs 32 pages of 16 tokens and the pool has 16: {LESS}"),
         ("--page-size 256", f"needs 2 pages of 256 tokens and the pool has 1: lower --page-size, {LESS}"),
-        ("--page-size 1024", f"(it may take 25% of 16.0 MiB; a page of 1024 tokens takes 16.0 MiB): lower --page-size, {LESS}"),
-        ("--num-pages 65", "--num-pages 65: a page of 16 tokens takes 0.2 MiB, and cpu has 16.0 MiB of 16.0 MiB free, "),
-        ("--page-size 128 --num-pages 9", "1.5 MiB for steps of 2 rows: lower --num-pages to 7 or less"),
-        ("--page-size 2048 --num-pages 2", ": lower --page-size, lower --max-num-seqs or use a smaller model"),
+        ("--page-size 1024", f"25% of it may be pages, a page of 1024 tokens takes 16.0 MiB: lower --page-size, {LESS}"),
+        ("--num-pages 65", "--num-pages 65: a page of 16 tokens takes 0.2 MiB, and cpu has 16.0 MiB of 16.0 MiB free: lower"),
+        ("--max-num-seqs 9999 --num-pages 32", "--max-num-seqs 9999: steps of so many rows take"),
+        ("--page-size 128 --num-pages 9", "lower --num-pages to 7 or less"),
+        ("--page-size 2048 --num-pages 2", "16.0 MiB free: lower --page-size or use a smaller model"),
     ],
 )
 def test_a_pool_that_does_not_fit_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch, typed: str, said: str) -> None:

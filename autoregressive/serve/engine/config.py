@@ -9,7 +9,7 @@ import torch
 from autoregressive.common.errors import either
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig, page_bytes, workspace_bytes
+from autoregressive.serve.engine.model_runner import RunnerConfig, StepBytes, page_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
 from kernels.dispatch import BACKENDS
 
@@ -58,27 +58,30 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     """
     device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
     free_bytes, total_bytes = memory_of(device)
-    steps_bytes = workspace_bytes(gpt, shape, config.runner)
-    free, total, page, steps = (_readable(size) for size in (free_bytes, total_bytes, bytes_of_page, steps_bytes))
-    page = f"a page of {shape.page_size} tokens takes {page}"
-    steps = f"{steps} for steps of {shape.max_rows} rows"
+    steps = StepBytes.of(gpt, shape, config.runner)
+    there = f"{device} has {_readable(free_bytes)} of {_readable(total_bytes)} free"
+    page = f"a page of {shape.page_size} tokens takes {_readable(bytes_of_page)}"
+    if steps.workspaces > free_bytes:
+        needed = f"steps of so many rows take {_readable(steps.workspaces)}, and {there}"
+        raise ValueError(f"max_num_seqs {shape.max_rows}: {needed}: lower max_num_seqs or use a smaller model")
     if config.num_pages is not None:
-        fitting = max(0, free_bytes - steps_bytes) // bytes_of_page
+        fitting = (free_bytes - steps.workspaces) // bytes_of_page
         if config.num_pages > fitting:
             fewer = [f"lower num_pages to {fitting} or less"]
-            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "lower max_num_seqs", "use a smaller model"])
-            raise ValueError(f"num_pages {config.num_pages}: {page}, and {device} has {free} of {total} free, {steps}: {ways}")
+            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"])
+            raise ValueError(f"num_pages {config.num_pages}: {page}, and {there}: {ways}")
         return config.num_pages
-    most = shape.max_rows * shape.pages_per_row
+    share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
-        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps_bytes
-        bounds = f"{free} of {total} free, {_readable(_RESERVE_BYTES)} reserved, {steps}, gpu_memory_utilization {share:g}"
-    else:
-        share, reserve_bytes = _CPU_SHARE, 0
-        bounds = f"it may take {share:.0%} of {total}"
+        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps.workspaces + steps.gathered
+    most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:
-        raise ValueError(f"no memory for the KV cache ({bounds}; {page}): {ways_to_more_pages(config, device)}")
+        bounds = f"{share:.0%} of it may be pages"
+        if device.type == "cuda":
+            kept = f"{_readable(reserve_bytes)} are kept for graphs and steps of {shape.max_rows} rows"
+            bounds = f"gpu_memory_utilization is {share:g}, {kept}"
+        raise ValueError(f"no memory for the KV cache: {there}, {bounds}, {page}: {ways_to_more_pages(config, device)}")
     return pages
 
 

@@ -258,7 +258,7 @@ class ModelRunner:
 
 @dataclass(frozen=True)
 class WorkspacePlan:
-    """The workspaces' tensors as shapes: what `WorkspaceFactory` allocates, and `workspace_bytes` sums up before it does."""
+    """The workspaces' tensors as shapes: what `WorkspaceFactory` allocates, and `StepBytes` sums up before it does."""
 
     gpt: Transformer
     shape: BatchShape
@@ -363,20 +363,26 @@ def page_bytes(gpt: Transformer, page_size: int) -> int:
     return 2 * model.n_layer * model.n_head * page_size * head_stride(model.head_size, itemsize) * itemsize
 
 
-def workspace_bytes(gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> int:
-    """Memory that the steps of a model take beside its weights and pages.
+@dataclass(frozen=True)
+class StepBytes:
+    """Memory that the steps of a model take beside its weights and pages."""
 
-    Raises:
-        ValueError: the backend does not run on the model's device.
-    """
-    model, weight = gpt.config, gpt.output.weight
-    operations = select_operations(
-        weight.device, weight.dtype, model.head_size, config.attention_backend, tell=lambda message: None
-    )
-    sizes = WorkspacePlan(gpt, shape, config, operations).memory().items()
-    total = sum(elements * dtype.itemsize for (_, dtype), elements in sizes)
-    if operations.attention is attention_reference:
-        # It gathers all rows' keys and values: two copies and, where they are not float32, a third that is; the keys' first go.
+    workspaces: int
+    gathered: int  # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel runs
+
+    @classmethod
+    def of(cls, gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> "StepBytes":
+        """From shapes alone, before any of it is taken.
+
+        Raises:
+            ValueError: the backend does not run on the model's device.
+        """
+        model, device, dtype = gpt.config, gpt.output.weight.device, gpt.output.weight.dtype
+        operations = select_operations(device, dtype, model.head_size, config.attention_backend, tell=lambda message: None)
+        memory = WorkspacePlan(gpt, shape, config, operations).memory()
+        workspaces = sum(elements * dtype.itemsize for (_, dtype), elements in memory.items())
+        if operations.attention is not attention_reference:
+            return cls(workspaces, 0)
+        # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in float32: 12 bytes an element.
         tokens = shape.max_rows * shape.pages_per_row * shape.page_size
-        total += 12 * tokens * model.n_head * head_stride(model.head_size, weight.element_size())
-    return total
+        return cls(workspaces, 12 * tokens * model.n_head * head_stride(model.head_size, dtype.itemsize))
