@@ -35,7 +35,8 @@ def gpt_on_a_gpu(dtype: torch.dtype, capability: int = 90) -> Iterator[Transform
 def held_bytes(runner: ModelRunner, row_counts: Iterable[int]) -> int:
     """Memory of the workspaces for these numbers of rows together; what they share counts once."""
     spaces = [runner.workspaces.for_rows(rows) for rows in row_counts]
-    tensors = [value for space in spaces for value in vars(space).values() if value is not None]
+    held = [value for space in spaces for value in (*vars(space).values(), *vars(space.scratch).values())]
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
 
 
