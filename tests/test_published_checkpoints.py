@@ -1,9 +1,11 @@
 """The promise to LlamaGen's users, end to end: files of the published form in, LlamaGen's tokens out."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import load_reference, reference_weights
 from PIL import Image
@@ -13,8 +15,10 @@ from autoregressive.sample import sample_c2i
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 
-def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_form(tmp_path: Path) -> None:
-    """Fails if finding, unwrapping or loading weights, the defaults, or the loop differ from what LlamaGen does."""
+def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if finding, unwrapping or loading weights, the defaults, or the loop with its logits differ from LlamaGen's."""
     meta, expected = load_reference("gpt_b_256")
     gpt, vq = GPT_models["GPT-B"](block_size=meta["block_size"]), VQ_models["VQ-16"]()
     reference_weights(gpt, meta["seed"])
@@ -23,7 +27,12 @@ def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_fo
     torch.save({"model": gpt.state_dict(), **training}, tmp_path / "c2i_B_256.pt")
     torch.save({"model": vq.state_dict()}, tmp_path / "vq_ds16_c2i.pt")
     deterministic = torch.backends.cudnn.deterministic
+    logits: list[torch.Tensor] = []  # guided, of every step
 
+    def record(step: int, of_step: torch.Tensor) -> None:
+        logits.append(of_step)
+
+    monkeypatch.setattr(sample_c2i, "generate", partial(sample_c2i.generate, on_logits=record))
     sample_c2i.main(
         [
             "--pretrained-dir", str(tmp_path), "--device", "cpu", "--top-k", "1", "--output", str(tmp_path / "x.png"),
@@ -35,8 +44,10 @@ def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_fo
     codes = np.load(tmp_path / "codes.npy")
     assert codes.dtype == np.int32
     assert np.array_equal(codes, expected["tokens"])
+    recorded = torch.stack([logits[position] for position in meta["positions"]], dim=1)
+    assert np.abs(recorded.numpy() - expected["guided_logits_at_positions"]).max() < 1e-3
     with torch.no_grad():
-        pixels = vq.eval().decode_code(torch.from_numpy(codes), [2, 8, 16, 16])
+        pixels = vq.eval().decode_code(torch.from_numpy(codes[:1]), [1, 8, 16, 16])
     first = ((pixels[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     with Image.open(tmp_path / "x.png") as image:
         assert image.size == (2 * 256 + 6, 256 + 4)

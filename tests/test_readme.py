@@ -1,7 +1,9 @@
 """The README and the engine's page are true: their Python examples run, their flags and files exist."""
 
 import argparse
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from autoregressive.common.arguments import build_parser
+from autoregressive.common.images import JSON_KEY
 from autoregressive.serve.sample_c2i import build_engine_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +27,20 @@ def test_the_python_example_draws_a_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "x.png") as image:
         assert image.size == (262, 132)
+
+
+def test_make_demo_draws_the_readmes_picture_with_the_engine(tmp_path: Path) -> None:
+    """Fails if the demo's command ends in an error, is not the engine's, or draws anything but what the README shows."""
+    (line,) = re.findall(r"^\t\$\(VENV\)/bin/python (.* --output demo.png)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    command = [sys.executable, *shlex.split(line), "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "x.png") as drawn, Image.open(ROOT / "docs" / "images" / "demo.png") as shown:
+        assert drawn.size == shown.size
+        made, promised = (json.loads(image.text[JSON_KEY]) for image in (drawn, shown))  # type: ignore[attr-defined]
+    assert made.pop("torch").split("+")[0] == promised.pop("torch").split("+")[0]  # cpu and cuda builds of one version
+    assert made == promised
+    assert made["loop"] == "paged"
 
 
 def test_the_engines_example_runs() -> None:

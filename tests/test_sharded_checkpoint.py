@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
+from test_checkpoint import HOSTILE_KINDS, PROGRAM, hostile_file
 from torch import distributed
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -211,28 +212,19 @@ def test_metadata_that_runs_code_is_refused_and_runs_nothing(directory: Path, tm
     assert (tmp_path / "executed").exists()
 
 
-PROGRAM = """
-import sys
-from pathlib import Path
-import torch
-from autoregressive.common.checkpoint import load_weights
-from autoregressive.common.errors import run_command
-from autoregressive.models.gpt import GPT_models
-with torch.device("meta"):
-    model = GPT_models["GPT-demo"]()
-assert False, "unreachable under -O"
-run_command(lambda: load_weights(model, Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.float32))
-"""
-
-
 def test_refusal_needs_no_assertions(directory: Path, tmp_path: Path) -> None:
-    """Under `python -O` assertions are gone: a refusal resting on one would execute the file."""
-    make_hostile(directory, tmp_path / "executed")
-    command = [sys.executable, "-O", "-c", PROGRAM, str(directory)]
+    """Under `python -O` assertions are gone: a refusal resting on one would execute the file, be it sharded or not."""
+    mark = tmp_path / "executed"
+    make_hostile(directory, mark)
+    paths = [hostile_file(tmp_path / f"{kind}.pt", mark, kind) for kind in HOSTILE_KINDS] + [directory]
+    unreachable = 'assert False, "unreachable under -O"\n'
+    command = [sys.executable, "-O", "-c", unreachable + PROGRAM, *map(str, paths)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.count("\n") == 1, finished.stderr
-    assert not (tmp_path / "executed").exists()
+    assert finished.stdout == "2\n" * len(paths), finished.stderr
+    lines = finished.stderr.splitlines()
+    assert len(lines) == len(paths), finished.stderr
+    assert all("could run code" in line for line in lines[:-1]), finished.stderr
+    assert not mark.exists()
 
 
 # --- hostile metadata made of allowed names alone ---

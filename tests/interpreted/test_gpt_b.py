@@ -14,20 +14,22 @@ from autoregressive.serve.engine.model_runner import RunnerConfig
 def test_gpt_b_logits_are_llamagens() -> None:
     """The kernels at a published model's size: guided logits at LlamaGen's five recorded positions, for one of the two images.
 
-    Keys and values of the positions before come from the naive model; what lies behind is NaN.
+    One step has all five, as if five images had come so far. Keys and values of the positions before come from the naive model;
+    what lies behind is NaN.
     """
     model, meta, expected = reference_model("gpt_b_256")
-    wanted, codes, labels = expected["guided_logits_at_positions"][:1], torch.from_numpy(expected["tokens"][:1]), meta["labels"][:1]
-    shape = BatchShape.of(2, meta["block_size"], page_size=16)
-    runner = LargeTilesRunner(model, shape, 2 * shape.pages_per_row, RunnerConfig("triton"), pieces=3)
-    teacher = TeacherForced(runner, codes, labels)
+    wanted, codes, labels = expected["guided_logits_at_positions"][0], torch.from_numpy(expected["tokens"][:1]), meta["labels"][:1]
+    positions = torch.tensor(meta["positions"])
+    images, shape = len(positions), BatchShape.of(2 * len(positions), meta["block_size"], page_size=16)
+    runner = LargeTilesRunner(model, shape, shape.max_rows * shape.pages_per_row, RunnerConfig("triton"), pieces=3)
     cache = naive_keys_and_values(model, codes, labels)
-    for index, position in enumerate(meta["positions"]):
-        known = torch.where((torch.arange(shape.tokens) < position)[:, None], cache, torch.nan)
-        in_pages = known.unflatten(4, (-1, shape.page_size)).transpose(3, 4)  # [layers, 2, rows, pages, heads, ...]
-        runner.kv_pages.copy_(in_pages.flatten(2, 3))
-        guided = teacher.guided_logits(position, meta["cfg_scale"])
-        assert np.abs(guided.numpy() - wanted[:, index]).max() < 1e-3, position
+    behind = torch.arange(shape.tokens) >= positions[:, None]  # [images, tokens]
+    known = cache[:, :, None].masked_fill(behind[:, None, None, :, None], torch.nan)  # [layers, 2, images, 2, heads, tokens, ...]
+    in_pages = known.flatten(2, 3).unflatten(4, (-1, shape.page_size)).transpose(3, 4)  # [layers, 2, rows, pages, heads, ...]
+    runner.kv_pages.copy_(in_pages.flatten(2, 3))
+    teacher = TeacherForced(runner, codes.expand(images, -1), labels * images)
+    guided = teacher.guided_logits(positions, meta["cfg_scale"])
+    assert np.abs(guided.numpy() - wanted).max() < 1e-3
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _MOST_IMAGES = 16  # at once: more is no faster
-_MOST_PIXELS = 8 * 384 * 384  # at once: VQ-16 then needs about 1 GiB beside its weights
+_MOST_PIXELS = 4 * 384 * 384  # at once: VQ-16 then needs about half a GiB beside its weights
 
 
 class Pending:
@@ -121,9 +121,14 @@ class PixelDecoder:
                 codes = torch.zeros(images, self._grid**2, dtype=torch.int32, device=self._device)
                 self._stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._stream):
+                    before_bytes = torch.cuda.memory_allocated()
+                    torch.cuda.reset_peak_memory_stats()
                     _without_tuning(self._forward, codes)  # compiles, and builds the library's plans
+                    needed_bytes = torch.cuda.max_memory_allocated() - before_bytes
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    # Taken in one piece and given back: the pool cuts the tensors out of it, and keeps no pieces of many sizes.
+                    torch.empty(needed_bytes, dtype=torch.uint8, device=self._device)
                     pixels = _without_tuning(self._forward, codes)
                 self._captured[images] = _Captured(graph, codes, pixels)
 
