@@ -1,11 +1,11 @@
 """What bench_kernels.py measures: each operation of a step on random inputs of a model's shapes, beside its reference.
 
-Weights and KV pages come in as many copies as no cache holds. Bytes of products and attention are the weights' and the KV cache's
-alone, as in serve/floor.py: activations stay in the cache. The other operations have nothing else to move, so theirs are all that
-they read and write.
+Where a step runs the products of `Operations.stream`, they are what is measured. Weights and KV pages come in as many copies as
+no cache holds. Bytes of products and attention are the weights' and the KV cache's alone, as in serve/floor.py: activations
+stay in the cache. The other operations have nothing else to move, so theirs are all that they read and write.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table_2d
 from kernels.attention import head_stride
-from kernels.dispatch import Operations, torch_operations
+from kernels.dispatch import MANY_ROWS, Operations, StreamProducts, torch_operations
+from kernels.hopper_products import HEADROOM, stream_linear_reference, stream_project_reference, stream_swiglu_reference
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -34,6 +35,11 @@ class Setting:
     operations: Operations
     cold_bytes: int  # so much between two uses of the same memory leaves no cache warm
 
+    @property
+    def stream(self) -> StreamProducts | None:
+        """The products of a step with few rows, if they norm their inputs and add themselves to the residual stream."""
+        return self.operations.stream if self.rows <= MANY_ROWS else None
+
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normally distributed numbers."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
@@ -48,7 +54,12 @@ class Setting:
 
     def splits(self, outputs: int, inputs: int) -> int:
         """Partial sums of a product."""
-        return self.operations.linear_splits(torch.empty(outputs, inputs, dtype=self.dtype, device="meta"), self.rows)
+        weight = self.shape_of_weight(outputs, inputs)
+        return self.operations.linear_splits(weight, self.rows) if self.stream is None else self.stream.linear_splits(weight)
+
+    def shape_of_weight(self, outputs: int, inputs: int) -> Tensor:
+        """A weight without memory: enough to ask how its product is cut up."""
+        return torch.empty(outputs, inputs, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,14 @@ class Case:
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Every operation of a step, each built when its turn comes: they need memory."""
-    dim, ffn = setting.config.dim, setting.config.ffn_dim
     yield embed_case(setting)
+    yield from plain_cases(setting) if setting.stream is None else stream_cases(setting, setting.stream)
+    yield draw_case(setting)
+
+
+def plain_cases(setting: Setting) -> Iterator[Case]:
+    """A layer whose norms have kernels of their own, and the head."""
+    dim, ffn = setting.config.dim, setting.config.ffn_dim
     yield linear_case(setting, "qkv product", 3 * dim, dim)
     yield attention_case(setting)
     yield linear_case(setting, "output product", dim, dim)
@@ -76,7 +93,39 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield swiglu_case(setting)
     yield linear_case(setting, "down product", dim, ffn)
     yield head_case(setting)
-    yield draw_case(setting)
+
+
+def stream_cases(setting: Setting, stream: StreamProducts) -> Iterator[Case]:
+    """A layer whose products norm their inputs and add themselves to the residual stream, and the head."""
+    rows, dim, ffn, vocab = setting.rows, setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
+    reference = reference_stream()
+    blocks, ffn_blocks = (stream.project_blocks(setting.shape_of_weight(dim, inputs)) for inputs in (ffn, dim))
+    qkv = setting.empty(setting.splits(3 * dim, dim), rows, 3 * dim, dtype=torch.float32)
+    yield norming_case(setting, "qkv product", 3 * dim, blocks, qkv, stream.linear, reference.linear)
+    yield attention_case(setting)
+    yield project_case(setting, stream, "output product", dim)
+    hidden = setting.empty(rows, ffn)
+    yield norming_case(setting, "swiglu", 2 * ffn, ffn_blocks, hidden, stream.swiglu, reference.swiglu)
+    yield project_case(setting, stream, "down product", ffn)
+    logits = setting.empty(rows, vocab, dtype=torch.float32)
+    yield norming_case(setting, "head", vocab, blocks, logits, stream.head, reference.head)
+
+
+def reference_stream() -> StreamProducts:
+    """The torch references of `Operations.stream`, nothing cut up."""
+
+    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
+        stream_linear_reference(x, squares, weight, logits[None], eps=eps)
+
+    return StreamProducts(
+        linear=stream_linear_reference,
+        linear_splits=lambda weight: 1,
+        project=stream_project_reference,
+        project_blocks=lambda weight: 1,
+        swiglu=stream_swiglu_reference,
+        head=head,
+        headroom=HEADROOM,
+    )
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -84,9 +133,14 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+def largest(errors: Iterable[float]) -> float:
+    """NaN if one is, which `max` may pass over."""
+    return float(torch.tensor(list(errors)).max())
+
+
 def linear_case(setting: Setting, name: str, outputs: int, inputs: int) -> Case:
     """A product whose consumer adds up its partial sums."""
-    weights, x = _weights(setting, outputs, inputs)
+    weights, x = _weights(setting, outputs, inputs), _input(setting, inputs)
     out = setting.empty(setting.splits(outputs, inputs), setting.rows, outputs, dtype=torch.float32)
 
     def run(copy: int) -> None:
@@ -101,7 +155,7 @@ def linear_case(setting: Setting, name: str, outputs: int, inputs: int) -> Case:
 
 def head_case(setting: Setting) -> Case:
     """The logits, in one piece."""
-    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim)
+    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _input(setting, setting.config.dim)
     out = setting.empty(setting.rows, setting.config.vocab_size, dtype=torch.float32)
 
     def run(copy: int) -> None:
@@ -116,7 +170,7 @@ def head_case(setting: Setting) -> Case:
 
 def swiglu_case(setting: Setting) -> Case:
     """The gated product; the library's is the product alone."""
-    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim)
+    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _input(setting, setting.config.dim)
     out = setting.empty(setting.rows, setting.config.ffn_dim)
 
     def run(copy: int) -> None:
@@ -129,6 +183,61 @@ def swiglu_case(setting: Setting) -> Case:
         return relative_error(out, wanted)
 
     return _product_case(setting, "swiglu", weights, x, run, error)
+
+
+def norming_case(
+    setting: Setting,
+    name: str,
+    outputs: int,
+    blocks: int,
+    out: Tensor,
+    product: Callable[..., None],
+    reference: Callable[..., None],
+) -> Case:
+    """A product of `StreamProducts` that norms its input; the library's is the product alone.
+
+    Args:
+        outputs: of the weights, [outputs, width].
+        blocks: that the product before leaves its squares in.
+        out: written, [rows, columns] or partial sums of it.
+        product, reference: of x, squares, weight and out.
+    """
+    dim = setting.config.dim
+    weights, residual = _weights(setting, outputs, dim), setting.random(setting.rows, dim, dtype=torch.float32)
+    gain = setting.random(dim).mul_(dim**-0.5)
+    x = (residual * gain * HEADROOM).to(setting.dtype)
+    squares = torch.stack([block.sum(dim=1) for block in residual.square().tensor_split(blocks, dim=1)])
+
+    def run(copy: int) -> None:
+        product(x, squares, weights[copy], out, eps=_EPS)
+
+    def error() -> float:
+        run(0)
+        wanted = torch.empty_like(out, dtype=torch.float32)
+        reference(x.float(), squares, weights[0].float(), wanted, eps=_EPS)
+        return relative_error(*(each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted)))
+
+    return _product_case(setting, name, weights, x, run, error)
+
+
+def project_case(setting: Setting, stream: StreamProducts, name: str, inputs: int) -> Case:
+    """A product that adds itself to the residual stream, and prepares the next one's input; the library's only multiplies."""
+    dim, rows = setting.config.dim, setting.rows
+    weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
+    residual, gain, normed = setting.random(rows, dim, dtype=torch.float32), setting.random(dim), setting.empty(rows, dim)
+    squares = setting.empty(stream.project_blocks(weights[0]), rows, dtype=torch.float32)
+
+    def run(copy: int) -> None:
+        stream.project(x, weights[copy], residual, gain, normed, squares)
+
+    def error() -> float:
+        own, wanted, sums = residual.clone(), torch.empty_like(normed, dtype=torch.float32), torch.empty_like(squares)
+        run(0)
+        stream_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
+        pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
+        return largest(relative_error(*pair) for pair in pairs)
+
+    return _product_case(setting, name, weights, x, run, error)
 
 
 def attention_case(setting: Setting) -> Case:
@@ -181,24 +290,29 @@ def add_norm_case(setting: Setting) -> Case:
 
 def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
-    config, rows, device = setting.config, setting.rows, setting.device
+    config, rows, device, stream = setting.config, setting.rows, setting.device, setting.stream
     codes = torch.randint(0, config.vocab_size, (rows, config.block_size), dtype=torch.int32, device=device)
     slots, labels = torch.arange(rows, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
     positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=device)
     tables = setting.random(config.vocab_size, config.dim), setting.random(config.num_classes + 1, config.dim)
-    gain, normed = setting.random(config.dim), setting.empty(rows, config.dim)
-    residual = setting.empty(rows, config.dim, dtype=torch.float32)
+    sources = (codes, slots, positions, labels, *tables, setting.random(config.dim))
+    written = [setting.empty(rows, config.dim, dtype=torch.float32), setting.empty(rows, config.dim)]  # residual, normed
+    headroom = 1.0
+    if stream is not None:  # the first product norms
+        blocks = stream.project_blocks(setting.shape_of_weight(config.dim, config.ffn_dim))
+        written.append(setting.empty(blocks, rows, dtype=torch.float32))
+        headroom = stream.headroom
 
     def run(_: int) -> None:
-        setting.operations.embed(codes, slots, positions, labels, *tables, gain, residual, normed, eps=_EPS)
+        setting.operations.embed(*sources, *written, eps=_EPS, headroom=headroom)
 
     def error() -> float:
         run(0)
-        own, wanted = torch.empty_like(residual), torch.empty_like(normed, dtype=torch.float32)
-        torch_operations().embed(codes, slots, positions, labels, *tables, gain, own, wanted, eps=_EPS)
-        return relative_error(normed, wanted)
+        wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
+        torch_operations().embed(*sources, *wanted, eps=_EPS, headroom=headroom)
+        return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
-    moved = residual.nbytes + 2 * normed.nbytes + gain.nbytes
+    moved = sum(each.nbytes for each in written) + (rows + 1) * config.dim * setting.dtype.itemsize
     return Case("embed", f"{config.dim}", moved, 0, 1, run, None, error)
 
 
@@ -233,10 +347,14 @@ def draw_case(setting: Setting) -> Case:
     return Case("draw", f"{vocab}", logits.nbytes, 0, 1, lambda _: draw(setting.operations, own), None, error)
 
 
-def _weights(setting: Setting, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Copies [copies, outputs, inputs], and something to multiply by [rows, inputs]; results are about 1."""
-    copies = setting.copies(outputs * inputs * setting.dtype.itemsize)
-    return setting.random(copies, outputs, inputs), setting.random(setting.rows, inputs).mul_(inputs**-0.5)
+def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
+    """Copies [copies, outputs, inputs]."""
+    return setting.random(setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs)
+
+
+def _input(setting: Setting, inputs: int) -> Tensor:
+    """Something to multiply by weights [rows, inputs]; results are about 1."""
+    return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ First each kernel's result is compared with the torch reference in float32; one 
 each other in a CUDA graph, with programmatic dependent launch where the GPU has it, as they do in a step, over so many copies of
 weights and KV pages that none is in the second-level cache. Times are medians of 11. The floor is the bytes that must be moved over
 the read bandwidth, or the operations over the rate of a large matrix product if that is more; both are measured in the same run.
-Tiles are those of kernels/configs.py. `attention` includes the kernel that combines its chunks; cuBLAS's `swiglu` is the product
-alone.
+Kernels are those of a step with so many rows on this GPU, in tiles of kernels/configs.py; above 64 rows, where a step leaves
+products to the library, the plain ones. `attention` includes the kernel that combines its chunks. cuBLAS's times are of the
+products alone: our `swiglu` also gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm
+their inputs or add themselves to the residual stream, so that there is no `add_norm`.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
@@ -28,8 +30,7 @@ with slow_imports(__name__):
     from autoregressive.common.settings import PRECISIONS
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
-    from kernels.configs import tile_table
-    from kernels.dispatch import triton_operations, triton_runs_on
+    from kernels.dispatch import select_operations, triton_runs_on
 
 REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
@@ -110,8 +111,8 @@ def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Res
 @torch.no_grad()
 def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device) -> list[Result]:
     """Prints a line for each kernel and number of rows."""
-    config, capability = config_of(model), torch.cuda.get_device_capability(device)
-    operations = triton_operations(tile_table(capability, dtype), config.head_size, launch_pdl=capability >= (9, 0))
+    config = config_of(model)
+    operations = select_operations(device, dtype, config.head_size, "triton", tell=tell)
     ceilings = measure_ceilings(device, dtype)
     cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     results = []

@@ -1,51 +1,150 @@
 """The kernels' benchmark, as far as a machine without a GPU can tell: its cases, its floors, what it calls wrong."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import bench_kernels
 import pytest
 import torch
-from bench_kernel_cases import Case, Setting, cases, relative_error
+from bench_kernel_cases import Case, Setting, cases, reference_stream, relative_error
+from step_times import PRODUCTS
+from torch import Tensor
 
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.floor import Ceilings, Floor
-from kernels.dispatch import torch_operations
+from kernels.dispatch import MANY_ROWS, StreamProducts, torch_operations
 
 CONFIG = GPTConfig(dim=200, n_layer=3, n_head=2, vocab_size=300, block_size=64, num_classes=5)  # heads of 100
 
 
-def setting() -> Setting:
-    return Setting(CONFIG, 4, 33, torch.device("cpu"), torch.float32, torch_operations(), cold_bytes=10**6)
+def plain(rows: int = 4) -> Setting:
+    return Setting(CONFIG, rows, 33, torch.device("cpu"), torch.float32, torch_operations(), cold_bytes=10**6)
 
 
-def test_every_operation_is_compared_and_runs_on_every_copy() -> None:
+def streamed(rows: int = 4, products: StreamProducts | None = None) -> Setting:
+    """As on compute capability 9.0, cut up otherwise than the references."""
+    whole = products or reference_stream()
+    cut = replace(whole, linear_splits=lambda weight: 3, project_blocks=lambda weight: weight.shape[1] // 50)
+    return replace(plain(rows), operations=replace(torch_operations(), stream=cut))
+
+
+@pytest.fixture(params=[plain, streamed], ids=lambda make: make.__name__)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return request.param()
+
+
+def test_every_operation_is_compared_and_runs_on_every_copy(setting: Setting) -> None:
     """Fails if a case's tensors do not fit its operation, or a result is compared with something else."""
     names = []
-    for case in cases(setting()):
+    for case in cases(setting):
         names.append(case.operation)
         assert case.error() < 1e-5, case.operation
         for run in (case.run, case.library):
             if run is not None:
                 run(case.copies - 1)
-    products = ["qkv product", "output product", "swiglu", "down product", "head"]
-    assert sorted(names) == sorted([*products, "embed", "attention", "add_norm", "draw"])
+    norm = [] if setting.stream else ["add_norm"]
+    assert sorted(names) == sorted([*PRODUCTS, *norm, "embed", "attention", "draw"])
 
 
-def test_the_cases_floors_are_those_of_a_step() -> None:
+def test_streamed_products_are_measured_where_a_step_runs_them() -> None:
+    """Fails if a kernel is timed that no step runs, or one that it runs is not called."""
+    called: list[str] = []
+
+    def counted(name: str) -> Callable[..., None]:
+        def run(*tensors: Tensor, **options: float) -> None:
+            called.append(name)
+            getattr(reference_stream(), name)(*tensors, **options)
+
+        return run
+
+    counting: dict[str, Any] = {name: counted(name) for name in ("linear", "project", "swiglu", "head")}
+    products = replace(reference_stream(), **counting)
+    for case in cases(streamed(MANY_ROWS, products)):
+        case.run(0)
+    assert called == ["linear", "project", "swiglu", "project", "head"]
+    assert "add_norm" in [case.operation for case in cases(streamed(MANY_ROWS + 2, products))]
+    assert len(called) == 5
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "streams"),
+    [((9, 0), torch.bfloat16, True), ((9, 0), torch.float32, False), ((8, 0), torch.bfloat16, False)],
+    ids=str,
+)
+def test_kernels_are_those_that_the_engine_selects(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, streams: bool
+) -> None:
+    """Fails if the benchmark makes its own choice of kernels, and times others than a step on that GPU runs."""
+    settings: list[Setting] = []
+
+    def no_cases(setting: Setting) -> list[Case]:
+        settings.append(setting)
+        return []
+
+    monkeypatch.setattr(bench_kernels, "cases", no_cases)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
+    bench_kernels.measure_model("GPT-B", [MANY_ROWS, MANY_ROWS + 2], 8, dtype, torch.device("cuda"))
+    assert [setting.stream is not None for setting in settings] == [streams, False]
+
+
+def norms_by_one_block(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    """A product that takes the first block of squares for all."""
+    reference_stream().linear(x, squares[:1], weight, out, eps=eps)
+
+
+def leaves_undone(index: int) -> Callable[..., None]:
+    """A product that does not add to the residual stream, or leaves NaN in another of residual, gain, normed and squares."""
+
+    def project(x: Tensor, weight: Tensor, *changed: Tensor) -> None:
+        kept = changed[index].clone()
+        reference_stream().project(x, weight, *changed)
+        changed[index].copy_(kept if index == 0 else torch.full_like(kept, math.nan))
+
+    return project
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong"),
+    [
+        ("qkv product", {"linear": norms_by_one_block}),
+        ("output product", {"project": leaves_undone(0)}),  # the residual stream
+        ("output product", {"project": leaves_undone(2)}),  # the next product's input
+        ("down product", {"project": leaves_undone(3)}),  # the squares
+        ("swiglu", {"swiglu": lambda x, squares, weight, out, *, eps: out.zero_()}),
+        ("head", {"head": lambda x, squares, weight, out, *, eps: out.fill_(math.nan)}),
+    ],
+)
+def test_a_wrong_streamed_product_is_found(operation: str, wrong: dict[str, Any]) -> None:
+    """Fails if a case looks at only some of what a product writes, or NaN in one result passes beside another that is right."""
+    found = [
+        case.operation
+        for case in cases(streamed(products=replace(reference_stream(), **wrong)))
+        if bench_kernels.is_wrong(case, case.error(), torch.bfloat16)
+    ]
+    assert operation in found
+    assert set(found) <= {operation, "output product", "down product"}
+
+
+def test_the_cases_floors_are_those_of_a_step(setting: Setting) -> None:
     """Fails if a shape is not the model's, or bytes are counted otherwise than in every other report."""
     ceilings = Ceilings(1e12, 1e12)  # few operations a byte: products are bound by them
-    seconds = {case.operation: bench_kernels.floor_seconds(case, ceilings) for case in cases(setting())}
+    seconds = {case.operation: bench_kernels.floor_seconds(case, ceilings) for case in cases(setting)}
     layers = ("qkv product", "output product", "swiglu", "down product", "attention")
     step = CONFIG.n_layer * sum(seconds[name] for name in layers) + seconds["head"]
     assert step == pytest.approx(Floor(CONFIG, 4, ceilings).step_seconds(4, 4 * 33))
 
 
-def test_copies_are_too_many_for_a_cache() -> None:
+def test_copies_are_too_many_for_a_cache(setting: Setting) -> None:
     """Fails if weights that are still in the cache flatter a kernel."""
-    for case in cases(setting()):
+    for case in cases(setting):
         assert case.copies == 1 or case.copies * case.bytes >= min(10**6, 2 * case.bytes)
-        if case.operation in ("qkv product", "output product", "swiglu", "down product", "head"):
+        if case.operation in PRODUCTS:
             assert case.copies * case.bytes >= 10**6
 
 
