@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_imports import ROOT, source_files
@@ -54,6 +55,11 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(lambda: print(1 // 0))
 
 
+def hear_interrupts() -> None:
+    """What a shell starts in the background, this suite perhaps, ignores them, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, path: Path) -> None:
     """Fails if Ctrl-C in a command's first seconds prints a traceback; imports that never end stand in for slow ones."""
@@ -61,7 +67,8 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, p
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
@@ -77,7 +84,11 @@ def test_there_are_commands_to_interrupt() -> None:
 @pytest.mark.parametrize("module", ["__main__", "autoregressive.sample.sample_c2i"])
 def test_whoever_imports_a_command_keeps_its_interrupts(module: str) -> None:
     """Fails if importing a command's module changes what Ctrl-C does in the importer's process, then or later."""
-    before = signal.getsignal(signal.SIGINT)
-    with slow_imports(module):
-        assert (signal.getsignal(signal.SIGINT) is before) == (module != "__main__")
-    assert signal.getsignal(signal.SIGINT) is before
+    found = signal.getsignal(signal.SIGINT)
+    hear_interrupts()
+    try:
+        with slow_imports(module):
+            assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == (module != "__main__")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, found)
