@@ -6,7 +6,7 @@ the order of a sum.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,11 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
     Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
     """
     path = _FOLDER / f"tiles_sm{capability[0]}{capability[1]}.json"
-    # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227, of which the rules need 160.
+    # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227: the rules' tiles of these are the same.
     shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024
     if dtype.itemsize != 2 or not path.exists():
         return TileTable(shared_memory=shared_memory)
-    return read_table(path)
+    return replace(read_table(path), shared_memory=shared_memory)
 
 
 def read_table(path: Path) -> TileTable:

@@ -1,12 +1,13 @@
 """Which implementation carries out each operation of a decode step: Triton where it can, else torch. One table, one place.
 
 Every operation takes the same tensors in both. Triton needs compute capability 8.0; its attention the head sizes in
-`HEAD_SIZES`; programmatic dependent launch 9.0. With TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly.
+`HEAD_SIZES`; programmatic dependent launch 9.0. On 9.0 (Hopper) 16-bit weights have products and an attention of their own. With
+TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly; Hopper's do not.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -89,9 +90,7 @@ def select_operations(
     if head_size in HEAD_SIZES:
         return operations
     tell(f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): torch's takes its place")
-    return Operations(
-        **{**operations.__dict__, "attention": attention_reference, "attention_chunks": torch_operations().attention_chunks}
-    )
+    return replace(operations, attention=attention_reference, attention_chunks=torch_operations().attention_chunks)
 
 
 def torch_operations() -> Operations:

@@ -19,16 +19,19 @@ _PADDING = gl.constexpr(4)  # numbers after each row, so that threads of a warp 
 @gluon.jit
 def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
     """The address, in shared memory, of room for partial sums; announces to the cluster that this program has started."""
-    return gl.inline_asm_elementwise(
-        _open_text(4 * ROWS * (OUTPUTS + _PADDING)), "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return gl.inline_asm_elementwise(_open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function
-def _open_text(size: int) -> str:
-    # Whole KiB: what Triton lays out behind it must keep to its alignment.
-    room = f".shared .align 1024 .b8 exchange[{-(-size // 1024) * 1024}];"
+def _open_text(outputs: int, rows: int) -> str:
+    room = f".shared .align 1024 .b8 exchange[{_exchange_bytes(outputs, rows)}];"
     return f"{{ {room} mov.u32 $0, exchange; barrier.cluster.arrive.relaxed.aligned; }}"
+
+
+@triton.constexpr_function
+def _exchange_bytes(outputs: int, rows: int) -> int:
+    # Whole KiB: what Triton lays out behind it must keep to its alignment.
+    return -(-4 * rows * (outputs + _PADDING.value) // 1024) * 1024
 
 
 @gluon.jit
@@ -88,7 +91,7 @@ def _received(address):
 
 def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
     """Shared memory that `open_exchange` takes."""
-    return 0 if cluster == 1 else -(-4 * rows * (outputs + _PADDING.value) // 1024) * 1024
+    return 0 if cluster == 1 else _exchange_bytes(outputs, rows)
 
 
 def launch_clustered(kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any) -> None:

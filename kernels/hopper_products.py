@@ -20,8 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.hopper_cluster import cluster_sum, exchange_bytes, launch_clustered, open_exchange
 from kernels.linear import row_tile
 
-# What is not yet normed is kept this much smaller, so that a large residual stream fits into 16-bit floats.
-HEADROOM = 2.0**-6
+# What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16: up to half a million. A smaller
+# factor would lose more of a small one, below fp16's least normal number.
+HEADROOM = 2.0**-3
 _HEADROOM = gl.constexpr(HEADROOM)
 _SHARED_MEMORY = 226 * 1024  # bytes of a program, the barriers' left out
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -44,7 +45,9 @@ class StreamTiles:
     def held(self, inputs: int, outputs: int, rows: int, cluster: int) -> int:
         """Tiles that a program holds."""
         tile_bytes = (outputs + rows) * self.inputs * 2
-        return min(self.stages, self.tiles(inputs), (_SHARED_MEMORY - exchange_bytes(outputs, rows, cluster)) // tile_bytes)
+        held = min(self.stages, self.tiles(inputs), (_SHARED_MEMORY - exchange_bytes(outputs, rows, cluster)) // tile_bytes)
+        assert held >= 1, (self, outputs, rows)
+        return held
 
 
 @gluon.jit

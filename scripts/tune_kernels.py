@@ -24,7 +24,7 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from kernels import configs
     from kernels.attention import AttentionTiles, head_stride
-    from kernels.configs import SECTIONS, TileTable, read_table
+    from kernels.configs import SECTIONS, TileTable, read_table, tile_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
     from kernels.hopper_products import StreamTiles
     from kernels.linear import LinearTiles
@@ -149,7 +149,8 @@ def main() -> None:
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
     major, minor = torch.cuda.get_device_capability()
     path = arguments.output or Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
-    table = read_table(path) if path.exists() else TileTable()
+    rules = TileTable(shared_memory=tile_table((major, minor), torch.bfloat16).shared_memory)
+    table = replace(read_table(path), shared_memory=rules.shared_memory) if path.exists() else rules
     for name in names:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
@@ -223,6 +224,9 @@ def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str) -> Ti
                 tried[candidate] = score(chain, changed, kernels, heads=stage.of_head)
             except Exception as error:  # a setting that does not fit the GPU is no candidate
                 print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
+        if not tried:
+            print(f"{name} {stage.section} {stage.key}: no candidate runs, the rule's tiles stay", flush=True)
+            continue
         best = min(tried, key=lambda candidate: sum(tried[candidate]))
         table = with_setting(table, stage, best)
         times = ", ".join(f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True))
@@ -278,7 +282,7 @@ def stream_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[S
         for tile in (64, 128, 256):
             for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
                 tiles = -(-inputs // (tile * splits))
-                if 40 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
+                if 20 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
                     for stages in _stages(tiles, tile_outputs, tile):
                         yield StreamTiles(tile_outputs, tile, splits, stages, warps)
 

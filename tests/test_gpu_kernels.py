@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MODELS = ("GPT-B", "GPT-XL", "GPT-3B")
+MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")  # all that the tile table holds
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -58,7 +58,7 @@ def hopper(request: pytest.FixtureRequest) -> Place:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("rows", [1, 2, 16, 70])
+@pytest.mark.parametrize("rows", [2, 16, 24, 70])  # a tile of 16 rows, of 32, of 64
 @pytest.mark.parametrize("measured", [True, False], ids=["table", "rules"])
 def test_streamed_products(hopper: Place, model: str, rows: int, measured: bool) -> None:
     """The tiles that the table, and the rules, choose for the models' shapes."""

@@ -19,6 +19,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from autoregressive.serve.engine.vq_forward import VQForward
+from kernels.hopper_cluster import exchange_bytes
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig, VQModel
 
 TOKENIZERS = {"VQ-16": VQ_CONFIGS["VQ-16"], "VQ-16 cut short": VQConfig(ch_mult=(1, 1), num_res_blocks=1)}
@@ -100,7 +101,10 @@ def test_what_is_launched_compiles(case: Case) -> None:
     for build in builds:
         compiled = build.compiled(case.capability)
         assert f"sm_{case.capability}" in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= SHARED_MEMORY[case.capability], build
+        size = dict(build.constants)
+        exchange = exchange_bytes(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"]) if "CLUSTER" in size else 0
+        assert exchange <= 48 * 1024, build  # more a program cannot have beside what Triton asks for
+        assert compiled.metadata.shared + exchange <= SHARED_MEMORY[case.capability], build
         waits = "griddepcontrol" in compiled.asm["ptx"]
         assert waits == (case.capability >= 90 and case.model in GPT_SHAPES), build
         assert waits or not dict(build.options).get("launch_pdl"), build

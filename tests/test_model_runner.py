@@ -1,14 +1,20 @@
 """The engine's steps against LlamaGen's stored outputs, on a CPU with the torch operations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from teacher import reference_model
 from torch import Tensor
 
+from autoregressive.models.gpt import Transformer
+from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
-from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
+from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, WorkspaceFactory, row_buckets
 from autoregressive.serve.engine.request import SamplingParams
+from kernels.dispatch import StreamProducts
+from kernels.hopper_products import HEADROOM, stream_linear_reference, stream_project_reference, stream_swiglu_reference
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
@@ -30,6 +36,49 @@ def test_greedy_tokens_are_llamagens(name: str) -> None:
     """Guards positions, page tables, pairing, the interval's end, head size 100 and no guidance."""
     codes, expected = engine_codes(name, torch.device("cpu"), "torch")
     assert np.array_equal(codes, expected)
+
+
+def streamed_references() -> StreamProducts:
+    """Hopper's products in torch, with partial sums and blocks of squares as there."""
+    return StreamProducts(
+        linear=stream_linear_reference,
+        linear_splits=lambda weight: 3,
+        project=stream_project_reference,
+        project_blocks=lambda weight: 5,
+        swiglu=stream_swiglu_reference,
+        head=lambda x, squares, weight, out, *, eps: stream_linear_reference(x, squares, weight, out[None], eps=eps),
+        headroom=HEADROOM,
+    )
+
+
+class StreamedRunner(ModelRunner):
+    """The real runner on `streamed_references`."""
+
+    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
+        super().__init__(gpt, shape, num_pages, config)
+        self.operations = replace(self.operations, stream=streamed_references())
+        self.workspaces = WorkspaceFactory(self)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_streamed_layer_draws_llamagens_tokens(name: str) -> None:
+    """Guards what else only a GPU of compute capability 9.0 runs: who adds to the residual stream, whose gain, whose squares."""
+    codes, expected = engine_codes(name, torch.device("cpu"), "torch", StreamedRunner)
+    assert np.array_equal(codes, expected)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e4])
+def test_headroom_keeps_fp16_products_whole(size: float) -> None:
+    """Fails if a large residual stream overflows before it is normed, or a small one is lost among fp16's subnormal numbers."""
+    drawn = torch.Generator().manual_seed(0)
+    residual, weight = torch.randn(4, 512, generator=drawn) * size, torch.randn(64, 512, generator=drawn)
+    gain = torch.rand(512, generator=drawn) * 0.5 + 0.5
+    squares = residual.square().sum(dim=1)[None]
+    got, wanted = (torch.empty(1, 4, 64) for _ in range(2))
+    x = residual * gain * HEADROOM
+    stream_linear_reference(x, squares, weight, wanted, eps=1e-5)
+    stream_linear_reference(x.half().float(), squares, weight, got, eps=1e-5)
+    assert (got - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_float32_products_are_ieee_whatever_the_process_allows() -> None:
