@@ -53,6 +53,13 @@ class Job:
     device: str
     device_name: str
     torch: str
+    repeats: int
+    naive_repeats: int  # of the plain loop
+
+    def medians_of(self) -> str:
+        """What the table's figures are."""
+        plain = f" (the plain loop: of {self.naive_repeats})" if self.naive_repeats != self.repeats else ""
+        return f"Each time is the median of {self.repeats} after one warm-up{plain}."
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,9 @@ def work(arguments: argparse.Namespace, job: Job) -> None:
         try:
             settings = settings_for(model, job, arguments.output_dir)
             if method == "paged":
-                timing = time_paged(settings, arguments.repeats)
+                timing = time_paged(settings, job.repeats)
             else:
-                repeats = arguments.naive_repeats or arguments.repeats
-                timing = time_naive(settings, repeats if method == "naive" else arguments.repeats, method == "compile")
+                timing = time_naive(settings, job.naive_repeats if method == "naive" else job.repeats, method == "compile")
         except Exception as error:  # whatever it is, it goes into the table, and the others go on
             print(json.dumps({"method": method, "error": first_line(error)}), flush=True)
             raise
@@ -172,11 +178,17 @@ def run_model(model: str, methods: Sequence[str], options: Sequence[str]) -> Ite
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
                 assert process.stdout is not None
                 failed = False
-                for line in process.stdout:
-                    outcome = json.loads(line)
-                    left.remove(outcome["method"])
-                    failed = failed or "error" in outcome
-                    yield outcome.pop("method"), outcome
+                try:
+                    for line in process.stdout:
+                        if not line.startswith('{"method"'):  # a library's word
+                            continue
+                        outcome = json.loads(line)
+                        left.remove(outcome["method"])
+                        failed = failed or "error" in outcome
+                        yield outcome.pop("method"), outcome
+                except BaseException:  # Ctrl-C, which the worker need not have heard: it would go on using the GPU
+                    process.kill()
+                    raise
             errors.seek(0)
             said = errors.read().strip()
         if failed:
@@ -273,12 +285,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     device = resolve_device(arguments.device)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__)
+    repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
+    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__, *repeats)
     if arguments.worker:
         work(arguments, job)
         return
     folder: Path = arguments.output_dir
     check_own_folder("--output-dir", folder)
+    for model in arguments.models:
+        settings_for(model, job, folder.parent)  # refuses an image size that the model has not
     folder.mkdir(exist_ok=True)
     results = Results(folder / "speedup.json", job)
     options = ["--repeats", str(arguments.repeats), "--device", arguments.device, "--output-dir", str(folder)]
@@ -292,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{model}, {method}: {told}", flush=True)
     results.save()
     rows = [results.row(model, arguments.methods) for model in arguments.models]
-    table = markdown(rows)
+    table = f"{markdown(rows)}\n{job.medians_of()}\n"
     write_whole(folder / "speedup.md", lambda part: part.write_text(table))
     write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
     print(table)

@@ -98,6 +98,22 @@ def test_a_run_resumes(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         speedup_table.main(words)
 
 
+def test_repeats_belong_to_the_job(stand_in: Path) -> None:
+    """Fails if a run with other repeats takes over kept medians, or the table does not say what its figures are medians of."""
+    words = ["--models", "GPT-B", "--device", "cpu", "--output-dir", str(stand_in)]
+    speedup_table.main([*words, "--repeats", "2", "--naive-repeats", "1"])
+    assert "median of 2 after one warm-up (the plain loop: of 1)" in (stand_in / "speedup.md").read_text()
+    with pytest.raises(UserError, match="another job"):
+        speedup_table.main([*words, "--repeats", "3"])
+
+
+def test_an_image_size_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    """Fails if a mistake becomes a table of failures, with status 0."""
+    with pytest.raises(UserError, match="--image-size 100"):
+        speedup_table.main(["--models", "GPT-B", "--device", "cpu", "--image-size", "100", "--output-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
 def test_it_runs_as_typed_on_the_demo_model(tmp_path: Path) -> None:
     """Fails if the worker, the plain loop or the engine cannot be timed on a machine without a GPU."""
     words = ["--models", "GPT-demo", "--methods", "naive,paged", "--images", "1", "--repeats", "1", "--device", "cpu"]
