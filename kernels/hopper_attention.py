@@ -72,23 +72,31 @@ def _hopper_attention_kernel(
     cosine = gl.load(angle, mask=live_lane, other=0.0)
     sine = gl.load(angle + 1, mask=live_lane, other=0.0)
     sine = gl.where(lane % 2 == 0, -sine, sine)
+    newest = position < first_token + CHUNK  # the newest token falls into this chunk
+    new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
+    new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
     gdc_wait()
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(gl.int64) * 3 * WIDTH
-    query = _turned(source, split_size, lane, cosine, sine, HEAD_SIZE, SPLITS)
-    new_score = gl.to_tensor(float("-inf"))
-    new_value = gl.zeros([HEAD_TILE], gl.float32, head_layout)
-    if position < first_token + CHUNK:  # the newest token falls into this chunk
-        key = _turned(source + WIDTH, split_size, lane, cosine, sine, HEAD_SIZE, SPLITS).to(dtype)
-        value = _summed(source + 2 * WIDTH, split_size, lane, HEAD_SIZE, SPLITS).to(dtype)
-        new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
-        new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
-        gl.store(key_pages + new_at + lane, key, mask=stored_lane)
-        gl.store(value_pages + new_at + lane, value, mask=stored_lane)
-        new_score = gl.sum(query * key.to(gl.float32), 0) * SCALE
-        new_value = value.to(gl.float32)
+    wanted = live_lane & newest
+    query, key, value = gl.zeros_like(cosine), gl.zeros_like(cosine), gl.zeros_like(cosine)
+    other_query, other_key = gl.zeros_like(cosine), gl.zeros_like(cosine)  # the other element of each pair
+    # Partial sums in order. Masked, not under a condition, so that the key's and the value's loads do not wait for the query's.
+    for split in gl.static_range(SPLITS):
+        part = source + split * split_size
+        query += gl.load(part + lane, mask=live_lane, other=0.0).to(gl.float32)
+        other_query += gl.load(part + (lane ^ 1), mask=live_lane, other=0.0).to(gl.float32)
+        key += gl.load(part + WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
+        other_key += gl.load(part + WIDTH + (lane ^ 1), mask=wanted, other=0.0).to(gl.float32)
+        value += gl.load(part + 2 * WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
+    query = query * cosine + other_query * sine
+    new_key, new_value = (key * cosine + other_key * sine).to(dtype), value.to(dtype)
+    gl.store(key_pages + new_at + lane, new_key, mask=stored_lane & newest)
+    gl.store(value_pages + new_at + lane, new_value, mask=stored_lane & newest)
+    new_score = gl.where(newest, gl.sum(query * new_key.to(gl.float32), 0) * SCALE, float("-inf"))
+    new_value = new_value.to(gl.float32)
     async_copy.wait_group(0)
     gl.thread_barrier()
     # One query, repeated to the least number of columns that the matrix unit takes.
@@ -111,24 +119,6 @@ def _hopper_attention_kernel(
     gl.store(mixed + result * HEAD_SIZE + lane + column[None, :], total, mask=(lane < HEAD_SIZE) & first[None, :])
     gl.store(stats + result * 2 + column, largest, mask=first)
     gl.store(stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
-
-
-@gluon.jit
-def _summed(source, split_size, lane, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr):
-    """A head's vector: its partial sums added in order."""
-    live = lane < HEAD_SIZE
-    total = gl.load(source + lane, mask=live, other=0.0).to(gl.float32)
-    for split in gl.static_range(1, SPLITS):
-        total += gl.load(source + split * split_size + lane, mask=live, other=0.0).to(gl.float32)
-    return total
-
-
-@gluon.jit
-def _turned(source, split_size, lane, cosine, sine, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr):
-    """The same, then turned: each element with the other of its pair; `sine` bears the sign of the even elements."""
-    own = _summed(source, split_size, lane, HEAD_SIZE, SPLITS)
-    other = _summed(source, split_size, lane ^ 1, HEAD_SIZE, SPLITS)
-    return own * cosine + other * sine
 
 
 def hopper_attention(

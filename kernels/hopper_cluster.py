@@ -18,35 +18,62 @@ _PADDING = gl.constexpr(4)  # numbers after each row, so that threads of a warp 
 
 @gluon.jit
 def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
-    """The address, in shared memory, of room for partial sums; announces to the cluster that this program has started."""
+    """The address, in shared memory, of room for partial sums; announces to the cluster that this program has it."""
     return gl.inline_asm_elementwise(_open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function
 def _open_text(outputs: int, rows: int) -> str:
-    room = f".shared .align 1024 .b8 exchange[{_exchange_bytes(outputs, rows)}];"
-    return f"{{ {room} mov.u32 $0, exchange; barrier.cluster.arrive.relaxed.aligned; }}"
+    """Behind the room lies a barrier that opens when all partial sums have come, which the copies themselves tell it."""
+    barrier = f"[exchange+{_barrier_offset(outputs, rows)}]"
+    return f"""
+        {{
+            .shared .align 1024 .b8 exchange[{_exchange_bytes(outputs, rows)}];
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first mbarrier.init.shared::cta.b64 {barrier}, 1;
+            @first mbarrier.arrive.expect_tx.shared::cta.b64 _, {barrier}, {4 * outputs * rows};
+            @first fence.mbarrier_init.release.cluster;
+            barrier.cluster.arrive.relaxed.aligned;
+            mov.u32 $0, exchange;
+        }}
+        """
+
+
+@triton.constexpr_function
+def _barrier_offset(outputs: int, rows: int) -> int:
+    return -(-4 * rows * (outputs + _PADDING.value) // 8) * 8
 
 
 @triton.constexpr_function
 def _exchange_bytes(outputs: int, rows: int) -> int:
     # Whole KiB: what Triton lays out behind it must keep to its alignment.
-    return -(-4 * rows * (outputs + _PADDING.value) // 1024) * 1024
+    return -(-(4 * rows * (outputs + _PADDING.value) + 16) // 1024) * 1024
+
+
+@gluon.jit
+def meet():
+    """Waits until every program of the cluster has opened its exchange."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
-    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows / RANKS]."""
+    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows / RANKS]. Once, after `meet`."""
     OUTPUTS: gl.constexpr = partial.shape[0]
-    OWN: gl.constexpr = partial.shape[1] // RANKS
+    ROWS: gl.constexpr = partial.shape[1]
+    OWN: gl.constexpr = ROWS // RANKS
     STRIDE: gl.constexpr = OUTPUTS + _PADDING
     source: gl.constexpr = partial.type.layout
     output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, source))[:, None]
-    row = gl.arange(0, OWN * RANKS, layout=gl.SliceLayout(0, source))[None, :]
-    _wait()  # every program of the cluster runs
-    _send(exchange + 4 * ((rank * OWN + row % OWN) * STRIDE + output), row // OWN, partial)
-    _arrive()
-    _wait()  # every program has sent
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, source))[None, :]
+    barrier = exchange + _barrier_offset(OUTPUTS, ROWS)
+    _send(exchange + 4 * ((rank * OWN + row % OWN) * STRIDE + output), barrier, row // OWN, partial)
+    gl.inline_asm_elementwise(_WAIT.value, "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
     own_output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))[:, None]
     own_row = gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))[None, :]
     at = exchange + 4 * (own_row * STRIDE + own_output)
@@ -56,28 +83,32 @@ def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constex
     return total
 
 
-@gluon.jit
-def _wait():
-    _run("barrier.cluster.wait.acquire.aligned;")
+_WAIT = gl.constexpr("""
+    {
+        .reg .pred open;
+        again:
+        mbarrier.try_wait.parity.shared::cta.b64 open, [$1], 0;
+        @!open bra again;
+        mov.u32 $0, 0;
+    }
+    """)
 
 
 @gluon.jit
-def _arrive():
-    _run("barrier.cluster.arrive.release.aligned;")
-
-
-@gluon.jit
-def _run(instruction: gl.constexpr):
-    gl.inline_asm_elementwise(instruction + " mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _send(address, rank, value):
-    """Writes to the same address of another program's shared memory."""
+def _send(address, barrier, rank, value):
+    """Writes to the same address of another program's shared memory, and tells its barrier."""
     gl.inline_asm_elementwise(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; st.shared::cluster.f32 [there], $3; mov.u32 $0, 0; }",
-        "=r,r,r,f",
-        [address, rank, value],
+        """
+        {
+            .reg .b32 there, its_barrier;
+            mapa.shared::cluster.u32 there, $1, $3;
+            mapa.shared::cluster.u32 its_barrier, $2, $3;
+            st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [its_barrier];
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,r,r,r,f",
+        [address, barrier, rank, value],
         dtype=gl.int32,
         is_pure=False,
         pack=1,

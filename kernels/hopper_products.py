@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper_cluster import cluster_sum, exchange_bytes, launch_clustered, open_exchange
+from kernels.hopper_cluster import cluster_sum, exchange_bytes, launch_clustered, meet, open_exchange
 from kernels.linear import row_tile
 
 # What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16: up to half a million. A smaller
@@ -51,7 +51,18 @@ class StreamTiles:
 
 
 @gluon.jit
-def _start(weight, x, output, input_, row, OUTPUTS: gl.constexpr, ROWS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr):
+def _start(
+    weight,
+    x,
+    output,
+    input_,
+    row,
+    OUTPUTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    INPUTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CLUSTER: gl.constexpr = 1,
+):
     """Asks for the first tiles: weights at once, inputs after the wait."""
     GATED: gl.constexpr = len(weight.block_shape) == 3
     box: gl.constexpr = [STAGES, 2, OUTPUTS // 2, INPUTS] if GATED else [STAGES, OUTPUTS, INPUTS]
@@ -65,6 +76,8 @@ def _start(weight, x, output, input_, row, OUTPUTS: gl.constexpr, ROWS: gl.const
     for stage in gl.static_range(STAGES):
         mbarrier.expect(arrived.index(stage), (OUTPUTS + ROWS) * INPUTS * 2)
         _copy_weights(weight, output, input_ + stage * INPUTS, arrived.index(stage), weights.index(stage), GATED)
+    if CLUSTER > 1:
+        meet()
     gdc_wait()  # only now is x valid
     for stage in gl.static_range(STAGES):
         tma.async_copy_global_to_shared(x, [row, input_ + stage * INPUTS], arrived.index(stage), values.index(stage))
@@ -183,7 +196,7 @@ def _stream_project_kernel(
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
     row = first_row + rank * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))
     gains = gl.load(gain + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
-    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES)
+    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES, CLUSTER)
     live = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=live, other=0.0)
