@@ -4,6 +4,7 @@ import pytest
 import torch
 from fake_runner import FakeRunner, expected_codes, tiny_gpt
 
+from autoregressive.serve.engine.batch import CodesOnTheWay
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
@@ -73,6 +74,28 @@ def test_a_copy_that_cannot_be_made_fails_its_request(monkeypatch: pytest.Monkey
     assert request.state is RequestState.FAILED
 
 
+@pytest.mark.parametrize("method", ["arrived", "wait"])
+def test_a_copy_that_fails_on_its_way_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A kernel's error may show only when the codes arrive: the request would be running for ever, and its slot lost."""
+    engine, _ = make_engine()
+    requests = [engine.submit(3, SamplingParams(top_k=0)), engine.submit(4, SamplingParams(top_k=0))]
+
+    def broken(on_the_way: CodesOnTheWay) -> None:
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(CodesOnTheWay, method, broken)
+    with pytest.raises(RuntimeError, match="illegal address"):
+        until_ended(engine, requests)
+    monkeypatch.undo()
+    engine.audit()
+    later = engine.submit(5, SamplingParams(top_k=0))
+    returned = until_ended(engine, [*requests, later])
+    assert set(returned) >= {*requests, later}
+    assert any("an illegal address" in (request.error or "") for request in requests)
+    assert later.state is RequestState.FINISHED
+    assert not engine.wait_for_work(timeout=0)
+
+
 def test_cancels_are_returned_also_when_their_step_fails() -> None:
     """A client that waits for its cancelled request would wait for ever."""
     engine, runner = make_engine()
@@ -89,7 +112,7 @@ def test_cancels_are_returned_also_when_their_step_fails() -> None:
     assert set(engine.step()) == {other, cancelled}
 
 
-@pytest.mark.parametrize("first_image", [-1, 2**31 - 1, 2**40])
+@pytest.mark.parametrize("first_image", [-1, 2**31 - 1, 2**40, 0.5])
 def test_image_numbers_that_no_kernel_can_hold_are_refused(first_image: int) -> None:
     """They would raise in the middle of a step, for everybody."""
     engine, _ = make_engine()

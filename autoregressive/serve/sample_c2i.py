@@ -37,6 +37,7 @@ Draws pictures of classes, token by token, with LlamaGen's models: the fast engi
 From the same seed it draws other pictures than the plain loop (autoregressive/sample/sample_c2i.py): here a draw depends on the
 seed, the picture's number and the step alone, there on one generator that all pictures share, as LlamaGen has it. Both draw from
 the same probabilities."""
+_IMAGES_DECODED_AT_ONCE = 64
 _MOST_ROWS = 512  # of the default; the matrix units are busy by then
 
 
@@ -166,7 +167,8 @@ def draw(models: LoadedModels, settings: Settings, params: SamplingParams, confi
         raise UserError(as_flags(str(error))) from error
     drawn = now(device)
     assert engine.decoder is not None
-    pixels = engine.decoder.decode(codes.to(device))
+    # A few at a time, which a GPU's memory holds however many were asked for.
+    pixels = torch.cat([engine.decoder.decode(part.to(device)).cpu() for part in codes.split(_IMAGES_DECODED_AT_ONCE)])
     decoded = now(device)
     floor = Floor(models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))  # the steps do not depend on it
     job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))

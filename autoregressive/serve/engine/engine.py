@@ -69,14 +69,25 @@ class Engine:
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
-            self.decoder = None if vq is None else PixelDecoder(vq, model.grid, self.device, cuda_graphs=not config.enforce_eager)
+            graphs_of_pixels = 0
+            self.decoder = None
+            if vq is not None:
+                self.decoder = PixelDecoder(
+                    vq, model.grid, self.device, cuda_graphs=not config.enforce_eager, on_progress=on_progress
+                )
+                graphs_of_pixels = self.decoder.graphs
             self.batch = Batch(shape, self.device)
             num_pages = pool_pages(gpt, shape, config)
             more = ways_to_more_pages(config, self.device)
             limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes, more)
             self.scheduler = Scheduler(limits)
             self.runner = make_runner(gpt, shape, num_pages, config.runner)
-            self.runner.prepare(self.batch, on_progress)
+
+            def progress(done: int, total: int) -> None:
+                if on_progress is not None:
+                    on_progress(graphs_of_pixels + done, graphs_of_pixels + total)
+
+            self.runner.prepare(self.batch, progress)
         self._pacer = Pacer(self.device)
         self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
         self._ids = itertools.count()
@@ -99,8 +110,9 @@ class Engine:
             raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
         if params.top_k > self.vocab_size:
             raise ValueError(f"top_k {params.top_k}: must be 0 (all) to {self.vocab_size} (the codebook)")
-        if not 0 <= first_image <= 2**31 - params.n:
-            raise ValueError(f"first_image {first_image}: must be 0 to {2**31 - params.n}, so that images number below 2**31")
+        if not isinstance(first_image, Integral) or not 0 <= first_image <= 2**31 - params.n:
+            most = 2**31 - params.n
+            raise ValueError(f"first_image {first_image}: must be a whole number, 0 to {most}, so that images number below 2**31")
         self.scheduler.check_fits(params)
         with self._commands:
             request = Request(next(self._ids), class_label, params, first_image)
@@ -109,9 +121,11 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request early, within 16 steps or 0.25 s. Any thread may call it.
+        """Ends a request early. Any thread may call it.
 
-        Without effect if the request has ended, or all its steps have been given to the device: then it finishes.
+        It takes effect within 16 steps or 0.25 s, whichever is less, or one step where a step takes longer (a large model on a CPU);
+        where one thread decodes pixels too (`generate` on a CPU), after that. Without effect if the request has ended, or all its
+        steps have been given to the device: then it finishes.
         """
         with self._commands:
             self._cancelled.append(request)
@@ -130,8 +144,8 @@ class Engine:
             The requests that have ended since the last call: finished, failed or cancelled.
 
         Raises:
-            Exception: what the runner raised, such as `torch.OutOfMemoryError`. The running requests have failed then, and the next
-                call returns them; those that wait are unharmed, and the engine can go on.
+            Exception: what the runner raised, such as `torch.OutOfMemoryError`, or the copy of codes to the host. The requests
+                concerned have failed then, and the next call returns them; those that wait are unharmed, and the engine can go on.
         """
         with self._on_device():
             self._ended += self._drain_commands()
@@ -140,14 +154,16 @@ class Engine:
             except BaseException as error:  # out of memory, say; or Ctrl-C in the middle
                 self._fail(self.scheduler.abandon(), error)
                 raise
-            self._ended += self._take_arrived(wait=idle)
+            self._take_arrived(wait=idle)
             ended, self._ended = self._ended, []
             return ended
 
     def generate(
         self, labels: Sequence[int], params: SamplingParams | Sequence[SamplingParams], progress: bool = False, decode: bool = True
     ) -> Tensor:
-        """Draws `params.n` images for each label and waits for all of them.
+        """Draws `params.n` images for each label and waits for all of them; requests submitted before go on beside them.
+
+        Those that end meanwhile are not returned by a later `step`: look at their state, or run them to their end first.
 
         Args:
             labels: one class a request.
@@ -163,7 +179,7 @@ class Engine:
             ValueError: as `submit`; nothing is drawn then.
             NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
-        if not labels or (not isinstance(params, SamplingParams) and len(params) != len(labels)):
+        if len(labels) == 0 or (not isinstance(params, SamplingParams) and len(params) != len(labels)):
             raise ValueError(f"{len(labels)} labels: give one or more, and one SamplingParams for all or one for each")
         decoder = self.decoder if decode else None
         requests: list[Request] = []
@@ -261,7 +277,8 @@ class Engine:
     def _fail(self, requests: list[Request], error: BaseException) -> None:
         """Ends requests that a failed span has taken along; the next `step` returns them."""
         for request in requests:
-            request.error = f"request {request.id}: the engine could not go on: {type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+            request.error = f"request {request.id}: the engine could not go on: {reason}"
             request.state = RequestState.FAILED
         self._ended += requests
 
@@ -275,21 +292,28 @@ class Engine:
         starts = itertools.accumulate((request.params.n for request in finished), initial=0)
         return {request: _Decoding(pending, start, request.params.n) for request, start in zip(finished, starts, strict=False)}
 
-    def _take_arrived(self, wait: bool) -> list[Request]:
+    def _take_arrived(self, wait: bool) -> None:
         """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as there is nothing else to do."""
-        finished = []
-        while self._arriving and (wait or self._arriving[0][1].arrived()):
+        while self._arriving:
+            ended, on_the_way = self._arriving[0]
+            try:
+                if not wait and not on_the_way.arrived():
+                    return
+                codes, failed = on_the_way.wait()
+            except BaseException as error:  # what a kernel did wrong may show only here
+                self._arriving.popleft()
+                self.scheduler.release_slots([slot for running in ended for slot in running.slots])
+                self._fail([running.request for running in ended], error)
+                raise
             wait = False
-            ended, on_the_way = self._arriving.popleft()
-            codes, failed = on_the_way.wait()
+            self._arriving.popleft()
             start = 0
             for running in ended:
                 request, end = running.request, start + len(running.images)
                 _finish(request, codes[start:end], failed[start:end])
                 self.scheduler.release_slots(running.slots)
-                finished.append(request)
+                self._ended.append(request)
                 start = end
-        return finished
 
 
 @dataclass(frozen=True)

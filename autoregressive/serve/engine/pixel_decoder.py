@@ -4,6 +4,7 @@ On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.d
 once, both in float32. A batch is split to the largest captured size, and what remains is padded to the next.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,18 @@ class PixelDecoder:
         grid: codes of an image's side.
         device: where codes come from and pixels go.
         cuda_graphs: capture now (seconds); without, a GPU is kept waiting by the host at small batches.
+        on_progress: called with graphs captured and in all.
     """
 
-    def __init__(self, vq: VQModel, grid: int, device: torch.device, *, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        vq: VQModel,
+        grid: int,
+        device: torch.device,
+        *,
+        cuda_graphs: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._vq, self._grid, self._device = vq, grid, device
         self._size = grid * vq.config.downsample_size
         self.batch_sizes = batch_sizes(self._size)
@@ -66,7 +76,12 @@ class PixelDecoder:
             if torch.cuda.get_device_capability(device) >= (8, 0):
                 self._forward = VQForward(vq, grid)
                 if cuda_graphs:
-                    self._capture()
+                    self._capture(on_progress)
+
+    @property
+    def graphs(self) -> int:
+        """How many were captured."""
+        return len(self._captured)
 
     @torch.no_grad()
     def submit(self, codes: Tensor) -> Pending:
@@ -112,7 +127,7 @@ class PixelDecoder:
         codes = codes.clamp(0, config.codebook_size - 1)
         return self._vq.decode_code(codes, [codes.shape[0], config.codebook_embed_dim, self._grid, self._grid])
 
-    def _capture(self) -> None:
+    def _capture(self, on_progress: Callable[[int, int], None] | None) -> None:
         """Captures every batch size; they share one pool of memory, for they run one after the other."""
         assert self._forward is not None
         pool = torch.cuda.graph_pool_handle()
@@ -131,6 +146,8 @@ class PixelDecoder:
                     torch.empty(needed_bytes, dtype=torch.uint8, device=self._device)
                     pixels = _without_tuning(self._forward, codes)
                 self._captured[images] = _Captured(graph, codes, pixels)
+                if on_progress is not None:
+                    on_progress(len(self._captured), len(self.batch_sizes))
 
 
 def batch_sizes(image_size: int) -> tuple[int, ...]:

@@ -128,8 +128,9 @@ class Scheduler:
             profile = page_profile(request.params, self.limits.tokens, self.limits.page_size)
             if not self._fits_now(request.params, profile):
                 break
+            self._start(request)
             self._forecast += profile
-            self._start(self.waiting.popleft())
+            self.waiting.popleft()
             admitted.append(request)
         return admitted
 
