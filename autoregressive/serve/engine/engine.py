@@ -123,7 +123,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request early. Any thread may call it.
 
-        It takes effect within 16 steps or 0.25 s, whichever is less, or one step where a step takes longer (a large model on a CPU);
+        It takes effect within 16 steps or 0.25 s, whichever is less, or one step where that takes longer (a large model on a CPU);
         where one thread decodes pixels too (`generate` on a CPU), after that. Without effect if the request has ended, or all its
         steps have been given to the device: then it finishes.
         """
