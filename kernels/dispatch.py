@@ -1,4 +1,4 @@
-"""Which implementation carries out each operation of a decode step: Triton where it can, else torch. One table, one place.
+"""Which implementation carries out each operation of a step, and of the pixel decoder: Triton where it can, else torch. One place.
 
 Every operation takes the same tensors in both. Triton needs compute capability 8.0; its attention the head sizes in
 `HEAD_SIZES`; programmatic dependent launch 9.0. On 9.0 (Hopper) 16-bit weights have products and an attention of their own. With
@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly; Hopper's do not.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,14 @@ from torch import Tensor
 
 from kernels.attention import HEAD_SIZES, attention, attention_reference
 from kernels.configs import TileTable, tile_table
+from kernels.group_norm import (
+    GroupStatistics,
+    add_with_statistics,
+    add_with_statistics_reference,
+    normalize,
+    normalize_reference,
+    supports,
+)
 from kernels.hopper_attention import hopper_attention
 from kernels.hopper_products import HEADROOM, stream_linear, stream_project, stream_swiglu
 from kernels.linear import linear, linear_reference
@@ -55,6 +63,28 @@ class StreamProducts:
     swiglu: Callable[..., None]  # x, squares, weight, out
     head: Callable[..., None]  # x, squares, weight, logits
     headroom: float  # factor of every x
+
+
+@dataclass(frozen=True)
+class GroupNormOperations:
+    """The pixel decoder's two fused operations; the arguments are those of the torch references in kernels/group_norm.py."""
+
+    add: Callable[..., tuple[Tensor | None, GroupStatistics]]
+    normalize: Callable[..., Tensor]
+
+
+def select_group_norm(device: torch.device, widths: Sequence[int], groups: int, backend: str) -> GroupNormOperations:
+    """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless torch is asked for.
+
+    Args:
+        widths: channels of every norm.
+        backend: "auto", "triton" or "torch".
+    """
+    assert backend in BACKENDS
+    fits = device.type == "cuda" and triton_runs_on(device) and all(supports(width, groups) for width in widths)
+    if fits and backend != "torch":
+        return GroupNormOperations(add_with_statistics, normalize)
+    return GroupNormOperations(add_with_statistics_reference, normalize_reference)
 
 
 def triton_runs_on(device: torch.device) -> bool:

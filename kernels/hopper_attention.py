@@ -93,9 +93,11 @@ def _hopper_attention_kernel(
         value += gl.load(part + 2 * WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
     query = query * cosine + other_query * sine
     new_key, new_value = (key * cosine + other_key * sine).to(dtype), value.to(dtype)
-    gl.store(key_pages + new_at + lane, new_key, mask=stored_lane & newest)
-    gl.store(value_pages + new_at + lane, new_value, mask=stored_lane & newest)
-    new_score = gl.where(newest, gl.sum(query * new_key.to(gl.float32), 0) * SCALE, float("-inf"))
+    new_score = gl.to_tensor(float("-inf"))
+    if newest:
+        gl.store(key_pages + new_at + lane, new_key, mask=stored_lane)
+        gl.store(value_pages + new_at + lane, new_value, mask=stored_lane)
+        new_score = gl.sum(query * new_key.to(gl.float32), 0) * SCALE
     new_value = new_value.to(gl.float32)
     async_copy.wait_group(0)
     gl.thread_barrier()

@@ -73,7 +73,12 @@ class Engine:
             self.decoder = None
             if vq is not None:
                 self.decoder = PixelDecoder(
-                    vq, model.grid, self.device, cuda_graphs=not config.enforce_eager, on_progress=on_progress
+                    vq,
+                    model.grid,
+                    self.device,
+                    cuda_graphs=not config.enforce_eager,
+                    backend=config.attention_backend,
+                    on_progress=on_progress,
                 )
                 graphs_of_pixels = self.decoder.graphs
             self.batch = Batch(shape, self.device)

@@ -54,6 +54,7 @@ class PixelDecoder:
         grid: codes of an image's side.
         device: where codes come from and pixels go.
         cuda_graphs: capture now (seconds); without, a GPU is kept waiting by the host at small batches.
+        backend: of the kernels: "auto", "triton" or "torch".
         on_progress: called with graphs captured and in all.
     """
 
@@ -64,6 +65,7 @@ class PixelDecoder:
         device: torch.device,
         *,
         cuda_graphs: bool = True,
+        backend: str = "auto",
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._vq, self._grid, self._device = vq, grid, device
@@ -74,7 +76,7 @@ class PixelDecoder:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             if torch.cuda.get_device_capability(device) >= (8, 0):
-                self._forward = VQForward(vq, grid)
+                self._forward = VQForward(vq, grid, backend)
                 if cuda_graphs:
                     self._capture(on_progress)
 

@@ -9,21 +9,14 @@ residual stream below full resolution. With these in bf16 too, two random VQ-16s
 to 45.8 and 47.0 (the trained demo tokenizer: to 58.6; measured on a CPU, 8 x 8 and 16 x 16 codes).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.group_norm import (
-    GroupStatistics,
-    add_with_statistics,
-    add_with_statistics_reference,
-    normalize,
-    normalize_reference,
-    supports,
-)
+from kernels.dispatch import select_group_norm
+from kernels.group_norm import GroupStatistics
 from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized
 from tokenizer.tokenizer_image.vq_model import VQModel
 
@@ -37,18 +30,6 @@ class Measured:
 
     values: Tensor  # [images, height, width, channels]
     statistics: GroupStatistics
-
-
-@dataclass(frozen=True)
-class GroupNormOperations:
-    """The two fused operations of kernels/group_norm.py, or their references."""
-
-    add: Callable[..., tuple[Tensor | None, GroupStatistics]]
-    normalize: Callable[..., Tensor]
-
-
-TRITON = GroupNormOperations(add_with_statistics, normalize)
-TORCH = GroupNormOperations(add_with_statistics_reference, normalize_reference)
 
 
 @dataclass(frozen=True)
@@ -112,15 +93,14 @@ class VQForward:
     Args:
         vq: on the device to run on; later changes to its parameters have no effect.
         grid: codes of an image's side.
-        operations: the Triton kernels or their references; None: the kernels on a GPU, where they take the tokenizer's widths.
+        backend: "auto", "triton" or "torch", of the group norms.
     """
 
-    def __init__(self, vq: VQModel, grid: int, operations: GroupNormOperations | None = None) -> None:
+    def __init__(self, vq: VQModel, grid: int, backend: str = "auto") -> None:
         decoder, config = vq.decoder, vq.config
-        on_gpu = vq.quantize.embedding.weight.device.type == "cuda"
         self._groups = decoder.norm_out.num_groups
-        fits = all(supports(config.ch * multiple, self._groups) for multiple in config.ch_mult)
-        self._operations = operations or (TRITON if on_gpu and fits else TORCH)
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        self._operations = select_group_norm(vq.quantize.embedding.weight.device, widths, self._groups, backend)
         self._grid = grid
         entries, project = normalized(vq.quantize.embedding.weight.detach().double()), vq.post_quant_conv
         assert project.bias is not None
