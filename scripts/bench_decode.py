@@ -11,7 +11,6 @@ steps, and ms/step, share and images/s count it. Without a GPU the demo model sh
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +20,12 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import add_output, at_least, check_output, give_figures, names, row_counts
     from bench_models import PAPER_MODELS, random_transformer
 
     from autoregressive.common.defaults import DEMO_MODEL, model_defaults
     from autoregressive.common.devices import default_precision, now, resolve_device
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.settings import check_image_size
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
@@ -157,30 +157,25 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
     on_gpu = torch.cuda.is_available()
     models, rows = ",".join(PAPER_MODELS if on_gpu else [DEMO_MODEL]), "2,16,64,256,512" if on_gpu else "2"
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=models, help="(default: %(default)s)")
-    parser.add_argument("--rows", default=rows, help="(default: %(default)s)")
+    parser.add_argument("--models", type=names(list(GPT_models)), default=models, help="(default: %(default)s)")
+    parser.add_argument("--rows", type=row_counts, default=rows, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: 384; GPT-demo: 128)")
-    parser.add_argument("--images", type=int, metavar="N", help="more than run at once; goes with one number of rows")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--images", type=at_least(1), metavar="N", help="more than run at once; goes with one number of rows")
+    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--pixels", action="store_true", help="decode too")
     parser.add_argument("--deterministic", action="store_true", help="as the engine's flag")
     parser.add_argument("--enforce-eager", action="store_true", help="as the engine's flag")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    add_output(parser)
     typed = parser.parse_args(argv)
-    chosen = typed.models.split(",")
-    for model in chosen:
-        if model not in GPT_models:
-            raise UserError(f"--models {model}: choose from {', '.join(GPT_models)}")
-    counts = [int(count) for count in typed.rows.split(",") if count.isdecimal()]
-    if len(counts) != len(typed.rows.split(",")) or any(count < 2 or count % 2 for count in counts):
-        raise UserError(f"--rows {typed.rows}: must be even numbers, 2 or more, with commas between them")
-    if typed.images is not None and (len(counts) > 1 or typed.images < 1):
-        raise UserError(f"--images {typed.images}: must be 1 or more, and goes with one number of --rows")
-    if typed.repeats < 1:
-        raise UserError(f"--repeats {typed.repeats}: must be 1 or more")
+    if typed.image_size is not None:
+        for model in typed.models:
+            check_image_size(model, typed.image_size)
+    if typed.images is not None and len(typed.rows) > 1:
+        raise UserError(f"--images {typed.images}: goes with one number of --rows")
+    check_output(typed.output)
     options = Options(
-        rows=counts,
+        rows=typed.rows,
         image_size=typed.image_size,
         images=typed.images,
         repeats=typed.repeats,
@@ -189,7 +184,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
         enforce_eager=typed.enforce_eager,
         device=resolve_device(typed.device),
     )
-    return chosen, options, typed.output
+    return typed.models, options, typed.output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,9 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "options": asdict(options) | {"device": str(options.device)},
         "models": [measure_or_say_why(model, options) for model in models],
     }
-    print(json.dumps(report))
-    if output is not None:
-        write_whole(output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +26,14 @@ with slow_imports(__name__):
     import torch
     import torch.distributed.checkpoint as dcp
     import torch.multiprocessing
+    from bench_arguments import add_output, check_output, give_figures
     from safetensors.torch import save_file
     from torch import Tensor, distributed
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from autoregressive.common.checkpoint import load_weights
-    from autoregressive.common.devices import now
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
@@ -188,25 +189,31 @@ def print_table(measurements: list[Measurement]) -> None:
         print(f"{m.kind:<13} {columns} {m.seconds:>8.2f}  {'ok' if m.within_limit else 'OVER THE LIMIT'}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpt-model", choices=GPT_models, default="GPT-L", help="whose size (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (default: all)")
     parser.add_argument("--device", default="cpu", help="where the model goes (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="for the files, which are removed (default: the system's)")
-    parser.add_argument("--output", type=Path, help="also write the figures here as JSON")
+    add_output(parser)
     parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    typed = parser.parse_args(argv)
+    resolve_device(typed.device)
+    if typed.folder is not None:
+        check_folder("--folder", typed.folder)
+    check_output(typed.output)
+    anonymous_bytes()
+    return typed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     name: str = arguments.gpt_model
     if arguments.measure is not None:
-        here = measure_here(arguments.measure, name, arguments.path, torch.device(arguments.device))
+        here = measure_here(arguments.measure, name, arguments.path, resolve_device(arguments.device))
         print(json.dumps(asdict(here)))
         return
     measurements = []
@@ -222,9 +229,7 @@ def main() -> None:
         "python": platform.python_version(),
         "measurements": [asdict(m) | {"limit_bytes": m.limit_bytes, "within_limit": m.within_limit} for m in measurements],
     }
-    print(json.dumps(report))
-    if arguments.output is not None:
-        write_whole(arguments.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, arguments.output)
     if not all(m.within_limit for m in measurements):
         sys.exit(1)
 

@@ -19,6 +19,7 @@ from autoregressive.common.errors import UserError
 
 IMAGE_SIZE = 128
 SPRITE_SIZE = 136
+LARGEST_SEED = 2**31 - 1  # with a checksum below it, a generator's seed still fits 63 bits
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 _FONT_PIXELS = 109  # the font's bitmaps come in this one size

@@ -10,7 +10,7 @@ does not count as recognised; a Gaussian blur, which it never saw, tests that.
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ with slow_imports(__name__):
     import torch
     import torch.nn.functional as F
     import torchvision
+    from bench_arguments import at_least, check_output
     from demo_stages import load_tokenizer
-    from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render, render_batch, step_generator
+    from emoji_data import DEFAULT_FONT, IMAGE_SIZE, LARGEST_SEED, load_sprites, render, render_batch, step_generator
     from torch import Tensor, nn
     from torchvision.transforms.v2.functional import gaussian_blur
     from torchvision.utils import make_grid, save_image
@@ -31,7 +32,7 @@ with slow_imports(__name__):
     from autoregressive.common.checkpoint import load_weights
     from autoregressive.common.defaults import model_defaults
     from autoregressive.common.devices import resolve_device
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.files import check_file, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.config import EngineConfig
@@ -40,6 +41,7 @@ with slow_imports(__name__):
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 QUARTER = IMAGE_SIZE // 4
+_BLURRED = 8  # one in so many of the judge's pictures
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def train_classifier(sprites: Tensor, steps: int, batch: int, seed: int) -> nn.M
     classifier.train()
     for step in range(steps):
         pixels, labels = render_batch(sprites, batch, seed, "classifier training", step)
-        share = batch // 8
+        share = batch // _BLURRED
         pixels[:share] = blurred(pixels[:share], QUARTER - 6 + step % 13)
         labels[:share] = blur_class
         with torch.autocast(device.type, torch.bfloat16):
@@ -147,8 +149,8 @@ def judge(
     return SampleFigures(cfg_scale, by_class.mean().item(), distance, data_distance, weakest)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights-dir", type=Path, default=ROOT / "pretrained_models", help="default: %(default)s")
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
@@ -156,15 +158,26 @@ def parse_arguments() -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)"
     )
     parser.add_argument("--cfg-scale", type=float, nargs="+", default=[model_defaults("GPT-demo").cfg_scale, 1.0], metavar="S")
-    parser.add_argument("--samples", type=int, default=16, help="pictures of each class (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="pictures drawn at a time (default: %(default)s)")
+    parser.add_argument("--samples", type=at_least(2), default=16, help="pictures of each class (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=256, help="pictures drawn at a time (default: %(default)s)")
     parser.add_argument("--engine", action="store_true", help="draw with the engine; without, the naive loop draws")
-    parser.add_argument("--classifier-steps", type=int, default=2000, help="default: %(default)s")
-    parser.add_argument("--classifier-batch", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="a PNG of the first scale's pictures, a class a row")
-    return parser.parse_args()
+    parser.add_argument("--classifier-steps", type=at_least(1), default=2000, help="default: %(default)s")
+    parser.add_argument("--classifier-batch", type=at_least(_BLURRED), default=128, help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=1)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the figures as JSON")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="a PNG of the first scale's pictures, a class a row")
+    typed = parser.parse_args(argv)
+    if typed.seed > LARGEST_SEED:
+        raise UserError(f"--seed {typed.seed}: must be 0 to {LARGEST_SEED}")
+    try:
+        for scale in typed.cfg_scale:
+            SamplingParams(cfg_scale=scale)
+    except ValueError as error:
+        raise UserError(str(error).replace("cfg_scale", "--cfg-scale")) from error
+    check_output(typed.output)
+    if typed.grid is not None:
+        check_file("--grid", typed.grid, ".png")
+    return typed
 
 
 def load_models(folder: Path, device: torch.device) -> tuple[Transformer, VQModel]:
@@ -178,11 +191,9 @@ def load_models(folder: Path, device: torch.device) -> tuple[Transformer, VQMode
     return gpt.eval(), tokenizer
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains the judge, draws, counts."""
-    arguments = parse_arguments()
-    if arguments.samples < 2:
-        raise UserError("--samples must be at least 2: the distance is between pictures of one class")
+    arguments = parse_arguments(argv)
     device = resolve_device(arguments.device)
     sprites = load_sprites(arguments.font).to(device)
     gpt, tokenizer = load_models(arguments.weights_dir, device)

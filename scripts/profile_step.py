@@ -13,7 +13,6 @@ and combine are one, and there is no floor.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import add_output, check_output, give_figures
     from bench_models import config_of, random_transformer
     from step_times import HEADER, ORDER, Kernel, OperationTime, summed, with_floor
     from torch.autograd import DeviceType
@@ -31,7 +31,6 @@ with slow_imports(__name__):
 
     from autoregressive.common.defaults import DEMO_MODEL
     from autoregressive.common.devices import resolve_device, threads_that_pay
-    from autoregressive.common.files import write_whole
     from autoregressive.common.settings import PRECISIONS
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -198,7 +197,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
     parser.add_argument("--enforce-eager", action="store_true", help="launch kernels one by one, no CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="as the engine's flag")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    add_output(parser)
     typed = parser.parse_args(argv)
     if typed.rows < 2 or typed.rows % 2:
         raise UserError(f"--rows {typed.rows}: must be an even number, 2 or more")
@@ -206,6 +205,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
     context = tokens // 2 if typed.context is None else typed.context
     if not 1 <= context <= tokens:
         raise UserError(f"--context {context}: must be 1 to {tokens}, the tokens of an image")
+    check_output(typed.output)
     device = resolve_device(typed.device)
     if device.type == "cuda" and not triton_runs_on(device):
         raise UserError("this GPU runs torch's operations, whose kernels' names do not tell what they are of: use --device cpu")
@@ -227,9 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(f"{device} has too little free memory: fewer --rows, or a smaller --gpt-model") from error
     report = {"benchmark": "profile_step", "device": device_name, "torch": torch.__version__, **asdict(case), **measured}
-    print(json.dumps(report))
-    if output is not None:
-        write_whole(output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, output)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 with slow_imports(__name__):
     import torch
     import torch._inductor.config
+    from bench_arguments import at_least
     from demo_stages import GPTStage, Plan, Stage, TokenizerStage
-    from emoji_data import DEFAULT_FONT, load_sprites
+    from emoji_data import DEFAULT_FONT, LARGEST_SEED, load_sprites
     from safetensors.torch import save_file
     from torch import Tensor
 
     from autoregressive.common.devices import resolve_device
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.files import check_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,8 +83,8 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all")
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
@@ -94,26 +96,47 @@ def parse_arguments() -> argparse.Namespace:
         help="cpu (hours), cuda or cuda:N (default here: %(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
-    parser.add_argument("--stop-after", type=int, default=10**9, metavar="STEPS", help="of a stage; the same command resumes")
-    parser.add_argument("--save-every", type=int, default=2000, metavar="STEPS")
+    again = "the same command resumes"
+    parser.add_argument("--stop-after", type=at_least(1), default=10**9, metavar="STEPS", help=f"of a stage; {again}")
+    parser.add_argument("--save-every", type=at_least(1), default=2000, metavar="STEPS")
     for field, default in asdict(Plan()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s")
-    return parser.parse_args()
+    typed = parser.parse_args(argv)
+    if not typed.minutes >= 0:  # nor NaN
+        raise UserError(f"--minutes {typed.minutes}: must be 0 or more")
+    return typed
 
 
-def main() -> None:
+def check_plan(plan: Plan) -> None:
+    """Raises `UserError` for a number that a stage would stumble over only once it runs."""
+    allowed = {
+        "seed": (0 <= plan.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+        "ema_decay": (0 <= plan.ema_decay < 1, "0 or more and below 1"),
+        "class_dropout": (0 <= plan.class_dropout <= 1, "0 to 1"),
+    }
+    for field, value in asdict(plan).items():
+        count, number = (value >= 1, "1 or more"), (0 <= value < math.inf, "a finite number, 0 or more")
+        holds, what = allowed.get(field, count if isinstance(value, int) else number)
+        if not holds:
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not trained yet and exports it."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
+    check_plan(plan)
     device = resolve_device(arguments.device)
+    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
+    for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(flag, folder)
+    emoji = load_sprites(arguments.font)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch._inductor.config.deterministic = True  # else reductions are tuned by timing, and the last bits vary
     torch.set_float32_matmul_precision("high")
-    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
-    for folder in (arguments.run_dir, arguments.output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    sprites = load_sprites(arguments.font).to(device)
+    sprites = emoji.to(device)
     vq_path, gpt_path = arguments.output_dir / "demo_vq.safetensors", arguments.output_dir / "demo_gpt.safetensors"
     if arguments.stage in ("all", "tokenizer"):
         tokenizer_stage = TokenizerStage(plan, sprites)
