@@ -1,4 +1,4 @@
-"""What the scripts' command lines have in common: lists with commas, least values, and the file that the figures go to.
+"""What the scripts' command lines have in common: models, lists with commas, least values, the device, the figures' file.
 
 What is wrong with a value is said in one line, and before any measuring.
 """
@@ -8,7 +8,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from bench_models import PAPER_MODELS
+
+from autoregressive.common.defaults import DEMO_MODEL
 from autoregressive.common.files import check_file, write_whole
+from autoregressive.models.config import GPT_SHAPES
+
+ENFORCE_EAGER_HELP = "launch kernels one by one, no CUDA graphs; no effect on a CPU"
+DETERMINISTIC_HELP = "as the engine's flag: Triton kernels for products of more than 64 rows too; no effect on a CPU"
 
 
 def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
@@ -41,6 +49,38 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(typed)
 
     return parse
+
+
+def add_models(parser: argparse.ArgumentParser, *, gpu_only: bool = False) -> None:
+    """Adds --models: to be given to `models_for`, unless the script needs a GPU anyway."""
+    default = ",".join(PAPER_MODELS)
+    parser.add_argument(
+        "--models",
+        type=names(list(GPT_SHAPES)),
+        default=default if gpu_only else None,
+        metavar="NAMES",
+        help=f"of {', '.join(GPT_SHAPES)}, with commas between them (default: {default}{'' if gpu_only else on_cpu(DEMO_MODEL)})",
+    )
+
+
+def models_for(typed: list[str] | None, device: torch.device) -> list[str]:
+    """What --models means on a device: large models take hours on a CPU, where the small one shows that the script works."""
+    return typed or (list(PAPER_MODELS) if device.type == "cuda" else [DEMO_MODEL])
+
+
+def on_cpu(default: object) -> str:
+    """How a flag's help tells the default of a CPU behind that of a GPU."""
+    return f"; on a CPU {default}"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds --device: to be given to `resolve_device`."""
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metavar="D",
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,8 @@ the read bandwidth, or the operations over the rate of a large matrix product if
 Kernels are those of a step with so many rows on this GPU, in tiles of kernels/configs.py; above 64 rows, where a step leaves
 products to the library, the plain ones. `attention` includes the kernel that combines its chunks. cuBLAS's times are of the
 products alone: our `swiglu` also gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm
-their inputs or add themselves to the residual stream, so that there is no `add_norm`.
+their inputs or add themselves to the residual stream, so that there is no `add_norm`. Needs a GPU of compute capability 8.0 or
+above; exit status 2 if a kernel is wrong.
 """
 
 import argparse
@@ -20,13 +21,12 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_arguments import add_output, check_output, give_figures, names, row_counts
+    from bench_arguments import add_models, add_output, check_output, give_figures, row_counts
     from bench_kernel_cases import Case, Setting, cases
-    from bench_models import PAPER_MODELS, config_of
+    from bench_models import config_of
 
     from autoregressive.common.devices import resolve_device
     from autoregressive.common.settings import PRECISIONS
-    from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
     from kernels.dispatch import select_operations, triton_runs_on
 
@@ -126,12 +126,14 @@ def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ",".join(PAPER_MODELS)
-    parser.add_argument("--models", type=names(list(GPT_SHAPES)), default=models, help="(default: %(default)s)")
-    parser.add_argument("--rows", type=row_counts, default="2,16,64", help="even numbers (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help="of attention (default: %(default)s)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    add_models(parser, gpu_only=True)
+    rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
+    parser.add_argument("--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help)
+    context_help = "tokens that attention reads of each row (default: %(default)s)"
+    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
+    precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help)
+    parser.add_argument("--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)")
     add_output(parser)
     typed = parser.parse_args(argv)
     for model in typed.models:

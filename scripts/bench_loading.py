@@ -1,8 +1,10 @@
 """Measures how much anonymous host memory loading a checkpoint takes, for each kind, against the limit.
 
+    python scripts/bench_loading.py --gpt-model GPT-XL --kinds "flat .pt" sharded
+
 The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs in a fresh process; memory
 is RssAnon of /proc/self/status above its value before the load, sampled every few milliseconds. Weights are float32 in the
-file and bfloat16 in the model. Exit status 1 if a kind is over the limit.
+file and bfloat16 in the model. Ends in JSON; exit status 1 if a kind is over the limit.
 """
 
 import argparse
@@ -192,10 +194,14 @@ def print_table(measurements: list[Measurement]) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpt-model", choices=GPT_models, default="GPT-L", help="whose size (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (default: all)")
-    parser.add_argument("--device", default="cpu", help="where the model goes (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="for the files, which are removed (default: the system's)")
+    model_help = f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)"
+    parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help)
+    kinds_help = f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help)
+    device_help = "where the model goes: cpu, cuda or cuda:N (default: %(default)s)"
+    parser.add_argument("--device", default="cpu", metavar="D", help=device_help)
+    folder_help = "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    parser.add_argument("--folder", type=Path, metavar="DIR", help=folder_help)
     add_output(parser)
     parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)

@@ -1,7 +1,9 @@
 """Times decoding codes to pixels: the naive command's float32 (TF32) against the engine's decoder. Ends in JSON.
 
+    python scripts/bench_pixels.py --vq-model VQ-16 --image-size 384 --images 8 16
+
 Random weights and codes, both kept on the device; median of the repeats after warming up. PSNR is against float32 without TF32
-(peak to peak 2.0), the worst image of the batch. Needs a GPU; on a CPU it runs one small case, to show that it works.
+(peak to peak 2.0), the worst image of the batch. It is about GPUs; on a CPU one small case shows that it works.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_arguments import add_output, at_least, check_output, give_figures
+    from bench_arguments import add_device, add_output, at_least, check_output, give_figures, on_cpu
     from torch import Tensor
 
     from autoregressive.common.devices import now, resolve_device
@@ -106,11 +108,14 @@ def _reserved_bytes(device: torch.device) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, what was not typed filled in; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vq-model", choices=VQ_models, help="whose size (default: VQ-16; on a CPU VQ-demo)")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="(default: 256 384; on a CPU 128)")
-    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help="(default: 1 8 16 64; on a CPU 1)")
-    parser.add_argument("--repeats", type=at_least(1), default=10, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    model_help = f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})"
+    parser.add_argument("--vq-model", choices=list(VQ_models), metavar="NAME", help=model_help)
+    size_help = f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})"
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size_help)
+    images_help = f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})"
+    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help=images_help)
+    parser.add_argument("--repeats", type=at_least(1), default=10, metavar="N", help="timed runs (default: %(default)s)")
+    add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
     typed.device = resolve_device(typed.device)

@@ -1,6 +1,6 @@
 """Measures the demo model: are its pictures recognised, do they differ, how good is its tokenizer? Minutes on one GPU.
 
-    python scripts/evaluate_demo.py --output runs/evaluation.json --grid runs/evaluation.png
+    mkdir -p runs && python scripts/evaluate_demo.py --output runs/evaluation.json --grid runs/evaluation.png
 
 The judge is a ResNet-18 trained here on emoji renderings, never on model output, and tested on renderings from another random
 stream. It has one class more than there are emoji, for pictures blurred to about a quarter of their size, so that a blurred picture
@@ -21,9 +21,9 @@ with slow_imports(__name__):
     import torch
     import torch.nn.functional as F
     import torchvision
-    from bench_arguments import at_least, check_output
+    from bench_arguments import add_device, at_least, check_output
     from demo_stages import load_tokenizer
-    from emoji_data import DEFAULT_FONT, IMAGE_SIZE, LARGEST_SEED, load_sprites, render, render_batch, step_generator
+    from emoji_data import DEFAULT_FONT, FONT_HELP, IMAGE_SIZE, LARGEST_SEED, load_sprites, render, render_batch, step_generator
     from torch import Tensor, nn
     from torchvision.transforms.v2.functional import gaussian_blur
     from torchvision.utils import make_grid, save_image
@@ -152,20 +152,26 @@ def judge(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights-dir", type=Path, default=ROOT / "pretrained_models", help="default: %(default)s")
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)"
-    )
-    parser.add_argument("--cfg-scale", type=float, nargs="+", default=[model_defaults("GPT-demo").cfg_scale, 1.0], metavar="S")
-    parser.add_argument("--samples", type=at_least(2), default=16, help="pictures of each class (default: %(default)s)")
-    parser.add_argument("--batch", type=at_least(1), default=256, help="pictures drawn at a time (default: %(default)s)")
-    parser.add_argument("--engine", action="store_true", help="draw with the engine; without, the naive loop draws")
-    parser.add_argument("--classifier-steps", type=at_least(1), default=2000, help="default: %(default)s")
-    parser.add_argument("--classifier-batch", type=at_least(_BLURRED), default=128, help="default: %(default)s")
-    parser.add_argument("--seed", type=at_least(0), default=1)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the figures as JSON")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="a PNG of the first scale's pictures, a class a row")
+    pretrained = ROOT / "pretrained_models"
+    weights_help = "where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)"
+    parser.add_argument("--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help)
+    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
+    add_device(parser)
+    scales = [model_defaults("GPT-demo").cfg_scale, 1.0]
+    scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
+    parser.add_argument("--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help)
+    samples_help = "pictures of each class (default: %(default)s)"
+    parser.add_argument("--samples", type=at_least(2), default=16, metavar="N", help=samples_help)
+    batch_help = "pictures drawn at a time (default: %(default)s)"
+    parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help=batch_help)
+    parser.add_argument("--engine", action="store_true", help="draw with the engine (default: with the naive loop)")
+    steps_help, at_once_help = "that the judge is trained for (default: %(default)s)", "renderings of a step (default: %(default)s)"
+    parser.add_argument("--classifier-steps", type=at_least(1), default=2000, metavar="STEPS", help=steps_help)
+    parser.add_argument("--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help)
+    seed_help = "of the judge, the renderings and the pictures (default: %(default)s)"
+    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help=seed_help)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write the first scale's pictures here, a class a row")
     typed = parser.parse_args(argv)
     if typed.seed > LARGEST_SEED:
         raise UserError(f"--seed {typed.seed}: must be 0 to {LARGEST_SEED}")

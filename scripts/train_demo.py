@@ -1,4 +1,4 @@
-"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly. Minutes on one GPU.
+"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly. Minutes on one GPU, hours on a CPU.
 
     python scripts/train_demo.py                  # both stages; resumes what it finds in --run-dir
     python scripts/train_demo.py --minutes 9      # stops in time, to be resumed by the same command
@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
@@ -21,9 +21,9 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 with slow_imports(__name__):
     import torch
     import torch._inductor.config
-    from bench_arguments import at_least
+    from bench_arguments import add_device, at_least
     from demo_stages import GPTStage, Plan, Stage, TokenizerStage
-    from emoji_data import DEFAULT_FONT, LARGEST_SEED, load_sprites
+    from emoji_data import DEFAULT_FONT, FONT_HELP, LARGEST_SEED, load_sprites
     from safetensors.torch import save_file
     from torch import Tensor
 
@@ -86,21 +86,25 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all")
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", help="states to resume from, and logs")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", help="where the weights go")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu (hours), cuda or cuda:N (default here: %(default)s)",
+    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
+    parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all", metavar="STAGE", help=stage_help)
+    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
+    run_help, output_help = (
+        f"{what}; made if need be (default: %(default)s)" for what in ("states to resume from, and logs", "weights")
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
-    again = "the same command resumes"
-    parser.add_argument("--stop-after", type=at_least(1), default=10**9, metavar="STEPS", help=f"of a stage; {again}")
-    parser.add_argument("--save-every", type=at_least(1), default=2000, metavar="STEPS")
-    for field, default in asdict(Plan()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s")
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help)
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", metavar="DIR", help=output_help)
+    add_device(parser)
+    stop = "then the same command resumes (default: no limit)"
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help=f"stop after so long; {stop}")
+    parser.add_argument("--stop-after", type=at_least(1), default=10**9, metavar="STEPS", help=f"of a stage in this run; {stop}")
+    save_help = "between savings of the state (default: %(default)s)"
+    parser.add_argument("--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help)
+    plan = parser.add_argument_group("plan", "what the weights depend on; the defaults are those of the weights that ship")
+    for field in fields(Plan):
+        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        told = f"{field.metadata['help']} (default: %(default)s)"
+        plan.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told)
     typed = parser.parse_args(argv)
     if not typed.minutes >= 0:  # nor NaN
         raise UserError(f"--minutes {typed.minutes}: must be 0 or more")

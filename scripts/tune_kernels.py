@@ -3,7 +3,8 @@
     python scripts/tune_kernels.py --models GPT-B,GPT-XL
 
 Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's candidates are tried while the others
-keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of few rows and one pair decides.
+keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of 16 rows and 2 decides. What the
+table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or above.
 """
 
 import argparse
@@ -19,8 +20,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_arguments import check_output, names
-    from bench_models import PAPER_MODELS
+    from bench_arguments import add_models, check_output
     from torch import Tensor
 
     from autoregressive.common.files import write_whole
@@ -401,10 +401,9 @@ def table_so_far(path: Path) -> TileTable:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with the path of the table; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = ",".join(PAPER_MODELS)
-    table = "the table of this GPU's architecture in kernels/"
-    parser.add_argument("--models", type=names(list(GPT_SHAPES)), default=models, metavar="NAMES", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help=f"(default: {table})")
+    add_models(parser, gpu_only=True)
+    output_help = "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
     typed = parser.parse_args(argv)
     check_output(typed.output)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):

@@ -8,15 +8,22 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import bench_decode
+import bench_kernels
+import profile_step
 import pytest
+import speedup_table
 import torch
 import tune_kernels
-from bench_arguments import at_least, check_output, give_figures, names, row_counts
+from bench_arguments import at_least, check_output, give_figures, models_for, names, row_counts
+from bench_models import PAPER_MODELS
 
 from autoregressive.common.errors import UserError
+from kernels.attention import AttentionTiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +41,7 @@ BEGINS = {
 }
 WITHOUT_WORK = {"convert_checkpoint", "download_models"}  # tests of their own have their mistakes
 
+TILES = AttentionTiles(64, 1)
 NEEDS_A_GPU = {"bench_kernels", "tune_kernels"}
 WRITE_FIGURES = sorted(set(BEGINS) - {"speedup_table", "train_demo"})
 
@@ -184,6 +192,69 @@ def test_the_tuner_does_not_write_over_what_is_no_table(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match="no table"):
             tune_kernels.table_so_far(path)
+
+
+@pytest.mark.parametrize("script", sorted({*BEGINS, *WITHOUT_WORK}))
+def test_help_tells_of_every_flag(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a flag does not say what it is for, what its value is, or what it is by default."""
+
+    def end(parser: argparse.ArgumentParser, _: object = None) -> NoReturn:
+        parser.format_help()  # raises where a text has a stray percent sign
+        raise StopIteration(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", end)
+    with pytest.raises(StopIteration) as ended:
+        importlib.import_module(script).main()
+    for action in ended.value.value._actions:
+        if action.help == argparse.SUPPRESS:
+            continue
+        assert action.help, action
+        assert action.nargs == 0 or action.metavar or action.choices, action
+        assert action.nargs == 0 or action.default in (None, []) or "(default: " in action.help, action
+
+
+def test_defaults_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --device cpu beside a GPU begins with hours of models that a CPU is not meant for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    models, options, _ = bench_decode.parse_arguments(["--device", "cpu"])
+    assert (models, options.rows) == (["GPT-demo"], [2])
+    assert profile_step.parse_arguments(["--device", "cpu"])[0].model == "GPT-demo"
+    assert speedup_table.parse_arguments(["--device", "cpu"]).models == ["GPT-demo"]
+    assert models_for(None, torch.device("cuda")) == list(PAPER_MODELS)
+    assert models_for(["GPT-1B"], torch.device("cuda")) == ["GPT-1B"]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, as far as it is asked for what it is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+
+
+@pytest.mark.usefixtures("hopper")
+def test_what_needs_a_gpu_writes_where_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the scripts that only a GPU runs lose their way between the flags and the file, where no other test would see."""
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(
+        tune_kernels, "tune", lambda config, table, *_: replace(table, attention=table.attention | {config.head_size: TILES})
+    )
+    for model in ("GPT-B", "GPT-3B"):
+        run("tune_kernels", "--models", model, "--output", str(path))
+    assert tune_kernels.table_so_far(path).attention == {64: TILES, 100: TILES}, "the second run starts from the first one's table"
+    monkeypatch.setattr(bench_kernels, "measure_model", lambda model, rows, context, dtype, device: [])
+    run("bench_kernels", "--models", "GPT-B", "--rows", "2", "--output", str(tmp_path / "kernels.json"))
+    assert json.loads((tmp_path / "kernels.json").read_text())["benchmark"] == "kernels"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_tuners_own_table_must_be_writable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the default place is looked at only once the tuning is done."""
+    monkeypatch.setattr(tune_kernels.configs, "__file__", str(tmp_path / "missing" / "configs.py"))
+    with pytest.raises(UserError, match="--output: there is no folder"):
+        run("tune_kernels")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
