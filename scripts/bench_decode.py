@@ -4,14 +4,13 @@
     python scripts/bench_decode.py --models GPT-XL --rows 512 --image-size 256 --images 1024 --pixels
 
 Guided images with random weights, from class token to last token, so over all contexts; sampling included. Two rows are one image.
-Times are medians of the repeats, after each engine has drawn one image. The floor is that of serve/floor.py; both ceilings, read
-bandwidth and rate of a matrix product, are measured in the same run, before each model. With --pixels, decoding goes on beside the
-steps, and ms/step, share and images/s count it. Without a GPU the demo model shows that it works; there is no floor then.
+Times are medians of the repeats, after each engine has drawn one image. The floor is that of autoregressive/serve/floor.py; both
+ceilings, read bandwidth and rate of a matrix product, are measured in the same run, before each model. With --pixels, decoding goes
+on beside the steps, and ms/step, share and images/s count it. On a CPU the demo model shows that it works; there is no floor then.
 """
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +20,33 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_models import PAPER_MODELS, random_transformer
+    from bench_arguments import (
+        DETERMINISTIC_HELP,
+        ENFORCE_EAGER_HELP,
+        add_device,
+        add_models,
+        add_output,
+        at_least,
+        check_output,
+        give_figures,
+        models_for,
+        on_cpu,
+        row_counts,
+    )
+    from bench_models import random_transformer
 
-    from autoregressive.common.defaults import DEMO_MODEL, model_defaults
+    from autoregressive.common.defaults import model_defaults
     from autoregressive.common.devices import default_precision, now, resolve_device
-    from autoregressive.common.files import write_whole
-    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.common.settings import check_image_size
+    from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.model_runner import page_bytes
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+_ROWS, _CPU_ROWS = "2,16,64,256,512", "2"
 
 
 @dataclass(frozen=True)
@@ -154,42 +168,40 @@ def measure_or_say_why(model: str, options: Options) -> dict[str, object]:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
     """The command line; ends the process on a mistake."""
-    on_gpu = torch.cuda.is_available()
-    models, rows = ",".join(PAPER_MODELS if on_gpu else [DEMO_MODEL]), "2,16,64,256,512" if on_gpu else "2"
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=models, help="(default: %(default)s)")
-    parser.add_argument("--rows", default=rows, help="(default: %(default)s)")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: 384; GPT-demo: 128)")
-    parser.add_argument("--images", type=int, metavar="N", help="more than run at once; goes with one number of rows")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--pixels", action="store_true", help="decode too")
-    parser.add_argument("--deterministic", action="store_true", help="as the engine's flag")
-    parser.add_argument("--enforce-eager", action="store_true", help="as the engine's flag")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    add_models(parser)
+    rows_help = f"rows that run at once: even numbers, with commas between them (default: {_ROWS}{on_cpu(_CPU_ROWS)})"
+    parser.add_argument("--rows", type=row_counts, metavar="NUMBERS", help=rows_help)
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="256, 384 or 512 (default: 384); GPT-demo: 128")
+    images_help = "also more than run at once; goes with one number of --rows (default: as many as run at once)"
+    parser.add_argument("--images", type=at_least(1), metavar="N", help=images_help)
+    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--pixels", action="store_true", help="decode the images' pixels too (default: tokens alone)")
+    parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
+    parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
+    add_device(parser)
+    add_output(parser)
     typed = parser.parse_args(argv)
-    chosen = typed.models.split(",")
-    for model in chosen:
-        if model not in GPT_models:
-            raise UserError(f"--models {model}: choose from {', '.join(GPT_models)}")
-    counts = [int(count) for count in typed.rows.split(",") if count.isdecimal()]
-    if len(counts) != len(typed.rows.split(",")) or any(count < 2 or count % 2 for count in counts):
-        raise UserError(f"--rows {typed.rows}: must be even numbers, 2 or more, with commas between them")
-    if typed.images is not None and (len(counts) > 1 or typed.images < 1):
-        raise UserError(f"--images {typed.images}: must be 1 or more, and goes with one number of --rows")
-    if typed.repeats < 1:
-        raise UserError(f"--repeats {typed.repeats}: must be 1 or more")
+    device = resolve_device(typed.device)
+    typed.models = models_for(typed.models, device)
+    typed.rows = typed.rows or row_counts(_ROWS if device.type == "cuda" else _CPU_ROWS)
+    if typed.image_size is not None:
+        for model in typed.models:
+            check_image_size(model, typed.image_size)
+    if typed.images is not None and len(typed.rows) > 1:
+        raise UserError(f"--images {typed.images}: goes with one number of --rows")
+    check_output(typed.output)
     options = Options(
-        rows=counts,
+        rows=typed.rows,
         image_size=typed.image_size,
         images=typed.images,
         repeats=typed.repeats,
         pixels=typed.pixels,
         deterministic=typed.deterministic,
         enforce_eager=typed.enforce_eager,
-        device=resolve_device(typed.device),
+        device=device,
     )
-    return chosen, options, typed.output
+    return typed.models, options, typed.output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -210,9 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "options": asdict(options) | {"device": str(options.device)},
         "models": [measure_or_say_why(model, options) for model in models],
     }
-    print(json.dumps(report))
-    if output is not None:
-        write_whole(output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, output)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,24 @@ the read bandwidth, or the operations over the rate of a large matrix product if
 Kernels are those of a step with so many rows on this GPU, in tiles of kernels/configs.py; above 64 rows, where a step leaves
 products to the library, the plain ones. `attention` includes the kernel that combines its chunks. cuBLAS's times are of the
 products alone: our `swiglu` also gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm
-their inputs or add themselves to the residual stream, so that there is no `add_norm`.
+their inputs or add themselves to the residual stream, so that there is no `add_norm`. Needs a GPU of compute capability 8.0 or
+above; exit status 2 if a kernel is wrong.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import add_models, add_output, check_output, give_figures, row_counts
     from bench_kernel_cases import Case, Setting, cases
-    from bench_models import PAPER_MODELS, config_of
+    from bench_models import config_of
 
     from autoregressive.common.devices import resolve_device
-    from autoregressive.common.files import write_whole
     from autoregressive.common.settings import PRECISIONS
-    from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
     from kernels.dispatch import select_operations, triton_runs_on
 
@@ -128,23 +126,20 @@ def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(PAPER_MODELS), help="(default: %(default)s)")
-    parser.add_argument("--rows", default="2,16,64", help="even numbers (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help="of attention (default: %(default)s)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    add_models(parser, gpu_only=True)
+    rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
+    parser.add_argument("--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help)
+    context_help = "tokens that attention reads of each row (default: %(default)s)"
+    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
+    precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help)
+    parser.add_argument("--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)")
+    add_output(parser)
     typed = parser.parse_args(argv)
-    typed.models = typed.models.split(",")
     for model in typed.models:
-        if model not in GPT_SHAPES:
-            raise UserError(f"--models {model}: choose from {', '.join(GPT_SHAPES)}")
         if not 1 <= typed.context <= config_of(model).block_size:
             raise UserError(f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the tokens of {model}'s image")
-    counts = [int(count) for count in typed.rows.split(",") if count.isdecimal()]
-    if len(counts) != len(typed.rows.split(",")) or any(count < 2 or count % 2 for count in counts):
-        raise UserError(f"--rows {typed.rows}: must be even numbers, 2 or more, with commas between them")
-    typed.rows = counts
+    check_output(typed.output)
     device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda" or not triton_runs_on(device):
         raise UserError("a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run")
@@ -165,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = [asdict(result) | {"share": result.share} for result in results]
     about = {"benchmark": "kernels", "device": device_name, "torch": torch.__version__, "precision": typed.precision}
     report = about | {"context": typed.context, "repeats": REPEATS, "results": figures}
-    print(json.dumps(report))
-    if typed.output is not None:
-        write_whole(typed.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, typed.output)
     wrong = sum(result.wrong for result in results)
     if wrong:
         raise UserError(f"{wrong} of {len(results)} kernels differ from their references: see the lines above")

@@ -1,8 +1,10 @@
 """Measures how much anonymous host memory loading a checkpoint takes, for each kind, against the limit.
 
+    python scripts/bench_loading.py --gpt-model GPT-XL --kinds "flat .pt" sharded
+
 The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs in a fresh process; memory
 is RssAnon of /proc/self/status above its value before the load, sampled every few milliseconds. Weights are float32 in the
-file and bfloat16 in the model. Exit status 1 if a kind is over the limit.
+file and bfloat16 in the model. Ends in JSON; exit status 1 if a kind is over the limit.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +28,14 @@ with slow_imports(__name__):
     import torch
     import torch.distributed.checkpoint as dcp
     import torch.multiprocessing
+    from bench_arguments import add_output, check_output, give_figures
     from safetensors.torch import save_file
     from torch import Tensor, distributed
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from autoregressive.common.checkpoint import load_weights
-    from autoregressive.common.devices import now
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.devices import now, resolve_device
+    from autoregressive.common.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
@@ -188,25 +191,35 @@ def print_table(measurements: list[Measurement]) -> None:
         print(f"{m.kind:<13} {columns} {m.seconds:>8.2f}  {'ok' if m.within_limit else 'OVER THE LIMIT'}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpt-model", choices=GPT_models, default="GPT-L", help="whose size (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what to measure (default: all)")
-    parser.add_argument("--device", default="cpu", help="where the model goes (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="for the files, which are removed (default: the system's)")
-    parser.add_argument("--output", type=Path, help="also write the figures here as JSON")
+    model_help = f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)"
+    parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help)
+    kinds_help = f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help)
+    device_help = "where the model goes: cpu, cuda or cuda:N (default: %(default)s)"
+    parser.add_argument("--device", default="cpu", metavar="D", help=device_help)
+    folder_help = "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    parser.add_argument("--folder", type=Path, metavar="DIR", help=folder_help)
+    add_output(parser)
     parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    typed = parser.parse_args(argv)
+    resolve_device(typed.device)
+    if typed.folder is not None:
+        check_folder("--folder", typed.folder)
+    check_output(typed.output)
+    anonymous_bytes()
+    return typed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     name: str = arguments.gpt_model
     if arguments.measure is not None:
-        here = measure_here(arguments.measure, name, arguments.path, torch.device(arguments.device))
+        here = measure_here(arguments.measure, name, arguments.path, resolve_device(arguments.device))
         print(json.dumps(asdict(here)))
         return
     measurements = []
@@ -222,9 +235,7 @@ def main() -> None:
         "python": platform.python_version(),
         "measurements": [asdict(m) | {"limit_bytes": m.limit_bytes, "within_limit": m.within_limit} for m in measurements],
     }
-    print(json.dumps(report))
-    if arguments.output is not None:
-        write_whole(arguments.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, arguments.output)
     if not all(m.within_limit for m in measurements):
         sys.exit(1)
 

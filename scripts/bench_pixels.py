@@ -1,27 +1,27 @@
 """Times decoding codes to pixels: the naive command's float32 (TF32) against the engine's decoder. Ends in JSON.
 
+    python scripts/bench_pixels.py --vq-model VQ-16 --image-size 384 --images 8 16
+
 Random weights and codes, both kept on the device; median of the repeats after warming up. PSNR is against float32 without TF32
-(peak to peak 2.0), the worst image of the batch. Needs a GPU; on a CPU it runs one small case, to show that it works.
+(peak to peak 2.0), the worst image of the batch. It is about GPUs; on a CPU one small case shows that it works.
 """
 
 import argparse
-import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from autoregressive.common.errors import OneLineParser, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import add_device, add_output, at_least, check_output, give_figures, on_cpu
     from torch import Tensor
 
     from autoregressive.common.devices import now, resolve_device
-    from autoregressive.common.files import write_whole
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
-    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+    from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
 _NAIVE_IMAGES = 8  # at once: more need too much memory in float32
 _WARM_UPS = 3
@@ -105,38 +105,47 @@ def _reserved_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, what was not typed filled in; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vq-model", choices=VQ_models, help="whose size (default: VQ-16; on a CPU VQ-demo)")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="(default: 256 384; on a CPU 128)")
-    parser.add_argument("--images", type=int, nargs="+", metavar="N", help="(default: 1 8 16 64; on a CPU 1)")
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
-    return parser.parse_args()
+    model_help = f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})"
+    parser.add_argument("--vq-model", choices=list(VQ_models), metavar="NAME", help=model_help)
+    size_help = f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})"
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size_help)
+    images_help = f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})"
+    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help=images_help)
+    parser.add_argument("--repeats", type=at_least(1), default=10, metavar="N", help="timed runs (default: %(default)s)")
+    add_device(parser)
+    add_output(parser)
+    typed = parser.parse_args(argv)
+    typed.device = resolve_device(typed.device)
+    on_gpu = typed.device.type == "cuda"
+    typed.vq_model = typed.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
+    typed.image_size = typed.image_size or ([256, 384] if on_gpu else [128])
+    typed.images = typed.images or ([1, 8, 16, 64] if on_gpu else [1])
+    token = VQ_CONFIGS[typed.vq_model].downsample_size
+    for size in typed.image_size:
+        if size < token or size % token:
+            raise UserError(f"--image-size {size}: must be a multiple of {token}, the side of a token of {typed.vq_model}")
+    check_output(typed.output)
+    return typed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    arguments = parse_arguments()
-    device = resolve_device(arguments.device)
+    arguments = parse_arguments(argv)
+    device, name = arguments.device, arguments.vq_model
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    name = arguments.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
     torch.manual_seed(0)
     vq = VQ_models[name]().to(device).eval().requires_grad_(False)
     report: dict[str, object] = {"benchmark": "pixels", "vq_model": name, "torch": torch.__version__, "repeats": arguments.repeats}
     report["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     print(f"{name} on {report['device']}, median of {arguments.repeats}, milliseconds")
     print(f"{'size':>7} {'images':>6} {'naive':>9} {'engine':>9} {'an image':>9} {'speed-up':>9} {'PSNR dB':>7}")
-    sizes = arguments.image_size or ([256, 384] if on_gpu else [128])
-    batches = arguments.images or ([1, 8, 16, 64] if on_gpu else [1])
-    report["sizes"] = [measure(vq, image_size, batches, arguments.repeats) for image_size in sizes]
-    print(json.dumps(report))
-    if arguments.output is not None:
-        write_whole(arguments.output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    report["sizes"] = [measure(vq, image_size, arguments.images, arguments.repeats) for image_size in arguments.image_size]
+    give_figures(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,22 +18,27 @@ from autoregressive.models.gpt import GPT_models
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 
+def _told(default: Any, meaning: str) -> Any:
+    """A field that says what it means, which train_demo.py's --help repeats."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Plan:
     """The hyperparameters of both stages. Defaults are those of the shipped weights."""
 
-    seed: int = 0
-    ema_decay: float = 0.999
-    tokenizer_steps: int = 12_000
-    tokenizer_batch: int = 64
-    tokenizer_rate: float = 6e-4
-    edge_weight: float = 1.0  # weight of the loss on image gradients, at full and half size
-    revive_every: int = 100  # steps between replacements of codebook entries that nothing used
-    gpt_steps: int = 14_000
-    gpt_batch: int = 192
-    gpt_rate: float = 1e-3
-    gpt_weight_decay: float = 0.05
-    class_dropout: float = 0.1  # share of labels replaced by "no class"
+    seed: int = _told(0, "of the first weights, the renderings and the dropout")
+    ema_decay: float = _told(0.999, "what the averaged weights, which are shipped, keep of themselves at each step")
+    tokenizer_steps: int = _told(12_000, "of the tokenizer's training")
+    tokenizer_batch: int = _told(64, "renderings of a step")
+    tokenizer_rate: float = _told(6e-4, "peak learning rate")
+    edge_weight: float = _told(1.0, "weight of the loss on image gradients, at full and half size")
+    revive_every: int = _told(100, "steps between replacements of codebook entries that nothing used")
+    gpt_steps: int = _told(14_000, "of the transformer's training")
+    gpt_batch: int = _told(192, "renderings of a step")
+    gpt_rate: float = _told(1e-3, "peak learning rate")
+    gpt_weight_decay: float = _told(0.05, "AdamW's")
+    class_dropout: float = _told(0.1, 'share of labels replaced by "no class"')
 
 
 class Stage(Protocol):

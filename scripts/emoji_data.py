@@ -19,7 +19,9 @@ from autoregressive.common.errors import UserError
 
 IMAGE_SIZE = 128
 SPRITE_SIZE = 136
+LARGEST_SEED = 2**31 - 1  # with a checksum below it, a generator's seed still fits 63 bits
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT_HELP = "NotoColorEmoji.ttf, of Debian's package fonts-noto-color-emoji (default: %(default)s)"
 
 _FONT_PIXELS = 109  # the font's bitmaps come in this one size
 _SUPERSAMPLING = 2  # pictures are drawn this much larger, then averaged: smooth edges

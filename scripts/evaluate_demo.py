@@ -1,6 +1,6 @@
 """Measures the demo model: are its pictures recognised, do they differ, how good is its tokenizer? Minutes on one GPU.
 
-    python scripts/evaluate_demo.py --output runs/evaluation.json --grid runs/evaluation.png
+    mkdir -p runs && python scripts/evaluate_demo.py --output runs/evaluation.json --grid runs/evaluation.png
 
 The judge is a ResNet-18 trained here on emoji renderings, never on model output, and tested on renderings from another random
 stream. It has one class more than there are emoji, for pictures blurred to about a quarter of their size, so that a blurred picture
@@ -10,7 +10,7 @@ does not count as recognised; a Gaussian blur, which it never saw, tests that.
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ with slow_imports(__name__):
     import torch
     import torch.nn.functional as F
     import torchvision
+    from bench_arguments import add_device, at_least, check_output
     from demo_stages import load_tokenizer
-    from emoji_data import DEFAULT_FONT, IMAGE_SIZE, load_sprites, render, render_batch, step_generator
+    from emoji_data import DEFAULT_FONT, FONT_HELP, IMAGE_SIZE, LARGEST_SEED, load_sprites, render, render_batch, step_generator
     from torch import Tensor, nn
     from torchvision.transforms.v2.functional import gaussian_blur
     from torchvision.utils import make_grid, save_image
@@ -31,7 +32,7 @@ with slow_imports(__name__):
     from autoregressive.common.checkpoint import load_weights
     from autoregressive.common.defaults import model_defaults
     from autoregressive.common.devices import resolve_device
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.files import check_file, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.config import EngineConfig
@@ -40,6 +41,7 @@ with slow_imports(__name__):
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 QUARTER = IMAGE_SIZE // 4
+_BLURRED = 8  # one in so many of the judge's pictures
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def train_classifier(sprites: Tensor, steps: int, batch: int, seed: int) -> nn.M
     classifier.train()
     for step in range(steps):
         pixels, labels = render_batch(sprites, batch, seed, "classifier training", step)
-        share = batch // 8
+        share = batch // _BLURRED
         pixels[:share] = blurred(pixels[:share], QUARTER - 6 + step % 13)
         labels[:share] = blur_class
         with torch.autocast(device.type, torch.bfloat16):
@@ -147,24 +149,41 @@ def judge(
     return SampleFigures(cfg_scale, by_class.mean().item(), distance, data_distance, weakest)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights-dir", type=Path, default=ROOT / "pretrained_models", help="default: %(default)s")
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default here: %(default)s)"
-    )
-    parser.add_argument("--cfg-scale", type=float, nargs="+", default=[model_defaults("GPT-demo").cfg_scale, 1.0], metavar="S")
-    parser.add_argument("--samples", type=int, default=16, help="pictures of each class (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="pictures drawn at a time (default: %(default)s)")
-    parser.add_argument("--engine", action="store_true", help="draw with the engine; without, the naive loop draws")
-    parser.add_argument("--classifier-steps", type=int, default=2000, help="default: %(default)s")
-    parser.add_argument("--classifier-batch", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the figures as JSON")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="a PNG of the first scale's pictures, a class a row")
-    return parser.parse_args()
+    pretrained = ROOT / "pretrained_models"
+    weights_help = "where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)"
+    parser.add_argument("--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help)
+    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
+    add_device(parser)
+    scales = [model_defaults("GPT-demo").cfg_scale, 1.0]
+    scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
+    parser.add_argument("--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help)
+    samples_help = "pictures of each class (default: %(default)s)"
+    parser.add_argument("--samples", type=at_least(2), default=16, metavar="N", help=samples_help)
+    batch_help = "pictures drawn at a time (default: %(default)s)"
+    parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help=batch_help)
+    parser.add_argument("--engine", action="store_true", help="draw with the engine (default: with the naive loop)")
+    steps_help, at_once_help = "that the judge is trained for (default: %(default)s)", "renderings of a step (default: %(default)s)"
+    parser.add_argument("--classifier-steps", type=at_least(1), default=2000, metavar="STEPS", help=steps_help)
+    parser.add_argument("--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help)
+    seed_help = "of the judge, the renderings and the pictures (default: %(default)s)"
+    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help=seed_help)
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write the first scale's pictures here, a class a row")
+    typed = parser.parse_args(argv)
+    if typed.seed > LARGEST_SEED:
+        raise UserError(f"--seed {typed.seed}: must be 0 to {LARGEST_SEED}")
+    try:
+        for scale in typed.cfg_scale:
+            SamplingParams(cfg_scale=scale)
+    except ValueError as error:
+        raise UserError(str(error).replace("cfg_scale", "--cfg-scale")) from error
+    check_output(typed.output)
+    if typed.grid is not None:
+        check_file("--grid", typed.grid, ".png")
+    return typed
 
 
 def load_models(folder: Path, device: torch.device) -> tuple[Transformer, VQModel]:
@@ -178,11 +197,9 @@ def load_models(folder: Path, device: torch.device) -> tuple[Transformer, VQMode
     return gpt.eval(), tokenizer
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains the judge, draws, counts."""
-    arguments = parse_arguments()
-    if arguments.samples < 2:
-        raise UserError("--samples must be at least 2: the distance is between pictures of one class")
+    arguments = parse_arguments(argv)
     device = resolve_device(arguments.device)
     sprites = load_sprites(arguments.font).to(device)
     gpt, tokenizer = load_models(arguments.weights_dir, device)

@@ -7,13 +7,12 @@ every kernel's start and end. Two times of each operation are shown, both in mic
   busy   from the kernels' start to their end. Kernels overlap (programmatic dependent launch: the next one's weights are on their
          way while the one before it ends), so these sum to more than the step.
   adds   from the end of the kernel before to the own end: by how much the step is longer. These sum to the step.
-Bytes are those that must come from memory, weights and KV cache, as in serve/floor.py; the share is floor / adds. The step itself
-is timed without the profiler, which makes kernels a little slower. On a CPU, operations are timed by the host's clock, attention
-and combine are one, and there is no floor.
+Bytes are those that must come from memory, weights and KV cache, as in autoregressive/serve/floor.py; the share is floor / adds.
+The step itself is timed without the profiler, which makes kernels a little slower. On a CPU, operations are timed by the host's
+clock, attention and combine are one, and there is no floor.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import DETERMINISTIC_HELP, ENFORCE_EAGER_HELP, add_device, add_output, check_output, give_figures, on_cpu
     from bench_models import config_of, random_transformer
     from step_times import HEADER, ORDER, Kernel, OperationTime, summed, with_floor
     from torch.autograd import DeviceType
@@ -31,7 +31,6 @@ with slow_imports(__name__):
 
     from autoregressive.common.defaults import DEMO_MODEL
     from autoregressive.common.devices import resolve_device, threads_that_pay
-    from autoregressive.common.files import write_whole
     from autoregressive.common.settings import PRECISIONS
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -44,6 +43,7 @@ STEPS = 16  # of a span; the context grows by as many
 REPEATS = 11
 PAGE_SIZE = 16
 TOP_K = 2000  # the commands' default
+_MODEL = "GPT-XL"
 
 
 @dataclass(frozen=True)
@@ -188,29 +188,31 @@ def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
     """The command line; ends the process on a mistake."""
-    on_gpu = torch.cuda.is_available()
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = "GPT-XL" if on_gpu else DEMO_MODEL
-    parser.add_argument("--gpt-model", choices=list(GPT_models), default=model, metavar="NAME", help="(default: %(default)s)")
+    model_help = f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})"
+    parser.add_argument("--gpt-model", choices=list(GPT_models), metavar="NAME", help=model_help)
     parser.add_argument("--rows", type=int, default=16, metavar="N", help="an even number: guided pairs (default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="(default: half of an image)")
-    parser.add_argument("--precision", choices=list(PRECISIONS), metavar="P", help="(default: bf16 on a GPU, none on a CPU)")
-    parser.add_argument("--enforce-eager", action="store_true", help="launch kernels one by one, no CUDA graph")
-    parser.add_argument("--deterministic", action="store_true", help="as the engine's flag")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="that each row attends to (default: half of an image's)")
+    precision_help = f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})"
+    parser.add_argument("--precision", choices=list(PRECISIONS), metavar="P", help=precision_help)
+    parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
+    parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
+    add_device(parser)
+    add_output(parser)
     typed = parser.parse_args(argv)
     if typed.rows < 2 or typed.rows % 2:
         raise UserError(f"--rows {typed.rows}: must be an even number, 2 or more")
-    tokens = config_of(typed.gpt_model).block_size
+    device = resolve_device(typed.device)
+    model = typed.gpt_model or (_MODEL if device.type == "cuda" else DEMO_MODEL)
+    tokens = config_of(model).block_size
     context = tokens // 2 if typed.context is None else typed.context
     if not 1 <= context <= tokens:
         raise UserError(f"--context {context}: must be 1 to {tokens}, the tokens of an image")
-    device = resolve_device(typed.device)
+    check_output(typed.output)
     if device.type == "cuda" and not triton_runs_on(device):
         raise UserError("this GPU runs torch's operations, whose kernels' names do not tell what they are of: use --device cpu")
     precision = typed.precision or ("bf16" if device.type == "cuda" else "none")
-    case = Case(typed.gpt_model, typed.rows, context, precision, typed.enforce_eager, typed.deterministic)
+    case = Case(model, typed.rows, context, precision, typed.enforce_eager, typed.deterministic)
     return case, device, typed.output
 
 
@@ -227,9 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(f"{device} has too little free memory: fewer --rows, or a smaller --gpt-model") from error
     report = {"benchmark": "profile_step", "device": device_name, "torch": torch.__version__, **asdict(case), **measured}
-    print(json.dumps(report))
-    if output is not None:
-        write_whole(output, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    give_figures(report, output)
 
 
 if __name__ == "__main__":

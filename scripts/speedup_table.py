@@ -5,8 +5,9 @@
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
 are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
 warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others). The floor and its share are those of
-serve/floor.py, with the GPU's ceilings measured in the same process. What is finished is kept in OUTPUT_DIR/speedup.json: a run
-that was broken off, or in which something failed, goes on where it was. Without a GPU the demo model takes the others' place.
+autoregressive/serve/floor.py, with the GPU's ceilings measured in the same process. The table goes to speedup.md in --output-dir,
+the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken off, or in which something failed,
+goes on where it was. On a CPU the demo model takes the others' place.
 """
 
 import argparse
@@ -24,17 +25,17 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_models import PAPER_MODELS, empty_transformer
+    from bench_arguments import add_device, add_models, at_least, models_for, names
+    from bench_models import empty_transformer
     from speedup_report import METHODS, ModelRow, chart, markdown
 
     from autoregressive.common.arguments import build_parser
-    from autoregressive.common.defaults import DEMO_MODEL
     from autoregressive.common.devices import now, resolve_device
-    from autoregressive.common.files import check_own_folder, write_whole
+    from autoregressive.common.files import check_file, check_own_folder, write_whole
     from autoregressive.common.settings import Settings, resolve_settings
     from autoregressive.common.weights import find_weights, load_models
     from autoregressive.models.generate import generate
-    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.models.gpt import Transformer
     from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
@@ -82,6 +83,8 @@ def settings_for(model: str, job: Job, folder: Path) -> Settings:
     if job.image_size is not None:
         typed += ["--image-size", str(job.image_size)]
     settings = resolve_settings(build_parser("", "scripts/speedup_table.py").parse_args(typed))
+    if job.images is not None and job.images > len(settings.labels):
+        raise UserError(f"--images {job.images}: must be 1 to {len(settings.labels)}, the labels of {model}")
     return replace(settings, labels=settings.labels[: job.images])
 
 
@@ -245,38 +248,25 @@ def parameters_of(model: str, image_size: int | None) -> int:
     return sum(parameter.numel() for parameter in empty_transformer(model, image_size).parameters())
 
 
-def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names."""
-
-    def parse(typed: str) -> list[str]:
-        chosen = [name for name in typed.split(",") if name]
-        unknown = [name for name in chosen if name not in allowed]
-        if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(allowed)}")
-        return chosen
-
-    return parse
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    on_gpu = torch.cuda.is_available()
-    defaults = list(PAPER_MODELS) if on_gpu else [DEMO_MODEL]
+    count = at_least(1)
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names(list(GPT_models)), default=defaults, help=f"(default: {','.join(defaults)})")
-    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), help=f"(default: {','.join(METHODS)})")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: 384; GPT-demo: 128)")
-    parser.add_argument("--images", type=int, metavar="N", help="how many of the eight labels (default: all)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs, after one warm-up (default: %(default)s)")
-    parser.add_argument("--naive-repeats", type=int, metavar="N", help="of the plain loop, which takes long (default: --repeats)")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help="(default: %(default)s)")
+    add_models(parser)
+    methods_help = "of naive (the plain loop), compile (the same compiled) and paged (the engine), with commas (default: all)"
+    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help=methods_help)
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="256, 384 or 512 (default: 384); GPT-demo: 128")
+    parser.add_argument("--images", type=count, metavar="N", help="how many of the eight labels (default: all)")
+    repeats_help = "timed runs, after one warm-up (default: %(default)s)"
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help=repeats_help)
+    naive_help = "the same of the plain loop, which takes long (default: as --repeats)"
+    parser.add_argument("--naive-repeats", type=count, metavar="N", help=naive_help)
+    add_device(parser)
+    output_help = "where the table, the chart and the JSON go; made if need be (default: %(default)s)"
+    parser.add_argument("--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # in the fresh process
     arguments = parser.parse_args(argv)
-    for flag in ("repeats", "naive_repeats", "images"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: must be 1 or more")
+    arguments.models = models_for(arguments.models, resolve_device(arguments.device))
     return arguments
 
 
@@ -293,8 +283,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder: Path = arguments.output_dir
     check_own_folder("--output-dir", folder)
     for model in arguments.models:
-        settings_for(model, job, folder.parent)  # refuses an image size that the model has not
+        settings_for(model, job, folder.parent)  # refuses what the model has not
     folder.mkdir(exist_ok=True)
+    for name in ("speedup.json", "speedup.md", "speedup.png"):
+        check_file("--output-dir", folder / name, Path(name).suffix)
     results = Results(folder / "speedup.json", job)
     options = ["--repeats", str(arguments.repeats), "--device", arguments.device, "--output-dir", str(folder)]
     for flag in ("image_size", "images", "naive_repeats"):

@@ -1,4 +1,4 @@
-"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly. Minutes on one GPU.
+"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly. Minutes on one GPU, hours on a CPU.
 
     python scripts/train_demo.py                  # both stages; resumes what it finds in --run-dir
     python scripts/train_demo.py --minutes 9      # stops in time, to be resumed by the same command
@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
@@ -20,13 +21,14 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 with slow_imports(__name__):
     import torch
     import torch._inductor.config
+    from bench_arguments import add_device, at_least
     from demo_stages import GPTStage, Plan, Stage, TokenizerStage
-    from emoji_data import DEFAULT_FONT, load_sprites
+    from emoji_data import DEFAULT_FONT, FONT_HELP, LARGEST_SEED, load_sprites
     from safetensors.torch import save_file
     from torch import Tensor
 
     from autoregressive.common.devices import resolve_device
-    from autoregressive.common.files import write_whole
+    from autoregressive.common.files import check_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,39 +83,64 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all")
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="NotoColorEmoji.ttf (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", help="states to resume from, and logs")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", help="where the weights go")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu (hours), cuda or cuda:N (default here: %(default)s)",
+    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
+    parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all", metavar="STAGE", help=stage_help)
+    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
+    run_help, output_help = (
+        f"{what}; made if need be (default: %(default)s)" for what in ("states to resume from, and logs", "weights")
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; the same command resumes")
-    parser.add_argument("--stop-after", type=int, default=10**9, metavar="STEPS", help="of a stage; the same command resumes")
-    parser.add_argument("--save-every", type=int, default=2000, metavar="STEPS")
-    for field, default in asdict(Plan()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default, help="default: %(default)s")
-    return parser.parse_args()
+    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help)
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", metavar="DIR", help=output_help)
+    add_device(parser)
+    stop = "then the same command resumes (default: no limit)"
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help=f"stop after so long; {stop}")
+    parser.add_argument("--stop-after", type=at_least(1), default=10**9, metavar="STEPS", help=f"of a stage in this run; {stop}")
+    save_help = "between savings of the state (default: %(default)s)"
+    parser.add_argument("--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help)
+    plan = parser.add_argument_group("plan", "what the weights depend on; the defaults are those of the weights that ship")
+    for field in fields(Plan):
+        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        told = f"{field.metadata['help']} (default: %(default)s)"
+        plan.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told)
+    typed = parser.parse_args(argv)
+    if not typed.minutes >= 0:  # nor NaN
+        raise UserError(f"--minutes {typed.minutes}: must be 0 or more")
+    return typed
 
 
-def main() -> None:
+def check_plan(plan: Plan) -> None:
+    """Raises `UserError` for a number that a stage would stumble over only once it runs."""
+    allowed = {
+        "seed": (0 <= plan.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+        "ema_decay": (0 <= plan.ema_decay < 1, "0 or more and below 1"),
+        "class_dropout": (0 <= plan.class_dropout <= 1, "0 to 1"),
+    }
+    for field, value in asdict(plan).items():
+        count, number = (value >= 1, "1 or more"), (0 <= value < math.inf, "a finite number, 0 or more")
+        holds, what = allowed.get(field, count if isinstance(value, int) else number)
+        if not holds:
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not trained yet and exports it."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
+    check_plan(plan)
     device = resolve_device(arguments.device)
+    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
+    for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(flag, folder)
+    emoji = load_sprites(arguments.font)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch._inductor.config.deterministic = True  # else reductions are tuned by timing, and the last bits vary
     torch.set_float32_matmul_precision("high")
-    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
-    for folder in (arguments.run_dir, arguments.output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    sprites = load_sprites(arguments.font).to(device)
+    sprites = emoji.to(device)
     vq_path, gpt_path = arguments.output_dir / "demo_vq.safetensors", arguments.output_dir / "demo_gpt.safetensors"
     if arguments.stage in ("all", "tokenizer"):
         tokenizer_stage = TokenizerStage(plan, sprites)

@@ -3,14 +3,15 @@
     python scripts/tune_kernels.py --models GPT-B,GPT-XL
 
 Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's candidates are tried while the others
-keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of few rows and one pair decides.
+keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of 16 rows and 2 decides. What the
+table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or above.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
+    from bench_arguments import add_models, check_output
     from torch import Tensor
 
+    from autoregressive.common.files import write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from kernels import configs
     from kernels.attention import AttentionTiles, head_stride
@@ -134,29 +137,23 @@ class Chain:
         return run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags, tunes each model, writes the table.
 
     Raises:
-        UserError: no GPU with Triton kernels is here, or a model's name is wrong.
+        UserError: no GPU with Triton kernels is here, or the table cannot be written, or is none.
     """
-    arguments = _parser().parse_args()
-    names = arguments.models.split(",")
-    unknown = [name for name in names if name not in GPT_SHAPES]
-    if unknown:
-        raise UserError(f"--models {','.join(unknown)}: must be of {', '.join(GPT_SHAPES)}")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        raise UserError("tuning needs a GPU of compute capability 8.0 or above")
+    arguments = parse_arguments(argv)
     major, minor = torch.cuda.get_device_capability()
-    path = arguments.output or Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
+    path: Path = arguments.output
     rules = TileTable(shared_memory=tile_table((major, minor), torch.bfloat16).shared_memory)
-    table = replace(read_table(path), shared_memory=rules.shared_memory) if path.exists() else rules
-    for name in names:
+    table = replace(table_so_far(path), shared_memory=rules.shared_memory)
+    for name in arguments.models:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
         table = tune(config, table, Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0)), name)
         write_table(table, path, torch.cuda.get_device_name())
-    print(json.dumps({"benchmark": "tune_kernels", "models": names, "table": str(path)}))
+    print(json.dumps({"benchmark": "tune_kernels", "models": arguments.models, "table": str(path)}))
 
 
 @dataclass(frozen=True)
@@ -382,14 +379,40 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
     parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}
     versions = f"torch {torch.__version__}"
     body = ",\n".join(f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items())
-    path.write_text(f'{{\n  "measured_on": {json.dumps(f"{gpu}, {versions}")},\n{body}\n}}\n')
+    text = f'{{\n  "measured_on": {json.dumps(f"{gpu}, {versions}")},\n{body}\n}}\n'
+    write_whole(path, lambda part: part.write_text(text))
 
 
-def _parser() -> argparse.ArgumentParser:
+def table_so_far(path: Path) -> TileTable:
+    """What is there already; shapes that are not tuned again keep their settings. Empty where nothing is.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not path.exists():
+        return TileTable()
+    try:
+        json.loads(path.read_text())["measured_on"]  # which another benchmark's figures have not, nor any section
+        return read_table(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no table of this script's: remove it, or choose another --output") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with the path of the table; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--models", default="GPT-B,GPT-L,GPT-XL,GPT-XXL,GPT-3B", metavar="NAMES", help="(default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: the table of this GPU's architecture in kernels/)")
-    return parser
+    add_models(parser, gpu_only=True)
+    output_help = "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
+    typed = parser.parse_args(argv)
+    check_output(typed.output)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("tuning needs a GPU of compute capability 8.0 or above")
+    if typed.output is None:
+        major, minor = torch.cuda.get_device_capability()
+        typed.output = Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
+        check_output(typed.output)
+    return typed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiled for each architecture, as the engine launches it for the published models, without a GPU."""
+"""Every Triton kernel compiled for each architecture as the engine launches it, without a GPU: for the published models, and
+the attention for every head size that it is said to have."""
 
 import importlib
 import pkgutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from compiled import Build, launches_of, resources
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import kernels
@@ -19,6 +21,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from autoregressive.serve.engine.vq_forward import VQForward
+from kernels.attention import HEAD_SIZES
 from kernels.hopper_cluster import exchange_bytes
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig, VQModel
 
@@ -42,6 +45,18 @@ class Case:
         return f"{self.model}-sm_{self.capability}-{str(self.dtype).removeprefix('torch.')}"
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """The attention of a head size on an architecture."""
+
+    head_size: int
+    capability: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.head_size}-sm_{self.capability}-{str(self.dtype).removeprefix('torch.')}"
+
+
 CASES = [
     *(Case(model, 90, rows=(FEW_ROWS, MOST_OWN_ROWS)) for model in ("GPT-L", "GPT-XL", "GPT-XXL")),
     *(Case(model, 90, rows=(FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS)) for model in ("GPT-B", "GPT-3B")),
@@ -53,25 +68,40 @@ CASES = [
     *(Case("VQ-16 cut short", capability) for capability in (80, 100)),
 ]
 
+ATTENTION_KERNELS = {"_attention_kernel", "_hopper_attention_kernel", "_combine_kernel"}
+ATTENTION_CASES = [
+    AttentionCase(head_size, capability, dtype)
+    for head_size in HEAD_SIZES
+    for capability in (80, 90, 100)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if dtype != torch.bfloat16 or head_size not in (64, 100)  # of the published models, above
+]
+
 
 @cache
 def builds_of(case: Case) -> list[Build]:
     """What the case launches."""
-    shape = BatchShape.of(max(case.rows), 576, 16)
-    real = vars(Batch(shape, torch.device("cpu")))
+    if case.model in GPT_SHAPES:
+        shape = GPT_SHAPES[case.model]
+        return step_builds(shape.dim, shape.n_head, case.capability, case.dtype, case.rows)
     with launches_of(case.capability) as builds:
-        if case.model in TOKENIZERS:
-            VQForward(VQModel(TOKENIZERS[case.model]).eval(), grid=24)(torch.zeros(8, 576, dtype=torch.int32))
-            return builds
-        model = GPT_SHAPES[case.model]
-        torch.set_default_dtype(case.dtype)  # tensors that are not there cannot be converted
+        VQForward(VQModel(TOKENIZERS[case.model]).eval(), grid=24)(torch.zeros(8, 576, dtype=torch.int32))
+    return builds
+
+
+def step_builds(width: int, heads: int, capability: int, dtype: torch.dtype, row_counts: tuple[int, ...]) -> list[Build]:
+    """What steps of one layer launch."""
+    shape = BatchShape.of(max(row_counts), 576, 16)
+    real = vars(Batch(shape, torch.device("cpu")))
+    with launches_of(capability) as builds:
+        torch.set_default_dtype(dtype)  # tensors that are not there cannot be converted
         try:
-            gpt = Transformer(GPTConfig(dim=model.dim, n_layer=1, n_head=model.n_head, block_size=shape.tokens)).eval()
+            gpt = Transformer(GPTConfig(dim=width, n_layer=1, n_head=heads, block_size=shape.tokens)).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, RunnerConfig())
         batch = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in real.items() if isinstance(value, Tensor)}
-        for rows in case.rows:
+        for rows in row_counts:
             runner._step(cast(Batch, SimpleNamespace(**batch)), rows)
     return builds
 
@@ -93,22 +123,53 @@ def test_every_kernel_has_a_case(capability: int) -> None:
     assert len(launched) >= 10
 
 
+def check_compiles(build: Build, capability: int, *, waits: bool) -> CompiledKernel:
+    """Guards against what an architecture refuses, tiles too large for a GPU, and dependent launch where there is none.
+
+    Args:
+        waits: whether kernels launched like this one wait for the one before them.
+    """
+    compiled = build.compiled(capability)
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+    size = dict(build.constants)
+    exchange = exchange_bytes(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"]) if "CLUSTER" in size else 0
+    assert exchange <= 48 * 1024, build  # more a program cannot have beside what Triton asks for
+    assert compiled.metadata.shared + exchange <= SHARED_MEMORY[capability], build
+    assert ("griddepcontrol" in compiled.asm["ptx"]) == waits, build
+    assert waits or not dict(build.options).get("launch_pdl"), build
+    return compiled
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_launched_compiles(case: Case) -> None:
     """Fails if an architecture refuses a kernel, dependent launch reaches one that has none, or a tile is too large for a GPU."""
     builds = builds_of(case)
     assert builds
     for build in builds:
-        compiled = build.compiled(case.capability)
-        assert f"sm_{case.capability}" in compiled.asm["ptx"]
-        size = dict(build.constants)
-        exchange = exchange_bytes(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"]) if "CLUSTER" in size else 0
-        assert exchange <= 48 * 1024, build  # more a program cannot have beside what Triton asks for
-        assert compiled.metadata.shared + exchange <= SHARED_MEMORY[case.capability], build
-        waits = "griddepcontrol" in compiled.asm["ptx"]
-        assert waits == (case.capability >= 90 and case.model in GPT_SHAPES), build
-        assert waits or not dict(build.options).get("launch_pdl"), build
+        compiled = check_compiles(build, case.capability, waits=case.capability >= 90 and case.model in GPT_SHAPES)
         if case.capability == 90 and case.dtype == torch.bfloat16:
-            # The draw's rounds and the attention of head size 100 keep a few scalars in memory, next to no time; no tile is there.
-            allowed_bytes = {"_draw_kernel": 8, "_attention_kernel": 16}.get(build.name, 0)
-            assert resources(compiled).local_bytes <= allowed_bytes, build
+            # The draw's rounds keep a few scalars in memory, next to no time; no tile is there.
+            assert resources(compiled).local_bytes <= (8 if build.name == "_draw_kernel" else 0), build
+
+
+def test_no_head_size_is_dropped() -> None:
+    """Fails if a head size loses its kernels, and with them its cases below: torch's attention would take their place."""
+    assert HEAD_SIZES == (64, 80, 96, 100, 112, 128, 256)
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_the_attention_of_every_head_size_compiles(case: AttentionCase) -> None:
+    """Fails if a head size is promised that an architecture refuses, or whose keys and values do not fit a program's registers."""
+    heads = 4
+    builds = step_builds(heads * case.head_size, heads, case.capability, case.dtype, (FEW_ROWS,))
+    builds = [build for build in builds if build.name in ATTENTION_KERNELS]
+    hopper = case.capability == 90 and case.dtype.itemsize == 2
+    assert {build.name for build in builds} == {"_hopper_attention_kernel" if hopper else "_attention_kernel", "_combine_kernel"}
+    assert len(builds) == 2
+    for build in builds:
+        assert dict(build.constants)["HEAD_SIZE"] == case.head_size
+        compiled = check_compiles(build, case.capability, waits=case.capability >= 90)
+        # A thread's share of a chunk's keys is 256 bytes: below, it is scalars that lie in memory. (Not so in float32 from head
+        # size 80 on, nor, for the chunks' results that are combined, at 256.)
+        if case.dtype.itemsize == 2 and build.name != "_combine_kernel":
+            assert resources(compiled).local_bytes <= 64, build

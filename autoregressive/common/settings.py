@@ -135,11 +135,16 @@ def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: 
         best_first = (defaults.image_size, *defaults.image_sizes)
         there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
         return next(there, defaults.image_size)
-    hint = "" if arguments.gpt_model else "; name another model with --gpt-model"
-    _require(size in defaults.image_sizes, "--image-size", size, f"{either(defaults.image_sizes)} for {gpt_model}{hint}")
+    check_image_size(gpt_model, size, hint="" if arguments.gpt_model else "; name another model with --gpt-model")
     if published is not None and published.image_size != size:
         raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
     return size
+
+
+def check_image_size(gpt_model: str, size: int, *, hint: str = "") -> None:
+    """Raises `UserError`, with the hint at its end, unless the model makes pictures of that size."""
+    sizes = model_defaults(gpt_model).image_sizes
+    _require(size in sizes, "--image-size", size, f"{either(sizes)} for {gpt_model}{hint}")
 
 
 def _published_gpt(arguments: argparse.Namespace) -> PublishedFile | None:
