@@ -5,12 +5,13 @@
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
 are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
 warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others). The floor and its share are those of
-autoregressive/serve/floor.py, with the GPU's ceilings measured in the same process. The table goes to speedup.md in --output-dir,
-the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken off, or in which something failed,
-goes on where it was. On a CPU the demo model takes the others' place.
+autoregressive/serve/floor.py, at the highest bandwidth that the models' processes have measured. The table goes to speedup.md in
+--output-dir, the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken off, or in which
+something failed, goes on where it was. On a CPU the demo model takes the others' place.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
@@ -42,6 +43,7 @@ with slow_imports(__name__):
     from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
     from autoregressive.serve.sample_c2i import sampling_params
 
+ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16
 
 
@@ -54,6 +56,7 @@ class Job:
     device: str
     device_name: str
     torch: str
+    code: str  # of the product's sources: what was measured before a change is not what is measured after it
     repeats: int
     naive_repeats: int  # of the plain loop
 
@@ -210,7 +213,7 @@ class Results:
         if path.exists():
             try:
                 kept = json.loads(path.read_text())
-                kept_job, self.timings = kept["job"], kept["results"]
+                kept_job, self.timings = kept["job"], dict(kept["results"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is no file of this script's: remove it, or choose another --output-dir") from error
             if kept_job != self._job:
@@ -234,13 +237,30 @@ class Results:
         """Everything."""
         return {"benchmark": "speedup", "job": self._job, "results": self.timings}
 
+    def _highest_bandwidth(self) -> float:
+        """Of all models' processes, bytes a second: the same GPU, which measures less when it is hot."""
+        timings = (methods.get("paged", {}).get("timing", {}) for methods in self.timings.values())
+        return max(timing["read_bytes_per_second"] for timing in timings if timing.get("read_bytes_per_second"))
+
     def row(self, model: str, methods: Sequence[str]) -> ModelRow:
         """A model's line of the table."""
         outcomes = {method: outcome for method, outcome in self.timings.get(model, {}).items() if method in methods}
         seconds = {method: outcome["timing"]["seconds"] for method, outcome in outcomes.items() if "timing" in outcome}
         errors = {method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome}
-        floor = outcomes.get("paged", {}).get("timing", {}).get("floor_seconds")
+        timing = outcomes.get("paged", {}).get("timing", {})
+        floor = timing.get("floor_seconds")
+        if floor is not None:  # eight pictures' rows are too few for arithmetic to bound a product: time goes by bandwidth alone
+            floor *= timing["read_bytes_per_second"] / self._highest_bandwidth()
         return ModelRow(model, parameters_of(model, self._job["image_size"]), seconds, errors, floor)
+
+
+def code_version() -> str:
+    """A digest of the sources and tables that are timed."""
+    digest = hashlib.sha256()
+    for folder in ("autoregressive", "kernels"):
+        for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("*.json")]):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def parameters_of(model: str, image_size: int | None) -> int:
@@ -266,7 +286,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # in the fresh process
     arguments = parser.parse_args(argv)
-    arguments.models = models_for(arguments.models, resolve_device(arguments.device))
+    device, typed_models = resolve_device(arguments.device), arguments.models
+    arguments.models = models_for(typed_models, device)
+    if typed_models is None and device.type != "cuda" and arguments.image_size is not None:
+        tell(f"without a GPU the demo model takes the others' place, at its size: --image-size {arguments.image_size} is left out")
+        arguments.image_size = None
     return arguments
 
 
@@ -276,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device(arguments.device)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
-    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__, *repeats)
+    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__, code_version(), *repeats)
     if arguments.worker:
         work(arguments, job)
         return

@@ -30,6 +30,13 @@ class Ceilings:
     read_bytes_per_second: float
     operations_per_second: float  # of a large matrix product; a multiplication and an addition are two
 
+    def or_higher(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each: a GPU that is hot from what ran before measures less, which would flatter what is held against it."""
+        return Ceilings(
+            max(self.read_bytes_per_second, other.read_bytes_per_second),
+            max(self.operations_per_second, other.operations_per_second),
+        )
+
 
 @dataclass(frozen=True)
 class Product:
