@@ -262,6 +262,18 @@ def combine(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles:
     )
 
 
+def combine_reference(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, chunk: int) -> None:
+    """The same in torch, for chunks of so many tokens; what lies beyond a row's chunks may be anything."""
+    begins = torch.arange(mixed.shape[2], device=out.device) * chunk
+    live = (begins <= positions[:, None])[:, None]  # [rows, 1, chunks]
+    largest, total = stats.unbind(-1)  # [rows, heads, chunks]
+    largest = largest.masked_fill(~live, -torch.inf)
+    weight = (largest - largest.amax(dim=-1, keepdim=True)).exp2().masked_fill(~live, 0)
+    joined = (mixed.masked_fill(~live[..., None], 0) * weight[..., None]).sum(dim=2)  # [rows, heads, head_size]
+    weights = (total.masked_fill(~live, 0) * weight).sum(dim=-1).masked_fill(positions[:, None] < 0, 1)
+    out.copy_((joined / weights[..., None]).flatten(1))
+
+
 def attention_reference(
     qkv: Tensor,
     rotary: Tensor,

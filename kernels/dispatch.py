@@ -109,7 +109,7 @@ def select_operations(
     assert backend in BACKENDS
     runs = triton_runs_on(device)
     if backend == "triton" and not runs:
-        raise ValueError(f"attention_backend triton: {device} is no GPU of compute capability 8.0; use auto or torch")
+        raise ValueError(f"attention_backend triton: {device} is no GPU of compute capability 8.0 or above; use auto or torch")
     if backend == "torch" or not runs:
         if backend == "auto" and device.type == "cuda":
             tell("this GPU's compute capability is below 8.0: torch's operations take the place of the Triton kernels")

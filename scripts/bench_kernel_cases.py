@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table_2d
-from kernels.attention import head_stride
+from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
 from kernels.dispatch import MANY_ROWS, Operations, StreamProducts, torch_operations
 from kernels.hopper_products import HEADROOM, stream_linear_reference, stream_project_reference, stream_swiglu_reference
 
@@ -34,6 +34,8 @@ class Setting:
     dtype: torch.dtype
     operations: Operations
     cold_bytes: int  # so much between two uses of the same memory leaves no cache warm
+    attention_tiles: AttentionTiles | None = None  # of the operations' attention; None: torch's, which has no chunks to combine
+    launch_pdl: bool = False
 
     @property
     def stream(self) -> StreamProducts | None:
@@ -87,10 +89,12 @@ def plain_cases(setting: Setting) -> Iterator[Case]:
     """A layer whose norms have kernels of their own, and the head."""
     dim, ffn = setting.config.dim, setting.config.ffn_dim
     yield linear_case(setting, "qkv product", 3 * dim, dim)
-    yield attention_case(setting)
+    yield from attention_cases(setting)
     yield linear_case(setting, "output product", dim, dim)
     yield add_norm_case(setting)
     yield swiglu_case(setting)
+    if setting.rows > MANY_ROWS:  # what follows a library's product
+        yield gate_case(setting)
     yield linear_case(setting, "down product", dim, ffn)
     yield head_case(setting)
 
@@ -102,13 +106,20 @@ def stream_cases(setting: Setting, stream: StreamProducts) -> Iterator[Case]:
     blocks, ffn_blocks = (stream.project_blocks(setting.shape_of_weight(dim, inputs)) for inputs in (ffn, dim))
     qkv = setting.empty(setting.splits(3 * dim, dim), rows, 3 * dim, dtype=torch.float32)
     yield norming_case(setting, "qkv product", 3 * dim, blocks, qkv, stream.linear, reference.linear)
-    yield attention_case(setting)
+    yield from attention_cases(setting)
     yield project_case(setting, stream, "output product", dim)
     hidden = setting.empty(rows, ffn)
     yield norming_case(setting, "swiglu", 2 * ffn, ffn_blocks, hidden, stream.swiglu, reference.swiglu)
     yield project_case(setting, stream, "down product", ffn)
     logits = setting.empty(rows, vocab, dtype=torch.float32)
     yield norming_case(setting, "head", vocab, blocks, logits, stream.head, reference.head)
+
+
+def attention_cases(setting: Setting) -> Iterator[Case]:
+    """Attention as a whole, and alone the kernel that ends it."""
+    yield attention_case(setting)
+    if setting.attention_tiles is not None:
+        yield combine_case(setting, setting.attention_tiles)
 
 
 def reference_stream() -> StreamProducts:
@@ -183,6 +194,23 @@ def swiglu_case(setting: Setting) -> Case:
         return relative_error(out, wanted)
 
     return _product_case(setting, "swiglu", weights, x, run, error)
+
+
+def gate_case(setting: Setting) -> Case:
+    """The gate alone, of a product of both halves."""
+    ffn = setting.config.ffn_dim
+    products, out = setting.random(setting.rows, 2 * ffn), setting.empty(setting.rows, ffn)
+
+    def run(_: int) -> None:
+        setting.operations.gate(products, out)
+
+    def error() -> float:
+        run(0)
+        wanted = torch.empty_like(out, dtype=torch.float32)
+        torch_operations().gate(products.float(), wanted)
+        return relative_error(out, wanted)
+
+    return Case("gate", f"{ffn}", products.nbytes + out.nbytes, 0, 1, run, None, error)
 
 
 def norming_case(
@@ -267,6 +295,31 @@ def attention_case(setting: Setting) -> Case:
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
     return Case("attention", f"{heads} x {size}, {setting.context} tokens", kv_bytes, 0, len(kv), run, None, error)
+
+
+def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
+    """The chunks' results, where those beyond the context are NaN."""
+    config, rows = setting.config, setting.rows
+    heads, size, chunks, live = config.n_head, config.head_size, tiles.chunks(config.block_size), tiles.chunks(setting.context)
+    mixed = setting.random(rows, heads, chunks, size, dtype=torch.float32)
+    stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)  # largest score, sum of weights
+    stats[..., 1].abs_().add_(1)
+    for unwritten in (mixed, stats):
+        unwritten[:, :, live:] = torch.nan
+    positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
+    out = setting.empty(rows, config.dim)
+
+    def run(_: int) -> None:
+        combine(mixed, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
+
+    def error() -> float:
+        run(0)
+        wanted = torch.empty_like(out, dtype=torch.float32)
+        combine_reference(mixed, stats, positions, wanted, tiles.chunk)
+        return relative_error(out, wanted)
+
+    moved = rows * heads * live * (size + 2) * mixed.itemsize + out.nbytes
+    return Case("combine", f"{heads} x {size}, {live} chunks", moved, 0, 1, run, None, error)
 
 
 def add_norm_case(setting: Setting) -> Case:

@@ -7,10 +7,11 @@ each other in a CUDA graph, with programmatic dependent launch where the GPU has
 weights and KV pages that none is in the second-level cache. Times are medians of 11. The floor is the bytes that must be moved over
 the read bandwidth, or the operations over the rate of a large matrix product if that is more; both are measured in the same run.
 Kernels are those of a step with so many rows on this GPU, in tiles of kernels/configs.py; above 64 rows, where a step leaves
-products to the library, the plain ones. `attention` includes the kernel that combines its chunks. cuBLAS's times are of the
-products alone: our `swiglu` also gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm
-their inputs or add themselves to the residual stream, so that there is no `add_norm`. Needs a GPU of compute capability 8.0 or
-above; exit status 2 if a kernel is wrong.
+products to the library, the plain ones, and `gate`, which follows the library's. `attention` includes `combine`, the kernel that
+weighs its chunks, which is also timed alone. cuBLAS's times are of the products alone: our `swiglu` also gates, and up to 64 rows
+of 16-bit weights on compute capability 9.0 our products also norm their inputs or add themselves to the residual stream, so that
+there is no `add_norm`. The pixel decoder, whose kernels no step runs, is measured as a whole: scripts/bench_pixels.py. Needs a GPU
+of compute capability 8.0 or above; exit status 2 if a kernel is wrong.
 """
 
 import argparse
@@ -28,6 +29,8 @@ with slow_imports(__name__):
     from autoregressive.common.devices import resolve_device
     from autoregressive.common.settings import PRECISIONS
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
+    from kernels.attention import attention_reference
+    from kernels.configs import tile_table
     from kernels.dispatch import select_operations, triton_runs_on
 
 REPEATS = 11
@@ -111,11 +114,15 @@ def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.
     """Prints a line for each kernel and number of rows."""
     config = config_of(model)
     operations = select_operations(device, dtype, config.head_size, "triton", tell=tell)
+    capability = torch.cuda.get_device_capability(device)
+    tiles = tile_table(capability, dtype).attention_tiles(config.head_size, dtype.itemsize)
+    attention_tiles = None if operations.attention is attention_reference else tiles
+    launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)
     cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     results = []
     for rows in row_counts:
-        setting = Setting(config, rows, context, device, dtype, operations, cold_bytes)
+        setting = Setting(config, rows, context, device, dtype, operations, cold_bytes, attention_tiles, launch_pdl)
         torch.manual_seed(0)
         for case in cases(setting):
             results.append(measure(case, setting, model, ceilings))

@@ -10,7 +10,7 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, WorkspaceFactory
-from kernels.attention import AttentionTiles, attention, attention_reference, head_stride
+from kernels.attention import AttentionTiles, attention, attention_reference, combine, combine_reference, head_stride
 from kernels.configs import TileTable
 from kernels.dispatch import triton_operations
 from kernels.hopper_attention import hopper_attention
@@ -200,6 +200,24 @@ def check_attention(
         written = ~expected.isnan()
         assert torch.equal(got.isnan(), expected.isnan()), "a page that is not the row's was written, or a token was not"
         assert relative_error(got[written], expected[written]) < place.tolerance
+
+
+def check_combine(place: Place, positions: list[int], heads: int, head_size: int, chunks: int, tiles: AttentionTiles) -> None:
+    """Guards the chunks' weights, padding rows, and that chunks beyond a row's position are not read."""
+    rows = len(positions)
+    mixed = place.random(rows, heads, chunks, head_size, seed=1, dtype=torch.float32)
+    largest = place.random(rows, heads, chunks, seed=2, dtype=torch.float32) * 4
+    stats = torch.stack([largest, place.random(rows, heads, chunks, seed=3, dtype=torch.float32).abs() + 1], dim=-1)
+    for row, position in enumerate(positions):
+        for unwritten in (mixed, stats):
+            unwritten[row, :, position // tiles.chunk + 1 :] = POISON  # all of it where the row is padding
+    at = torch.tensor(positions, dtype=torch.int32, device=place.device)
+    out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
+    combine(mixed, stats, at, out, tiles, launch_pdl=place.launch_pdl)
+    combine_reference(mixed, stats, at, wanted, tiles.chunk)
+    assert relative_error(out, wanted) < place.tolerance
+    for result in (out, wanted):
+        assert not result[at < 0].any()
 
 
 def large_tiles(model: GPTConfig, pieces: int) -> TileTable:

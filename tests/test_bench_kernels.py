@@ -6,23 +6,37 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import bench_kernel_cases
 import bench_kernels
 import pytest
 import torch
 from bench_kernel_cases import Case, Setting, cases, reference_stream, relative_error
+from compiled import Build, launches_of
 from step_times import PRODUCTS
 from torch import Tensor
 
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.floor import Ceilings, Floor
+from kernels.attention import AttentionTiles, combine, combine_reference
 from kernels.dispatch import MANY_ROWS, StreamProducts, torch_operations
 
 CONFIG = GPTConfig(dim=200, n_layer=3, n_head=2, vocab_size=300, block_size=64, num_classes=5)  # heads of 100
+TILES = AttentionTiles(chunk=10, warps=1)  # four chunks of seven are live
+
+
+@pytest.fixture(autouse=True)
+def combined_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the kernel, which a CPU does not run."""
+
+    def combined(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, *, launch_pdl: bool) -> None:
+        combine_reference(mixed, stats, positions, out, tiles.chunk)
+
+    monkeypatch.setattr(bench_kernel_cases, "combine", combined)
 
 
 def plain(rows: int = 4) -> Setting:
-    return Setting(CONFIG, rows, 33, torch.device("cpu"), torch.float32, torch_operations(), cold_bytes=10**6)
+    return Setting(CONFIG, rows, 33, torch.device("cpu"), torch.float32, torch_operations(), 10**6, TILES)
 
 
 def streamed(rows: int = 4, products: StreamProducts | None = None) -> Setting:
@@ -30,6 +44,25 @@ def streamed(rows: int = 4, products: StreamProducts | None = None) -> Setting:
     whole = products or reference_stream()
     cut = replace(whole, linear_splits=lambda weight: 3, project_blocks=lambda weight: weight.shape[1] // 50)
     return replace(plain(rows), operations=replace(torch_operations(), stream=cut))
+
+
+def measured_settings(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, row_counts: list[int]
+) -> list[Setting]:
+    """What a model's cases are made of on a GPU of that capability, which need not be there."""
+    settings: list[Setting] = []
+
+    def no_cases(setting: Setting) -> list[Case]:
+        settings.append(setting)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_kernels, "cases", no_cases)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+        patch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
+        bench_kernels.measure_model("GPT-B", row_counts, 8, dtype, torch.device("cuda"))
+    return settings
 
 
 @pytest.fixture(params=[plain, streamed], ids=lambda make: make.__name__)
@@ -47,7 +80,77 @@ def test_every_operation_is_compared_and_runs_on_every_copy(setting: Setting) ->
             if run is not None:
                 run(case.copies - 1)
     norm = [] if setting.stream else ["add_norm"]
-    assert sorted(names) == sorted([*PRODUCTS, *norm, "embed", "attention", "draw"])
+    assert sorted(names) == sorted([*PRODUCTS, *norm, "embed", "attention", "combine", "draw"])
+
+
+@pytest.mark.parametrize("make", [plain, streamed])
+def test_the_gate_is_measured_where_a_step_runs_it(make: Callable[[int], Setting]) -> None:
+    """Fails if the kernel that only steps with many rows run is left out, compared with something else, or timed for few rows."""
+    assert "gate" not in [case.operation for case in cases(make(MANY_ROWS))]
+    [gate] = [case for case in cases(make(MANY_ROWS + 2)) if case.operation == "gate"]
+    assert gate.error() < 1e-5
+    assert gate.bytes == (MANY_ROWS + 2) * 3 * CONFIG.ffn_dim * 4  # two halves read, their product written
+    assert gate.multiplications == 0
+
+
+@pytest.mark.parametrize(("dim", "combines"), [(144, False), (200, True)], ids=["head size 72", "head size 100"])
+def test_where_attention_is_torchs_nothing_is_combined(monkeypatch: pytest.MonkeyPatch, dim: int, combines: bool) -> None:
+    """Fails if a kernel is timed that no step of such a model runs."""
+    monkeypatch.setattr(bench_kernels, "config_of", lambda model: replace(CONFIG, dim=dim))
+    [setting] = measured_settings(monkeypatch, (8, 0), torch.bfloat16, [2])
+    assert (setting.attention_tiles is not None) == combines
+    on_cpu = replace(plain(), attention_tiles=setting.attention_tiles)
+    assert ("combine" in [case.operation for case in cases(on_cpu)]) == combines
+
+
+def test_only_a_contexts_chunks_are_combined() -> None:
+    """Fails if the floor counts chunks that are not read, or the comparison passes a kernel that reads them."""
+    [case] = [case for case in cases(plain()) if case.operation == "combine"]
+    heads, size, rows = CONFIG.n_head, CONFIG.head_size, 4
+    assert case.bytes == 4 * rows * heads * (4 * (size + 2) + size)  # float32: parts, scores and sums read, the result written
+
+
+def reads_all_chunks(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, **_: bool) -> None:
+    combine_reference(mixed, stats, torch.full_like(positions, mixed.shape[2] * tiles.chunk), out, tiles.chunk)
+
+
+def weighs_alike(mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, **_: bool) -> None:
+    combine_reference(mixed, torch.ones_like(stats), positions, out, tiles.chunk)
+
+
+@pytest.mark.parametrize("wrong", [reads_all_chunks, weighs_alike])
+def test_a_wrong_combination_is_found(monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., None]) -> None:
+    """Fails if chunks beyond the context, or the chunks' weights, make no difference to the comparison."""
+    monkeypatch.setattr(bench_kernel_cases, "combine", wrong)
+    found = [case.operation for case in cases(plain()) if bench_kernels.is_wrong(case, case.error(), torch.bfloat16)]
+    assert found == ["combine"]
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32)], ids=str)
+def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
+    monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype
+) -> None:
+    """Fails if `combine` is timed for other chunks, or launched otherwise, than within `attention`."""
+    launched: dict[tuple[str, int], list[Build]] = {}
+    with launches_of(capability) as builds:
+
+        def written_down(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> bench_kernels.Result:
+            builds.clear()
+            if case.operation in ("attention", "combine", "gate"):
+                case.run(0)
+            launched[case.operation, setting.rows] = list(builds)
+            return bench_kernels.Result(model, setting.rows, case.operation, case.shape, 0.0, False, 1.0, 1.0, None)
+
+        monkeypatch.setattr(bench_kernel_cases, "combine", combine)
+        monkeypatch.setattr(bench_kernels, "measure", written_down)
+        monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+        bench_kernels.measure_model("GPT-B", [2, MANY_ROWS + 2], 40, dtype, torch.device("cuda"))
+    for rows in (2, MANY_ROWS + 2):
+        assert [build.name for build in launched["combine", rows]] == ["_combine_kernel"]
+        assert launched["combine", rows] == launched["attention", rows][1:]
+    assert ("gate", 2) not in launched
+    assert [build.name for build in launched["gate", MANY_ROWS + 2]] == ["_gate_kernel"]
 
 
 def test_streamed_products_are_measured_where_a_step_runs_them() -> None:
@@ -79,17 +182,7 @@ def test_kernels_are_those_that_the_engine_selects(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, streams: bool
 ) -> None:
     """Fails if the benchmark makes its own choice of kernels, and times others than a step on that GPU runs."""
-    settings: list[Setting] = []
-
-    def no_cases(setting: Setting) -> list[Case]:
-        settings.append(setting)
-        return []
-
-    monkeypatch.setattr(bench_kernels, "cases", no_cases)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
-    bench_kernels.measure_model("GPT-B", [MANY_ROWS, MANY_ROWS + 2], 8, dtype, torch.device("cuda"))
+    settings = measured_settings(monkeypatch, capability, dtype, [MANY_ROWS, MANY_ROWS + 2])
     assert [setting.stream is not None for setting in settings] == [streams, False]
 
 

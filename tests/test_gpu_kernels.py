@@ -7,6 +7,7 @@ from kernel_cases import (
     Place,
     check_add_norm,
     check_attention,
+    check_combine,
     check_embed,
     check_gate,
     check_linear,
@@ -18,7 +19,7 @@ from kernel_cases import (
 from test_model_runner import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from kernels.attention import HEAD_SIZES
+from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.configs import TileTable, default_attention_tiles, tile_table
 from kernels.hopper_products import StreamTiles
 
@@ -104,6 +105,12 @@ def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -
     tiles = tile_table((9, 0), hopper.dtype).attention_tiles(head_size, 2)
     check_attention(hopper, positions, 3, head_size, 16, tiles, hopper=True)
     check_attention(hopper, positions, 3, head_size, 7, default_attention_tiles(head_size, 2), splits=1, hopper=True)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize(("positions", "chunks"), [([0, 63, 64, -1, 200, 319], 5), ([-1, 1023, 1], 16), ([7], 1)])
+def test_combine(place: Place, head_size: int, positions: list[int], chunks: int) -> None:
+    check_combine(place, positions, 3, head_size, chunks, AttentionTiles(chunk=64, warps=2))
 
 
 @pytest.mark.parametrize("name", [*TINY, "gpt_b_256"])

@@ -122,7 +122,7 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         (["--max-num-seqs", "0"], "--max-num-seqs 0"),
         (["--max-num-seqs", "1"], "needs 2 rows (a guided image has two) and --max-num-seqs is 1: raise"),
         (["--num-pages", "31"], "needs 32 pages of 16 tokens and the pool has 31: raise --num-pages"),
-        (["--attention-backend", "triton"], "--attention-backend triton: cpu is no GPU of compute capability 8.0; use auto"),
+        (["--attention-backend", "triton"], "--attention-backend triton: cpu is no GPU of compute capability 8.0 or above"),
     ],
 )
 def test_a_mistake_is_found_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str], said: str) -> None:

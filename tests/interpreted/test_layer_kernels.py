@@ -6,6 +6,7 @@ from kernel_cases import (
     Place,
     check_add_norm,
     check_attention,
+    check_combine,
     check_embed,
     check_gate,
     check_linear,
@@ -60,3 +61,9 @@ def test_embed(place: Place) -> None:
 @pytest.mark.parametrize("positions", [[0, 15, 16, 17], [-1, 33, -1, 1]])
 def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
     check_attention(place, positions, 2, head_size, 4, AttentionTiles(chunk=16, warps=2))
+
+
+@pytest.mark.parametrize("head_size", [64, 100])
+@pytest.mark.parametrize(("positions", "chunks"), [([0, 15, 16, -1, 47], 3), ([-1, 79, 33], 5), ([7], 1)])
+def test_combine(place: Place, head_size: int, positions: list[int], chunks: int) -> None:
+    check_combine(place, positions, 2, head_size, chunks, AttentionTiles(chunk=16, warps=2))
