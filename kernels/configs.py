@@ -29,7 +29,7 @@ class TileTable:
     linear: dict[tuple[int, int], LinearTiles] = field(default_factory=dict)  # (outputs, inputs), partial sums allowed
     whole_linear: dict[tuple[int, int], LinearTiles] = field(default_factory=dict)  # the same in one piece
     swiglu: dict[tuple[int, int], SwigluTiles] = field(default_factory=dict)  # (hidden, inputs)
-    attention: dict[int, AttentionTiles] = field(default_factory=dict)  # head size
+    attention: dict[tuple[int, int], AttentionTiles] = field(default_factory=dict)  # (heads, head size)
     # Of Hopper's products (kernels/hopper_products.py), as above.
     stream_linear: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
     stream_project: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
@@ -49,9 +49,12 @@ class TileTable:
         """For the gated product."""
         return self.swiglu.get((hidden, inputs)) or default_swiglu_tiles(inputs, itemsize, self.shared_memory)
 
-    def attention_tiles(self, head_size: int, itemsize: int) -> AttentionTiles:
-        """For a head size."""
-        return self.attention.get(head_size) or default_attention_tiles(head_size, itemsize)
+    def attention_tiles(self, heads: int, head_size: int, itemsize: int) -> AttentionTiles:
+        """For a model's heads: those measured with the nearest number of them, as programs are many or few by it."""
+        measured = [known for known in self.attention if known[1] == head_size]
+        if not measured:
+            return default_attention_tiles(head_size, itemsize)
+        return self.attention[min(measured, key=lambda known: (abs(known[0] - heads), known))]
 
     def stream_linear_tiles(self, outputs: int, inputs: int) -> StreamTiles:
         """For a product whose consumer adds up partial sums."""
@@ -103,13 +106,13 @@ SECTIONS: dict[str, type] = {
     "stream_head": StreamTiles,
 }
 
+KEYS = (("outputs", "inputs"), ("heads", "head_size"))  # what a setting is found by: of products, of attention
+
 
 def _read_settings(section: str, entries: list[dict]) -> dict:
-    """A section's settings by head size, or by (outputs, inputs)."""
-    tiles = SECTIONS[section]
-    if section == "attention":
-        return {entry["head_size"]: tiles(**entry["tiles"]) for entry in entries}
-    return {(entry["outputs"], entry["inputs"]): tiles(**entry["tiles"]) for entry in entries}
+    """A section's settings by (outputs, inputs), of attention by (heads, head size)."""
+    first, second = KEYS[section == "attention"]
+    return {(entry[first], entry[second]): SECTIONS[section](**entry["tiles"]) for entry in entries}
 
 
 def _tile_of(inputs: int, itemsize: int, shared_memory: int) -> int:

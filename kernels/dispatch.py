@@ -95,7 +95,7 @@ def triton_runs_on(device: torch.device) -> bool:
 
 
 def select_operations(
-    device: torch.device, dtype: torch.dtype, head_size: int, backend: str, *, tell: Callable[[str], None]
+    device: torch.device, dtype: torch.dtype, heads: int, head_size: int, backend: str, *, tell: Callable[[str], None]
 ) -> Operations:
     """The operations for a model's shape on a device.
 
@@ -116,7 +116,8 @@ def select_operations(
         return torch_operations()
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     hopper = capability == (9, 0) and dtype.itemsize == 2
-    operations = triton_operations(tile_table(capability, dtype), head_size, launch_pdl=capability >= (9, 0), hopper=hopper)
+    table = tile_table(capability, dtype)
+    operations = triton_operations(table, heads, head_size, launch_pdl=capability >= (9, 0), hopper=hopper)
     if head_size in HEAD_SIZES:
         return operations
     tell(f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): torch's takes its place")
@@ -139,7 +140,7 @@ def torch_operations() -> Operations:
     )
 
 
-def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool, hopper: bool = False) -> Operations:
+def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False) -> Operations:
     """The fused kernels, cut up as the table says.
 
     Args:
@@ -158,7 +159,7 @@ def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool, hop
         swiglu(x, weight, out, tiles, launch_pdl=launch_pdl)
 
     def attend(*tensors: Tensor) -> None:
-        tiles = table.attention_tiles(head_size, tensors[2].element_size())
+        tiles = table.attention_tiles(heads, head_size, tensors[2].element_size())
         if hopper:
             hopper_attention(*tensors, tiles=tiles)
         else:
@@ -172,7 +173,7 @@ def triton_operations(table: TileTable, head_size: int, *, launch_pdl: bool, hop
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=attend,
-        attention_chunks=lambda tokens, itemsize: table.attention_tiles(head_size, itemsize).chunks(tokens),
+        attention_chunks=lambda tokens, itemsize: table.attention_tiles(heads, head_size, itemsize).chunks(tokens),
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),

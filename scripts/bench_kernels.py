@@ -113,9 +113,9 @@ def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Res
 def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device) -> list[Result]:
     """Prints a line for each kernel and number of rows."""
     config = config_of(model)
-    operations = select_operations(device, dtype, config.head_size, "triton", tell=tell)
+    operations = select_operations(device, dtype, config.n_head, config.head_size, "triton", tell=tell)
     capability = torch.cuda.get_device_capability(device)
-    tiles = tile_table(capability, dtype).attention_tiles(config.head_size, dtype.itemsize)
+    tiles = tile_table(capability, dtype).attention_tiles(config.n_head, config.head_size, dtype.itemsize)
     attention_tiles = None if operations.attention is attention_reference else tiles
     launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)

@@ -3,8 +3,8 @@
     python scripts/tune_kernels.py --models GPT-B,GPT-XL
 
 Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's candidates are tried while the others
-keep the best found so far, in turn. Settings do not depend on the number of rows, so the mean of 16 rows and 2 decides. What the
-table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or above.
+keep the best found so far, in turn. Settings depend neither on the number of rows nor on the context, so the mean of 16 rows and 2,
+and of three contexts, decides. What the table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or above.
 """
 
 import argparse
@@ -25,16 +25,18 @@ with slow_imports(__name__):
 
     from autoregressive.common.files import write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
+    from autoregressive.serve.floor import median_seconds
     from kernels import configs
     from kernels.attention import AttentionTiles, head_stride
-    from kernels.configs import SECTIONS, TileTable, read_table, tile_table
+    from kernels.configs import KEYS, SECTIONS, TileTable, read_table, tile_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
     from kernels.hopper_products import StreamTiles
     from kernels.linear import LinearTiles
     from kernels.swiglu import SwigluTiles
 
 _ROWS = (16, 2)
-_TOKENS, _CONTEXT, _PAGE_SIZE = 576, 288, 16
+_TOKENS, _PAGE_SIZE = 576, 16
+_CONTEXTS = (96, 288, 480)  # their mean is a whole image's; at one alone, tiles win that lose at the others
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
 
@@ -46,6 +48,7 @@ class Chain:
     config: GPTConfig
     layers: list[dict[str, Tensor]]
     heads: list[Tensor]  # [vocabulary, width]
+    positions: Tensor  # int32 [MANY_ROWS], of every row
 
     @classmethod
     def of(cls, config: GPTConfig, layers: int) -> "Chain":
@@ -69,7 +72,8 @@ class Chain:
             for _ in range(layers)
         ]
         heads = 2 + int(100e6 / (2 * config.vocab_size * width))
-        return cls(config, made, [random(config.vocab_size, width) for _ in range(heads)])
+        positions = torch.full((MANY_ROWS,), _CONTEXTS[0], device="cuda", dtype=torch.int32)
+        return cls(config, made, [random(config.vocab_size, width) for _ in range(heads)], positions)
 
     def layers_step(self, operations: Operations, rows: int) -> Callable[[], None]:
         """What runs one step through the layers, with its scratch memory."""
@@ -86,7 +90,7 @@ class Chain:
         normed, joined = torch.randn(rows, width, device="cuda").bfloat16(), empty(rows, width, dtype=torch.bfloat16)
         hidden = empty(rows, config.ffn_dim, dtype=torch.bfloat16)
         rotary = torch.rand(tokens + 1, config.head_size // 2, 2, device="cuda")
-        positions = torch.full((rows,), _CONTEXT, device="cuda", dtype=torch.int32)
+        positions = self.positions[:rows]
         pages = first["keys"].shape[0]  # more rows than these share pages: only whether it runs matters then
         table = (torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda") % pages).int().view(rows, -1)
 
@@ -163,9 +167,10 @@ class Kernels:
     launch_pdl: bool
     hopper: bool
 
-    def operations(self, table: TileTable, head_size: int) -> Operations:
+    def operations(self, table: TileTable, config: GPTConfig) -> Operations:
         """Cut up as the table says."""
-        return triton_operations(table, head_size, launch_pdl=self.launch_pdl, hopper=self.hopper)
+        heads = config.n_head, config.head_size
+        return triton_operations(table, *heads, launch_pdl=self.launch_pdl, hopper=self.hopper)
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,8 @@ class Stage:
 def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
     """In the order in which they are tuned."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
-    attention = Stage("attention", config.head_size, list(attention_candidates(config.head_size, kernels.hopper)))
+    candidates = list(attention_candidates(config.head_size, kernels.hopper))
+    attention = Stage("attention", (config.n_head, config.head_size), candidates)
     if kernels.hopper:
         layer = [
             Stage("stream_project", (width, ffn), list(stream_candidates(width, ffn, most_splits=8))),
@@ -232,8 +238,8 @@ def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str) -> Ti
 
 
 def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list[float]:
-    """Microseconds of a layer (or of the head) at each number of rows."""
-    operations = kernels.operations(table, chain.config.head_size)
+    """Microseconds of a layer, the mean over the contexts, or of the head, at each number of rows."""
+    operations = kernels.operations(table, chain.config)
     prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.layers))
     if not kernels.hopper:  # whose programs hold fewer tiles then
         prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
@@ -245,16 +251,12 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        graph.replay()
-        samples = []
-        for _ in range(9):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / repeats)
-        times.append(sorted(samples)[4])
+        contexts = _CONTEXTS[:1] if heads else _CONTEXTS
+        medians = []
+        for context in contexts:
+            chain.positions.fill_(context)
+            medians.append(median_seconds(graph.replay, chain.positions.device, repeats=9))
+        times.append(sum(medians) / len(medians) / repeats * 1e6)
     return times
 
 
@@ -357,7 +359,7 @@ def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[Stage]
 def _compile(jobs: list[tuple[GPTConfig, TileTable, Kernels, bool]]) -> None:
     chain = Chain.of(jobs[0][0], layers=1)
     for config, table, kernels, of_head in jobs:
-        operations = kernels.operations(table, config.head_size)
+        operations = kernels.operations(table, config)
         try:
             (chain.heads_step if of_head else chain.layers_step)(operations, _ROWS[0])()
             torch.cuda.synchronize()
@@ -372,9 +374,8 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
         return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
 
     def entries(section: str, settings: dict[Any, Any]) -> list[dict[str, Any]]:
-        if section == "attention":
-            return [{"head_size": size, "tiles": asdict(tiles)} for size, tiles in sorted(settings.items())]
-        return [{"outputs": out, "inputs": inputs, "tiles": asdict(tiles)} for (out, inputs), tiles in sorted(settings.items())]
+        names = KEYS[section == "attention"]
+        return [dict(zip(names, key, strict=True)) | {"tiles": asdict(tiles)} for key, tiles in sorted(settings.items())]
 
     parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}
     versions = f"torch {torch.__version__}"

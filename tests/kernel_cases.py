@@ -240,7 +240,7 @@ def large_tiles(model: GPTConfig, pieces: int) -> TileTable:
         },
         whole_linear={(model.vocab_size, width): product(model.vocab_size, width, whole=True)},
         swiglu={(ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)},
-        attention={model.head_size: AttentionTiles(part_of(model.block_size), warps=2)},
+        attention={(model.n_head, model.head_size): AttentionTiles(part_of(model.block_size), warps=2)},
     )
 
 
@@ -249,5 +249,6 @@ class LargeTilesRunner(ModelRunner):
 
     def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig, pieces: int = 1) -> None:
         super().__init__(gpt, shape, num_pages, config)
-        self.operations = triton_operations(large_tiles(gpt.config, pieces), gpt.config.head_size, launch_pdl=False)
+        heads = gpt.config.n_head, gpt.config.head_size
+        self.operations = triton_operations(large_tiles(gpt.config, pieces), *heads, launch_pdl=False)
         self.workspaces = WorkspaceFactory(self)

@@ -65,10 +65,10 @@ def test_torchs_attention_is_not_given_the_kernels_chunks(monkeypatch: pytest.Mo
     """Fails if memory is taken for chunks that nothing writes, or the engine overlooks what torch's attention gathers."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     told: list[str] = []
-    operations = select_operations(CUDA, torch.bfloat16, 72, "auto", tell=told.append)
+    operations = select_operations(CUDA, torch.bfloat16, 4, 72, "auto", tell=told.append)
     assert operations.attention is attention_reference
     assert operations.attention_chunks(576, 2) == torch_operations().attention_chunks(576, 2) == 1
-    kept = select_operations(CUDA, torch.bfloat16, 96, "auto", tell=told.append)
+    kept = select_operations(CUDA, torch.bfloat16, 4, 96, "auto", tell=told.append)
     assert kept.attention is not attention_reference
     assert kept.attention_chunks(576, 2) > 1
     assert len(told) == 1
@@ -81,7 +81,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     told: list[str] = []
     with pytest.raises(ValueError, match=rf"{device} is no GPU of compute capability 8\.0 or above; use auto or torch"):
-        select_operations(torch.device(device), torch.float16, 64, "triton", tell=told.append)
-    operations = select_operations(torch.device(device), torch.float16, 64, "torch", tell=told.append)
+        select_operations(torch.device(device), torch.float16, 4, 64, "triton", tell=told.append)
+    operations = select_operations(torch.device(device), torch.float16, 4, 64, "torch", tell=told.append)
     assert operations.attention is attention_reference
     assert told == []

@@ -94,7 +94,7 @@ def test_embed(place: Place) -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
 def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
-    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(head_size, place.dtype.itemsize)
+    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(3, head_size, place.dtype.itemsize)
     check_attention(place, positions, 3, head_size, 16, tiles)
     check_attention(place, positions, 3, head_size, 7, default_attention_tiles(head_size, place.dtype.itemsize))
 
@@ -102,7 +102,7 @@ def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
 def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -> None:
-    tiles = tile_table((9, 0), hopper.dtype).attention_tiles(head_size, 2)
+    tiles = tile_table((9, 0), hopper.dtype).attention_tiles(3, head_size, 2)
     check_attention(hopper, positions, 3, head_size, 16, tiles, hopper=True)
     check_attention(hopper, positions, 3, head_size, 7, default_attention_tiles(head_size, 2), splits=1, hopper=True)
 

@@ -23,7 +23,9 @@ from bench_arguments import at_least, check_output, give_figures, models_for, na
 from bench_models import PAPER_MODELS
 
 from autoregressive.common.errors import UserError
+from autoregressive.models.config import GPTConfig
 from kernels.attention import AttentionTiles
+from kernels.configs import TileTable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -238,12 +240,15 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_needs_a_gpu_writes_where_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the scripts that only a GPU runs lose their way between the flags and the file, where no other test would see."""
     path = tmp_path / "table.json"
-    monkeypatch.setattr(
-        tune_kernels, "tune", lambda config, table, *_: replace(table, attention=table.attention | {config.head_size: TILES})
-    )
+
+    def tune(config: GPTConfig, table: TileTable, *_: object) -> TileTable:
+        return replace(table, attention=table.attention | {(config.n_head, config.head_size): TILES})
+
+    monkeypatch.setattr(tune_kernels, "tune", tune)
     for model in ("GPT-B", "GPT-3B"):
         run("tune_kernels", "--models", model, "--output", str(path))
-    assert tune_kernels.table_so_far(path).attention == {64: TILES, 100: TILES}, "the second run starts from the first one's table"
+    kept = tune_kernels.table_so_far(path).attention
+    assert kept == {(12, 64): TILES, (32, 100): TILES}, "the second run starts from the first one's table"
     monkeypatch.setattr(bench_kernels, "measure_model", lambda model, rows, context, dtype, device: [])
     run("bench_kernels", "--models", "GPT-B", "--rows", "2", "--output", str(tmp_path / "kernels.json"))
     assert json.loads((tmp_path / "kernels.json").read_text())["benchmark"] == "kernels"

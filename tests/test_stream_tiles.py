@@ -11,7 +11,7 @@ from tune_kernels import Kernels, stages_of, write_table
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import configs
 from kernels.attention import AttentionTiles
-from kernels.configs import SECTIONS, TileTable, default_stream_tiles, read_table, tile_table
+from kernels.configs import SECTIONS, TileTable, default_attention_tiles, default_stream_tiles, read_table, tile_table
 from kernels.dispatch import MANY_ROWS
 from kernels.hopper_products import StreamTiles
 from kernels.linear import LinearTiles, row_tile
@@ -103,7 +103,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
         linear={(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)},
         whole_linear={(100, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=8)},
         swiglu={(64, 32): SwigluTiles(32, 64, early=1, stages=3, warps=4)},
-        attention={64: AttentionTiles(64, 1), 100: AttentionTiles(32, 1, registers=128)},
+        attention={(12, 64): AttentionTiles(64, 1), (32, 100): AttentionTiles(32, 1, registers=128)},
         stream_linear={(96, 32): StreamTiles(64, 64, 3, 2, 4), (32, 96): StreamTiles(64, 64, 5, 2, 4)},
         stream_project={(32, 32): StreamTiles(64, 128, 4, 3, 4), (32, 64): StreamTiles(128, 64, 8, 1, 8)},
         stream_swiglu={(64, 32): StreamTiles(32, 64, 1, 8, 4)},
@@ -133,3 +133,11 @@ def test_tables_are_of_16_bit_weights() -> None:
     """Fails if float32 weights, twice as large, are cut up as measured for others."""
     assert tile_table((9, 0), torch.float32).stream_project == {}
     assert tile_table((9, 0), torch.float16) == tile_table((9, 0), torch.bfloat16) == read_table(MEASURED)
+
+
+def test_attention_is_cut_up_as_with_the_nearest_number_of_heads() -> None:
+    """Fails if a model that was not measured, of a head size that was, gets the rule's tiles, or those of the farther model."""
+    few, many = AttentionTiles(64, 1), AttentionTiles(128, 2)
+    table = TileTable(attention={(12, 64): few, (24, 64): many, (32, 100): AttentionTiles(32, 1)})
+    assert [table.attention_tiles(heads, 64, 2) for heads in (3, 12, 18, 19, 40)] == [few, few, few, many, many]
+    assert table.attention_tiles(12, 128, 2) == default_attention_tiles(128, 2)

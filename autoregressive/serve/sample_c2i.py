@@ -144,7 +144,8 @@ def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes)
     try:
-        select_operations(model.device, model.precision, gpt.dim // gpt.n_head, config.attention_backend, tell=lambda _: None)
+        heads = gpt.n_head, gpt.dim // gpt.n_head
+        select_operations(model.device, model.precision, *heads, config.attention_backend, tell=lambda _: None)
         Scheduler(limits).check_fits(params)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
