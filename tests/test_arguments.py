@@ -160,7 +160,8 @@ def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], exp
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ("--temperature 0", "--temperature 0.0: must be a finite number above 0"),
+        ("--temperature 0", "--temperature 0.0: must be above 0 and at most 1e+38"),
+        ("--temperature 1e39", "--temperature 1e+39: must be above 0 and at most 1e+38"),
         ("--temperature nan", "--temperature nan"),
         ("--temperature inf", "--temperature inf"),
         ("--top-p 0", "--top-p 0.0: must be above 0 and at most 1"),

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from fake_runner import FakeRunner, expected_codes, tiny_gpt
+from torch import Tensor
 
+import autoregressive.serve.engine.engine as engine_module
 from autoregressive.serve.engine.batch import CodesOnTheWay
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
@@ -58,10 +60,13 @@ def test_running_requests_fail_and_waiting_ones_go_on(spans_before: int) -> None
     assert not engine.wait_for_work(timeout=0)
 
 
-def test_a_copy_that_cannot_be_made_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pinned memory runs out after the last step: the request must not stay running for ever, nor its slot be lost."""
+def test_a_copy_that_cannot_be_made_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a neighbour in the middle of its image dies of another's copy."""
     engine, _ = make_engine()
     request = engine.submit(3, SamplingParams(top_k=0))
+    for _ in range(3):
+        engine.step()
+    neighbour = engine.submit(4, SamplingParams(top_k=0))
 
     def no_memory(slots: object) -> None:
         raise RuntimeError("no pinned memory")
@@ -70,29 +75,70 @@ def test_a_copy_that_cannot_be_made_fails_its_request(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="pinned"):
         until_ended(engine, [request])
     monkeypatch.undo()
-    assert until_ended(engine, [request]) == [request]
-    assert request.state is RequestState.FAILED
+    assert set(until_ended(engine, [request, neighbour])) == {request, neighbour}
+    assert (request.state, neighbour.state) == (RequestState.FAILED, RequestState.FINISHED)
 
 
 @pytest.mark.parametrize("method", ["arrived", "wait"])
 def test_a_copy_that_fails_on_its_way_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """A kernel's error may show only when the codes arrive: the request would be running for ever, and its slot lost."""
     engine, _ = make_engine()
-    requests = [engine.submit(3, SamplingParams(top_k=0)), engine.submit(4, SamplingParams(top_k=0))]
+    request = engine.submit(3, SamplingParams(top_k=0))
+    for _ in range(3):
+        engine.step()
+    neighbour = engine.submit(4, SamplingParams(top_k=0))
 
     def broken(on_the_way: CodesOnTheWay) -> None:
         raise RuntimeError("an illegal address")
 
     monkeypatch.setattr(CodesOnTheWay, method, broken)
     with pytest.raises(RuntimeError, match="illegal address"):
-        until_ended(engine, requests)
+        until_ended(engine, [request])
     monkeypatch.undo()
     engine.audit()
-    later = engine.submit(5, SamplingParams(top_k=0))
-    returned = until_ended(engine, [*requests, later])
-    assert set(returned) >= {*requests, later}
-    assert any("an illegal address" in (request.error or "") for request in requests)
-    assert later.state is RequestState.FINISHED
+    assert set(until_ended(engine, [request, neighbour])) == {request, neighbour}
+    assert "an illegal address" in (request.error or "")
+    assert neighbour.state is RequestState.FINISHED
+    assert not engine.wait_for_work(timeout=0)
+
+
+def test_of_two_requests_in_a_copy_the_finished_one_stays_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out while the second request is given its codes: neither may be lost, nor a slot."""
+    engine, _ = make_engine()
+    first, second = (engine.submit(label, SamplingParams(top_k=0, cfg_scale=1.0)) for label in (3, 4))
+    finish = engine_module._finish
+
+    def out_of_memory_at_the_second(request: Request, codes: Tensor, failed: Tensor) -> None:
+        if request is second:
+            raise MemoryError("no memory is left")
+        finish(request, codes, failed)
+
+    monkeypatch.setattr(engine_module, "_finish", out_of_memory_at_the_second)
+    with pytest.raises(MemoryError):
+        until_ended(engine, [first, second])
+    monkeypatch.undo()
+    engine.audit()
+    assert set(engine.step()) == {first, second}
+    assert (first.state, second.state) == (RequestState.FINISHED, RequestState.FAILED)
+    assert not engine.wait_for_work(timeout=0)
+
+
+def test_a_request_interrupted_while_it_starts_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between its start and its leaving the queue: it would fail, and then run all the same."""
+    engine, _ = make_engine()
+    request = engine.submit(3, SamplingParams(top_k=0))
+    start = engine.scheduler._start
+
+    def interrupted(started: Request) -> None:
+        start(started)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.scheduler, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    assert engine.step() == [request]
+    assert request.state is RequestState.FAILED
     assert not engine.wait_for_work(timeout=0)
 
 

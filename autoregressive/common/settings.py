@@ -4,7 +4,6 @@ Flags not typed take the values of the chosen model, so only what the user typed
 """
 
 import argparse
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ T = TypeVar("T")
 
 _LARGEST_SIZE = 10**6  # of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
 _LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
+_LARGEST_TEMPERATURE = 1e38  # finite in float32; all tokens are equally likely long before
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -260,7 +260,8 @@ def _resolve_sampling(
     scale, temperature = settings.cfg_scale, settings.temperature
     _require(0 <= scale <= _LARGEST_SCALE, "--cfg-scale", scale, f"0 to {_LARGEST_SCALE:g}")
     _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
-    _require(math.isfinite(temperature) and temperature > 0, "--temperature", temperature, "a finite number above 0")
+    fits = 0 < temperature <= _LARGEST_TEMPERATURE
+    _require(fits, "--temperature", temperature, f"above 0 and at most {_LARGEST_TEMPERATURE:g}")
     _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
     _require(0 < settings.top_p <= 1, "--top-p", settings.top_p, "above 0 and at most 1")
     return settings

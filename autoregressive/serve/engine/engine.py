@@ -31,7 +31,7 @@ from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner, staged
 from autoregressive.serve.engine.config import EngineConfig, pool_pages, ways_to_more_pages
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, row_buckets
 from autoregressive.serve.engine.pacing import Pacer
 from autoregressive.serve.engine.pixel_decoder import Pending, PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
@@ -69,7 +69,8 @@ class Engine:
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
-            graphs_of_pixels = 0
+            graphs_of_steps = len(row_buckets(shape.max_rows)) if config.runner.uses_graphs(self.device) else 0
+            tell = on_progress or (lambda done, total: None)
             self.decoder = None
             if vq is not None:
                 self.decoder = PixelDecoder(
@@ -78,21 +79,16 @@ class Engine:
                     self.device,
                     cuda_graphs=not config.enforce_eager,
                     backend=config.attention_backend,
-                    on_progress=on_progress,
+                    on_progress=lambda done, total: tell(done, total + graphs_of_steps),
                 )
-                graphs_of_pixels = self.decoder.graphs
+            graphs_of_pixels = 0 if self.decoder is None else self.decoder.graphs
             self.batch = Batch(shape, self.device)
             num_pages = pool_pages(gpt, shape, config)
             more = ways_to_more_pages(config, self.device)
             limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes, more)
             self.scheduler = Scheduler(limits)
             self.runner = make_runner(gpt, shape, num_pages, config.runner)
-
-            def progress(done: int, total: int) -> None:
-                if on_progress is not None:
-                    on_progress(graphs_of_pixels + done, graphs_of_pixels + total)
-
-            self.runner.prepare(self.batch, progress)
+            self.runner.prepare(self.batch, lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total))
         self._pacer = Pacer(self.device)
         self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
         self._ids = itertools.count()
@@ -155,11 +151,12 @@ class Engine:
         with self._on_device():
             self._ended += self._drain_commands()
             try:
-                idle = self._run_span() == 0
+                steps, complete = self._run_span()
             except BaseException as error:  # out of memory, say; or Ctrl-C in the middle
                 self._fail(self.scheduler.abandon(), error)
                 raise
-            self._take_arrived(wait=idle)
+            self._retire(complete)
+            self._take_arrived(wait=steps == 0)
             ended, self._ended = self._ended, []
             return ended
 
@@ -250,22 +247,26 @@ class Engine:
             request.state = RequestState.CANCELLED
         return ended
 
-    def _run_span(self) -> int:
-        """Admits, plans, and gives the device several steps of every running request; returns how many, 0 if nothing runs."""
+    def _run_span(self) -> tuple[int, list[RunningRequest]]:
+        """Admits, plans, and gives the device several steps of every running request.
+
+        Returns:
+            How many steps, 0 if nothing runs, and the requests whose last step is among them.
+        """
         scheduler, batch = self.scheduler, self.batch
         scheduler.admit()
         images = scheduler.images
         rows = [row for image in images for row in image.rows]
         steps = scheduler.plan_span(self._pacer.span_limit(len(rows)))
-        if steps > 0:
-            scheduler.allocate(steps)
-            if scheduler.take_changed():
-                batch.load(rows, images)
-            begun = self._pacer.begin()
-            self.runner.run(batch, len(rows), len(images), steps)
-            self._retire(scheduler.advance(steps))
-            self._pacer.end(begun, steps, len(rows))
-        return steps
+        if steps == 0:
+            return 0, []
+        scheduler.allocate(steps)
+        if scheduler.take_changed():
+            batch.load(rows, images)
+        begun = self._pacer.begin()
+        self.runner.run(batch, len(rows), len(images), steps)
+        self._pacer.end(begun, steps, len(rows))
+        return steps, scheduler.advance(steps)
 
     def _retire(self, ended: list[RunningRequest]) -> None:
         """Begins to fetch the codes of requests whose last step is on the device; their slots stay taken until the copy arrives."""
@@ -305,20 +306,23 @@ class Engine:
                 if not wait and not on_the_way.arrived():
                     return
                 codes, failed = on_the_way.wait()
+                start = 0
+                for running in ended:
+                    end = start + len(running.images)
+                    _finish(running.request, codes[start:end], failed[start:end])
+                    start = end
             except BaseException as error:  # what a kernel did wrong may show only here
-                self._arriving.popleft()
-                self.scheduler.release_slots([slot for running in ended for slot in running.slots])
-                self._fail([running.request for running in ended], error)
+                self._leave(ended)
+                self._fail([running.request for running in ended if not running.request.ended], error)
                 raise
+            self._leave(ended)
             wait = False
-            self._arriving.popleft()
-            start = 0
-            for running in ended:
-                request, end = running.request, start + len(running.images)
-                _finish(request, codes[start:end], failed[start:end])
-                self.scheduler.release_slots(running.slots)
-                self._ended.append(request)
-                start = end
+
+    def _leave(self, ended: list[RunningRequest]) -> None:
+        """The oldest copy has been dealt with: its slots are free, and the next `step` returns those that it has finished."""
+        self._arriving.popleft()
+        self.scheduler.release_slots([slot for running in ended for slot in running.slots])
+        self._ended += [running.request for running in ended if running.request.ended]
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,8 @@ class Scheduler:
     def abandon(self) -> list[Request]:
         """Takes every running request out, in whatever state a span that could not be enqueued has left it; returns them."""
         abandoned = [running.request for running in self.running]
+        if self.waiting and self.waiting[0] in abandoned:  # interrupted between its start and its leaving the queue
+            self.waiting.popleft()
         for running in [*self.running]:
             self._remove(running)
             self.release_slots(running.slots)
