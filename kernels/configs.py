@@ -50,7 +50,7 @@ class TileTable:
         return self.swiglu.get((hidden, inputs)) or default_swiglu_tiles(inputs, itemsize, self.shared_memory)
 
     def attention_tiles(self, heads: int, head_size: int, itemsize: int) -> AttentionTiles:
-        """For a model's heads: those measured with the nearest number of them, as programs are many or few by it."""
+        """For a model's heads: of those measured of this size, the nearest in number, which decides how many programs there are."""
         measured = [known for known in self.attention if known[1] == head_size]
         if not measured:
             return default_attention_tiles(head_size, itemsize)
@@ -106,12 +106,15 @@ SECTIONS: dict[str, type] = {
     "stream_head": StreamTiles,
 }
 
-KEYS = (("outputs", "inputs"), ("heads", "head_size"))  # what a setting is found by: of products, of attention
+
+def key_names(section: str) -> tuple[str, str]:
+    """What a setting of a section is found by."""
+    return ("heads", "head_size") if section == "attention" else ("outputs", "inputs")
 
 
 def _read_settings(section: str, entries: list[dict]) -> dict:
     """A section's settings by (outputs, inputs), of attention by (heads, head size)."""
-    first, second = KEYS[section == "attention"]
+    first, second = key_names(section)
     return {(entry[first], entry[second]): SECTIONS[section](**entry["tiles"]) for entry in entries}
 
 

@@ -73,17 +73,21 @@ class GroupNormOperations:
     normalize: Callable[..., Tensor]
 
 
-def select_group_norm(device: torch.device, widths: Sequence[int], groups: int, backend: str) -> GroupNormOperations:
+def select_group_norm(
+    device: torch.device, widths: Sequence[int], groups: int, backend: str, *, tell: Callable[[str], None]
+) -> GroupNormOperations:
     """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless torch is asked for.
 
     Args:
         widths: channels of every norm.
         backend: "auto", "triton" or "torch".
+        tell: called with one line for the user where something falls back.
     """
     assert backend in BACKENDS
-    fits = device.type == "cuda" and triton_runs_on(device) and all(supports(width, groups) for width in widths)
-    if fits and backend != "torch":
-        return GroupNormOperations(add_with_statistics, normalize)
+    if device.type == "cuda" and triton_runs_on(device) and backend != "torch":
+        if all(supports(width, groups) for width in widths):
+            return GroupNormOperations(add_with_statistics, normalize)
+        tell(f"a tokenizer of {', '.join(map(str, widths))} channels has no Triton group norm: torch's takes its place")
     return GroupNormOperations(add_with_statistics_reference, normalize_reference)
 
 

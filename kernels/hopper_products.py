@@ -61,9 +61,9 @@ def _start(
     ROWS: gl.constexpr,
     INPUTS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr = 1,
+    CLUSTER: gl.constexpr,
 ):
-    """Asks for the first tiles: weights at once, inputs after the wait."""
+    """Asks for the first tiles: weights at once, inputs after the wait, before which the programs of a cluster meet."""
     GATED: gl.constexpr = len(weight.block_shape) == 3
     box: gl.constexpr = [STAGES, 2, OUTPUTS // 2, INPUTS] if GATED else [STAGES, OUTPUTS, INPUTS]
     weights = gl.allocate_shared_memory(weight.dtype, box, weight.layout)
@@ -157,7 +157,7 @@ def _stream_linear_kernel(
 ):
     first_output, split, first_row = gl.program_id(0) * OUTPUT_TILE, gl.program_id(1), gl.program_id(2) * ROW_TILE
     first_input = split * (TILES * INPUT_TILE)
-    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES)
+    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1)
     scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
     total = _product(
         started, weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, TILES, STAGES
@@ -231,7 +231,7 @@ def _stream_swiglu_kernel(
     STAGES: gl.constexpr,
 ):
     first_output, first_row = gl.program_id(0) * HALF, gl.program_id(1) * ROW_TILE
-    started = _start(weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, STAGES)
+    started = _start(weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1)
     scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
     total = _product(started, weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, TILES, STAGES)
     product_layout: gl.constexpr = total.type.layout
@@ -300,6 +300,7 @@ def stream_project(
     width = weight.shape[0]
     blocks, row_block = triton.cdiv(width, tiles.outputs), row_tile(rows)
     assert squares.shape == (blocks, rows), (squares.shape, tiles)
+    assert tiles.outputs >= 16 * tiles.warps, tiles  # else two warps would hold, and send, the same sums
     launch_clustered(
         _stream_project_kernel,
         (blocks, triton.cdiv(rows, row_block)),

@@ -26,6 +26,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
+    import triton
     from bench_arguments import add_device, add_models, at_least, models_for, names
     from bench_models import empty_transformer
     from speedup_report import METHODS, ModelRow, chart, markdown
@@ -235,31 +236,43 @@ class Results:
 
     def report(self) -> dict[str, Any]:
         """Everything."""
-        return {"benchmark": "speedup", "job": self._job, "results": self.timings}
+        return {
+            "benchmark": "speedup",
+            "job": self._job,
+            "highest_read_bytes_per_second": self._highest_bandwidth(),
+            "floor_seconds": {model: self._floor_seconds(model) for model in self.timings},
+            "results": self.timings,
+        }
 
-    def _highest_bandwidth(self) -> float:
-        """Of all models' processes, bytes a second: the same GPU, which measures less when it is hot."""
+    def _highest_bandwidth(self) -> float | None:
+        """Of all models' processes, bytes a second: the same GPU, which measures less when it is hot. None: not measured."""
         timings = (methods.get("paged", {}).get("timing", {}) for methods in self.timings.values())
-        return max(timing["read_bytes_per_second"] for timing in timings if timing.get("read_bytes_per_second"))
+        return max((timing["read_bytes_per_second"] for timing in timings if timing.get("read_bytes_per_second")), default=None)
+
+    def _floor_seconds(self, model: str) -> float | None:
+        """At the highest bandwidth; eight pictures' rows are too few for arithmetic to bound a product."""
+        timing, highest = self.timings.get(model, {}).get("paged", {}).get("timing", {}), self._highest_bandwidth()
+        if highest is None or timing.get("floor_seconds") is None:
+            return None
+        return timing["floor_seconds"] * timing["read_bytes_per_second"] / highest
 
     def row(self, model: str, methods: Sequence[str]) -> ModelRow:
         """A model's line of the table."""
         outcomes = {method: outcome for method, outcome in self.timings.get(model, {}).items() if method in methods}
         seconds = {method: outcome["timing"]["seconds"] for method, outcome in outcomes.items() if "timing" in outcome}
         errors = {method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome}
-        timing = outcomes.get("paged", {}).get("timing", {})
-        floor = timing.get("floor_seconds")
-        if floor is not None:  # eight pictures' rows are too few for arithmetic to bound a product: time goes by bandwidth alone
-            floor *= timing["read_bytes_per_second"] / self._highest_bandwidth()
+        floor = self._floor_seconds(model) if "paged" in outcomes else None
         return ModelRow(model, parameters_of(model, self._job["image_size"]), seconds, errors, floor)
 
 
 def code_version() -> str:
-    """A digest of the sources and tables that are timed."""
-    digest = hashlib.sha256()
-    for folder in ("autoregressive", "kernels"):
-        for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("*.json")]):
-            digest.update(path.read_bytes())
+    """A digest of what is timed and of what times it: models, engine, kernels and their tables, this script, Triton."""
+    digest = hashlib.sha256(triton.__version__.encode())
+    folders = [ROOT / "autoregressive" / "models", ROOT / "autoregressive" / "serve" / "engine", ROOT / "kernels"]
+    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json")]
+    for path in sorted([*sources, ROOT / "scripts" / "speedup_table.py"]):
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -28,7 +28,7 @@ with slow_imports(__name__):
     from autoregressive.serve.floor import median_seconds
     from kernels import configs
     from kernels.attention import AttentionTiles, head_stride
-    from kernels.configs import KEYS, SECTIONS, TileTable, read_table, tile_table
+    from kernels.configs import SECTIONS, TileTable, key_names, read_table, tile_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
     from kernels.hopper_products import StreamTiles
     from kernels.linear import LinearTiles
@@ -169,8 +169,7 @@ class Kernels:
 
     def operations(self, table: TileTable, config: GPTConfig) -> Operations:
         """Cut up as the table says."""
-        heads = config.n_head, config.head_size
-        return triton_operations(table, *heads, launch_pdl=self.launch_pdl, hopper=self.hopper)
+        return triton_operations(table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper)
 
 
 @dataclass(frozen=True)
@@ -374,7 +373,7 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
         return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
 
     def entries(section: str, settings: dict[Any, Any]) -> list[dict[str, Any]]:
-        names = KEYS[section == "attention"]
+        names = key_names(section)
         return [dict(zip(names, key, strict=True)) | {"tiles": asdict(tiles)} for key, tiles in sorted(settings.items())]
 
     parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}

@@ -249,6 +249,6 @@ class LargeTilesRunner(ModelRunner):
 
     def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig, pieces: int = 1) -> None:
         super().__init__(gpt, shape, num_pages, config)
-        heads = gpt.config.n_head, gpt.config.head_size
-        self.operations = triton_operations(large_tiles(gpt.config, pieces), *heads, launch_pdl=False)
+        model = gpt.config
+        self.operations = triton_operations(large_tiles(model, pieces), model.n_head, model.head_size, launch_pdl=False)
         self.workspaces = WorkspaceFactory(self)

@@ -13,7 +13,8 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, StepBytes
 from kernels.attention import HEAD_SIZES, attention_reference
-from kernels.dispatch import select_operations, torch_operations
+from kernels.dispatch import select_group_norm, select_operations, torch_operations
+from kernels.group_norm import normalize, normalize_reference
 
 CUDA = torch.device("cuda")
 WIDTH = 288  # four heads of 72, or three of 96
@@ -85,3 +86,18 @@ def test_a_backend_that_was_asked_for_is_not_replaced(monkeypatch: pytest.Monkey
     operations = select_operations(torch.device(device), torch.float16, 4, 64, "torch", tell=told.append)
     assert operations.attention is attention_reference
     assert told == []
+
+
+def test_the_pixel_decoders_group_norms_are_triton_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if --attention-backend does not hold for them, or a width without a kernel is passed over in silence."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    told: list[str] = []
+
+    def chosen(device: torch.device, widths: list[int], backend: str) -> object:
+        return select_group_norm(device, widths, 32, backend, tell=told.append).normalize
+
+    assert chosen(CUDA, [128, 512], "auto") is chosen(CUDA, [128, 512], "triton") is normalize
+    assert chosen(CUDA, [128, 512], "torch") is chosen(torch.device("cpu"), [128, 512], "auto") is normalize_reference
+    assert told == []
+    assert chosen(CUDA, [96, 192], "triton") is normalize_reference
+    assert told == ["a tokenizer of 96, 192 channels has no Triton group norm: torch's takes its place"]

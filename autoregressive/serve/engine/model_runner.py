@@ -97,8 +97,9 @@ class ModelRunner:
         model, weight = gpt.config, gpt.output.weight
         self.gpt, self.model, self.shape, self.config = gpt, model, shape, config
         self.device, self.dtype = weight.device, weight.dtype
-        heads = model.n_head, model.head_size
-        self.operations = select_operations(self.device, self.dtype, *heads, config.attention_backend, tell=tell)
+        self.operations = select_operations(
+            self.device, self.dtype, model.n_head, model.head_size, config.attention_backend, tell=tell
+        )
         self.token_embedding, self.class_embedding = gpt.tok_embeddings.weight, gpt.cls_embedding.embedding_table.weight
         self.layers = [layer_weights(block) for block in gpt.layers if isinstance(block, TransformerBlock)]
         self.final_gain, self.head = gpt.norm.weight, weight
@@ -379,8 +380,9 @@ class StepBytes:
             ValueError: the backend does not run on the model's device.
         """
         model, device, dtype = gpt.config, gpt.output.weight.device, gpt.output.weight.dtype
-        heads = model.n_head, model.head_size
-        operations = select_operations(device, dtype, *heads, config.attention_backend, tell=lambda message: None)
+        operations = select_operations(
+            device, dtype, model.n_head, model.head_size, config.attention_backend, tell=lambda message: None
+        )
         memory = WorkspacePlan(gpt, shape, config, operations).memory()
         workspaces = sum(elements * dtype.itemsize for (_, dtype), elements in memory.items())
         if operations.attention is not attention_reference:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.common.errors import tell
 from kernels.dispatch import select_group_norm
 from kernels.group_norm import GroupStatistics
 from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized
@@ -100,7 +101,7 @@ class VQForward:
         decoder, config = vq.decoder, vq.config
         self._groups = decoder.norm_out.num_groups
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self._operations = select_group_norm(vq.quantize.embedding.weight.device, widths, self._groups, backend)
+        self._operations = select_group_norm(vq.quantize.embedding.weight.device, widths, self._groups, backend, tell=tell)
         self._grid = grid
         entries, project = normalized(vq.quantize.embedding.weight.detach().double()), vq.post_quant_conv
         assert project.bias is not None
