@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,20 @@ def test_torchs_attention_is_reckoned_with() -> None:
     least = 64 * 576 * GPT_SHAPES["GPT-XL"].dim * 2 * 4  # keys and values in float32, of one layer
     with gpt_on_a_gpu(torch.float16, capability=75) as gpt:
         assert least < StepBytes.of(gpt, shape, RunnerConfig()).gathered < 2 * least
+
+
+@pytest.mark.parametrize(
+    ("word", "limited"), [("1073741824\n", True), ("max\n", False), ("9223372036854771712\n", False), (None, False)]
+)
+def test_a_containers_limit_bounds_the_pages_of_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str | None, limited: bool
+) -> None:
+    """Fails if an engine in a container takes its share of the whole machine's memory, and is killed for it."""
+    path = tmp_path / "memory.max"
+    if word is not None:
+        path.write_text(word)
+    monkeypatch.setattr(engine_config, "_CONTAINER_LIMITS", ())
+    everything = engine_config.memory_of(torch.device("cpu"))
+    monkeypatch.setattr(engine_config, "_CONTAINER_LIMITS", (path,))
+    assert everything[0] > GIB
+    assert engine_config.memory_of(torch.device("cpu")) == ((GIB, GIB) if limited else everything)

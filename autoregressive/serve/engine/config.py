@@ -1,8 +1,10 @@
 """What an engine is built with, and how many pages a device's memory gives it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from kernels.dispatch import BACKENDS
 
 _RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and workspaces: captured graphs, libraries, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
+_CONTAINER_LIMITS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))  # version 2, 1
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
 
@@ -110,8 +113,14 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
         return torch.cuda.mem_get_info(device)
-    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total_bytes = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limits(_CONTAINER_LIMITS)])
     return total_bytes, total_bytes
+
+
+def _container_limits(paths: Sequence[Path]) -> list[int]:
+    """Bytes that a container may take, where one says so; without a limit there is no file, or a word."""
+    words = [path.read_text().strip() for path in paths if path.is_file()]
+    return [int(word) for word in words if word.isdecimal()]
 
 
 def _readable(size: int) -> str:
