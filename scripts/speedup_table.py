@@ -330,7 +330,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(arguments, flag) is not None:
             options += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
     for model in arguments.models:
-        for method, outcome in run_model(model, results.missing(model, arguments.methods), options):
+        missing = results.missing(model, arguments.methods)
+        kept = [method for method in arguments.methods if method not in missing]
+        if kept:
+            source = folder / "speedup.json"
+            print(f"{model}, {', '.join(kept)}: kept from {source}; another --output-dir measures again", flush=True)
+        for method, outcome in run_model(model, missing, options):
             results.keep(model, method, outcome)
             told = f"{outcome['timing']['seconds']:.3f} s" if "timing" in outcome else f"failed: {outcome['error']}"
             print(f"{model}, {method}: {told}", flush=True)

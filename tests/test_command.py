@@ -315,10 +315,11 @@ def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
         assert "class 7 (7)" in image.text["parameters"]  # type: ignore[attr-defined]
 
 
-def test_a_terminal_sees_a_bar_even_one_that_states_no_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [COMMAND, "autoregressive/serve/sample_c2i.py"])
+def test_a_terminal_sees_a_bar_even_one_that_states_no_size(tmp_path: Path, script: str) -> None:
     """tqdm alone draws nothing on a terminal of 0 columns, such as one made by a remote shell."""
     terminal, end = os.openpty()
-    command = [sys.executable, COMMAND, "--device", "cpu", "--class-labels", "fox", "--output", str(tmp_path / "x.png")]
+    command = [sys.executable, script, "--device", "cpu", "--class-labels", "fox", "--output", str(tmp_path / "x.png")]
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end, env=environment) as process:
         os.close(end)

@@ -92,6 +92,7 @@ def test_a_run_resumes(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(speedup_table, "run_model", run_model)
     speedup_table.main(words)
     assert asked == [("GPT-L", ["naive", "compile"]), ("GPT-B", [])]
+    assert f"GPT-L, paged: kept from {stand_in / 'speedup.json'}" in capsys.readouterr().out
     assert "| GPT-L | 343M | 5.00 | 5.00 | 2.00 | 2.5x | 2.5x |" in (stand_in / "speedup.md").read_text()
     with pytest.raises(UserError, match="another job"):
         speedup_table.main([*words, "--image-size", "256"])

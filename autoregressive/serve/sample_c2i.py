@@ -3,6 +3,7 @@
 All pictures are requests of one engine, which runs as many rows at once as --max-num-seqs and its memory allow.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -183,7 +184,8 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
     Raises:
         UserError: it does not fit on the device.
     """
-    with tqdm(desc="preparing", unit=" graphs", disable=not _on_terminal(), leave=False) as bar:
+    columns, lines = shutil.get_terminal_size()  # as in `Engine.generate`
+    with tqdm(desc="preparing", unit=" graphs", disable=not _on_terminal(), leave=False, ncols=columns, nrows=lines) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

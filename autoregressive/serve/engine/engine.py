@@ -5,12 +5,12 @@ One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and
     engine = Engine(gpt, vq, EngineConfig(max_num_seqs=64))
     pixels = engine.generate([207, 360, 387], SamplingParams(cfg_scale=4.0, seed=1), progress=True)  # offline: all at once
 
-    few = engine.submit(207, SamplingParams(cfg_scale=1.5, top_k=0, n=4))  # online: come and go
-    many = engine.submit(88, SamplingParams(cfg_scale=7.5, cfg_interval=100, seed=2))
+    one = engine.submit(88, SamplingParams(cfg_scale=7.5, cfg_interval=100, seed=2))  # online: they come and go
+    many = engine.submit(207, SamplingParams(cfg_scale=1.5, top_k=0, n=4))
     while engine.wait_for_work(timeout=1.0):
         for request in engine.step():
-            print(request.id, request.state, request.codes)  # int32 [n, tokens] on the CPU
-        if few.ended and not many.ended:
+            print(request.id, request.state, request.codes)  # int32 [n, tokens] on the CPU, or None
+        if many.steps > 100 and not many.ended:
             engine.cancel(many)  # takes effect within 16 steps or 0.25 s
 """
 
@@ -192,9 +192,9 @@ class Engine:
                     requests.append(self.submit(label, params, first_image=index * params.n))
                 else:
                     requests.append(self.submit(label, params[index]))
-            columns, _ = shutil.get_terminal_size()  # 80 where a terminal states no size: tqdm alone would draw nothing
+            columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
             total = sum(request.params.n for request in requests) * self.shape.tokens
-            with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns) as bar:
+            with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns, nrows=lines) as bar:
                 pending, drawn = set(requests), 0
                 while pending:
                     ended = [request for request in self.step() if request in pending]
