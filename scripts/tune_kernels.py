@@ -20,7 +20,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_arguments import add_models, check_output
+    from bench_arguments import add_models, check_output, names
     from torch import Tensor
 
     from autoregressive.common.files import write_whole
@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
-        table = tune(config, table, Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0)), name)
+        kernels = Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0))
+        table = tune(config, table, kernels, name, arguments.sections)
         write_table(table, path, torch.cuda.get_device_name())
     print(json.dumps({"benchmark": "tune_kernels", "models": arguments.models, "table": str(path)}))
 
@@ -211,10 +212,15 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
     ]
 
 
-def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str) -> TileTable:
-    """The table with the best settings found for one model."""
+def sections_of(hopper: bool) -> list[str]:
+    """The sections of the table that a GPU uses for the weights that are tuned here."""
+    return [section for section in SECTIONS if section == "attention" or section.startswith("stream_") == hopper]
+
+
+def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str, sections: Sequence[str]) -> TileTable:
+    """The table with the best settings found for one model, in these sections; the others keep theirs."""
     width, ffn = config.dim, config.ffn_dim
-    stages = stages_of(config, kernels)
+    stages = [stage for stage in stages_of(config, kernels) if stage.section in sections]
     compile_in_parallel(config, table, stages, kernels)
     layer_bytes = 2 * (4 * width * width + 3 * width * ffn)
     chain = Chain.of(config, 2 + int(_COLD_BYTES / layer_bytes))
@@ -378,8 +384,9 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
 
     parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}
     versions = f"torch {torch.__version__}"
-    body = ",\n".join(f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items())
-    text = f'{{\n  "measured_on": {json.dumps(f"{gpu}, {versions}")},\n{body}\n}}\n'
+    members = [f'  "measured_on": {json.dumps(f"{gpu}, {versions}")}']
+    members += [f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items()]
+    text = "{\n" + ",\n".join(members) + "\n}\n"
     write_whole(path, lambda part: part.write_text(text))
 
 
@@ -402,12 +409,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with the path of the table; ends the process on a mistake."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_models(parser, gpu_only=True)
+    sections_help = f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+    parser.add_argument("--sections", type=names(list(SECTIONS)), metavar="NAMES", help=sections_help)
     output_help = "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
     typed = parser.parse_args(argv)
     check_output(typed.output)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
+    used = sections_of(hopper=torch.cuda.get_device_capability() == (9, 0))
+    typed.sections = typed.sections or used
+    unused = [section for section in typed.sections if section not in used]
+    if unused:
+        raise UserError(f"--sections {','.join(unused)}: this GPU uses {', '.join(used)}")
     if typed.output is None:
         major, minor = torch.cuda.get_device_capability()
         typed.output = Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"

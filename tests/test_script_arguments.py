@@ -304,3 +304,23 @@ def test_the_figures_are_printed_and_written(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(path.read_text()) == figures
     give_figures(figures, None)
     assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a section's settings cannot be measured alone, or one that this GPU never reads is tuned."""
+    asked: list[list[str]] = []
+
+    def tune(config: GPTConfig, table: TileTable, kernels: object, name: str, sections: list[str]) -> TileTable:
+        asked.append(sections)
+        return table
+
+    monkeypatch.setattr(tune_kernels, "tune", tune)
+    words = ["--models", "GPT-L", "--output", str(tmp_path / "table.json")]
+    run("tune_kernels", *words, "--sections", "attention")
+    run("tune_kernels", *words)
+    stages = tune_kernels.stages_of(GPTConfig(dim=1024, n_layer=1, n_head=16), tune_kernels.Kernels(launch_pdl=True, hopper=True))
+    assert asked[0] == ["attention"]
+    assert set(asked[1]) == {stage.section for stage in stages}
+    with pytest.raises(UserError, match="--sections linear: this GPU uses attention, stream_linear"):
+        run("tune_kernels", *words, "--sections", "attention,linear")
