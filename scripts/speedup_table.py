@@ -4,15 +4,16 @@
 
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
 are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
-warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others). The floor and its share are those of
-autoregressive/serve/floor.py, at the highest bandwidth that the models' processes have measured. The table goes to speedup.md in
---output-dir, the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken off, or in which
-something failed, goes on where it was. On a CPU the demo model takes the others' place.
+warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
+its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models' processes have measured. The table
+goes to speedup.md in --output-dir, the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken
+off, or in which something failed, goes on where it was. On a CPU the demo model takes the others' place.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -177,12 +178,17 @@ def first_line(error: Exception) -> str:
 
 
 def run_model(model: str, methods: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the worker, again in a fresh process after each failure; yields each method's timing or error as it comes."""
+    """Runs the worker, again in a fresh process after each failure; yields each method's timing or error as it comes.
+
+    The compiler's caches are the worker's own: it times kernels to choose among them, and what it once chose on a busy GPU would be
+    taken over, and be slow, for ever.
+    """
     left = list(methods)
     while left:
         command = [sys.executable, __file__, "--worker", "--models", model, "--methods", ",".join(left), *options]
-        with tempfile.TemporaryFile("w+") as errors:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as caches:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
                 assert process.stdout is not None
                 failed = False
                 try:

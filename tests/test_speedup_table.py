@@ -38,7 +38,7 @@ def test_the_chart_shows_every_bar() -> None:
 
 # Stands in for the worker, which is called with --worker and pairs of flags and values: methods succeed, fail, or end the process.
 WORKER = """
-import json, sys
+import json, os, sys
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 for method in words["--methods"].split(","):
     if words["--models"] == "GPT-L" and method == "compile":
@@ -48,6 +48,7 @@ for method in words["--methods"].split(","):
         print(json.dumps({"method": method, "error": "ValueError: why"}))
         sys.exit(1)
     timing = {"seconds": 2.0, "repeats": [2.0], "floor_seconds": 1.0 if method == "paged" else None}
+    timing["caches"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     timing["read_bytes_per_second"] = 4e12 if words["--models"] == "GPT-L" else 3e12
     print(json.dumps({"method": method, "timing": timing}))
 """
@@ -77,6 +78,15 @@ def test_a_failure_shows_why_and_the_rest_go_on(stand_in: Path, capsys: pytest.C
     report = json.loads(out.splitlines()[-1])
     assert report == json.loads((stand_in / "speedup.json").read_text())
     assert report["results"]["GPT-B"]["paged"]["timing"]["seconds"] == 2.0
+
+
+def test_what_the_compiler_chose_before_is_not_taken_over(stand_in: Path) -> None:
+    """Fails if kernels that were timed while something else used the GPU can make the compiled loop slow, for every run to come."""
+    speedup_table.main(["--models", "GPT-B,GPT-XL", "--methods", "compile", "--device", "cpu", "--output-dir", str(stand_in)])
+    results = json.loads((stand_in / "speedup.json").read_text())["results"]
+    caches = [Path(results[model]["compile"]["timing"]["caches"]) for model in ("GPT-B", "GPT-XL")]
+    assert caches[0] != caches[1]
+    assert not any(folder.exists() for folder in caches)
 
 
 def test_a_run_resumes(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
