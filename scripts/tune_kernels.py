@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,28 @@ with slow_imports(__name__):
     import torch
     from bench_arguments import add_models, check_output, names
     from torch import Tensor
+    from tune_candidates import (
+        attention_candidates,
+        linear_candidates,
+        stream_candidates,
+        stream_head_candidates,
+        stream_swiglu_candidates,
+        swiglu_candidates,
+        whole_candidates,
+    )
 
     from autoregressive.common.files import write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from autoregressive.serve.floor import median_seconds
     from kernels import configs
-    from kernels.attention import AttentionTiles, head_stride
+    from kernels.attention import head_stride
     from kernels.configs import SECTIONS, TileTable, key_names, read_table, tile_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
-    from kernels.hopper_products import StreamTiles
-    from kernels.linear import LinearTiles
-    from kernels.swiglu import SwigluTiles
 
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
 _CONTEXTS = (96, 288, 480)  # their mean is a whole image's; at one alone, tiles win that lose at the others
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
-_SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
 
 
 @dataclass(frozen=True)
@@ -269,83 +274,6 @@ def with_setting(table: TileTable, stage: Stage, tiles: Any) -> TileTable:
     """The table with one setting changed."""
     changed: dict[str, Any] = {stage.section: {**getattr(table, stage.section), stage.key: tiles}}
     return replace(table, **changed)
-
-
-def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTiles]:
-    """Chunks of 16 to 128 tokens."""
-    for chunk, warps in ((64, 1), (32, 1), (64, 2), (128, 2), (128, 4), (128, 1) if hopper else (16, 1)):
-        if hopper or chunk * head_size <= 64 * 128 * warps:
-            yield AttentionTiles(chunk, warps)
-            if warps == 1 and not hopper:
-                yield AttentionTiles(chunk, warps, registers=128)
-
-
-def stream_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[StreamTiles]:
-    """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a program on their way."""
-    for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128, 256):
-            for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
-                tiles = -(-inputs // (tile * splits))
-                if 20 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
-                    for stages in _stages(tiles, tile_outputs, tile):
-                        yield StreamTiles(tile_outputs, tile, splits, stages, warps)
-
-
-def stream_swiglu_candidates(inputs: int) -> Iterator[StreamTiles]:
-    """The same without splits."""
-    for half, warps in ((32, 4), (64, 4), (64, 8)):
-        for tile in (64, 128, 256):
-            for stages in _stages(-(-inputs // tile), 2 * half, tile):
-                yield StreamTiles(half, tile, 1, stages, warps)
-
-
-def stream_head_candidates(inputs: int) -> Iterator[StreamTiles]:
-    """The same for the last product."""
-    for outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128):
-            for stages in _stages(-(-inputs // tile), outputs, tile):
-                yield StreamTiles(outputs, tile, 1, stages, warps)
-
-
-def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
-    """Tiles on their way at once that are worth a try."""
-    tile_bytes = (outputs + _ROWS[0]) * tile * 2
-    return sorted({min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0})
-
-
-def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
-    """Splits that give each multiprocessor one to six programs; all weights early, or a few and a pipeline."""
-    for tile, tiles, warps in ((256, 1, 4), (256, 2, 4), (512, 1, 8), (128, 2, 4), (128, 3, 4), (128, 5, 4)):
-        if 24 <= outputs / 64 * -(-inputs // (tile * tiles)) <= 1200:
-            yield LinearTiles(64, tile, tiles, early=tiles, stages=1, warps=warps)
-    for tile, tiles, warps in ((256, 1, 8), (256, 1, 4), (128, 2, 8), (128, 3, 8), (256, 2, 8)):
-        if 24 <= outputs / 128 * -(-inputs // (tile * tiles)) <= 600 and outputs % 128 == 0:
-            yield LinearTiles(128, tile, tiles, early=tiles, stages=1, warps=warps)
-    for splits in (1, 2, 3, 4, 5, 7):
-        if not 48 <= outputs / 64 * splits <= 400:
-            continue
-        for tile, early, stages in ((64, 2, 5), (64, 4, 4), (128, 2, 3), (128, 1, 3), (64, 0, 6), (128, 3, 3)):
-            tiles = -(-inputs // (tile * splits))
-            if tiles > early + 1:
-                yield LinearTiles(64, tile, tiles, early, stages, warps=4)
-
-
-def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
-    """Few or many tiles early."""
-    for tile in (256, 128, 64):
-        whole = -(-inputs // tile)
-        for early, stages in ((whole, 1), (4, 3), (6, 3), (2, 5), (3, 4), (0, 3), (0, 5), (1, 4), (8, 3)):
-            held = 64 * tile * 2 * (early + (stages if early < whole else 0))
-            if early <= whole and held <= _SHARED_MEMORY * 0.8 and not (0 < whole - early < stages - 1):
-                yield SwigluTiles(32, tile, early, stages, warps=4)
-
-
-def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
-    """The head: whole inputs, so a pipeline."""
-    for tile, early, stages in ((256, 1, 3), (128, 2, 4), (128, 0, 5), (64, 4, 5), (64, 0, 8), (128, 4, 3), (64, 2, 5)):
-        tiles = -(-inputs // tile)
-        if tiles > early:
-            yield LinearTiles(64, tile, tiles, early, stages, warps=4)
 
 
 def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels) -> None:
