@@ -7,12 +7,13 @@ Guided images with random weights, from class token to last token, so over all c
 Times are medians of the repeats, after each engine has drawn one image. The floor is that of autoregressive/serve/floor.py; both
 ceilings, read bandwidth and rate of a matrix product, are measured in the same run, before each model, and the highest so far
 counts. With --pixels, decoding goes on beside the steps, and ms/step, share and images/s count it. On a CPU the demo model shows
-that it works; there is no floor then.
+that it works; there is no floor then. Exit status 1 if a model failed; the others are measured all the same.
 """
 
 import argparse
 import gc
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -225,14 +226,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     device_name = torch.cuda.get_device_name(options.device) if on_gpu else "cpu"
     print(f"{device_name}, median of {options.repeats}")
     print(f"{'model':<9} {'rows':>5} {'ms/step':>9} {'floor ms':>9} {'share':>7} {'images/s':>9}")
+    results = list(measure_all(models, options))
     report = {
         "benchmark": "decode",
         "device": device_name,
         "torch": torch.__version__,
         "options": asdict(options) | {"device": str(options.device)},
-        "models": list(measure_all(models, options)),
+        "models": results,
     }
     give_figures(report, output)
+    if any("error" in model for model in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ are random where none are found: speed does not depend on them. Each model runs 
 warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
 its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models' processes have measured. The table
 goes to speedup.md in --output-dir, the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken
-off, or in which something failed, goes on where it was. On a CPU the demo model takes the others' place.
+off, or in which something failed (exit status 1), goes on where it was. On a CPU the demo model takes the others' place.
 """
 
 import argparse
@@ -352,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
     print(table)
     print(json.dumps(results.report()))
+    if any(row.errors for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -324,3 +324,22 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatc
     assert set(asked[1]) == {stage.section for stage in stages}
     with pytest.raises(UserError, match="--sections linear: this GPU uses attention, stream_linear"):
         run("tune_kernels", *words, "--sections", "attention,linear")
+
+
+def test_a_model_that_cannot_be_timed_costs_neither_the_others_nor_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a compiler's error, which is of no common kind, ends the run, or a run with a failure passes for a whole one."""
+    monkeypatch.undo()  # the work is to begin
+
+    def measure(model: str, *_: object) -> dict[str, object]:
+        if model == "GPT-B":
+            raise Exception("out of resource: shared memory\nmore words")
+        return {"model": model}
+
+    monkeypatch.setattr(bench_decode, "measure", measure)
+    with pytest.raises(SystemExit, match="1"):
+        bench_decode.main(["--models", "GPT-B,GPT-L", "--device", "cpu", "--output", str(tmp_path / "x.json")])
+    assert "failed: out of resource: shared memory\n" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "x.json").read_text())["models"]
+    assert kept == [{"model": "GPT-B", "error": "out of resource: shared memory"}, {"model": "GPT-L"}]

@@ -65,7 +65,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_failure_shows_why_and_the_rest_go_on(stand_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if an error, or a process that dies, costs another method or model, or is not told."""
-    speedup_table.main(["--models", "GPT-L,GPT-B", "--device", "cpu", "--output-dir", str(stand_in)])
+    with pytest.raises(SystemExit, match="1"):
+        speedup_table.main(["--models", "GPT-L,GPT-B", "--device", "cpu", "--output-dir", str(stand_in)])
     out = capsys.readouterr().out
     table = (stand_in / "speedup.md").read_text().splitlines()
     assert table[0] == HEADER
@@ -92,7 +93,8 @@ def test_what_the_compiler_chose_before_is_not_taken_over(stand_in: Path) -> Non
 def test_a_run_resumes(stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if finished results are measured again, failed ones are not, or those of another job are taken for this one's."""
     words = ["--models", "GPT-L,GPT-B", "--device", "cpu", "--output-dir", str(stand_in)]
-    speedup_table.main(words)
+    with pytest.raises(SystemExit, match="1"):
+        speedup_table.main(words)
     asked: list[tuple[str, list[str]]] = []
 
     def run_model(model: str, methods: list[str], _: object) -> list[tuple[str, dict[str, object]]]:
