@@ -80,19 +80,8 @@ def _hopper_attention_kernel(
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(gl.int64) * 3 * WIDTH
-    wanted = live_lane & newest
-    query, key, value = gl.zeros_like(cosine), gl.zeros_like(cosine), gl.zeros_like(cosine)
-    other_query, other_key = gl.zeros_like(cosine), gl.zeros_like(cosine)  # the other element of each pair
-    # Partial sums in order. Masked, not under a condition, so that the key's and the value's loads do not wait for the query's.
-    for split in gl.static_range(SPLITS):
-        part = source + split * split_size
-        query += gl.load(part + lane, mask=live_lane, other=0.0).to(gl.float32)
-        other_query += gl.load(part + (lane ^ 1), mask=live_lane, other=0.0).to(gl.float32)
-        key += gl.load(part + WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
-        other_key += gl.load(part + WIDTH + (lane ^ 1), mask=wanted, other=0.0).to(gl.float32)
-        value += gl.load(part + 2 * WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
-    query = query * cosine + other_query * sine
-    new_key, new_value = (key * cosine + other_key * sine).to(dtype), value.to(dtype)
+    query, key, value = _newest_token(source, split_size, lane, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS)
+    new_key, new_value = key.to(dtype), value.to(dtype)
     new_score = gl.to_tensor(float("-inf"))
     if newest:
         gl.store(key_pages + new_at + lane, new_key, mask=stored_lane)
@@ -121,6 +110,29 @@ def _hopper_attention_kernel(
     gl.store(mixed + result * HEAD_SIZE + lane + column[None, :], total, mask=(lane < HEAD_SIZE) & first[None, :])
     gl.store(stats + result * 2 + column, largest, mask=first)
     gl.store(stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
+
+
+@gluon.jit
+def _newest_token(
+    source, split_size, lane, cosine, sine, newest, WIDTH: gl.constexpr, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr
+):
+    """A head's query, key and value: partial sums added in order; queries and keys then turned, each element with its pair's other.
+
+    `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked, not under a condition, so that
+    their loads do not wait for the query's.
+    """
+    live = lane < HEAD_SIZE
+    wanted = live & newest
+    query, key, value = gl.zeros_like(cosine), gl.zeros_like(cosine), gl.zeros_like(cosine)
+    other_query, other_key = gl.zeros_like(cosine), gl.zeros_like(cosine)
+    for split in gl.static_range(SPLITS):
+        part = source + split * split_size
+        query += gl.load(part + lane, mask=live, other=0.0).to(gl.float32)
+        other_query += gl.load(part + (lane ^ 1), mask=live, other=0.0).to(gl.float32)
+        key += gl.load(part + WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
+        other_key += gl.load(part + WIDTH + (lane ^ 1), mask=wanted, other=0.0).to(gl.float32)
+        value += gl.load(part + 2 * WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
+    return query * cosine + other_query * sine, key * cosine + other_key * sine, value
 
 
 def hopper_attention(
