@@ -141,7 +141,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")  # memory-mapped
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: is damaged or cut short ({_first_line(error)}); download or copy it again") from error
+        raise CheckpointError(f"{path}: is damaged or cut short ({_first_sentence(error)}); download or copy it again") from error
 
 
 def _read_pickled(path: Path, memory_mapped: bool) -> object:
@@ -161,7 +161,7 @@ def _read_pickled(path: Path, memory_mapped: bool) -> object:
     except Exception as error:  # a damaged archive or pickle can raise anything
         if "TorchScript" in str(error):
             raise CheckpointError(f"{path}: is a TorchScript program, which is code; a file of weights is needed") from error
-        raise CheckpointError(f"{path}: is damaged or cut short ({_first_line(error)}); download or copy it again") from error
+        raise CheckpointError(f"{path}: is damaged or cut short ({_first_sentence(error)}); download or copy it again") from error
 
 
 def _open_pickled(path: Path, content: object, ema: bool) -> WeightSource:
@@ -201,6 +201,6 @@ def _source(path: Path, tensors: Mapping[str, Tensor], is_fsdp: bool) -> WeightS
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """What an exception says, its first sentence: torch's go on with guesses, across lines."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0].partition(". ")[0].rstrip(".:")[:200]
