@@ -1,10 +1,12 @@
-"""What a command assumes for flags that were not typed, per family of models: one table each."""
+"""What a command assumes for flags that were not typed, per family of models: one table each; and what no value may exceed."""
 
 from dataclasses import dataclass
 
 from autoregressive.common.classes import DEMO, IMAGENET, ClassNames
 
 DEMO_MODEL = "GPT-demo"  # the transformer that ships with the repository
+LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
+LARGEST_TEMPERATURE = 1e38  # finite in float32; all tokens are equally likely long before
 
 
 @dataclass(frozen=True)

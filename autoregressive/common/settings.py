@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from autoregressive.common.classes import ClassNames, numbered_classes
-from autoregressive.common.defaults import DEMO_MODEL, ModelDefaults, model_defaults
+from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TEMPERATURE, ModelDefaults, model_defaults
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
@@ -25,8 +25,6 @@ from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 T = TypeVar("T")
 
 _LARGEST_SIZE = 10**6  # of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
-_LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
-_LARGEST_TEMPERATURE = 1e38  # finite in float32; all tokens are equally likely long before
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -258,10 +256,10 @@ def _resolve_sampling(
         seed=seed,
     )
     scale, temperature = settings.cfg_scale, settings.temperature
-    _require(0 <= scale <= _LARGEST_SCALE, "--cfg-scale", scale, f"0 to {_LARGEST_SCALE:g}")
+    _require(0 <= scale <= LARGEST_SCALE, "--cfg-scale", scale, f"0 to {LARGEST_SCALE:g}")
     _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
-    fits = 0 < temperature <= _LARGEST_TEMPERATURE
-    _require(fits, "--temperature", temperature, f"above 0 and at most {_LARGEST_TEMPERATURE:g}")
+    fits = 0 < temperature <= LARGEST_TEMPERATURE
+    _require(fits, "--temperature", temperature, f"above 0 and at most {LARGEST_TEMPERATURE:g}")
     _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
     _require(0 < settings.top_p <= 1, "--top-p", settings.top_p, "above 0 and at most 1")
     return settings

@@ -10,8 +10,7 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-_LARGEST_TEMPERATURE = 1e38  # finite in float32; all tokens are equally likely long before
-_LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
+from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class SamplingParams:
             _require(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
         for name in ("cfg_scale", "temperature", "top_p"):
             _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
-        _require(0 <= self.cfg_scale <= _LARGEST_SCALE, "cfg_scale", self.cfg_scale, f"0 to {_LARGEST_SCALE:g}")
+        _require(0 <= self.cfg_scale <= LARGEST_SCALE, "cfg_scale", self.cfg_scale, f"0 to {LARGEST_SCALE:g}")
         _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
-        finite = 0 <= self.temperature <= _LARGEST_TEMPERATURE
-        _require(finite, "temperature", self.temperature, f"0 (greedy) to {_LARGEST_TEMPERATURE:g}")
+        finite = 0 <= self.temperature <= LARGEST_TEMPERATURE
+        _require(finite, "temperature", self.temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
         _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to the size of the codebook")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
