@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from conftest import load_reference, reference_weights
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from autoregressive.models.config import GPTConfig
+from autoregressive.models.generate import ATTENTION_BACKENDS
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.serve.engine.batch import Batch
 from autoregressive.serve.engine.model_runner import ModelRunner
@@ -69,7 +70,7 @@ def naive_logits(model: Transformer, codes: Tensor, labels: Sequence[int], posit
     tokens = codes.to(device).long().repeat(2, 1)
     model.setup_caches(2 * images, positions, model.output.weight.dtype)
     steps = []
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(ATTENTION_BACKENDS):
         for position in range(positions):
             at = torch.tensor([position], device=device)
             if position == 0:

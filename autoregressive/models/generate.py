@@ -12,6 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Transformer
 
+# What LlamaGen's `sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True)` leaves enabled: torch added cuDNN's
+# attention later, and that call does not turn it off. On a recent GPU, in 16 bits, torch prefers it.
+ATTENTION_BACKENDS = [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+
 
 class NonFiniteLogitsError(ArithmeticError):
     """The model gave NaN or infinite logits, so that no token could be drawn from them."""
@@ -107,7 +111,7 @@ def generate(
     codes = torch.empty(images, max_new_tokens, dtype=torch.int32, device=device)
     all_finite = torch.ones((), dtype=torch.bool, device=device)
     input_pos = torch.zeros(1, dtype=torch.int64, device=device)
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(ATTENTION_BACKENDS):
         for step in range(max_new_tokens):
             if step == 0:
                 logits = model(cond_idx=labels, input_pos=input_pos)[:, -1]  # [rows, vocab_size]
