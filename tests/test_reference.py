@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE, load_reference, reference_weights
+from torch.nn.attention import sdpa_kernel
 
 from autoregressive.models.config import GPTConfig
-from autoregressive.models.generate import filter_logits, generate
+from autoregressive.models.generate import ATTENTION_BACKENDS, filter_logits, generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -69,6 +70,27 @@ def test_the_comparison_notices_a_wrong_model() -> None:
     reference_weights(model, meta["seed"] + 1)
     codes = generate(model.eval(), torch.tensor(meta["labels"]), 16, cfg_scale=meta["cfg_scale"], top_k=1)
     assert not np.array_equal(codes.numpy(), expected["tokens"])
+
+
+def test_attention_may_take_the_paths_that_llamagen_leaves_it() -> None:
+    """One path fewer made the compiled baseline twice as slow on a GPU, and the engine look twice as good."""
+
+    def enabled() -> list[bool]:
+        switches = torch.backends.cuda
+        return [
+            switches.flash_sdp_enabled(),
+            switches.mem_efficient_sdp_enabled(),
+            switches.math_sdp_enabled(),
+            switches.cudnn_sdp_enabled(),
+        ]
+
+    with (
+        pytest.warns(FutureWarning, match="deprecated"),
+        torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True),
+    ):
+        llamagens = enabled()
+    with sdpa_kernel(ATTENTION_BACKENDS):
+        assert enabled() == llamagens
 
 
 def test_vq16_pixels_are_llamagens() -> None:
