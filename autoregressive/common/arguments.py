@@ -47,6 +47,12 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     _add_drawing(parser.add_argument_group("what to draw"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_output(parser.add_argument_group("output"))
+    add_model_flags(parser)
+    return parser
+
+
+def add_model_flags(parser: OneLineParser) -> None:
+    """Those that say which model, with which weights, where: what `settings.resolve_model_choice` goes by."""
     _add_weights(
         parser.add_argument_group(
             "weights",
@@ -58,7 +64,6 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
         parser.add_argument_group("model", "Flags that are left out take the values that suit the chosen --gpt-model.")
     )
     _add_running(parser.add_argument_group("running"))
-    return parser
 
 
 def _default(field: str) -> str:

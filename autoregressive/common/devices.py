@@ -41,12 +41,17 @@ def default_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else torch.float16
 
 
-@contextmanager
-def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
     """One CPU thread for a narrow model: its products are too small to share, and threads that wait for a busy core spin."""
-    before = torch.get_num_threads()
     if device.type == "cpu" and config.dim < _NARROW:
         torch.set_num_threads(1)
+
+
+@contextmanager
+def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """`use_threads_that_pay`, for a while."""
+    before = torch.get_num_threads()
+    use_threads_that_pay(config, device)
     try:
         yield
     finally:

@@ -59,15 +59,15 @@ def slow_imports(module: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main function and exits.
 
-    The status is 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after Ctrl-C; 141 when
-    whoever read stdout has left.
+    The status is what it returns, None being 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after
+    Ctrl-C; 141 when whoever read stdout has left.
     """
     status = 0
     try:
-        main()
+        status = main() or 0
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell

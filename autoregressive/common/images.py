@@ -73,11 +73,17 @@ def save_png(path: Path, picture: Tensor, parameters: str, record: dict[str, obj
     Raises:
         UserError: the file cannot be written.
     """
+    text = png_text(parameters, record)
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=text))
+
+
+def png_text(parameters: str, record: dict[str, object]) -> PngInfo:
+    """How a picture was made, as `save_png` writes it inside."""
     text = PngInfo()
     text.add_text("parameters", parameters)
     text.add_text(JSON_KEY, json.dumps(record))
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    write_whole(path, lambda file: image.save(file, format="PNG", pnginfo=text))
+    return text
 
 
 def save_codes(path: Path, codes: Tensor) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.images import individual_file, picture_grid, save_codes, save_png
-from autoregressive.common.settings import PRECISIONS, Settings
-from autoregressive.common.weights import FoundWeights
+from autoregressive.common.settings import PRECISIONS, SamplingSettings, Settings
+from autoregressive.common.weights import FoundWeights, ModelSettings
 
 PROGRAM = "llamagen-serve"
 Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
@@ -35,7 +35,7 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
         raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    common = generation_record(settings, found, loop)
+    common = generation_record(settings.model, settings.sampling, found, loop, compiled=settings.compile)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
@@ -51,15 +51,16 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
     return grid
 
 
-def generation_record(settings: Settings, found: FoundWeights, loop: Loop) -> dict[str, object]:
+def generation_record(
+    model: ModelSettings, sampling: SamplingSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False
+) -> dict[str, object]:
     """How the pictures were made, ready for JSON: with the labels, enough to make them again on the same machine.
 
     The loop is part of it: from one seed the naive command and the engine's draw different pictures.
     """
-    model, sampling = settings.model, settings.sampling
     return {
         "program": PROGRAM,
-        "version": _version(),
+        "version": program_version(),
         "torch": torch.__version__,
         "device": _device_name(model.device),
         "loop": loop,
@@ -75,7 +76,7 @@ def generation_record(settings: Settings, found: FoundWeights, loop: Loop) -> di
         "codebook_embed_dim": model.codebook_embed_dim,
         "num_classes": model.num_classes,
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
-        "compile": settings.compile,
+        "compile": compiled,
         "seed": sampling.seed,
         "cfg_scale": sampling.cfg_scale,
         "cfg_interval": sampling.cfg_interval,
@@ -108,7 +109,8 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"--save-individual {folder}: cannot make this folder: {error.strerror}") from error
 
 
-def _version() -> str:
+def program_version() -> str:
+    """Of the installed package."""
     try:
         return version(PROGRAM)
     except PackageNotFoundError:  # run from a checkout that was never installed

@@ -68,6 +68,34 @@ class Settings:
     note: str | None = None  # for the user, once the work begins: what is not as usual, unasked
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, and what belongs to it."""
+
+    model: ModelSettings
+    defaults: ModelDefaults
+    classes: ClassNames
+    note: str | None  # for the user, once the work begins: what is not as usual, unasked
+
+
+def resolve_model_choice(arguments: argparse.Namespace, seed: int) -> ModelChoice:
+    """The model's part of `resolve_settings`.
+
+    Args:
+        arguments: what a parser with `add_model_flags` parsed.
+        seed: draws weights that are not found.
+
+    Raises:
+        UserError: as `resolve_settings`.
+    """
+    gpt_model = _choose_gpt_model(arguments)
+    defaults = model_defaults(gpt_model)
+    model = _resolve_model(arguments, gpt_model, defaults, seed)
+    older_gpu = arguments.precision is None and model.precision == torch.float16
+    note = f"{_why_not_bf16(model.device)}: the transformer runs in fp16" if older_gpu else None
+    return ModelChoice(model, defaults, _classes(defaults, model.num_classes), note)
+
+
 def resolve_settings(arguments: argparse.Namespace) -> Settings:
     """Fills in what was not typed and checks everything that can be checked without loading weights.
 
@@ -78,20 +106,18 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         UserError: a value out of range, an unknown class, flags that contradict each other, a missing checkpoint, no
             such device, a file that cannot be written. The message names the flag and what it allows.
     """
-    gpt_model = _choose_gpt_model(arguments)
-    defaults = model_defaults(gpt_model)
     seed = _or(arguments.seed, 0)
     _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
-    model = _resolve_model(arguments, gpt_model, defaults, seed)
-    older_gpu = arguments.precision is None and model.precision == torch.float16
+    choice = resolve_model_choice(arguments, seed)
+    model = choice.model
     return Settings(
         model=model,
-        sampling=_resolve_sampling(arguments, defaults, model.codebook_size, seed),
+        sampling=_resolve_sampling(arguments, choice.defaults, model.codebook_size, seed),
         output=_resolve_output(arguments),
-        labels=_resolve_labels(arguments, gpt_model, model.num_classes),
-        classes=_classes(defaults, model.num_classes),
+        labels=_resolve_labels(arguments, model.gpt_model, model.num_classes),
+        classes=choice.classes,
         compile=arguments.compile,
-        note=f"{_why_not_bf16(model.device)}: the transformer runs in fp16" if older_gpu else None,
+        note=choice.note,
     )
 
 

@@ -1,12 +1,17 @@
 """The engine's own flags, shared by its commands; everything else is in `autoregressive.common.arguments`."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from autoregressive.common.arguments import PRECISION_HELP
-from autoregressive.common.errors import OneLineParser, UserError
-from autoregressive.common.settings import PRECISIONS
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.common.errors import OneLineParser, UserError, either
+from autoregressive.common.settings import PRECISIONS, smaller_precision
+from autoregressive.common.weights import ModelSettings
+from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
 from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()
@@ -88,6 +93,19 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
         return EngineConfig(**given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
+
+
+@contextmanager
+def saying_what_needs_less_memory(model: ModelSettings, config: EngineConfig | None = None) -> Iterator[None]:
+    """Turns running out of memory into the user's line, what was typed first; `config`: where the engine's settings matter."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        ways = ways_to_less_memory(config, model.device) if config is not None else []
+        ways += ["use a smaller model", *smaller_precision(model)]
+        raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
 
 
 def as_flags(message: str) -> str:

@@ -5,11 +5,10 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autoregressive.common.errors import OneLineParser, UserError, either, run_command, slow_imports, tell
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
@@ -19,13 +18,13 @@ with slow_imports(__name__):
     from autoregressive.common.arguments import build_parser
     from autoregressive.common.devices import now, threads_that_pay
     from autoregressive.common.results import save_results
-    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings, smaller_precision
+    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
     from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.generate import NonFiniteLogitsError
-    from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config
+    from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config, saying_what_needs_less_memory
     from autoregressive.serve.engine.batch import BatchShape
-    from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
+    from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.engine.scheduler import Limits, Scheduler
@@ -103,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = find_weights(settings.model)
     if settings.model.device.type == "cuda":
         torch.cuda.set_device(settings.model.device)
-    with _saying_what_needs_less_memory(settings):
+    with saying_what_needs_less_memory(settings.model):
         models = load_models(settings.model, found)
     warning = untrained_warning(settings.model, found)
     if warning is not None:
         tell(warning)
     try:
-        with _saying_what_needs_less_memory(settings, config):
+        with saying_what_needs_less_memory(settings.model, config):
             codes, pixels, speed = draw(models, settings, params, config)
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
@@ -199,20 +198,6 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
 
 def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
-
-
-@contextmanager
-def _saying_what_needs_less_memory(settings: Settings, config: EngineConfig | None = None) -> Iterator[None]:
-    """Turns running out of memory into the user's line, what was typed first; `config`: where the engine's settings matter."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        model = settings.model
-        ways = ways_to_less_memory(config, model.device) if config is not None else []
-        ways += ["use a smaller model", *smaller_precision(model)]
-        raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
 
 
 if __name__ == "__main__":

@@ -217,6 +217,18 @@ class Engine:
             return torch.cat([decoding[request].pixels() for request in requests])
         return torch.cat([request.codes for request in requests if request.codes is not None])
 
+    def peek(self, requests: Sequence[Request]) -> "PartialCodes":
+        """Begins to copy what running requests have drawn so far to the host; the owner's thread calls it, between steps.
+
+        Args:
+            requests: those that do not run are left out.
+        """
+        wanted = set(requests)
+        running = [running for running in self.scheduler.running if running.request in wanted and running.position > 0]
+        with self._on_device():
+            on_the_way = self.batch.fetch([slot for each in running for slot in each.slots])
+        return PartialCodes([each.request for each in running], [each.position for each in running], on_the_way)
+
     def audit(self) -> None:
         """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after any step."""
         self.scheduler.audit()
@@ -284,7 +296,7 @@ class Engine:
         """Ends requests that a failed span has taken along; the next `step` returns them."""
         for request in requests:
             reason = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
-            request.error = f"request {request.id}: the engine could not go on: {reason}"
+            request.error, request.cause = f"request {request.id}: the engine could not go on: {reason}", error
             request.state = RequestState.FAILED
         self._ended += requests
 
@@ -326,6 +338,24 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class PartialCodes:
+    """Codes of images that go on being drawn, on their way to the host."""
+
+    requests: list[Request]
+    steps: list[int]  # how many tokens of each request's images are drawn; what lies behind is of no meaning
+    on_the_way: CodesOnTheWay
+
+    def arrived(self) -> bool:
+        """Whether `codes` would return at once."""
+        return self.on_the_way.arrived()
+
+    def codes(self) -> list[Tensor]:
+        """Of each request, int32 [n, tokens] on the CPU; waits for the copy."""
+        codes, _ = self.on_the_way.wait()
+        return list(codes.split([request.params.n for request in self.requests]))
+
+
+@dataclass(frozen=True)
 class _Decoding:
     """A request's share of pixels that are on their way."""
 
@@ -346,6 +376,7 @@ def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:
             f"image {failures[0]} of request {request.id}: the model's logits are NaN or infinite: "
             "its weights are damaged or overflow this precision"
         )
+        request.cause = NonFiniteLogitsError(request.error)
         request.state = RequestState.FAILED
     else:
         request.codes = codes.clone()  # the copy's own memory is pinned, and shared with other requests

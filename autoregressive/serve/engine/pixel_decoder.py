@@ -37,6 +37,23 @@ class Pending:
         return self._pixels
 
 
+class PendingPictures:
+    """Pictures on their way to the host."""
+
+    def __init__(self, pictures: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
+        self._pictures, self._finite, self._done = pictures, finite, done
+
+    def ready(self) -> bool:
+        """Whether they are there; never waits."""
+        return self._done is None or self._done.query()
+
+    def pictures(self) -> tuple[Tensor, Tensor]:
+        """Waits for them: uint8 [images, height, width, 3], and whether every pixel of an image was finite: bool [images]."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._pictures, self._finite
+
+
 @dataclass(frozen=True)
 class _Captured:
     """The decoding of a fixed number of images, as a graph between fixed addresses."""
@@ -108,6 +125,23 @@ class PixelDecoder:
             done.record()
         return Pending(pixels, done)
 
+    @torch.no_grad()
+    def submit_to_host(self, codes: Tensor) -> "PendingPictures":
+        """Enqueues decoding and the copy of the pictures to the host, beside whatever the current stream does.
+
+        Args:
+            codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
+        """
+        if self._device.type != "cuda":
+            return PendingPictures(*_as_pictures(self.submit(codes).pixels()), None)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            pixels = self.submit(codes.to(torch.int32).pin_memory().to(self._device, non_blocking=True)).pixels()
+            on_device = _as_pictures(pixels)
+            pictures, finite = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in on_device)
+            done = torch.cuda.Event()
+            done.record()
+        return PendingPictures(pictures, finite, done)
+
     def decode(self, codes: Tensor) -> Tensor:
         """`submit` and `pixels` in one."""
         return self.submit(codes).pixels()
@@ -156,6 +190,12 @@ def batch_sizes(image_size: int) -> tuple[int, ...]:
     """Numbers of images that are decoded at once: powers of two, the largest as memory allows."""
     most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // image_size**2))
     return tuple(2**power for power in range(most.bit_length()))
+
+
+def _as_pictures(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 [images, 3, height, width] in -1..1 -> uint8 [images, height, width, 3], and whether all were finite [images]."""
+    levels = (pixels.clamp(-1, 1) * 127.5 + 128).nan_to_num(nan=0).to(torch.uint8)  # 0.5 more, for rounding
+    return levels.permute(0, 2, 3, 1).contiguous(), pixels.isfinite().flatten(1).all(dim=1)
 
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:

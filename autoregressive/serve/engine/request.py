@@ -74,7 +74,7 @@ class RequestState(StrEnum):
 class Request:
     """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread changes it.
 
-    `codes` is set when the state is finished, `error` (one line) when it is failed; the state is always set last, so that a
+    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the state is set last, so that a
     thread that sees the end sees the result.
     """
 
@@ -86,6 +86,7 @@ class Request:
     steps: int = 0  # given to the device so far, out of the tokens of an image
     codes: Tensor | None = None  # int32 [n, tokens] on the CPU
     error: str | None = None
+    cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
 
     @property
     def ended(self) -> bool:

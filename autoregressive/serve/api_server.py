@@ -1,0 +1,147 @@
+"""Serves a model over HTTP: OpenAI's images API, codes, metrics, and a page to draw with."""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NoReturn
+
+from autoregressive.common.errors import UserError, run_command, slow_imports, tell
+
+with slow_imports(__name__):
+    import torch
+
+    from autoregressive.common.results import generation_record, program_version
+    from autoregressive.common.settings import SamplingSettings
+    from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
+    from autoregressive.serve.web.app import build_app
+    from autoregressive.serve.web.dispatcher import Dispatcher
+    from autoregressive.serve.web.generation import Studio
+    from autoregressive.serve.web.logs import write_logs
+    from autoregressive.serve.web.served_model import ServedModel
+    from autoregressive.serve.web.server import Server
+    from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
+    from autoregressive.serve.web.store import Store
+    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the flags and serves until a signal; the status to end with.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    settings = resolve_server_settings(read_arguments(sys.argv[1:] if argv is None else argv, os.environ))
+    model = settings.choice.model
+    listener = listen(settings)  # before any long work
+    with listener:
+        found = find_weights(model)
+        if not found.trained and not model.random_weights:
+            ways = (untrained_warning(model, found) or "").splitlines()[2:]
+            more = "; ".join(way.strip() for way in ways)
+            what = f"no trained weights for {model.gpt_model} at {model.image_size} px"
+            raise UserError(f"{what}: {more}; or --random-weights, for noise")
+        if settings.choice.note is not None:
+            tell(settings.choice.note)
+
+        def recipe(index: int) -> MakeEngine:
+            device = torch.device("cuda", index) if settings.engines > 1 else model.device
+            return EngineRecipe(replace(model, device=device), found, settings.engine)
+
+        return asyncio.run(serve(settings, served_model(settings, found), recipe, listener))
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A socket that clients can connect to; they are answered once the service runs.
+
+    Raises:
+        UserError: the address is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot listen on {settings.host} port {settings.port}: {why}; choose another --port or --host") from error
+
+
+def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
+    """What clients are told of the model."""
+    choice, model, defaults = settings.choice, settings.choice.model, settings.choice.defaults
+    top_k = min(defaults.top_k, model.codebook_size)
+    sampling = SamplingSettings(defaults.cfg_scale, defaults.cfg_interval, defaults.temperature, top_k, defaults.top_p, seed=0)
+    return ServedModel(
+        name=settings.name,
+        created=int(time.time()),
+        image_size=model.image_size,
+        grid=model.grid,
+        codebook_size=model.codebook_size,
+        classes=choice.classes,
+        defaults=defaults,
+        trained=found.trained,
+        record=generation_record(model, sampling, found, loop="paged"),
+    )
+
+
+async def serve(
+    settings: ServerSettings, model: ServedModel, recipe: Callable[[int], MakeEngine], listener: socket.socket
+) -> int:
+    """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
+
+    Raises:
+        UserError: an engine could not be built, for a reason that the user can mend.
+    """
+    write_logs(settings.log_level)
+    address = _url(listener)
+    encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encoder")
+    store = None
+    if settings.store is not None:
+        store = Store(settings.store, settings.stored_images, settings.public_url or address)
+    dispatcher = Dispatcher(
+        lambda index: start(recipe(index), f"engine-{index}"),
+        settings.engines,
+        settings.max_queue_size,
+        settings.patience,
+        model.tokens_of_image,
+    )
+    try:
+        studio = Studio(model, dispatcher, encoders, store)
+        app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
+        server = Server(app, dispatcher)
+        print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
+        announcing = asyncio.create_task(_announce(dispatcher, address))
+        await server.serve(sockets=[listener])
+        announcing.cancel()
+    finally:
+        dispatcher.stop()
+        encoders.shutdown(wait=False, cancel_futures=True)
+    if dispatcher.unable is not None:
+        raise UserError(dispatcher.unable)
+    if dispatcher.failure is not None:
+        tell(f"{dispatcher.failure}: the service has ended; start it again")
+    return server.status
+
+
+async def _announce(dispatcher: Dispatcher, address: str) -> None:
+    begun = time.monotonic()
+    while not dispatcher.ready:
+        await asyncio.sleep(0.05)
+    print(f"ready after {time.monotonic() - begun:.1f} seconds: {address}", flush=True)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def command() -> NoReturn:
+    """The console script."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

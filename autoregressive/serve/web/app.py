@@ -1,0 +1,201 @@
+"""The service as an ASGI application: routes, the page, the guards around them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fastapi_offline
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
+from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits
+from autoregressive.serve.web.schema import ClassesAnswer, ErrorAnswer, ModelsAnswer, StatusAnswer, VersionAnswer
+
+PAGE = Path(__file__).parent / "static"
+OPEN_PATHS = ("/", "/health", "/ready", "/static/")
+_DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+_WRONG: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "A parameter is unknown or out of range."},
+    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
+}
+
+
+def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) -> App:
+    """The whole service.
+
+    Args:
+        studio: what the routes work with.
+        version: of the program.
+        api_key: None: everybody may use it.
+        docs: whether /docs and /openapi.json are there.
+    """
+    app = FastAPI(title="LlamaGen", version=version, docs_url=None, redoc_url=None, openapi_url="/openapi.json" if docs else None)
+    app.include_router(generation_routes(studio))
+    _add_facts(app, studio, version)
+    _add_state(app, studio)
+    _add_page(app)
+    if docs:
+        _add_docs(app)
+    _add_errors(app)
+    guarded: App = SizeLimits(app)
+    guarded = Authentication(guarded, api_key, OPEN_PATHS)
+    return RequestLog(guarded, studio.dispatcher.metrics)
+
+
+def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
+    model = studio.model
+
+    @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
+    async def list_models() -> ModelsAnswer:
+        """The served model."""
+        return ModelsAnswer(data=[model.described()])
+
+    @app.get("/v1/classes", response_model=ClassesAnswer, responses=_WRONG, tags=["facts"])
+    async def list_classes(
+        search: str = Query("", max_length=200, description="Part of a name, or the beginning of an id."),
+        limit: int = Query(1000, ge=1, le=100_000, description="How many at most."),
+    ) -> ClassesAnswer:
+        """What can be drawn."""
+        found = model.search(search)
+        return ClassesAnswer(data=found[:limit], total=len(found))
+
+    @app.get("/version", response_model=VersionAnswer, responses=_WRONG, tags=["facts"])
+    async def tell_version() -> VersionAnswer:
+        """What runs."""
+        return VersionAnswer(version=version)
+
+    if studio.store is not None:
+        store = studio.store
+
+        missing: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "There is no such image."}}
+
+        @app.get("/v1/files/{name}", response_class=FileResponse, responses={**_WRONG, **missing}, tags=["images"])
+        async def fetch_image(name: str) -> FileResponse:
+            """A stored image."""
+            path = store.path(name)
+            if path is None:
+                raise ApiError(404, "there is no such image, or not any more", "not_found")
+            return FileResponse(path, headers={"X-Content-Type-Options": "nosniff"})
+
+
+def _add_state(app: FastAPI, studio: Studio) -> None:
+    dispatcher = studio.dispatcher
+
+    @app.get("/health", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
+    async def tell_health() -> StatusAnswer:
+        """Whether the service is alive; 503 once an engine is lost."""
+        if dispatcher.failure is not None:
+            raise ApiError(503, "the engine has stopped, and the service with it", "engine_lost", None, 10)
+        return StatusAnswer(status="alive")
+
+    @app.get("/ready", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
+    async def tell_ready() -> StatusAnswer:
+        """Whether requests are accepted."""
+        dispatcher.require_ready()
+        return StatusAnswer(status="ready")
+
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, 401: _WRONG[401]}
+
+    @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
+    async def tell_metrics() -> Response:
+        """For Prometheus."""
+        return Response(dispatcher.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    app.mount("/static", _PageFiles(directory=PAGE))
+
+
+class _PageFiles(StaticFiles):
+    """The page's files, with its headers."""
+
+    def file_response(self, *arguments: Any, **keywords: Any) -> Response:
+        """One file."""
+        response = super().file_response(*arguments, **keywords)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
+def _add_docs(app: FastAPI) -> None:
+    app.mount("/docs-assets", StaticFiles(directory=_DOCS_ASSETS))
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="LlamaGen",
+            swagger_js_url="/docs-assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs-assets/swagger-ui.css",
+            swagger_favicon_url="/docs-assets/favicon.png",
+        )
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def tell_api_error(request: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        invalid = _as_api_error(error.errors())
+        return JSONResponse(invalid.body, status_code=invalid.status)
+
+    @app.exception_handler(ClientLeft)
+    async def tell_nobody(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)  # starlette raises it again behind this answer, and the log gets it
+    async def tell_internal_error(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, "something went wrong here; the log has it", "internal_error").body, status_code=500)
+
+    @app.exception_handler(HTTPException)
+    async def tell_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        words = {404: ("there is no such path", "not_found"), 405: ("this path does not take this method", "method_not_allowed")}
+        message, code = words.get(error.status_code, ("the request cannot be answered", "bad_request"))
+        body = ApiError(error.status_code, message, code).body
+        return JSONResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
+
+    describe = app.openapi
+
+    def openapi_as_answered() -> dict[str, Any]:
+        """FastAPI's document without the 422s, which are 400s here."""
+        document = describe()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi_as_answered  # type: ignore[method-assign]
+
+
+def _as_api_error(errors: Sequence[Any]) -> ApiError:
+    """The first of pydantic's findings."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = place[0] if place and first["type"] != "json_invalid" else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON", "invalid_json")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not a known field", "unknown_field", param)
+    what = first["msg"].removeprefix("Input should be ").rstrip(".")
+    if param is None:
+        return ApiError(400, "the body must be a JSON object, sent as application/json", "invalid_body")
+    return ApiError(400, f"{param} must be {what}" if what != first["msg"] else f"{param}: {what}", "invalid_value", param)

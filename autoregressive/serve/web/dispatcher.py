@@ -1,0 +1,172 @@
+"""Who is let in, which engine draws it, and what becomes of all when the service ends or an engine is lost."""
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from autoregressive.serve.web.engine_link import EngineLink
+from autoregressive.serve.web.errors import not_ready, queue_full
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.metrics import Metrics
+from autoregressive.serve.worker.messages import Ended, Event, Submit
+
+StartEngine = Callable[[int], tuple[BaseProcess, Connection]]  # which of the engines -> its process and the connection to it
+_WATCH_SECONDS = 0.2
+_LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
+_RECENT = 32  # jobs whose durations say when to try again
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long what may last, seconds; None: as long as it takes."""
+
+    queue: float | None = 300.0  # from acceptance to the start
+    run: float | None = 600.0  # from the start to the end
+    step: float = 60.0  # an engine that has not been heard of for so long hangs
+    shutdown: float = 60.0  # for accepted work, once the service is to end
+
+
+class Dispatcher:
+    """Used in the event loop.
+
+    Args:
+        start_engine: starts one engine's process.
+        engines: how many.
+        max_queue_size: requests that may wait at a time, those that find free rows not counted.
+        tokens_of_image: of the model, for the metrics.
+    """
+
+    def __init__(
+        self, start_engine: StartEngine, engines: int, max_queue_size: int, patience: Patience, tokens_of_image: int
+    ) -> None:
+        self.patience, self.max_queue_size = patience, max_queue_size
+        self.draining = False
+        self.failure: str | None = None  # an engine was lost: the service is to end with an error
+        self.metrics = Metrics(lambda: len(self._running()), lambda: len(self._waiting()), self._page_use)
+        self._tokens_of_image = tokens_of_image
+        self._numbers = itertools.count()
+        self._durations: deque[float] = deque(maxlen=_RECENT)
+        self._stop_by = math.inf
+        self._links = [EngineLink(*start_engine(index), self._changed) for index in range(engines)]
+        self._watch = asyncio.create_task(self._watch_engines())
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        return not self.draining and self.failure is None and all(link.ready is not None for link in self._links)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no engine holds anything."""
+        return not any(link.jobs for link in self._links)
+
+    @property
+    def unable(self) -> str | None:
+        """Why an engine could not be built, if that is for the user to mend."""
+        return next((link.unable for link in self._links if link.unable is not None), None)
+
+    def require_ready(self) -> None:
+        """Raises the `ApiError` that says why nothing is accepted now."""
+        if self.failure is not None:
+            raise not_ready("the engine has stopped, and the service with it: try again later", 10)
+        if self.draining:
+            raise not_ready("the service is stopping: try again later", 10)
+        if not self.ready:
+            done, total = (sum(numbers) for numbers in zip(*(link.prepared for link in self._links), strict=True))
+            progress = f" ({done} of {total} graphs captured)" if total else ""
+            raise not_ready(f"the model is being loaded{progress}: try again soon", 5)
+
+    def accept(self, order: Submit) -> Job:
+        """Lets a job in and gives it to the engine that has least to do.
+
+        Args:
+            order: its number and deadlines are filled in here.
+
+        Raises:
+            ApiError: the service is not ready, or the queue is full.
+        """
+        self.require_ready()
+        now = time.monotonic()
+        patience = self.patience
+        start_by = now + patience.queue if patience.queue is not None else None
+        job = Job(replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run), now)
+        link = min(self._links, key=lambda link: link.rows)
+        assert link.ready is not None
+        job.reserved = link.rows + job.rows <= link.ready.max_rows
+        queued = sum(not other.reserved for other in self._waiting())
+        if not job.reserved and queued >= self.max_queue_size:
+            raise queue_full(queued, self.retry_after())
+        link.submit(job)
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """Nobody waits for it any more: its engine is told, unless it has ended."""
+        job.abandon()
+        for link in self._links:
+            if job.order.job in link.jobs:
+                link.cancel(job)
+
+    def ahead_of(self, job: Job) -> int:
+        """How many waiting jobs came before a waiting one."""
+        return sum(other.accepted_at < job.accepted_at for other in self._waiting() if other is not job)
+
+    def retry_after(self) -> int:
+        """Seconds after which to try again: what a request takes these days."""
+        recent = sorted(self._durations)
+        return max(1, math.ceil(recent[len(recent) // 2])) if recent else 1
+
+    def drain(self) -> None:
+        """No more is accepted; what was, may finish within the time for that."""
+        self.draining = True
+        self._stop_by = time.monotonic() + self.patience.shutdown
+
+    def overdue(self, now: float) -> bool:
+        """Whether accepted work has had its time, and an engine has not even let go of it when told to."""
+        return now > self._stop_by + _LET_GO_SECONDS
+
+    def stop(self) -> None:
+        """Ends the engines, whatever they do; waits for their processes."""
+        self._watch.cancel()
+        for link in self._links:
+            link.stop()
+
+    def _changed(self, link: EngineLink, job: Job | None, event: Event) -> None:
+        if job is not None and isinstance(event, Ended):
+            self.metrics.ended(job, self._tokens_of_image)
+            if event.outcome == "finished" and job.started_at is not None:
+                self._durations.append(event.at - job.started_at)
+
+    async def _watch_engines(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            for link in self._links:
+                if link.ready is not None and not link.lost and now - link.heard_at > self.patience.step:
+                    self.failure = self.failure or f"an engine has not been heard of for {self.patience.step:g} seconds"
+                    link.give_up()
+                elif link.lost and link.unable is None:
+                    self.failure = self.failure or "an engine's process has died"
+            if now > self._stop_by:
+                for job in [job for link in self._links for job in link.jobs.values()]:
+                    for link in self._links:
+                        if job.order.job in link.jobs:
+                            link.cancel(job)
+
+    def _jobs(self) -> Sequence[Job]:
+        return [job for link in self._links for job in link.jobs.values()]
+
+    def _waiting(self) -> Sequence[Job]:
+        return [job for job in self._jobs() if job.started_at is None]
+
+    def _running(self) -> Sequence[Job]:
+        return [job for job in self._jobs() if job.started_at is not None]
+
+    def _page_use(self) -> float:
+        pages = sum(link.ready.num_pages for link in self._links if link.ready is not None)
+        return sum(link.used_pages for link in self._links) / pages if pages else 0.0

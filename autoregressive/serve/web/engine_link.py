@@ -1,0 +1,116 @@
+"""The service's end of the connection to one engine's process."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.worker.messages import (
+    Beat,
+    Cancel,
+    Drawn,
+    Ended,
+    Event,
+    Image,
+    Preparing,
+    Preview,
+    Ready,
+    Started,
+    Stop,
+    Unable,
+    receive,
+)
+from autoregressive.serve.worker.outbox import Outbox
+
+_STOP_SECONDS = 3.0  # for a process to leave its loop; then it is killed
+
+
+class EngineLink:
+    """One engine: what is known of it, and the jobs that it has. Used in the event loop; a thread of its own reads.
+
+    Args:
+        on_change: called in the event loop after every event, with the job it was about.
+    """
+
+    def __init__(self, process: BaseProcess, connection: Connection, on_change: Callable[["EngineLink", Job | None, Event], None]):
+        self.process = process
+        self.ready: Ready | None = None
+        self.prepared = (0, 0)  # how much, of how much
+        self.unable: str | None = None  # why it could not be built, for the user
+        self.lost = False  # it has died, or was given up
+        self.jobs: dict[int, Job] = {}
+        self.used_pages = 0
+        self.heard_at = time.monotonic()
+        self._connection, self._on_change = connection, on_change
+        self._outbox = Outbox(connection, "commands")
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, name="events", daemon=True).start()
+
+    @property
+    def rows(self) -> int:
+        """Rows that its jobs take, running or not."""
+        return sum(job.rows for job in self.jobs.values())
+
+    def submit(self, job: Job) -> None:
+        """Gives it a job."""
+        self.jobs[job.order.job] = job
+        self._outbox.put(job.order)
+
+    def cancel(self, job: Job) -> None:
+        """Asks it to end a job early; the job stays until it says so."""
+        self._outbox.put(Cancel(job.order.job))
+
+    def give_up(self) -> None:
+        """Kills the process, and ends its jobs."""
+        if self.lost:
+            return
+        self.lost = True
+        self.process.kill()
+        for job in list(self.jobs.values()):
+            self._take(Ended(job.order.job, "engine_lost", time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends the process, which holds nothing that is still wanted; waits for it."""
+        self.lost = True
+        self._outbox.put(Stop())
+        self.process.join(_STOP_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self._connection.close()
+
+    def _read(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            while True:
+                try:
+                    event = receive(self._connection)
+                except EOFError:
+                    self._loop.call_soon_threadsafe(self.give_up)
+                    return
+                assert isinstance(event, Event)
+                self._loop.call_soon_threadsafe(self._take, event)
+
+    def _take(self, event: Event) -> None:
+        self.heard_at = time.monotonic()
+        job = None
+        match event:
+            case Preparing(done=done, total=total):
+                self.prepared = (done, total)
+            case Ready():
+                self.ready = event
+            case Unable(message=message):
+                self.unable = message
+            case Beat(used_pages=used_pages):
+                self.used_pages = used_pages
+            case Started() | Drawn() | Preview() | Image() | Ended():
+                job = self.jobs.get(event.job)
+                if job is None:
+                    return
+                job.take(event)
+                if isinstance(event, Ended):
+                    del self.jobs[event.job]
+        self._on_change(self, job, event)

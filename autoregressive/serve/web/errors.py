@@ -1,0 +1,64 @@
+"""What goes wrong, in the one shape that all answers have: OpenAI's `{"error": {message, type, param, code}}`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class ApiError(Exception):
+    """An answer that is not what was asked for. `message` is for people: no path, no address, no traceback."""
+
+    status: int
+    message: str
+    code: str
+    param: str | None = None
+    retry_after: int | None = None  # seconds
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for the kind."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with it."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def queue_full(waiting: int, retry_after: int) -> ApiError:
+    """The queue has no place left."""
+    return ApiError(429, f"{waiting} requests are waiting, and no more are taken: try again later", "queue_full", None, retry_after)
+
+
+def not_ready(why: str, retry_after: int) -> ApiError:
+    """The service is not there yet, or not any more."""
+    return ApiError(503, why, "not_ready", None, retry_after)
+
+
+def ended_early(outcome: str, message: str, retry_after: int) -> ApiError:
+    """Why a job has ended without its images; `outcome` is one of `worker.messages.OUTCOMES`, or `engine_lost`."""
+    match outcome:
+        case "queue_timeout":
+            return ApiError(503, "the request waited too long for its turn: try again later", outcome, None, retry_after)
+        case "run_timeout":
+            return ApiError(504, "the images took too long to draw: ask for fewer, or try again later", outcome)
+        case "out_of_memory":
+            return ApiError(503, "memory ran out while the images were drawn: try again later", outcome, None, retry_after)
+        case "non_finite":
+            return ApiError(500, f"no image could be drawn: {message}", outcome)
+        case "refused":
+            return ApiError(400, message, "invalid_value")
+        case "cancelled":
+            return ApiError(503, "the service is stopping: try again later", "stopping", None, retry_after)
+        case _:
+            return ApiError(503, "the engine has stopped: try again later", "engine_lost", None, retry_after)

@@ -1,0 +1,327 @@
+"""The three routes that draw: OpenAI's images, whole or as a stream; the page's stream; codes."""
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from autoregressive.common.errors import UserError
+from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.errors import ApiError, ended_early
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.pictures import encode_picture, encode_preview
+from autoregressive.serve.web.schema import (
+    CodesAnswer,
+    CodesData,
+    CodesRequest,
+    ErrorAnswer,
+    ImageData,
+    ImageRequest,
+    ImagesAnswer,
+    OutputFormat,
+    StreamRequest,
+    Usage,
+)
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.store import Store
+from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
+
+DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
+_KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
+_QUEUE_LOOK_SECONDS = 0.5  # so often a waiting reader's place in the queue is looked at
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in (
+        (400, "A field is unknown or out of range; `param` names it."),
+        (401, "The key is missing or wrong."),
+        (404, "No such model."),
+        (413, "The body is too large."),
+        (429, "The queue is full; Retry-After says when to try again."),
+        (500, "The model gave no image."),
+        (503, "Not ready, stopping, or waited too long."),
+        (504, "The images took too long."),
+    )
+}
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+class ClientLeft(Exception):
+    """Nobody is there to be answered."""
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What the routes work with."""
+
+    model: ServedModel
+    dispatcher: Dispatcher
+    encoders: Executor
+    store: Store | None
+
+    async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+        """A finished image's file."""
+        record = self.model.record_of(order, image.image)
+        size = self.model.image_size
+        return await self._run(encode_picture, image.data, size, output_format, quality, record)
+
+    async def preview(self, preview: Preview, output_format: OutputFormat) -> bytes:
+        """A preview's file."""
+        return await self._run(encode_preview, preview.pixels, self.model.image_size, output_format)
+
+    async def save(self, picture: bytes, output_format: OutputFormat) -> str:
+        """Stores a picture; its URL."""
+        assert self.store is not None
+        try:
+            return await self._run(self.store.save, picture, output_format)
+        except UserError as error:  # its message names a path
+            raise ApiError(503, "the image could not be stored: ask for b64_json", "store_failed", "response_format") from error
+
+    def failure(self, ended: Ended) -> ApiError:
+        """Of a job that has no result."""
+        return ended_early(ended.outcome, ended.message, self.dispatcher.retry_after())
+
+    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
+
+
+def generation_routes(studio: Studio) -> APIRouter:
+    """The routes."""
+    router = APIRouter(tags=["images"])
+    model, dispatcher = studio.model, studio.dispatcher
+
+    @router.post(
+        DRAWING_PATHS[0], response_model=ImagesAnswer, responses={**_ERRORS, 200: {"content": _EVENT_STREAM[200]["content"]}}
+    )
+    async def generate_images(body: ImageRequest, request: Request) -> Response:
+        """OpenAI's images: `prompt` is a class, by name or id."""
+        order = model.order(body, pixels=True)
+        stores = body.response_format == "url"
+        if stores and studio.store is None:
+            message = "response_format must be b64_json: this service stores no images"
+            raise ApiError(400, message, "invalid_value", "response_format")
+        if stores and body.stream:
+            raise ApiError(400, "response_format must be b64_json with stream", "invalid_value", "response_format")
+        if body.partial_images and not body.stream:
+            raise ApiError(400, "partial_images goes with stream", "invalid_value", "partial_images")
+        if body.stream:
+            rows = partial_rows(body.partial_images or 0, model.grid)
+            job = dispatcher.accept(replace(order, preview_rows=rows))
+            return _event_stream(studio, request, job, openai_events(studio, job, body))
+        job = dispatcher.accept(order)
+        output_format = body.output_format or "png"
+        data: dict[int, ImageData] = {}
+
+        async def keep(image: Image) -> None:
+            picture = await studio.picture(order, image, output_format, body.output_compression)
+            if stores:
+                data[image.image] = ImageData(url=await studio.save(picture, output_format))
+            else:
+                data[image.image] = ImageData(b64_json=base64.b64encode(picture).decode())
+
+        await _until_drawn(studio, request, job, keep)
+        answer = ImagesAnswer(
+            created=int(time.time()),
+            data=[data[image] for image in sorted(data)],
+            size=model.size,
+            output_format=output_format,
+            usage=Usage.of(order.n, model.tokens_of_image),
+            model=model.name,
+            seed=order.seed,
+        )
+        return JSONResponse(answer.model_dump(exclude_none=True))
+
+    @router.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse)
+    async def stream_images(body: StreamRequest, request: Request) -> Response:
+        """The page's events: queued, started, progress, preview, image, then done or error."""
+        order = replace(model.order(body, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
+        job = dispatcher.accept(order)
+        return _event_stream(studio, request, job, page_events(studio, job, body))
+
+    @router.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS)
+    async def draw_codes(body: CodesRequest, request: Request) -> Response:
+        """The tokens of images, for those who have a decoder of their own."""
+        order = model.order(body, pixels=False)
+        job = dispatcher.accept(order)
+        data: dict[int, CodesData] = {}
+
+        async def keep(image: Image) -> None:
+            data[image.image] = CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
+
+        await _until_drawn(studio, request, job, keep)
+        answer = CodesAnswer(
+            created=int(time.time()),
+            data=[data[image] for image in sorted(data)],
+            grid=model.grid,
+            codebook_size=model.codebook_size,
+            usage=Usage.of(order.n, model.tokens_of_image),
+            model=model.name,
+            seed=order.seed,
+        )
+        return JSONResponse(answer.model_dump())
+
+    return router
+
+
+def partial_rows(count: int, grid: int) -> tuple[int, ...]:
+    """Rows of the grid at which so many previews of an image are made, evenly spaced."""
+    return tuple(sorted({max(1, grid * (index + 1) // (count + 1)) for index in range(count)}))
+
+
+async def openai_events(studio: Studio, job: Job, body: ImageRequest) -> AsyncIterator[str]:
+    """OpenAI's events of a streamed request, each with the index of its image."""
+    model, order = studio.model, job.order
+    output_format = body.output_format or "png"
+    common = {"background": "opaque", "output_format": output_format, "quality": "auto", "size": model.size, "seed": order.seed}
+    while True:
+        match await job.next_event(_KEEP_ALIVE_SECONDS):
+            case None:
+                yield ": waiting\n\n"
+            case Preview() as preview:
+                yield _event(
+                    "image_generation.partial_image",
+                    b64_json=_base64(await studio.preview(preview, output_format)),
+                    partial_image_index=order.preview_rows.index(preview.rows),
+                    image_index=preview.image,
+                    created_at=int(time.time()),
+                    **common,
+                )
+            case Image() as image:
+                yield _event(
+                    "image_generation.completed",
+                    b64_json=_base64(await studio.picture(order, image, output_format, body.output_compression)),
+                    image_index=image.image,
+                    created_at=int(time.time()),
+                    usage=Usage.of(1, model.tokens_of_image).model_dump(),
+                    **common,
+                )
+            case Ended() as ended:
+                if ended.outcome != "finished":
+                    yield _event("error", **studio.failure(ended).body)
+                return
+            case Started() | Drawn():
+                pass
+
+
+async def page_events(studio: Studio, job: Job, body: StreamRequest) -> AsyncIterator[str]:
+    """What the page shows, as it happens."""
+    model, order = studio.model, job.order
+    output_format = body.output_format or "png"
+    about = {
+        "seed": order.seed,
+        "n": order.n,
+        "class_label": order.class_label,
+        "class_name": model.classes[order.class_label],
+        "size": model.size,
+        "grid": model.grid,
+    }
+    ahead = studio.dispatcher.ahead_of(job)
+    yield _event("queued", ahead=ahead, **about)
+    silent = 0.0
+    while True:
+        event = await job.next_event(_QUEUE_LOOK_SECONDS)
+        if event is None:
+            silent += _QUEUE_LOOK_SECONDS
+            now_ahead = studio.dispatcher.ahead_of(job)
+            if job.started_at is None and now_ahead != ahead:
+                ahead, silent = now_ahead, 0.0
+                yield _event("queued", ahead=ahead, **about)
+            elif silent >= _KEEP_ALIVE_SECONDS:
+                silent = 0.0
+                yield ": waiting\n\n"
+            continue
+        silent = 0.0
+        match event:
+            case Started():
+                yield _event("started")
+            case Drawn(tokens=tokens):
+                left = job.seconds_left(model.tokens_of_image)
+                rounded = None if left is None else round(left, 2)
+                yield _event("progress", tokens_drawn=tokens, tokens=order.n * model.tokens_of_image, seconds_left=rounded)
+            case Preview() as preview:
+                picture = _base64(await studio.preview(preview, "webp"))
+                yield _event(
+                    "preview",
+                    image_index=preview.image,
+                    rows=preview.rows,
+                    grid=model.grid,
+                    b64_json=picture,
+                    output_format="webp",
+                )
+            case Image() as image:
+                picture = _base64(await studio.picture(order, image, output_format, body.output_compression))
+                yield _event("image", image_index=image.image, b64_json=picture, output_format=output_format, seed=order.seed)
+            case Ended() as ended:
+                if ended.outcome == "finished":
+                    seconds = round(ended.at - job.accepted_at, 3)
+                    yield _event("done", seconds=seconds, usage=Usage.of(order.n, model.tokens_of_image).model_dump())
+                else:
+                    yield _event("error", **studio.failure(ended).body)
+                return
+
+
+async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callable[[Image], Awaitable[None]]) -> None:
+    """Hands every image on, until the job ends or the client leaves.
+
+    Raises:
+        ApiError: the job has no result.
+        ClientLeft: nobody waits for it any more.
+    """
+
+    async def collect() -> Ended:
+        while not isinstance(event := await job.next_event(), Ended):
+            if isinstance(event, Image):
+                await keep(event)
+        return event
+
+    request.state.job = job
+    collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(_client_leaves(request))
+    try:
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            raise ClientLeft
+        ended = collecting.result()
+    finally:
+        studio.dispatcher.abandon(job)
+        for task in (collecting, leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    if ended.outcome != "finished":
+        raise studio.failure(ended)
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncIterator[str]) -> StreamingResponse:
+    """The events as an answer; the job ends when its reader leaves."""
+    request.state.job = job
+
+    async def until_the_reader_leaves() -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield event
+        finally:
+            studio.dispatcher.abandon(job)
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(until_the_reader_leaves(), media_type="text/event-stream", headers=headers)
+
+
+def _event(kind: str, **fields: Any) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind} | fields)}\n\n"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,0 +1,186 @@
+"""What every request passes before a route sees it: a number and a line in the log, the key, limits of size.
+
+Plain ASGI, so that streams and clients that leave pass through as they are.
+"""
+
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.generation import DRAWING_PATHS
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.metrics import Metrics
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MOST_HEADER_BYTES = 64 * 2**10
+MOST_BODY_BYTES = 2**20
+_CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
+_log = logging.getLogger("llamagen.requests")
+
+
+async def answer(send: Send, error: ApiError) -> None:
+    """An error as the whole answer."""
+    body = json.dumps(error.body).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+class RequestLog:
+    """Numbers requests, says so in every answer, writes a line for each, and turns what nobody caught into a 500.
+
+    Args:
+        metrics: count the requests of the routes that draw, by outcome.
+    """
+
+    def __init__(self, app: App, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, number = time.monotonic(), f"req_{secrets.token_hex(12)}"
+        status, sent, complete = 0, 0, False
+        scope.setdefault("state", {})
+
+        async def send_numbered(message: Message) -> None:
+            nonlocal status, sent, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", number.encode())]
+                await send(message)
+                return
+            body = message.get("body", b"")
+            sent += len(body)
+            more = message.get("more_body", False)
+            for start in range(0, max(1, len(body)), _CHUNK_BYTES):
+                end = start + _CHUNK_BYTES
+                await send({**message, "body": body[start:end], "more_body": more or end < len(body)})
+            complete = not more
+
+        failure = None
+        try:
+            await self._app(scope, receive, send_numbered)
+        except Exception as error:
+            failure = error
+            if status == 0:
+                await answer(send_numbered, ApiError(500, "something went wrong here; the log has it", "internal_error"))
+        finally:
+            self._write(scope, number, status if complete else 499, sent, time.monotonic() - begun, failure)
+
+    def _write(
+        self, scope: Scope, number: str, status: int, sent: int, seconds: float, failure: Exception | None
+    ) -> None:
+        line: dict[str, Any] = {
+            "request_id": number,
+            "client": scope["client"][0] if scope.get("client") else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "bytes": sent,
+            "seconds": round(seconds, 4),
+        }
+        job = scope["state"].get("job")
+        if isinstance(job, Job):
+            line |= _about(job)
+        if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
+            self._metrics.requests.labels(outcome=_outcome(status, job)).inc()
+            line["outcome"] = _outcome(status, job)
+        _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    order = job.order
+    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.seed, "tokens": job.tokens}
+    if job.started_at is not None:
+        line["queue_seconds"] = round(job.started_at - job.accepted_at, 4)
+    return line
+
+
+def _outcome(status: int, job: object) -> str:
+    if isinstance(job, Job) and status == 200 and job.ended is not None and job.ended.outcome != "finished":
+        return job.ended.outcome
+    return {200: "success", 499: "disconnected", 429: "rejected"}.get(status, "invalid" if 400 <= status < 500 else "failed")
+
+
+class Authentication:
+    """Lets in who has the key; without a key, everybody.
+
+    Args:
+        open_paths: need no key, nor what lies below a path that ends in a slash.
+    """
+
+    def __init__(self, app: App, key: str | None, open_paths: tuple[str, ...]) -> None:
+        self._app, self._open_paths = app, open_paths
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or self._expected is None or self._is_open(scope["path"]) or self._has_key(scope):
+            await self._app(scope, receive, send)
+        else:
+            message = "this service wants a key: Authorization: Bearer KEY"
+            await answer(send, ApiError(401, message, "invalid_api_key"))
+
+    def _is_open(self, path: str) -> bool:
+        return any(path == one or (one.endswith("/") and len(one) > 1 and path.startswith(one)) for one in self._open_paths)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        assert self._expected is not None
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+class SizeLimits:
+    """Refuses headers and bodies that are too large, and reads the whole body before the route is called."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = scope["headers"]
+        if sum(len(name) + len(value) + 4 for name, value in headers) + len(scope["raw_path"]) > MOST_HEADER_BYTES:
+            await answer(send, ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large"))
+            return
+        lengths = [value for name, value in headers if name == b"content-length"]
+        too_large = any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths)
+        body = b""
+        more = not too_large
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            too_large = len(body) > MOST_BODY_BYTES
+            more = more and not too_large
+        if too_large:
+            await answer(send, ApiError(413, "the body is too large: at most 1 MiB", "body_too_large"))
+            return
+        replayed = False
+
+        async def receive_again() -> Message:
+            nonlocal replayed
+            if not replayed:
+                replayed = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self._app(scope, receive_again, send)

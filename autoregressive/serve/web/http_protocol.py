@@ -1,0 +1,92 @@
+"""uvicorn's HTTP/1.1 connection, with patience that has an end: for slow senders, for stalled readers, for garbage."""
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from autoregressive.serve.web.errors import ApiError
+
+SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
+READ_SECONDS = 20.0  # for a client to take what waits for it: 64 KiB at most
+
+_REFUSALS = {
+    400: ("this is not HTTP/1.1", "bad_request"),
+    431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
+}
+
+
+class PatientProtocol(H11Protocol):
+    """Drops who is too slow. Headers that are too large are answered by 431, what is not HTTP by 400."""
+
+    _sender_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Waits for the first request."""
+        super().connection_made(transport)
+        self._watch_sender()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Waits for nothing any more."""
+        self._stop_sender_timer()
+        self._stop_reader_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of a request."""
+        super().data_received(data)
+        self._watch_sender()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as it is written to."""
+        super().pause_writing()
+        if self._reader_timer is None:
+            self._reader_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._stop_reader_timer()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """The end of a connection that does not speak HTTP; the reason is in the exception that is being handled."""
+        error = sys.exc_info()[1]
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
+            self.transport.abort()
+            return
+        status = status if status in _REFUSALS else 400
+        message, code = _REFUSALS[status]
+        body = json.dumps(ApiError(status, message, code).body).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        parts: list[Any] = [
+            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ]
+        for part in parts:
+            self.transport.write(self.conn.send(part))
+        self.transport.close()
+
+    def _watch_sender(self) -> None:
+        """The time runs while a request is incomplete, and not while it is answered."""
+        complete = self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+        if complete:
+            self._stop_sender_timer()
+        elif self._sender_timer is None and not self.transport.is_closing():
+            self._sender_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+
+    def _stop_sender_timer(self) -> None:
+        if self._sender_timer is not None:
+            self._sender_timer.cancel()
+            self._sender_timer = None
+
+    def _stop_reader_timer(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None

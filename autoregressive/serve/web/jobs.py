@@ -1,0 +1,79 @@
+"""A request of the service on its way through an engine, as the event loop sees it."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
+
+JobEvent = Started | Drawn | Preview | Image | Ended
+
+
+@dataclass(eq=False)
+class Job:
+    """Made by `Dispatcher.accept`; lives until its engine says that it holds nothing for it any more.
+
+    Whoever reads its events slowly gets of `Drawn`, and of each image's `Preview`, the newest only: what is kept for a reader is
+    bounded by the images that were asked for.
+    """
+
+    order: Submit
+    accepted_at: float
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended: Ended | None = None
+    tokens: int = 0
+    images: int = 0  # that have arrived
+    decode_seconds: float = 0.0
+    reserved: bool = False  # rows were free for it when it came: it waits for no other
+    abandoned: bool = False  # nobody reads its events any more
+    _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)  # in the order of their coming
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes at most."""
+        return self.order.n * (2 if self.order.cfg_scale > 1 else 1)
+
+    def take(self, event: JobEvent) -> None:
+        """What the engine says of it; called in the event loop."""
+        match event:
+            case Started(at=at):
+                self.started_at = at
+            case Drawn(tokens=tokens, at=at):
+                self.tokens = tokens
+                self.first_token_at = self.first_token_at or at
+            case Image():
+                self.images += 1
+                self.decode_seconds += event.decode_seconds
+                self._events.pop(("Preview", event.image), None)
+            case Ended():
+                self.ended = event
+        if not self.abandoned:
+            key = (type(event).__name__, getattr(event, "image", 0))
+            self._events.pop(key, None)
+            self._events[key] = event
+            self._news.set()
+
+    def abandon(self) -> None:
+        """Nobody reads its events any more: what has come, and what will, is dropped."""
+        self.abandoned = True
+        self._events.clear()
+
+    async def next_event(self, timeout: float | None = None) -> JobEvent | None:
+        """What happens next, the end last; None if nothing does within so many seconds. Not to be called after the end."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._events:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            return None
+        return self._events.pop(next(iter(self._events)))
+
+    def seconds_left(self, tokens_of_image: int) -> float | None:
+        """A guess, from its own speed so far; None while nothing is drawn."""
+        if self.started_at is None or self.tokens == 0:
+            return None
+        passed = time.monotonic() - self.started_at
+        return passed / self.tokens * (self.order.n * tokens_of_image - self.tokens)

@@ -1,0 +1,50 @@
+"""Pixels -> the bytes of a picture's file, with how it was made inside."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image
+
+from autoregressive.common.images import JSON_KEY, png_text
+from autoregressive.common.results import readable
+from autoregressive.serve.web.schema import OutputFormat
+
+_PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
+_QUALITY = 90  # of jpeg and webp
+_PREVIEW_QUALITY = 75
+_DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
+
+
+def encode_picture(
+    pixels: bytes, size: int, output_format: OutputFormat, quality: int | None, record: dict[str, object]
+) -> bytes:
+    """A file in memory.
+
+    Args:
+        pixels: uint8 [size, size, 3]
+        quality: of jpeg and webp, 0 to 100; None: 90.
+        record: how it was made, as of `generation_record` with its class: in PNG's text, in the others' EXIF description.
+    """
+    picture, file = _picture(pixels, size), io.BytesIO()
+    if output_format == "png":
+        picture.save(file, format="PNG", compress_level=_PNG_LEVEL, pnginfo=png_text(readable(record), record))
+    else:
+        exif = Image.Exif()
+        exif[_DESCRIPTION] = json.dumps({JSON_KEY: record})
+        picture.save(file, format=output_format.upper(), quality=_QUALITY if quality is None else quality, exif=exif)
+    return file.getvalue()
+
+
+def encode_preview(pixels: bytes, size: int, output_format: OutputFormat) -> bytes:
+    """A file in memory, small and quickly made."""
+    picture, file = _picture(pixels, size), io.BytesIO()
+    options = {"compress_level": 1} if output_format == "png" else {"quality": _PREVIEW_QUALITY}
+    if output_format == "webp":
+        options["method"] = 0
+    picture.save(file, format=output_format.upper(), **options)
+    return file.getvalue()
+
+
+def _picture(pixels: bytes, size: int) -> Image.Image:
+    return Image.fromarray(np.frombuffer(pixels, dtype=np.uint8).reshape(size, size, 3))

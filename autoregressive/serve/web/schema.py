@@ -1,0 +1,204 @@
+"""Bodies of requests and answers. Names and shapes are OpenAI's where OpenAI has them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
+
+MOST_IMAGES = 10
+MOST_PARTIAL_IMAGES = 3
+OutputFormat = Literal["png", "jpeg", "webp"]
+_Optional = Annotated[Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class CodesRequest(_Body):
+    """What to draw, and how."""
+
+    prompt: str | None = Field(None, max_length=1000, description="A class, by name or id.")
+    class_label: int | None = Field(None, ge=0, description="A class by id; counts before `prompt`.")
+    model: str | None = Field(None, max_length=200, description="The served model's name, or nothing.")
+    n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Same seed, same machine: same image. Left out: chosen at random.")
+    cfg_scale: float | None = Field(
+        None, ge=0, le=LARGEST_SCALE, allow_inf_nan=False, description="Guidance; 1 and below: none."
+    )
+    cfg_interval: int | None = Field(None, ge=-1, lt=2**31, description="Guide the first N + 2 tokens only; -1: all.")
+    temperature: float | None = Field(
+        None, ge=0, le=LARGEST_TEMPERATURE, allow_inf_nan=False, description="0 takes the likeliest token."
+    )
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="Draw from the N likeliest tokens; 0: from all.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="Draw from the likeliest tokens that make up this probability."
+    )
+    user: _Optional
+    safety_identifier: _Optional
+
+
+class StreamRequest(CodesRequest):
+    """The same, for images."""
+
+    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of the served model, or auto.")
+    output_format: OutputFormat | None = Field(None, description="Default: png.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100.")
+    background: _Optional
+    complexity: _Optional
+    frame_count: _Optional
+    frame_duration_ms: _Optional
+    moderation: _Optional
+    quality: _Optional
+    style: _Optional
+    svg: _Optional
+
+
+class ImageRequest(StreamRequest):
+    """OpenAI's request for images, with the sampling parameters as extra fields."""
+
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="url: where the service stores images.")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews of each image, with `stream`.")
+
+
+class TokenDetails(BaseModel):
+    """Tokens by kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens: a class token an image in, an image's codes out."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens_details: TokenDetails
+
+    @classmethod
+    def of(cls, images: int, tokens_of_image: int) -> "Usage":
+        """Of so many finished images."""
+        drawn = images * tokens_of_image
+        return cls(
+            input_tokens=images,
+            output_tokens=drawn,
+            total_tokens=images + drawn,
+            input_tokens_details=TokenDetails(text_tokens=images, image_tokens=0),
+            output_tokens_details=TokenDetails(text_tokens=0, image_tokens=drawn),
+        )
+
+
+class ImageData(BaseModel):
+    """One image."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class ImagesAnswer(BaseModel):
+    """OpenAI's answer, and the seed that was used."""
+
+    created: int
+    data: list[ImageData]
+    size: str
+    output_format: OutputFormat
+    usage: Usage
+    model: str
+    seed: int
+
+
+class CodesData(BaseModel):
+    """The codes of one image, row by row."""
+
+    codes: list[int]
+
+
+class CodesAnswer(BaseModel):
+    """Codes for those who have their own decoder."""
+
+    created: int
+    data: list[CodesData]
+    grid: int
+    codebook_size: int
+    usage: Usage
+    model: str
+    seed: int
+
+
+class SamplingDefaults(BaseModel):
+    """What counts where a request says nothing."""
+
+    cfg_scale: float
+    cfg_interval: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+class ModelData(BaseModel):
+    """OpenAI's model, and what the page wants to know."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "llamagen"
+    image_size: int
+    grid: int
+    tokens_per_image: int
+    codebook_size: int
+    num_classes: int
+    trained: bool
+    defaults: SamplingDefaults
+
+
+class ModelsAnswer(BaseModel):
+    """The one model that is served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelData]
+
+
+class ClassData(BaseModel):
+    """One class."""
+
+    id: int
+    name: str
+
+
+class ClassesAnswer(BaseModel):
+    """Classes whose name or id contains what was searched for."""
+
+    object: Literal["list"] = "list"
+    data: list[ClassData]
+    total: int
+
+
+class StatusAnswer(BaseModel):
+    """A word."""
+
+    status: str
+
+
+class VersionAnswer(BaseModel):
+    """What runs."""
+
+    version: str
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, and with which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error."""
+
+    error: ErrorDetail

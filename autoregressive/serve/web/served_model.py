@@ -1,0 +1,136 @@
+"""The model that is served, and what a request's body means for it."""
+
+import secrets
+from dataclasses import dataclass
+from typing import TypeVar
+
+from autoregressive.common.classes import ClassNames
+from autoregressive.common.defaults import ModelDefaults
+from autoregressive.common.errors import UserError
+from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.schema import ClassData, CodesRequest, ModelData, SamplingDefaults, StreamRequest
+from autoregressive.serve.worker.messages import Submit
+
+T = TypeVar("T")
+_RANDOM_SEEDS = 2**31  # small enough for JavaScript's numbers
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the service tells of its model and checks requests against."""
+
+    name: str
+    created: int  # Unix time of the start
+    image_size: int  # pixels of a side
+    grid: int  # tokens of a side
+    codebook_size: int
+    classes: ClassNames
+    defaults: ModelDefaults
+    trained: bool
+    record: dict[str, object]  # how every picture is made, as `generation_record` has it
+
+    @property
+    def tokens_of_image(self) -> int:
+        """Tokens of an image."""
+        return self.grid**2
+
+    @property
+    def size(self) -> str:
+        """OpenAI's way to say it."""
+        return f"{self.image_size}x{self.image_size}"
+
+    @property
+    def top_k(self) -> int:
+        """Default of top-k."""
+        return min(self.defaults.top_k, self.codebook_size)
+
+    def described(self) -> ModelData:
+        """For /v1/models."""
+        defaults = self.defaults
+        return ModelData(
+            id=self.name,
+            created=self.created,
+            image_size=self.image_size,
+            grid=self.grid,
+            tokens_per_image=self.tokens_of_image,
+            codebook_size=self.codebook_size,
+            num_classes=len(self.classes),
+            trained=self.trained,
+            defaults=SamplingDefaults(
+                cfg_scale=defaults.cfg_scale,
+                cfg_interval=defaults.cfg_interval,
+                temperature=defaults.temperature,
+                top_k=self.top_k,
+                top_p=defaults.top_p,
+            ),
+        )
+
+    def search(self, word: str) -> list[ClassData]:
+        """Classes whose name contains the word, or whose id begins with it; names that begin with it come first."""
+        word = " ".join(word.lower().split())
+        found = [
+            ClassData(id=label, name=name)
+            for label, name in enumerate(self.classes.names)
+            if word in name.lower() or str(label).startswith(word)
+        ]
+        return sorted(found, key=lambda one: (str(one.id) != word, not one.name.lower().startswith(word), one.id))
+
+    def order(self, body: CodesRequest, *, pixels: bool) -> Submit:
+        """What the engine is to draw; job number and deadlines are the dispatcher's.
+
+        Raises:
+            ApiError: no such model, class or size, or a top-k beyond the codebook.
+        """
+        if body.model is not None and body.model != self.name:
+            message = f"the model '{body.model}' does not exist: this service has {self.name}"
+            raise ApiError(404, message, "model_not_found", "model")
+        if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
+            raise ApiError(400, f"size must be {self.size} or auto", "invalid_value", "size")
+        top_k = _or(body.top_k, self.top_k)
+        if top_k > self.codebook_size:
+            raise ApiError(400, f"top_k must be 0 (all) to {self.codebook_size} (the codebook)", "invalid_value", "top_k")
+        defaults = self.defaults
+        return Submit(
+            job=-1,
+            class_label=self._class_label(body),
+            n=_or(body.n, 1),
+            seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
+            cfg_scale=_or(body.cfg_scale, defaults.cfg_scale),
+            cfg_interval=_or(body.cfg_interval, defaults.cfg_interval),
+            temperature=_or(body.temperature, defaults.temperature),
+            top_k=top_k,
+            top_p=_or(body.top_p, defaults.top_p),
+            pixels=pixels,
+        )
+
+    def record_of(self, order: Submit, image: int) -> dict[str, object]:
+        """How one image was made: enough to make it again on the same machine."""
+        return self.record | {
+            "seed": order.seed,
+            "cfg_scale": order.cfg_scale,
+            "cfg_interval": order.cfg_interval,
+            "temperature": order.temperature,
+            "top_k": order.top_k,
+            "top_p": order.top_p,
+            "images": order.n,
+            "image": image,
+            "label": order.class_label,
+            "class_name": self.classes[order.class_label],
+        }
+
+    def _class_label(self, body: CodesRequest) -> int:
+        if body.class_label is not None:
+            if body.class_label >= len(self.classes):
+                raise ApiError(400, f"class_label must be 0 to {len(self.classes) - 1}", "invalid_value", "class_label")
+            return body.class_label
+        if body.prompt is None:
+            raise ApiError(400, "prompt is missing: a class, by name or id (see /v1/classes)", "missing_value", "prompt")
+        try:
+            return self.classes.resolve(body.prompt)
+        except UserError as error:
+            message = str(error).replace("--list-classes", "/v1/classes")
+            raise ApiError(400, message, "invalid_value", "prompt") from error
+
+
+def _or(given: T | None, otherwise: T) -> T:
+    return otherwise if given is None else given

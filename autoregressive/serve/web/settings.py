@@ -1,0 +1,256 @@
+"""The service's flags, where their values come from, and what they mean together.
+
+The command line counts before the environment, that before the file that --config names, that before the defaults.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+
+from autoregressive.common.arguments import add_model_flags
+from autoregressive.common.errors import OneLineParser, UserError
+from autoregressive.common.files import check_folder
+from autoregressive.common.settings import ModelChoice, resolve_model_choice
+from autoregressive.serve.arguments import add_engine_flags, engine_config
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.web.dispatcher import Patience
+
+COMMAND = "autoregressive/serve/api_server.py"
+ENVIRONMENT = "LLAMAGEN_"  # and the flag's name in capitals: LLAMAGEN_MAX_NUM_SEQS
+_PURPOSE = """\
+Serves a model over HTTP: an API that OpenAI's clients speak, and a page.
+Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in the YAML file that --config names
+(max-num-seqs: 64); the command line counts first, then the environment, then the file."""
+_HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
+_STORED = 1000
+_PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Everything that the service was asked to be."""
+
+    choice: ModelChoice
+    engine: EngineConfig
+    engines: int
+    name: str  # of the model, for clients
+    host: str
+    port: int
+    api_key: str | None
+    max_queue_size: int
+    patience: Patience
+    store: Path | None
+    stored_images: int
+    public_url: str | None  # None: where the service listens
+    docs: bool
+    log_level: str
+
+
+class _LayerParser(OneLineParser):
+    """Says in its errors where the value came from."""
+
+    origin = ""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what becomes one line."""
+        raise UserError(f"{self.origin}{message} (--help shows the options)")
+
+
+def build_server_parser() -> _LayerParser:
+    """The service's flags, the engine's and the model's."""
+    parser = _LayerParser(
+        description=_PURPOSE,
+        usage=f"python {COMMAND} [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    _add_service_flags(parser.add_argument_group("service"))
+    _add_patience_flags(parser.add_argument_group("patience"))
+    add_model_flags(parser)
+    add_engine_flags(parser, max_num_seqs=str(EngineConfig.max_num_seqs))
+    return parser
+
+
+def _add_service_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", metavar="ADDRESS", help=f"where to listen; beyond this machine only with a key (default: {_HOST})")
+    group.add_argument("--port", type=int, metavar="N", help=f"0: any that is free (default: {_PORT})")
+    group.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients must send; better given as {ENVIRONMENT}API_KEY, which others do not see"
+    )
+    group.add_argument(
+        "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
+    )
+    group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
+    group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: --gpt-model's)")
+    group.add_argument("--store-dir", type=Path, metavar="DIR", help="keep images there for response_format url (default: none)")
+    group.add_argument(
+        "--store-images", type=int, metavar="N", help=f"how many, the oldest are deleted; for --store-dir (default: {_STORED})"
+    )
+    group.add_argument("--public-url", metavar="URL", help="what clients reach the service by (default: where it listens)")
+    group.add_argument("--disable-docs", action="store_true", help="no /docs and no /openapi.json")
+    group.add_argument("--log-level", choices=_LEVELS, metavar="L", help=f"{', '.join(_LEVELS)} (default: info)")
+    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="flags by name, without the dashes in front")
+
+
+def _add_patience_flags(group: argparse._ArgumentGroup) -> None:
+    def seconds(flag: str, text: str, default: float | None) -> None:
+        group.add_argument(flag, type=float, metavar="SECONDS", help=f"{text} (default: {default:g})")
+
+    seconds("--queue-timeout", "waiting for its turn, then 503; 0: no limit", _PATIENCE.queue)
+    seconds("--request-timeout", "being drawn, then 504; 0: no limit", _PATIENCE.run)
+    seconds("--step-timeout", "an engine not heard of for so long hangs: the service ends with status 1", _PATIENCE.step)
+    seconds("--shutdown-timeout", "after SIGTERM, for accepted requests to finish", _PATIENCE.shutdown)
+
+
+def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
+    """What was given, wherever: of each flag the value that counts.
+
+    Raises:
+        UserError: an unknown flag or a value that is none; the message says in which layer.
+    """
+    typed = build_server_parser().parse_args(argv)
+    from_environment = _parse_layer(_environment_tokens(environment), "environment: ")
+    config = typed.config or from_environment.config
+    layers = [typed, from_environment]
+    if config is not None:
+        layers.append(_parse_layer(_file_tokens(config), f"{config}: "))
+    merged = argparse.Namespace()
+    for name, value in vars(typed).items():
+        values = [getattr(layer, name) for layer in layers]
+        given = [one for one in values if one is not None and one is not False]
+        setattr(merged, name, given[0] if given else value)
+    return merged
+
+
+def _parse_layer(tokens: list[str], origin: str) -> argparse.Namespace:
+    parser = build_server_parser()
+    parser.origin = origin
+    return parser.parse_args(tokens)
+
+
+def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
+    names = {name.removeprefix(ENVIRONMENT): value for name, value in environment.items() if name.startswith(ENVIRONMENT)}
+    return [token for name, value in names.items() for token in _tokens(name.lower(), value, f"environment: {ENVIRONMENT}{name}")]
+
+
+def _file_tokens(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: must be flags and their values, such as port: 8000")
+    return [token for name, value in content.items() for token in _tokens(str(name), value, f"{path}: {name}")]
+
+
+def _tokens(name: str, value: Any, origin: str) -> list[str]:
+    """A flag as the command line has it; of those without a value, whether it is there."""
+    flag = f"--{name.replace('_', '-')}"
+    action = build_server_parser()._option_string_actions.get(flag)
+    if action is None or flag in ("--help",):
+        raise UserError(f"{origin}: there is no flag {flag} (--help shows the options)")
+    if action.nargs == 0:
+        switches = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
+        switch = switches.get(str(value).lower())
+        if switch is None:
+            raise UserError(f"{origin}: must be true or false, not {value}")
+        return [flag] if switch else []
+    if isinstance(value, (dict, list)) or value is None:
+        raise UserError(f"{origin}: must be one value")
+    return [f"{flag}={value}"]
+
+
+def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
+    """Fills in what was not given and checks everything that can be checked without loading weights.
+
+    Raises:
+        UserError: as `resolve_settings`, or a service that should not be: open to others without a key.
+    """
+    choice = resolve_model_choice(arguments, seed=0)
+    host, key = _or(arguments.host, _HOST), arguments.api_key
+    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
+        raise UserError("--api-key: must be printable ASCII, and not empty")
+    if key is None and not _is_loopback(host):
+        raise UserError(f"--host {host}: others can reach this address, so set a key ({ENVIRONMENT}API_KEY), or use {_HOST}")
+    engines = _at_least(arguments, "data_parallel_size", 1, 1)
+    if engines > 1:
+        _check_gpus(choice, engines)
+    if arguments.store_dir is not None:
+        check_folder("--store-dir", arguments.store_dir)
+    url = arguments.public_url
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise UserError(f"--public-url {url}: must begin with http:// or https://")
+    return ServerSettings(
+        choice=choice,
+        engine=engine_config(arguments, EngineConfig.max_num_seqs),
+        engines=engines,
+        name=_or(arguments.served_model_name, choice.model.gpt_model),
+        host=host,
+        port=_at_least(arguments, "port", _PORT, 0, 65535),
+        api_key=key,
+        max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
+        patience=_resolve_patience(arguments),
+        store=arguments.store_dir,
+        stored_images=_at_least(arguments, "store_images", _STORED, 1),
+        public_url=url,
+        docs=not arguments.disable_docs,
+        log_level=_or(arguments.log_level, "info"),
+    )
+
+
+def _resolve_patience(arguments: argparse.Namespace) -> Patience:
+    def seconds(name: str, default: float) -> float:
+        value = _or(getattr(arguments, name), default)
+        if not 0 <= value < 10**9:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be 0 or more")
+        return value
+
+    assert _PATIENCE.queue is not None
+    assert _PATIENCE.run is not None
+    step = seconds("step_timeout", _PATIENCE.step)
+    if step < 1:
+        raise UserError(f"--step-timeout {step:g}: must be 1 or more")
+    return Patience(
+        queue=seconds("queue_timeout", _PATIENCE.queue) or None,
+        run=seconds("request_timeout", _PATIENCE.run) or None,
+        step=step,
+        shutdown=seconds("shutdown_timeout", _PATIENCE.shutdown),
+    )
+
+
+def _check_gpus(choice: ModelChoice, engines: int) -> None:
+    device = choice.model.device
+    if device.type != "cuda":
+        raise UserError(f"--data-parallel-size {engines}: takes {engines} GPUs, and this is a CPU; leave it out")
+    if device.index not in (None, 0):
+        raise UserError(f"--data-parallel-size {engines}: takes GPUs from cuda:0 on; leave --device {device} out")
+    if torch.cuda.device_count() < engines:
+        raise UserError(f"--data-parallel-size {engines}: there are {torch.cuda.device_count()} GPUs here")
+
+
+def _at_least(arguments: argparse.Namespace, name: str, default: int, least: int, most: int = 10**6) -> int:
+    value = _or(getattr(arguments, name), default)
+    if not least <= value <= most:
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _or(given: Any, otherwise: Any) -> Any:
+    return otherwise if given is None else given

@@ -1,0 +1,47 @@
+"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever taken from a request."""
+
+import re
+import secrets
+import threading
+from collections import deque
+from pathlib import Path
+
+from autoregressive.common.files import write_whole
+
+_NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+
+
+class Store:
+    """A folder of pictures, of which the newest are kept. Any thread may use it.
+
+    Args:
+        folder: exists; files of other names in it are left alone.
+        most: how many pictures are kept.
+        base_url: what comes before /v1/files/NAME.
+    """
+
+    def __init__(self, folder: Path, most: int, base_url: str) -> None:
+        self._folder, self._most, self._base_url = folder, most, base_url.rstrip("/")
+        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        self._names = deque(path.name for path in sorted(there, key=lambda path: path.stat().st_mtime))
+        self._lock = threading.Lock()
+
+    def save(self, picture: bytes, suffix: str) -> str:
+        """Writes a picture and forgets the oldest beyond the limit; the new one's URL.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
+        name = f"{secrets.token_hex(16)}.{suffix}"
+        write_whole(self._folder / name, lambda path: path.write_bytes(picture))
+        with self._lock:
+            self._names.append(name)
+            while len(self._names) > self._most:
+                (self._folder / self._names.popleft()).unlink(missing_ok=True)
+        return f"{self._base_url}/v1/files/{name}"
+
+    def path(self, name: str) -> Path | None:
+        """Where the picture of that name is, if it is one of the store's."""
+        with self._lock:
+            known = name in self._names
+        return self._folder / name if known else None

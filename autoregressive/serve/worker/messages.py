@@ -1,0 +1,169 @@
+"""What passes between the service and the process that owns an engine: commands one way, events the other.
+
+A message is a frozen dataclass; on the wire its name and fields as JSON, and behind them bytes as they are (pixels, codes). No
+pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which all processes of a host share.
+"""
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+_LENGTH = struct.Struct("<I")  # of the JSON part
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Draw `n` images of a class."""
+
+    job: int
+    class_label: int
+    n: int
+    seed: int
+    cfg_scale: float
+    cfg_interval: int
+    temperature: float
+    top_k: int
+    top_p: float
+    pixels: bool  # False: codes
+    preview_rows: tuple[int, ...] = ()  # rows of the token grid at which a preview is wanted; the last that is reached is sent
+    watched: bool = False  # `Drawn` again and again, not only once
+    start_by: float | None = None  # moment; whoever has not begun by then ends with `queue_timeout`
+    run_seconds: float | None = None  # whoever has not ended that long after the start ends with `run_timeout`
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End a job early."""
+
+    job: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave the loop at once."""
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """How much of the start is done."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine takes jobs; what it is like."""
+
+    max_rows: int
+    num_pages: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Unable:
+    """The start failed for a reason that the user can mend: one line."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The loop goes round; with what it holds."""
+
+    used_pages: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job's first image has been admitted."""
+
+    job: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How many tokens of a job, over all its images, have been given to the device."""
+
+    job: int
+    tokens: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture of which the top rows are drawn; pixels uint8 [size, size, 3]."""
+
+    job: int
+    image: int
+    rows: int
+    pixels: bytes
+
+
+@dataclass(frozen=True)
+class Image:
+    """A finished image: pixels uint8 [size, size, 3], or codes int32 [tokens]."""
+
+    job: int
+    image: int
+    at: float
+    decode_seconds: float
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job has ended, and holds nothing any more: `finished`, `cancelled`, or why it failed."""
+
+    job: int
+    outcome: str  # one of OUTCOMES
+    at: float
+    message: str = ""
+
+
+OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_memory", "non_finite", "refused")
+
+Command = Submit | Cancel | Stop
+Event = Preparing | Ready | Unable | Beat | Started | Drawn | Preview | Image | Ended
+_KINDS = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
+
+
+def encode(message: Command | Event) -> bytes:
+    """A message as one frame."""
+    fields: dict[str, Any] = asdict(message)
+    binary = b""
+    for name, value in fields.items():
+        if isinstance(value, bytes):
+            binary, fields[name] = value, None
+    head = json.dumps([type(message).__name__, fields]).encode()
+    return _LENGTH.pack(len(head)) + head + binary
+
+
+def decode(frame: bytes) -> Command | Event:
+    """What `encode` made a frame of."""
+    (length,) = _LENGTH.unpack_from(frame)
+    end = _LENGTH.size + length
+    name, fields = json.loads(frame[_LENGTH.size : end])
+    kind = _KINDS[name]
+    for field, annotation in kind.__annotations__.items():
+        if annotation is bytes:
+            fields[field] = frame[end:]
+        elif isinstance(fields.get(field), list):
+            fields[field] = tuple(fields[field])
+    message: Command | Event = kind(**fields)
+    return message
+
+
+def receive(connection: Connection) -> Command | Event:
+    """The next message; waits for it.
+
+    Raises:
+        EOFError: the other side has gone.
+    """
+    try:
+        return decode(connection.recv_bytes())
+    except OSError as error:  # closed here, or reset by the other side
+        raise EOFError from error

@@ -1,0 +1,84 @@
+"""The engine's process: what it builds its engine from, how it is started, and how it ends.
+
+A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever kills the engine does not kill the
+service, and a hung one can be killed. docs/design.md has the measurement.
+"""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from autoregressive.common.devices import use_threads_that_pay
+from autoregressive.common.errors import UserError
+from autoregressive.common.weights import FoundWeights, ModelSettings, load_models
+from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memory
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.worker.messages import Unable
+from autoregressive.serve.worker.outbox import Outbox
+from autoregressive.serve.worker.worker import serve
+
+MakeEngine = Callable[[Callable[[int, int], None]], Engine]
+_LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """Loads the models and builds an engine, in whatever process calls it."""
+
+    model: ModelSettings
+    found: FoundWeights
+    config: EngineConfig
+
+    def __call__(self, on_progress: Callable[[int, int], None]) -> Engine:
+        """An engine that is ready to run.
+
+        Raises:
+            UserError: a checkpoint is damaged, or memory does not hold the model or its pages.
+        """
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with saying_what_needs_less_memory(self.model, self.config):
+            models = load_models(self.model, self.found)
+            use_threads_that_pay(models.gpt.config, device)
+            try:
+                return Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
+            except ValueError as error:
+                raise UserError(as_flags(str(error))) from error
+
+
+def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
+    """Starts a process that builds an engine and runs it; the connection to it.
+
+    Args:
+        make_engine: pickled, as everything is that `multiprocessing` hands to a new process.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(make_engine, theirs), name=name, daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _run(make_engine: MakeEngine, connection: Connection) -> None:
+    # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; when this process ends is the service's to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    outbox = Outbox(connection, "events")
+    status = 0
+    try:
+        serve(make_engine, connection, outbox)
+    except UserError as error:
+        outbox.put(Unable(str(error)))
+        status = 2
+    finally:
+        outbox.close(_LAST_WORDS_SECONDS)
+    sys.exit(status)
