@@ -33,7 +33,7 @@ def key_value(label: int, position: int, newest: int) -> int:
 
 def drawn_code(params: tuple[float, ...], image_index: int, conditional: Sequence[int], unconditional: Sequence[int] | None) -> int:
     """The next code of an image, from all that its rows attend to."""
-    return hash((params, image_index, tuple(conditional), unconditional and tuple(unconditional))) % VOCABULARY
+    return hash((params, image_index, tuple(conditional), tuple(unconditional or ()))) % VOCABULARY
 
 
 def expected_codes(request: Request, tokens: int) -> list[list[int]]:

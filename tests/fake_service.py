@@ -1,0 +1,212 @@
+"""The service with an engine that costs nothing and fails when told to: `python tests/fake_service.py FLAGS`, and `Service` to run it.
+
+Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images have 8 x 8 tokens and 32 px. What
+is to go wrong is told by files in a folder, which the engine's process looks at before every span.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import torch
+from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
+from torch import Tensor
+
+from autoregressive.common.classes import ClassNames
+from autoregressive.common.defaults import DEMO_DEFAULTS
+from autoregressive.common.errors import UserError, run_command
+from autoregressive.serve.api_server import listen, serve
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.pixel_decoder import PendingPictures, PixelDecoder
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+from autoregressive.serve.worker.process import MakeEngine
+
+GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
+CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
+FAULTS = "FAKE_SERVICE_FAULTS"  # the environment variable that names the folder
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What is to go wrong. A fault is a file in the folder; its text may say more."""
+
+    folder: Path
+
+    def set(self, name: str, text: str = "") -> None:
+        """From now on."""
+        (self.folder / name).write_text(text)
+
+    def clear(self, name: str) -> None:
+        """No more."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def get(self, name: str) -> str | None:
+        """The fault's text; None: it is not set."""
+        try:
+            return (self.folder / name).read_text()
+        except FileNotFoundError:
+            return None
+
+    def take(self, name: str) -> bool:
+        """Whether it was set; it is not any more."""
+        there = self.get(name) is not None
+        self.clear(name)
+        return there
+
+    def before_span(self, runner: FakeRunner) -> None:
+        """In the engine's process."""
+        runner.step_seconds = float(self.get("step_seconds") or 0)
+        if self.get("die") is not None:
+            os._exit(9)
+        if self.get("raise") is not None:
+            raise RuntimeError("a fault of no known kind")
+        while self.get("hang") is not None:
+            time.sleep(0.05)
+        if self.take("out_of_memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if (seed := self.get("nan")) is not None:
+            runner.fails = {(int(seed), image, 3) for image in range(10)}
+        else:
+            runner.fails = set()
+
+
+class FakeDecoder:
+    """Pictures whose every pixel tells a code: red is the code of its token, the rest is zero."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+
+    def submit_to_host(self, codes: Tensor) -> PendingPictures:
+        """As `PixelDecoder`'s."""
+        if self._faults.take("out_of_memory_in_pixels"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        images = codes.shape[0]
+        pixels = torch.zeros(images, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
+        side = IMAGE_SIZE // GRID
+        pixels[..., 0] = codes.view(images, GRID, GRID).repeat_interleave(side, 1).repeat_interleave(side, 2).to(torch.uint8)
+        return PendingPictures(pixels, torch.ones(images, dtype=torch.bool), None)
+
+
+def make_engine(on_progress: Callable[[int, int], None], *, config: EngineConfig, folder: Path) -> Engine:
+    """In the engine's process."""
+    faults = Faults(folder)
+    if (seconds := faults.get("slow_start")) is not None:
+        time.sleep(float(seconds))
+    if (message := faults.get("unable")) is not None:
+        raise UserError(message)
+    on_progress(1, 2)
+    engine = Engine(tiny_gpt(TOKENS), None, config, FakeRunner)
+    engine.decoder = cast(PixelDecoder, FakeDecoder(faults))
+    runner = cast(FakeRunner, engine.runner)
+    runner.before_span = lambda steps: faults.before_span(runner)
+    return engine
+
+
+def fake_model(name: str) -> ServedModel:
+    """What clients are told."""
+    assert len(CLASS_NAMES) == CLASSES
+    record: dict[str, object] = {"program": "llamagen-serve", "trained": True, "model": name}
+    return ServedModel(name, 1700000000, IMAGE_SIZE, GRID, VOCABULARY, ClassNames(CLASS_NAMES), DEMO_DEFAULTS, True, record)
+
+
+def main() -> int:
+    """The service's flags, with a fake model."""
+    settings = resolve_server_settings(read_arguments(sys.argv[1:], os.environ))
+    recipe: MakeEngine = partial(make_engine, config=settings.engine, folder=Path(os.environ[FAULTS]))
+    settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
+    with listen(settings) as listener:
+        return asyncio.run(serve(settings, fake_model("fake"), lambda index: recipe, listener))
+
+
+class Service:
+    """A running service, as others see it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, faults: Faults, log: Path) -> None:
+        self.process, self.url, self.faults, self._log = process, url, faults, log
+        self.client = httpx2.Client(base_url=url, timeout=60)
+
+    @property
+    def log(self) -> str:
+        """What it has written on stderr."""
+        return self._log.read_text()
+
+    @property
+    def children(self) -> list[int]:
+        """Process ids of the engines."""
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(word) for word in listed.split()]
+
+    def wait_until_ready(self) -> None:
+        """Until requests are accepted."""
+        self.wait_for(lambda: self.client.get("/ready").status_code == 200, _START_SECONDS)
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float) -> float:
+        """Until something holds; how long it took."""
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() - begun < seconds, f"did not come true within {seconds} s"
+            time.sleep(0.02)
+        return time.monotonic() - begun
+
+    def draw(self, **body: Any) -> httpx2.Response:
+        """A request for images."""
+        return self.client.post("/v1/images/generations", json={"prompt": "cat"} | body)
+
+    def gauges(self) -> dict[str, float]:
+        """Metrics by name, without the prefix and without those that have labels of their own."""
+        lines = self.client.get("/metrics").text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("llamagen:") and "le=" not in line)
+        return {name.removeprefix("llamagen:"): float(value) for name, value in pairs}
+
+    def is_empty(self) -> bool:
+        """Whether it holds nothing for anybody."""
+        gauges = self.gauges()
+        return all(gauges[name] == 0 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+
+    def terminate(self, timeout: float = 30) -> int:
+        """SIGTERM; the status that it ends with."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+
+@contextmanager
+def running_service(folder: Path, *flags: str, ready: bool = True, **environment: str) -> Iterator[Service]:
+    """A service on a free port; killed at the end if it still runs.
+
+    Args:
+        folder: for its faults and its log.
+        ready: wait until it is.
+    """
+    log = folder / "stderr"
+    command = [sys.executable, __file__, "--port", "0", *flags]
+    variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | environment
+    with log.open("w") as errors, subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert "http://" in line, f"did not start: {log.read_text()}"
+            service = Service(process, line.split()[-1].strip(), Faults(folder), log)
+            if ready:
+                service.wait_until_ready()
+            yield service
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    run_command(main)
