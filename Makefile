@@ -26,7 +26,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -m "not gpu" -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m "not gpu and not soak" -n 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo.png sample_c2i*.png

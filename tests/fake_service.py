@@ -1,7 +1,7 @@
-"""The service with an engine that costs nothing and fails when told to: `python tests/fake_service.py FLAGS`, and `Service` to run it.
+"""The service with an engine that costs nothing and fails when told to: `python tests/fake_service.py`, and `Service` to run it.
 
-Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images have 8 x 8 tokens and 32 px. What
-is to go wrong is told by files in a folder, which the engine's process looks at before every span.
+Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images have 8 x 8 tokens and 32 px.
+What is to go wrong is told by files in a folder, which the engine's process looks at before every span.
 """
 
 import asyncio
@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import httpx2
@@ -34,6 +35,8 @@ from autoregressive.serve.web.settings import read_arguments, resolve_server_set
 from autoregressive.serve.worker.process import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
+LARGE_SIZE = 384  # with the environment variable LARGE: pictures of noise, which no format makes small
+LARGE = "FAKE_SERVICE_LARGE"
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
 FAULTS = "FAKE_SERVICE_FAULTS"  # the environment variable that names the folder
 _START_SECONDS = 60.0
@@ -88,16 +91,20 @@ class FakeDecoder:
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
+        self._noise = torch.randint(256, (1, LARGE_SIZE, LARGE_SIZE, 3), dtype=torch.uint8) if LARGE in os.environ else None
 
     def submit_to_host(self, codes: Tensor) -> PendingPictures:
         """As `PixelDecoder`'s."""
         if self._faults.take("out_of_memory_in_pixels"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         images = codes.shape[0]
+        finite = torch.ones(images, dtype=torch.bool)
+        if self._noise is not None:
+            return PendingPictures(self._noise.expand(images, -1, -1, -1), finite, None)
         pixels = torch.zeros(images, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
         side = IMAGE_SIZE // GRID
         pixels[..., 0] = codes.view(images, GRID, GRID).repeat_interleave(side, 1).repeat_interleave(side, 2).to(torch.uint8)
-        return PendingPictures(pixels, torch.ones(images, dtype=torch.bool), None)
+        return PendingPictures(pixels, finite, None)
 
 
 def make_engine(on_progress: Callable[[int, int], None], *, config: EngineConfig, folder: Path) -> Engine:
@@ -119,7 +126,8 @@ def fake_model(name: str) -> ServedModel:
     """What clients are told."""
     assert len(CLASS_NAMES) == CLASSES
     record: dict[str, object] = {"program": "llamagen-serve", "trained": True, "model": name}
-    return ServedModel(name, 1700000000, IMAGE_SIZE, GRID, VOCABULARY, ClassNames(CLASS_NAMES), DEMO_DEFAULTS, True, record)
+    size = LARGE_SIZE if LARGE in os.environ else IMAGE_SIZE
+    return ServedModel(name, 1700000000, size, GRID, VOCABULARY, ClassNames(CLASS_NAMES), DEMO_DEFAULTS, True, record)
 
 
 def main() -> int:
@@ -129,6 +137,14 @@ def main() -> int:
     settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
     with listen(settings) as listener:
         return asyncio.run(serve(settings, fake_model("fake"), lambda index: recipe, listener))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 class Service:
@@ -183,7 +199,9 @@ class Service:
 
 
 @contextmanager
-def running_service(folder: Path, *flags: str, ready: bool = True, **environment: str) -> Iterator[Service]:
+def running_service(
+    folder: Path, *flags: str, ready: bool = True, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Service]:
     """A service on a free port; killed at the end if it still runs.
 
     Args:
@@ -192,7 +210,7 @@ def running_service(folder: Path, *flags: str, ready: bool = True, **environment
     """
     log = folder / "stderr"
     command = [sys.executable, __file__, "--port", "0", *flags]
-    variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | environment
+    variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | dict(environment)
     with log.open("w") as errors, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
     ) as process:

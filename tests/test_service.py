@@ -74,9 +74,9 @@ def test_openais_client_gets_a_stream_of_previews_and_images(client: openai.Open
         image = event.model_dump()["image_index"]
         rows = (2, 4, 6)[event.partial_image_index]
         assert codes_of(base64.b64decode(event.b64_json))[: rows * GRID] == final[image][: rows * GRID]
-    for event in completed:
-        assert codes_of(base64.b64decode(event.b64_json)) == final[event.model_dump()["image_index"]]
-    assert sorted(event.model_dump()["image_index"] for event in completed) == [0, 1]
+    for done in completed:
+        assert codes_of(base64.b64decode(done.b64_json)) == final[done.model_dump()["image_index"]]
+    assert sorted(done.model_dump()["image_index"] for done in completed) == [0, 1]
 
 
 def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
@@ -137,9 +137,8 @@ def test_one_seed_gives_one_image_and_no_seed_gives_others(service: Service) -> 
 
 def test_codes_are_the_engines(service: Service) -> None:
     """Fails if codes are cut, reordered, or drawn otherwise than asked for."""
-    body = {"class_label": 2, "n": 2, "seed": 1, "cfg_scale": 3.0, "cfg_interval": 4, "temperature": 0.5, "top_k": 9, "top_p": 0.75}
-    answer = service.client.post("/v1/codes", json=body).json()
-    params = {key: value for key, value in body.items() if key != "class_label"}
+    params: dict[str, Any] = {"n": 2, "seed": 1, "cfg_scale": 3.0, "cfg_interval": 4, "temperature": 0.5, "top_k": 9, "top_p": 0.75}
+    answer = service.client.post("/v1/codes", json={"class_label": 2} | params).json()
     assert [one["codes"] for one in answer["data"]] == wanted(2, **params)
     assert (answer["grid"], answer["codebook_size"], answer["usage"]["output_tokens"]) == (GRID, 97, 2 * TOKENS)
 

@@ -29,6 +29,9 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start
 
 
+_SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the flags and serves until a signal; the status to end with.
 
@@ -63,7 +66,9 @@ def listen(settings: ServerSettings) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit it
+        return listener
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise UserError(f"cannot listen on {settings.host} port {settings.port}: {why}; choose another --port or --host") from error

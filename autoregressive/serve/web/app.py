@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
-from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits
+from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits, WholeFiles
 from autoregressive.serve.web.schema import ClassesAnswer, ErrorAnswer, ModelsAnswer, StatusAnswer, VersionAnswer
 
 PAGE = Path(__file__).parent / "static"
@@ -27,6 +27,7 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
+    "Accept-Ranges": "none",
 }
 _WRONG: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "A parameter is unknown or out of range."},
@@ -43,7 +44,14 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
         api_key: None: everybody may use it.
         docs: whether /docs and /openapi.json are there.
     """
-    app = FastAPI(title="LlamaGen", version=version, docs_url=None, redoc_url=None, openapi_url="/openapi.json" if docs else None)
+    app = FastAPI(
+        title="LlamaGen",
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if docs else None,
+        redirect_slashes=False,  # a redirect would name the host that the request names
+    )
     app.include_router(generation_routes(studio))
     _add_facts(app, studio, version)
     _add_state(app, studio)
@@ -51,9 +59,9 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     if docs:
         _add_docs(app)
     _add_errors(app)
-    guarded: App = SizeLimits(app)
+    guarded: App = SizeLimits(WholeFiles(app))
     guarded = Authentication(guarded, api_key, OPEN_PATHS)
-    return RequestLog(guarded, studio.dispatcher.metrics)
+    return RequestLog(guarded, studio.dispatcher.metrics, api_key)
 
 
 def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
@@ -89,7 +97,7 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
             path = store.path(name)
             if path is None:
                 raise ApiError(404, "there is no such image, or not any more", "not_found")
-            return FileResponse(path, headers={"X-Content-Type-Options": "nosniff"})
+            return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Accept-Ranges": "none"})
 
 
 def _add_state(app: FastAPI, studio: Studio) -> None:

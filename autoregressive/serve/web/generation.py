@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -37,6 +37,7 @@ from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, S
 
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
 _KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
+_SILENCE = b": waiting\n\n"
 _QUEUE_LOOK_SECONDS = 0.5  # so often a waiting reader's place in the queue is looked at
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
@@ -115,7 +116,8 @@ def generation_routes(studio: Studio) -> APIRouter:
         if body.stream:
             rows = partial_rows(body.partial_images or 0, model.grid)
             job = dispatcher.accept(replace(order, preview_rows=rows))
-            return _event_stream(studio, request, job, openai_events(studio, job, body))
+            events = _OpenAIEvents(studio, job, body.output_format or "png", body.output_compression)
+            return _event_stream(studio, request, job, events)
         job = dispatcher.accept(order)
         output_format = body.output_format or "png"
         data: dict[int, ImageData] = {}
@@ -144,7 +146,7 @@ def generation_routes(studio: Studio) -> APIRouter:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         order = replace(model.order(body, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
         job = dispatcher.accept(order)
-        return _event_stream(studio, request, job, page_events(studio, job, body))
+        return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
 
     @router.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
@@ -176,96 +178,114 @@ def partial_rows(count: int, grid: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, grid * (index + 1) // (count + 1)) for index in range(count)}))
 
 
-async def openai_events(studio: Studio, job: Job, body: ImageRequest) -> AsyncIterator[str]:
+@dataclass(frozen=True)
+class _OpenAIEvents:
     """OpenAI's events of a streamed request, each with the index of its image."""
-    model, order = studio.model, job.order
-    output_format = body.output_format or "png"
-    common = {"background": "opaque", "output_format": output_format, "quality": "auto", "size": model.size, "seed": order.seed}
-    while True:
-        match await job.next_event(_KEEP_ALIVE_SECONDS):
+
+    studio: Studio
+    job: Job
+    output_format: OutputFormat
+    quality: int | None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while self.job.ended is None or self.job.has_news:
+            event = await self._next()
+            if event:
+                yield event
+
+    async def _next(self) -> bytes:
+        """The bytes of the next event; a function of its own, so that whoever waits for a slow reader holds no pixels."""
+        studio, order = self.studio, self.job.order
+        match await self.job.next_event(_KEEP_ALIVE_SECONDS):
             case None:
-                yield ": waiting\n\n"
+                return _SILENCE
             case Preview() as preview:
-                yield _event(
-                    "image_generation.partial_image",
-                    b64_json=_base64(await studio.preview(preview, output_format)),
-                    partial_image_index=order.preview_rows.index(preview.rows),
-                    image_index=preview.image,
-                    created_at=int(time.time()),
-                    **common,
-                )
+                picture = await studio.preview(preview, self.output_format)
+                index = order.preview_rows.index(preview.rows)
+                return self._event("partial_image", picture, preview.image, partial_image_index=index)
             case Image() as image:
-                yield _event(
-                    "image_generation.completed",
-                    b64_json=_base64(await studio.picture(order, image, output_format, body.output_compression)),
-                    image_index=image.image,
-                    created_at=int(time.time()),
-                    usage=Usage.of(1, model.tokens_of_image).model_dump(),
-                    **common,
-                )
-            case Ended() as ended:
-                if ended.outcome != "finished":
-                    yield _event("error", **studio.failure(ended).body)
-                return
-            case Started() | Drawn():
-                pass
+                picture = await studio.picture(order, image, self.output_format, self.quality)
+                usage = Usage.of(1, studio.model.tokens_of_image).model_dump()
+                return self._event("completed", picture, image.image, usage=usage)
+            case Ended() as ended if ended.outcome != "finished":
+                return _event("error", **studio.failure(ended).body)
+            case _:
+                return b""
+
+    def _event(self, kind: str, picture: bytes, image: int, **fields: Any) -> bytes:
+        return _event(
+            f"image_generation.{kind}",
+            picture,
+            image_index=image,
+            created_at=int(time.time()),
+            background="opaque",
+            output_format=self.output_format,
+            quality="auto",
+            size=self.studio.model.size,
+            seed=self.job.order.seed,
+            **fields,
+        )
 
 
-async def page_events(studio: Studio, job: Job, body: StreamRequest) -> AsyncIterator[str]:
+@dataclass
+class _PageEvents:
     """What the page shows, as it happens."""
-    model, order = studio.model, job.order
-    output_format = body.output_format or "png"
-    about = {
-        "seed": order.seed,
-        "n": order.n,
-        "class_label": order.class_label,
-        "class_name": model.classes[order.class_label],
-        "size": model.size,
-        "grid": model.grid,
-    }
-    ahead = studio.dispatcher.ahead_of(job)
-    yield _event("queued", ahead=ahead, **about)
-    silent = 0.0
-    while True:
-        event = await job.next_event(_QUEUE_LOOK_SECONDS)
-        if event is None:
-            silent += _QUEUE_LOOK_SECONDS
-            now_ahead = studio.dispatcher.ahead_of(job)
-            if job.started_at is None and now_ahead != ahead:
-                ahead, silent = now_ahead, 0.0
-                yield _event("queued", ahead=ahead, **about)
-            elif silent >= _KEEP_ALIVE_SECONDS:
-                silent = 0.0
-                yield ": waiting\n\n"
-            continue
-        silent = 0.0
-        match event:
+
+    studio: Studio
+    job: Job
+    output_format: OutputFormat
+    quality: int | None
+    ahead: int = -1  # in the queue, as last told
+    told_at: float = 0.0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._queued(self.studio.dispatcher.ahead_of(self.job))
+        while self.job.ended is None or self.job.has_news:
+            event = await self._next()
+            if event:
+                self.told_at = time.monotonic()
+                yield event
+
+    async def _next(self) -> bytes:
+        """As `_OpenAIEvents._next`."""
+        studio, job, model, order = self.studio, self.job, self.studio.model, self.job.order
+        match await job.next_event(_QUEUE_LOOK_SECONDS):
+            case None:
+                ahead = studio.dispatcher.ahead_of(job)
+                if job.started_at is None and ahead != self.ahead:
+                    return self._queued(ahead)
+                return _SILENCE if time.monotonic() - self.told_at > _KEEP_ALIVE_SECONDS else b""
             case Started():
-                yield _event("started")
+                return _event("started")
             case Drawn(tokens=tokens):
                 left = job.seconds_left(model.tokens_of_image)
                 rounded = None if left is None else round(left, 2)
-                yield _event("progress", tokens_drawn=tokens, tokens=order.n * model.tokens_of_image, seconds_left=rounded)
+                return _event("progress", tokens_drawn=tokens, tokens=order.n * model.tokens_of_image, seconds_left=rounded)
             case Preview() as preview:
-                picture = _base64(await studio.preview(preview, "webp"))
-                yield _event(
-                    "preview",
-                    image_index=preview.image,
-                    rows=preview.rows,
-                    grid=model.grid,
-                    b64_json=picture,
-                    output_format="webp",
-                )
+                picture = await studio.preview(preview, "webp")
+                rows, grid = preview.rows, model.grid
+                return _event("preview", picture, image_index=preview.image, rows=rows, grid=grid, output_format="webp")
             case Image() as image:
-                picture = _base64(await studio.picture(order, image, output_format, body.output_compression))
-                yield _event("image", image_index=image.image, b64_json=picture, output_format=output_format, seed=order.seed)
+                picture = await studio.picture(order, image, self.output_format, self.quality)
+                return _event("image", picture, image_index=image.image, output_format=self.output_format, seed=order.seed)
+            case Ended() as ended if ended.outcome == "finished":
+                seconds = round(ended.at - job.accepted_at, 3)
+                return _event("done", seconds=seconds, usage=Usage.of(order.n, model.tokens_of_image).model_dump())
             case Ended() as ended:
-                if ended.outcome == "finished":
-                    seconds = round(ended.at - job.accepted_at, 3)
-                    yield _event("done", seconds=seconds, usage=Usage.of(order.n, model.tokens_of_image).model_dump())
-                else:
-                    yield _event("error", **studio.failure(ended).body)
-                return
+                return _event("error", **studio.failure(ended).body)
+
+    def _queued(self, ahead: int) -> bytes:
+        self.ahead, model, order = ahead, self.studio.model, self.job.order
+        return _event(
+            "queued",
+            ahead=ahead,
+            seed=order.seed,
+            n=order.n,
+            class_label=order.class_label,
+            class_name=model.classes[order.class_label],
+            size=model.size,
+            grid=model.grid,
+        )
 
 
 async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callable[[Image], Awaitable[None]]) -> None:
@@ -304,11 +324,11 @@ async def _client_leaves(request: Request) -> None:
         pass
 
 
-def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncIterator[str]) -> StreamingResponse:
+def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncIterable[bytes]) -> StreamingResponse:
     """The events as an answer; the job ends when its reader leaves."""
     request.state.job = job
 
-    async def until_the_reader_leaves() -> AsyncIterator[str]:
+    async def until_the_reader_leaves() -> AsyncIterator[bytes]:
         try:
             async for event in events:
                 yield event
@@ -319,9 +339,9 @@ def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncItera
     return StreamingResponse(until_the_reader_leaves(), media_type="text/event-stream", headers=headers)
 
 
-def _event(kind: str, **fields: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind} | fields)}\n\n"
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _event(kind: str, picture: bytes | None = None, **fields: Any) -> bytes:
+    """A server-sent event; the picture goes in as `b64_json`, without a copy of it in between."""
+    head = json.dumps({"type": kind} | fields).encode()
+    if picture is not None:
+        head = b"".join((head[:-1], b', "b64_json": "', base64.b64encode(picture), b'"}'))
+    return b"".join((b"event: ", kind.encode(), b"\ndata: ", head, b"\n\n"))

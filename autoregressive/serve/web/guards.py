@@ -24,14 +24,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
+_LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
 _log = logging.getLogger("llamagen.requests")
 
 
-async def answer(send: Send, error: ApiError) -> None:
-    """An error as the whole answer."""
+async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
+    """An error as the whole answer; the connection's last, if what follows cannot be trusted."""
     body = json.dumps(error.body).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
+    if last:
+        headers["Connection"] = "close"
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
@@ -42,10 +45,11 @@ class RequestLog:
 
     Args:
         metrics: count the requests of the routes that draw, by outcome.
+        secret: never written, wherever a client puts it.
     """
 
-    def __init__(self, app: App, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: App, metrics: Metrics, secret: str | None) -> None:
+        self._app, self._metrics, self._secret = app, metrics, secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -87,8 +91,8 @@ class RequestLog:
         line: dict[str, Any] = {
             "request_id": number,
             "client": scope["client"][0] if scope.get("client") else None,
-            "method": scope["method"],
-            "path": scope["path"],
+            "method": self._shown(scope["method"]),
+            "path": self._shown(scope["path"]),
             "status": status,
             "bytes": sent,
             "seconds": round(seconds, 4),
@@ -100,6 +104,10 @@ class RequestLog:
             self._metrics.requests.labels(outcome=_outcome(status, job)).inc()
             line["outcome"] = _outcome(status, job)
         _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
+
+    def _shown(self, text: str) -> str:
+        shown = text if self._secret is None else text.replace(self._secret, "[key]")
+        return shown if len(shown) <= _LOGGED_CHARACTERS else f"{shown[:_LOGGED_CHARACTERS]}..."
 
 
 def _about(job: Job) -> dict[str, Any]:
@@ -144,6 +152,19 @@ class Authentication:
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
 
 
+class WholeFiles:
+    """Drops the Range of requests: files are small, and the errors of ranges would be the framework's own."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "http":
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await self._app(scope, receive, send)
+
+
 class SizeLimits:
     """Refuses headers and bodies that are too large, and reads the whole body before the route is called."""
 
@@ -156,8 +177,12 @@ class SizeLimits:
             await self._app(scope, receive, send)
             return
         headers = scope["headers"]
-        if sum(len(name) + len(value) + 4 for name, value in headers) + len(scope["raw_path"]) > MOST_HEADER_BYTES:
+        target = len(scope["raw_path"]) + len(scope["query_string"])
+        if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
             await answer(send, ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large"))
+            return
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:  # a proxy may believe the other one
+            await answer(send, ApiError(400, "the request has two lengths", "bad_request"), last=True)
             return
         lengths = [value for name, value in headers if name == b"content-length"]
         too_large = any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths)

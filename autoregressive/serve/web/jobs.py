@@ -60,6 +60,11 @@ class Job:
         self.abandoned = True
         self._events.clear()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `next_event` would return at once."""
+        return bool(self._events)
+
     async def next_event(self, timeout: float | None = None) -> JobEvent | None:
         """What happens next, the end last; None if nothing does within so many seconds. Not to be called after the end."""
         try:

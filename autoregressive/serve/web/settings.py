@@ -29,6 +29,9 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 (max-num-seqs: 64); the command line counts first, then the environment, then the file."""
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
+_LONGEST_NAME = 200  # of the model, as in a request
+_LONGEST_WAIT = 10.0**9
+_SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
 _PATIENCE = Patience()
 
 
@@ -122,16 +125,23 @@ def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argpa
         layers.append(_parse_layer(_file_tokens(config), f"{config}: "))
     merged = argparse.Namespace()
     for name, value in vars(typed).items():
-        values = [getattr(layer, name) for layer in layers]
-        given = [one for one in values if one is not None and one is not False]
-        setattr(merged, name, given[0] if given else value)
+        values = [None if value is False else value, *(getattr(layer, name) for layer in layers[1:])]
+        setattr(merged, name, next((one for one in values if one is not None), value))
     return merged
 
 
 def _parse_layer(tokens: list[str], origin: str) -> argparse.Namespace:
     parser = build_server_parser()
     parser.origin = origin
+    for flag, action in list(parser._option_string_actions.items()):
+        if action.nargs == 0:  # here a switch may also be off, in spite of the layers below
+            action.default = None
+            parser.add_argument(_off(flag), dest=action.dest, action="store_const", const=False, help=argparse.SUPPRESS)
     return parser.parse_args(tokens)
+
+
+def _off(flag: str) -> str:
+    return f"--not-{flag.lstrip('-')}"
 
 
 def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
@@ -141,15 +151,22 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
 
 def _file_tokens(path: Path) -> list[str]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), yaml.BaseLoader)  # all is text as written: safe_load reads 010 as 8, no as False
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from error
-    if content is None:
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)  # the error itself quotes the line, which may be that of the key
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"--config {path}: is not YAML{where}") from error
+    if content in (None, ""):
         return []
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: must be flags and their values, such as port: 8000")
+    names = [str(name).replace("_", "-") for name in content]
+    for name in names:
+        if name == "config" or names.count(name) > 1:
+            why = "belongs on the command line" if name == "config" else "is there twice"
+            raise UserError(f"{path}: {name} {why}")
     return [token for name, value in content.items() for token in _tokens(str(name), value, f"{path}: {name}")]
 
 
@@ -160,13 +177,14 @@ def _tokens(name: str, value: Any, origin: str) -> list[str]:
     if action is None or flag in ("--help",):
         raise UserError(f"{origin}: there is no flag {flag} (--help shows the options)")
     if action.nargs == 0:
-        switches = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
-        switch = switches.get(str(value).lower())
+        switch = _SWITCHES.get(str(value).lower())
         if switch is None:
-            raise UserError(f"{origin}: must be true or false, not {value}")
-        return [flag] if switch else []
-    if isinstance(value, (dict, list)) or value is None:
+            raise UserError(f"{origin}: must be true or false")
+        return [flag if switch else _off(flag)]
+    if not isinstance(value, str):
         raise UserError(f"{origin}: must be one value")
+    if value in ("", "~", "null"):
+        raise UserError(f"{origin}: has no value; leave it out for the default")
     return [f"{flag}={value}"]
 
 
@@ -178,23 +196,28 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     """
     choice = resolve_model_choice(arguments, seed=0)
     host, key = _or(arguments.host, _HOST), arguments.api_key
-    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
-        raise UserError("--api-key: must be printable ASCII, and not empty")
+    if key is not None and not _is_header_text(key):
+        raise UserError("--api-key: must be printable ASCII, not empty, and without spaces around it")
     if key is None and not _is_loopback(host):
         raise UserError(f"--host {host}: others can reach this address, so set a key ({ENVIRONMENT}API_KEY), or use {_HOST}")
+    if not _is_host(host):
+        raise UserError(f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one")
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
         _check_gpus(choice, engines)
     if arguments.store_dir is not None:
         check_folder("--store-dir", arguments.store_dir)
     url = arguments.public_url
-    if url is not None and not url.startswith(("http://", "https://")):
-        raise UserError(f"--public-url {url}: must begin with http:// or https://")
+    if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
+        raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
+    name = _or(arguments.served_model_name, choice.model.gpt_model)
+    if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
+        raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
     return ServerSettings(
         choice=choice,
         engine=engine_config(arguments, EngineConfig.max_num_seqs),
         engines=engines,
-        name=_or(arguments.served_model_name, choice.model.gpt_model),
+        name=name,
         host=host,
         port=_at_least(arguments, "port", _PORT, 0, 65535),
         api_key=key,
@@ -209,21 +232,18 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
 
 
 def _resolve_patience(arguments: argparse.Namespace) -> Patience:
-    def seconds(name: str, default: float) -> float:
+    def seconds(name: str, default: float, least: float = 0) -> float:
         value = _or(getattr(arguments, name), default)
-        if not 0 <= value < 10**9:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be 0 or more")
+        if not least <= value <= _LONGEST_WAIT:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {least:g} to {_LONGEST_WAIT:.0f}")
         return value
 
     assert _PATIENCE.queue is not None
     assert _PATIENCE.run is not None
-    step = seconds("step_timeout", _PATIENCE.step)
-    if step < 1:
-        raise UserError(f"--step-timeout {step:g}: must be 1 or more")
     return Patience(
         queue=seconds("queue_timeout", _PATIENCE.queue) or None,
         run=seconds("request_timeout", _PATIENCE.run) or None,
-        step=step,
+        step=seconds("step_timeout", _PATIENCE.step, 1),
         shutdown=seconds("shutdown_timeout", _PATIENCE.shutdown),
     )
 
@@ -243,6 +263,19 @@ def _at_least(arguments: argparse.Namespace, name: str, default: int, least: int
     if not least <= value <= most:
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")
     return value
+
+
+def _is_header_text(text: str) -> bool:
+    """Whether it comes through an HTTP header as it is."""
+    return text.isascii() and text.isprintable() and text == text.strip() != ""
+
+
+def _is_host(host: str) -> bool:
+    """Whether the system can be asked for it."""
+    try:
+        return host.isprintable() and host.encode("idna") != b""
+    except UnicodeError:  # a name with an empty or an endless part
+        return False
 
 
 def _is_loopback(host: str) -> bool:

@@ -44,4 +44,5 @@ class Store:
         """Where the picture of that name is, if it is one of the store's."""
         with self._lock:
             known = name in self._names
-        return self._folder / name if known else None
+        path = self._folder / name
+        return path if known and path.is_file() else None  # somebody may have tidied up
