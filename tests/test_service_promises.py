@@ -457,3 +457,19 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
         assert gauges["generation_tokens_total"] == images * TOKENS
         assert gauges["prompt_tokens_total"] == images
         assert sum(value for name, value in gauges.items() if name.startswith("requests_total")) == seen.total()
+
+
+# More than one engine
+
+
+def test_engines_share_the_work_and_end_together(tmp_path: Path) -> None:
+    """Fails if an engine idles while requests wait, or the service outlives one that has died."""
+    with running_service(tmp_path, "--max-num-seqs", "2", environment={"FAKE_SERVICE_ENGINES": "2"}) as service:
+        service.faults.set("step_seconds", "0.01")
+        callers = [in_background(service, seed=seed) for seed in range(4)]
+        service.wait_for(lambda: service.gauges()["num_requests_running"] == 2, 5)
+        assert service.gauges()["num_requests_waiting"] == 2
+        answers = [answer_of(caller, 20) for caller in callers]
+        assert [answer.status_code if answer else None for answer in answers] == [200] * 4
+        os.kill(service.children[-1], signal.SIGKILL)
+        assert service.process.wait(10) == 1

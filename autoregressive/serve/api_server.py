@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 from autoregressive.common.errors import UserError, run_command, slow_imports, tell
@@ -26,7 +28,7 @@ with slow_imports(__name__):
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
     from autoregressive.serve.web.store import Store
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start
+    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start_process
 
 
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
@@ -93,9 +95,18 @@ def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
 
 
 async def serve(
-    settings: ServerSettings, model: ServedModel, recipe: Callable[[int], MakeEngine], listener: socket.socket
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    listener: socket.socket,
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
 ) -> int:
     """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
+
+    Args:
+        recipe: which of the engines -> how it is built.
+        listener: where clients connect to.
+        start: gives an engine a process.
 
     Raises:
         UserError: an engine could not be built, for a reason that the user can mend.

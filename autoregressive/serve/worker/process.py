@@ -54,7 +54,7 @@ class EngineRecipe:
                 raise UserError(as_flags(str(error))) from error
 
 
-def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
+def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
     """Starts a process that builds an engine and runs it; the connection to it.
 
     Args:

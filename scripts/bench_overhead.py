@@ -1,0 +1,149 @@
+"""What HTTP costs: images a second of the engine alone, behind the service, and behind it in a thread of the same process.
+
+    python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512 --seconds 30
+
+The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
+image each, without previews. The engine alone draws four times as many images as fit, with their pixels (scripts/bench_decode.py).
+Random weights; each in processes of its own. Then the time to the first preview of a lone request. Ends in JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+
+with slow_imports(__name__):
+    from bench_arguments import at_least
+
+    from autoregressive.common.weights import FoundWeights
+    from autoregressive.models.config import GPT_SHAPES
+    from autoregressive.serve import api_server
+    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.worker.outbox import Outbox
+    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine
+    from autoregressive.serve.worker.worker import serve
+
+_SCRIPTS = Path(__file__).parent
+_IN_THREAD = "--serve-in-a-thread"
+
+
+class ThreadedEngine:
+    """Stands in for the engine's process: the same loop in a thread of the service's own process."""
+
+    def __init__(self, make_engine: MakeEngine, connection: Connection) -> None:
+        self._thread = threading.Thread(target=lambda: serve(make_engine, connection, Outbox(connection, "events")), daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float | None = None) -> None:
+        """As a process's."""
+        self._thread.join(timeout)
+
+    def is_alive(self) -> bool:
+        """Never, once it has been waited for: there is nothing to kill."""
+        return False
+
+    def kill(self) -> None:
+        """Threads cannot be."""
+
+
+def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, Connection]:
+    """As `worker.process.start`."""
+    ours, theirs = Pipe()
+    return ThreadedEngine(make_engine, theirs), ours
+
+
+def serve_in_a_thread(flags: Sequence[str]) -> int:
+    """The service's command with its engine in a thread."""
+    settings = resolve_server_settings(read_arguments(flags, os.environ))
+    found = FoundWeights(None, None)
+    recipe = EngineRecipe(settings.choice.model, found, settings.engine)
+    with api_server.listen(settings) as listener:
+        model = api_server.served_model(settings, found)
+        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listener, start_in_a_thread))
+
+
+@contextmanager
+def running_service(command: Sequence[str]) -> Iterator[str]:
+    """The URL of a service that is ready."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if (ready := re.match(r"ready after .*: (http\S+)", line)) is not None:
+                    yield ready[1]
+                    break
+            else:
+                raise UserError("the service did not start: run its command by hand to see why")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def last_json(command: Sequence[str]) -> dict[str, Any]:
+    """What a script ends in."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{Path(command[1]).name} failed: run it by hand to see why")
+    return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the flags, measures, prints a table and JSON."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == [_IN_THREAD]:
+        return serve_in_a_thread(given[1:])
+    arguments = parse_arguments(given)
+    model, rows = arguments.gpt_model, arguments.rows
+    size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
+    flags = ["--gpt-model", model, *size, "--random-weights", "--max-num-seqs", str(rows)]
+    flags += ["--port", "0", "--max-queue-size", "10000"]
+    bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--seconds", str(arguments.seconds)]
+    saturating = ["--saturate", str(rows * 3 // 4), "--previews", "0"]
+
+    def behind(command: Sequence[str]) -> tuple[float, dict[str, Any]]:
+        with running_service(command) as url:
+            last_json([*bench, "--url", url, "--saturate", "2", "--seconds", "3"])  # warm
+            lone = last_json([*bench, "--url", url, "--saturate", "1", "--seconds", "10"])["results"][0]
+            return last_json([*bench, "--url", url, *saturating])["results"][0]["images_per_second"], lone["first_preview_seconds"]
+
+    decode = [sys.executable, str(_SCRIPTS / "bench_decode.py"), "--models", model, "--rows", str(rows), *size]
+    alone = last_json([*decode, "--images", str(2 * rows), "--pixels"])["models"][0]["results"][0]["images_per_second"]
+    results: dict[str, Any] = {"alone": {"images_per_second": alone}}
+    print(f"the engine alone: {alone:.2f} images/s", flush=True)
+    hosts: dict[str, Callable[[], Sequence[str]]] = {
+        "process": lambda: [sys.executable, api_server.__file__, *flags],
+        "thread": lambda: [sys.executable, __file__, _IN_THREAD, *flags],
+    }
+    for host, command in hosts.items():
+        images_per_second, preview = behind(command())
+        results[host] = {"images_per_second": images_per_second, "lone_first_preview_seconds": preview}
+        what = f"{images_per_second:.2f} images/s ({images_per_second / alone:.1%}), lone preview {preview}"
+        print(f"behind HTTP, engine in a {host}: {what}", flush=True)
+    print(json.dumps({"benchmark": "overhead", "model": model, "rows": rows, "results": results}))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpt-model", choices=list(GPT_SHAPES), default="GPT-XL", metavar="NAME", help="(default: GPT-XL)")
+    parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
+    parser.add_argument("--rows", type=at_least(4), default=512, help="rows that run at once (default: 512)")
+    parser.add_argument("--seconds", type=at_least(1), default=30, help="of load (default: 30)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,249 @@
+"""How the service holds up: requests arrive on their own, faster and faster, and each is timed from when it was due.
+
+    python scripts/bench_serve.py --url http://127.0.0.1:8000 --rates 1,2,4,8 --seconds 30
+    python scripts/bench_serve.py --url http://127.0.0.1:8000 --saturate 64 --seconds 30
+
+An open loop: arrivals are Poisson's, drawn from --seed, and do not wait for answers, so a service that is too slow falls behind and
+shows it. Requests are streams of previews and images, of random classes. --saturate instead keeps so many requests under way all
+the time: the most images a second, counted from when each has been answered once. The service runs already; its key, if it has one,
+is taken from LLAMAGEN_API_KEY. Ends in JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
+
+with slow_imports(__name__):
+    import httpx2
+    from bench_arguments import at_least
+    from serve_report import PERCENTILES, chart, markdown, percentiles
+
+    from autoregressive.common.files import check_file, write_whole
+
+_PREVIEW, _COMPLETED = b"event: image_generation.partial_image", b"event: image_generation.completed"
+_PATIENCE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked for, again and again."""
+
+    url: str
+    key: str | None
+    n: int
+    previews: int  # of each image
+    classes: int
+    seconds: float
+    seed: int
+
+    def client(self) -> httpx2.AsyncClient:
+        """With as many connections as it takes."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=_PATIENCE_SECONDS, limits=limits)
+
+    def bodies(self) -> Iterator[dict[str, Any]]:
+        """Endless, and the same for one seed."""
+        generator = random.Random(self.seed)
+        while True:
+            label, seed = generator.randrange(self.classes), generator.randrange(2**31)
+            yield {"class_label": label, "seed": seed, "n": self.n, "stream": True, "partial_images": self.previews}
+
+
+@dataclass
+class Measured:
+    """What came of one rate."""
+
+    rate: float | None  # requests a second that were due; None: as many as there were answers
+    requests: int = 0
+    images: int = 0
+    seconds: float = 0.0  # from the first that was due to the last answer
+    first_preview: list[float] = field(default_factory=list)  # seconds from when each request was due
+    image: list[float] = field(default_factory=list)  # the same, of every image
+    moments: list[float] = field(default_factory=list)  # at which images came, by the clock
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rate": self.rate,
+            "requests": self.requests,
+            "images": self.images,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images / self.seconds, 3) if self.seconds else 0.0,
+            "first_preview_seconds": percentiles(self.first_preview),
+            "image_seconds": percentiles(self.image),
+            "failures": dict(self.failures),
+        }
+
+
+async def request(client: httpx2.AsyncClient, body: dict[str, Any], due: float, measured: Measured) -> None:
+    """One request; `due`: the moment from which it is timed."""
+    measured.requests += 1
+    try:
+        async with client.stream("POST", "/v1/images/generations", json=body) as answer:
+            if answer.status_code != 200:
+                measured.failures[str(answer.status_code)] += 1
+                return
+            seen_preview, images, tail = False, 0, b""
+            async for chunk in answer.aiter_raw():
+                text = tail + chunk
+                if not seen_preview and _PREVIEW in text:
+                    seen_preview = True
+                    measured.first_preview.append(time.monotonic() - due)
+                completed = text.count(_COMPLETED)
+                now = time.monotonic()
+                measured.image += [now - due] * completed
+                measured.moments += [now] * completed
+                images += completed
+                tail = text[-len(_PREVIEW) + 1 :] if completed == 0 else text[text.rindex(_COMPLETED) + len(_COMPLETED) :]
+                tail = tail[-len(_PREVIEW) + 1 :]
+            measured.images += images
+            if images < body["n"]:
+                measured.failures["incomplete"] += 1
+    except httpx2.TransportError as error:
+        measured.failures[type(error).__name__] += 1
+
+
+async def at_rate(load: Load, rate: float) -> Measured:
+    """Poisson arrivals for a while, then until the last answer."""
+    measured, generator, bodies = Measured(rate), random.Random(load.seed), load.bodies()
+    async with load.client() as client:
+        begun = due = time.monotonic()
+        tasks = []
+        while (due := due + generator.expovariate(rate)) < begun + load.seconds:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.append(asyncio.create_task(request(client, next(bodies), due, measured)))
+        await asyncio.gather(*tasks)
+        measured.seconds = time.monotonic() - begun
+    return measured
+
+
+async def saturated(load: Load, concurrency: int) -> Measured:
+    """So many requests under way all the time.
+
+    Requests that begin together end together, in waves: so the count goes from the end of the first wave to the last image.
+    """
+    measured, bodies = Measured(None), load.bodies()
+    async with load.client() as client:
+        begun = time.monotonic()
+
+        async def keep_asking() -> None:
+            while time.monotonic() - begun < load.seconds:
+                await request(client, next(bodies), time.monotonic(), measured)
+
+        await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
+    moments = sorted(measured.moments)
+    first = min(concurrency * load.n, len(moments)) - 1
+    counted = moments[first + 1 :]
+    measured.images, measured.seconds = len(counted), counted[-1] - moments[first] if counted else 0.0
+    return measured
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the flags, measures, prints a table and JSON.
+
+    Raises:
+        UserError: no service is there, or it does not take the key.
+    """
+    arguments = parse_arguments(argv)
+    key = os.environ.get("LLAMAGEN_API_KEY")
+    model, classes = describe(arguments.url, key)
+    load = Load(arguments.url, key, arguments.n, arguments.previews, classes, arguments.seconds, arguments.seed)
+    results: list[Measured] = []
+    if arguments.saturate is not None:
+        results.append(asyncio.run(saturated(load, arguments.saturate)))
+    for rate in arguments.rates if arguments.saturate is None else []:
+        results.append(asyncio.run(at_rate(load, rate)))
+        tell(f"{rate:g} requests/s: {results[-1].summary()['images_per_second']} images/s")
+    summaries = [result.summary() for result in results]
+    print(f"{model}, n = {load.n}, {load.seconds:g} s a rate; seconds from when a request was due, {PERCENTILES}\n")
+    print(markdown(summaries))
+    if arguments.plot is not None:
+        picture = chart(summaries, f"{model}: seconds to an image")
+        write_whole(arguments.plot, lambda path: picture.save(path, format="PNG"))
+    options = {"n": load.n, "previews": load.previews, "seconds": load.seconds, "seed": load.seed, "saturate": arguments.saturate}
+    text = json.dumps({"benchmark": "serve", "model": model, "options": options, "results": summaries})
+    if arguments.output is not None:
+        write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
+    print(text)
+
+
+def describe(url: str, key: str | None) -> tuple[str, int]:
+    """The served model's name and how many classes it has.
+
+    Raises:
+        UserError: see `main`.
+    """
+    try:
+        answer = httpx2.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=10)
+    except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise UserError(f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first") from error
+    if answer.status_code == 401:
+        raise UserError(f"--url {url}: the service wants a key: set LLAMAGEN_API_KEY")
+    try:
+        model = answer.json()["data"][0]
+        return str(model["id"]), int(model["num_classes"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--url {url}: what answers there is not this service") from error
+
+
+def rates(typed: str) -> list[float]:
+    """Comma-separated requests a second."""
+    try:
+        values = [float(word) for word in typed.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 10_000 for value in values):
+        raise argparse.ArgumentTypeError(f"{typed}: must be numbers above 0, at most 10000, with commas between them")
+    return values
+
+
+def positive(typed: str) -> float:
+    """A number of seconds."""
+    try:
+        value = float(typed)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise argparse.ArgumentTypeError(f"{typed}: must be a number above 0")
+    return value
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; files that cannot be written are refused before any measuring."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is (default: %(default)s)")
+    parser.add_argument("--rates", type=rates, default=[1, 2, 4], metavar="NUMBERS", help="requests a second (default: 1,2,4)")
+    parser.add_argument("--saturate", type=at_least(1), metavar="N", help="so many requests at a time instead of --rates")
+    parser.add_argument("--seconds", type=positive, default=30.0, help="for each rate (default: 30)")
+    parser.add_argument("--n", type=at_least(1), default=1, help="images a request, at most 10 (default: 1)")
+    parser.add_argument("--previews", type=at_least(0), default=1, help="of each image, 0 to 3 (default: 1)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of arrivals, classes and images (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="seconds to an image over the rate")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
+    arguments = parser.parse_args(argv)
+    if arguments.n > 10:
+        parser.error("argument --n: must be 1 to 10")
+    if arguments.previews > 3:
+        parser.error("argument --previews: must be 0 to 3")
+    arguments.url = arguments.url.rstrip("/")
+    if arguments.plot is not None:
+        check_file("--plot", arguments.plot, ".png")
+    if arguments.output is not None:
+        check_file("--output", arguments.output, ".json")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,68 @@
+"""The table and the chart of bench_serve.py."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+PERCENTILES = "p50 / p90 / p99"
+_RANKS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+_COLOURS = {"p50": (60, 130, 90), "p90": (90, 140, 200), "p99": (220, 110, 40)}
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 420, 70, 60, 50, 60
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """By nearest rank; None of nothing."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return None
+    return {name: round(ordered[math.ceil(rank * len(ordered)) - 1], 4) for name, rank in _RANKS.items()}
+
+
+def markdown(summaries: Sequence[dict[str, Any]]) -> str:
+    """One line a rate."""
+    lines = [f"| requests/s | requests | images/s | first preview, {PERCENTILES} | image, {PERCENTILES} | failures |"]
+    lines.append("|---|---|---|---|---|---|")
+    for summary in summaries:
+        rate = "saturated" if summary["rate"] is None else f"{summary['rate']:g}"
+        failures = ", ".join(f"{count} x {name}" for name, count in summary["failures"].items()) or "none"
+        times = [_cell(summary[name]) for name in ("first_preview_seconds", "image_seconds")]
+        cells = [rate, str(summary["requests"]), f"{summary['images_per_second']:.2f}", *times, failures]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(times: dict[str, float] | None) -> str:
+    return "-" if times is None else " / ".join(f"{value:.3f}" for value in times.values())
+
+
+def chart(summaries: Sequence[dict[str, Any]], title: str) -> Image.Image:
+    """Seconds to an image over requests a second, a line a percentile; both axes begin at 0."""
+    points = [(summary["rate"] or 0.0, summary["image_seconds"]) for summary in summaries if summary["image_seconds"]]
+    picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    draw.text((_LEFT, 14), title, fill="black", font=ImageFont.load_default(size=17))
+    most_rate = max((rate for rate, _ in points), default=1.0) or 1.0
+    most_seconds = max((value for _, times in points for value in times.values()), default=1.0) or 1.0
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+
+    def place(rate: float, seconds: float) -> tuple[float, float]:
+        return _LEFT + (right - _LEFT) * rate / most_rate, bottom - (bottom - _TOP) * seconds / most_seconds
+
+    for part in range(5):
+        seconds, rate = most_seconds * part / 4, most_rate * part / 4
+        y, x = place(0, seconds)[1], place(rate, 0)[0]
+        draw.line([(_LEFT, y), (right, y)], fill=(225, 225, 225))
+        draw.text((_LEFT - 8, y), f"{seconds:.3g} s", fill="black", font=font, anchor="rm")
+        draw.text((x, bottom + 8), f"{rate:.3g}", fill="black", font=font, anchor="ma")
+    draw.text(((_LEFT + right) / 2, _HEIGHT - 14), "requests/s", fill="black", font=font, anchor="ms")
+    for name, colour in _COLOURS.items():
+        line = [place(rate, times[name]) for rate, times in points]
+        if len(line) > 1:
+            draw.line(line, fill=colour, width=3)
+        for x, y in line:
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
+        if line:
+            draw.text((line[-1][0] + 8, line[-1][1]), name, fill=colour, font=font, anchor="lm")
+    return picture

@@ -1,0 +1,88 @@
+"""The load generator against a running service."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_service import Service, running_service
+from PIL import Image
+from serve_report import percentiles
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serve.py"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service"), "--max-num-seqs", "8", "--max-queue-size", "4") as service:
+        service.faults.set("step_seconds", "0.001")
+        yield service
+
+
+def bench(*flags: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
+    """Fails if requests, images or refusals are miscounted, or a file is not what was printed."""
+    plot, output = tmp_path / "plot.png", tmp_path / "figures.json"
+    before = service.gauges().get("images_total", 0)
+    flags = ("--rates", "5,200", "--seconds", "1.5", "--n", "2", "--plot", str(plot), "--output", str(output))
+    done = bench("--url", service.url, *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(output.read_text()) == figures
+    assert Image.open(plot).size == (720, 420)
+    gentle, harsh = figures["results"]
+    assert gentle["failures"] == {}
+    assert gentle["images"] == 2 * gentle["requests"]
+    assert harsh["failures"]["429"] > 0
+    assert harsh["images"] == 2 * (harsh["requests"] - harsh["failures"]["429"])
+    assert gentle["images"] + harsh["images"] == service.gauges()["images_total"] - before
+    for result in (gentle, harsh):
+        assert 0 < result["image_seconds"]["p50"] <= result["image_seconds"]["p90"] <= result["image_seconds"]["p99"]
+
+
+def test_arrivals_are_the_same_for_one_seed(service: Service) -> None:
+    """Fails if runs cannot be compared."""
+    counts = []
+    for seed in ("1", "1", "2"):
+        done = bench("--url", service.url, "--rates", "20", "--seconds", "1", "--seed", seed)
+        counts.append(json.loads(done.stdout.splitlines()[-1])["results"][0]["requests"])
+    assert counts[0] == counts[1] != counts[2]
+
+
+def test_a_saturated_service_is_counted_without_its_first_wave(service: Service) -> None:
+    """Fails if the start, in which nothing can have ended yet, is part of the rate."""
+    done = bench("--url", service.url, "--saturate", "4", "--seconds", "2", "--previews", "0")
+    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert result["first_preview_seconds"] is None
+    assert 0 < result["images"] <= result["requests"] - 4
+    assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--url", "http://127.0.0.1:1"), "start autoregressive/serve/api_server.py first"),
+        (("--url", "nonsense"), "no service answers there"),
+        (("--rates", "0"), "above 0"),
+        (("--n", "11"), "1 to 10"),
+        (("--previews", "4"), "0 to 3"),
+        (("--plot", "plot.jpg"), "must end in .png"),
+    ],
+)
+def test_mistakes_are_one_line(flags: tuple[str, ...], word: str) -> None:
+    done = bench(*flags)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_percentiles_are_of_nearest_rank() -> None:
+    """Fails if a percentile is interpolated or off by one."""
+    assert percentiles([float(value) for value in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
+    assert percentiles([]) is None
