@@ -41,7 +41,7 @@ BEGINS = {
     "train_demo": ("load_sprites", []),
     "tune_kernels": ("tune", []),
 }
-WITHOUT_WORK = {"convert_checkpoint", "download_models"}  # tests of their own have their mistakes
+WITHOUT_WORK = {"bench_overhead", "bench_serve", "convert_checkpoint", "download_models"}  # tests of their own have their mistakes
 
 TILES = AttentionTiles(64, 1)
 NEEDS_A_GPU = {"bench_kernels", "tune_kernels"}

@@ -6,7 +6,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -17,17 +16,15 @@ from autoregressive.common.errors import UserError, run_command, slow_imports, t
 with slow_imports(__name__):
     import torch
 
-    from autoregressive.common.results import generation_record, program_version
+    from autoregressive.common.results import generation_record
     from autoregressive.common.settings import SamplingSettings
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
-    from autoregressive.serve.web.app import build_app
     from autoregressive.serve.web.dispatcher import Dispatcher
-    from autoregressive.serve.web.generation import Studio
     from autoregressive.serve.web.logs import write_logs
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.server import Server
+    from autoregressive.serve.web.service import start_service
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
-    from autoregressive.serve.web.store import Store
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start_process
 
 
@@ -41,23 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: anything that the user can mend.
     """
     settings = resolve_server_settings(read_arguments(sys.argv[1:] if argv is None else argv, os.environ))
+    with listen(settings) as listener:  # before any long work
+        model, recipe = prepare(settings)
+        return asyncio.run(serve(settings, model, recipe, listener))
+
+
+def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], MakeEngine]]:
+    """Finds the weights: what clients are told of the model, and how each of the engines is built.
+
+    Raises:
+        UserError: there are no trained weights, and untrained ones were not asked for.
+    """
     model = settings.choice.model
-    listener = listen(settings)  # before any long work
-    with listener:
-        found = find_weights(model)
-        if not found.trained and not model.random_weights:
-            ways = (untrained_warning(model, found) or "").splitlines()[2:]
-            more = "; ".join(way.strip() for way in ways)
-            what = f"no trained weights for {model.gpt_model} at {model.image_size} px"
-            raise UserError(f"{what}: {more}; or --random-weights, for noise")
-        if settings.choice.note is not None:
-            tell(settings.choice.note)
+    found = find_weights(model)
+    if not found.trained and not model.random_weights:
+        ways = (untrained_warning(model, found) or "").splitlines()[2:]
+        more = "; ".join(way.strip() for way in ways)
+        what = f"no trained weights for {model.gpt_model} at {model.image_size} px"
+        raise UserError(f"{what}: {more}; or --random-weights, for noise")
+    if settings.choice.note is not None:
+        tell(settings.choice.note)
 
-        def recipe(index: int) -> MakeEngine:
-            device = torch.device("cuda", index) if settings.engines > 1 else model.device
-            return EngineRecipe(replace(model, device=device), found, settings.engine)
+    def recipe(index: int) -> MakeEngine:
+        device = torch.device("cuda", index) if settings.engines > 1 else model.device
+        return EngineRecipe(replace(model, device=device), found, settings.engine)
 
-        return asyncio.run(serve(settings, served_model(settings, found), recipe, listener))
+    return served_model(settings, found), recipe
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -104,37 +110,24 @@ async def serve(
     """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
 
     Args:
-        recipe: which of the engines -> how it is built.
+        recipe, start: as `start_service`.
         listener: where clients connect to.
-        start: gives an engine a process.
 
     Raises:
         UserError: an engine could not be built, for a reason that the user can mend.
     """
     write_logs(settings.log_level)
     address = _url(listener)
-    encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="encoder")
-    store = None
-    if settings.store is not None:
-        store = Store(settings.store, settings.stored_images, settings.public_url or address)
-    dispatcher = Dispatcher(
-        lambda index: start(recipe(index), f"engine-{index}"),
-        settings.engines,
-        settings.max_queue_size,
-        settings.patience,
-        model.tokens_of_image,
-    )
+    service = start_service(settings, model, recipe, address, start)
+    dispatcher = service.dispatcher
     try:
-        studio = Studio(model, dispatcher, encoders, store)
-        app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
-        server = Server(app, dispatcher)
+        server = Server(service.app, dispatcher)
         print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
         announcing = asyncio.create_task(_announce(dispatcher, address))
         await server.serve(sockets=[listener])
         announcing.cancel()
     finally:
-        dispatcher.stop()
-        encoders.shutdown(wait=False, cancel_futures=True)
+        service.close()
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)
     if dispatcher.failure is not None:

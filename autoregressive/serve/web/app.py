@@ -16,7 +16,14 @@ from starlette.exceptions import HTTPException
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
 from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits, WholeFiles
-from autoregressive.serve.web.schema import ClassesAnswer, ErrorAnswer, ModelsAnswer, StatusAnswer, VersionAnswer
+from autoregressive.serve.web.schema import (
+    TOO_MANY_FIELDS,
+    ClassesAnswer,
+    ErrorAnswer,
+    ModelsAnswer,
+    StatusAnswer,
+    VersionAnswer,
+)
 
 PAGE = Path(__file__).parent / "static"
 OPEN_PATHS = ("/", "/health", "/ready", "/static/")
@@ -29,9 +36,15 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Accept-Ranges": "none",
 }
-_WRONG: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "A parameter is unknown or out of range."},
-    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
+_WRONG: dict[int | str, dict[str, Any]] = {401: {"model": ErrorAnswer, "description": "The key is missing or wrong."}}
+_ANYWHERE: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text}
+    for status, text in (
+        (400, "A parameter is unknown or out of range, or the request is not HTTP/1.1."),
+        (413, "The body is too large."),
+        (431, "The headers are too large."),
+        (500, "A bug; the log has it."),
+    )
 }
 
 
@@ -50,6 +63,7 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if docs else None,
+        responses=_ANYWHERE,
         redirect_slashes=False,  # a redirect would name the host that the request names
     )
     app.include_router(generation_routes(studio))
@@ -201,6 +215,8 @@ def _as_api_error(errors: Sequence[Any]) -> ApiError:
     param = place[0] if place and first["type"] != "json_invalid" else None
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", "invalid_json")
+    if first["type"] == TOO_MANY_FIELDS:
+        return ApiError(400, "the body has too many fields", "unknown_field")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", "unknown_field", param)
     what = first["msg"].removeprefix("Input should be ").rstrip(".")

@@ -1,0 +1,64 @@
+"""Everything of the service but the server around it: engines, the application, and their end."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from autoregressive.common.results import program_version
+from autoregressive.serve.web.app import build_app
+from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.generation import Studio
+from autoregressive.serve.web.guards import App
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.settings import ServerSettings
+from autoregressive.serve.web.store import Store
+from autoregressive.serve.worker.process import MakeEngine, start_process
+
+_MOST_ENCODERS = 8  # threads that make pictures' files
+
+
+@dataclass(frozen=True)
+class Service:
+    """Runs from `start_service` to `close`."""
+
+    app: App
+    dispatcher: Dispatcher
+    encoders: ThreadPoolExecutor
+
+    def close(self) -> None:
+        """Ends the engines, whatever they do; waits for their processes."""
+        self.dispatcher.stop()
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+
+
+def start_service(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    address: str,
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
+) -> Service:
+    """Starts the engines, which take their time, and builds the application; called in the event loop.
+
+    Args:
+        recipe: which of the engines -> how it is built.
+        address: where clients reach it, if `settings` do not say.
+        start: gives an engine a process.
+    """
+    encoders = ThreadPoolExecutor(min(_MOST_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encoder")
+    store = None
+    if settings.store is not None:
+        store = Store(settings.store, settings.stored_images, settings.public_url or address)
+    dispatcher = Dispatcher(
+        lambda index: start(recipe(index), f"engine-{index}"),
+        settings.engines,
+        settings.max_queue_size,
+        settings.patience,
+        model.tokens_of_image,
+    )
+    studio = Studio(model, dispatcher, encoders, store)
+    app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
+    return Service(app, dispatcher, encoders)
