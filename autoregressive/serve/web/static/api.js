@@ -1,0 +1,112 @@
+// Talking to the server. Whatever goes wrong becomes a Failure, which words.js puts into words.
+
+import { readEvents } from "./event_stream.js";
+import { storedKey } from "./key.js";
+
+const SILENCE = 60_000; // ms without a byte, keep-alives included, after which a stream is taken for dead
+
+export class Failure extends Error {
+  /**
+   * @param {"network"|"cut"|"answer"|"stream"} kind not reached; broken off; a status of 400 and above; an `error` event
+   */
+  constructor(kind, { status = 0, message = "", param = null, code = null, retryAfter = null, keySent = false } = {}) {
+    super(message);
+    Object.assign(this, { kind, status, param, code, retryAfter, keySent });
+  }
+}
+
+function headers(more = {}) {
+  const key = storedKey();
+  return key === null ? more : { ...more, Authorization: `Bearer ${key}` };
+}
+
+const text = (value) => (typeof value === "string" ? value : "");
+
+async function failureOf(response, keySent) {
+  let error = {};
+  try {
+    error = (await response.json())?.error ?? {};
+  } catch {
+    // a proxy's page, not the server's answer: the status has to do
+  }
+  const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "");
+  return new Failure("answer", {
+    status: response.status,
+    message: text(error.message),
+    param: text(error.param) || null,
+    code: text(error.code) || null,
+    retryAfter: Number.isFinite(seconds) ? Math.max(0, Math.ceil(seconds)) : null,
+    keySent,
+  });
+}
+
+async function ask(path, options) {
+  let response;
+  try {
+    response = await fetch(path, { cache: "no-store", ...options });
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new Failure("network");
+  }
+  if (!response.ok) throw await failureOf(response, "Authorization" in options.headers);
+  return response;
+}
+
+export async function getJson(path) {
+  const response = await ask(path, { headers: headers() });
+  try {
+    return await response.json();
+  } catch {
+    throw new Failure("cut");
+  }
+}
+
+/**
+ * The events of a drawing, ending with `done`.
+ * @param {Object} body the request
+ * @param {AbortController} controller aborting it cancels the drawing, on the server too
+ * @throws {Failure}
+ */
+export async function* drawing(body, controller) {
+  const response = await ask("v1/images/stream", {
+    method: "POST",
+    headers: headers({ "Content-Type": "application/json", Accept: "text/event-stream" }),
+    body: JSON.stringify(body),
+    signal: controller.signal,
+  });
+  let silent = false;
+  let watch;
+  const listen = () => {
+    clearTimeout(watch);
+    watch = setTimeout(() => {
+      silent = true;
+      controller.abort();
+    }, SILENCE);
+  };
+  listen();
+  try {
+    for await (const { data } of readEvents(response, listen)) {
+      const event = JSON.parse(data);
+      if (event.type === "error") {
+        const { message, param, code } = event.error ?? {};
+        throw new Failure("stream", { message: text(message), param: text(param) || null, code: text(code) || null });
+      }
+      yield event;
+      if (event.type === "done") return;
+    }
+  } catch (error) {
+    if (error instanceof Failure || (controller.signal.aborted && !silent)) throw error;
+    throw new Failure("cut");
+  } finally {
+    clearTimeout(watch);
+  }
+  throw new Failure("cut");
+}
+
+/** Bytes of base64 text. fetch of a data: address would do it too, but connect-src allows this server alone. */
+export function bytesOf(base64) {
+  const binary = atob(base64);
+  const bytes = new Uint8Array(binary.length);
+  for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
+  return bytes;
+}

@@ -1,0 +1,54 @@
+// Elements made and found. Text goes in as text: nothing here, or anywhere else, parses HTML.
+
+export const byId = (id) => document.getElementById(id);
+
+/**
+ * Makes an element.
+ * @param {string} tag
+ * @param {Object} properties attributes; `on` holds listeners, false and null leave an attribute out
+ * @param {...(Node|string|null)} children
+ */
+export function element(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "on") {
+      for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
+    } else if (value !== false && value !== null && value !== undefined) {
+      made.setAttribute(name, value === true ? "" : String(value));
+    }
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** One of the drawings at the top of index.html. */
+export function icon(name) {
+  const drawing = document.createElementNS(SVG, "svg");
+  drawing.setAttribute("class", "icon");
+  drawing.setAttribute("aria-hidden", "true");
+  const use = document.createElementNS(SVG, "use");
+  use.setAttribute("href", `#icon-${name}`);
+  drawing.append(use);
+  return drawing;
+}
+
+/** A button with a drawing and words, or with a drawing alone and the words for those who cannot see it. */
+export function button(words, { drawing = null, bare = false, kind = "quiet", ...properties } = {}) {
+  return element(
+    "button",
+    { type: "button", class: `button ${kind}${bare ? " bare" : ""}`, ...(bare ? { "aria-label": words, title: words } : {}), ...properties },
+    drawing ? icon(drawing) : null,
+    bare ? null : element("span", {}, words),
+  );
+}
+
+export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+/** Says something to screen readers, when they have finished what they are saying. */
+export function announce(words) {
+  const region = byId("announcer");
+  region.textContent = "";
+  region.append(element("p", {}, words));
+}

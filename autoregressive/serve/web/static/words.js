@@ -1,0 +1,95 @@
+// What the page says: failures, times, settings, names of files.
+
+/** A server's message as a sentence. */
+export function sentence(message) {
+  const trimmed = message.trim();
+  if (!trimmed) return "";
+  const capital = /^\w*_/.test(trimmed) ? trimmed : trimmed[0].toUpperCase() + trimmed.slice(1); // `top_p` keeps its name
+  return /[.!?…]$/.test(capital) ? capital : `${capital}.`;
+}
+
+export function plural(count, one, many = `${one}s`) {
+  return `${count} ${count === 1 ? one : many}`;
+}
+
+/** A time to wait for, no more exact than anyone wants it. */
+export function duration(seconds) {
+  if (seconds < 1) return "less than a second";
+  if (seconds < 90) return plural(Math.round(seconds), "second");
+  return plural(Math.round(seconds / 60), "minute");
+}
+
+export function took(seconds) {
+  return seconds < 10 ? `${seconds.toFixed(1)} s` : seconds < 90 ? `${Math.round(seconds)} s` : duration(seconds);
+}
+
+/** @returns {{title: string, detail: string}} what went wrong, and what can be done */
+export function describe(failure) {
+  const said = sentence(failure.message ?? "");
+  if (failure.kind === "network") {
+    return {
+      title: "The server can't be reached.",
+      detail: "Check your connection, or whether the server is still running, then try again.",
+    };
+  }
+  if (failure.kind === "cut") {
+    return { title: "The connection was lost while drawing.", detail: "Pictures that were complete are in your gallery." };
+  }
+  if (failure.kind === "stream") {
+    return { title: "The drawing failed.", detail: said || "The server gave no reason." };
+  }
+  switch (failure.status) {
+    case 400:
+    case 422:
+      return { title: "The server does not accept these settings.", detail: said };
+    case 401:
+      return failure.keySent
+        ? { title: "The server does not accept this key.", detail: "Check it, and enter it again." }
+        : { title: "This server asks for a key.", detail: "Enter the key that its operator gave you." };
+    case 429:
+      return {
+        title: "The queue is full.",
+        detail:
+          failure.retryAfter === null
+            ? "Others are drawing too. Try again in a moment."
+            : `Others are drawing too. There should be room in ${duration(Math.max(1, failure.retryAfter))}.`,
+      };
+    case 503:
+      return { title: "The server is not ready yet.", detail: said || "The model may still be loading. Try again in a moment." };
+    case undefined:
+      return { title: "Something went wrong in this page.", detail: "Try again; reload the page if that does not help." };
+    default:
+      return {
+        title: failure.status >= 500 ? "The server failed." : "The server refused this.",
+        detail: said || `It gave no reason, only the number ${failure.status}.`,
+      };
+  }
+}
+
+const number = (value) => String(Math.round(value * 1000) / 1000);
+
+/** Settings in the order of the form: [what, value]. */
+export function settingsInWords(request) {
+  return [
+    ["Guidance", request.cfg_scale <= 1 ? `${number(request.cfg_scale)} (none)` : number(request.cfg_scale)],
+    ["Guided tokens", request.cfg_interval < 0 ? "all" : `the first ${request.cfg_interval + 2}`],
+    ["Temperature", number(request.temperature)],
+    ["Top-k", request.top_k === 0 ? "all tokens" : String(request.top_k)],
+    ["Top-p", number(request.top_p)],
+  ];
+}
+
+/** A name for the file of a picture, which tells it from others of its class, seed and request. */
+export function fileName(picture) {
+  const slug = (text) =>
+    text
+      .normalize("NFKD")
+      .replace(/[\u0300-\u036f]/g, "")
+      .replace(/[^A-Za-z0-9.]+/g, "-")
+      .replace(/^[-.]+|[-.]+$/g, "")
+      .slice(0, 60);
+  const { request, className, model, index } = picture;
+  const parts = [slug(model), slug(className) || "class", request.class_label, `seed-${request.seed}`, `guidance-${number(request.cfg_scale)}`];
+  if (request.n > 1) parts.push(`${index + 1}-of-${request.n}`);
+  return `${parts.filter((part) => part !== "").join("_")}.png`;
+}
