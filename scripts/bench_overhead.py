@@ -140,8 +140,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpt-model", choices=list(GPT_SHAPES), default="GPT-XL", metavar="NAME", help="(default: GPT-XL)")
     parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
-    parser.add_argument("--rows", type=at_least(4), default=512, help="rows that run at once (default: 512)")
-    parser.add_argument("--seconds", type=at_least(1), default=30, help="of load (default: 30)")
+    parser.add_argument("--rows", type=at_least(4), default=512, metavar="N", help="rows that run at once (default: 512)")
+    parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load (default: 30)")
     return parser.parse_args(argv)
 
 

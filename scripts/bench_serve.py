@@ -32,6 +32,7 @@ with slow_imports(__name__):
 
 _PREVIEW, _COMPLETED = b"event: image_generation.partial_image", b"event: image_generation.completed"
 _PATIENCE_SECONDS = 600.0
+_URL = "http://127.0.0.1:8000"
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,13 @@ def positive(typed: str) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; files that cannot be written are refused before any measuring."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the service is (default: %(default)s)")
+    parser.add_argument("--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})")
     parser.add_argument("--rates", type=rates, default=[1, 2, 4], metavar="NUMBERS", help="requests a second (default: 1,2,4)")
     parser.add_argument("--saturate", type=at_least(1), metavar="N", help="so many requests at a time instead of --rates")
-    parser.add_argument("--seconds", type=positive, default=30.0, help="for each rate (default: 30)")
-    parser.add_argument("--n", type=at_least(1), default=1, help="images a request, at most 10 (default: 1)")
-    parser.add_argument("--previews", type=at_least(0), default=1, help="of each image, 0 to 3 (default: 1)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of arrivals, classes and images (default: 0)")
+    parser.add_argument("--seconds", type=positive, default=30.0, metavar="S", help="for each rate (default: 30)")
+    parser.add_argument("--n", type=at_least(1), default=1, metavar="N", help="images a request, at most 10 (default: 1)")
+    parser.add_argument("--previews", type=at_least(0), default=1, metavar="N", help="of each image, 0 to 3 (default: 1)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of arrivals, classes and images (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="seconds to an image over the rate")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
     arguments = parser.parse_args(argv)

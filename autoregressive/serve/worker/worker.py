@@ -18,7 +18,6 @@ from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.engine.engine import Engine, PartialCodes
 from autoregressive.serve.engine.pixel_decoder import PendingPictures
 from autoregressive.serve.engine.request import Request, RequestState
-from autoregressive.serve.worker.jobs import Job, sampling_params
 from autoregressive.serve.worker.messages import (
     Beat,
     Cancel,
@@ -36,9 +35,10 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
+from autoregressive.serve.worker.task import Task, sampling_params
 
 BEAT_SECONDS = 0.25  # at least so often the loop tells that it goes round, while no step takes longer
-_WATCHED_SECONDS = 0.1  # between two `Drawn` of a job
+_WATCHED_SECONDS = 0.1  # between two `Drawn` of a task
 _PREVIEWS_AT_ONCE = 16  # images; more wait for the next time, so that finished images do not wait long for the decoder
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
@@ -73,8 +73,8 @@ class Worker:
     def __init__(self, engine: Engine, connection: Connection, outbox: Outbox) -> None:
         self._engine, self._connection, self._outbox = engine, connection, outbox
         self._grid = round(engine.shape.tokens**0.5)
-        self._jobs: dict[int, Job] = {}
-        self._job_of: dict[Request, Job] = {}
+        self._tasks: dict[int, Task] = {}
+        self._task_of: dict[Request, Task] = {}
         self._decodings: deque[_Decoding] = deque()
         self._previewing: _Previewing | None = None
         self._beat_at = 0.0
@@ -111,36 +111,36 @@ class Worker:
             case Submit():
                 self._submit(command)
             case Cancel(job=number):
-                if (job := self._jobs.get(number)) is not None:
-                    self._end_early(job, "cancelled", "")
+                if (task := self._tasks.get(number)) is not None:
+                    self._end_early(task, "cancelled", "")
             case Stop():
                 self._serving = False
 
     def _submit(self, order: Submit) -> None:
-        job = Job(order, left=order.n)
+        task = Task(order, left=order.n)
         try:
             params = sampling_params(order)
-            job.requests = [self._engine.submit(order.class_label, params, first_image=image) for image in range(order.n)]
+            task.requests = [self._engine.submit(order.class_label, params, first_image=image) for image in range(order.n)]
         except ValueError as error:
             self._outbox.put(Ended(order.job, "refused", time.monotonic(), str(error)))
             return
-        self._jobs[order.job] = job
-        self._job_of |= dict.fromkeys(job.requests, job)
+        self._tasks[order.job] = task
+        self._task_of |= dict.fromkeys(task.requests, task)
 
-    def _end_early(self, job: Job, outcome: str, message: str) -> None:
-        """The first reason counts; the job ends when the engine has let go of all its images."""
-        if job.failure is None:
-            job.failure = (outcome, message)
-            for request in job.requests:
+    def _end_early(self, task: Task, outcome: str, message: str) -> None:
+        """The first reason counts; the task ends when the engine has let go of all its images."""
+        if task.failure is None:
+            task.failure = (outcome, message)
+            for request in task.requests:
                 self._engine.cancel(request)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in self._jobs.values():
-            if not job.running and job.order.start_by is not None and now > job.order.start_by:
-                self._end_early(job, "queue_timeout", "")
-            if job.deadline is not None and now > job.deadline:
-                self._end_early(job, "run_timeout", "")
+        for task in self._tasks.values():
+            if not task.running and task.order.start_by is not None and now > task.order.start_by:
+                self._end_early(task, "queue_timeout", "")
+            if task.deadline is not None and now > task.deadline:
+                self._end_early(task, "run_timeout", "")
 
     def _step(self) -> list[Request]:
         if not self._engine.wait_for_work(0):
@@ -153,33 +153,33 @@ class Worker:
                 raise
             _clear_memory()
             ended = []  # the next step returns those that have failed
-        for job in self._jobs.values():
-            if not job.begun and job.failure is None and job.running:
-                job.begun = True
-                job.deadline = begun + job.order.run_seconds if job.order.run_seconds is not None else None
-                self._outbox.put(Started(job.order.job, begun))
+        for task in self._tasks.values():
+            if not task.begun and task.failure is None and task.running:
+                task.begun = True
+                task.deadline = begun + task.order.run_seconds if task.order.run_seconds is not None else None
+                self._outbox.put(Started(task.order.job, begun))
         return ended
 
     def _finish(self, ended: Sequence[Request]) -> None:
         finished = []
         for request in ended:
-            job = self._job_of.pop(request, None)
-            if job is None:  # it was cancelled and has been dropped
+            task = self._task_of.pop(request, None)
+            if task is None:  # it was cancelled and has been dropped
                 continue
             if request.state is RequestState.FAILED:
-                self._end_early(job, *_reason(request))
-            elif request.state is RequestState.FINISHED and job.failure is None:
-                if job.order.pixels:
+                self._end_early(task, *_reason(request))
+            elif request.state is RequestState.FINISHED and task.failure is None:
+                if task.order.pixels:
                     finished.append(request)
-                    self._job_of[request] = job  # until its picture is sent
+                    self._task_of[request] = task  # until its picture is sent
                 else:
                     assert request.codes is not None
-                    self._send_image(job, request, request.codes[0].numpy().tobytes(), 0.0)
+                    self._send_image(task, request, request.codes[0].numpy().tobytes(), 0.0)
         if finished:
             self._decode(finished)
-        for job in list(self._jobs.values()):
-            if job.failure is not None and not job.held:
-                self._drop(job, *job.failure)
+        for task in list(self._tasks.values()):
+            if task.failure is not None and not task.held:
+                self._drop(task, *task.failure)
 
     def _decode(self, finished: list[Request]) -> None:
         assert self._engine.decoder is not None
@@ -195,8 +195,8 @@ class Worker:
             raise error
         _clear_memory()
         for request in requests:
-            if (job := self._job_of.pop(request, None)) is not None:
-                self._end_early(job, "out_of_memory", "")
+            if (task := self._task_of.pop(request, None)) is not None:
+                self._end_early(task, "out_of_memory", "")
 
     def _send_decoded(self) -> None:
         while self._decodings and self._decodings[0].pending.ready():
@@ -208,52 +208,53 @@ class Worker:
                 continue
             seconds = (time.monotonic() - decoding.begun) / len(decoding.requests)
             for request, picture, is_finite in zip(decoding.requests, pictures, finite.tolist(), strict=True):
-                job = self._job_of.pop(request, None)
-                if job is None or job.failure is not None:
+                task = self._task_of.pop(request, None)
+                if task is None or task.failure is not None:
                     continue
                 if is_finite:
-                    self._send_image(job, request, picture.numpy().tobytes(), seconds)
+                    self._send_image(task, request, picture.numpy().tobytes(), seconds)
                 else:
-                    self._end_early(job, "non_finite", "the decoder's pixels are NaN or infinite")
+                    self._end_early(task, "non_finite", "the decoder's pixels are NaN or infinite")
 
-    def _send_image(self, job: Job, request: Request, data: bytes, decode_seconds: float) -> None:
+    def _send_image(self, task: Task, request: Request, data: bytes, decode_seconds: float) -> None:
         now = time.monotonic()
-        self._outbox.put(Image(job.order.job, request.first_image, now, decode_seconds, data))
-        job.left -= 1
-        if job.left == 0:
-            self._drop(job, "finished", "")
+        self._outbox.put(Image(task.order.job, request.first_image, now, decode_seconds, data))
+        task.left -= 1
+        if task.left == 0:
+            self._drop(task, "finished", "")
 
-    def _drop(self, job: Job, outcome: str, message: str) -> None:
-        del self._jobs[job.order.job]
-        for request in job.requests:
-            self._job_of.pop(request, None)
-        self._tell_drawn(job, time.monotonic())
+    def _drop(self, task: Task, outcome: str, message: str) -> None:
+        del self._tasks[task.order.job]
+        for request in task.requests:
+            self._task_of.pop(request, None)
+        self._tell_drawn(task, time.monotonic())
         self._beat()  # first: whoever hears of the end can count the pages
-        self._outbox.put(Ended(job.order.job, outcome, time.monotonic(), message))
+        self._outbox.put(Ended(task.order.job, outcome, time.monotonic(), message))
 
     def _preview(self) -> None:
         """One lot of previews at a time, and of each image the newest: a slow decoder makes them rarer, not later."""
-        under_way = self._previewing
-        if under_way is None:
-            self._previewing = self._begin_previews()
-        elif under_way.codes is not None and under_way.codes.arrived():
-            self._previewing = self._decode_previews(under_way)
-        elif under_way.pending is not None and under_way.pending.ready():
-            pictures, _ = under_way.pending.pictures()
-            for request, rows, picture in zip(under_way.requests, under_way.rows, pictures, strict=True):
-                job = self._job_of.get(request)
-                if job is not None and job.failure is None and not request.ended:
-                    self._outbox.put(Preview(job.order.job, request.first_image, rows, picture.numpy().tobytes()))
-            self._previewing = None
+        lot = self._previewing or self._begin_previews()
+        if lot is not None and lot.codes is not None and lot.codes.arrived():
+            lot = self._decode_previews(lot)
+        if lot is not None and lot.pending is not None and lot.pending.ready():
+            self._send_previews(lot, lot.pending.pictures()[0])
+            lot = None
+        self._previewing = lot
+
+    def _send_previews(self, lot: _Previewing, pictures: Tensor) -> None:
+        for request, rows, picture in zip(lot.requests, lot.rows, pictures, strict=True):
+            task = self._task_of.get(request)
+            if task is not None and task.failure is None and not request.ended:
+                self._outbox.put(Preview(task.order.job, request.first_image, rows, picture.numpy().tobytes()))
 
     def _begin_previews(self) -> _Previewing | None:
         wanted: dict[Request, int] = {}
-        for job in self._jobs.values():
-            if job.order.preview_rows and job.order.pixels and job.failure is None:
-                for request in job.requests:
-                    rows = job.rows_to_preview(request, self._grid)
+        for task in self._tasks.values():
+            if task.order.preview_rows and task.order.pixels and task.failure is None:
+                for request in task.requests:
+                    rows = task.rows_to_preview(request, self._grid)
                     if rows is not None and request.state is RequestState.RUNNING and len(wanted) < _PREVIEWS_AT_ONCE:
-                        wanted[request] = job.previewed[request] = rows
+                        wanted[request] = task.previewed[request] = rows
         if not wanted:
             return None
         codes = self._engine.peek(list(wanted))
@@ -276,17 +277,17 @@ class Worker:
 
     def _tell(self) -> None:
         now = time.monotonic()
-        for job in self._jobs.values():
-            first = not job.first_token and job.tokens > 0
-            if first or (job.order.watched and job.begun and now - job.told_at >= _WATCHED_SECONDS):
-                self._tell_drawn(job, now)
+        for task in self._tasks.values():
+            first = not task.first_token and task.tokens > 0
+            if first or (task.order.watched and task.begun and now - task.told_at >= _WATCHED_SECONDS):
+                self._tell_drawn(task, now)
         if now - self._beat_at >= BEAT_SECONDS:
             self._beat()
 
-    def _tell_drawn(self, job: Job, now: float) -> None:
-        if job.tokens > 0:
-            job.first_token, job.told_at = True, now
-            self._outbox.put(Drawn(job.order.job, job.tokens, now))
+    def _tell_drawn(self, task: Task, now: float) -> None:
+        if task.tokens > 0:
+            task.first_token, task.told_at = True, now
+            self._outbox.put(Drawn(task.order.job, task.tokens, now))
 
     def _beat(self) -> None:
         self._beat_at = time.monotonic()

@@ -7,8 +7,11 @@ from autoregressive.serve.worker.messages import Submit
 
 
 @dataclass(eq=False)
-class Job:
-    """A `Submit` under way. Its images are requests of their own, so that each begins as soon as there is room for it."""
+class Task:
+    """A job under way.
+
+    Its images are requests of their own, so that each begins as soon as there is room for it.
+    """
 
     order: Submit
     requests: list[Request] = field(default_factory=list)
