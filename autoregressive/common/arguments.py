@@ -24,6 +24,7 @@ examples:
   python {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
+_IF_NONE = "they are drawn at random: the picture is noise, the speed is real"
 PRECISION_HELP = (
     "of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU; fp16 below compute capability 8.0, where "
     "bf16 is refused; none on a CPU)"
@@ -51,13 +52,17 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     return parser
 
 
-def add_model_flags(parser: OneLineParser) -> None:
-    """Those that say which model, with which weights, where: what `settings.resolve_model_choice` goes by."""
+def add_model_flags(parser: OneLineParser, if_none: str = _IF_NONE) -> None:
+    """Those that say which model, with which weights, where: what `settings.resolve_model_choice` goes by.
+
+    Args:
+        if_none: for --help, what happens where there are no weights.
+    """
     _add_weights(
         parser.add_argument_group(
             "weights",
             "Looked for in this order: the flag; the folder of pretrained models, under the published name; with "
-            "--download, the\nhub. If there are none, they are drawn at random: the picture is noise, the speed is real.",
+            f"--download, the\nhub. If there are none, {if_none}.",
         )
     )
     _add_shapes(

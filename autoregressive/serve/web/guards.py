@@ -3,6 +3,7 @@
 Plain ASGI, so that streams and clients that leave pass through as they are.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -11,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.generation import DRAWING_PATHS
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.metrics import Metrics
@@ -78,6 +79,10 @@ class RequestLog:
         failure = None
         try:
             await self._app(scope, receive, send_numbered)
+        except asyncio.CancelledError:  # the service ends, and has waited long enough
+            if status == 0:
+                await answer(send_numbered, not_ready("the service is stopping: try again later", 10))
+            raise
         except Exception as error:
             failure = error
             if status == 0:

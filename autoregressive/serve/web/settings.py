@@ -75,7 +75,7 @@ def build_server_parser() -> _LayerParser:
     )
     _add_service_flags(parser.add_argument_group("service"))
     _add_patience_flags(parser.add_argument_group("patience"))
-    add_model_flags(parser)
+    add_model_flags(parser, if_none="the service does not start, unless told to with --random-weights")
     add_engine_flags(parser, max_num_seqs=str(EngineConfig.max_num_seqs))
     return parser
 
