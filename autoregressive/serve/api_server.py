@@ -78,7 +78,7 @@ def listen(settings: ServerSettings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit it
         return listener
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
+        why = (os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)).lower()
         raise UserError(f"cannot listen on {settings.host} port {settings.port}: {why}; choose another --port or --host") from error
 
 

@@ -47,7 +47,6 @@ class Dispatcher:
     ) -> None:
         self.patience, self.max_queue_size = patience, max_queue_size
         self.draining = False
-        self.failure: str | None = None  # an engine was lost: the service is to end with an error
         self.metrics = Metrics(lambda: len(self._running()), lambda: len(self._waiting()), self._page_use)
         self._tokens_of_image = tokens_of_image
         self._numbers = itertools.count()
@@ -55,6 +54,11 @@ class Dispatcher:
         self._stop_by = math.inf
         self._links = [EngineLink(*start_engine(index), self._changed) for index in range(engines)]
         self._watch = asyncio.create_task(self._watch_engines())
+
+    @property
+    def failure(self) -> str | None:
+        """How an engine was lost, so that the service is to end with an error."""
+        return next((link.lost for link in self._links if link.lost is not None and link.unable is None), None)
 
     @property
     def ready(self) -> bool:
@@ -147,11 +151,8 @@ class Dispatcher:
             await asyncio.sleep(_WATCH_SECONDS)
             now = time.monotonic()
             for link in self._links:
-                if link.ready is not None and not link.lost and now - link.heard_at > self.patience.step:
-                    self.failure = self.failure or f"an engine has not been heard of for {self.patience.step:g} seconds"
-                    link.give_up()
-                elif link.lost and link.unable is None:
-                    self.failure = self.failure or "an engine's process has died"
+                if link.ready is not None and now - link.heard_at > self.patience.step:
+                    link.give_up(f"an engine has not been heard of for {self.patience.step:g} seconds")
             if now > self._stop_by:
                 for job in [job for link in self._links for job in link.jobs.values()]:
                     for link in self._links:

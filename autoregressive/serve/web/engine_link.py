@@ -41,11 +41,12 @@ class EngineLink:
         self.ready: Ready | None = None
         self.prepared = (0, 0)  # how much, of how much
         self.unable: str | None = None  # why it could not be built, for the user
-        self.lost = False  # it has died, or was given up
+        self.lost: str | None = None  # why, once it has died or was given up
         self.jobs: dict[int, Job] = {}
         self.used_pages = 0
         self.heard_at = time.monotonic()
         self._connection, self._on_change = connection, on_change
+        self._stopped = False
         self._outbox = Outbox(connection, "commands")
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="events", daemon=True).start()
@@ -64,18 +65,18 @@ class EngineLink:
         """Asks it to end a job early; the job stays until it says so."""
         self._outbox.put(Cancel(job.order.job))
 
-    def give_up(self) -> None:
-        """Kills the process, and ends its jobs."""
-        if self.lost:
+    def give_up(self, why: str) -> None:
+        """Kills the process, and ends its jobs; without effect once it is lost or stopped."""
+        if self.lost is not None or self._stopped:
             return
-        self.lost = True
+        self.lost = why
         self.process.kill()
         for job in list(self.jobs.values()):
             self._take(Ended(job.order.job, "engine_lost", time.monotonic()))
 
     def stop(self) -> None:
         """Ends the process, which holds nothing that is still wanted; waits for it."""
-        self.lost = True
+        self._stopped = True
         self._outbox.put(Stop())
         self.process.join(_STOP_SECONDS)
         if self.process.is_alive():
@@ -89,7 +90,7 @@ class EngineLink:
                 try:
                     event = receive(self._connection)
                 except EOFError:
-                    self._loop.call_soon_threadsafe(self.give_up)
+                    self._loop.call_soon_threadsafe(self.give_up, "an engine's process has died")
                     return
                 assert isinstance(event, Event)
                 self._loop.call_soon_threadsafe(self._take, event)

@@ -52,7 +52,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The images took too long."),
     )
 }
-_EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 class ClientLeft(Exception):

@@ -210,6 +210,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     url = arguments.public_url
     if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
         raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
+    if arguments.store_dir is not None and url is None and host in ("0.0.0.0", "::"):
+        raise UserError(f"--store-dir: at --host {host} the images' URLs need an address: give --public-url")
     name = _or(arguments.served_model_name, choice.model.gpt_model)
     if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
         raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
