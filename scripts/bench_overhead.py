@@ -59,7 +59,7 @@ class ThreadedEngine:
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, Connection]:
-    """As `worker.process.start`."""
+    """As `worker.process.start_process`."""
     ours, theirs = Pipe()
     return ThreadedEngine(make_engine, theirs), ours
 

@@ -32,6 +32,7 @@ with slow_imports(__name__):
 
 _PREVIEW, _COMPLETED = b"event: image_generation.partial_image", b"event: image_generation.completed"
 _PATIENCE_SECONDS = 600.0
+_AFTER_REFUSAL_SECONDS = 0.1  # before a saturating client asks again
 _URL = "http://127.0.0.1:8000"
 
 
@@ -141,7 +142,10 @@ async def saturated(load: Load, concurrency: int) -> Measured:
 
         async def keep_asking() -> None:
             while time.monotonic() - begun < load.seconds:
+                refused = measured.failures.total()
                 await request(client, next(bodies), time.monotonic(), measured)
+                if measured.failures.total() > refused:
+                    await asyncio.sleep(_AFTER_REFUSAL_SECONDS)
 
         await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
     moments = sorted(measured.moments)

@@ -30,7 +30,9 @@ class ReplicaApp:
     @property
     def failure(self) -> str | None:
         """Why the replica is to be replaced."""
-        return self._service.dispatcher.failure if self._service is not None else None
+        if self._service is None:
+            return None
+        return self._service.dispatcher.failure or self._service.dispatcher.unable
 
     async def __call__(
         self, scope: _Message, receive: Callable[[], Awaitable[_Message]], send: Callable[[_Message], Awaitable[None]]

@@ -89,6 +89,8 @@ class Faults:
 class FakeDecoder:
     """Pictures whose every pixel tells a code: red is the code of its token, the rest is zero."""
 
+    batch_sizes = (1, 2, 4)
+
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self._noise = torch.randint(256, (1, LARGE_SIZE, LARGE_SIZE, 3), dtype=torch.uint8) if LARGE in os.environ else None

@@ -108,7 +108,7 @@ def without_engines(folder: Path, use: Callable[[App], Awaitable[None]], **setti
         with ThreadPoolExecutor(1) as encoders:
             studio = Studio(fake_model("fake"), dispatcher, encoders, Store(folder, 3, "http://localhost"))
             await use(build_app(studio, **({"version": "1", "api_key": None, "docs": True} | settings)))
-        dispatcher.stop()
+        dispatcher.stop(at_once=True)
 
     asyncio.run(run())
 

@@ -56,7 +56,7 @@ def order(job: int = 0, **fields: Any) -> Submit:
         order(preview_rows=(1, 2), start_by=1.5, top_p=0.1),
         Cancel(3),
         Stop(),
-        Ready(4, 5, "cpu"),
+        Ready(4, 5, 6),
         Ended(1, "refused", 2.5, "why \u2713"),
         Image(1, 2, 3.25, 0.5, bytes(range(256)) * 9),
         Image(1, 2, 3.25, 0.5, b""),

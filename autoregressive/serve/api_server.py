@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 import time
@@ -120,14 +121,17 @@ async def serve(
     address = _url(listener)
     service = start_service(settings, model, recipe, address, start)
     dispatcher = service.dispatcher
+    server = Server(service.app, dispatcher)
+    # What uvicorn puts back at its end: a signal that comes while the engines are being stopped must not keep them alive.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
-        server = Server(service.app, dispatcher)
         print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
         announcing = asyncio.create_task(_announce(dispatcher, address))
         await server.serve(sockets=[listener])
         announcing.cancel()
     finally:
-        service.close()
+        service.close(at_once=server.force_exit)
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)
     if dispatcher.failure is not None:

@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.errors import ApiError, internal_error
 from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
 from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits, WholeFiles
 from autoregressive.serve.web.schema import (
@@ -186,7 +186,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)  # starlette raises it again behind this answer, and the log gets it
     async def tell_internal_error(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(ApiError(500, "something went wrong here; the log has it", "internal_error").body, status_code=500)
+        return JSONResponse(internal_error().body, status_code=500)
 
     @app.exception_handler(HTTPException)
     async def tell_http_error(request: Request, error: HTTPException) -> JSONResponse:

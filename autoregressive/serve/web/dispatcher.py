@@ -18,7 +18,10 @@ from autoregressive.serve.worker.messages import Ended, Event, Submit
 
 StartEngine = Callable[[int], tuple[BaseProcess, Connection]]  # which of the engines -> its process and the connection to it
 _WATCH_SECONDS = 0.2
+_LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
+_PAUSE_SECONDS = 1.0
+_PLACES_SECONDS = 0.5  # so old may the places in the queue be
 _RECENT = 32  # jobs whose durations say when to try again
 
 
@@ -52,6 +55,8 @@ class Dispatcher:
         self._numbers = itertools.count()
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._stop_by = math.inf
+        self._places: dict[Job, int] = {}
+        self._places_at = -math.inf
         self._links = [EngineLink(*start_engine(index), self._changed) for index in range(engines)]
         self._watch = asyncio.create_task(self._watch_engines())
 
@@ -102,7 +107,8 @@ class Dispatcher:
         job = Job(replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run), now)
         link = min(self._links, key=lambda link: link.rows)
         assert link.ready is not None
-        job.reserved = link.rows + job.rows <= link.ready.max_rows
+        rows, room = link.rows + job.rows, link.ready
+        job.reserved = rows <= room.max_rows and rows * room.pages_per_row <= room.num_pages
         queued = sum(not other.reserved for other in self._waiting())
         if not job.reserved and queued >= self.max_queue_size:
             raise queue_full(queued, self.retry_after())
@@ -117,8 +123,12 @@ class Dispatcher:
                 link.cancel(job)
 
     def ahead_of(self, job: Job) -> int:
-        """How many waiting jobs came before a waiting one."""
-        return sum(other.accepted_at < job.accepted_at for other in self._waiting() if other is not job)
+        """How many waiting jobs came before a waiting one, or did half a second ago: many ask this again and again."""
+        now = time.monotonic()
+        if now > self._places_at + _PLACES_SECONDS or job not in self._places:
+            waiting = sorted(self._waiting(), key=lambda one: one.order.job)
+            self._places, self._places_at = {one: place for place, one in enumerate(waiting)}, now
+        return self._places.get(job, 0)
 
     def retry_after(self) -> int:
         """Seconds after which to try again: what a request takes these days."""
@@ -134,11 +144,18 @@ class Dispatcher:
         """Whether accepted work has had its time, and an engine has not even let go of it when told to."""
         return now > self._stop_by + _LET_GO_SECONDS
 
-    def stop(self) -> None:
-        """Ends the engines, whatever they do; waits for their processes."""
+    def stop(self, *, at_once: bool) -> None:
+        """Ends the engines, whatever they do; waits for their processes.
+
+        Args:
+            at_once: do not let them leave their loops in order.
+        """
         self._watch.cancel()
         for link in self._links:
-            link.stop()
+            link.begin_to_stop()
+        deadline = time.monotonic() + (0.0 if at_once else _LEAVE_SECONDS)
+        for link in self._links:
+            link.stop(deadline)
 
     def _changed(self, link: EngineLink, job: Job | None, event: Event) -> None:
         if job is not None and isinstance(event, Ended):
@@ -147,9 +164,14 @@ class Dispatcher:
                 self._durations.append(event.at - job.started_at)
 
     async def _watch_engines(self) -> None:
+        now = time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > _WATCH_SECONDS + _PAUSE_SECONDS:  # this process stood still, and has heard nothing meanwhile
+                for link in self._links:
+                    link.heard_at = now
+                continue
             for link in self._links:
                 if link.ready is not None and now - link.heard_at > self.patience.step:
                     link.give_up(f"an engine has not been heard of for {self.patience.step:g} seconds")

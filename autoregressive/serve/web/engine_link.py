@@ -26,8 +26,6 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 
-_STOP_SECONDS = 3.0  # for a process to leave its loop; then it is killed
-
 
 class EngineLink:
     """One engine: what is known of it, and the jobs that it has. Used in the event loop; a thread of its own reads.
@@ -74,11 +72,14 @@ class EngineLink:
         for job in list(self.jobs.values()):
             self._take(Ended(job.order.job, "engine_lost", time.monotonic()))
 
-    def stop(self) -> None:
-        """Ends the process, which holds nothing that is still wanted; waits for it."""
+    def begin_to_stop(self) -> None:
+        """Tells the process to end; it holds nothing that is still wanted."""
         self._stopped = True
         self._outbox.put(Stop())
-        self.process.join(_STOP_SECONDS)
+
+    def stop(self, deadline: float) -> None:
+        """Waits for the process, until that moment; then kills it."""
+        self.process.join(max(0.0, deadline - time.monotonic()))
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

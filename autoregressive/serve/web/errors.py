@@ -32,7 +32,14 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """What goes with it."""
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
+        if self.code in ("run_timeout", "non_finite"):
+            headers["X-Should-Retry"] = "false"  # OpenAI's clients would draw the same twice more
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+def internal_error() -> ApiError:
+    """A bug of ours."""
+    return ApiError(500, "something went wrong here; the log has it", "internal_error")
 
 
 def queue_full(waiting: int, retry_after: int) -> ApiError:

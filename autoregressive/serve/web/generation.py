@@ -3,10 +3,10 @@
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from autoregressive.common.errors import UserError
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.errors import ApiError, ended_early
+from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.pictures import encode_picture, encode_preview
 from autoregressive.serve.web.schema import (
@@ -35,6 +35,8 @@ from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
 
+FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
+_log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
 _KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
 _SILENCE = b": waiting\n\n"
@@ -84,7 +86,7 @@ class Studio:
         try:
             return await self._run(self.store.save, picture, output_format)
         except UserError as error:  # its message names a path
-            raise ApiError(503, "the image could not be stored: ask for b64_json", "store_failed", "response_format") from error
+            raise ApiError(503, "the image could not be stored: ask for b64_json", "store_failed", "response_format", 10) from error
 
     def failure(self, ended: Ended) -> ApiError:
         """Of a job that has no result."""
@@ -311,10 +313,9 @@ async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callabl
         ended = collecting.result()
     finally:
         studio.dispatcher.abandon(job)
-        for task in (collecting, leaving):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        collecting.cancel()
+        leaving.cancel()
+        await asyncio.gather(collecting, leaving, return_exceptions=True)
     if ended.outcome != "finished":
         raise studio.failure(ended)
 
@@ -332,6 +333,10 @@ def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncItera
         try:
             async for event in events:
                 yield event
+        except Exception:
+            _log.exception("a stream broke off", extra={"fields": {"job": job.order.job}})
+            setattr(request.state, FAILED, True)
+            yield _event("error", **internal_error().body)
         finally:
             studio.dispatcher.abandon(job)
 

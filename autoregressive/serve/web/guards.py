@@ -12,8 +12,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from autoregressive.serve.web.errors import ApiError, not_ready
-from autoregressive.serve.web.generation import DRAWING_PATHS
+from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
+from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
+from autoregressive.serve.web.http_protocol import CUT
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.metrics import Metrics
 
@@ -86,9 +87,10 @@ class RequestLog:
         except Exception as error:
             failure = error
             if status == 0:
-                await answer(send_numbered, ApiError(500, "something went wrong here; the log has it", "internal_error"))
+                await answer(send_numbered, internal_error())
         finally:
-            self._write(scope, number, status if complete else 499, sent, time.monotonic() - begun, failure)
+            cut = CUT in scope["state"] or (not complete and failure is None)
+            self._write(scope, number, 499 if cut else status, sent, time.monotonic() - begun, failure)
 
     def _write(
         self, scope: Scope, number: str, status: int, sent: int, seconds: float, failure: Exception | None
@@ -106,8 +108,9 @@ class RequestLog:
         if isinstance(job, Job):
             line |= _about(job)
         if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
-            self._metrics.requests.labels(outcome=_outcome(status, job)).inc()
-            line["outcome"] = _outcome(status, job)
+            broken = failure is not None or FAILED in scope["state"]
+            line["outcome"] = "failed" if broken and status != 499 else _outcome(status, job)
+            self._metrics.requests.labels(outcome=line["outcome"]).inc()
         _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
 
     def _shown(self, text: str) -> str:

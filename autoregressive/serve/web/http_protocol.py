@@ -15,6 +15,9 @@ from autoregressive.serve.web.errors import ApiError
 SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
 READ_SECONDS = 20.0  # for a client to take what waits for it: 64 KiB at most
 
+CUT = "cut"  # in a request's state: the connection went before the answer was complete
+_MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
+
 _REFUSALS = {
     400: ("this is not HTTP/1.1", "bad_request"),
     431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
@@ -26,6 +29,7 @@ class PatientProtocol(H11Protocol):
 
     _sender_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None
+    _flush_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Waits for the first request."""
@@ -40,12 +44,40 @@ class PatientProtocol(H11Protocol):
         """Waits for nothing any more."""
         self._stop_sender_timer()
         self._stop_reader_timer()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.scope["state"][CUT] = True
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Part of a request."""
+        """Part of a request, or of one that is to be answered later."""
         super().data_received(data)
         self._watch_sender()
+        if self.conn.their_state is h11.DONE and self.flow.read_paused:
+            # uvicorn has stopped reading, and so would not notice that the client leaves before it is answered.
+            if len(self.conn.trailing_data[0]) > _MOST_AHEAD_BYTES:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """An answer is written, though perhaps not read; the next request may be here in part."""
+        self._stop_sender_timer()
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+            self._watch_sender()
+        self._watch_flush()
+
+    def _watch_flush(self) -> None:
+        """What is left of a complete answer has to be taken, too: closing waits for that for ever."""
+        if self._flush_timer is None and self.transport.get_write_buffer_size() > 0:
+            self._flush_timer = self.loop.call_later(READ_SECONDS, self._abort_if_unread)
+
+    def _abort_if_unread(self) -> None:
+        self._flush_timer = None
+        if self.transport.get_write_buffer_size() > 0 and (self.cycle is None or self.cycle.response_complete):
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """The client does not read as fast as it is written to."""
@@ -77,6 +109,7 @@ class PatientProtocol(H11Protocol):
         for part in parts:
             self.transport.write(self.conn.send(part))
         self.transport.close()
+        self._watch_flush()
 
     def _watch_sender(self) -> None:
         """The time runs while a request is incomplete, and not while it is answered."""

@@ -12,6 +12,7 @@ from autoregressive.serve.web.schema import ClassData, CodesRequest, ModelData, 
 from autoregressive.serve.worker.messages import Submit
 
 T = TypeVar("T")
+_LONGEST_NAME = 64  # characters
 _RANDOM_SEEDS = 2**31  # small enough for JavaScript's numbers
 
 
@@ -125,6 +126,9 @@ class ServedModel:
             return body.class_label
         if body.prompt is None:
             raise ApiError(400, "prompt is missing: a class, by name or id (see /v1/classes)", "missing_value", "prompt")
+        if len(body.prompt) > _LONGEST_NAME:  # a sentence: looking for names alike would hold up everybody
+            message = "prompt must be the name or id of a class (see /v1/classes), not a description"
+            raise ApiError(400, message, "invalid_value", "prompt")
         try:
             return self.classes.resolve(body.prompt)
         except UserError as error:

@@ -10,7 +10,8 @@ from autoregressive.serve.web.guards import MOST_HEADER_BYTES, App
 from autoregressive.serve.web.http_protocol import PatientProtocol
 
 _LAST_ANSWERS_SECONDS = 3.0  # after an engine is lost: for waiting clients to get their errors, and probes a 503
-_WRITING_SECONDS = 10.0  # for answers that are complete to be read, before the end
+_WRITING_SECONDS = 10.0  # at least, for answers that are complete to be read, before the end
+_KEEP_ALIVE_SECONDS = 75  # longer than proxies keep theirs, so that none sends a request into a connection that is being closed
 
 
 class Server(uvicorn.Server):
@@ -27,7 +28,8 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-            timeout_graceful_shutdown=round(_WRITING_SECONDS),
+            timeout_graceful_shutdown=round(max(_WRITING_SECONDS, dispatcher.patience.shutdown)),
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         )
         super().__init__(config)
         self.status = 0
@@ -53,7 +55,10 @@ class Server(uvicorn.Server):
             self._lost_at = self._lost_at or now
             if now - self._lost_at > _LAST_ANSWERS_SECONDS:
                 return True
-        if dispatcher.draining and (dispatcher.idle or dispatcher.overdue(now)):
+        if dispatcher.draining and dispatcher.overdue(now):
+            self.status = 1
+            return True
+        if dispatcher.draining and dispatcher.idle:
             return True
         return await super().on_tick(counter)
 

@@ -59,7 +59,7 @@ class Ready:
 
     max_rows: int
     num_pages: int
-    device: str
+    pages_per_row: int  # of a whole image
 
 
 @dataclass(frozen=True)

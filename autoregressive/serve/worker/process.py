@@ -4,6 +4,7 @@ A process, not a thread: HTTP work never holds the interpreter lock that a step 
 service, and a hung one can be killed. docs/design.md has the measurement.
 """
 
+import ctypes
 import multiprocessing
 import signal
 import sys
@@ -25,6 +26,7 @@ from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
 
 
@@ -68,7 +70,14 @@ def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Conn
     return process, ours
 
 
+def _end_with_the_parent() -> None:
+    """However the service ends, the system ends this process with it: one that still loads, or hangs, would not notice."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _run(make_engine: MakeEngine, connection: Connection) -> None:
+    _end_with_the_parent()
     # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; when this process ends is the service's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -39,7 +39,9 @@ from autoregressive.serve.worker.task import Task, sampling_params
 
 BEAT_SECONDS = 0.25  # at least so often the loop tells that it goes round, while no step takes longer
 _WATCHED_SECONDS = 0.1  # between two `Drawn` of a task
-_PREVIEWS_AT_ONCE = 16  # images; more wait for the next time, so that finished images do not wait long for the decoder
+_DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that what is on its way takes bounded memory
+_PREVIEW_SHARE = 0.2  # of the time at most, where decoding holds up the loop
+_MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `_out_of_memory` tells those of memory
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
 
@@ -75,7 +77,11 @@ class Worker:
         self._grid = round(engine.shape.tokens**0.5)
         self._tasks: dict[int, Task] = {}
         self._task_of: dict[Request, Task] = {}
+        self._undecoded: deque[Request] = deque()
         self._decodings: deque[_Decoding] = deque()
+        # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one image at a time then.
+        self._at_once = engine.decoder.batch_sizes[-1] if engine.decoder is not None and engine.device.type == "cuda" else 1
+        self._next_preview = 0.0
         self._previewing: _Previewing | None = None
         self._beat_at = 0.0
         self._serving = True
@@ -93,13 +99,15 @@ class Worker:
                 return
             self._expire()
             self._finish(self._step())
+            self._decode()
             self._send_decoded()
             self._preview()
             self._tell()
 
     def _take_commands(self) -> None:
         busy = self._engine.wait_for_work(0)
-        timeout = 0.0 if busy else _POLL_SECONDS if self._decodings or self._previewing else BEAT_SECONDS
+        on_the_way = self._undecoded or self._decodings or self._previewing
+        timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else BEAT_SECONDS
         while self._connection.poll(timeout):
             command = receive(self._connection)
             assert isinstance(command, Command)
@@ -148,7 +156,7 @@ class Worker:
         begun = time.monotonic()
         try:
             ended = self._engine.step()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except _MEMORY_ERRORS as error:
             if not _out_of_memory(error):
                 raise
             _clear_memory()
@@ -161,7 +169,6 @@ class Worker:
         return ended
 
     def _finish(self, ended: Sequence[Request]) -> None:
-        finished = []
         for request in ended:
             task = self._task_of.pop(request, None)
             if task is None:  # it was cancelled and has been dropped
@@ -170,24 +177,30 @@ class Worker:
                 self._end_early(task, *_reason(request))
             elif request.state is RequestState.FINISHED and task.failure is None:
                 if task.order.pixels:
-                    finished.append(request)
+                    self._undecoded.append(request)
                     self._task_of[request] = task  # until its picture is sent
                 else:
                     assert request.codes is not None
                     self._send_image(task, request, request.codes[0].numpy().tobytes(), 0.0)
-        if finished:
-            self._decode(finished)
         for task in list(self._tasks.values()):
             if task.failure is not None and not task.held:
                 self._drop(task, *task.failure)
 
-    def _decode(self, finished: list[Request]) -> None:
+    def _decode(self) -> None:
+        """Gives the decoder its next lot, unless it has enough to do."""
+        finished: list[Request] = []
+        while self._undecoded and len(finished) < self._at_once and len(self._decodings) < _DECODINGS_AT_ONCE:
+            request = self._undecoded.popleft()
+            if request in self._task_of:  # nobody wants the others any more
+                finished.append(request)
+        if not finished:
+            return
         assert self._engine.decoder is not None
         begun = time.monotonic()
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
         try:
             self._decodings.append(_Decoding(finished, self._engine.decoder.submit_to_host(codes), begun))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except _MEMORY_ERRORS as error:
             self._lose_pictures(finished, error)
 
     def _lose_pictures(self, requests: Sequence[Request], error: Exception) -> None:
@@ -203,7 +216,7 @@ class Worker:
             decoding = self._decodings.popleft()
             try:
                 pictures, finite = decoding.pending.pictures()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except _MEMORY_ERRORS as error:
                 self._lose_pictures(decoding.requests, error)
                 continue
             seconds = (time.monotonic() - decoding.begun) / len(decoding.requests)
@@ -233,7 +246,21 @@ class Worker:
 
     def _preview(self) -> None:
         """One lot of previews at a time, and of each image the newest: a slow decoder makes them rarer, not later."""
-        lot = self._previewing or self._begin_previews()
+        begun = time.monotonic()
+        try:
+            self._go_on_with_previews()
+        except _MEMORY_ERRORS as error:
+            if not _out_of_memory(error):
+                raise
+            _clear_memory()  # nobody has lost more than a glimpse
+            self._previewing = None
+        ended = time.monotonic()
+        self._next_preview = max(self._next_preview, ended + (ended - begun) * (1 / _PREVIEW_SHARE - 1))
+
+    def _go_on_with_previews(self) -> None:
+        lot = self._previewing
+        if lot is None and not self._undecoded and time.monotonic() >= self._next_preview:
+            lot = self._begin_previews()
         if lot is not None and lot.codes is not None and lot.codes.arrived():
             lot = self._decode_previews(lot)
         if lot is not None and lot.pending is not None and lot.pending.ready():
@@ -248,31 +275,29 @@ class Worker:
                 self._outbox.put(Preview(task.order.job, request.first_image, rows, picture.numpy().tobytes()))
 
     def _begin_previews(self) -> _Previewing | None:
-        wanted: dict[Request, int] = {}
+        candidates: list[tuple[int, int, Request, Task]] = []  # rows sent, rows to send
         for task in self._tasks.values():
             if task.order.preview_rows and task.order.pixels and task.failure is None:
                 for request in task.requests:
                     rows = task.rows_to_preview(request, self._grid)
-                    if rows is not None and request.state is RequestState.RUNNING and len(wanted) < _PREVIEWS_AT_ONCE:
-                        wanted[request] = task.previewed[request] = rows
+                    if rows is not None and request.state is RequestState.RUNNING:
+                        candidates.append((task.previewed.get(request, 0), rows, request, task))
+        candidates.sort(key=lambda candidate: candidate[0])  # whoever has seen least comes first
+        wanted: dict[Request, int] = {}
+        for _, rows, request, task in candidates[: self._at_once]:
+            wanted[request] = task.previewed[request] = rows
         if not wanted:
             return None
         codes = self._engine.peek(list(wanted))
         return _Previewing(codes.requests, [wanted[request] for request in codes.requests], codes, None)
 
-    def _decode_previews(self, under_way: _Previewing) -> _Previewing | None:
+    def _decode_previews(self, under_way: _Previewing) -> _Previewing:
         assert under_way.codes is not None
         assert self._engine.decoder is not None
         filled: list[Tensor] = [
             fill_undrawn(codes, rows, self._grid) for codes, rows in zip(under_way.codes.codes(), under_way.rows, strict=True)
         ]
-        try:
-            pending = self._engine.decoder.submit_to_host(torch.cat(filled))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            _clear_memory()  # nobody has lost more than a glimpse
-            return None
+        pending = self._engine.decoder.submit_to_host(torch.cat(filled))
         return _Previewing(under_way.requests, under_way.rows, None, pending)
 
     def _tell(self) -> None:
@@ -303,7 +328,9 @@ def _reason(request: Request) -> tuple[str, str]:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def _clear_memory() -> None:
@@ -322,5 +349,5 @@ def serve(make_engine: Callable[[Callable[[int, int], None]], Engine], connectio
     """
     engine = make_engine(lambda done, total: outbox.put(Preparing(done, total)))
     limits = engine.scheduler.limits
-    outbox.put(Ready(limits.max_rows, limits.num_pages, engine.device.type))
+    outbox.put(Ready(limits.max_rows, limits.num_pages, engine.shape.pages_per_row))
     Worker(engine, connection, outbox).run()
