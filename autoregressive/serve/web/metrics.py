@@ -32,7 +32,7 @@ class Metrics:
         gauge("num_requests_running", "Requests of which at least one image is being drawn.", running)
         gauge("num_requests_waiting", "Accepted requests that have not begun.", waiting)
         gauge("kv_cache_usage_perc", "Share of the KV cache's pages that are in use, 0 to 1.", page_use)
-        self._first_token = histogram("time_to_first_token_seconds", "From acceptance to when the device was given the first steps.")
+        self._first_token = histogram("time_to_first_token_seconds", "From acceptance to when the device was given the first span.")
         self._inter_token = histogram("inter_token_latency_seconds", "Mean time between tokens of an image.", _STEP_SECONDS)
         self._end_to_end = histogram("e2e_request_latency_seconds", "From acceptance to the last image.")
         self._queue = histogram("request_queue_time_seconds", "From acceptance to the start.")
