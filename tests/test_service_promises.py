@@ -94,6 +94,16 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(slow: Service, pat
     slow.wait_for(slow.is_empty, 1)
 
 
+def test_a_client_that_leaves_is_noticed_behind_its_next_request(slow: Service) -> None:
+    """Fails if the server stops reading because of a request that is not its turn yet, and so does not see the end."""
+    connection = send(slow, n=2)
+    slow.wait_for(lambda: slow.gauges()["kv_cache_usage_perc"] > 0, 5)
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    time.sleep(0.1)
+    connection.close()
+    slow.wait_for(slow.is_empty, 1)
+
+
 def test_two_hundred_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
     """They leave after half a second; the next request is served within 5 s of its turn, and every gauge ends at 0."""
     with running_service(tmp_path, "--max-num-seqs", "16") as service:
@@ -132,6 +142,14 @@ def test_without_a_queue_free_rows_are_still_used(tmp_path: Path) -> None:
         service.faults.set("step_seconds", "0.02")
         statuses = Counter(status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(6)])))
         assert statuses == {200: 2, 429: 4}
+
+
+def test_where_pages_are_scarce_they_count_too(tmp_path: Path) -> None:
+    """Fails if a request that finds rows free, but no pages, waits in a queue that has no place."""
+    with running_service(tmp_path, "--max-num-seqs", "64", "--num-pages", "8", "--max-queue-size", "0") as service:
+        service.faults.set("step_seconds", "0.02")
+        statuses = Counter(status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(8)])))
+        assert statuses == {200: 1, 429: 7}
 
 
 # 3. Not now
@@ -266,6 +284,27 @@ def test_an_engine_killed_from_outside_ends_the_service(slow: Service) -> None:
     os.kill(slow.children[-1], signal.SIGKILL)
     assert slow.process.wait(10) == 1
     assert "an engine's process has died" in slow.log
+
+
+def test_a_service_that_stood_still_does_not_blame_its_engine(slow: Service) -> None:
+    """Ctrl-Z and fg, or a machine that was frozen: fails if what was not read meanwhile passes for silence."""
+    assert slow.draw().status_code == 200
+    slow.process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    slow.process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    assert slow.client.get("/health").status_code == 200
+    assert slow.draw().status_code == 200
+
+
+def test_an_engine_does_not_outlive_a_service_that_is_killed(tmp_path: Path) -> None:
+    """Fails if a GPU stays taken by an engine that was still loading, or hung."""
+    (tmp_path / "slow_start").write_text("30")
+    with running_service(tmp_path, ready=False) as service:
+        service.wait_for(lambda: len(service.children) >= 2, 10)  # multiprocessing's own helper is one
+        children = service.children
+        service.process.kill()
+        service.wait_for(lambda: not any(map(is_alive, children)), 20)  # sooner than the engine is loaded
 
 
 def test_an_engine_that_cannot_be_built_says_why(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ service, and a hung one can be killed. docs/design.md has the measurement.
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -74,6 +75,9 @@ def _end_with_the_parent() -> None:
     """However the service ends, the system ends this process with it: one that still loads, or hangs, would not notice."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it has gone already
+        sys.exit(1)
 
 
 def _run(make_engine: MakeEngine, connection: Connection) -> None:
