@@ -26,7 +26,8 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -m "not gpu and not soak" -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m "not gpu and not soak and not timing" -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -m "timing and not soak"
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo.png sample_c2i*.png

@@ -22,6 +22,8 @@ from fake_service import LARGE, TOKENS, Service, is_alive, running_service
 from autoregressive.serve.engine.request import Request, SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
+pytestmark = pytest.mark.timing
+
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Service]:
