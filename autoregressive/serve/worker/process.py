@@ -1,7 +1,7 @@
 """The engine's process: what it builds its engine from, how it is started, and how it ends.
 
 A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever kills the engine does not kill the
-service, and a hung one can be killed. docs/design.md has the measurement.
+service, and a hung one can be killed. docs/design.md says what it costs.
 """
 
 import ctypes
