@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fake_runner import CLASSES, FakeRunner, expected_codes, fake_engine, tiny_gpt
+from fake_runner import CLASSES, VOCABULARY, FakeRunner, expected_codes, fake_engine, tiny_gpt
 from fake_service import TOKENS, FakeDecoder, Faults
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,15 +45,16 @@ from autoregressive.serve.worker.worker import serve
 GRID = round(TOKENS**0.5)
 
 
-def order(job: int = 0, **fields: Any) -> Submit:
-    sampling = {"cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    return Submit(job=job, **({"class_label": 1, "n": 1, "seed": 5, "pixels": True} | sampling | fields))
+def order(job: int = 0, *, seed: int = 5, **fields: Any) -> Submit:
+    params = SamplingParams(cfg_scale=2.0, top_k=0, seed=seed)
+    wanted: dict[str, Any] = {"class_label": 1, "n": 1, "params": params, "pixels": True}
+    return Submit(job=job, **(wanted | fields))
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        order(preview_rows=(1, 2), start_by=1.5, top_p=0.1),
+        order(preview_rows=(1, 2), start_by=1.5, seed=2**62),
         Cancel(3),
         Stop(),
         Ready(4, 5, 6),
@@ -202,7 +203,8 @@ def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> 
     """Fails if a job that no engine can take ends the worker."""
 
     def commands(side: Side) -> None:
-        side.send(order(0, class_label=CLASSES), order(1, top_p=0.0), order(2), Cancel(99))
+        too_many = SamplingParams(top_k=VOCABULARY + 1)
+        side.send(order(0, class_label=CLASSES), order(1, params=too_many), order(2), Cancel(99))
         side.read_until_ended(0, 1, 2)
 
     ends = {event.job: event for event in run_worker(commands, tmp_path, max_num_seqs=4) if isinstance(event, Ended)}

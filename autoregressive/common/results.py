@@ -1,5 +1,6 @@
 """Saves what a command drew: the grid, single pictures, codes. Every PNG says inside how it was made."""
 
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.images import individual_file, picture_grid, save_codes, save_png
-from autoregressive.common.settings import PRECISIONS, SamplingSettings, Settings
+from autoregressive.common.settings import PRECISIONS, Settings
 from autoregressive.common.weights import FoundWeights, ModelSettings
 
 PROGRAM = "llamagen-serve"
@@ -35,7 +36,7 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
         raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    common = generation_record(settings.model, settings.sampling, found, loop, compiled=settings.compile)
+    common = generation_record(settings.model, found, loop, compiled=settings.compile) | asdict(settings.sampling)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
@@ -51,10 +52,8 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
     return grid
 
 
-def generation_record(
-    model: ModelSettings, sampling: SamplingSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False
-) -> dict[str, object]:
-    """How the pictures were made, ready for JSON: with the labels, enough to make them again on the same machine.
+def generation_record(model: ModelSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False) -> dict[str, object]:
+    """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make them again on the same machine.
 
     The loop is part of it: from one seed the naive command and the engine's draw different pictures.
     """
@@ -77,12 +76,6 @@ def generation_record(
         "num_classes": model.num_classes,
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
         "compile": compiled,
-        "seed": sampling.seed,
-        "cfg_scale": sampling.cfg_scale,
-        "cfg_interval": sampling.cfg_interval,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
     }
 
 

@@ -18,7 +18,6 @@ with slow_imports(__name__):
     import torch
 
     from autoregressive.common.results import generation_record
-    from autoregressive.common.settings import SamplingSettings
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.logs import write_logs
@@ -27,7 +26,6 @@ with slow_imports(__name__):
     from autoregressive.serve.web.service import start_service
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start_process
-
 
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
@@ -85,9 +83,7 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
     """What clients are told of the model."""
-    choice, model, defaults = settings.choice, settings.choice.model, settings.choice.defaults
-    top_k = min(defaults.top_k, model.codebook_size)
-    sampling = SamplingSettings(defaults.cfg_scale, defaults.cfg_interval, defaults.temperature, top_k, defaults.top_p, seed=0)
+    choice, model = settings.choice, settings.choice.model
     return ServedModel(
         name=settings.name,
         created=int(time.time()),
@@ -95,9 +91,9 @@ def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
         grid=model.grid,
         codebook_size=model.codebook_size,
         classes=choice.classes,
-        defaults=defaults,
+        defaults=choice.defaults,
         trained=found.trained,
-        record=generation_record(model, sampling, found, loop="paged"),
+        record=generation_record(model, found, loop="paged"),
     )
 
 

@@ -6,7 +6,7 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
 
@@ -122,14 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sampling_params(sampling: SamplingSettings) -> SamplingParams:
     """The engine's name for the same values; one request an image."""
-    return SamplingParams(
-        cfg_scale=sampling.cfg_scale,
-        cfg_interval=sampling.cfg_interval,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-    )
+    return SamplingParams(**asdict(sampling))
 
 
 def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings) -> None:

@@ -139,7 +139,7 @@ def generation_routes(studio: Studio) -> APIRouter:
             output_format=output_format,
             usage=Usage.of(order.n, model.tokens_of_image),
             model=model.name,
-            seed=order.seed,
+            seed=order.params.seed,
         )
         return JSONResponse(answer.model_dump(exclude_none=True))
 
@@ -168,7 +168,7 @@ def generation_routes(studio: Studio) -> APIRouter:
             codebook_size=model.codebook_size,
             usage=Usage.of(order.n, model.tokens_of_image),
             model=model.name,
-            seed=order.seed,
+            seed=order.params.seed,
         )
         return JSONResponse(answer.model_dump())
 
@@ -224,7 +224,7 @@ class _OpenAIEvents:
             output_format=self.output_format,
             quality="auto",
             size=self.studio.model.size,
-            seed=self.job.order.seed,
+            seed=self.job.order.params.seed,
             **fields,
         )
 
@@ -269,7 +269,7 @@ class _PageEvents:
                 return _event("preview", picture, image_index=preview.image, rows=rows, grid=grid, output_format="webp")
             case Image() as image:
                 picture = await studio.picture(order, image, self.output_format, self.quality)
-                return _event("image", picture, image_index=image.image, output_format=self.output_format, seed=order.seed)
+                return _event("image", picture, image_index=image.image, output_format=self.output_format, seed=order.params.seed)
             case Ended() as ended if ended.outcome == "finished":
                 seconds = round(ended.at - job.accepted_at, 3)
                 return _event("done", seconds=seconds, usage=Usage.of(order.n, model.tokens_of_image).model_dump())
@@ -281,7 +281,7 @@ class _PageEvents:
         return _event(
             "queued",
             ahead=ahead,
-            seed=order.seed,
+            seed=order.params.seed,
             n=order.n,
             class_label=order.class_label,
             class_name=model.classes[order.class_label],

@@ -120,7 +120,7 @@ class RequestLog:
 
 def _about(job: Job) -> dict[str, Any]:
     order = job.order
-    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.seed, "tokens": job.tokens}
+    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.params.seed, "tokens": job.tokens}
     if job.started_at is not None:
         line["queue_seconds"] = round(job.started_at - job.accepted_at, 4)
     return line

@@ -119,7 +119,6 @@ class PatientProtocol(H11Protocol):
         elif self._sender_timer is None and not self.transport.is_closing():
             self._sender_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
-
     def _stop_sender_timer(self) -> None:
         if self._sender_timer is not None:
             self._sender_timer.cancel()

@@ -23,7 +23,6 @@ class Job:
     first_token_at: float | None = None
     ended: Ended | None = None
     tokens: int = 0
-    images: int = 0  # that have arrived
     decode_seconds: float = 0.0
     reserved: bool = False  # rows were free for it when it came: it waits for no other
     abandoned: bool = False  # nobody reads its events any more
@@ -33,7 +32,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of the batch that it takes at most."""
-        return self.order.n * (2 if self.order.cfg_scale > 1 else 1)
+        return self.order.n * self.order.params.rows
 
     def take(self, event: JobEvent) -> None:
         """What the engine says of it; called in the event loop."""
@@ -44,7 +43,6 @@ class Job:
                 self.tokens = tokens
                 self.first_token_at = self.first_token_at or at
             case Image():
-                self.images += 1
                 self.decode_seconds += event.decode_seconds
                 self._events.pop(("Preview", event.image), None)
             case Ended():

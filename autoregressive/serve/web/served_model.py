@@ -1,12 +1,13 @@
 """The model that is served, and what a request's body means for it."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from autoregressive.common.classes import ClassNames
 from autoregressive.common.defaults import ModelDefaults
 from autoregressive.common.errors import UserError
+from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.schema import ClassData, CodesRequest, ModelData, SamplingDefaults, StreamRequest
 from autoregressive.serve.worker.messages import Submit
@@ -28,7 +29,7 @@ class ServedModel:
     classes: ClassNames
     defaults: ModelDefaults
     trained: bool
-    record: dict[str, object]  # how every picture is made, as `generation_record` has it
+    record: dict[str, object]  # how every picture is made, as `generation_record` has it, without the sampling parameters
 
     @property
     def tokens_of_image(self) -> int:
@@ -95,24 +96,24 @@ class ServedModel:
             job=-1,
             class_label=self._class_label(body),
             n=_or(body.n, 1),
-            seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
-            cfg_scale=_or(body.cfg_scale, defaults.cfg_scale),
-            cfg_interval=_or(body.cfg_interval, defaults.cfg_interval),
-            temperature=_or(body.temperature, defaults.temperature),
-            top_k=top_k,
-            top_p=_or(body.top_p, defaults.top_p),
+            params=SamplingParams(
+                cfg_scale=_or(body.cfg_scale, defaults.cfg_scale),
+                cfg_interval=_or(body.cfg_interval, defaults.cfg_interval),
+                temperature=_or(body.temperature, defaults.temperature),
+                top_k=top_k,
+                top_p=_or(body.top_p, defaults.top_p),
+                seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
+            ),
             pixels=pixels,
         )
 
     def record_of(self, order: Submit, image: int) -> dict[str, object]:
         """How one image was made: enough to make it again on the same machine."""
-        return self.record | {
-            "seed": order.seed,
-            "cfg_scale": order.cfg_scale,
-            "cfg_interval": order.cfg_interval,
-            "temperature": order.temperature,
-            "top_k": order.top_k,
-            "top_p": order.top_p,
+        sampling = asdict(order.params)
+        del sampling["n"]
+        return {
+            **self.record,
+            **sampling,
             "images": order.n,
             "image": image,
             "label": order.class_label,

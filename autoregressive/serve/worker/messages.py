@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from autoregressive.serve.engine.request import SamplingParams
+
 _LENGTH = struct.Struct("<I")  # of the JSON part
 
 
@@ -20,12 +22,7 @@ class Submit:
     job: int
     class_label: int
     n: int
-    seed: int
-    cfg_scale: float
-    cfg_interval: int
-    temperature: float
-    top_k: int
-    top_p: float
+    params: SamplingParams  # of each image, so with n = 1
     pixels: bool  # False: codes
     preview_rows: tuple[int, ...] = ()  # rows of the token grid at which a preview is wanted; the last that is reached is sent
     watched: bool = False  # `Drawn` again and again, not only once
@@ -151,6 +148,8 @@ def decode(frame: bytes) -> Command | Event:
     for field, annotation in kind.__annotations__.items():
         if annotation is bytes:
             fields[field] = frame[end:]
+        elif annotation is SamplingParams:
+            fields[field] = SamplingParams(**fields[field])
         elif isinstance(fields.get(field), list):
             fields[field] = tuple(fields[field])
     message: Command | Event = kind(**fields)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import Submit
 
 
@@ -43,15 +43,3 @@ class Task:
         drawn, sent = request.steps // grid, self.previewed.get(request, 0)
         wanted = [rows for rows in self.order.preview_rows if sent < rows <= drawn]
         return max(wanted) if wanted and drawn < grid else None
-
-
-def sampling_params(order: Submit) -> SamplingParams:
-    """Of each image of a job; raises `ValueError` for values out of range."""
-    return SamplingParams(
-        cfg_scale=order.cfg_scale,
-        cfg_interval=order.cfg_interval,
-        temperature=order.temperature,
-        top_k=order.top_k,
-        top_p=order.top_p,
-        seed=order.seed,
-    )

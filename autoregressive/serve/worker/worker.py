@@ -35,7 +35,7 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
-from autoregressive.serve.worker.task import Task, sampling_params
+from autoregressive.serve.worker.task import Task
 
 BEAT_SECONDS = 0.25  # at least so often the loop tells that it goes round, while no step takes longer
 _WATCHED_SECONDS = 0.1  # between two `Drawn` of a task
@@ -127,8 +127,7 @@ class Worker:
     def _submit(self, order: Submit) -> None:
         task = Task(order, left=order.n)
         try:
-            params = sampling_params(order)
-            task.requests = [self._engine.submit(order.class_label, params, first_image=image) for image in range(order.n)]
+            task.requests = [self._engine.submit(order.class_label, order.params, first_image=image) for image in range(order.n)]
         except ValueError as error:
             self._outbox.put(Ended(order.job, "refused", time.monotonic(), str(error)))
             return
