@@ -14,13 +14,13 @@ from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.errors import not_ready, queue_full
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.metrics import Metrics
-from autoregressive.serve.worker.messages import Ended, Event, Submit
+from autoregressive.serve.worker.messages import Submit
 
 StartEngine = Callable[[int], tuple[BaseProcess, Connection]]  # which of the engines -> its process and the connection to it
 _WATCH_SECONDS = 0.2
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
-_PAUSE_SECONDS = 1.0
+_PAUSE_SECONDS = 1.0  # by so much the watch may be late before this process counts as having stood still
 _PLACES_SECONDS = 0.5  # so old may the places in the queue be
 _RECENT = 32  # jobs whose durations say when to try again
 
@@ -57,7 +57,7 @@ class Dispatcher:
         self._stop_by = math.inf
         self._places: dict[Job, int] = {}
         self._places_at = -math.inf
-        self._links = [EngineLink(*start_engine(index), self._changed) for index in range(engines)]
+        self._links = [EngineLink(*start_engine(index), self._ended) for index in range(engines)]
         self._watch = asyncio.create_task(self._watch_engines())
 
     @property
@@ -157,29 +157,26 @@ class Dispatcher:
         for link in self._links:
             link.stop(deadline)
 
-    def _changed(self, link: EngineLink, job: Job | None, event: Event) -> None:
-        if job is not None and isinstance(event, Ended):
-            self.metrics.ended(job, self._tokens_of_image)
-            if event.outcome == "finished" and job.started_at is not None:
-                self._durations.append(event.at - job.started_at)
+    def _ended(self, job: Job) -> None:
+        assert job.ended is not None
+        self.metrics.ended(job, self._tokens_of_image)
+        if job.ended.outcome == "finished" and job.started_at is not None:
+            self._durations.append(job.ended.at - job.started_at)
 
     async def _watch_engines(self) -> None:
         now = time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             before, now = now, time.monotonic()
-            if now - before > _WATCH_SECONDS + _PAUSE_SECONDS:  # this process stood still, and has heard nothing meanwhile
-                for link in self._links:
-                    link.heard_at = now
-                continue
+            stood_still = now - before > _WATCH_SECONDS + _PAUSE_SECONDS  # and has heard nothing meanwhile
             for link in self._links:
-                if link.ready is not None and now - link.heard_at > self.patience.step:
+                if stood_still:
+                    link.heard_at = now
+                elif link.ready is not None and now - link.heard_at > self.patience.step:
                     link.give_up(f"an engine has not been heard of for {self.patience.step:g} seconds")
-            if now > self._stop_by:
-                for job in [job for link in self._links for job in link.jobs.values()]:
-                    for link in self._links:
-                        if job.order.job in link.jobs:
-                            link.cancel(job)
+                if now > self._stop_by:
+                    for job in link.jobs.values():
+                        link.cancel(job)
 
     def _jobs(self) -> Sequence[Job]:
         return [job for link in self._links for job in link.jobs.values()]

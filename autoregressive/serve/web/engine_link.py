@@ -31,10 +31,10 @@ class EngineLink:
     """One engine: what is known of it, and the jobs that it has. Used in the event loop; a thread of its own reads.
 
     Args:
-        on_change: called in the event loop after every event, with the job it was about.
+        on_ended: called in the event loop with each job that has come to its end.
     """
 
-    def __init__(self, process: BaseProcess, connection: Connection, on_change: Callable[["EngineLink", Job | None, Event], None]):
+    def __init__(self, process: BaseProcess, connection: Connection, on_ended: Callable[[Job], None]) -> None:
         self.process = process
         self.ready: Ready | None = None
         self.prepared = (0, 0)  # how much, of how much
@@ -43,7 +43,7 @@ class EngineLink:
         self.jobs: dict[int, Job] = {}
         self.used_pages = 0
         self.heard_at = time.monotonic()
-        self._connection, self._on_change = connection, on_change
+        self._connection, self._on_ended = connection, on_ended
         self._stopped = False
         self._outbox = Outbox(connection, "commands")
         self._loop = asyncio.get_running_loop()
@@ -98,7 +98,6 @@ class EngineLink:
 
     def _take(self, event: Event) -> None:
         self.heard_at = time.monotonic()
-        job = None
         match event:
             case Preparing(done=done, total=total):
                 self.prepared = (done, total)
@@ -115,4 +114,4 @@ class EngineLink:
                 job.take(event)
                 if isinstance(event, Ended):
                     del self.jobs[event.job]
-        self._on_change(self, job, event)
+                    self._on_ended(job)

@@ -241,6 +241,7 @@ class _PageEvents:
     told_at: float = 0.0
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.told_at = time.monotonic()
         yield self._queued(self.studio.dispatcher.ahead_of(self.job))
         while self.job.ended is None or self.job.has_news:
             event = await self._next()
@@ -253,8 +254,7 @@ class _PageEvents:
         studio, job, model, order = self.studio, self.job, self.studio.model, self.job.order
         match await job.next_event(_QUEUE_LOOK_SECONDS):
             case None:
-                ahead = studio.dispatcher.ahead_of(job)
-                if job.started_at is None and ahead != self.ahead:
+                if job.started_at is None and (ahead := studio.dispatcher.ahead_of(job)) != self.ahead:
                     return self._queued(ahead)
                 return _SILENCE if time.monotonic() - self.told_at > _KEEP_ALIVE_SECONDS else b""
             case Started():
