@@ -1,0 +1,149 @@
+"""How long a connection lasts whose client sends or reads too slowly; the limits are made short here."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from autoregressive.serve.web import generation, http_protocol
+
+pytestmark = pytest.mark.timing
+GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "SEND_SECONDS", 0.5)
+    monkeypatch.setattr(http_protocol, "READ_SECONDS", 0.5)
+
+
+async def answer(scope: Any, receive: Any, send: Any) -> None:
+    """As many bytes as the path says, once the body is there; a path that begins with "slow" takes a second."""
+    while (await receive()).get("more_body"):
+        pass
+    path = scope["path"][1:]
+    if path.startswith("slow"):
+        await asyncio.sleep(1)
+    body = b"x" * int(path.removeprefix("slow") or 2)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def on_a_server(visit: Callable[[int, uvicorn.Server], Coroutine[Any, Any, None]]) -> None:
+    """Runs a visit of a server of ours on a free port."""
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            config = uvicorn.Config(answer, http=http_protocol.PatientProtocol, ws="none", lifespan="off", log_config=None)
+            server = uvicorn.Server(config)
+            serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
+            while not server.started:
+                await asyncio.sleep(0.01)
+            try:
+                await visit(listener.getsockname()[1], server)
+            finally:
+                server.should_exit = True
+                await serving
+
+    asyncio.run(run())
+
+
+async def until_empty(server: uvicorn.Server, seconds: float) -> None:
+    begun = time.monotonic()
+    while server.server_state.connections:
+        assert time.monotonic() - begun < seconds, "a connection stays open"
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("size", [30_000, 2_000_000])
+def test_who_does_not_read_is_dropped_however_little_is_left(size: int) -> None:
+    """Fails if a connection stays open for ever because what is left of its answer is too little to pause the writing."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", port))
+            client.sendall(GET % str(size).encode())
+            await asyncio.sleep(0.2)
+            assert server.server_state.connections
+            await until_empty(server, 3)
+
+    on_a_server(visit)
+
+
+def test_a_request_behind_another_is_not_waited_for_without_end() -> None:
+    """Fails if only what comes with its own packet starts the clock."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET % b"" + b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        assert b"200" in await reader.readline()
+        await until_empty(server, 3)
+        writer.close()
+
+    on_a_server(visit)
+
+
+def test_who_waits_for_a_slow_answer_is_not_dropped() -> None:
+    """Fails if the clock of a request runs on while it is answered, or into the next one."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):
+            writer.write(GET % b"slow")
+            assert b"200" in await asyncio.wait_for(reader.readline(), 5)
+            await reader.readuntil(b"xx")
+            await asyncio.sleep(0.7)  # idle, as a connection may be between requests
+        writer.close()
+
+    on_a_server(visit)
+
+
+def test_a_slow_reader_who_reads_is_not_dropped() -> None:
+    """Fails if the clock counts the whole answer, not what waits."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=8192)
+        writer.write(GET % b"600000")
+        read = 0
+        while read < 600_000:
+            chunk = await asyncio.wait_for(reader.read(30_000), 5)
+            assert chunk, f"cut off after {read} bytes"
+            read += len(chunk)
+            await asyncio.sleep(0.03)
+        writer.close()
+
+    on_a_server(visit)
+
+
+def test_a_stream_that_breaks_off_says_so() -> None:
+    """Fails if a bug of ours looks like a connection that was lost: the reader gets an error event, and the job ends."""
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"event: queued\ndata: {}\n\n"
+        raise ValueError("a bug")
+
+    async def run() -> tuple[bytes, Any, list[Any]]:
+        abandoned: list[Any] = []
+        studio = cast(Any, SimpleNamespace(dispatcher=SimpleNamespace(abandon=abandoned.append)))
+        request = cast(Any, SimpleNamespace(state=SimpleNamespace()))
+        job = cast(Any, SimpleNamespace(order=SimpleNamespace(job=3)))
+        response = generation._event_stream(studio, request, job, broken())
+        with contextlib.suppress(ValueError):
+            told = b"".join([cast(bytes, part) async for part in response.body_iterator])
+        return told, request.state, abandoned
+
+    told, state, abandoned = asyncio.run(run())
+    assert told.startswith(b"event: queued")
+    assert b"event: error" in told
+    assert b"internal_error" in told
+    assert b"a bug" not in told
+    assert getattr(state, generation.FAILED)
+    assert len(abandoned) == 1
