@@ -41,8 +41,8 @@ def on_a_server(visit: Callable[[int, uvicorn.Server], Coroutine[Any, Any, None]
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            config = uvicorn.Config(answer, http=http_protocol.PatientProtocol, ws="none", lifespan="off", log_config=None)
-            server = uvicorn.Server(config)
+            options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
+            server = uvicorn.Server(uvicorn.Config(answer, http=http_protocol.PatientProtocol, **options))
             serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
             while not server.started:
                 await asyncio.sleep(0.01)
