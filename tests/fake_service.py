@@ -5,6 +5,7 @@ What is to go wrong is told by files in a folder, which the engine's process loo
 """
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -160,6 +161,12 @@ class Service:
     def log(self) -> str:
         """What it has written on stderr."""
         return self._log.read_text()
+
+    def logged(self, number: str) -> dict[str, Any]:
+        """The log's line of a request, which is written when its answer has been."""
+        self.wait_for(lambda: f'"{number}"' in self.log and self.log.endswith("\n"), 5)
+        line: dict[str, Any] = next(json.loads(line) for line in self.log.splitlines() if f'"{number}"' in line)
+        return line
 
     @property
     def children(self) -> list[int]:
