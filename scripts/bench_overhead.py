@@ -3,8 +3,10 @@
     python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512 --seconds 30
 
 The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
-image each, without previews. The engine alone draws four times as many images as fit, with their pixels (scripts/bench_decode.py).
-Random weights; each in processes of its own. Then the time to the first preview of a lone request. Ends in JSON.
+image each, without previews; beside it scripts/bench_probes.py asks for /health and /metrics. Before that, the time to the first
+preview of a lone request. The engine alone draws four times as many images as fit, with their pixels (scripts/bench_decode.py).
+With --data-parallel-size also so many engines behind one front, with as many times the requests. Random weights; each in processes
+of its own. Ends in JSON.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -105,34 +107,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == [_IN_THREAD]:
         return serve_in_a_thread(given[1:])
     arguments = parse_arguments(given)
-    model, rows = arguments.gpt_model, arguments.rows
+    model, rows, engines = arguments.gpt_model, arguments.rows, arguments.data_parallel_size
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
     flags = ["--gpt-model", model, *size, "--random-weights", "--max-num-seqs", str(rows)]
     flags += ["--port", "0", "--max-queue-size", "10000"]
-    bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--seconds", str(arguments.seconds)]
-    saturating = ["--saturate", str(rows * 3 // 4), "--previews", "0"]
-
-    def behind(command: Sequence[str]) -> tuple[float, dict[str, Any]]:
-        with running_service(command) as url:
-            last_json([*bench, "--url", url, "--saturate", "2", "--seconds", "3"])  # warm
-            lone = last_json([*bench, "--url", url, "--saturate", "1", "--seconds", "10"])["results"][0]
-            return last_json([*bench, "--url", url, *saturating])["results"][0]["images_per_second"], lone["first_preview_seconds"]
-
+    process, thread = [sys.executable, api_server.__file__, *flags], [sys.executable, __file__, _IN_THREAD, *flags]
+    commands = {"in a process": (process, 1), "in a thread": (thread, 1)}
+    if engines > 1:
+        commands[f"in {engines} processes"] = ([*process, "--data-parallel-size", str(engines)], engines)
     decode = [sys.executable, str(_SCRIPTS / "bench_decode.py"), "--models", model, "--rows", str(rows), *size]
     alone = last_json([*decode, "--images", str(2 * rows), "--pixels"])["models"][0]["results"][0]["images_per_second"]
     results: dict[str, Any] = {"alone": {"images_per_second": alone}}
     print(f"the engine alone: {alone:.2f} images/s", flush=True)
-    hosts: dict[str, Callable[[], Sequence[str]]] = {
-        "process": lambda: [sys.executable, api_server.__file__, *flags],
-        "thread": lambda: [sys.executable, __file__, _IN_THREAD, *flags],
-    }
-    for host, command in hosts.items():
-        images_per_second, preview = behind(command())
-        results[host] = {"images_per_second": images_per_second, "lone_first_preview_seconds": preview}
-        what = f"{images_per_second:.2f} images/s ({images_per_second / alone:.1%}), lone preview {preview}"
-        print(f"behind HTTP, engine in a {host}: {what}", flush=True)
+    for where, (command, count) in commands.items():
+        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds)
+        what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
+        print(f"behind HTTP, engine {where}: {what}, lone preview {result['lone_first_preview_seconds']}", flush=True)
+        print(f"    beside that load: {result['probes']}", flush=True)
     print(json.dumps({"benchmark": "overhead", "model": model, "rows": rows, "results": results}))
     return 0
+
+
+def behind(command: Sequence[str], under_way: int, seconds: int) -> dict[str, Any]:
+    """What a service that `command` starts does: first a lone request at a time, then so many requests all the time."""
+    with running_service(command) as url:
+        bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
+        last_json([*bench, "--saturate", "2", "--seconds", "3"])  # warm
+        lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]
+        probing = [sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]
+        with subprocess.Popen(probing, stdout=subprocess.PIPE, text=True) as prober:
+            load = last_json([*bench, "--saturate", str(under_way), "--previews", "0", "--seconds", str(seconds)])["results"][0]
+            said = prober.communicate()[0]
+        if prober.returncode != 0:
+            raise UserError("bench_probes.py failed: run it by hand to see why")
+    return {
+        "images_per_second": load["images_per_second"],
+        "failures": load["failures"],
+        "lone_first_preview_seconds": lone["first_preview_seconds"],
+        "lone_image_seconds": lone["image_seconds"],
+        "probes": json.loads(said.splitlines()[-1])["results"],
+    }
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -142,6 +156,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
     parser.add_argument("--rows", type=at_least(4), default=512, metavar="N", help="rows that run at once (default: 512)")
     parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load (default: 30)")
+    parser.add_argument("--data-parallel-size", type=at_least(1), default=1, metavar="N", help="also N engines (default: 1)")
     return parser.parse_args(argv)
 
 

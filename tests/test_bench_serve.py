@@ -1,4 +1,4 @@
-"""The load generator against a running service."""
+"""The load generator, the prober and what measures HTTP's cost, against a running service."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from fake_service import Service, running_service
 from PIL import Image
 from serve_report import percentiles
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serve.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
-def bench(*flags: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=120, check=False)
+def bench(*flags: str, script: str = "bench_serve") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
@@ -61,6 +62,39 @@ def test_a_saturated_service_is_counted_without_its_first_wave(service: Service)
     assert result["first_preview_seconds"] is None
     assert 0 < result["images"] <= result["requests"] - 4
     assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.01)
+
+
+def test_probes_are_counted_and_timed(service: Service) -> None:
+    """Fails if a path is not asked about twenty times a second with the other, or what is printed is not what is in the JSON."""
+    done = bench("--url", service.url, "--seconds", "2", script="bench_probes")
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    results = json.loads(last)["results"]
+    assert [line.split(":")[0] for line in lines] == list(results) == ["/health", "/metrics"]
+    for line, result in zip(lines, results.values(), strict=True):
+        assert 5 <= result["answers"] <= 21
+        assert 0 < result["seconds"]["p50"] <= result["seconds"]["p99"] < 2
+        assert f"{result['answers']} answers" in line
+        assert f"{result['seconds']['p99']:.4f} s" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        ("bench_probes", ("--url", "http://127.0.0.1:1"), "start autoregressive/serve/api_server.py first"),
+        ("bench_probes", ("--url", "nonsense"), "no service answers there"),
+        ("bench_probes", ("--seconds", "0"), "1 or more"),
+        ("bench_overhead", ("--rows", "2"), "4 or more"),
+        ("bench_overhead", ("--gpt-model", "GPT-5"), "choose from"),
+        ("bench_overhead", ("--data-parallel-size", "0"), "1 or more"),
+        ("bench_overhead", ("--image-size", "big"), "whole number"),
+    ],
+)
+def test_mistakes_of_the_others_are_one_line(script: str, flags: tuple[str, ...], word: str) -> None:
+    done = bench(*flags, script=script)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

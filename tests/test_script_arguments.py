@@ -41,7 +41,8 @@ BEGINS = {
     "train_demo": ("load_sprites", []),
     "tune_kernels": ("tune", []),
 }
-WITHOUT_WORK = {"bench_overhead", "bench_serve", "convert_checkpoint", "download_models"}  # tests of their own have their mistakes
+# Tests of their own have their mistakes.
+WITHOUT_WORK = {"bench_overhead", "bench_probes", "bench_serve", "convert_checkpoint", "download_models"}
 
 TILES = AttentionTiles(64, 1)
 NEEDS_A_GPU = {"bench_kernels", "tune_kernels"}
