@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
@@ -120,33 +121,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"alone": {"images_per_second": alone}}
     print(f"the engine alone: {alone:.2f} images/s", flush=True)
     for where, (command, count) in commands.items():
-        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds)
+        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds, arguments.repeats)
         what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
         print(f"behind HTTP, engine {where}: {what}, lone preview {result['lone_first_preview_seconds']}", flush=True)
-        print(f"    beside that load: {result['probes']}", flush=True)
+        for run in result["runs"]:
+            print(f"    a run: {run}", flush=True)
     print(json.dumps({"benchmark": "overhead", "model": model, "rows": rows, "results": results}))
     return 0
 
 
-def behind(command: Sequence[str], under_way: int, seconds: int) -> dict[str, Any]:
-    """What a service that `command` starts does: first a lone request at a time, then so many requests all the time."""
+def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int) -> dict[str, Any]:
+    """What a service that `command` starts does: with a lone request at a time, then several times with so many."""
     with running_service(command) as url:
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
         last_json([*bench, "--saturate", "2", "--seconds", "3"])  # warm
         lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]
-        probing = [sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]
-        with subprocess.Popen(probing, stdout=subprocess.PIPE, text=True) as prober:
-            load = last_json([*bench, "--saturate", str(under_way), "--previews", "0", "--seconds", str(seconds)])["results"][0]
-            said = prober.communicate()[0]
-        if prober.returncode != 0:
-            raise UserError("bench_probes.py failed: run it by hand to see why")
+        runs = [saturate(bench, url, under_way, seconds) for _ in range(repeats)]
     return {
-        "images_per_second": load["images_per_second"],
-        "failures": load["failures"],
+        "images_per_second": median(run["images_per_second"] for run in runs),
         "lone_first_preview_seconds": lone["first_preview_seconds"],
         "lone_image_seconds": lone["image_seconds"],
-        "probes": json.loads(said.splitlines()[-1])["results"],
+        "runs": runs,
     }
+
+
+def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int) -> dict[str, Any]:
+    """One run with so many requests all the time, and what the service's supervisor sees of it."""
+    probing = [sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]
+    with subprocess.Popen(probing, stdout=subprocess.PIPE, text=True) as prober:
+        load = last_json([*bench, "--saturate", str(under_way), "--previews", "0", "--seconds", str(seconds)])["results"][0]
+        said = prober.communicate()[0]
+    if prober.returncode != 0:
+        raise UserError("bench_probes.py failed: run it by hand to see why")
+    probes = json.loads(said.splitlines()[-1])["results"]
+    return {"images_per_second": load["images_per_second"], "failures": load["failures"], "probes": probes}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -155,8 +163,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpt-model", choices=list(GPT_SHAPES), default="GPT-XL", metavar="NAME", help="(default: GPT-XL)")
     parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
     parser.add_argument("--rows", type=at_least(4), default=512, metavar="N", help="rows that run at once (default: 512)")
-    parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load (default: 30)")
+    parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load a run (default: 30)")
     parser.add_argument("--data-parallel-size", type=at_least(1), default=1, metavar="N", help="also N engines (default: 1)")
+    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="runs, of which the median counts (default: 3)")
     return parser.parse_args(argv)
 
 
