@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing import Pipe
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import pytest
 import torch
 from fake_runner import CLASSES, VOCABULARY, FakeRunner, expected_codes, fake_engine, tiny_gpt
 from fake_service import TOKENS, FakeDecoder, Faults
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.common.images import picture_grid
@@ -20,6 +21,7 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
@@ -181,7 +183,7 @@ def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
     """Started, drawn, its images, the end; the end comes last and once, with every image before it."""
 
     def commands(side: Side) -> None:
-        side.send(order(0, n=3, pixels=False), order(1, n=2, seed=6))
+        side.send(order(0, n=3, pixels=False, watched=True), order(1, n=2, seed=6))
         side.read_until_ended(0, 1)
 
     events = run_worker(commands, tmp_path, max_num_seqs=4)
@@ -192,7 +194,11 @@ def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
         assert told[-1].outcome == "finished"
         assert sum(isinstance(event, Ended) for event in told) == 1
         assert sorted(event.image for event in told if isinstance(event, Image)) == list(range(n))
-        assert [event.tokens for event in told if isinstance(event, Drawn)][-1] == n * TOKENS
+        assert told[-1].tokens == n * TOKENS
+        assert told[-1].used_pages is not None
+    drawn = {job: [event.tokens for event in of_job(events, job) if isinstance(event, Drawn)] for job in (0, 1)}
+    assert drawn[0][-1] == 3 * TOKENS
+    assert len(drawn[1]) == 1, "of a job that nobody watches the first token is told, and no other"
     params = SamplingParams(cfg_scale=2.0, top_k=0, seed=5, n=3)
     codes = {event.image: event.data for event in of_job(events, 0) if isinstance(event, Image)}
     wanted = expected_codes(Request(0, 1, params), TOKENS)
@@ -244,7 +250,7 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
     """Fails if old previews pile up, an image is lost, or the end overtakes an image."""
 
     async def read() -> list[Any]:
-        job = Job(order(0, n=2), time.monotonic())
+        job = Job(order(0, n=2, watched=True), time.monotonic())
         job.take(Started(0, 1.0))
         for rows in range(1, 8):
             job.take(Drawn(0, rows * 8, 1.0))
@@ -263,6 +269,49 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
     assert [event.data for event in events if isinstance(event, Image)] == [b"a", b"b"]
     assert not any(isinstance(event, Preview) for event in events), "a finished image needs no preview"
     assert [event.tokens for event in events if isinstance(event, Drawn)] == [56]
+
+
+def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
+    """Fails if a plain request wakes for what it does not show, or its tokens and moments are not known all the same."""
+
+    async def read() -> Job:
+        job = Job(order(0), 0.0)
+        job.take(Started(0, 1.0))
+        job.take(Drawn(0, 8, 1.5))
+        assert not job.has_news
+        job.take(Ended(0, "finished", 2.0, tokens=64, used_pages=0))
+        assert isinstance(await job.next_event(), Ended)
+        return job
+
+    job = asyncio.run(read())
+    assert (job.started_at, job.first_token_at, job.tokens) == (1.0, 1.5, 64)
+
+
+@settings(max_examples=50)
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["submit", "start", "end"]), st.booleans()), max_size=60))
+def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[int, str, bool]]) -> None:
+    """Fails if the rows or the queue of an engine, which say who is let in, differ from those of its jobs."""
+
+    async def go() -> None:
+        ours, theirs = Pipe()
+        ended: list[Job] = []
+        link = EngineLink(cast(BaseProcess, None), ours, ended.append)
+        for number, what, reserved in steps:
+            if what == "submit" and number not in link.jobs:
+                link.submit(Job(order(number, n=number + 1), 0.0, reserved=reserved))
+            elif what == "start":
+                link._take(Started(number, 1.0))
+            elif what == "end":
+                link._take(Ended(number, "finished", 2.0, tokens=1, used_pages=number))
+            jobs = link.jobs.values()
+            assert link.rows == sum(job.rows for job in jobs)
+            assert link.queued == sum(job.started_at is None and not job.reserved for job in jobs)
+        link.begin_to_stop()
+        link._outbox.close(5)
+        theirs.close()
+        assert all(job.ended is not None for job in ended)
+
+    asyncio.run(go())
 
 
 def test_nothing_is_kept_for_a_reader_who_has_left() -> None:

@@ -5,8 +5,10 @@ the exact spelling decides, and any other spelling is an error that names both i
 """
 
 import difflib
+import heapq
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from torchvision.models import ResNet18_Weights
 
@@ -14,6 +16,7 @@ from autoregressive.common.demo_classes import DEMO_EMOJI
 from autoregressive.common.errors import UserError
 
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
+_SHORTLIST = 32  # names that are compared with one that is unknown
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,23 @@ class ClassNames:
         return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
 
     def _closest(self, word: str) -> str:
+        """Of the names that share most pairs of letters with the word: `difflib` on all takes 10 to 50 ms, a service's time."""
+        pairs = _pairs(word.lower())
+        shortlist = heapq.nlargest(_SHORTLIST, self._pairs_of, key=lambda name: len(pairs & self._pairs_of[name]))
         by_lower_case = {name.lower(): label for label, name in enumerate(self.names)}
-        closest = difflib.get_close_matches(word.lower(), by_lower_case, n=3, cutoff=0.0)
+        closest = difflib.get_close_matches(word.lower(), shortlist, n=3, cutoff=0.0)
         return self._described([by_lower_case[name] for name in closest])
+
+    @cached_property
+    def _pairs_of(self) -> dict[str, set[str]]:
+        return {name.lower(): _pairs(name.lower()) for name in self.names}
 
     def _described(self, labels: list[int]) -> str:
         return ", ".join(f"{self.names[label]} ({label})" for label in labels)
+
+
+def _pairs(word: str) -> set[str]:
+    return {word[index : index + 2] for index in range(len(word) - 1)}
 
 
 IMAGENET = ClassNames(tuple(ResNet18_Weights.DEFAULT.meta["categories"]))

@@ -19,6 +19,7 @@ with slow_imports(__name__):
 
     from autoregressive.common.results import generation_record
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
+    from autoregressive.serve.heap import freeze_heap
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.logs import write_logs
     from autoregressive.serve.web.served_model import ServedModel
@@ -117,6 +118,7 @@ async def serve(
     address = _url(listener)
     service = start_service(settings, model, recipe, address, start)
     dispatcher = service.dispatcher
+    freeze_heap()
     server = Server(service.app, dispatcher)
     # What uvicorn puts back at its end: a signal that comes while the engines are being stopped must not keep them alive.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -109,7 +109,7 @@ class Dispatcher:
         assert link.ready is not None
         rows, room = link.rows + job.rows, link.ready
         job.reserved = rows <= room.max_rows and rows * room.pages_per_row <= room.num_pages
-        queued = sum(not other.reserved for other in self._waiting())
+        queued = sum(other.queued for other in self._links)
         if not job.reserved and queued >= self.max_queue_size:
             raise queue_full(queued, self.retry_after())
         link.submit(job)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -41,22 +42,23 @@ class EngineLink:
         self.unable: str | None = None  # why it could not be built, for the user
         self.lost: str | None = None  # why, once it has died or was given up
         self.jobs: dict[int, Job] = {}
+        self.rows = 0  # that its jobs take, running or not
+        self.queued = 0  # jobs that wait for others: those with rows reserved do not
         self.used_pages = 0
         self.heard_at = time.monotonic()
         self._connection, self._on_ended = connection, on_ended
         self._stopped = False
+        self._inbox: deque[Event] = deque()
+        self._told = False  # whether the event loop knows that there is something in it
         self._outbox = Outbox(connection, "commands")
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, name="events", daemon=True).start()
 
-    @property
-    def rows(self) -> int:
-        """Rows that its jobs take, running or not."""
-        return sum(job.rows for job in self.jobs.values())
-
     def submit(self, job: Job) -> None:
         """Gives it a job."""
         self.jobs[job.order.job] = job
+        self.rows += job.rows
+        self.queued += not job.reserved
         self._outbox.put(job.order)
 
     def cancel(self, job: Job) -> None:
@@ -94,7 +96,15 @@ class EngineLink:
                     self._loop.call_soon_threadsafe(self.give_up, "an engine's process has died")
                     return
                 assert isinstance(event, Event)
-                self._loop.call_soon_threadsafe(self._take, event)
+                self._inbox.append(event)
+                if not self._told:  # the loop is woken once for all that has come by the time it looks
+                    self._told = True
+                    self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def _take_inbox(self) -> None:
+        self._told = False  # first: what comes from now on wakes the loop again
+        while self._inbox:
+            self._take(self._inbox.popleft())
 
     def _take(self, event: Event) -> None:
         self.heard_at = time.monotonic()
@@ -111,7 +121,12 @@ class EngineLink:
                 job = self.jobs.get(event.job)
                 if job is None:
                     return
+                waited = job.started_at is None
                 job.take(event)
+                if waited and isinstance(event, (Started, Ended)):
+                    self.queued -= not job.reserved
                 if isinstance(event, Ended):
+                    self.used_pages = self.used_pages if event.used_pages is None else event.used_pages
+                    self.rows -= job.rows
                     del self.jobs[event.job]
                     self._on_ended(job)

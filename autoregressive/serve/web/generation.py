@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from autoregressive.common.errors import UserError
 from autoregressive.serve.web.dispatcher import Dispatcher
@@ -72,13 +72,16 @@ class Studio:
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         """A finished image's file."""
-        record = self.model.record_of(order, image.image)
-        size = self.model.image_size
-        return await self._run(encode_picture, image.data, size, output_format, quality, record)
+        return await self._run(self._picture, order, image, output_format, quality)
 
-    async def preview(self, preview: Preview, output_format: OutputFormat) -> bytes:
-        """A preview's file."""
-        return await self._run(encode_preview, preview.pixels, self.model.image_size, output_format)
+    async def picture_text(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+        """A finished image's file in base64."""
+        return await self._run(lambda: base64.b64encode(self._picture(order, image, output_format, quality)))
+
+    async def preview_text(self, preview: Preview, output_format: OutputFormat) -> bytes:
+        """A preview's file in base64."""
+        size = self.model.image_size
+        return await self._run(lambda: base64.b64encode(encode_preview(preview.pixels, size, output_format)))
 
     async def save(self, picture: bytes, output_format: OutputFormat) -> str:
         """Stores a picture; its URL."""
@@ -91,6 +94,10 @@ class Studio:
     def failure(self, ended: Ended) -> ApiError:
         """Of a job that has no result."""
         return ended_early(ended.outcome, ended.message, self.dispatcher.retry_after())
+
+    def _picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+        record = self.model.record_of(order, image.image)
+        return encode_picture(image.data, self.model.image_size, output_format, quality, record)
 
     async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
@@ -125,11 +132,12 @@ def generation_routes(studio: Studio) -> APIRouter:
         data: dict[int, ImageData] = {}
 
         async def keep(image: Image) -> None:
-            picture = await studio.picture(order, image, output_format, body.output_compression)
             if stores:
+                picture = await studio.picture(order, image, output_format, body.output_compression)
                 data[image.image] = ImageData(url=await studio.save(picture, output_format))
             else:
-                data[image.image] = ImageData(b64_json=base64.b64encode(picture).decode())
+                text = await studio.picture_text(order, image, output_format, body.output_compression)
+                data[image.image] = ImageData(b64_json=text.decode())
 
         await _until_drawn(studio, request, job, keep)
         answer = ImagesAnswer(
@@ -141,7 +149,7 @@ def generation_routes(studio: Studio) -> APIRouter:
             model=model.name,
             seed=order.params.seed,
         )
-        return JSONResponse(answer.model_dump(exclude_none=True))
+        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
     @router.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse)
     async def stream_images(body: StreamRequest, request: Request) -> Response:
@@ -170,7 +178,7 @@ def generation_routes(studio: Studio) -> APIRouter:
             model=model.name,
             seed=order.params.seed,
         )
-        return JSONResponse(answer.model_dump())
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
 
@@ -202,11 +210,11 @@ class _OpenAIEvents:
             case None:
                 return _SILENCE
             case Preview() as preview:
-                picture = await studio.preview(preview, self.output_format)
+                picture = await studio.preview_text(preview, self.output_format)
                 index = order.preview_rows.index(preview.rows)
                 return self._event("partial_image", picture, preview.image, partial_image_index=index)
             case Image() as image:
-                picture = await studio.picture(order, image, self.output_format, self.quality)
+                picture = await studio.picture_text(order, image, self.output_format, self.quality)
                 usage = Usage.of(1, studio.model.tokens_of_image).model_dump()
                 return self._event("completed", picture, image.image, usage=usage)
             case Ended() as ended if ended.outcome != "finished":
@@ -264,11 +272,11 @@ class _PageEvents:
                 rounded = None if left is None else round(left, 2)
                 return _event("progress", tokens_drawn=tokens, tokens=order.n * model.tokens_of_image, seconds_left=rounded)
             case Preview() as preview:
-                picture = await studio.preview(preview, "webp")
+                picture = await studio.preview_text(preview, "webp")
                 rows, grid = preview.rows, model.grid
                 return _event("preview", picture, image_index=preview.image, rows=rows, grid=grid, output_format="webp")
             case Image() as image:
-                picture = await studio.picture(order, image, self.output_format, self.quality)
+                picture = await studio.picture_text(order, image, self.output_format, self.quality)
                 return _event("image", picture, image_index=image.image, output_format=self.output_format, seed=order.params.seed)
             case Ended() as ended if ended.outcome == "finished":
                 seconds = round(ended.at - job.accepted_at, 3)
@@ -345,8 +353,7 @@ def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncItera
 
 
 def _event(kind: str, picture: bytes | None = None, **fields: Any) -> bytes:
-    """A server-sent event; the picture goes in as `b64_json`, without a copy of it in between."""
+    """A server-sent event; the picture, in base64 already, goes in as `b64_json`, and is copied once."""
     head = json.dumps({"type": kind} | fields).encode()
-    if picture is not None:
-        head = b"".join((head[:-1], b', "b64_json": "', base64.b64encode(picture), b'"}'))
-    return b"".join((b"event: ", kind.encode(), b"\ndata: ", head, b"\n\n"))
+    parts = (head,) if picture is None else (head[:-1], b', "b64_json": "', picture, b'"}')
+    return b"".join((b"event: ", kind.encode(), b"\ndata: ", *parts, b"\n\n"))

@@ -47,7 +47,9 @@ class Job:
                 self._events.pop(("Preview", event.image), None)
             case Ended():
                 self.ended = event
-        if not self.abandoned:
+                self.tokens = self.tokens if event.tokens is None else event.tokens
+        told = self.order.watched or not isinstance(event, (Started, Drawn))  # others' readers need not be woken for these
+        if told and not self.abandoned:
             key = (type(event).__name__, getattr(event, "image", 0))
             self._events.pop(key, None)
             self._events[key] = event

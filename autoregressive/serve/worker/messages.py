@@ -119,6 +119,8 @@ class Ended:
     outcome: str  # one of OUTCOMES
     at: float
     message: str = ""
+    tokens: int | None = None  # that were given to the device, over all its images
+    used_pages: int | None = None  # of the engine, now that this job's are free
 
 
 OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_memory", "non_finite", "refused")

@@ -22,6 +22,7 @@ from autoregressive.common.weights import FoundWeights, ModelSettings, load_mode
 from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memory
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.heap import freeze_heap
 from autoregressive.serve.worker.messages import Unable
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
@@ -87,8 +88,14 @@ def _run(make_engine: MakeEngine, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     outbox = Outbox(connection, "events")
     status = 0
+
+    def make_and_settle(on_progress: Callable[[int, int], None]) -> Engine:
+        engine = make_engine(on_progress)
+        freeze_heap()
+        return engine
+
     try:
-        serve(make_engine, connection, outbox)
+        serve(make_and_settle, connection, outbox)
     except UserError as error:
         outbox.put(Unable(str(error)))
         status = 2

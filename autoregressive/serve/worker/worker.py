@@ -239,9 +239,9 @@ class Worker:
         del self._tasks[task.order.job]
         for request in task.requests:
             self._task_of.pop(request, None)
-        self._tell_drawn(task, time.monotonic())
-        self._beat()  # first: whoever hears of the end can count the pages
-        self._outbox.put(Ended(task.order.job, outcome, time.monotonic(), message))
+        now, tokens, used_pages = time.monotonic(), task.tokens, self._engine.scheduler.pool.used_pages
+        self._tell_drawn(task, now)
+        self._outbox.put(Ended(task.order.job, outcome, now, message, tokens, used_pages))
 
     def _preview(self) -> None:
         """One lot of previews at a time, and of each image the newest: a slow decoder makes them rarer, not later."""
@@ -309,7 +309,7 @@ class Worker:
             self._beat()
 
     def _tell_drawn(self, task: Task, now: float) -> None:
-        if task.tokens > 0:
+        if task.tokens > 0 and (task.order.watched or not task.first_token):
             task.first_token, task.told_at = True, now
             self._outbox.put(Drawn(task.order.job, task.tokens, now))
 
