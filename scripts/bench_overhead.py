@@ -72,9 +72,9 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     found = FoundWeights(None, None)
     recipe = EngineRecipe(settings.choice.model, found, settings.engine)
-    with api_server.listen(settings) as listener:
+    with api_server.listen(settings) as listeners:
         model = api_server.served_model(settings, found)
-        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listener, start_in_a_thread))
+        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread))
 
 
 @contextmanager

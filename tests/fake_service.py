@@ -138,8 +138,8 @@ def main() -> int:
     settings = resolve_server_settings(read_arguments(sys.argv[1:], os.environ))
     recipe: MakeEngine = partial(make_engine, config=settings.engine, folder=Path(os.environ[FAULTS]))
     settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
-    with listen(settings) as listener:
-        return asyncio.run(serve(settings, fake_model("fake"), lambda index: recipe, listener))
+    with listen(settings) as listeners:
+        return asyncio.run(serve(settings, fake_model("fake"), lambda index: recipe, listeners))
 
 
 def is_alive(pid: int) -> bool:

@@ -132,7 +132,7 @@ def test_a_stream_that_breaks_off_says_so() -> None:
 
     async def run() -> tuple[bytes, Any, list[Any]]:
         abandoned: list[Any] = []
-        studio = cast(Any, SimpleNamespace(dispatcher=SimpleNamespace(abandon=abandoned.append)))
+        studio = cast(Any, SimpleNamespace(desk=SimpleNamespace(abandon=abandoned.append)))
         request = cast(Any, SimpleNamespace(state=SimpleNamespace()))
         job = cast(Any, SimpleNamespace(order=SimpleNamespace(job=3)))
         response = generation._event_stream(studio, request, job, broken())

@@ -6,7 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,13 +22,17 @@ with slow_imports(__name__):
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
     from autoregressive.serve.heap import freeze_heap
     from autoregressive.serve.web.dispatcher import Dispatcher
+    from autoregressive.serve.web.ending import Ending
+    from autoregressive.serve.web.front import FrontRecipe
+    from autoregressive.serve.web.hub import Hub
     from autoregressive.serve.web.logs import write_logs
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.server import Server
-    from autoregressive.serve.web.service import start_service
+    from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start_process
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
 
@@ -38,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: anything that the user can mend.
     """
     settings = resolve_server_settings(read_arguments(sys.argv[1:] if argv is None else argv, os.environ))
-    with listen(settings) as listener:  # before any long work
+    with listen(settings) as listeners:  # before any long work
         model, recipe = prepare(settings)
-        return asyncio.run(serve(settings, model, recipe, listener))
+        return asyncio.run(serve(settings, model, recipe, listeners))
 
 
 def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], MakeEngine]]:
@@ -66,20 +71,35 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     return served_model(settings, found), recipe
 
 
-def listen(settings: ServerSettings) -> socket.socket:
-    """A socket that clients can connect to; they are answered once the service runs.
+@contextmanager
+def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
+    """A socket for each process that answers HTTP, all of one address; clients are answered once the service runs.
 
     Raises:
         UserError: the address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    shared = settings.fronts > 1
+
+    def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
+        listener = socket.create_server((settings.host, port), family=family, backlog=2048, reuse_port=reuse_port)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit it
-        return listener
-    except OSError as error:
-        why = (os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)).lower()
-        raise UserError(f"cannot listen on {settings.host} port {settings.port}: {why}; choose another --port or --host") from error
+        return stack.enter_context(listener)
+
+    with ExitStack() as stack:
+        try:
+            # Not shared at first, or two services could have one address without noticing.
+            listeners = [open_socket(settings.port, reuse_port=False)]
+            if shared:
+                port = listeners[0].getsockname()[1]
+                listeners[0].close()
+                listeners = [open_socket(port, reuse_port=True) for _ in range(settings.fronts)]
+        except (OSError, ValueError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
+            where = f"{settings.host} port {settings.port}"
+            raise UserError(f"cannot listen on {where}: {why}; choose another --port or --host") from error
+        yield listeners
 
 
 def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
@@ -102,44 +122,88 @@ async def serve(
     settings: ServerSettings,
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
 ) -> int:
     """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
 
     Args:
         recipe, start: as `start_service`.
-        listener: where clients connect to.
+        listeners: where clients connect to; more than one: a process for each.
 
     Raises:
         UserError: an engine could not be built, for a reason that the user can mend.
     """
     write_logs(settings.log_level)
-    address = _url(listener)
-    service = start_service(settings, model, recipe, address, start)
-    dispatcher = service.dispatcher
-    freeze_heap()
-    server = Server(service.app, dispatcher)
-    # What uvicorn puts back at its end: a signal that comes while the engines are being stopped must not keep them alive.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    address = _url(listeners[0])
+    dispatcher = start_dispatcher(settings, model, recipe, start)
+    ending = Ending(dispatcher)
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, ending.signal)
     try:
         print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
-        announcing = asyncio.create_task(_announce(dispatcher, address))
-        await server.serve(sockets=[listener])
-        announcing.cancel()
+        run = _serve_here if len(listeners) == 1 else _serve_through_fronts
+        failure = await run(settings, model, dispatcher, ending, address, listeners)
     finally:
-        service.close(at_once=server.force_exit)
+        for number in _SIGNALS:  # one that comes while the engines are being stopped must not keep them alive
+            signal.signal(number, signal.SIG_IGN)
+        dispatcher.stop(at_once=ending.at_once)
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)
-    if dispatcher.failure is not None:
-        tell(f"{dispatcher.failure}: the service has ended; start it again")
-    return server.status
+    failure = dispatcher.failure or failure
+    if failure is not None:
+        tell(f"{failure}: the service has ended; start it again")
+        return ending.status or 1
+    return ending.status
 
 
-async def _announce(dispatcher: Dispatcher, address: str) -> None:
+async def _serve_here(
+    settings: ServerSettings,
+    model: ServedModel,
+    dispatcher: Dispatcher,
+    ending: Ending,
+    address: str,
+    listeners: Sequence[socket.socket],
+) -> None:
+    """HTTP in this process."""
+    app, encoders = build_service_app(settings, model, dispatcher, address)
+    server = Server(app, ending, settings.patience.shutdown)
+    freeze_heap()
+    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address))
+    try:
+        await server.serve(sockets=list(listeners))
+    finally:
+        announcing.cancel()
+        encoders.shutdown(wait=False, cancel_futures=True)
+
+
+async def _serve_through_fronts(
+    settings: ServerSettings,
+    model: ServedModel,
+    dispatcher: Dispatcher,
+    ending: Ending,
+    address: str,
+    listeners: Sequence[socket.socket],
+) -> str | None:
+    """HTTP in a process for each listener; how one of them was lost, if one was."""
+    recipes = [
+        FrontRecipe(settings, model, address, Share(index, len(listeners)), listener) for index, listener in enumerate(listeners)
+    ]
+    hub = Hub(dispatcher, ending, recipes)
+    for listener in listeners:  # each has its process's copy now
+        listener.close()
+    freeze_heap()
+    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready and hub.up, address))
+    try:
+        await hub.run()
+    finally:
+        announcing.cancel()
+    return hub.failure
+
+
+async def _announce(is_ready: Callable[[], bool], address: str) -> None:
     begun = time.monotonic()
-    while not dispatcher.ready:
+    while not is_ready():
         await asyncio.sleep(0.05)
     print(f"ready after {time.monotonic() - begun:.1f} seconds: {address}", flush=True)
 

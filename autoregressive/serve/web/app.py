@@ -75,7 +75,7 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     _add_errors(app)
     guarded: App = SizeLimits(WholeFiles(app))
     guarded = Authentication(guarded, api_key, OPEN_PATHS)
-    return RequestLog(guarded, studio.dispatcher.metrics, api_key)
+    return RequestLog(guarded, studio.desk.count, api_key)
 
 
 def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
@@ -115,19 +115,19 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
 
 
 def _add_state(app: FastAPI, studio: Studio) -> None:
-    dispatcher = studio.dispatcher
+    desk = studio.desk
 
     @app.get("/health", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
     async def tell_health() -> StatusAnswer:
         """Whether the service is alive; 503 once an engine is lost."""
-        if dispatcher.failure is not None:
+        if desk.failure is not None:
             raise ApiError(503, "the engine has stopped, and the service with it", "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
     @app.get("/ready", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
     async def tell_ready() -> StatusAnswer:
         """Whether requests are accepted."""
-        dispatcher.require_ready()
+        desk.require_ready()
         return StatusAnswer(status="ready")
 
     text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, 401: _WRONG[401]}
@@ -135,7 +135,7 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
     async def tell_metrics() -> Response:
         """For Prometheus."""
-        return Response(dispatcher.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await desk.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.errors import not_ready, queue_full
-from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.worker.messages import Submit
 
@@ -91,11 +91,16 @@ class Dispatcher:
             progress = f" ({done} of {total} graphs captured)" if total else ""
             raise not_ready(f"the model is being loaded{progress}: try again soon", 5)
 
-    def accept(self, order: Submit) -> Job:
+    async def accept(self, order: Submit) -> Job:
+        """As `admit`."""
+        return self.admit(order)
+
+    def admit(self, order: Submit, forward: Callable[[JobEvent], None] | None = None) -> Job:
         """Lets a job in and gives it to the engine that has least to do.
 
         Args:
             order: its number and deadlines are filled in here.
+            forward: takes its events, if they are not to wait in the job's mailbox.
 
         Raises:
             ApiError: the service is not ready, or the queue is full.
@@ -104,7 +109,7 @@ class Dispatcher:
         now = time.monotonic()
         patience = self.patience
         start_by = now + patience.queue if patience.queue is not None else None
-        job = Job(replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run), now)
+        job = Job(replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run), now, forward=forward)
         link = min(self._links, key=lambda link: link.rows)
         assert link.ready is not None
         rows, room = link.rows + job.rows, link.ready
@@ -134,6 +139,14 @@ class Dispatcher:
         """Seconds after which to try again: what a request takes these days."""
         recent = sorted(self._durations)
         return max(1, math.ceil(recent[len(recent) // 2])) if recent else 1
+
+    def count(self, outcome: str) -> None:
+        """A request for images or codes has been answered."""
+        self.metrics.requests.labels(outcome=outcome).inc()
+
+    async def metrics_text(self) -> bytes:
+        """For Prometheus."""
+        return self.metrics.text()
 
     def drain(self) -> None:
         """No more is accepted; what was, may finish within the time for that."""

@@ -1,16 +1,14 @@
 """The service's end of the connection to one engine's process."""
 
-import asyncio
-import contextlib
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import (
+    KINDS,
     Beat,
     Cancel,
     Drawn,
@@ -23,7 +21,6 @@ from autoregressive.serve.worker.messages import (
     Started,
     Stop,
     Unable,
-    receive,
 )
 from autoregressive.serve.worker.outbox import Outbox
 
@@ -48,11 +45,8 @@ class EngineLink:
         self.heard_at = time.monotonic()
         self._connection, self._on_ended = connection, on_ended
         self._stopped = False
-        self._inbox: deque[Event] = deque()
-        self._told = False  # whether the event loop knows that there is something in it
         self._outbox = Outbox(connection, "commands")
-        self._loop = asyncio.get_running_loop()
-        threading.Thread(target=self._read, name="events", daemon=True).start()
+        self._inbox = Inbox(connection, KINDS, self._take, lambda: self.give_up("an engine's process has died"))
 
     def submit(self, job: Job) -> None:
         """Gives it a job."""
@@ -86,25 +80,6 @@ class EngineLink:
             self.process.kill()
             self.process.join()
         self._connection.close()
-
-    def _read(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            while True:
-                try:
-                    event = receive(self._connection)
-                except EOFError:
-                    self._loop.call_soon_threadsafe(self.give_up, "an engine's process has died")
-                    return
-                assert isinstance(event, Event)
-                self._inbox.append(event)
-                if not self._told:  # the loop is woken once for all that has come by the time it looks
-                    self._told = True
-                    self._loop.call_soon_threadsafe(self._take_inbox)
-
-    def _take_inbox(self) -> None:
-        self._told = False  # first: what comes from now on wakes the loop again
-        while self._inbox:
-            self._take(self._inbox.popleft())
 
     def _take(self, event: Event) -> None:
         self.heard_at = time.monotonic()

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from autoregressive.common.errors import UserError
-from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.pictures import encode_picture, encode_preview
@@ -66,7 +66,7 @@ class Studio:
     """What the routes work with."""
 
     model: ServedModel
-    dispatcher: Dispatcher
+    desk: Desk
     encoders: Executor
     store: Store | None
 
@@ -93,7 +93,7 @@ class Studio:
 
     def failure(self, ended: Ended) -> ApiError:
         """Of a job that has no result."""
-        return ended_early(ended.outcome, ended.message, self.dispatcher.retry_after())
+        return ended_early(ended.outcome, ended.message, self.desk.retry_after())
 
     def _picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         record = self.model.record_of(order, image.image)
@@ -106,7 +106,7 @@ class Studio:
 def generation_routes(studio: Studio) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["images"])
-    model, dispatcher = studio.model, studio.dispatcher
+    model, desk = studio.model, studio.desk
 
     @router.post(
         DRAWING_PATHS[0], response_model=ImagesAnswer, responses={**_ERRORS, 200: {"content": _EVENT_STREAM[200]["content"]}}
@@ -124,10 +124,10 @@ def generation_routes(studio: Studio) -> APIRouter:
             raise ApiError(400, "partial_images goes with stream", "invalid_value", "partial_images")
         if body.stream:
             rows = partial_rows(body.partial_images or 0, model.grid)
-            job = dispatcher.accept(replace(order, preview_rows=rows))
+            job = await desk.accept(replace(order, preview_rows=rows))
             events = _OpenAIEvents(studio, job, body.output_format or "png", body.output_compression)
             return _event_stream(studio, request, job, events)
-        job = dispatcher.accept(order)
+        job = await desk.accept(order)
         output_format = body.output_format or "png"
         data: dict[int, ImageData] = {}
 
@@ -155,14 +155,14 @@ def generation_routes(studio: Studio) -> APIRouter:
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         order = replace(model.order(body, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
-        job = dispatcher.accept(order)
+        job = await desk.accept(order)
         return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
 
     @router.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for those who have a decoder of their own."""
         order = model.order(body, pixels=False)
-        job = dispatcher.accept(order)
+        job = await desk.accept(order)
         data: dict[int, CodesData] = {}
 
         async def keep(image: Image) -> None:
@@ -250,7 +250,7 @@ class _PageEvents:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         self.told_at = time.monotonic()
-        yield self._queued(self.studio.dispatcher.ahead_of(self.job))
+        yield self._queued(self.studio.desk.ahead_of(self.job))
         while self.job.ended is None or self.job.has_news:
             event = await self._next()
             if event:
@@ -262,7 +262,7 @@ class _PageEvents:
         studio, job, model, order = self.studio, self.job, self.studio.model, self.job.order
         match await job.next_event(_QUEUE_LOOK_SECONDS):
             case None:
-                if job.started_at is None and (ahead := studio.dispatcher.ahead_of(job)) != self.ahead:
+                if job.started_at is None and (ahead := studio.desk.ahead_of(job)) != self.ahead:
                     return self._queued(ahead)
                 return _SILENCE if time.monotonic() - self.told_at > _KEEP_ALIVE_SECONDS else b""
             case Started():
@@ -320,7 +320,7 @@ async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callabl
             raise ClientLeft
         ended = collecting.result()
     finally:
-        studio.dispatcher.abandon(job)
+        studio.desk.abandon(job)
         collecting.cancel()
         leaving.cancel()
         await asyncio.gather(collecting, leaving, return_exceptions=True)
@@ -346,7 +346,7 @@ def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncItera
             setattr(request.state, FAILED, True)
             yield _event("error", **internal_error().body)
         finally:
-            studio.dispatcher.abandon(job)
+            studio.desk.abandon(job)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(until_the_reader_leaves(), media_type="text/event-stream", headers=headers)

@@ -16,7 +16,6 @@ from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
 from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
 from autoregressive.serve.web.http_protocol import CUT
 from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.web.metrics import Metrics
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -46,12 +45,12 @@ class RequestLog:
     """Numbers requests, says so in every answer, writes a line for each, and turns what nobody caught into a 500.
 
     Args:
-        metrics: count the requests of the routes that draw, by outcome.
+        count: told of every request of the routes that draw, by outcome.
         secret: never written, wherever a client puts it.
     """
 
-    def __init__(self, app: App, metrics: Metrics, secret: str | None) -> None:
-        self._app, self._metrics, self._secret = app, metrics, secret
+    def __init__(self, app: App, count: Callable[[str], None], secret: str | None) -> None:
+        self._app, self._count, self._secret = app, count, secret
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -110,7 +109,7 @@ class RequestLog:
         if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
             broken = failure is not None or FAILED in scope["state"]
             line["outcome"] = "failed" if broken and status != 499 else _outcome(status, job)
-            self._metrics.requests.labels(outcome=line["outcome"]).inc()
+            self._count(line["outcome"])
         _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
 
     def _shown(self, text: str) -> str:

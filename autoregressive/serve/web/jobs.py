@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
@@ -26,6 +27,7 @@ class Job:
     decode_seconds: float = 0.0
     reserved: bool = False  # rows were free for it when it came: it waits for no other
     abandoned: bool = False  # nobody reads its events any more
+    forward: Callable[[JobEvent], None] | None = None  # where events go, if the mailbox is in another process
     _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)  # in the order of their coming
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -48,6 +50,10 @@ class Job:
             case Ended():
                 self.ended = event
                 self.tokens = self.tokens if event.tokens is None else event.tokens
+        if self.forward is not None:
+            if not self.abandoned or isinstance(event, Ended):
+                self.forward(event)
+            return
         told = self.order.watched or not isinstance(event, (Started, Drawn))  # others' readers need not be woken for these
         if told and not self.abandoned:
             key = (type(event).__name__, getattr(event, "image", 0))

@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 
 from autoregressive.common.results import program_version
 from autoregressive.serve.web.app import build_app
+from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.generation import Studio
 from autoregressive.serve.web.guards import App
@@ -34,6 +35,17 @@ class Service:
         self.encoders.shutdown(wait=False, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes that answer HTTP this is."""
+
+    index: int = 0
+    count: int = 1
+
+
+_ONLY = Share()
+
+
 def start_service(
     settings: ServerSettings,
     model: ServedModel,
@@ -44,21 +56,47 @@ def start_service(
     """Starts the engines, which take their time, and builds the application; called in the event loop.
 
     Args:
+        recipe, start: as of `start_dispatcher`.
+        address: as of `build_service_app`.
+    """
+    dispatcher = start_dispatcher(settings, model, recipe, start)
+    app, encoders = build_service_app(settings, model, dispatcher, address)
+    return Service(app, dispatcher, encoders)
+
+
+def start_dispatcher(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
+) -> Dispatcher:
+    """Starts the engines; called in the event loop.
+
+    Args:
         recipe: which of the engines -> how it is built.
-        address: where clients reach it, if `settings` do not say.
         start: gives an engine a process.
     """
-    encoders = ThreadPoolExecutor(min(_MOST_ENCODERS, os.cpu_count() or 1), thread_name_prefix="encoder")
-    store = None
-    if settings.store is not None:
-        store = Store(settings.store, settings.stored_images, settings.public_url or address)
-    dispatcher = Dispatcher(
+    return Dispatcher(
         lambda index: start(recipe(index), f"engine-{index}"),
         settings.engines,
         settings.max_queue_size,
         settings.patience,
         model.tokens_of_image,
     )
-    studio = Studio(model, dispatcher, encoders, store)
-    app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
-    return Service(app, dispatcher, encoders)
+
+
+def build_service_app(
+    settings: ServerSettings, model: ServedModel, desk: Desk, address: str, share: Share = _ONLY
+) -> tuple[App, ThreadPoolExecutor]:
+    """The application, and the threads that make its pictures' files.
+
+    Args:
+        address: where clients reach it, if `settings` do not say.
+    """
+    threads = max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // share.count))
+    encoders = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
+    store = None
+    if settings.store is not None:
+        store = Store(settings.store, settings.stored_images, settings.public_url or address, share.index, share.count)
+    studio = Studio(model, desk, encoders, store)
+    return build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs), encoders

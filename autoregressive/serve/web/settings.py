@@ -42,6 +42,7 @@ class ServerSettings:
     choice: ModelChoice
     engine: EngineConfig
     engines: int
+    fronts: int  # processes that answer HTTP
     name: str  # of the model, for clients
     host: str
     port: int
@@ -90,6 +91,9 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
         "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
     )
     group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
+    group.add_argument(
+        "--api-server-count", type=int, metavar="N", help="processes that answer HTTP (default: --data-parallel-size)"
+    )
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: --gpt-model's)")
     group.add_argument("--store-dir", type=Path, metavar="DIR", help="keep images there for response_format url (default: none)")
     group.add_argument(
@@ -219,6 +223,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         choice=choice,
         engine=engine_config(arguments, EngineConfig.max_num_seqs),
         engines=engines,
+        fronts=_at_least(arguments, "api_server_count", engines, 1, 64),
         name=name,
         host=host,
         port=_at_least(arguments, "port", _PORT, 0, 65535),

@@ -18,11 +18,12 @@ class Store:
         folder: exists; files of other names in it are left alone.
         most: how many pictures are kept.
         base_url: what comes before /v1/files/NAME.
+        index, count: which of so many processes with the same folder this is. Each tidies its part of the names, and lends all.
     """
 
-    def __init__(self, folder: Path, most: int, base_url: str) -> None:
-        self._folder, self._most, self._base_url = folder, most, base_url.rstrip("/")
-        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    def __init__(self, folder: Path, most: int, base_url: str, index: int = 0, count: int = 1) -> None:
+        self._folder, self._most, self._base_url = folder, max(1, most // count), base_url.rstrip("/")
+        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and int(path.name[:8], 16) % count == index]
         self._names = deque(path.name for path in sorted(there, key=lambda path: path.stat().st_mtime))
         self._lock = threading.Lock()
 
@@ -41,8 +42,6 @@ class Store:
         return f"{self._base_url}/v1/files/{name}"
 
     def path(self, name: str) -> Path | None:
-        """Where the picture of that name is, if it is one of the store's."""
-        with self._lock:
-            known = name in self._names
+        """Where the picture of that name is, if there is one."""
         path = self._folder / name
-        return path if known and path.is_file() else None  # somebody may have tidied up
+        return path if _NAME.fullmatch(name) and path.is_file() else None

@@ -6,6 +6,7 @@ pickle: neither side runs what the other sends. Moments are of `time.monotonic`,
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -127,11 +128,11 @@ OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_mem
 
 Command = Submit | Cancel | Stop
 Event = Preparing | Ready | Unable | Beat | Started | Drawn | Preview | Image | Ended
-_KINDS = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 
-def encode(message: Command | Event) -> bytes:
-    """A message as one frame."""
+def encode(message: Any) -> bytes:
+    """A message, a dataclass with at most one field of bytes, as one frame."""
     fields: dict[str, Any] = asdict(message)
     binary = b""
     for name, value in fields.items():
@@ -141,12 +142,12 @@ def encode(message: Command | Event) -> bytes:
     return _LENGTH.pack(len(head)) + head + binary
 
 
-def decode(frame: bytes) -> Command | Event:
-    """What `encode` made a frame of."""
+def decode(frame: bytes, kinds: Mapping[str, type] = KINDS) -> Any:
+    """What `encode` made a frame of; `kinds`: those that it may be of, by name."""
     (length,) = _LENGTH.unpack_from(frame)
     end = _LENGTH.size + length
     name, fields = json.loads(frame[_LENGTH.size : end])
-    kind = _KINDS[name]
+    kind = kinds[name]
     for field, annotation in kind.__annotations__.items():
         if annotation is bytes:
             fields[field] = frame[end:]
@@ -154,17 +155,16 @@ def decode(frame: bytes) -> Command | Event:
             fields[field] = SamplingParams(**fields[field])
         elif isinstance(fields.get(field), list):
             fields[field] = tuple(fields[field])
-    message: Command | Event = kind(**fields)
-    return message
+    return kind(**fields)
 
 
-def receive(connection: Connection) -> Command | Event:
-    """The next message; waits for it.
+def receive(connection: Connection, kinds: Mapping[str, type] = KINDS) -> Any:
+    """The next message, of one of these kinds; waits for it.
 
     Raises:
         EOFError: the other side has gone.
     """
     try:
-        return decode(connection.recv_bytes())
+        return decode(connection.recv_bytes(), kinds)
     except OSError as error:  # closed here, or reset by the other side
         raise EOFError from error

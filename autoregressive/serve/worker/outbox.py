@@ -3,8 +3,9 @@
 import queue
 import threading
 from multiprocessing.connection import Connection
+from typing import Any
 
-from autoregressive.serve.worker.messages import Command, Event, encode
+from autoregressive.serve.worker.messages import encode
 
 
 class Outbox:
@@ -12,11 +13,11 @@ class Outbox:
 
     def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
-        self._messages: queue.SimpleQueue[Command | Event | None] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, message: Command | Event) -> None:
+    def put(self, message: Any) -> None:
         """Queues a message."""
         self._messages.put(message)
 

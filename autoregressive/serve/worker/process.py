@@ -72,7 +72,7 @@ def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Conn
     return process, ours
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """However the service ends, the system ends this process with it: one that still loads, or hangs, would not notice."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -82,7 +82,7 @@ def _end_with_the_parent() -> None:
 
 
 def _run(make_engine: MakeEngine, connection: Connection) -> None:
-    _end_with_the_parent()
+    end_with_the_parent()
     # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; when this process ends is the service's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,163 @@
+"""A front: a process that answers HTTP for a dispatcher in another. Several share an address, each with a socket of its own."""
+
+import asyncio
+import itertools
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+
+from autoregressive.serve.heap import freeze_heap
+from autoregressive.serve.web.errors import ApiError, not_ready
+from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.logs import write_logs
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.server import FrontServer
+from autoregressive.serve.web.service import Share, build_service_app
+from autoregressive.serve.web.settings import ServerSettings
+from autoregressive.serve.worker.inbox import Inbox
+from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Image, Preview, Started, Submit
+from autoregressive.serve.worker.outbox import Outbox
+from autoregressive.serve.worker.process import end_with_the_parent
+
+_LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
+
+
+class RemoteDesk:
+    """Stands for the dispatcher in a front: a `Desk`. Used in the event loop in which it is made.
+
+    Args:
+        finish: called when the front is to end.
+        alone: called when the dispatcher's process has gone.
+    """
+
+    def __init__(self, connection: Connection, finish: Callable[[], None], alone: Callable[[], None]) -> None:
+        self._finish = finish
+        self._state = State(None, "the service is starting: try again soon", 5, 1, (), ())
+        self._numbers = itertools.count()
+        self._jobs: dict[int, Job] = {}
+        self._ahead: dict[int, int] = {}
+        self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
+        self._questions: dict[int, asyncio.Future[bytes]] = {}
+        self._outbox = Outbox(connection, "to the dispatcher")
+        self._inbox = Inbox(connection, KINDS, self._take, alone)
+        self._outbox.put(Up())
+
+    @property
+    def failure(self) -> str | None:
+        """As the dispatcher's."""
+        return self._state.failure
+
+    def require_ready(self) -> None:
+        """As the dispatcher's."""
+        if self._state.refusal is not None:
+            raise not_ready(self._state.refusal, self._state.refusal_retry_after)
+
+    async def accept(self, order: Submit) -> Job:
+        """As the dispatcher's, which it asks."""
+        job = Job(replace(order, job=next(self._numbers)), time.monotonic())
+        number = job.order.job
+        self._jobs[number] = job
+        self._replies[number] = asyncio.get_running_loop().create_future()
+        self._outbox.put(job.order)
+        try:
+            reply = await self._replies[number]
+        except asyncio.CancelledError:
+            self.abandon(job)
+            raise
+        finally:
+            del self._replies[number]
+        if isinstance(reply, Refused):
+            raise ApiError(reply.status, reply.message, reply.code, reply.param, reply.retry_after)
+        self._ahead[number] = reply.ahead
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """As the dispatcher's."""
+        job.abandon()
+        if job.order.job in self._jobs:
+            self._outbox.put(Cancel(job.order.job))
+
+    def ahead_of(self, job: Job) -> int:
+        """As the dispatcher told last."""
+        return self._ahead.get(job.order.job, 0)
+
+    def retry_after(self) -> int:
+        """As the dispatcher's."""
+        return self._state.retry_after
+
+    def count(self, outcome: str) -> None:
+        """As the dispatcher's, which is told."""
+        self._outbox.put(Count(outcome))
+
+    async def metrics_text(self) -> bytes:
+        """The dispatcher's, which has counted by then what it was told before."""
+        number = next(self._numbers)
+        self._questions[number] = asyncio.get_running_loop().create_future()
+        self._outbox.put(AskMetrics(number))
+        try:
+            return await self._questions[number]
+        finally:
+            del self._questions[number]
+
+    def close(self) -> None:
+        """Waits until what was said is written."""
+        self._outbox.close(_LAST_WORDS_SECONDS)
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Accepted(job=number) | Refused(job=number):
+                if isinstance(message, Refused):
+                    del self._jobs[number]
+                if (reply := self._replies.get(number)) is not None and not reply.done():
+                    reply.set_result(message)
+            case Started() | Drawn() | Preview() | Image() | Ended():
+                job = self._jobs[message.job]
+                job.take(message)
+                if isinstance(message, Ended):
+                    del self._jobs[message.job]
+                    self._ahead.pop(message.job, None)
+            case State():
+                self._state = message
+                self._ahead |= dict(zip(message.waiting, message.ahead, strict=True))
+            case MetricsText(question=number, text=text):
+                if (question := self._questions.get(number)) is not None and not question.done():
+                    question.set_result(text)
+            case Finish():
+                self._finish()
+
+
+@dataclass(frozen=True)
+class FrontRecipe:
+    """What a front's process is started with."""
+
+    settings: ServerSettings
+    model: ServedModel
+    address: str  # where clients reach the service, if the settings do not say
+    share: Share
+    listener: socket.socket
+
+    def __call__(self, connection: Connection) -> None:
+        """The process."""
+        end_with_the_parent()
+        # When this process ends is the dispatcher's to say.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        write_logs(self.settings.log_level)
+        asyncio.run(self._serve(connection))
+
+    async def _serve(self, connection: Connection) -> None:
+        def finish() -> None:
+            server.should_exit = True
+
+        desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
+        app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
+        server = FrontServer(app, self.settings.patience.shutdown)
+        freeze_heap()
+        await server.serve(sockets=[self.listener])
+        encoders.shutdown(wait=False, cancel_futures=True)
+        desk.close()

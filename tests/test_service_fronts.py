@@ -1,0 +1,286 @@
+"""Several processes that answer HTTP for one dispatcher: what holds with one holds with them, whichever a client meets."""
+
+import asyncio
+import base64
+import io
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from fake_service import TOKENS, Service, is_alive, running_service
+from PIL import Image
+from test_service_promises import send
+
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.front import RemoteDesk
+from autoregressive.serve.web.front_messages import KINDS, Accepted, State, Up
+from autoregressive.serve.web.store import Store
+from autoregressive.serve.worker.messages import Cancel, Ended, Submit, encode, receive
+
+pytestmark = pytest.mark.timing
+FLAGS = ("--api-server-count", "2", "--max-num-seqs", "4", "--max-queue-size", "8", "--step-timeout", "3")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two fronts, 4 rows; for tests that leave it as it was."""
+    with running_service(tmp_path_factory.mktemp("service"), *FLAGS) as service:
+        yield service
+
+
+@pytest.fixture
+def lasting(shared: Service) -> Service:
+    """The shared one; guided images of 64 tokens take 1.3 s or more."""
+    shared.faults.set("step_seconds", "0.02")
+    return shared
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """One of its own, as slow."""
+    with running_service(tmp_path, *FLAGS) as service:
+        service.faults.set("step_seconds", "0.02")
+        yield service
+
+
+def draw(service: Service, **body: Any) -> httpx2.Response:
+    """On a connection of its own, so that any front may get it."""
+    return httpx2.post(f"{service.url}/v1/images/generations", json={"prompt": "cat"} | body, timeout=60)
+
+
+def fronts_met(service: Service, requests: int = 40) -> set[int]:
+    """Process ids of the fronts that have connections."""
+    clients = [httpx2.Client(base_url=service.url) for _ in range(requests)]
+    for client in clients:
+        client.get("/health").raise_for_status()
+    met = {pid for pid in service.children if len(os.listdir(f"/proc/{pid}/fd")) > len(clients) // 10 + 8}
+    for client in clients:
+        client.close()
+    return met
+
+
+def test_every_front_answers_and_draws_the_same(lasting: Service) -> None:
+    """Fails if a front gets no connections, or an image depends on which one asks for it."""
+    lasting.faults.set("step_seconds", "0")
+    answers = [draw(lasting, seed=5, n=2) for _ in range(12)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({tuple(one["b64_json"] for one in answer.json()["data"]) for answer in answers}) == 1
+    assert len(fronts_met(lasting)) == 2
+
+
+def test_a_stream_has_its_events_in_order(lasting: Service) -> None:
+    """The page's: queued, started, progress, previews, its images, done."""
+    kinds: list[str] = []
+    body = {"prompt": "fox", "n": 2}
+    with httpx2.stream("POST", f"{lasting.url}/v1/images/stream", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kinds.append(line.removeprefix("event: "))
+    assert (kinds[0], kinds[-1]) == ("queued", "done")
+    assert kinds.count("image") == 2
+    assert {"started", "progress", "preview"} <= set(kinds)
+    assert kinds.index("started") < kinds.index("image")
+
+
+def test_waiting_readers_are_told_of_their_place(lasting: Service) -> None:
+    """Fails if the queue's order does not reach the front that a waiting reader is at."""
+    with ThreadPoolExecutor(4) as pool:
+        before = [pool.submit(draw, lasting, n=2) for _ in range(3)]
+        lasting.wait_for(lambda: lasting.gauges()["num_requests_waiting"] == 1, 5)
+        places = []
+        with httpx2.stream("POST", f"{lasting.url}/v1/images/stream", json={"prompt": "fox"}, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if '"ahead": ' in line:
+                    places.append(int(line.split('"ahead": ')[1].split(",")[0]))
+        assert [one.result().status_code for one in before] == [200] * 3
+    assert places[0] == 1
+    assert places == sorted(places, reverse=True)
+
+
+def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
+    """A burst of ten times the queue admits what runs and what may wait, and no accepted request is dropped."""
+    with ThreadPoolExecutor(80) as pool:
+        answers = list(pool.map(lambda _: draw(service), range(80)))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}
+    assert 8 <= statuses[200] <= 8 + 2
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+    gauges = service.gauges()
+    assert gauges['requests_total{outcome="rejected"}'] == statuses[429]
+    assert gauges['requests_total{outcome="success"}'] == gauges["images_total"] == statuses[200]
+    assert service.is_empty()
+
+
+def test_counters_are_the_same_wherever_they_are_asked_for(service: Service) -> None:
+    """Fails if a front counts for itself."""
+    service.faults.set("step_seconds", "0")
+    with ThreadPoolExecutor(8) as pool:
+        bodies: list[dict[str, Any]] = [{}, {"n": 2}, {"top_p": 7}, {"prompt": "no such thing"}] * 20
+        statuses = Counter(answer.status_code for answer in pool.map(lambda body: draw(service, **body), bodies))
+    assert statuses == {200: 40, 400: 40}
+    texts = {httpx2.get(f"{service.url}/metrics").text for _ in range(12)}
+    assert len(texts) == 1
+    gauges = service.gauges()
+    assert gauges["images_total"] == 60
+    assert gauges["generation_tokens_total"] == 60 * TOKENS
+    assert gauges['requests_total{outcome="invalid"}'] == 40
+
+
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/stream", "/v1/codes"])
+def test_a_client_that_leaves_frees_its_pages(lasting: Service, path: str) -> None:
+    """Within a second, though the engine is two processes away."""
+    connections = [send(lasting, path, n=2) for _ in range(3)]
+    lasting.wait_for(lambda: lasting.gauges().items() >= {("num_requests_running", 1), ("num_requests_waiting", 2)}, 5)
+    for connection in connections:
+        connection.close()
+    lasting.wait_for(lasting.is_empty, 1)
+
+
+def test_after_sigterm_accepted_work_finishes(service: Service) -> None:
+    """Status 0, new work refused, no process left."""
+    with ThreadPoolExecutor(5) as pool:
+        callers = [pool.submit(draw, service, seed=seed) for seed in range(5)]
+        service.wait_for(lambda: service.gauges().items() >= {("num_requests_running", 2), ("num_requests_waiting", 3)}, 5)
+        children = service.children
+        service.process.send_signal(signal.SIGTERM)
+        service.wait_for(lambda: service.client.get("/ready").status_code == 503, 2)
+        assert draw(service).status_code == 503
+        assert [caller.result().status_code for caller in callers] == [200] * 5
+    assert service.process.wait(15) == 0
+    service.wait_for(lambda: not any(map(is_alive, children)), 1)
+
+
+def test_a_second_signal_ends_it_at_once(service: Service) -> None:
+    """Even while an engine hangs."""
+    service.faults.set("hang")
+    connection = send(service)
+    service.wait_for(lambda: service.gauges()["num_requests_waiting"] == 1, 5)
+    children = service.children
+    service.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(5) == 1
+    connection.close()
+    service.wait_for(lambda: not any(map(is_alive, children)), 1)
+
+
+def test_while_it_starts_it_can_be_ended(tmp_path: Path) -> None:
+    """Fails if a front that still starts, or an engine that still loads, is waited for."""
+    (tmp_path / "slow_start").write_text("30")
+    with running_service(tmp_path, *FLAGS, ready=False) as service:
+        begun = time.monotonic()
+        assert service.terminate() == 0
+        assert time.monotonic() - begun < 10
+
+
+def test_a_lost_engine_is_told_of_by_every_front(service: Service) -> None:
+    """/health 503 within 2 s, an error for who waits within 5 s, status 1."""
+    with ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(draw, service, seed=seed) for seed in range(4)]
+        service.wait_for(lambda: service.gauges()["num_requests_running"] == 2, 5)
+        service.faults.set("die")
+        lost = time.monotonic()
+        service.wait_for(lambda: service.client.get("/health").status_code == 503, 2)
+        assert {httpx2.get(f"{service.url}/health").status_code for _ in range(12)} == {503}
+        answers = [caller.result(max(0.1, lost + 5 - time.monotonic())) for caller in callers]
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(503, "engine_lost")}
+    assert service.process.wait(10) == 1
+
+
+def test_a_lost_front_ends_the_service(service: Service) -> None:
+    """Fails if the service goes on with fewer processes than it was started with, or leaves some."""
+    children = service.children
+    fronts = fronts_met(service)
+    os.kill(fronts.pop(), signal.SIGKILL)
+    assert service.process.wait(15) == 1
+    assert "a process that answers HTTP has died" in service.log
+    service.wait_for(lambda: not any(map(is_alive, children)), 1)
+
+
+def test_no_front_outlives_a_service_that_is_killed(service: Service) -> None:
+    """Fails if an address stays taken by a front that serves nothing."""
+    children = service.children
+    service.process.kill()
+    service.wait_for(lambda: not any(map(is_alive, children)), 5)
+
+
+def test_a_stored_picture_is_there_for_every_front(tmp_path: Path) -> None:
+    """Fails if only the front that stored a picture can lend it, or more are kept than were asked for."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with running_service(tmp_path, "--api-server-count", "2", "--store-dir", str(folder), "--store-images", "6") as service:
+        urls = [draw(service, response_format="url").json()["data"][0]["url"] for _ in range(3)]
+        for url in urls:
+            for _ in range(6):
+                picture = httpx2.get(url)
+                assert picture.status_code == 200
+                Image.open(io.BytesIO(picture.content)).verify()
+        for _ in range(20):
+            draw(service, response_format="url")
+        assert len(list(folder.iterdir())) <= 6
+
+
+def test_the_key_is_wanted_by_every_front(tmp_path: Path) -> None:
+    """Fails if a front is open."""
+    with running_service(tmp_path, "--api-server-count", "2", environment={"LLAMAGEN_API_KEY": "secret-key"}) as service:
+        assert {draw(service).status_code for _ in range(12)} == {401}
+        headers = {"Authorization": "Bearer secret-key"}
+        data = httpx2.post(f"{service.url}/v1/images/generations", json={"prompt": "cat"}, headers=headers, timeout=30).json()
+        base64.b64decode(data["data"][0]["b64_json"], validate=True)
+        assert "secret-key" not in service.log
+
+
+def test_an_address_that_is_taken_is_refused(lasting: Service, tmp_path: Path) -> None:
+    """Fails if two services share an address without noticing."""
+    folder, flags = tmp_path / "second", (*FLAGS, "--port", lasting.url.rsplit(":", 1)[1])
+    folder.mkdir()
+    with pytest.raises(AssertionError, match="address already in use"), running_service(folder, *flags):
+        pass
+
+
+def test_pictures_are_shared_out_by_their_names(tmp_path: Path) -> None:
+    """Fails if a picture that was there at the start is nobody's to tidy, or several processes'."""
+    stores = [Store(tmp_path, 30, "http://localhost", index, 3) for index in range(3)]
+    for _ in range(15):
+        stores[0].save(b"picture", "png")
+    again = [Store(tmp_path, 30, "http://localhost", index, 3) for index in range(3)]
+    assert sum(len(store._names) for store in again) == len(list(tmp_path.iterdir())) == 10
+
+
+def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
+    """A client's request that ends before the dispatcher has answered is cancelled there."""
+    async def go() -> None:
+        ours, theirs = Pipe()
+        desk = RemoteDesk(ours, lambda: None, lambda: None)
+        theirs.send_bytes(encode(State(None, None, 0, 1, (), ())))
+        while True:
+            try:
+                desk.require_ready()
+                break
+            except ApiError:
+                await asyncio.sleep(0.01)
+        asking = asyncio.create_task(desk.accept(Submit(-1, 1, 1, SamplingParams(), True)))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        theirs.send_bytes(encode(Accepted(0, 0)))
+        theirs.send_bytes(encode(Ended(0, "cancelled", 1.0)))
+        await asyncio.sleep(0.1)
+        assert desk._jobs == {}
+        assert desk._replies == {}
+        heard = [type(receive(theirs, KINDS)) for _ in range(3)]
+        assert heard == [Up, Submit, Cancel]
+        desk.close()
+        theirs.close()
+
+    asyncio.run(go())
