@@ -33,6 +33,7 @@ with slow_imports(__name__):
     from autoregressive.common.weights import FoundWeights
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
+    from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine
@@ -71,7 +72,7 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     """The service's command with its engine in a thread."""
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     found = FoundWeights(None, None)
-    recipe = EngineRecipe(settings.choice.model, found, settings.engine)
+    recipe = EngineRecipe(settings.choice.model, found, settings.engine, SamplingParams())
     with api_server.listen(settings) as listeners:
         model = api_server.served_model(settings, found)
         return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread))

@@ -171,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for rate in arguments.rates if arguments.saturate is None else []:
         results.append(asyncio.run(at_rate(load, rate)))
         tell(f"{rate:g} requests/s: {results[-1].summary()['images_per_second']} images/s")
+    if arguments.saturate is not None and not results[0].images:
+        why = f"failures: {dict(results[0].failures)}" if results[0].failures else "nothing ended after the first requests"
+        raise UserError(f"--seconds {arguments.seconds:g}: {why}; give more seconds")
     summaries = [result.summary() for result in results]
     print(f"{model}, n = {load.n}, {load.seconds:g} s a rate; seconds from when a request was due, {PERCENTILES}\n")
     print(markdown(summaries))

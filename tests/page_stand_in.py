@@ -48,6 +48,7 @@ class Behaviour:
     """What the service does, to be changed while it runs; and what it has seen."""
 
     ready: bool = True
+    why_not: str = "the model is being loaded (3 of 40 graphs captured): try again soon"
     key: str | None = None
     trained: bool = True
     ahead: int = 0  # requests before this one; they never end
@@ -164,7 +165,7 @@ def build_app(behaviour: Behaviour) -> FastAPI:
     async def ready() -> Response:
         if behaviour.ready:
             return JSONResponse({"status": "ready"})
-        return error(503, "the weights are being read", "server_error")
+        return error(503, behaviour.why_not, "server_error")
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

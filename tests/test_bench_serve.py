@@ -64,6 +64,14 @@ def test_a_saturated_service_is_counted_without_its_first_wave(service: Service)
     assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.01)
 
 
+def test_a_run_too_short_to_count_is_no_result(service: Service) -> None:
+    """Fails if a service is said to give no images because nobody waited for them."""
+    done = bench("--url", service.url, "--saturate", "4", "--seconds", "0.001")
+    assert done.returncode == 2
+    assert "give more seconds" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_probes_are_counted_and_timed(service: Service) -> None:
     """Fails if a path is not asked about twenty times a second with the other, or what is printed is not what is in the JSON."""
     done = bench("--url", service.url, "--seconds", "2", script="bench_probes")

@@ -43,6 +43,14 @@ def test_a_name_that_two_classes_bear_is_decided_by_exact_spelling_or_refused() 
         IMAGENET.resolve("CARDIGAN")
 
 
+def test_a_sentence_is_answered_with_the_names_in_it() -> None:
+    """Fails if a class that the words name is not among those suggested."""
+    with pytest.raises(UserError, match=r"closest are red fox \(277\)"):
+        IMAGENET.resolve("a red fox in snow")
+    with pytest.raises(UserError, match="is empty"):
+        IMAGENET.resolve("  ")
+
+
 def test_a_near_miss_suggests_the_closest_three() -> None:
     """Fails if the error does not help, or suggests another number of names."""
     with pytest.raises(UserError, match="golden retriever") as caught:

@@ -137,7 +137,7 @@ def test_every_picture_appears_and_is_kept_with_its_settings(open_page: OpenPage
     sent = {"class_label": 7, "n": 3, "seed": 7, "cfg_scale": 2, "cfg_interval": -1, "temperature": 0.9, "top_k": 50, "top_p": 1}
     assert behaviour.requests == [sent]
     expect(page.locator(".tile")).to_have_count(3)
-    expect(page.locator(".tile-words").first).to_have_text(re.compile("fox.*seed 7 · 1 of 3"))
+    expect(page.locator(".tile-words").first).to_have_text(re.compile("fox.*1 of 3 · seed 7"))
     assert page.locator("img").evaluate_all("all => all.filter(i => !i.hasAttribute('alt')).length") == 0
 
     page.locator(".tile-open").nth(1).click()
@@ -310,13 +310,32 @@ def test_a_model_that_is_being_loaded_is_waited_for(open_page: OpenPage, behavio
     page = open_page(wait=False)
     notice = page.locator("#server-notice")
     expect(notice).to_contain_text("The model is being loaded…")
+    expect(notice).to_contain_text("3 of 40 graphs captured")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#composer-error")).to_have_text("The model is being loaded…")
     behaviour.ready = True
     expect(notice).to_be_hidden(timeout=PATIENCE)
+    expect(page.locator("#composer-error")).to_be_hidden()
     ask(page)
     run_ends(page)
     expect(page.locator("#composer-error")).to_be_hidden()
+
+
+def test_what_was_asked_for_meanwhile_is_drawn_once_the_server_takes_it(open_page: OpenPage, behaviour: Behaviour) -> None:
+    """Fails if Generate is lost, or the complaint about it stays, while a server that was there is away for a while."""
+    page = open_page()
+    behaviour.ready, behaviour.why_not = False, "the service is stopping: try again later"
+    behaviour.refusal = Refusal(503, behaviour.why_not)
+    ask(page, "fox", 1, 3)
+    notice = page.locator("#server-notice")
+    expect(notice).to_contain_text("The server takes no work now.")
+    ask(page, "bee", 2, 5)
+    expect(page.locator("#composer-error")).to_contain_text("This is drawn as soon as it can be.")
+    behaviour.ready, behaviour.refusal = True, None
+    expect(notice).to_be_hidden(timeout=PATIENCE)
+    run_ends(page)
+    expect(page.locator("#composer-error")).to_be_hidden()
+    assert [(body["class_label"], body["n"], body["seed"]) for body in behaviour.requests] == [(7, 1, 3), (33, 2, 5)]
 
 
 def test_a_model_without_training_is_owned_up_to(open_page: OpenPage, behaviour: Behaviour) -> None:
@@ -382,13 +401,13 @@ def test_the_gallery_survives_a_reload_and_what_was_deleted_does_not(open_page: 
     assert page.locator(".tile-words").all_inner_texts() == names
     expect(page.locator(".tile img").first).to_have_js_property("naturalWidth", SIZE)
 
-    page.get_by_role("button", name="Delete fox, seed 7 · 1 of 3").click()
+    page.get_by_role("button", name="Delete fox, 1 of 3 · seed 7").click()
     expect(page.locator(".tile")).to_have_count(3)
     page.get_by_role("button", name="Undo").click()
     expect(page.locator(".tile")).to_have_count(4)
     assert page.locator(".tile-words").all_inner_texts() == names
     page.get_by_role("button", name="Delete bee, seed 8").click()
-    expect(page.get_by_role("button", name="Show fox, seed 7 · 1 of 3")).to_be_focused()
+    expect(page.get_by_role("button", name="Show fox, 1 of 3 · seed 7")).to_be_focused()
     page.reload()
     expect(page.locator(".tile")).to_have_count(3)
 

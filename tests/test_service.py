@@ -88,6 +88,9 @@ def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="fox", model="dall-e-3")
     assert [model.id for model in client.models.list()] == ["fake"]
+    assert client.models.retrieve("fake").id == "fake"
+    with pytest.raises(openai.NotFoundError, match="this service has fake"):
+        client.models.retrieve("another")
 
 
 def test_the_fields_without_effect_are_accepted(service: Service) -> None:

@@ -246,6 +246,7 @@ def test_a_second_signal_ends_it_at_once(slow: Service) -> None:
     slow.process.send_signal(signal.SIGTERM)
     assert slow.process.wait(5) == 1
     assert time.monotonic() - begun < 4.5
+    assert "Traceback" not in slow.log
     slow.wait_for(lambda: not any(map(is_alive, children)), 1)
 
 

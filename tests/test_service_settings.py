@@ -329,8 +329,18 @@ def test_what_no_system_can_look_up_is_refused(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["[::1]", "1.2.3.4.5", "192.0.2.1", ":x"])
 def test_where_nobody_can_listen_is_one_line(host: str) -> None:
-    with pytest.raises(UserError, match="cannot listen on"):
-        api_server.listen(settings("--host", host, "--api-key", KEY))
+    with pytest.raises(UserError, match="cannot listen on"), api_server.listen(settings("--host", host, "--api-key", KEY)):
+        pass
+
+
+def test_as_many_processes_answer_as_there_are_engines_unless_told() -> None:
+    """Fails if one process is to answer for several engines, or the flag is ignored or not checked."""
+    assert settings().fronts == 1
+    assert settings("--api-server-count", "3").fronts == 3
+    assert "--api-server-count 0: must be 1 to 64" in refusal("--api-server-count", "0")
+    with api_server.listen(settings("--api-server-count", "3", "--port", "0")) as listeners:
+        assert len({listener.getsockname() for listener in listeners}) == 1
+        assert len({listener.fileno() for listener in listeners}) == 3
 
 
 # Before any model is loaded

@@ -63,6 +63,15 @@ def test_the_demo_model_is_served_as_the_engine_draws_it() -> None:
         assert json.loads(picture.info["llamagen"])["weights"] == "demo_gpt.safetensors"
 
 
+def test_a_service_that_can_draw_nothing_does_not_start() -> None:
+    """Fails if clients are told what only the operator can mend."""
+    command = [sys.executable, str(ROOT / "autoregressive/serve/api_server.py"), "--port", "0", "--device", "cpu"]
+    done = subprocess.run([*command, "--gpt-model", "GPT-demo", "--num-pages", "1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--num-pages" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_the_page_works_on_the_service_itself(tmp_path: Path) -> None:
     """Fails if page and service have drifted apart: key, picker, previews, pictures, cancel, the content security policy."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")

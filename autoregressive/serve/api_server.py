@@ -20,6 +20,7 @@ with slow_imports(__name__):
 
     from autoregressive.common.results import generation_record
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
+    from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import freeze_heap
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.ending import Ending
@@ -64,9 +65,17 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     if settings.choice.note is not None:
         tell(settings.choice.note)
 
+    defaults = settings.choice.defaults
+    typical = SamplingParams(
+        cfg_scale=defaults.cfg_scale,
+        cfg_interval=defaults.cfg_interval,
+        top_k=min(defaults.top_k, model.codebook_size),
+        top_p=defaults.top_p,
+    )
+
     def recipe(index: int) -> MakeEngine:
         device = torch.device("cuda", index) if settings.engines > 1 else model.device
-        return EngineRecipe(replace(model, device=device), found, settings.engine)
+        return EngineRecipe(replace(model, device=device), found, settings.engine, typical)
 
     return served_model(settings, found), recipe
 

@@ -20,6 +20,7 @@ from autoregressive.serve.web.schema import (
     TOO_MANY_FIELDS,
     ClassesAnswer,
     ErrorAnswer,
+    ModelData,
     ModelsAnswer,
     StatusAnswer,
     VersionAnswer,
@@ -37,6 +38,7 @@ _PAGE_HEADERS = {
     "Accept-Ranges": "none",
 }
 _WRONG: dict[int | str, dict[str, Any]] = {401: {"model": ErrorAnswer, "description": "The key is missing or wrong."}}
+_NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such model."}}
 _ANYWHERE: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in (
@@ -85,6 +87,13 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
     async def list_models() -> ModelsAnswer:
         """The served model."""
         return ModelsAnswer(data=[model.described()])
+
+    @app.get("/v1/models/{model_id:path}", response_model=ModelData, responses={**_WRONG, **_NO_MODEL}, tags=["facts"])
+    async def describe_model(model_id: str) -> ModelData:
+        """The served model, by its name."""
+        if model_id != model.name:
+            raise model.no_such_model(model_id)
+        return model.described()
 
     @app.get("/v1/classes", response_model=ClassesAnswer, responses=_WRONG, tags=["facts"])
     async def list_classes(
@@ -219,7 +228,7 @@ def _as_api_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, "the body has too many fields", "unknown_field")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", "unknown_field", param)
-    what = first["msg"].removeprefix("Input should be ").rstrip(".")
+    what = first["msg"].removeprefix("Input should be ").removeprefix("String should ").rstrip(".")
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as application/json", "invalid_body")
     return ApiError(400, f"{param} must be {what}" if what != first["msg"] else f"{param}: {what}", "invalid_value", param)

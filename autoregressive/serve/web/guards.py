@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
+from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
 from autoregressive.serve.web.http_protocol import CUT
 from autoregressive.serve.web.jobs import Job
@@ -79,10 +79,11 @@ class RequestLog:
         failure = None
         try:
             await self._app(scope, receive, send_numbered)
-        except asyncio.CancelledError:  # the service ends, and has waited long enough
+        except asyncio.CancelledError:  # the service ends, and has waited long enough; nobody is left to be told of that
             if status == 0:
-                await answer(send_numbered, not_ready("the service is stopping: try again later", 10))
-            raise
+                await answer(send_numbered, ended_early("cancelled", "", 10))
+            elif not complete:
+                await send_numbered({"type": "http.response.body", "body": b""})
         except Exception as error:
             failure = error
             if status == 0:
@@ -147,7 +148,9 @@ class Authentication:
         if scope["type"] != "http" or self._expected is None or self._is_open(scope["path"]) or self._has_key(scope):
             await self._app(scope, receive, send)
         else:
-            message = "this service wants a key: Authorization: Bearer KEY"
+            given = any(name == b"authorization" for name, _ in scope["headers"])
+            wrong = "the key is not this service's; send" if given else "this service wants a key:"
+            message = f"{wrong} Authorization: Bearer KEY"
             await answer(send, ApiError(401, message, "invalid_api_key"))
 
     def _is_open(self, path: str) -> bool:

@@ -67,6 +67,10 @@ class ServedModel:
             ),
         )
 
+    def no_such_model(self, name: str) -> ApiError:
+        """For whoever asks for another."""
+        return ApiError(404, f"the model '{name}' does not exist: this service has {self.name}", "model_not_found", "model")
+
     def search(self, word: str) -> list[ClassData]:
         """Classes whose name contains the word, or whose id begins with it; names that begin with it come first."""
         word = " ".join(word.lower().split())
@@ -84,8 +88,7 @@ class ServedModel:
             ApiError: no such model, class or size, or a top-k beyond the codebook.
         """
         if body.model is not None and body.model != self.name:
-            message = f"the model '{body.model}' does not exist: this service has {self.name}"
-            raise ApiError(404, message, "model_not_found", "model")
+            raise self.no_such_model(body.model)
         if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be {self.size} or auto", "invalid_value", "size")
         top_k = _or(body.top_k, self.top_k)

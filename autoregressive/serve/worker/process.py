@@ -22,6 +22,7 @@ from autoregressive.common.weights import FoundWeights, ModelSettings, load_mode
 from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memory
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.heap import freeze_heap
 from autoregressive.serve.worker.messages import Unable
 from autoregressive.serve.worker.outbox import Outbox
@@ -39,12 +40,13 @@ class EngineRecipe:
     model: ModelSettings
     found: FoundWeights
     config: EngineConfig
+    typical: SamplingParams  # of a request that says nothing else
 
     def __call__(self, on_progress: Callable[[int, int], None]) -> Engine:
         """An engine that is ready to run.
 
         Raises:
-            UserError: a checkpoint is damaged, or memory does not hold the model or its pages.
+            UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a typical request could never run.
         """
         device = self.model.device
         if device.type == "cuda":
@@ -53,7 +55,9 @@ class EngineRecipe:
             models = load_models(self.model, self.found)
             use_threads_that_pay(models.gpt.config, device)
             try:
-                return Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
+                engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
+                engine.scheduler.check_fits(self.typical)
+                return engine
             except ValueError as error:
                 raise UserError(as_flags(str(error))) from error
 

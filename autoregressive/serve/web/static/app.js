@@ -18,7 +18,7 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 
 let model = null;
 let runs = []; // newest first
-let pending = null; // what was asked for when the server wanted a key
+let pending = null; // what was asked for when the server wanted a key, or was not ready
 let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
 
@@ -67,7 +67,10 @@ async function waitForServer() {
         return false;
       }
       if (failure.status === 503) {
-        notice("The model is being loaded…", sentence(failure.message) || "This page is ready as soon as it is.");
+        if (/being loaded/.test(failure.message)) {
+          const [, progress] = failure.message.match(/\((.*)\)/) ?? [];
+          notice("The model is being loaded…", `${progress ? `${sentence(progress)} ` : ""}This page goes on by itself.`);
+        } else notice("The server takes no work now.", sentence(failure.message));
         await pause(READY_AGAIN);
       } else {
         const { title, detail } = failure.kind === "cut" ? describe({ kind: "network" }) : describe(failure);
@@ -104,6 +107,10 @@ function connected(found, classes) {
     suggest();
     announce("Ready");
   }
+  complain("");
+  const asked = pending;
+  pending = null;
+  if (asked !== null) start(asked);
 }
 
 function suggest() {
@@ -174,8 +181,6 @@ async function useKey(event) {
   await waiting; // its answer may still be that of the old key
   if (!(await connect())) return;
   byId("generate").focus();
-  if (pending !== null) start(pending);
-  pending = null;
 }
 
 byId("key-form").addEventListener("submit", useKey);
@@ -206,12 +211,16 @@ function complain(words) {
 
 function generate({ focus = false } = {}) {
   complain("");
-  if (model === null || whyNot) {
+  if (model === null) {
     complain(whyNot);
     return;
   }
   const request = form.read();
-  if (request !== null) start(request, { focus });
+  if (request === null) return;
+  if (whyNot) {
+    complain(`${whyNot} This is drawn as soon as it can be.`);
+    pending = request;
+  } else start(request, { focus });
 }
 
 function start(request, { focus = false } = {}) {

@@ -9,7 +9,7 @@ const UNDO = 10_000; // ms that a deletion can be taken back
 const newestFirst = (first, second) =>
   second.created - first.created || first.index - second.index || (first.id < second.id ? -1 : 1);
 
-const caption = ({ request, index }) => (request.n > 1 ? `seed ${request.seed} · ${index + 1} of ${request.n}` : `seed ${request.seed}`);
+const caption = ({ request, index }) => (request.n > 1 ? `${index + 1} of ${request.n} · seed ${request.seed}` : `seed ${request.seed}`);
 
 export class Gallery {
   #store = new PictureStore();
