@@ -1,5 +1,7 @@
 """When the service ends, and with what status: accepted work first; told twice, at once; with status 1 if an engine is lost."""
 
+from collections.abc import Callable
+
 from autoregressive.serve.web.dispatcher import Dispatcher
 
 _LAST_ANSWERS_SECONDS = 3.0  # after an engine is lost: for waiting clients to get their errors, and probes a 503
@@ -11,11 +13,13 @@ class Ending:
     Attributes:
         status: that the process is to end with.
         at_once: without waiting for anything any more.
+        hurry: called when that comes true.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.status = 0
         self.at_once = False
+        self.hurry: Callable[[], None] = lambda: None
         self._dispatcher = dispatcher
         self._lost_at: float | None = None
 
@@ -26,6 +30,7 @@ class Ending:
             return
         self.status = 0 if self._dispatcher.idle else 1
         self.at_once = True
+        self.hurry()
 
     def due(self, now: float) -> bool:
         """Whether to end, at that moment."""

@@ -16,7 +16,7 @@ from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics,
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.logs import write_logs
 from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.server import FrontServer
+from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.web.settings import ServerSettings
 from autoregressive.serve.worker.inbox import Inbox
@@ -156,7 +156,7 @@ class FrontRecipe:
 
         desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
         app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
-        server = FrontServer(app, self.settings.patience.shutdown)
+        server = QuietServer(app, self.settings.patience.shutdown)
         freeze_heap()
         await server.serve(sockets=[self.listener])
         encoders.shutdown(wait=False, cancel_futures=True)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import uvicorn
 
@@ -36,30 +35,8 @@ def _config(app: App, shutdown: float) -> uvicorn.Config:
     )
 
 
-class Server(uvicorn.Server):
-    """Runs until `ending` is due, which signals bring about, or the loss of an engine.
-
-    Args:
-        shutdown: seconds that accepted work has to finish.
-    """
-
-    def __init__(self, app: App, ending: Ending, shutdown: float) -> None:
-        super().__init__(_config(app, shutdown))
-        self._ending = ending
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal."""
-        self._ending.signal()
-        if self._ending.at_once:
-            self.force_exit = self.should_exit = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Whether to end, asked ten times a second."""
-        return self._ending.due(time.monotonic()) or await super().on_tick(counter)
-
-
-class FrontServer(uvicorn.Server):
-    """Runs until `should_exit` is set: signals are for the process that has started this one."""
+class QuietServer(uvicorn.Server):
+    """Runs until `should_exit` is set; signals are for others."""
 
     def __init__(self, app: App, shutdown: float) -> None:
         super().__init__(_config(app, shutdown))
@@ -68,3 +45,23 @@ class FrontServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves them as they are."""
         yield
+
+
+class Server(QuietServer):
+    """Runs until `ending` is due.
+
+    Args:
+        shutdown: seconds that accepted work has to finish.
+    """
+
+    def __init__(self, app: App, ending: Ending, shutdown: float) -> None:
+        super().__init__(app, shutdown)
+        self._ending = ending
+        ending.hurry = self._hurry
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, asked ten times a second."""
+        return self._ending.due(time.monotonic()) or await super().on_tick(counter)
+
+    def _hurry(self) -> None:
+        self.force_exit = self.should_exit = True
