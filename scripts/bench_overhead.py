@@ -4,9 +4,9 @@
 
 The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
 image each, without previews; beside it scripts/bench_probes.py asks for /health and /metrics. Before that, the time to the first
-preview of a lone request. The engine alone draws four times as many images as fit, with their pixels (scripts/bench_decode.py).
-With --data-parallel-size also so many engines behind one front, with as many times the requests. Random weights; each in processes
-of its own. Ends in JSON.
+preview of a lone request, half drawn. The engine alone draws four times as many images as fit, with their pixels
+(scripts/bench_decode.py). With --data-parallel-size also so many engines behind one service, with as many times the requests.
+Random weights; each in processes of its own. Ends in JSON.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import Pipe
@@ -29,18 +30,22 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     from bench_arguments import at_least
+    from serve_report import percentiles
 
     from autoregressive.common.weights import FoundWeights
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
     from autoregressive.serve.engine.request import SamplingParams
+    from autoregressive.serve.web.generation import partial_rows
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
+    from autoregressive.serve.worker.partial import fill_undrawn
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine
     from autoregressive.serve.worker.worker import serve
 
 _SCRIPTS = Path(__file__).parent
-_IN_THREAD = "--serve-in-a-thread"
+_IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
+_LONE_REQUESTS = 21  # of which the first warms up
 
 
 class ThreadedEngine:
@@ -78,6 +83,29 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
         return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread))
 
 
+def draw_lone_previews(flags: Sequence[str]) -> int:
+    """What the engine itself takes to the first preview of a lone request, as bench_serve.py asks for it: half of the rows."""
+    settings = resolve_server_settings(read_arguments(flags, os.environ))
+    model = settings.choice.model
+    engine = EngineRecipe(model, FoundWeights(None, None), settings.engine, SamplingParams())(lambda done, total: None)
+    assert engine.decoder is not None
+    rows = partial_rows(1, model.grid)[0]
+    times = []
+    for seed in range(_LONE_REQUESTS):
+        begun = time.monotonic()
+        request = engine.submit(seed, SamplingParams(cfg_scale=settings.choice.defaults.cfg_scale, seed=seed))
+        while request.steps < rows * model.grid:
+            engine.step()
+        codes = engine.peek([request]).codes()[0]
+        engine.decoder.submit_to_host(fill_undrawn(codes, rows, model.grid)).pictures()
+        times.append(time.monotonic() - begun)
+        engine.cancel(request)
+        while not request.ended:
+            engine.step()
+    print(json.dumps({"first_preview_seconds": percentiles(times[1:])}))
+    return 0
+
+
 @contextmanager
 def running_service(command: Sequence[str]) -> Iterator[str]:
     """The URL of a service that is ready."""
@@ -106,8 +134,9 @@ def last_json(command: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the flags, measures, prints a table and JSON."""
     given = sys.argv[1:] if argv is None else list(argv)
-    if given[:1] == [_IN_THREAD]:
-        return serve_in_a_thread(given[1:])
+    for mode, run in ((_IN_THREAD, serve_in_a_thread), (_LONE, draw_lone_previews)):
+        if given[:1] == [mode]:
+            return run(given[1:])
     arguments = parse_arguments(given)
     model, rows, engines = arguments.gpt_model, arguments.rows, arguments.data_parallel_size
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
@@ -119,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands[f"in {engines} processes"] = ([*process, "--data-parallel-size", str(engines)], engines)
     decode = [sys.executable, str(_SCRIPTS / "bench_decode.py"), "--models", model, "--rows", str(rows), *size]
     alone = last_json([*decode, "--images", str(2 * rows), "--pixels"])["models"][0]["results"][0]["images_per_second"]
-    results: dict[str, Any] = {"alone": {"images_per_second": alone}}
-    print(f"the engine alone: {alone:.2f} images/s", flush=True)
+    lone = last_json([sys.executable, __file__, _LONE, *flags])["first_preview_seconds"]
+    results: dict[str, Any] = {"alone": {"images_per_second": alone, "lone_first_preview_seconds": lone}}
+    print(f"the engine alone: {alone:.2f} images/s, lone preview {lone}", flush=True)
     for where, (command, count) in commands.items():
         results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds, arguments.repeats)
         what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
