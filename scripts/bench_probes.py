@@ -2,8 +2,8 @@
 
     python scripts/bench_probes.py --url http://127.0.0.1:8000 --seconds 30
 
-From a process of its own, so that what the load generator does is not counted. The service's key, if it has one, is taken from
-LLAMAGEN_API_KEY. Ends in JSON.
+From a process of its own, so that what the load generator does is not counted; each on a connection of its own, as a
+supervisor's. The service's key, if it has one, is taken from LLAMAGEN_API_KEY. Ends in JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def probe(url: str, key: str | None, seconds: float) -> dict[str, list[float]]:
         UserError: nobody answers at `url`, or an answer is not 200.
     """
     took: dict[str, list[float]] = {path: [] for path in _PATHS}
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         with httpx2.Client(base_url=url, headers=headers, timeout=_PATIENCE_SECONDS) as client:
             end = time.monotonic() + seconds

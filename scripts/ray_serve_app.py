@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import serve
 
+from autoregressive.common.errors import UserError
 from autoregressive.serve.api_server import prepare
 from autoregressive.serve.web.logs import write_logs
 from autoregressive.serve.web.service import Service, start_service
@@ -40,6 +41,8 @@ class ReplicaApp:
         """One request, or the server's start and end."""
         if self._service is None:
             settings = resolve_server_settings(read_arguments([], os.environ))
+            if settings.fronts > 1:
+                raise UserError("LLAMAGEN_API_SERVER_COUNT: a replica is one process that answers HTTP; raise num_replicas instead")
             write_logs(settings.log_level)
             model, recipe = prepare(settings)
             self._service = start_service(settings, model, recipe, settings.public_url or "http://127.0.0.1:8000")

@@ -170,7 +170,7 @@ class Service:
 
     @property
     def children(self) -> list[int]:
-        """Process ids of the engines."""
+        """Process ids of engines, fronts and multiprocessing's own helper."""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(word) for word in listed.split()]
 
@@ -209,7 +209,11 @@ class Service:
 
 @contextmanager
 def running_service(
-    folder: Path, *flags: str, ready: bool = True, environment: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    *flags: str,
+    ready: bool = True,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    start_new_session: bool = False,
 ) -> Iterator[Service]:
     """A service on a free port; killed at the end if it still runs.
 
@@ -221,7 +225,7 @@ def running_service(
     command = [sys.executable, __file__, "--port", "0", *flags]
     variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | dict(environment)
     with log.open("w") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
+        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, start_new_session=start_new_session
     ) as process:
         try:
             assert process.stdout is not None

@@ -17,12 +17,12 @@ import httpx2
 import pytest
 from fake_service import TOKENS, Service, is_alive, running_service
 from PIL import Image
-from test_service_promises import send
+from test_service_promises import send, status_of
 
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.front import RemoteDesk
-from autoregressive.serve.web.front_messages import KINDS, Accepted, State, Up
+from autoregressive.serve.web.front_messages import KINDS, Accepted, Finish, State, Up
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Cancel, Ended, Submit, encode, receive
 
@@ -114,9 +114,9 @@ def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
     assert set(statuses) == {200, 429}
     assert 8 <= statuses[200] <= 8 + 2
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
-    gauges = service.gauges()
-    assert gauges['requests_total{outcome="rejected"}'] == statuses[429]
-    assert gauges['requests_total{outcome="success"}'] == gauges["images_total"] == statuses[200]
+    service.wait_for(lambda: service.gauges()['requests_total{outcome="rejected"}'] == statuses[429], 2)
+    service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == statuses[200], 2)
+    assert service.gauges()["images_total"] == statuses[200]
     assert service.is_empty()
 
 
@@ -127,12 +127,13 @@ def test_counters_are_the_same_wherever_they_are_asked_for(service: Service) -> 
         bodies: list[dict[str, Any]] = [{}, {"n": 2}, {"top_p": 7}, {"prompt": "no such thing"}] * 20
         statuses = Counter(answer.status_code for answer in pool.map(lambda body: draw(service, **body), bodies))
     assert statuses == {200: 40, 400: 40}
+    service.wait_for(lambda: service.gauges()['requests_total{outcome="invalid"}'] == 40, 2)
+    service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == 40, 2)
     texts = {httpx2.get(f"{service.url}/metrics").text for _ in range(12)}
     assert len(texts) == 1
     gauges = service.gauges()
     assert gauges["images_total"] == 60
     assert gauges["generation_tokens_total"] == 60 * TOKENS
-    assert gauges['requests_total{outcome="invalid"}'] == 40
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/stream", "/v1/codes"])
@@ -160,7 +161,7 @@ def test_after_sigterm_accepted_work_finishes(service: Service) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(service: Service) -> None:
-    """Even while an engine hangs."""
+    """Even while an engine hangs; who waits is told."""
     service.faults.set("hang")
     connection = send(service)
     service.wait_for(lambda: service.gauges()["num_requests_waiting"] == 1, 5)
@@ -169,17 +170,25 @@ def test_a_second_signal_ends_it_at_once(service: Service) -> None:
     time.sleep(0.3)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(5) == 1
-    connection.close()
+    assert status_of(connection) == 503
+    assert "Traceback" not in service.log
     service.wait_for(lambda: not any(map(is_alive, children)), 1)
 
 
-def test_while_it_starts_it_can_be_ended(tmp_path: Path) -> None:
-    """Fails if a front that still starts, or an engine that still loads, is waited for."""
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_while_it_starts_it_can_be_ended(tmp_path: Path, whole_group: bool) -> None:
+    """Fails if a front that starts, or an engine that loads, is waited for, or takes a signal to the group for its own."""
     (tmp_path / "slow_start").write_text("30")
-    with running_service(tmp_path, *FLAGS, ready=False) as service:
+    with running_service(tmp_path, *FLAGS, ready=False, start_new_session=True) as service:
+        time.sleep(0.5)
         begun = time.monotonic()
-        assert service.terminate() == 0
+        if whole_group:
+            os.killpg(service.process.pid, signal.SIGINT)
+        else:
+            service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(15) == 0
         assert time.monotonic() - begun < 10
+        assert "Traceback" not in service.log
 
 
 def test_a_lost_engine_is_told_of_by_every_front(service: Service) -> None:
@@ -196,13 +205,15 @@ def test_a_lost_engine_is_told_of_by_every_front(service: Service) -> None:
     assert service.process.wait(10) == 1
 
 
-def test_a_lost_front_ends_the_service(service: Service) -> None:
-    """Fails if the service goes on with fewer processes than it was started with, or leaves some."""
+@pytest.mark.parametrize(("number", "why"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not been heard of")])
+def test_a_lost_front_ends_the_service(service: Service, number: signal.Signals, why: str) -> None:
+    """Fails if the service goes on with fewer processes than it was started with, or leaves some, or drops others' work."""
+    service.faults.set("step_seconds", "0")
     children = service.children
     fronts = fronts_met(service)
-    os.kill(fronts.pop(), signal.SIGKILL)
-    assert service.process.wait(15) == 1
-    assert "a process that answers HTTP has died" in service.log
+    os.kill(fronts.pop(), number)
+    assert service.process.wait(30) == 1
+    assert f"a process that answers HTTP {why}" in service.log
     service.wait_for(lambda: not any(map(is_alive, children)), 1)
 
 
@@ -260,7 +271,8 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
     """A client's request that ends before the dispatcher has answered is cancelled there."""
     async def go() -> None:
         ours, theirs = Pipe()
-        desk = RemoteDesk(ours, lambda: None, lambda: None)
+        finished: list[bool] = []
+        desk = RemoteDesk(ours, finished.append, lambda: None)
         theirs.send_bytes(encode(State(None, None, 0, 1, (), ())))
         while True:
             try:
@@ -278,8 +290,12 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         await asyncio.sleep(0.1)
         assert desk._jobs == {}
         assert desk._replies == {}
+        assert desk._ahead == {}
         heard = [type(receive(theirs, KINDS)) for _ in range(3)]
         assert heard == [Up, Submit, Cancel]
+        theirs.send_bytes(encode(Finish(at_once=True)))
+        await asyncio.sleep(0.05)
+        assert finished == [True]
         desk.close()
         theirs.close()
 

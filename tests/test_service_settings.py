@@ -338,6 +338,7 @@ def test_as_many_processes_answer_as_there_are_engines_unless_told() -> None:
     assert settings().fronts == 1
     assert settings("--api-server-count", "3").fronts == 3
     assert "--api-server-count 0: must be 1 to 64" in refusal("--api-server-count", "0")
+    assert "--store-images 2: must be at least --api-server-count, 3" in refusal("--api-server-count", "3", "--store-images", "2")
     with api_server.listen(settings("--api-server-count", "3", "--port", "0")) as listeners:
         assert len({listener.getsockname() for listener in listeners}) == 1
         assert len({listener.fileno() for listener in listeners}) == 3

@@ -31,9 +31,8 @@ with slow_imports(__name__):
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, start_process
+    from autoregressive.serve.worker.process import SIGNALS, EngineRecipe, MakeEngine, signals_held, start_process
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
 
@@ -97,7 +96,7 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
     with ExitStack() as stack:
         try:
-            # Not shared at first, or two services could have one address without noticing.
+            # Not shared at first, so that a service that has the address already is noticed.
             listeners = [open_socket(settings.port, reuse_port=False)]
             if shared:
                 port = listeners[0].getsockname()[1]
@@ -147,15 +146,17 @@ async def serve(
     address = _url(listeners[0])
     dispatcher = start_dispatcher(settings, model, recipe, start)
     ending = Ending(dispatcher)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, ending.signal)
     try:
         print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
         run = _serve_here if len(listeners) == 1 else _serve_through_fronts
         failure = await run(settings, model, dispatcher, ending, address, listeners)
     finally:
-        for number in _SIGNALS:  # one that comes while the engines are being stopped must not keep them alive
-            signal.signal(number, signal.SIG_IGN)
+        with signals_held():  # one that comes while the engines are being stopped must not keep them alive
+            for number in SIGNALS:
+                asyncio.get_running_loop().remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
         dispatcher.stop(at_once=ending.at_once)
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)

@@ -26,7 +26,7 @@ from autoregressive.serve.worker.outbox import Outbox
 
 
 class EngineLink:
-    """One engine: what is known of it, and the jobs that it has. Used in the event loop; a thread of its own reads.
+    """One engine: what is known of it, and the jobs that it has. Used in the event loop.
 
     Args:
         on_ended: called in the event loop with each job that has come to its end.

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import signal
 import socket
 import sys
 import time
@@ -22,8 +21,9 @@ from autoregressive.serve.web.settings import ServerSettings
 from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Image, Preview, Started, Submit
 from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.process import end_with_the_parent
+from autoregressive.serve.worker.process import end_with_the_parent, ignore_signals
 
+_BEAT_SECONDS = 0.25  # so often it tells that its loop goes round
 _LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
 
 
@@ -31,13 +31,13 @@ class RemoteDesk:
     """Stands for the dispatcher in a front: a `Desk`. Used in the event loop in which it is made.
 
     Args:
-        finish: called when the front is to end.
+        finish: called when the front is to end; with True: without waiting for anything.
         alone: called when the dispatcher's process has gone.
     """
 
-    def __init__(self, connection: Connection, finish: Callable[[], None], alone: Callable[[], None]) -> None:
+    def __init__(self, connection: Connection, finish: Callable[[bool], None], alone: Callable[[], None]) -> None:
         self._finish = finish
-        self._state = State(None, "the service is starting: try again soon", 5, 1, (), ())
+        self._state = State(None, "the service is being loaded: try again soon", 5, 1, (), ())
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
         self._ahead: dict[int, int] = {}
@@ -45,7 +45,7 @@ class RemoteDesk:
         self._questions: dict[int, asyncio.Future[bytes]] = {}
         self._outbox = Outbox(connection, "to the dispatcher")
         self._inbox = Inbox(connection, KINDS, self._take, alone)
-        self._outbox.put(Up())
+        self._beating = asyncio.create_task(self._beat())
 
     @property
     def failure(self) -> str | None:
@@ -73,7 +73,6 @@ class RemoteDesk:
             del self._replies[number]
         if isinstance(reply, Refused):
             raise ApiError(reply.status, reply.message, reply.code, reply.param, reply.retry_after)
-        self._ahead[number] = reply.ahead
         return job
 
     def abandon(self, job: Job) -> None:
@@ -106,13 +105,21 @@ class RemoteDesk:
 
     def close(self) -> None:
         """Waits until what was said is written."""
+        self._beating.cancel()
         self._outbox.close(_LAST_WORDS_SECONDS)
+
+    async def _beat(self) -> None:
+        while True:
+            self._outbox.put(Up())
+            await asyncio.sleep(_BEAT_SECONDS)
 
     def _take(self, message: object) -> None:
         match message:
             case Accepted(job=number) | Refused(job=number):
                 if isinstance(message, Refused):
                     del self._jobs[number]
+                else:
+                    self._ahead[number] = message.ahead
                 if (reply := self._replies.get(number)) is not None and not reply.done():
                     reply.set_result(message)
             case Started() | Drawn() | Preview() | Image() | Ended():
@@ -127,8 +134,8 @@ class RemoteDesk:
             case MetricsText(question=number, text=text):
                 if (question := self._questions.get(number)) is not None and not question.done():
                     question.set_result(text)
-            case Finish():
-                self._finish()
+            case Finish(at_once=at_once):
+                self._finish(at_once)
 
 
 @dataclass(frozen=True)
@@ -144,15 +151,14 @@ class FrontRecipe:
     def __call__(self, connection: Connection) -> None:
         """The process."""
         end_with_the_parent()
-        # When this process ends is the dispatcher's to say.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ignore_signals()
         write_logs(self.settings.log_level)
         asyncio.run(self._serve(connection))
 
     async def _serve(self, connection: Connection) -> None:
-        def finish() -> None:
+        def finish(at_once: bool) -> None:
             server.should_exit = True
+            server.force_exit = at_once
 
         desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
         app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)

@@ -11,7 +11,7 @@ from autoregressive.serve.worker import messages
 
 @dataclass(frozen=True)
 class Up:
-    """The front is about to answer."""
+    """The front answers; said again and again."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class MetricsText:
 @dataclass(frozen=True)
 class Finish:
     """Take no more connections, wait for answers to be read, and end."""
+
+    at_once: bool  # without waiting
 
 
 FrontMessage = Up | Accepted | Refused | State | Count | AskMetrics | MetricsText | Finish

@@ -4,6 +4,7 @@ Plain ASGI, so that streams and clients that leave pass through as they are.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -26,6 +27,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
+_LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
 _log = logging.getLogger("llamagen.requests")
 
@@ -79,11 +81,13 @@ class RequestLog:
         failure = None
         try:
             await self._app(scope, receive, send_numbered)
-        except asyncio.CancelledError:  # the service ends, and has waited long enough; nobody is left to be told of that
+        except asyncio.CancelledError:  # the service ends, and has waited long enough; the task ends here, and nobody asks why
             if status == 0:
-                await answer(send_numbered, ended_early("cancelled", "", 10))
-            elif not complete:
-                await send_numbered({"type": "http.response.body", "body": b""})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_ANSWER_SECONDS):
+                        await answer(send_numbered, ended_early("cancelled", "", 10))
+            else:  # cut short, so that it does not pass for whole; its reader may not even read
+                scope["state"][CUT] = True
         except Exception as error:
             failure = error
             if status == 0:

@@ -1,6 +1,7 @@
 """The dispatcher's end of the fronts: several processes that answer HTTP, one that says who is let in."""
 
 import asyncio
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import assert_never
 
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.ending import Ending
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
 from autoregressive.serve.web.front import FrontRecipe
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job, JobEvent
@@ -19,9 +20,13 @@ from autoregressive.serve.web.server import writing_seconds
 from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Ended, Submit
 from autoregressive.serve.worker.outbox import Outbox
+from autoregressive.serve.worker.process import signals_held
 
 _TICK_SECONDS = 0.1
+_PAUSE_SECONDS = 1.0  # by so much a tick may be late before this process counts as having stood still
 _LEAVE_SECONDS = 3.0  # for a front to end once its answers are read, or have had their time
+_LAST_ANSWERS_SECONDS = 1.0  # for a front that is to end at once: it tells waiting clients so
+_log = logging.getLogger("llamagen.fronts")
 
 
 class FrontLink:
@@ -35,14 +40,16 @@ class FrontLink:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=recipe, args=(theirs,), name=f"front-{recipe.share.index}", daemon=True)
-        self.process.start()
+        with signals_held():
+            self.process.start()
         theirs.close()
-        self._dispatcher = dispatcher
+        self._dispatcher, self._gone = dispatcher, gone
         self._jobs: dict[int, Job] = {}  # by the front's numbers
         self.up = False  # whether it answers
+        self.heard_at = time.monotonic()
         self._told: State | None = None
         self._outbox = Outbox(ours, "to a front")
-        self._inbox = Inbox(ours, KINDS, self._take, gone)
+        self._inbox = Inbox(ours, KINDS, self._take, self._leave)
 
     def tell(self, state: State) -> None:
         """Of what is the same for all fronts; its own jobs' places are added here."""
@@ -52,11 +59,18 @@ class FrontLink:
             self._told = state
             self._outbox.put(state)
 
-    def finish(self) -> None:
-        """Tells it to end."""
-        self._outbox.put(Finish())
+    def finish(self, *, at_once: bool) -> None:
+        """Tells it to end; without waiting for anything, if `at_once`."""
+        self._outbox.put(Finish(at_once))
+
+    def kill(self) -> bool:
+        """Ends it for certain; whether it had ended in order by itself."""
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode == 0
 
     def _take(self, message: Up | Submit | Cancel | Count | AskMetrics) -> None:
+        self.heard_at = time.monotonic()
         match message:
             case Up():
                 self.up = True
@@ -76,11 +90,19 @@ class FrontLink:
         number = order.job
         try:
             job = self._dispatcher.admit(order, partial(self._forward, number))
-        except ApiError as error:
+        except Exception as caught:
+            if not isinstance(caught, ApiError):
+                _log.exception("a request could not be accepted")
+            error = caught if isinstance(caught, ApiError) else internal_error()
             self._outbox.put(Refused(number, error.status, error.message, error.code, error.param, error.retry_after))
             return
         self._jobs[number] = job
         self._outbox.put(Accepted(number, self._dispatcher.ahead_of(job) if order.watched else 0))
+
+    def _leave(self) -> None:
+        for job in list(self._jobs.values()):  # their clients have gone with it
+            self._dispatcher.abandon(job)
+        self._gone()
 
     def _forward(self, number: int, event: JobEvent) -> None:
         self._outbox.put(replace(event, job=number))
@@ -93,13 +115,22 @@ class Hub:
 
     Args:
         recipes: of the fronts.
+
+    Attributes:
+        failure: how a front was lost before the end.
     """
 
     def __init__(self, dispatcher: Dispatcher, ending: Ending, recipes: Sequence[FrontRecipe]) -> None:
         self._dispatcher, self._ending = dispatcher, ending
-        self._front_lost = False
-        self.failure: str | None = None  # how a front was lost before the end
-        self._fronts = [FrontLink(recipe, dispatcher, self._lose_front) for recipe in recipes]
+        self.failure: str | None = None
+        self._ends = False  # fronts that go are not lost
+        self._fronts: list[FrontLink] = []
+        try:
+            for recipe in recipes:
+                self._fronts.append(FrontLink(recipe, dispatcher, self._lose_front))
+        except BaseException:
+            self._kill_fronts()
+            raise
 
     @property
     def up(self) -> bool:
@@ -108,18 +139,33 @@ class Hub:
 
     async def run(self) -> None:
         """Until the end is due, or a front is lost. All fronts have ended then."""
-        while not self._ending.due(time.monotonic()) and not self._front_lost:
+        try:
+            now = time.monotonic()
+            while not self._ending.due(now) and self.failure is None:
+                self._tell_fronts()
+                await asyncio.sleep(_TICK_SECONDS)
+                before, now = now, time.monotonic()
+                self._watch(now, stood_still=now - before > _TICK_SECONDS + _PAUSE_SECONDS)
             self._tell_fronts()
-            await asyncio.sleep(_TICK_SECONDS)
-        self._tell_fronts()
-        self.failure = "a process that answers HTTP has died" if self._front_lost else None
-        await self._end_fronts()
+            await self._end_fronts()
+        finally:
+            self._kill_fronts()
+
+    def _watch(self, now: float, *, stood_still: bool) -> None:
+        """Looks for a front that hangs; one that this process has not heard because it stood still itself does not count."""
+        for front in self._fronts:
+            if stood_still:
+                front.heard_at = now
+            elif front.up and now - front.heard_at > self._dispatcher.patience.step:
+                self._lose_front("has not been heard of")
 
     def _tell_fronts(self) -> None:
         dispatcher = self._dispatcher
         refusal: ApiError | None = None
         try:
             dispatcher.require_ready()
+            if not self.up:
+                refusal = not_ready("the service is being loaded: try again soon", 5)
         except ApiError as error:
             refusal = error
         state = State(
@@ -135,17 +181,29 @@ class Hub:
 
     async def _end_fronts(self) -> None:
         """Lets those that answer write what is left to be read, unless told not to wait."""
-        for front in self._fronts:
-            if front.up:
-                front.finish()
-            else:
-                front.process.kill()
-        deadline = time.monotonic() + writing_seconds(self._dispatcher.patience.shutdown) + _LEAVE_SECONDS
-        while any(front.process.is_alive() for front in self._fronts) and time.monotonic() < deadline and not self._ending.at_once:
-            await asyncio.sleep(_TICK_SECONDS / 2)
-        for front in self._fronts:
-            front.process.kill()
-            front.process.join()
+        self._ends = True
+        writing = [front for front in self._fronts if front.up]
+        for front in writing:
+            front.finish(at_once=False)
+        patience = writing_seconds(self._dispatcher.patience.shutdown) + _LEAVE_SECONDS
+        await self._wait_for(writing, time.monotonic() + patience, lambda: self._ending.at_once)
+        if self._ending.at_once:  # told meanwhile, perhaps
+            for front in writing:
+                front.finish(at_once=True)
+            await self._wait_for(writing, time.monotonic() + _LAST_ANSWERS_SECONDS, lambda: False)
+        if not all([front.kill() for front in writing]) and not self._ending.at_once:
+            self._ending.status = 1
 
-    def _lose_front(self) -> None:
-        self._front_lost = True
+    async def _wait_for(self, fronts: Sequence[FrontLink], deadline: float, enough: Callable[[], bool]) -> None:
+        while any(front.process.is_alive() for front in fronts) and time.monotonic() < deadline and not enough():
+            await asyncio.sleep(_TICK_SECONDS / 2)
+
+    def _kill_fronts(self) -> None:
+        for front in self._fronts:
+            front.kill()
+
+    def _lose_front(self, how: str = "has died") -> None:
+        if not self._ends and self.failure is None:
+            self.failure = f"a process that answers HTTP {how}"
+            if not self._dispatcher.draining:
+                self._dispatcher.drain()

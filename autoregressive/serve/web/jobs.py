@@ -12,7 +12,7 @@ JobEvent = Started | Drawn | Preview | Image | Ended
 
 @dataclass(eq=False)
 class Job:
-    """Made by `Dispatcher.accept`; lives until its engine says that it holds nothing for it any more.
+    """Made where it is accepted; lives until its engine says that it holds nothing for it any more.
 
     Whoever reads its events slowly gets of `Drawn`, and of each image's `Preview`, the newest only: what is kept for a reader is
     bounded by the images that were asked for.

@@ -29,9 +29,9 @@ class Service:
     dispatcher: Dispatcher
     encoders: ThreadPoolExecutor
 
-    def close(self, *, at_once: bool = False) -> None:
-        """Ends the engines, whatever they do; waits for their processes, unless `at_once`: then they are killed."""
-        self.dispatcher.stop(at_once=at_once)
+    def close(self) -> None:
+        """Ends the engines, whatever they do; waits for their processes."""
+        self.dispatcher.stop(at_once=False)
         self.encoders.shutdown(wait=False, cancel_futures=True)
 
 

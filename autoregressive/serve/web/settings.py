@@ -216,6 +216,10 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
     if arguments.store_dir is not None and url is None and host in ("0.0.0.0", "::"):
         raise UserError(f"--store-dir: at --host {host} the images' URLs need an address: give --public-url")
+    fronts = _at_least(arguments, "api_server_count", engines, 1, 64)
+    stored = _at_least(arguments, "store_images", _STORED, 1)
+    if stored < fronts:
+        raise UserError(f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process keeps a share")
     name = _or(arguments.served_model_name, choice.model.gpt_model)
     if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
         raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
@@ -223,7 +227,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         choice=choice,
         engine=engine_config(arguments, EngineConfig.max_num_seqs),
         engines=engines,
-        fronts=_at_least(arguments, "api_server_count", engines, 1, 64),
+        fronts=fronts,
         name=name,
         host=host,
         port=_at_least(arguments, "port", _PORT, 0, 65535),
@@ -231,7 +235,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
-        stored_images=_at_least(arguments, "store_images", _STORED, 1),
+        stored_images=stored,
         public_url=url,
         docs=not arguments.disable_docs,
         log_level=_or(arguments.log_level, "info"),

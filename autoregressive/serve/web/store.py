@@ -22,8 +22,9 @@ class Store:
     """
 
     def __init__(self, folder: Path, most: int, base_url: str, index: int = 0, count: int = 1) -> None:
-        self._folder, self._most, self._base_url = folder, max(1, most // count), base_url.rstrip("/")
-        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and int(path.name[:8], 16) % count == index]
+        self._folder, self._most, self._base_url = folder, most // count, base_url.rstrip("/")
+        self._index, self._count = index, count
+        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and self._is_mine(path.name)]
         self._names = deque(path.name for path in sorted(there, key=lambda path: path.stat().st_mtime))
         self._lock = threading.Lock()
 
@@ -33,13 +34,17 @@ class Store:
         Raises:
             UserError: the disk does not take it.
         """
-        name = f"{secrets.token_hex(16)}.{suffix}"
+        while not self._is_mine(name := f"{secrets.token_hex(16)}.{suffix}"):
+            pass
         write_whole(self._folder / name, lambda path: path.write_bytes(picture))
         with self._lock:
             self._names.append(name)
             while len(self._names) > self._most:
                 (self._folder / self._names.popleft()).unlink(missing_ok=True)
         return f"{self._base_url}/v1/files/{name}"
+
+    def _is_mine(self, name: str) -> bool:
+        return int(name[:8], 16) % self._count == self._index
 
     def path(self, name: str) -> Path | None:
         """Where the picture of that name is, if there is one."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from autoregressive.serve.worker.messages import receive
+
+_log = logging.getLogger("llamagen.messages")
 
 
 class Inbox:
@@ -34,7 +37,9 @@ class Inbox:
             while True:
                 try:
                     message = receive(self._connection, self._kinds)
-                except EOFError:
+                except Exception as error:  # the other side has gone, or sends what it should not
+                    if not isinstance(error, EOFError):
+                        _log.exception("a message could not be read")
                     self._loop.call_soon_threadsafe(self._gone)
                     return
                 self._messages.append(message)
@@ -45,4 +50,7 @@ class Inbox:
     def _hand_over(self) -> None:
         self._told = False  # first: what comes from now on wakes the loop again
         while self._messages:
-            self._take(self._messages.popleft())
+            try:
+                self._take(self._messages.popleft())
+            except Exception:  # a bug, which must not cost the messages behind
+                _log.exception("a message could not be dealt with")

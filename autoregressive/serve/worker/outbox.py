@@ -18,8 +18,9 @@ class Outbox:
         self._thread.start()
 
     def put(self, message: Any) -> None:
-        """Queues a message."""
-        self._messages.put(message)
+        """Queues a message; without effect once nobody reads any more."""
+        if self._thread.is_alive():
+            self._messages.put(message)
 
     def close(self, timeout: float) -> None:
         """Waits until what was queued is written, at most `timeout` seconds."""

@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -71,9 +73,31 @@ def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Conn
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(make_engine, theirs), name=name, daemon=True)
-    process.start()
+    with signals_held():
+        process.start()
     theirs.close()
     return process, ours
+
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal's Ctrl-C and a supervisor's word, which reach the whole group
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """What is sent to this thread, or to a process that it starts, waits: a child calls `ignore_signals` when it can."""
+    resource_tracker.ensure_running()  # or starting the first process would start it, which lets signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_signals() -> None:
+    """When this process ends is the service's to say."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def end_with_the_parent() -> None:
@@ -87,9 +111,7 @@ def end_with_the_parent() -> None:
 
 def _run(make_engine: MakeEngine, connection: Connection) -> None:
     end_with_the_parent()
-    # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; when this process ends is the service's to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     outbox = Outbox(connection, "events")
     status = 0
 

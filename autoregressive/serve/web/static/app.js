@@ -18,7 +18,7 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 
 let model = null;
 let runs = []; // newest first
-let pending = null; // what was asked for when the server wanted a key, or was not ready
+let pending = []; // what was asked for when the server wanted a key, or was not ready
 let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
 
@@ -108,9 +108,7 @@ function connected(found, classes) {
     announce("Ready");
   }
   complain("");
-  const asked = pending;
-  pending = null;
-  if (asked !== null) start(asked);
+  for (const asked of pending.splice(0)) start(asked);
 }
 
 function suggest() {
@@ -217,10 +215,13 @@ function generate({ focus = false } = {}) {
   }
   const request = form.read();
   if (request === null) return;
-  if (whyNot) {
+  if (!whyNot) start(request, { focus });
+  else if (pending.length >= AT_ONCE) complain(`${whyNot} ${plural(AT_ONCE, "request")} wait for it already.`);
+  else {
     complain(`${whyNot} This is drawn as soon as it can be.`);
-    pending = request;
-  } else start(request, { focus });
+    pending.push(request);
+    if (byId("key-form").hidden) connect();
+  }
 }
 
 function start(request, { focus = false } = {}) {
@@ -270,7 +271,7 @@ function again(request) {
 function deal(run, failure) {
   if (failure.status === 401) {
     drop(run);
-    pending = run.request;
+    pending.push(run.request);
     askForKey(failure);
     return true;
   }
