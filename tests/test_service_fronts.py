@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from fake_service import TOKENS, Service, is_alive, running_service
 from PIL import Image
-from test_service_promises import send, status_of
+from test_service_promises import burst, send, status_of
 
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
@@ -108,12 +108,11 @@ def test_waiting_readers_are_told_of_their_place(lasting: Service) -> None:
 
 def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
     """A burst of ten times the queue admits what runs and what may wait, and no accepted request is dropped."""
-    with ThreadPoolExecutor(80) as pool:
-        answers = list(pool.map(lambda _: draw(service), range(80)))
-    statuses = Counter(answer.status_code for answer in answers)
+    outcomes = asyncio.run(burst(service, [{} for _ in range(80)]))
+    statuses = Counter(status for status, _, _ in outcomes)
     assert set(statuses) == {200, 429}
     assert 8 <= statuses[200] <= 8 + 2
-    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+    assert all(int(headers["retry-after"]) >= 1 for status, _, headers in outcomes if status == 429)
     service.wait_for(lambda: service.gauges()['requests_total{outcome="rejected"}'] == statuses[429], 2)
     service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == statuses[200], 2)
     assert service.gauges()["images_total"] == statuses[200]

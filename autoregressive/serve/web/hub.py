@@ -157,6 +157,7 @@ class Hub:
             if stood_still:
                 front.heard_at = now
             elif front.up and now - front.heard_at > self._dispatcher.patience.step:
+                front.process.kill()
                 self._lose_front("has not been heard of")
 
     def _tell_fronts(self) -> None:
