@@ -5,8 +5,8 @@
 The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
 image each, without previews; beside it scripts/bench_probes.py asks for /health and /metrics. Before that, the time to the first
 preview of a lone request, half drawn. The engine alone draws four times as many images as fit, with their pixels
-(scripts/bench_decode.py). With --data-parallel-size also so many engines behind one service, with as many times the requests.
-Random weights; each in processes of its own. Ends in JSON.
+(scripts/bench_decode.py). With --data-parallel-size also so many engines behind one service, with as many times the requests, from
+as many processes. Random weights; each in processes of its own. Ends in JSON.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"alone": {"images_per_second": alone, "lone_first_preview_seconds": lone}}
     print(f"the engine alone: {alone:.2f} images/s, lone preview {lone}", flush=True)
     for where, (command, count) in commands.items():
-        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds, arguments.repeats)
+        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds, arguments.repeats, count)
         what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
         print(f"behind HTTP, engine {where}: {what}, lone preview {result['lone_first_preview_seconds']}", flush=True)
         for run in result["runs"]:
@@ -169,13 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int) -> dict[str, Any]:
+def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int) -> dict[str, Any]:
     """What a service that `command` starts does: with a lone request at a time, then several times with so many."""
     with running_service(command) as url:
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
         last_json([*bench, "--saturate", "2", "--seconds", "3"])  # warm
         lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]
-        runs = [saturate(bench, url, under_way, seconds) for _ in range(repeats)]
+        runs = [saturate(bench, url, under_way, seconds, clients) for _ in range(repeats)]
     return {
         "images_per_second": median(run["images_per_second"] for run in runs),
         "lone_first_preview_seconds": lone["first_preview_seconds"],
@@ -184,16 +185,19 @@ def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int) -
     }
 
 
-def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int) -> dict[str, Any]:
-    """One run with so many requests all the time, and what the service's supervisor sees of it."""
-    probing = [sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]
-    with subprocess.Popen(probing, stdout=subprocess.PIPE, text=True) as prober:
-        load = last_json([*bench, "--saturate", str(under_way), "--previews", "0", "--seconds", str(seconds)])["results"][0]
-        said = prober.communicate()[0]
-    if prober.returncode != 0:
-        raise UserError("bench_probes.py failed: run it by hand to see why")
-    probes = json.loads(said.splitlines()[-1])["results"]
-    return {"images_per_second": load["images_per_second"], "failures": load["failures"], "probes": probes}
+def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int, clients: int) -> dict[str, Any]:
+    """One run with so many requests all the time, from so many client processes, and what the service's supervisor sees of it."""
+    load = [*bench, "--saturate", str(under_way // clients), "--previews", "0", "--seconds", str(seconds)]
+    commands = [[sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]]
+    commands += [[*load, "--seed", str(seed)] for seed in range(clients)]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        probed, *loads = pool.map(last_json, commands)
+    results = [one["results"][0] for one in loads]
+    return {
+        "images_per_second": round(sum(result["images_per_second"] for result in results), 3),
+        "failures": [result["failures"] for result in results],
+        "probes": probed["results"],
+    }
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
