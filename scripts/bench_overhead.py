@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import Pipe
@@ -36,9 +36,7 @@ with slow_imports(__name__):
     from autoregressive.common.weights import FoundWeights
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
-    from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.request import SamplingParams
-    from autoregressive.serve.heap import freeze_heap
     from autoregressive.serve.web.generation import partial_rows
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
@@ -55,13 +53,8 @@ class ThreadedEngine:
     """Stands in for the engine's process: the same loop in a thread of the service's own process."""
 
     def __init__(self, make_engine: MakeEngine, connection: Connection) -> None:
-        def make_and_settle(on_progress: Callable[[int, int], None]) -> Engine:  # as in a process
-            engine = make_engine(on_progress)
-            freeze_heap()
-            return engine
-
         outbox = Outbox(connection, "events")
-        self._thread = threading.Thread(target=lambda: serve(make_and_settle, connection, outbox), daemon=True)
+        self._thread = threading.Thread(target=lambda: serve(make_engine, connection, outbox), daemon=True)
         self._thread.start()
 
     def join(self, timeout: float | None = None) -> None:

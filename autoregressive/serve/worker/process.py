@@ -59,9 +59,10 @@ class EngineRecipe:
             try:
                 engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
                 engine.scheduler.check_fits(self.typical)
-                return engine
             except ValueError as error:
                 raise UserError(as_flags(str(error))) from error
+        freeze_heap()
+        return engine
 
 
 def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
@@ -114,14 +115,8 @@ def _run(make_engine: MakeEngine, connection: Connection) -> None:
     ignore_signals()
     outbox = Outbox(connection, "events")
     status = 0
-
-    def make_and_settle(on_progress: Callable[[int, int], None]) -> Engine:
-        engine = make_engine(on_progress)
-        freeze_heap()
-        return engine
-
     try:
-        serve(make_and_settle, connection, outbox)
+        serve(make_engine, connection, outbox)
     except UserError as error:
         outbox.put(Unable(str(error)))
         status = 2
