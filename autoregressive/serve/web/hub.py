@@ -2,12 +2,10 @@
 
 import asyncio
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from multiprocessing.process import BaseProcess
 from typing import assert_never
 
 from autoregressive.serve.web.dispatcher import Dispatcher
@@ -20,7 +18,7 @@ from autoregressive.serve.web.server import writing_seconds
 from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Ended, Submit
 from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.process import signals_held
+from autoregressive.serve.worker.process import start_child
 
 _TICK_SECONDS = 0.1
 _PAUSE_SECONDS = 1.0  # by so much a tick may be late before this process counts as having stood still
@@ -37,19 +35,14 @@ class FrontLink:
     """
 
     def __init__(self, recipe: FrontRecipe, dispatcher: Dispatcher, gone: Callable[[], None]) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=recipe, args=(theirs,), name=f"front-{recipe.share.index}", daemon=True)
-        with signals_held():
-            self.process.start()
-        theirs.close()
+        self.process, connection = start_child(recipe, f"front-{recipe.share.index}")
         self._dispatcher, self._gone = dispatcher, gone
         self._jobs: dict[int, Job] = {}  # by the front's numbers
         self.up = False  # whether it answers
         self.heard_at = time.monotonic()
         self._told: State | None = None
-        self._outbox = Outbox(ours, "to a front")
-        self._inbox = Inbox(ours, KINDS, self._take, self._leave)
+        self._outbox = Outbox(connection, "to a front")
+        self._inbox = Inbox(connection, KINDS, self._take, self._leave)
 
     def tell(self, state: State) -> None:
         """Of what is the same for all fronts; its own jobs' places are added here."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -66,14 +67,20 @@ class EngineRecipe:
 
 
 def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
-    """Starts a process that builds an engine and runs it; the connection to it.
+    """Starts a process that builds an engine and runs it; the connection to it."""
+    return start_child(partial(_run, make_engine), name)
+
+
+def start_child(run: Callable[[Connection], None], name: str) -> tuple[BaseProcess, Connection]:
+    """Starts a process; the connection to it.
 
     Args:
-        make_engine: pickled, as everything is that `multiprocessing` hands to a new process.
+        run: called there with the other end; pickled, as everything is that `multiprocessing` hands to a new process. It begins
+            with `end_with_the_parent` and `ignore_signals`.
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(make_engine, theirs), name=name, daemon=True)
+    process = context.Process(target=run, args=(theirs,), name=name, daemon=True)
     with signals_held():
         process.start()
     theirs.close()
