@@ -1,12 +1,13 @@
-"""What HTTP costs: images a second of the engine alone, behind the service, and behind it in a thread of the same process.
+"""What HTTP costs: images a second of the engine alone and behind the service.
 
     python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512 --seconds 30
 
 The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
 image each, without previews; beside it scripts/bench_probes.py asks for /health and /metrics. Before that, the time to the first
 preview of a lone request, half drawn. The engine alone draws four times as many images as fit, with their pixels
-(scripts/bench_decode.py). With --data-parallel-size also so many engines behind one service, with as many times the requests, from
-as many processes. Random weights; each in processes of its own. Ends in JSON.
+(scripts/bench_decode.py). With --in-a-thread also the service with its engine in a thread of the same process. With
+--data-parallel-size also so many engines behind one service, with as many times the requests, from as many processes. Random
+weights; each in processes of its own. Ends in JSON.
 """
 
 import argparse
@@ -144,8 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
     flags = ["--gpt-model", model, *size, "--random-weights", "--max-num-seqs", str(rows)]
     flags += ["--port", "0", "--max-queue-size", "10000"]
-    process, thread = [sys.executable, api_server.__file__, *flags], [sys.executable, __file__, _IN_THREAD, *flags]
-    commands = {"in a process": (process, 1), "in a thread": (thread, 1)}
+    process = [sys.executable, api_server.__file__, *flags]
+    commands = {"in a process": (process, 1)}
+    if arguments.in_a_thread:
+        commands["in a thread"] = ([sys.executable, __file__, _IN_THREAD, *flags], 1)
     if engines > 1:
         commands[f"in {engines} processes"] = ([*process, "--data-parallel-size", str(engines)], engines)
     decode = [sys.executable, str(_SCRIPTS / "bench_decode.py"), "--models", model, "--rows", str(rows), *size]
@@ -200,6 +203,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
     parser.add_argument("--rows", type=at_least(4), default=512, metavar="N", help="rows that run at once (default: 512)")
     parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load a run (default: 30)")
+    parser.add_argument("--in-a-thread", action="store_true", help="also with the engine in a thread of the service")
     parser.add_argument("--data-parallel-size", type=at_least(1), default=1, metavar="N", help="also N engines (default: 1)")
     parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="runs, of which the median counts (default: 3)")
     return parser.parse_args(argv)

@@ -21,7 +21,7 @@ with slow_imports(__name__):
     from autoregressive.common.results import generation_record
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
     from autoregressive.serve.engine.request import SamplingParams
-    from autoregressive.serve.heap import freeze_heap
+    from autoregressive.serve.heap import settle_heap
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.ending import Ending
     from autoregressive.serve.web.front import FrontRecipe
@@ -178,7 +178,7 @@ async def _serve_here(
     """HTTP in this process."""
     app, encoders = build_service_app(settings, model, dispatcher, address)
     server = Server(app, ending, settings.patience.shutdown)
-    freeze_heap()
+    settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address))
     try:
         await server.serve(sockets=list(listeners))
@@ -202,7 +202,7 @@ async def _serve_through_fronts(
     hub = Hub(dispatcher, ending, recipes)
     for listener in listeners:  # each has its process's copy now
         listener.close()
-    freeze_heap()
+    settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready and hub.up, address))
     try:
         await hub.run()

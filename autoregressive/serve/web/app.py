@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from autoregressive.serve.web.errors import ApiError, internal_error
 from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
-from autoregressive.serve.web.guards import App, Authentication, RequestLog, SizeLimits, WholeFiles
+from autoregressive.serve.web.guards import App, Authentication, OneDrawingATurn, RequestLog, SizeLimits, WholeFiles
 from autoregressive.serve.web.schema import (
     TOO_MANY_FIELDS,
     ClassesAnswer,
@@ -75,7 +75,7 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     if docs:
         _add_docs(app)
     _add_errors(app)
-    guarded: App = SizeLimits(WholeFiles(app))
+    guarded: App = SizeLimits(OneDrawingATurn(WholeFiles(app)))
     guarded = Authentication(guarded, api_key, OPEN_PATHS)
     return RequestLog(guarded, studio.desk.count, api_key)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
-from autoregressive.serve.heap import freeze_heap
+from autoregressive.serve.heap import settle_heap
 from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job
@@ -163,7 +163,7 @@ class FrontRecipe:
         desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
         app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
         server = QuietServer(app, self.settings.patience.shutdown)
-        freeze_heap()
+        settle_heap()
         await server.serve(sockets=[self.listener])
         encoders.shutdown(wait=False, cancel_futures=True)
         desk.close()

@@ -26,7 +26,7 @@ from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memo
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.heap import freeze_heap
+from autoregressive.serve.heap import settle_heap
 from autoregressive.serve.worker.messages import Unable
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
@@ -62,7 +62,7 @@ class EngineRecipe:
                 engine.scheduler.check_fits(self.typical)
             except ValueError as error:
                 raise UserError(as_flags(str(error))) from error
-        freeze_heap()
+        settle_heap()
         return engine
 
 
