@@ -2,12 +2,12 @@
 
     python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512 --seconds 30
 
-The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows one and a half times, of one guided
-image each, without previews; beside it scripts/bench_probes.py asks for /health and /metrics. Before that, the time to the first
-preview of a lone request, half drawn. The engine alone draws four times as many images as fit, with their pixels
-(scripts/bench_decode.py). With --in-a-thread also the service with its engine in a thread of the same process. With
---data-parallel-size also so many engines behind one service, with as many times the requests, from as many processes. Random
-weights; each in processes of its own. Ends in JSON.
+The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows twice, of one guided image each,
+without previews, so that when a wave of them ends, those wait already who take its rows. Beside it scripts/bench_probes.py asks
+for /health and /metrics. Before that, the time to the first preview of a lone request, half drawn. The engine alone draws four
+times as many images as fit, with their pixels (scripts/bench_decode.py). With --in-a-thread also the service with its engine in
+a thread of the same process. With --data-parallel-size also so many engines behind one service, with as many times the requests,
+from as many processes. Random weights; each in processes of its own. Ends in JSON.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"alone": {"images_per_second": alone, "lone_first_preview_seconds": lone}}
     print(f"the engine alone: {alone:.2f} images/s, lone preview {lone}", flush=True)
     for where, (command, count) in commands.items():
-        results[where] = result = behind(command, rows * 3 // 4 * count, arguments.seconds, arguments.repeats, count)
+        results[where] = result = behind(command, rows * count, arguments.seconds, arguments.repeats, count)
         what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
         print(f"behind HTTP, engine {where}: {what}, lone preview {result['lone_first_preview_seconds']}", flush=True)
         for run in result["runs"]:

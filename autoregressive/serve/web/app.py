@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from autoregressive.serve.web.errors import ApiError, internal_error
-from autoregressive.serve.web.generation import ClientLeft, Studio, generation_routes
+from autoregressive.serve.web.generation import ClientLeft, Studio, add_generation_routes
 from autoregressive.serve.web.guards import App, Authentication, OneDrawingATurn, RequestLog, SizeLimits, WholeFiles
 from autoregressive.serve.web.schema import (
     TOO_MANY_FIELDS,
@@ -68,7 +68,7 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
         responses=_ANYWHERE,
         redirect_slashes=False,  # a redirect would name the host that the request names
     )
-    app.include_router(generation_routes(studio))
+    add_generation_routes(app, studio)
     _add_facts(app, studio, version)
     _add_state(app, studio)
     _add_page(app)

@@ -8,10 +8,11 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from autoregressive.common.errors import UserError
@@ -54,6 +55,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (504, "The images took too long."),
     )
 }
+_TAGS: list[str | Enum] = ["images"]
 _EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
@@ -103,13 +105,15 @@ class Studio:
         return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
 
 
-def generation_routes(studio: Studio) -> APIRouter:
-    """The routes."""
-    router = APIRouter(tags=["images"])
+def add_generation_routes(app: FastAPI, studio: Studio) -> None:
+    """The routes. Not as a router of their own: FastAPI would build them at the first request, which takes tens of milliseconds."""
     model, desk = studio.model, studio.desk
 
-    @router.post(
-        DRAWING_PATHS[0], response_model=ImagesAnswer, responses={**_ERRORS, 200: {"content": _EVENT_STREAM[200]["content"]}}
+    @app.post(
+        DRAWING_PATHS[0],
+        response_model=ImagesAnswer,
+        responses={**_ERRORS, 200: {"content": _EVENT_STREAM[200]["content"]}},
+        tags=_TAGS,
     )
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """OpenAI's images: `prompt` is a class, by name or id."""
@@ -151,14 +155,14 @@ def generation_routes(studio: Studio) -> APIRouter:
         )
         return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
-    @router.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse)
+    @app.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse, tags=_TAGS)
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         order = replace(model.order(body, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
         job = await desk.accept(order)
         return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
 
-    @router.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS)
+    @app.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS, tags=_TAGS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for those who have a decoder of their own."""
         order = model.order(body, pixels=False)
@@ -179,8 +183,6 @@ def generation_routes(studio: Studio) -> APIRouter:
             seed=order.params.seed,
         )
         return Response(answer.model_dump_json(), media_type="application/json")
-
-    return router
 
 
 def partial_rows(count: int, grid: int) -> tuple[int, ...]:
