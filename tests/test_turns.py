@@ -69,3 +69,34 @@ def test_a_probe_passes_a_burst_of_drawings() -> None:
     served = asyncio.run(run())
     assert len(served) == MANY + 1
     assert served.index("/health") <= 3
+
+
+def test_a_probe_passes_a_burst_of_answers() -> None:
+    """Pictures that are ready at once are written one at a turn; a probe that comes then is served when a few of them have been."""
+
+    async def run() -> list[str]:
+        written: list[str] = []
+        ready = asyncio.Event()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] != "/health":
+                await ready.wait()
+            await send({"type": "http.response.start", "status": 200})
+            await send({"type": "http.response.body", "body": scope["path"].encode()})
+
+        async def send(message: Any) -> None:
+            if "body" in message:
+                written.append(message["body"].decode())
+
+        guard = OneDrawingATurn(app)
+        burst = [{"type": "http", "path": DRAWING_PATHS[0]} for _ in range(MANY)]
+        drawing = [asyncio.create_task(guard(scope, None, send)) for scope in burst]  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        ready.set()
+        await asyncio.sleep(0)
+        await asyncio.gather(guard({"type": "http", "path": "/health"}, None, send), *drawing)  # type: ignore[arg-type]
+        return written
+
+    written = asyncio.run(run())
+    assert len(written) == MANY + 1
+    assert written.index("/health") <= 3

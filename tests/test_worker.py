@@ -25,6 +25,7 @@ from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
+    Beat,
     Cancel,
     Command,
     Drawn,
@@ -69,7 +70,35 @@ def order(job: int = 0, *, seed: int = 5, **fields: Any) -> Submit:
 )
 def test_messages_arrive_as_they_were_sent(message: Command | Event) -> None:
     """Fails if a field, its type, or a byte is lost on the way."""
-    assert decode(encode(message)) == message
+    assert decode(encode([message])) == [message]
+
+
+def test_messages_share_a_frame() -> None:
+    """Each has its own bytes, and they keep their order."""
+    messages = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b""), Image(3, 1, 3.0, 0.5, b"last")]
+    assert decode(encode(messages)) == messages
+
+
+def test_what_waits_goes_into_one_frame() -> None:
+    """All that was put while the thread wrote, in order, before `close` returns."""
+    ours, theirs = Pipe()
+    outbox = Outbox(theirs, "events")
+    large = Image(0, 0, 1.0, 0.5, bytes(2**22))  # more than the connection holds: the thread waits for its reader
+    outbox.put(large)
+    time.sleep(0.2)
+    small = [Beat(number) for number in range(40)]
+    for message in small:
+        outbox.put(message)
+    closing = threading.Thread(target=outbox.close, args=(20,))
+    closing.start()
+    assert receive(ours) == [large]
+    frames = [receive(ours) for _ in range(3)]
+    assert [message for frame in frames for message in frame] == small
+    assert [len(frame) for frame in frames] == [16, 16, 8]
+    closing.join(20)
+    theirs.close()
+    with pytest.raises(EOFError):
+        receive(ours)
 
 
 def test_every_kind_of_message_can_be_sent() -> None:
@@ -158,21 +187,21 @@ class Side:
 
     def send(self, *commands: Command) -> None:
         for command in commands:
-            self.connection.send_bytes(encode(command))
+            self.connection.send_bytes(encode([command]))
 
     def read_until_ended(self, *jobs: int) -> None:
         left = set(jobs)
         while left:
             assert self.connection.poll(20), f"jobs {left} did not end"
-            event = cast(Event, receive(self.connection))
-            self.events.append(event)
-            if isinstance(event, Ended):
-                left.discard(event.job)
+            for event in cast(list[Event], receive(self.connection)):
+                self.events.append(event)
+                if isinstance(event, Ended):
+                    left.discard(event.job)
 
     def read_all(self) -> None:
         with contextlib.suppress(EOFError):
             while True:
-                self.events.append(cast(Event, receive(self.connection)))
+                self.events += cast(list[Event], receive(self.connection))
 
 
 def of_job(events: list[Event], job: int) -> list[Event]:

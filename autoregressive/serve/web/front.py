@@ -18,7 +18,6 @@ from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.web.settings import ServerSettings
-from autoregressive.serve.web.turns import Turns
 from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Image, Preview, Started, Submit
 from autoregressive.serve.worker.outbox import Outbox
@@ -44,7 +43,6 @@ class RemoteDesk:
         self._ahead: dict[int, int] = {}
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
-        self._turns = Turns()  # replies come many at a time
         self._outbox = Outbox(connection, "to the dispatcher")
         self._inbox = Inbox(connection, KINDS, self._take, alone)
         self._beating = asyncio.create_task(self._beat())
@@ -68,7 +66,6 @@ class RemoteDesk:
         self._outbox.put(job.order)
         try:
             reply = await self._replies[number]
-            await self._turns.take()
         except asyncio.CancelledError:
             self.abandon(job)
             raise

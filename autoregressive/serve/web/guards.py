@@ -181,9 +181,10 @@ class WholeFiles:
 
 
 class OneDrawingATurn:
-    """Lets one request of the routes that draw pass at each turn of the event loop.
+    """At each turn of the event loop, lets one request of the routes that draw pass, or one piece of an answer.
 
-    Reading and checking one takes a millisecond or two. When hundreds come at once, a probe would otherwise stand behind them all.
+    To read and check such a request, or to write a picture, takes a millisecond or two. When hundreds come at once, or are drawn at
+    once, a probe would otherwise stand behind them all.
     """
 
     def __init__(self, app: App) -> None:
@@ -192,9 +193,17 @@ class OneDrawingATurn:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] == "http" and scope["path"] in DRAWING_PATHS:
-            await self._turns.take()
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] not in DRAWING_PATHS:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_in_turn(message: Message) -> None:
+            if message.get("body"):
+                await self._turns.take()
+            await send(message)
+
+        await self._turns.take()
+        await self._app(scope, receive, send_in_turn)
 
 
 class SizeLimits:

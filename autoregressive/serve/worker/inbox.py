@@ -36,13 +36,13 @@ class Inbox:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             while True:
                 try:
-                    message = receive(self._connection, self._kinds)
+                    messages = receive(self._connection, self._kinds)
                 except Exception as error:  # the other side has gone, or sends what it should not
                     if not isinstance(error, EOFError):
-                        _log.exception("a message could not be read")
+                        _log.exception("messages could not be read")
                     self._loop.call_soon_threadsafe(self._gone)
                     return
-                self._messages.append(message)
+                self._messages.extend(messages)
                 if not self._told:
                     self._told = True
                     self._loop.call_soon_threadsafe(self._hand_over)

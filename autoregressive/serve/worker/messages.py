@@ -1,18 +1,20 @@
 """What passes between the service and the process that owns an engine: commands one way, events the other.
 
-A message is a frozen dataclass; on the wire its name and fields as JSON, and behind them bytes as they are (pixels, codes). No
-pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which all processes of a host share.
+A message is a frozen dataclass. A frame on the wire is one message or several: their names and fields as JSON, and behind them
+their bytes as they are (pixels, codes). No pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which
+all processes of a host share.
 """
 
 import json
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from autoregressive.serve.engine.request import SamplingParams
 
+_as_json = json.JSONEncoder(default=vars).encode  # vars: of sampling parameters
 _LENGTH = struct.Struct("<I")  # of the JSON part
 
 
@@ -131,35 +133,42 @@ Event = Preparing | Ready | Unable | Beat | Started | Drawn | Preview | Image | 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 
-def encode(message: Any) -> bytes:
-    """A message, a dataclass with at most one field of bytes, as one frame."""
-    fields: dict[str, Any] = asdict(message)
-    binary = b""
-    for name, value in fields.items():
-        if isinstance(value, bytes):
-            binary, fields[name] = value, None
-    head = json.dumps([type(message).__name__, fields]).encode()
-    return _LENGTH.pack(len(head)) + head + binary
+def encode(messages: Iterable[Any]) -> bytes:
+    """Messages, dataclasses with at most one field of bytes each, as one frame."""
+    heads: list[tuple[str, dict[str, Any], int]] = []
+    parts: list[bytes] = []
+    for message in messages:
+        fields, size = dict(vars(message)), 0
+        for name, value in fields.items():
+            if isinstance(value, bytes):
+                parts.append(value)
+                size, fields[name] = len(value), None
+        heads.append((type(message).__name__, fields, size))
+    head = _as_json(heads).encode()
+    return b"".join((_LENGTH.pack(len(head)), head, *parts))
 
 
-def decode(frame: bytes, kinds: Mapping[str, type] = KINDS) -> Any:
-    """What `encode` made a frame of; `kinds`: those that it may be of, by name."""
+def decode(frame: bytes, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+    """What `encode` made a frame of; `kinds`: those that they may be of, by name."""
     (length,) = _LENGTH.unpack_from(frame)
-    end = _LENGTH.size + length
-    name, fields = json.loads(frame[_LENGTH.size : end])
-    kind = kinds[name]
-    for field, annotation in kind.__annotations__.items():
-        if annotation is bytes:
-            fields[field] = frame[end:]
-        elif annotation is SamplingParams:
-            fields[field] = SamplingParams(**fields[field])
-        elif isinstance(fields.get(field), list):
-            fields[field] = tuple(fields[field])
-    return kind(**fields)
+    place = _LENGTH.size + length
+    messages = []
+    for name, fields, size in json.loads(frame[_LENGTH.size : place]):
+        kind = kinds[name]
+        for field, annotation in kind.__annotations__.items():
+            if annotation is bytes:
+                fields[field] = frame[place : place + size]
+            elif annotation is SamplingParams:
+                fields[field] = SamplingParams(**fields[field])
+            elif isinstance(fields.get(field), list):
+                fields[field] = tuple(fields[field])
+        place += size
+        messages.append(kind(**fields))
+    return messages
 
 
-def receive(connection: Connection, kinds: Mapping[str, type] = KINDS) -> Any:
-    """The next message, of one of these kinds; waits for it.
+def receive(connection: Connection, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+    """The messages of the next frame, of these kinds; waits for it.
 
     Raises:
         EOFError: the other side has gone.

@@ -1,11 +1,18 @@
-"""Sends messages from a thread of its own: whoever has something to say never waits for whoever is to read it."""
+"""Sends messages from a thread of its own: whoever has something to say never waits for whoever is to read it.
 
+What has come together while the last frame was written goes into the next one. So the more there is to say, the less each costs: a
+frame wakes threads on both sides, and each of these wants its process's interpreter.
+"""
+
+import contextlib
 import queue
 import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
 from autoregressive.serve.worker.messages import encode
+
+_MOST_MESSAGES = 16  # in a frame: some MB, if all are pictures
 
 
 class Outbox:
@@ -28,8 +35,22 @@ class Outbox:
         self._thread.join(timeout)
 
     def _write(self) -> None:
-        while (message := self._messages.get()) is not None:
+        ended = False
+        while not ended:
+            batch, ended = self._next_batch()
             try:
-                self._connection.send_bytes(encode(message))
+                if batch:
+                    self._connection.send_bytes(encode(batch))
             except (OSError, ValueError):  # nobody reads any more: what follows is for nobody
                 return
+
+    def _next_batch(self) -> tuple[list[Any], bool]:
+        """What is there, at least one message, and whether it is the last."""
+        batch: list[Any] = []
+        with contextlib.suppress(queue.Empty):
+            while len(batch) < _MOST_MESSAGES:
+                message = self._messages.get(block=not batch)
+                if message is None:
+                    return batch, True
+                batch.append(message)
+        return batch, False

@@ -109,9 +109,9 @@ class Worker:
         on_the_way = self._undecoded or self._decodings or self._previewing
         timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else BEAT_SECONDS
         while self._connection.poll(timeout):
-            command = receive(self._connection)
-            assert isinstance(command, Command)
-            self._carry_out(command)
+            for command in receive(self._connection):
+                assert isinstance(command, Command)
+                self._carry_out(command)
             timeout = 0.0
 
     def _carry_out(self, command: Command) -> None:
