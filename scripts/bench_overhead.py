@@ -110,14 +110,14 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
 
 
 @contextmanager
-def running_service(command: Sequence[str]) -> Iterator[str]:
-    """The URL of a service that is ready."""
+def running_service(command: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The process id and the URL of a service that is ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 if (ready := re.match(r"ready after .*: (http\S+)", line)) is not None:
-                    yield ready[1]
+                    yield process.pid, ready[1]
                     break
             else:
                 raise UserError("the service did not start: run its command by hand to see why")
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int) -> dict[str, Any]:
     """What a service that `command` starts does: with a lone request at a time, then several times with so many."""
-    with running_service(command) as url:
+    with running_service(command) as (_, url):
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
         last_json([*bench, "--saturate", "2", "--seconds", "3"])  # warm
         lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]

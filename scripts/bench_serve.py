@@ -47,6 +47,7 @@ class Load:
     classes: int
     seconds: float
     seed: int
+    output_format: str
 
     def client(self) -> httpx2.AsyncClient:
         """With as many connections as it takes."""
@@ -59,7 +60,14 @@ class Load:
         generator = random.Random(self.seed)
         while True:
             label, seed = generator.randrange(self.classes), generator.randrange(2**31)
-            yield {"class_label": label, "seed": seed, "n": self.n, "stream": True, "partial_images": self.previews}
+            yield {
+                "class_label": label,
+                "seed": seed,
+                "n": self.n,
+                "stream": True,
+                "partial_images": self.previews,
+                "output_format": self.output_format,
+            }
 
 
 @dataclass
@@ -164,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     key = os.environ.get("LLAMAGEN_API_KEY")
     model, classes = describe(arguments.url, key)
-    load = Load(arguments.url, key, arguments.n, arguments.previews, classes, arguments.seconds, arguments.seed)
+    load = Load(
+        arguments.url, key, arguments.n, arguments.previews, classes, arguments.seconds, arguments.seed, arguments.output_format
+    )
     results: list[Measured] = []
     if arguments.saturate is not None:
         results.append(asyncio.run(saturated(load, arguments.saturate)))
@@ -180,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.plot is not None:
         picture = chart(summaries, f"{model}: seconds to an image")
         write_whole(arguments.plot, lambda path: picture.save(path, format="PNG"))
-    options = {"n": load.n, "previews": load.previews, "seconds": load.seconds, "seed": load.seed, "saturate": arguments.saturate}
+    options = {name: getattr(load, name) for name in ("n", "previews", "output_format", "seconds", "seed")}
+    options["saturate"] = arguments.saturate
     text = json.dumps({"benchmark": "serve", "model": model, "options": options, "results": summaries})
     if arguments.output is not None:
         write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
@@ -237,6 +248,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive, default=30.0, metavar="S", help="for each rate (default: 30)")
     parser.add_argument("--n", type=at_least(1), default=1, metavar="N", help="images a request, at most 10 (default: 1)")
     parser.add_argument("--previews", type=at_least(0), default=1, metavar="N", help="of each image, 0 to 3 (default: 1)")
+    parser.add_argument("--output-format", choices=("png", "jpeg", "webp"), default="png", help="of images (default: png)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of arrivals, classes and images (default: 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="seconds to an image over the rate")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 PERCENTILES = "p50 / p90 / p99"
 _RANKS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _COLOURS = {"p50": (60, 130, 90), "p90": (90, 140, 200), "p99": (220, 110, 40)}
+_LABEL_HEIGHT = 15
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 420, 70, 60, 50, 60
 
 
@@ -43,26 +44,35 @@ def chart(summaries: Sequence[dict[str, Any]], title: str) -> Image.Image:
     picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
     draw.text((_LEFT, 14), title, fill="black", font=ImageFont.load_default(size=17))
-    most_rate = max((rate for rate, _ in points), default=1.0) or 1.0
-    most_seconds = max((value for _, times in points for value in times.values()), default=1.0) or 1.0
+    rates = _ticks(max((rate for rate, _ in points), default=0.0))
+    seconds = _ticks(max((value for _, times in points for value in times.values()), default=0.0))
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
-    def place(rate: float, seconds: float) -> tuple[float, float]:
-        return _LEFT + (right - _LEFT) * rate / most_rate, bottom - (bottom - _TOP) * seconds / most_seconds
+    def place(rate: float, value: float) -> tuple[float, float]:
+        return _LEFT + (right - _LEFT) * rate / rates[-1], bottom - (bottom - _TOP) * value / seconds[-1]
 
-    for part in range(5):
-        seconds, rate = most_seconds * part / 4, most_rate * part / 4
-        y, x = place(0, seconds)[1], place(rate, 0)[0]
+    for value in seconds:
+        y = place(0, value)[1]
         draw.line([(_LEFT, y), (right, y)], fill=(225, 225, 225))
-        draw.text((_LEFT - 8, y), f"{seconds:.3g} s", fill="black", font=font, anchor="rm")
-        draw.text((x, bottom + 8), f"{rate:.3g}", fill="black", font=font, anchor="ma")
+        draw.text((_LEFT - 8, y), f"{value:g} s", fill="black", font=font, anchor="rm")
+    for rate in rates:
+        draw.text((place(rate, 0)[0], bottom + 8), f"{rate:g}", fill="black", font=font, anchor="ma")
     draw.text(((_LEFT + right) / 2, _HEIGHT - 14), "requests/s", fill="black", font=font, anchor="ms")
-    for name, colour in _COLOURS.items():
+    label_y = math.inf
+    for name, colour in _COLOURS.items():  # from the lowest line to the highest
         line = [place(rate, times[name]) for rate, times in points]
         if len(line) > 1:
             draw.line(line, fill=colour, width=3)
         for x, y in line:
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
         if line:
-            draw.text((line[-1][0] + 8, line[-1][1]), name, fill=colour, font=font, anchor="lm")
+            label_y = min(line[-1][1], label_y - _LABEL_HEIGHT)
+            draw.text((line[-1][0] + 8, label_y), name, fill=colour, font=font, anchor="lm")
     return picture
+
+
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 to at least `most`, six at most."""
+    scale = 10.0 ** math.floor(math.log10(most)) if most > 0 else 1.0
+    step = next(step for step in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if step * scale * 5 >= most) * scale
+    return [round(step * part, 9) for part in range(max(1, math.ceil(round(most / step, 9))) + 1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_service import Service, running_service
 from PIL import Image
-from serve_report import percentiles
+from serve_report import _ticks, percentiles
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -44,6 +44,16 @@ def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
     assert gentle["images"] + harsh["images"] == service.gauges()["images_total"] - before
     for result in (gentle, harsh):
         assert 0 < result["image_seconds"]["p50"] <= result["image_seconds"]["p90"] <= result["image_seconds"]["p99"]
+
+
+@pytest.mark.parametrize("most", [0.0, 0.003, 0.9, 1.0, 1.87, 5.0, 5.1, 9.99, 140.0, 1000.0])
+def test_axes_have_few_round_ticks_that_reach_the_highest_point(most: float) -> None:
+    ticks = _ticks(most)
+    assert ticks[0] == 0
+    assert 2 <= len(ticks) <= 6
+    assert most <= ticks[-1]
+    assert most == 0 or ticks[-2] < most
+    assert float(f"{ticks[1]:.0e}") == ticks[1] or f"{ticks[1]:e}".startswith("2.5")
 
 
 def test_arrivals_are_the_same_for_one_seed(service: Service) -> None:
@@ -86,12 +96,30 @@ def test_probes_are_counted_and_timed(service: Service) -> None:
         assert f"{result['seconds']['p99']:.4f} s" in line
 
 
+def test_http_alone_is_measured() -> None:
+    """Fails if images are lost, or come sooner than such engines can give them, or a process is left out."""
+    flags = ("--data-parallel-size", "2", "--places", "4", "--seconds-per-image", "0.2", "--seconds", "3")
+    done = bench(*flags, script="bench_http")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["result"]["failures"] == [{}, {}]
+    assert 0 < figures["result"]["images_per_second"] < 1.2 * 2 * 4 / 0.2
+    assert list(figures["costs"]) == ["service", "engine 0", "engine 1", "front 0", "front 1"]
+    for cost in figures["costs"].values():
+        assert cost["milliseconds"] > 0
+        assert cost["switches"] > 0
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [
         ("bench_probes", ("--url", "http://127.0.0.1:1"), "start autoregressive/serve/api_server.py first"),
         ("bench_probes", ("--url", "nonsense"), "no service answers there"),
         ("bench_probes", ("--seconds", "0"), "1 or more"),
+        ("bench_serve", ("--output-format", "bmp"), "choose from"),
+        ("bench_http", ("--places", "0"), "1 or more"),
+        ("bench_http", ("--seconds-per-image", "-1"), "above 0"),
+        ("bench_http", ("--api-server-count", "many"), "whole number"),
         ("bench_overhead", ("--rows", "2"), "4 or more"),
         ("bench_overhead", ("--gpt-model", "GPT-5"), "choose from"),
         ("bench_overhead", ("--data-parallel-size", "0"), "1 or more"),

@@ -42,7 +42,7 @@ BEGINS = {
     "tune_kernels": ("tune", []),
 }
 # Tests of their own have their mistakes.
-WITHOUT_WORK = {"bench_overhead", "bench_probes", "bench_serve", "convert_checkpoint", "download_models"}
+WITHOUT_WORK = {"bench_http", "bench_overhead", "bench_probes", "bench_serve", "convert_checkpoint", "download_models"}
 
 TILES = AttentionTiles(64, 1)
 NEEDS_A_GPU = {"bench_kernels", "tune_kernels"}

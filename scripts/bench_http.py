@@ -1,0 +1,176 @@
+"""What HTTP alone costs: the service with engines that draw nothing, and take their time for it. No GPU is needed.
+
+    python scripts/bench_http.py --data-parallel-size 2 --seconds 10
+
+Each engine stands in for one that holds --places images at once and takes --seconds-per-image for each; its pictures are noise,
+asked for as JPEG, which costs the least to encode. The load is that of scripts/bench_overhead.py. With many places the service is
+what limits images/s; with a long time for an image, hundreds are ready at once. Beside images/s and the time that /health and
+/metrics take: what each process of the service spends, in milliseconds of a processor an image, and how often its threads are
+switched. Ends in JSON.
+"""
+
+import argparse
+import asyncio
+import heapq
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import cast
+
+from autoregressive.common.errors import OneLineParser, run_command, slow_imports
+
+with slow_imports(__name__):
+    import httpx2
+    from bench_arguments import at_least
+    from bench_overhead import running_service, saturate
+    from bench_serve import positive
+
+    from autoregressive.common.weights import FoundWeights
+    from autoregressive.serve import api_server
+    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.worker.messages import Beat, Drawn, Ended, Image, Ready, Started, Stop, Submit, receive
+    from autoregressive.serve.worker.outbox import Outbox
+    from autoregressive.serve.worker.process import MakeEngine, end_with_the_parent, ignore_signals, start_child
+    from autoregressive.serve.worker.worker import BEAT_SECONDS
+
+_SCRIPTS = Path(__file__).parent
+_SERVE = "--serve"  # how this script runs itself
+_SIZE = 256  # pixels a side
+_STEP_SECONDS = 0.006  # between looks at what is due: a step of GPT-XL with 512 rows
+
+
+def draw_nothing(places: int, seconds: float, connection: Connection) -> None:
+    """An engine's process: every image takes so many seconds and one of the places."""
+    end_with_the_parent()
+    ignore_signals()
+    outbox, noise = Outbox(connection, "events"), os.urandom(_SIZE * _SIZE * 3)
+    waiting: deque[int] = deque()
+    running: list[tuple[float, int]] = []
+    beat_at = 0.0
+    outbox.put(Ready(2 * places, 2 * places, 1))
+    while True:
+        now = time.monotonic()
+        while running and running[0][0] <= now:
+            _, job = heapq.heappop(running)
+            outbox.put(Image(job, 0, now, 0.0, noise))
+            outbox.put(Ended(job, "finished", now))
+        while waiting and len(running) < places:
+            job = waiting.popleft()
+            heapq.heappush(running, (now + seconds, job))
+            outbox.put(Started(job, now))
+            outbox.put(Drawn(job, 1, now))
+        if now - beat_at > BEAT_SECONDS:
+            beat_at = now
+            outbox.put(Beat(2 * len(running)))
+        patience = _STEP_SECONDS
+        while connection.poll(patience):
+            patience = 0.0
+            for command in receive(connection):
+                if isinstance(command, Stop):
+                    return
+                if isinstance(command, Submit):
+                    waiting.append(command.job)
+
+
+def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
+    """The service's command with such engines."""
+    settings = replace(resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines))
+
+    def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
+        return start_child(partial(draw_nothing, int(places), float(seconds)), name)
+
+    with api_server.listen(settings) as listeners:
+        model = api_server.served_model(settings, FoundWeights(None, None))
+        recipe = cast(MakeEngine, None)  # the engines know what to do
+        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start))
+
+
+@dataclass(frozen=True)
+class Spent:
+    """By a process, so far."""
+
+    processor_seconds: float
+    switches: int  # between its threads
+
+
+def spent(processes: Iterable[int]) -> list[Spent]:
+    """By each of some processes; Linux only."""
+    found = []
+    for process in processes:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        threads = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/status")]
+        lines = [line for thread in threads for line in thread.splitlines() if "ctxt_switches" in line]
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        found.append(Spent(seconds, sum(int(line.split()[1]) for line in lines)))
+    return found
+
+
+def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
+    """A service's processes, which are numbered in the order of their start."""
+    children = sorted(map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split()))
+    names = [*(f"engine {index}" for index in range(engines)), *(f"front {index}" for index in range(fronts))]
+    return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))  # before these: multiprocessing's own
+
+
+def images_drawn(url: str) -> int:
+    """By a service, so far."""
+    lines = httpx2.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return int(float(next(line.split()[1] for line in lines if line.startswith("llamagen:images_total "))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the flags, measures, prints a table and JSON."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == [_SERVE]:
+        return serve(given[1], given[2], given[3], given[4:])
+    arguments = parse_arguments(given)
+    engines, fronts = arguments.data_parallel_size, arguments.api_server_count or arguments.data_parallel_size
+    flags = ["--gpt-model", "GPT-XL", "--image-size", str(_SIZE), "--random-weights", "--port", "0", "--max-queue-size", "100000"]
+    flags += ["--api-server-count", str(fronts)]
+    stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
+    with running_service([sys.executable, __file__, _SERVE, *stand_in, *flags]) as (service, url):
+        processes = processes_of(service, engines, fronts if fronts > 1 else 0)
+        bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url, "--output-format", "jpeg"]
+        saturate(bench, url, 2, 1, 1)  # warm
+        before, drawn = spent(processes.values()), images_drawn(url)
+        result = saturate(bench, url, 2 * arguments.places * engines, arguments.seconds, engines)
+        images = images_drawn(url) - drawn
+        after = spent(processes.values())
+    print(f"{engines} engines, {fronts} processes that answer HTTP: {result['images_per_second']:.1f} images/s")
+    print(f"probes: {result['probes']}")
+    costs = {}
+    for name, then, now in zip(processes, before, after, strict=True):
+        milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
+        costs[name] = {"milliseconds": round(milliseconds, 3), "switches": round((now.switches - then.switches) / images, 2)}
+        print(f"{name}: {costs[name]['milliseconds']:.2f} ms, {costs[name]['switches']:.1f} switches an image")
+    options = {"places": arguments.places, "seconds_per_image": arguments.seconds_per_image, "engines": engines, "fronts": fronts}
+    print(json.dumps({"benchmark": "http", "options": options, "result": result, "costs": costs}))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-parallel-size", type=at_least(1), default=1, metavar="N", help="engines (default: 1)")
+    parser.add_argument("--api-server-count", type=at_least(1), metavar="N", help="(default: as many as engines)")
+    parser.add_argument("--places", type=at_least(1), default=32, metavar="N", help="images that an engine holds (default: 32)")
+    parser.add_argument(
+        "--seconds-per-image", type=positive, default=0.05, metavar="S", help="that it takes for each of them (default: 0.05)"
+    )
+    parser.add_argument("--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)")
+    arguments = parser.parse_args(argv)
+    if not Path("/proc/self/stat").exists():
+        parser.error("this script reads Linux's /proc, which is not there")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)
