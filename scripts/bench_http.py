@@ -5,14 +5,16 @@
 Each engine stands in for one that holds --places images at once and takes --seconds-per-image for each; its pictures are noise,
 asked for as JPEG, which costs the least to encode. The load is that of scripts/bench_overhead.py. With many places the service is
 what limits images/s; with a long time for an image, hundreds are ready at once. Beside images/s and the time that /health and
-/metrics take: what each process of the service spends, in milliseconds of a processor an image, and how often its threads are
-switched. Ends in JSON.
+/metrics take: what each process of the service spends, in milliseconds of a processor an image, and how often its threads are taken
+off one. Ends in JSON.
 """
 
 import argparse
 import asyncio
+import contextlib
 import heapq
 import json
+import math
 import os
 import sys
 import time
@@ -81,7 +83,7 @@ def draw_nothing(places: int, seconds: float, connection: Connection) -> None:
 
 
 def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
-    """The service's command with such engines."""
+    """The service's command with such engines, more than one without the GPUs that --data-parallel-size asks for."""
     settings = replace(resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines))
 
     def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
@@ -98,7 +100,7 @@ class Spent:
     """By a process, so far."""
 
     processor_seconds: float
-    switches: int  # between its threads
+    switches: int  # how often its threads were taken off a processor
 
 
 def spent(processes: Iterable[int]) -> list[Spent]:
@@ -106,8 +108,10 @@ def spent(processes: Iterable[int]) -> list[Spent]:
     found = []
     for process in processes:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        threads = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/status")]
-        lines = [line for thread in threads for line in thread.splitlines() if "ctxt_switches" in line]
+        lines = []
+        for thread in Path(f"/proc/{process}/task").glob("*/status"):
+            with contextlib.suppress(OSError):  # it has ended
+                lines += [line for line in thread.read_text().splitlines() if "ctxt_switches" in line]
         seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         found.append(Spent(seconds, sum(int(line.split()[1]) for line in lines)))
     return found
@@ -139,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with running_service([sys.executable, __file__, _SERVE, *stand_in, *flags]) as (service, url):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url, "--output-format", "jpeg"]
-        saturate(bench, url, 2, 1, 1)  # warm
+        saturate(bench, url, 2, 1 + math.ceil(arguments.seconds_per_image), 1)  # warm
         before, drawn = spent(processes.values()), images_drawn(url)
         result = saturate(bench, url, 2 * arguments.places * engines, arguments.seconds, engines)
         images = images_drawn(url) - drawn
@@ -167,6 +171,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)")
     arguments = parser.parse_args(argv)
+    if arguments.seconds < 3 * arguments.seconds_per_image:
+        parser.error("argument --seconds: must be three times --seconds-per-image or more, for waves to be counted")
     if not Path("/proc/self/stat").exists():
         parser.error("this script reads Linux's /proc, which is not there")
     return arguments

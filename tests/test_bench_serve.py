@@ -96,6 +96,7 @@ def test_probes_are_counted_and_timed(service: Service) -> None:
         assert f"{result['seconds']['p99']:.4f} s" in line
 
 
+@pytest.mark.timing
 def test_http_alone_is_measured() -> None:
     """Fails if images are lost, or come sooner than such engines can give them, or a process is left out."""
     flags = ("--data-parallel-size", "2", "--places", "4", "--seconds-per-image", "0.2", "--seconds", "3")
@@ -119,6 +120,7 @@ def test_http_alone_is_measured() -> None:
         ("bench_serve", ("--output-format", "bmp"), "choose from"),
         ("bench_http", ("--places", "0"), "1 or more"),
         ("bench_http", ("--seconds-per-image", "-1"), "above 0"),
+        ("bench_http", ("--seconds-per-image", "4"), "three times"),
         ("bench_http", ("--api-server-count", "many"), "whole number"),
         ("bench_overhead", ("--rows", "2"), "4 or more"),
         ("bench_overhead", ("--gpt-model", "GPT-5"), "choose from"),

@@ -75,17 +75,17 @@ def test_messages_arrive_as_they_were_sent(message: Command | Event) -> None:
 
 def test_messages_share_a_frame() -> None:
     """Each has its own bytes, and they keep their order."""
-    messages = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b""), Image(3, 1, 3.0, 0.5, b"last")]
-    assert decode(encode(messages)) == messages
+    sent = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b""), Image(3, 1, 3.0, 0.5, b"last")]
+    assert decode(encode(sent)) == sent
 
 
-def test_what_waits_goes_into_one_frame() -> None:
+def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     """All that was put while the thread wrote, in order, before `close` returns."""
     ours, theirs = Pipe()
     outbox = Outbox(theirs, "events")
     large = Image(0, 0, 1.0, 0.5, bytes(2**22))  # more than the connection holds: the thread waits for its reader
     outbox.put(large)
-    time.sleep(0.2)
+    time.sleep(0.2)  # it is on its way
     small = [Beat(number) for number in range(40)]
     for message in small:
         outbox.put(message)

@@ -75,7 +75,7 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     if docs:
         _add_docs(app)
     _add_errors(app)
-    guarded: App = SizeLimits(OneDrawingATurn(WholeFiles(app)))
+    guarded: App = SizeLimits(OneDrawingATurn(WholeFiles(app), studio.turns))
     guarded = Authentication(guarded, api_key, OPEN_PATHS)
     return RequestLog(guarded, studio.desk.count, api_key)
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -34,6 +34,7 @@ from autoregressive.serve.web.schema import (
 )
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.store import Store
+from autoregressive.serve.web.turns import Turns
 from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
 
 FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
@@ -71,19 +72,24 @@ class Studio:
     desk: Desk
     encoders: Executor
     store: Store | None
+    turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         """A finished image's file."""
         return await self._run(self._picture, order, image, output_format, quality)
 
     async def picture_text(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
-        """A finished image's file in base64."""
-        return await self._run(lambda: base64.b64encode(self._picture(order, image, output_format, quality)))
+        """A finished image's file in base64, when it is its turn to be written."""
+        text: bytes = await self._run(lambda: base64.b64encode(self._picture(order, image, output_format, quality)))
+        await self.turns.take()
+        return text
 
     async def preview_text(self, preview: Preview, output_format: OutputFormat) -> bytes:
-        """A preview's file in base64."""
+        """A preview's file in base64, when it is its turn to be written."""
         size = self.model.image_size
-        return await self._run(lambda: base64.b64encode(encode_preview(preview.pixels, size, output_format)))
+        text: bytes = await self._run(lambda: base64.b64encode(encode_preview(preview.pixels, size, output_format)))
+        await self.turns.take()
+        return text
 
     async def save(self, picture: bytes, output_format: OutputFormat) -> str:
         """Stores a picture; its URL."""
@@ -170,6 +176,7 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
         data: dict[int, CodesData] = {}
 
         async def keep(image: Image) -> None:
+            await studio.turns.take()
             data[image.image] = CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
 
         await _until_drawn(studio, request, job, keep)

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: a number and a line in the log, the key, limits of size, a turn.
+"""What requests pass before a route sees them: a number and a line in the log, the key, limits of size, a turn.
 
 Plain ASGI, so that streams and clients that leave pass through as they are.
 """
@@ -181,29 +181,19 @@ class WholeFiles:
 
 
 class OneDrawingATurn:
-    """At each turn of the event loop, lets one request of the routes that draw pass, or one piece of an answer.
+    """Lets requests of the routes that draw pass one at a turn of the event loop.
 
-    To read and check such a request, or to write a picture, takes a millisecond or two. When hundreds come at once, or are drawn at
-    once, a probe would otherwise stand behind them all.
+    To read and check one takes a millisecond or two. When hundreds come at once, a probe would otherwise stand behind them all.
     """
 
-    def __init__(self, app: App) -> None:
-        self._app = app
-        self._turns = Turns()
+    def __init__(self, app: App, turns: Turns) -> None:
+        self._app, self._turns = app, turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["path"] not in DRAWING_PATHS:
-            await self._app(scope, receive, send)
-            return
-
-        async def send_in_turn(message: Message) -> None:
-            if message.get("body"):
-                await self._turns.take()
-            await send(message)
-
-        await self._turns.take()
-        await self._app(scope, receive, send_in_turn)
+        if scope["type"] == "http" and scope["path"] in DRAWING_PATHS:
+            await self._turns.take()
+        await self._app(scope, receive, send)
 
 
 class SizeLimits:

@@ -51,8 +51,7 @@ class Job:
                 self.ended = event
                 self.tokens = self.tokens if event.tokens is None else event.tokens
         if self.forward is not None:
-            told = self.order.watched or not isinstance(event, Drawn)  # a front counts tokens only for whoever watches
-            if (told and not self.abandoned) or isinstance(event, Ended):
+            if not self.abandoned or isinstance(event, Ended):
                 self.forward(event)
             return
         told = self.order.watched or not isinstance(event, (Started, Drawn))  # others' readers need not be woken for these

@@ -5,7 +5,7 @@ from collections import deque
 
 
 class Turns:
-    """Lets one through at each turn of the event loop, in the order of asking. Used in one event loop."""
+    """Lets one through at each turn of the event loop (two where a queue ends), in the order of asking. Used in one event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()

@@ -14,7 +14,6 @@ from typing import Any
 
 from autoregressive.serve.engine.request import SamplingParams
 
-_as_json = json.JSONEncoder(default=vars).encode  # vars: of sampling parameters
 _LENGTH = struct.Struct("<I")  # of the JSON part
 
 
@@ -131,6 +130,21 @@ OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_mem
 Command = Submit | Cancel | Stop
 Event = Preparing | Ready | Unable | Beat | Started | Drawn | Preview | Image | Ended
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
+
+
+def _plain(value: object) -> dict[str, Any]:
+    """What JSON does not know."""
+    if isinstance(value, SamplingParams):
+        return vars(value)
+    raise TypeError(f"a message cannot hold a {type(value).__name__}")
+
+
+_as_json = json.JSONEncoder(default=_plain).encode
+
+
+def bytes_of(message: Any) -> int:
+    """How many bytes a message carries beside its other fields."""
+    return sum(len(value) for value in vars(message).values() if isinstance(value, bytes))
 
 
 def encode(messages: Iterable[Any]) -> bytes:

@@ -10,9 +10,10 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-from autoregressive.serve.worker.messages import encode
+from autoregressive.serve.worker.messages import bytes_of, encode
 
-_MOST_MESSAGES = 16  # in a frame: some MB, if all are pictures
+_MOST_MESSAGES = 16  # in a frame, of which the last is the one that makes it as large as this:
+_ENOUGH_BYTES = 2**20
 
 
 class Outbox:
@@ -47,10 +48,12 @@ class Outbox:
     def _next_batch(self) -> tuple[list[Any], bool]:
         """What is there, at least one message, and whether it is the last."""
         batch: list[Any] = []
+        size = 0
         with contextlib.suppress(queue.Empty):
-            while len(batch) < _MOST_MESSAGES:
+            while len(batch) < _MOST_MESSAGES and size < _ENOUGH_BYTES:
                 message = self._messages.get(block=not batch)
                 if message is None:
                     return batch, True
                 batch.append(message)
+                size += bytes_of(message)
         return batch, False

@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from autoregressive.serve.worker.worker import serve
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_PIPE_BYTES = 4 * 2**20
 _LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
 
 
@@ -80,11 +82,19 @@ def start_child(run: Callable[[Connection], None], name: str) -> tuple[BaseProce
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     ours, theirs = context.Pipe()
+    for end in (ours, theirs):
+        _widen(end)
     process = context.Process(target=run, args=(theirs,), name=name, daemon=True)
     with signals_held():
         process.start()
     theirs.close()
     return process, ours
+
+
+def _widen(end: Connection) -> None:
+    """Lets some MB wait in a connection: else a frame of pictures is written in pieces of 0.2 MB, and each wakes both sides."""
+    with socket.socket(fileno=os.dup(end.fileno())) as connected:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)  # at most what the system allows
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal's Ctrl-C and a supervisor's word, which reach the whole group

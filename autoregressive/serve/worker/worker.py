@@ -5,6 +5,7 @@ it survives is memory that runs out: the jobs concerned fail, the others go on. 
 has failed in a way not foreseen is not to be trusted.
 """
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -333,6 +334,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _clear_memory() -> None:
+    gc.collect()  # an error's traceback holds the tensors of where it was raised, and may be part of a cycle
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
