@@ -12,8 +12,8 @@ from typing import Any
 
 from autoregressive.serve.worker.messages import bytes_of, encode
 
-_MOST_MESSAGES = 16  # in a frame, of which the last is the one that makes it as large as this:
-_ENOUGH_BYTES = 2**20
+_MOST_MESSAGES = 16  # in a frame
+_ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
 
 
 class Outbox:
@@ -46,7 +46,7 @@ class Outbox:
                 return
 
     def _next_batch(self) -> tuple[list[Any], bool]:
-        """What is there, at least one message, and whether it is the last."""
+        """What there is to say, which is waited for, and whether that was all for ever."""
         batch: list[Any] = []
         size = 0
         with contextlib.suppress(queue.Empty):
