@@ -50,6 +50,7 @@ class Behaviour:
     ready: bool = True
     why_not: str = "the model is being loaded (3 of 40 graphs captured): try again soon"
     key: str | None = None
+    facts_held: bool = False  # no word yet of what it draws
     trained: bool = True
     ahead: int = 0  # requests before this one; they never end
     row_seconds: float = 0.0
@@ -169,6 +170,8 @@ def build_app(behaviour: Behaviour) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
+        while behaviour.facts_held:
+            await asyncio.sleep(0.01)
         model: dict[str, Any] = {"id": "GPT-demo", "object": "model", "created": 1700000000, "owned_by": "llamagen"}
         model |= {
             "image_size": SIZE,

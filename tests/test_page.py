@@ -311,12 +311,10 @@ def test_a_model_that_is_being_loaded_is_waited_for(open_page: OpenPage, behavio
     notice = page.locator("#server-notice")
     expect(notice).to_contain_text("The model is being loaded…")
     expect(notice).to_contain_text("3 of 40 graphs captured")
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#composer-error")).to_have_text("The model is being loaded…")
+    ask(page)
+    expect(page.locator("#composer-error")).to_have_text("The model is being loaded… This is drawn as soon as it can be.")
     behaviour.ready = True
     expect(notice).to_be_hidden(timeout=PATIENCE)
-    expect(page.locator("#composer-error")).to_be_hidden()
-    ask(page)
     run_ends(page)
     expect(page.locator("#composer-error")).to_be_hidden()
 
@@ -336,6 +334,28 @@ def test_what_was_asked_for_meanwhile_is_drawn_once_the_server_takes_it(open_pag
     run_ends(page)
     expect(page.locator("#composer-error")).to_be_hidden()
     assert [(body["class_label"], body["n"], body["seed"]) for body in behaviour.requests] == [(7, 1, 3), (33, 2, 5)]
+
+
+def test_what_is_filled_in_before_the_server_answers_is_drawn_once_it_does(open_page: OpenPage, behaviour: Behaviour) -> None:
+    """Fails if a quick hand's Generate is lost, its settings are replaced by the model's, or the key's form takes the focus away."""
+    behaviour.facts_held, behaviour.key = True, "llama-1"
+    page = open_page(wait=False)
+    behaviour.facts_held = False
+    key = page.get_by_label("API key")
+    key.fill("llama-1")
+    behaviour.facts_held = True
+    key.press("Enter")
+    page.get_by_label("Guidance", exact=True).fill("3.5")
+    ask(page, "fox", 1, 3)
+    complaint = page.locator("#composer-error")
+    expect(complaint).to_have_text("The key is being checked. This is drawn as soon as it can be.")
+    seed = page.get_by_label("Seed", exact=True)
+    seed.focus()
+    behaviour.facts_held = False
+    run_ends(page)
+    expect(complaint).to_be_hidden()
+    expect(seed).to_be_focused()
+    assert [(body["class_label"], body["seed"], body["cfg_scale"]) for body in behaviour.requests] == [(7, 3, 3.5)]
 
 
 def test_a_model_without_training_is_owned_up_to(open_page: OpenPage, behaviour: Behaviour) -> None:

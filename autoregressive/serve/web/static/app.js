@@ -19,6 +19,7 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 let model = null;
 let runs = []; // newest first
 let pending = []; // what was asked for when the server wanted a key, or was not ready
+let pressed = false; // Generate, before the server had said what it draws: the form cannot be read until then
 let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
 
@@ -103,12 +104,16 @@ function connected(found, classes) {
     whyNot = "";
   }
   if (first) {
-    form.setDefaults(model);
+    form.suit(model);
     suggest();
     announce("Ready");
   }
   complain("");
   for (const asked of pending.splice(0)) start(asked);
+  if (pressed) {
+    pressed = false;
+    generate();
+  }
 }
 
 function suggest() {
@@ -176,9 +181,10 @@ async function useKey(event) {
   storeKey(key, byId("key-remember").checked);
   byId("key-form").hidden = true;
   byId("key").value = "";
+  whyNot = "The key is being checked.";
   await waiting; // its answer may still be that of the old key
   if (!(await connect())) return;
-  byId("generate").focus();
+  if (document.activeElement === document.body) byId("generate").focus(); // and not away from what is being typed
 }
 
 byId("key-form").addEventListener("submit", useKey);
@@ -210,7 +216,8 @@ function complain(words) {
 function generate({ focus = false } = {}) {
   complain("");
   if (model === null) {
-    complain(whyNot);
+    pressed = true;
+    complain(`${whyNot} This is drawn as soon as it can be.`);
     return;
   }
   const request = form.read();

@@ -46,18 +46,17 @@ export class SettingsForm {
     }
   }
 
-  /** The sampling settings that the model is best drawn with. */
-  setDefaults({ defaults = {}, codebook_size: codebook } = {}) {
+  /** Takes up what the model has: the settings that it is best drawn with, where nothing else has been filled in meanwhile. */
+  suit({ defaults = {}, codebook_size: codebook }) {
+    const untouched = SAMPLING.filter((name) => byId(name).value === byId(name).defaultValue);
     this.defaults = defaults;
-    for (const name of SAMPLING) if (typeof defaults[name] === "number") this.#set(name, defaults[name]);
-    if (codebook) {
-      byId("top_k").max = codebook;
-      byId("top_k-hint").textContent = `The k likeliest of ${codebook} tokens; 0 is all.`;
-    }
+    this.#setDefaults(untouched);
+    byId("top_k").max = codebook;
+    byId("top_k-hint").textContent = `The k likeliest of ${codebook} tokens; 0 is all.`;
   }
 
   backToDefaults() {
-    this.setDefaults({ defaults: this.defaults });
+    this.#setDefaults(SAMPLING);
   }
 
   /** Fills the form with the settings of a picture. */
@@ -105,6 +104,10 @@ export class SettingsForm {
 
   clearAll() {
     for (const input of this.form.querySelectorAll("[aria-invalid]")) this.#clear(input);
+  }
+
+  #setDefaults(names) {
+    for (const name of names) if (typeof this.defaults[name] === "number") this.#set(name, this.defaults[name]);
   }
 
   #set(name, value) {
