@@ -16,13 +16,14 @@ import heapq
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
@@ -49,7 +50,7 @@ _SIZE = 256  # pixels a side
 _STEP_SECONDS = 0.006  # between looks at what is due: a step of GPT-XL with 512 rows
 
 
-def draw_nothing(places: int, seconds: float, connection: Connection) -> None:
+def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None:
     """An engine's process: every image takes so many seconds and one of the places."""
     end_with_the_parent()
     ignore_signals()
@@ -73,7 +74,7 @@ def draw_nothing(places: int, seconds: float, connection: Connection) -> None:
             beat_at = now
             outbox.put(Beat(2 * len(running)))
         patience = _STEP_SECONDS
-        while connection.poll(patience):
+        while wait([connection], patience):
             patience = 0.0
             for command in receive(connection):
                 if isinstance(command, Stop):
@@ -86,7 +87,7 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
     """The service's command with such engines, more than one without the GPUs that --data-parallel-size asks for."""
     settings = replace(resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines))
 
-    def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
+    def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, socket.socket]:
         return start_child(partial(draw_nothing, int(places), float(seconds)), name)
 
     with api_server.listen(settings) as listeners:

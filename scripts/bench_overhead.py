@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -42,7 +41,7 @@ with slow_imports(__name__):
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.partial import fill_undrawn
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine
+    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
     from autoregressive.serve.worker.worker import serve
 
 _SCRIPTS = Path(__file__).parent
@@ -53,7 +52,7 @@ _LONE_REQUESTS = 21  # of which the first warms up
 class ThreadedEngine:
     """Stands in for the engine's process: the same loop in a thread of the service's own process."""
 
-    def __init__(self, make_engine: MakeEngine, connection: Connection) -> None:
+    def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
         outbox = Outbox(connection, "events")
         self._thread = threading.Thread(target=lambda: serve(make_engine, connection, outbox), daemon=True)
         self._thread.start()
@@ -70,9 +69,9 @@ class ThreadedEngine:
         """Threads cannot be."""
 
 
-def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, Connection]:
+def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
     """As `worker.process.start_process`."""
-    ours, theirs = Pipe()
+    ours, theirs = connect()
     return ThreadedEngine(make_engine, theirs), ours
 
 

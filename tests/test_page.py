@@ -337,7 +337,7 @@ def test_what_was_asked_for_meanwhile_is_drawn_once_the_server_takes_it(open_pag
 
 
 def test_what_is_filled_in_before_the_server_answers_is_drawn_once_it_does(open_page: OpenPage, behaviour: Behaviour) -> None:
-    """Fails if a quick hand's Generate is lost, its settings are replaced by the model's, or the key's form takes the focus away."""
+    """Fails if a quick hand's Generate is lost, its settings are replaced by the model's, or the focus is taken away."""
     behaviour.facts_held, behaviour.key = True, "llama-1"
     page = open_page(wait=False)
     behaviour.facts_held = False

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from autoregressive.serve.web.front import RemoteDesk
 from autoregressive.serve.web.front_messages import KINDS, Accepted, Finish, State, Up
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Cancel, Ended, Submit, encode, receive
+from autoregressive.serve.worker.process import connect
 
 pytestmark = pytest.mark.timing
 FLAGS = ("--api-server-count", "2", "--max-num-seqs", "4", "--max-queue-size", "8", "--step-timeout", "3")
@@ -269,10 +269,10 @@ def test_pictures_are_shared_out_by_their_names(tmp_path: Path) -> None:
 def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
     """A client's request that ends before the dispatcher has answered is cancelled there."""
     async def go() -> None:
-        ours, theirs = Pipe()
+        ours, theirs = connect()
         finished: list[bool] = []
         desk = RemoteDesk(ours, finished.append, lambda: None)
-        theirs.send_bytes(encode([State(None, None, 0, 1, (), ())]))
+        theirs.sendall(encode([State(None, None, 0, 1, (), ())]))
         while True:
             try:
                 desk.require_ready()
@@ -284,8 +284,8 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        theirs.send_bytes(encode([Accepted(0, 0)]))
-        theirs.send_bytes(encode([Ended(0, "cancelled", 1.0)]))
+        theirs.sendall(encode([Accepted(0, 0)]))
+        theirs.sendall(encode([Ended(0, "cancelled", 1.0)]))
         await asyncio.sleep(0.1)
         assert desk._jobs == {}
         assert desk._replies == {}
@@ -294,10 +294,10 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         while len(heard) < 3:
             heard += [type(message) for message in receive(theirs, KINDS)]
         assert heard == [Up, Submit, Cancel]
-        theirs.send_bytes(encode([Finish(at_once=True)]))
+        theirs.sendall(encode([Finish(at_once=True)]))
         await asyncio.sleep(0.05)
         assert finished == [True]
-        desk.close()
+        await desk.close()
         theirs.close()
 
     asyncio.run(go())

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
+from autoregressive.serve.worker.process import connect
 from autoregressive.serve.worker.worker import serve
 
 GRID = round(TOKENS**0.5)
@@ -81,7 +83,7 @@ def test_messages_share_a_frame() -> None:
 
 def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     """All that was put while the thread wrote, in order, before `close` returns."""
-    ours, theirs = Pipe()
+    ours, theirs = connect()
     outbox = Outbox(theirs, "events")
     large = Image(0, 0, 1.0, 0.5, bytes(2**22))  # more than the connection holds: the thread waits for its reader
     outbox.put(large)
@@ -160,7 +162,7 @@ def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any)
         engine.decoder = cast(PixelDecoder, FakeDecoder(Faults(tmp_path)))
         return engine
 
-    ours, theirs = Pipe()
+    ours, theirs = connect()
     side = Side(ours)
 
     def run() -> None:
@@ -182,17 +184,17 @@ def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any)
 class Side:
     """The service's side of a worker's connection."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self.connection, self.events = connection, cast(list[Event], [])
 
     def send(self, *commands: Command) -> None:
         for command in commands:
-            self.connection.send_bytes(encode([command]))
+            self.connection.sendall(encode([command]))
 
     def read_until_ended(self, *jobs: int) -> None:
         left = set(jobs)
         while left:
-            assert self.connection.poll(20), f"jobs {left} did not end"
+            assert wait([self.connection], 20), f"jobs {left} did not end"
             for event in cast(list[Event], receive(self.connection)):
                 self.events.append(event)
                 if isinstance(event, Ended):
@@ -262,7 +264,7 @@ def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
 
 def test_a_worker_whose_service_has_gone_ends(tmp_path: Any) -> None:
     """Fails if an engine outlives the service that was killed."""
-    ours, theirs = Pipe()
+    ours, theirs = connect()
 
     def make_engine(on_progress: Callable[[int, int], None]) -> Engine:
         return Engine(tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=2), FakeRunner)
@@ -322,7 +324,7 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[in
     """Fails if the rows or the queue of an engine, which say who is let in, differ from those of its jobs."""
 
     async def go() -> None:
-        ours, theirs = Pipe()
+        ours, theirs = connect()
         ended: list[Job] = []
         link = EngineLink(cast(BaseProcess, None), ours, ended.append)
         for number, what, reserved in steps:
@@ -336,7 +338,7 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[in
             assert link.rows == sum(job.rows for job in jobs)
             assert link.queued == sum(job.started_at is None and not job.reserved for job in jobs)
         link.begin_to_stop()
-        link._outbox.close(5)
+        link._channel.close()
         theirs.close()
         assert all(job.ended is not None for job in ended)
 

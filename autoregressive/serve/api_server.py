@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
@@ -131,7 +130,7 @@ async def serve(
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
     listeners: Sequence[socket.socket],
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
 ) -> int:
     """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
 

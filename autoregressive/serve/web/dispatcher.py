@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from autoregressive.serve.web.engine_link import EngineLink
@@ -16,7 +16,7 @@ from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.worker.messages import Submit
 
-StartEngine = Callable[[int], tuple[BaseProcess, Connection]]  # which of the engines -> its process and the connection to it
+StartEngine = Callable[[int], tuple[BaseProcess, socket.socket]]  # which of the engines -> its process and the connection to it
 _WATCH_SECONDS = 0.2
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end

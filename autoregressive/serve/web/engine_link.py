@@ -1,12 +1,12 @@
 """The service's end of the connection to one engine's process."""
 
+import socket
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import (
     KINDS,
     Beat,
@@ -22,7 +22,6 @@ from autoregressive.serve.worker.messages import (
     Stop,
     Unable,
 )
-from autoregressive.serve.worker.outbox import Outbox
 
 
 class EngineLink:
@@ -32,7 +31,7 @@ class EngineLink:
         on_ended: called in the event loop with each job that has come to its end.
     """
 
-    def __init__(self, process: BaseProcess, connection: Connection, on_ended: Callable[[Job], None]) -> None:
+    def __init__(self, process: BaseProcess, connection: socket.socket, on_ended: Callable[[Job], None]) -> None:
         self.process = process
         self.ready: Ready | None = None
         self.prepared = (0, 0)  # how much, of how much
@@ -43,21 +42,20 @@ class EngineLink:
         self.queued = 0  # jobs that wait for others: those with rows reserved do not
         self.used_pages = 0
         self.heard_at = time.monotonic()
-        self._connection, self._on_ended = connection, on_ended
+        self._on_ended = on_ended
         self._stopped = False
-        self._outbox = Outbox(connection, "commands")
-        self._inbox = Inbox(connection, KINDS, self._take, lambda: self.give_up("an engine's process has died"))
+        self._channel = Channel(connection, KINDS, self._take, lambda: self.give_up("an engine's process has died"))
 
     def submit(self, job: Job) -> None:
         """Gives it a job."""
         self.jobs[job.order.job] = job
         self.rows += job.rows
         self.queued += not job.reserved
-        self._outbox.put(job.order)
+        self._channel.put(job.order)
 
     def cancel(self, job: Job) -> None:
         """Asks it to end a job early; the job stays until it says so."""
-        self._outbox.put(Cancel(job.order.job))
+        self._channel.put(Cancel(job.order.job))
 
     def give_up(self, why: str) -> None:
         """Kills the process, and ends its jobs; without effect once it is lost or stopped."""
@@ -71,7 +69,8 @@ class EngineLink:
     def begin_to_stop(self) -> None:
         """Tells the process to end; it holds nothing that is still wanted."""
         self._stopped = True
-        self._outbox.put(Stop())
+        self._channel.put(Stop())
+        self._channel.flush()  # whoever waits for the process may hold up the loop
 
     def stop(self, deadline: float) -> None:
         """Waits for the process, until that moment; then kills it."""
@@ -79,7 +78,7 @@ class EngineLink:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-        self._connection.close()
+        self._channel.close()
 
     def _take(self, event: Event) -> None:
         self.heard_at = time.monotonic()

@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 
 from autoregressive.serve.heap import settle_heap
+from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job
@@ -18,9 +18,7 @@ from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.web.settings import ServerSettings
-from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Image, Preview, Started, Submit
-from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.process import end_with_the_parent, ignore_signals
 
 _BEAT_SECONDS = 0.25  # so often it tells that its loop goes round
@@ -35,7 +33,7 @@ class RemoteDesk:
         alone: called when the dispatcher's process has gone.
     """
 
-    def __init__(self, connection: Connection, finish: Callable[[bool], None], alone: Callable[[], None]) -> None:
+    def __init__(self, connection: socket.socket, finish: Callable[[bool], None], alone: Callable[[], None]) -> None:
         self._finish = finish
         self._state = State(None, "the service is being loaded: try again soon", 5, 1, (), ())
         self._numbers = itertools.count()
@@ -43,8 +41,7 @@ class RemoteDesk:
         self._ahead: dict[int, int] = {}
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
-        self._outbox = Outbox(connection, "to the dispatcher")
-        self._inbox = Inbox(connection, KINDS, self._take, alone)
+        self._channel = Channel(connection, KINDS, self._take, alone)
         self._beating = asyncio.create_task(self._beat())
 
     @property
@@ -63,7 +60,7 @@ class RemoteDesk:
         number = job.order.job
         self._jobs[number] = job
         self._replies[number] = asyncio.get_running_loop().create_future()
-        self._outbox.put(job.order)
+        self._channel.put(job.order)
         try:
             reply = await self._replies[number]
         except asyncio.CancelledError:
@@ -79,7 +76,7 @@ class RemoteDesk:
         """As the dispatcher's."""
         job.abandon()
         if job.order.job in self._jobs:
-            self._outbox.put(Cancel(job.order.job))
+            self._channel.put(Cancel(job.order.job))
 
     def ahead_of(self, job: Job) -> int:
         """As the dispatcher told last."""
@@ -91,26 +88,27 @@ class RemoteDesk:
 
     def count(self, outcome: str) -> None:
         """As the dispatcher's, which is told."""
-        self._outbox.put(Count(outcome))
+        self._channel.put(Count(outcome))
 
     async def metrics_text(self) -> bytes:
         """The dispatcher's, which has counted by then what it was told before."""
         number = next(self._numbers)
         self._questions[number] = asyncio.get_running_loop().create_future()
-        self._outbox.put(AskMetrics(number))
+        self._channel.put(AskMetrics(number))
         try:
             return await self._questions[number]
         finally:
             del self._questions[number]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Waits until what was said is written."""
         self._beating.cancel()
-        self._outbox.close(_LAST_WORDS_SECONDS)
+        await self._channel.drain(_LAST_WORDS_SECONDS)
+        self._channel.close()
 
     async def _beat(self) -> None:
         while True:
-            self._outbox.put(Up())
+            self._channel.put(Up())
             await asyncio.sleep(_BEAT_SECONDS)
 
     def _take(self, message: object) -> None:
@@ -148,14 +146,14 @@ class FrontRecipe:
     share: Share
     listener: socket.socket
 
-    def __call__(self, connection: Connection) -> None:
+    def __call__(self, connection: socket.socket) -> None:
         """The process."""
         end_with_the_parent()
         ignore_signals()
         write_logs(self.settings.log_level)
         asyncio.run(self._serve(connection))
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
         def finish(at_once: bool) -> None:
             server.should_exit = True
             server.force_exit = at_once
@@ -166,4 +164,4 @@ class FrontRecipe:
         settle_heap()
         await server.serve(sockets=[self.listener])
         encoders.shutdown(wait=False, cancel_futures=True)
-        desk.close()
+        await desk.close()

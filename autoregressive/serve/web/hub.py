@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
+from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.ending import Ending
 from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
@@ -15,9 +16,7 @@ from autoregressive.serve.web.front import FrontRecipe
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.server import writing_seconds
-from autoregressive.serve.worker.inbox import Inbox
 from autoregressive.serve.worker.messages import Cancel, Ended, Submit
-from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.process import start_child
 
 _TICK_SECONDS = 0.1
@@ -41,8 +40,7 @@ class FrontLink:
         self.up = False  # whether it answers
         self.heard_at = time.monotonic()
         self._told: State | None = None
-        self._outbox = Outbox(connection, "to a front")
-        self._inbox = Inbox(connection, KINDS, self._take, self._leave)
+        self._channel = Channel(connection, KINDS, self._take, self._leave)
 
     def tell(self, state: State) -> None:
         """Of what is the same for all fronts; its own jobs' places are added here."""
@@ -50,16 +48,17 @@ class FrontLink:
         state = replace(state, waiting=tuple(waiting), ahead=tuple(self._dispatcher.ahead_of(job) for job in waiting.values()))
         if state != self._told:
             self._told = state
-            self._outbox.put(state)
+            self._channel.put(state)
 
     def finish(self, *, at_once: bool) -> None:
         """Tells it to end; without waiting for anything, if `at_once`."""
-        self._outbox.put(Finish(at_once))
+        self._channel.put(Finish(at_once))
 
     def kill(self) -> bool:
         """Ends it for certain; whether it had ended in order by itself."""
         self.process.kill()
         self.process.join()
+        self._channel.close()
         return self.process.exitcode == 0
 
     def _take(self, message: Up | Submit | Cancel | Count | AskMetrics) -> None:
@@ -75,7 +74,7 @@ class FrontLink:
             case Count(outcome=outcome):
                 self._dispatcher.count(outcome)
             case AskMetrics(question=question):
-                self._outbox.put(MetricsText(question, self._dispatcher.metrics.text()))
+                self._channel.put(MetricsText(question, self._dispatcher.metrics.text()))
             case _:
                 assert_never(message)
 
@@ -87,10 +86,10 @@ class FrontLink:
             if not isinstance(caught, ApiError):
                 _log.exception("a request could not be accepted")
             error = caught if isinstance(caught, ApiError) else internal_error()
-            self._outbox.put(Refused(number, error.status, error.message, error.code, error.param, error.retry_after))
+            self._channel.put(Refused(number, error.status, error.message, error.code, error.param, error.retry_after))
             return
         self._jobs[number] = job
-        self._outbox.put(Accepted(number, self._dispatcher.ahead_of(job) if order.watched else 0))
+        self._channel.put(Accepted(number, self._dispatcher.ahead_of(job) if order.watched else 0))
 
     def _leave(self) -> None:
         for job in list(self._jobs.values()):  # their clients have gone with it
@@ -98,7 +97,7 @@ class FrontLink:
         self._gone()
 
     def _forward(self, number: int, event: JobEvent) -> None:
-        self._outbox.put(replace(event, job=number))
+        self._channel.put(replace(event, job=number))
         if isinstance(event, Ended):
             del self._jobs[number]
 

@@ -1,10 +1,10 @@
 """Everything of the service but the server around it: engines, the application, and their end."""
 
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from autoregressive.common.results import program_version
@@ -51,7 +51,7 @@ def start_service(
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
     address: str,
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
 ) -> Service:
     """Starts the engines, which take their time, and builds the application; called in the event loop.
 
@@ -68,7 +68,7 @@ def start_dispatcher(
     settings: ServerSettings,
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, Connection]] = start_process,
+    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
 ) -> Dispatcher:
     """Starts the engines; called in the event loop.
 

@@ -1,20 +1,24 @@
 """What passes between the service and the process that owns an engine: commands one way, events the other.
 
-A message is a frozen dataclass. A frame on the wire is one message or several: their names and fields as JSON, and behind them
-their bytes as they are (pixels, codes). No pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which
-all processes of a host share.
+A message is a frozen dataclass. They go over a pair of sockets in frames of one message or several, so that the more there is to
+say, the less each costs: two lengths, names and fields as JSON, and behind them the messages' bytes as they are (pixels, codes). No
+pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which all processes of a host share.
 """
 
 import json
+import socket
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 from autoregressive.serve.engine.request import SamplingParams
 
-_LENGTH = struct.Struct("<I")  # of the JSON part
+_HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
+HEAD_BYTES = _HEAD.size
+_MOST_MESSAGES = 16  # in a frame
+_ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,19 @@ def _plain(value: object) -> dict[str, Any]:
 _as_json = json.JSONEncoder(default=_plain).encode
 
 
-def bytes_of(message: Any) -> int:
-    """How many bytes a message carries beside its other fields."""
-    return sum(len(value) for value in vars(message).values() if isinstance(value, bytes))
+def next_batch(waiting: deque[Any]) -> list[Any]:
+    """Takes from the front of a queue what makes a frame."""
+    batch: list[Any] = []
+    size = 0
+    while waiting and len(batch) < _MOST_MESSAGES and size < _ENOUGH_BYTES:
+        batch.append(waiting.popleft())
+        size += sum(len(value) for value in vars(batch[-1]).values() if isinstance(value, bytes))
+    return batch
 
 
 def encode(messages: Iterable[Any]) -> bytes:
     """Messages, dataclasses with at most one field of bytes each, as one frame."""
-    heads: list[tuple[str, dict[str, Any], int]] = []
+    told: list[tuple[str, dict[str, Any], int]] = []
     parts: list[bytes] = []
     for message in messages:
         fields, size = dict(vars(message)), 0
@@ -157,21 +166,26 @@ def encode(messages: Iterable[Any]) -> bytes:
             if isinstance(value, bytes):
                 parts.append(value)
                 size, fields[name] = len(value), None
-        heads.append((type(message).__name__, fields, size))
-    head = _as_json(heads).encode()
-    return b"".join((_LENGTH.pack(len(head)), head, *parts))
+        told.append((type(message).__name__, fields, size))
+    text = _as_json(told).encode()
+    return b"".join((_HEAD.pack(len(text), sum(map(len, parts))), text, *parts))
 
 
-def decode(frame: bytes, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+def frame_bytes(head: bytes | bytearray) -> int:
+    """How long the frame is, head and all, of which this is the head."""
+    return HEAD_BYTES + sum(_HEAD.unpack_from(head))
+
+
+def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[Any]:
     """What `encode` made a frame of; `kinds`: those that they may be of, by name."""
-    (length,) = _LENGTH.unpack_from(frame)
-    place = _LENGTH.size + length
+    length, _ = _HEAD.unpack_from(frame)
+    place = HEAD_BYTES + length
     messages = []
-    for name, fields, size in json.loads(frame[_LENGTH.size : place]):
+    for name, fields, size in json.loads(frame[HEAD_BYTES:place]):
         kind = kinds[name]
         for field, annotation in kind.__annotations__.items():
             if annotation is bytes:
-                fields[field] = frame[place : place + size]
+                fields[field] = bytes(memoryview(frame)[place : place + size])
             elif annotation is SamplingParams:
                 fields[field] = SamplingParams(**fields[field])
             elif isinstance(fields.get(field), list):
@@ -181,13 +195,25 @@ def decode(frame: bytes, kinds: Mapping[str, type] = KINDS) -> list[Any]:
     return messages
 
 
-def receive(connection: Connection, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+def receive(connection: socket.socket, kinds: Mapping[str, type] = KINDS) -> list[Any]:
     """The messages of the next frame, of these kinds; waits for it.
 
     Raises:
         EOFError: the other side has gone.
     """
-    try:
-        return decode(connection.recv_bytes(), kinds)
-    except OSError as error:  # closed here, or reset by the other side
-        raise EOFError from error
+    head = _receive_bytes(connection, HEAD_BYTES)
+    return decode(head + _receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)
+
+
+def _receive_bytes(connection: socket.socket, count: int) -> bytearray:
+    received = bytearray(count)
+    missing = memoryview(received)
+    while missing:
+        try:
+            size = connection.recv_into(missing)
+        except OSError as error:  # closed here, or reset by the other side
+            raise EOFError from error
+        if size == 0:
+            raise EOFError
+        missing = missing[size:]
+    return received

@@ -1,25 +1,22 @@
-"""Sends messages from a thread of its own: whoever has something to say never waits for whoever is to read it.
-
-What has come together while the last frame was written goes into the next one. So the more there is to say, the less each costs: a
-frame wakes threads on both sides, and each of these wants its process's interpreter.
-"""
+"""Sends messages from a thread of its own: an engine's loop never waits for whoever is to read them."""
 
 import contextlib
 import queue
+import socket
 import threading
-from multiprocessing.connection import Connection
+from collections import deque
 from typing import Any
 
-from autoregressive.serve.worker.messages import bytes_of, encode
-
-_MOST_MESSAGES = 16  # in a frame
-_ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
+from autoregressive.serve.worker.messages import encode, next_batch
 
 
 class Outbox:
-    """A queue of messages and the thread that writes them to a connection, until that is closed."""
+    """A queue of messages and the thread that writes them to a connection, until that is closed.
 
-    def __init__(self, connection: Connection, name: str) -> None:
+    What has come together while the last frame was written goes into the next one.
+    """
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
         self._connection = connection
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name=name, daemon=True)
@@ -36,24 +33,18 @@ class Outbox:
         self._thread.join(timeout)
 
     def _write(self) -> None:
+        waiting: deque[Any] = deque()
         ended = False
-        while not ended:
-            batch, ended = self._next_batch()
-            try:
-                if batch:
-                    self._connection.send_bytes(encode(batch))
-            except (OSError, ValueError):  # nobody reads any more: what follows is for nobody
-                return
-
-    def _next_batch(self) -> tuple[list[Any], bool]:
-        """What there is to say, which is waited for, and whether that was all for ever."""
-        batch: list[Any] = []
-        size = 0
-        with contextlib.suppress(queue.Empty):
-            while len(batch) < _MOST_MESSAGES and size < _ENOUGH_BYTES:
-                message = self._messages.get(block=not batch)
-                if message is None:
-                    return batch, True
-                batch.append(message)
-                size += bytes_of(message)
-        return batch, False
+        while waiting or not ended:
+            with contextlib.suppress(queue.Empty):
+                while not ended:
+                    message = self._messages.get(block=not waiting)
+                    if message is None:
+                        ended = True
+                    else:
+                        waiting.append(message)
+            if waiting:
+                try:
+                    self._connection.sendall(encode(next_batch(waiting)))
+                except OSError:  # nobody reads any more: what follows is for nobody
+                    return

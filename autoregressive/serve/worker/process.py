@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -34,7 +33,7 @@ from autoregressive.serve.worker.worker import serve
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_PIPE_BYTES = 4 * 2**20
+_WAITING_BYTES = 4 * 2**20  # in a connection
 _LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
 
 
@@ -68,12 +67,12 @@ class EngineRecipe:
         return engine
 
 
-def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, Connection]:
+def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, socket.socket]:
     """Starts a process that builds an engine and runs it; the connection to it."""
     return start_child(partial(_run, make_engine), name)
 
 
-def start_child(run: Callable[[Connection], None], name: str) -> tuple[BaseProcess, Connection]:
+def start_child(run: Callable[[socket.socket], None], name: str) -> tuple[BaseProcess, socket.socket]:
     """Starts a process; the connection to it.
 
     Args:
@@ -81,9 +80,7 @@ def start_child(run: Callable[[Connection], None], name: str) -> tuple[BaseProce
             with `end_with_the_parent` and `ignore_signals`.
     """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    ours, theirs = context.Pipe()
-    for end in (ours, theirs):
-        _widen(end)
+    ours, theirs = connect()
     process = context.Process(target=run, args=(theirs,), name=name, daemon=True)
     with signals_held():
         process.start()
@@ -91,10 +88,16 @@ def start_child(run: Callable[[Connection], None], name: str) -> tuple[BaseProce
     return process, ours
 
 
-def _widen(end: Connection) -> None:
-    """Lets some MB wait in a connection: else a frame of pictures is written in pieces of 0.2 MB, and each wakes both sides."""
-    with socket.socket(fileno=os.dup(end.fileno())) as connected:
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _PIPE_BYTES)  # at most what the system allows
+def connect() -> tuple[socket.socket, socket.socket]:
+    """Two sockets, each of which receives what is sent to the other.
+
+    Some MB may wait in them, or as much as the system allows: else a frame of pictures is written in pieces of 0.2 MB, and each
+    wakes both sides.
+    """
+    ends = socket.socketpair()
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _WAITING_BYTES)
+    return ends
 
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal's Ctrl-C and a supervisor's word, which reach the whole group
@@ -127,7 +130,7 @@ def end_with_the_parent() -> None:
         sys.exit(1)
 
 
-def _run(make_engine: MakeEngine, connection: Connection) -> None:
+def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
     end_with_the_parent()
     ignore_signals()
     outbox = Outbox(connection, "events")

@@ -6,11 +6,12 @@ has failed in a way not foreseen is not to be trusted.
 """
 
 import gc
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Worker:
         connection: commands come from it and events go to it; closed by the other side, it ends the loop.
     """
 
-    def __init__(self, engine: Engine, connection: Connection, outbox: Outbox) -> None:
+    def __init__(self, engine: Engine, connection: socket.socket, outbox: Outbox) -> None:
         self._engine, self._connection, self._outbox = engine, connection, outbox
         self._grid = round(engine.shape.tokens**0.5)
         self._tasks: dict[int, Task] = {}
@@ -109,7 +110,7 @@ class Worker:
         busy = self._engine.wait_for_work(0)
         on_the_way = self._undecoded or self._decodings or self._previewing
         timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else BEAT_SECONDS
-        while self._connection.poll(timeout):
+        while wait([self._connection], timeout):
             for command in receive(self._connection):
                 assert isinstance(command, Command)
                 self._carry_out(command)
@@ -339,7 +340,7 @@ def _clear_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def serve(make_engine: Callable[[Callable[[int, int], None]], Engine], connection: Connection, outbox: Outbox) -> None:
+def serve(make_engine: Callable[[Callable[[int, int], None]], Engine], connection: socket.socket, outbox: Outbox) -> None:
     """Builds the engine, telling how far it is, and runs it.
 
     Args:

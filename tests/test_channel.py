@@ -1,0 +1,200 @@
+"""The event loop's end of a connection to another process."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.worker.messages import KINDS, Beat, Cancel, Ended, Image, Preview, encode, receive
+from autoregressive.serve.worker.process import connect
+
+LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
+
+
+class Heard:
+    """A channel, its other end, and what came."""
+
+    def __init__(self) -> None:
+        ours, self.other = connect()
+        self.messages: list[Any] = []
+        self.gone_after: list[int] = []  # how many messages
+        self.channel = Channel(ours, KINDS, self._take, lambda: self.gone_after.append(len(self.messages)))
+
+    def _take(self, message: Any) -> None:
+        if message == Cancel(13):
+            raise ValueError("a bug")
+        self.messages.append(message)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not holds():
+                await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.other.close()
+
+
+def test_what_is_put_arrives_in_order_and_shares_frames() -> None:
+    """Fails if messages are lost or turned round, or each goes alone, or a frame holds more than sixteen."""
+
+    async def go() -> None:
+        heard = Heard()
+        sent = [Beat(number) for number in range(40)]
+        for message in sent:
+            heard.channel.put(message)
+        await heard.channel.drain(5)
+        frames = [receive(heard.other) for _ in range(3)]
+        assert [message for frame in frames for message in frame] == sent
+        assert [len(frame) for frame in frames] == [16, 16, 8]
+        heard.close()
+
+    asyncio.run(go())
+
+
+def test_a_slow_reader_holds_up_nobody() -> None:
+    """Fails if the loop waits for a reader, if `drain` waits for ever, or if what waits is lost."""
+
+    async def go() -> None:
+        heard = Heard()
+        begun = time.monotonic()
+        heard.channel.put(LARGE)
+        heard.channel.put(Beat(1))
+        heard.channel.flush()
+        await heard.channel.drain(0.2)
+        assert 0.2 <= time.monotonic() - begun < 2
+        reading = asyncio.create_task(asyncio.to_thread(lambda: [receive(heard.other), receive(heard.other)]))
+        await heard.channel.drain(10)
+        assert await reading == [[LARGE], [Beat(1)]]
+        heard.close()
+
+    asyncio.run(go())
+
+
+def test_flush_writes_before_the_loop_goes_on() -> None:
+    """Fails if an engine is not told to stop, because the loop that is to write it waits for the engine's end."""
+
+    async def go() -> None:
+        heard = Heard()
+        heard.channel.put(Beat(1))
+        heard.channel.flush()
+        heard.other.setblocking(False)
+        assert receive(heard.other) == [Beat(1)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(BlockingIOError):  # nothing came after it
+            heard.other.recv(1)
+        heard.close()
+
+    asyncio.run(go())
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(1, 200), max_size=12))
+def test_frames_may_come_in_pieces(cuts: list[int]) -> None:
+    """Fails if a head or a body that arrives in parts is misread."""
+    sent = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b"\x00\xff")]
+    stream = encode(sent[:2]) + encode(sent[2:])
+
+    async def go() -> None:
+        heard, place = Heard(), 0
+        for cut in cuts:
+            heard.other.sendall(stream[place : place + cut])
+            place += cut
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        heard.other.sendall(stream[place:])
+        await heard.until(lambda: len(heard.messages) == len(sent))
+        assert heard.messages == sent
+        heard.close()
+
+    asyncio.run(go())
+
+
+def test_the_end_is_told_once_and_after_the_last_message() -> None:
+    """Fails if what an engine said before it died is lost, or its death is told twice or not at all."""
+
+    async def go() -> None:
+        heard = Heard()
+        for number in range(50):
+            heard.other.sendall(encode([Beat(number)]))
+        heard.other.sendall(encode([Beat(50)])[:-1])  # it died while it wrote
+        heard.other.close()
+        await heard.until(lambda: heard.gone_after != [])
+        await asyncio.sleep(0.05)
+        assert heard.gone_after == [50]
+        heard.channel.put(LARGE)  # for nobody
+        await heard.channel.drain(5)
+        heard.channel.put(LARGE)
+        assert not heard.channel._waiting
+        heard.close()
+        heard.close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("garbage", [b"\x02\x00\x00\x00\x00\x00\x00\x00[{", encode([Beat(1)]).replace(b"Beat", b"Boat")])
+def test_whoever_sends_what_it_should_not_has_gone(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a connection out of step is read on."""
+
+    async def go() -> None:
+        heard = Heard()
+        heard.other.sendall(garbage + encode([Beat(1)]))
+        await heard.until(lambda: heard.gone_after != [])
+        await asyncio.sleep(0.05)
+        assert heard.messages == []
+        assert heard.gone_after == [0]
+        heard.close()
+
+    asyncio.run(go())
+    assert "messages could not be read" in caplog.text
+
+
+def test_a_bug_costs_its_own_message_only(caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if what stands behind a message that could not be dealt with is lost."""
+
+    async def go() -> None:
+        heard = Heard()
+        heard.other.sendall(encode([Beat(1), Cancel(13), Beat(2)]))
+        await heard.until(lambda: len(heard.messages) == 2)
+        assert heard.messages == [Beat(1), Beat(2)]
+        heard.close()
+
+    asyncio.run(go())
+    assert "a message could not be dealt with" in caplog.text
+
+
+def test_much_to_read_leaves_turns_to_others() -> None:
+    """Fails if a probe waits until all that an engine has said is read."""
+
+    async def go() -> None:
+        heard = Heard()
+        frames = 100
+        for number in range(frames):
+            heard.other.sendall(encode([Beat(number)]))
+        seen = []
+        while len(heard.messages) < frames:
+            await asyncio.sleep(0)
+            seen.append(len(heard.messages))
+        steps = [after - before for before, after in pairwise(seen)]
+        assert max(steps) <= 8
+        heard.close()
+
+    asyncio.run(go())
+
+
+def test_nothing_waits_in_the_system_for_long() -> None:
+    """Fails if the two ends do not hold a frame of pictures: each piece would wake both sides."""
+    ours, theirs = connect()
+    size = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert size == theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    ours.setblocking(False)
+    assert ours.send(bytes(2**18)) == min(2**18, size)
+    ours.close()
+    theirs.close()
