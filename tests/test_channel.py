@@ -59,6 +59,21 @@ def test_what_is_put_arrives_in_order_and_shares_frames() -> None:
     asyncio.run(go())
 
 
+def test_what_is_urgent_goes_before_what_waits() -> None:
+    """Fails if an answer for a supervisor waits behind all pictures."""
+
+    async def go() -> None:
+        heard = Heard()
+        heard.channel.put(Beat(1))
+        heard.channel.put(Beat(2))
+        heard.channel.put(Beat(3), urgent=True)
+        await heard.channel.drain(5)
+        assert receive(heard.other) == [Beat(3), Beat(1), Beat(2)]
+        heard.close()
+
+    asyncio.run(go())
+
+
 def test_a_slow_reader_holds_up_nobody() -> None:
     """Fails if the loop waits for a reader, if `drain` waits for ever, or if what waits is lost."""
 

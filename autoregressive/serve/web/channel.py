@@ -42,11 +42,14 @@ class Channel:
         self._missing = memoryview(self._frame)
         self._loop.add_reader(connection, self._read)
 
-    def put(self, message: Any) -> None:
-        """Queues a message; without effect once nobody reads any more."""
+    def put(self, message: Any, *, urgent: bool = False) -> None:
+        """Queues a message, before all that waits if it is urgent; without effect once nobody reads any more."""
         if not self._writable:
             return
-        self._waiting.append(message)
+        if urgent:
+            self._waiting.appendleft(message)
+        else:
+            self._waiting.append(message)
         if not self._about_to_write:
             self._about_to_write = True
             self._loop.call_soon(self._write)

@@ -74,7 +74,7 @@ class FrontLink:
             case Count(outcome=outcome):
                 self._dispatcher.count(outcome)
             case AskMetrics(question=question):
-                self._channel.put(MetricsText(question, self._dispatcher.metrics.text()))
+                self._channel.put(MetricsText(question, self._dispatcher.metrics.text()), urgent=True)
             case _:
                 assert_never(message)
 
@@ -86,7 +86,8 @@ class FrontLink:
             if not isinstance(caught, ApiError):
                 _log.exception("a request could not be accepted")
             error = caught if isinstance(caught, ApiError) else internal_error()
-            self._channel.put(Refused(number, error.status, error.message, error.code, error.param, error.retry_after))
+            refused = Refused(number, error.status, error.message, error.code, error.param, error.retry_after)
+            self._channel.put(refused, urgent=True)
             return
         self._jobs[number] = job
         self._channel.put(Accepted(number, self._dispatcher.ahead_of(job) if order.watched else 0))
