@@ -29,7 +29,7 @@ POLICY = (
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SIZE, GRID = 128, 16
-DEFAULTS = {"cfg_scale": 2.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+DEFAULTS = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 20, "top_p": 1.0}  # not those of the page itself
 
 
 @dataclass
@@ -158,6 +158,10 @@ def build_app(behaviour: Behaviour) -> FastAPI:
             return error(401, "a key is needed", "authentication_error")
         return None
 
+    async def facts() -> None:
+        while behaviour.facts_held:
+            await asyncio.sleep(0.01)
+
     @app.get("/")
     async def page() -> Response:
         return FileResponse(STATIC / "index.html")
@@ -170,8 +174,7 @@ def build_app(behaviour: Behaviour) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        while behaviour.facts_held:
-            await asyncio.sleep(0.01)
+        await facts()
         model: dict[str, Any] = {"id": "GPT-demo", "object": "model", "created": 1700000000, "owned_by": "llamagen"}
         model |= {
             "image_size": SIZE,
@@ -185,6 +188,7 @@ def build_app(behaviour: Behaviour) -> FastAPI:
 
     @app.get("/v1/classes")
     async def classes(request: Request, search: str = "", limit: int = 1000) -> Response:
+        await facts()
         found = [{"id": label, "name": name} for label, (name, _) in enumerate(DEMO_EMOJI) if search in name]
         return refused(request) or JSONResponse({"object": "list", "data": found[:limit], "total": len(found)})
 

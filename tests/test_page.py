@@ -134,7 +134,7 @@ def test_every_picture_appears_and_is_kept_with_its_settings(open_page: OpenPage
     run_ends(page)
     expect(page.locator(".card img")).to_have_count(3)
     assert page.locator(".card img").evaluate_all("all => all.map(i => i.naturalWidth)") == [SIZE] * 3
-    sent = {"class_label": 7, "n": 3, "seed": 7, "cfg_scale": 2, "cfg_interval": -1, "temperature": 0.9, "top_k": 50, "top_p": 1}
+    sent = {"class_label": 7, "n": 3, "seed": 7, "cfg_scale": 4, "cfg_interval": -1, "temperature": 0.9, "top_k": 50, "top_p": 1}
     assert behaviour.requests == [sent]
     expect(page.locator(".tile")).to_have_count(3)
     expect(page.locator(".tile-words").first).to_have_text(re.compile("fox.*1 of 3 · seed 7"))
@@ -142,7 +142,7 @@ def test_every_picture_appears_and_is_kept_with_its_settings(open_page: OpenPage
 
     page.locator(".tile-open").nth(1).click()
     facts = dict(zip(page.locator("#viewer dt").all_inner_texts(), page.locator("#viewer dd").all_inner_texts(), strict=True))
-    expected = {"Class": "7", "Seed": "7", "Picture": "2 of 3", "Guidance": "2", "Temperature": "0.9", "Top-k": "50"}
+    expected = {"Class": "7", "Seed": "7", "Picture": "2 of 3", "Guidance": "4", "Temperature": "0.9", "Top-k": "50"}
     assert expected.items() <= facts.items()
     assert facts["Model"] == "GPT-demo"
     page.keyboard.press("ArrowRight")
@@ -340,14 +340,15 @@ def test_what_is_filled_in_before_the_server_answers_is_drawn_once_it_does(open_
     """Fails if a quick hand's Generate is lost, its settings are replaced by the model's, or the focus is taken away."""
     behaviour.facts_held, behaviour.key = True, "llama-1"
     page = open_page(wait=False)
-    behaviour.facts_held = False
-    key = page.get_by_label("API key")
-    key.fill("llama-1")
-    behaviour.facts_held = True
-    key.press("Enter")
-    page.get_by_label("Guidance", exact=True).fill("3.5")
+    page.get_by_label("Guidance", exact=True).fill("2")
     ask(page, "fox", 1, 3)
     complaint = page.locator("#composer-error")
+    expect(complaint).to_have_text("The server has not answered yet. This is drawn as soon as it can be.")
+    behaviour.facts_held = False
+    expect(complaint).to_have_text("This server asks for a key. This is drawn as soon as it can be.")
+    page.get_by_label("API key").fill("llama-1")
+    behaviour.facts_held = True
+    page.get_by_label("API key").press("Enter")
     expect(complaint).to_have_text("The key is being checked. This is drawn as soon as it can be.")
     seed = page.get_by_label("Seed", exact=True)
     seed.focus()
@@ -355,7 +356,24 @@ def test_what_is_filled_in_before_the_server_answers_is_drawn_once_it_does(open_
     run_ends(page)
     expect(complaint).to_be_hidden()
     expect(seed).to_be_focused()
-    assert [(body["class_label"], body["seed"], body["cfg_scale"]) for body in behaviour.requests] == [(7, 3, 3.5)]
+    drawn = [[body[name] for name in ("class_label", "seed", "cfg_scale", "top_k")] for body in behaviour.requests]
+    assert drawn == [[7, 3, 2, 20]]
+
+
+def test_what_is_filled_in_anew_before_the_server_answers_is_not_drawn_unasked(open_page: OpenPage, behaviour: Behaviour) -> None:
+    """Fails if half a name draws, or complains, because Generate was pressed for what stood there before."""
+    behaviour.facts_held = True
+    page = open_page(wait=False)
+    ask(page, "fox", 1, 3)
+    complaint = page.locator("#composer-error")
+    expect(complaint).to_be_visible()
+    name = page.get_by_label("Class", exact=True)
+    name.press_sequentially("bea")
+    expect(complaint).to_be_hidden()
+    behaviour.facts_held = False
+    expect(page.locator(".chip").first).to_be_visible()
+    expect(name).not_to_have_attribute("aria-invalid", "true")
+    assert behaviour.requests == []
 
 
 def test_a_model_without_training_is_owned_up_to(open_page: OpenPage, behaviour: Behaviour) -> None:
@@ -543,7 +561,7 @@ def test_a_download_is_the_servers_file(open_page: OpenPage, behaviour: Behaviou
             else:
                 page.locator(".tile-open").nth(1).click()
                 page.get_by_role("button", name="Download", exact=True).click()
-        assert download.value.suggested_filename == f"GPT-demo_soccer-ball_62_seed-7_guidance-2_{index + 1}-of-2.png"
+        assert download.value.suggested_filename == f"GPT-demo_soccer-ball_62_seed-7_guidance-4_{index + 1}-of-2.png"
         download.value.save_as(tmp_path / "picture.png")
         content = (tmp_path / "picture.png").read_bytes()
         assert content == behaviour.sent[index]

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -19,11 +20,24 @@ from PIL import Image
 from test_service_promises import burst, send, status_of
 
 from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.front import RemoteDesk
-from autoregressive.serve.web.front_messages import KINDS, Accepted, Finish, State, Up
+from autoregressive.serve.web.front import FrontRecipe, RemoteDesk
+from autoregressive.serve.web.front_messages import (
+    KINDS,
+    Accepted,
+    AskMetrics,
+    Count,
+    Finish,
+    FrontMessage,
+    MetricsText,
+    Refused,
+    State,
+    Up,
+)
+from autoregressive.serve.web.hub import FrontLink
 from autoregressive.serve.web.store import Store
-from autoregressive.serve.worker.messages import Cancel, Ended, Submit, encode, receive
+from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Submit, encode, receive
 from autoregressive.serve.worker.process import connect
 
 pytestmark = pytest.mark.timing
@@ -297,7 +311,36 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         theirs.sendall(encode([Finish(at_once=True)]))
         await asyncio.sleep(0.05)
         assert finished == [True]
+        desk.count("success")
         await desk.close()
+        assert receive(theirs, KINDS) == [Count("success")]
         theirs.close()
 
     asyncio.run(go())
+
+
+def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a supervisor, or a client for whom there is no room, waits until hundreds of pictures have been passed on."""
+
+    def refuse(order: Submit, forward: object) -> None:
+        raise ApiError(429, "the queue is full", "queue_full", None, 3)
+
+    async def go() -> list[FrontMessage | Drawn]:
+        ours, theirs = connect()
+        monkeypatch.setattr("autoregressive.serve.web.hub.start_child", lambda recipe, name: (None, ours))
+        dispatcher = SimpleNamespace(admit=refuse, metrics=SimpleNamespace(text=lambda: b"all is well"))
+        recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
+        front = FrontLink(recipe, cast(Dispatcher, dispatcher), lambda: None)
+        for number in range(3):
+            front._forward(number, Drawn(99, number, 1.0))
+        front._take(AskMetrics(5))
+        front._take(Submit(7, 1, 1, SamplingParams(), True))
+        await front._channel.drain(5)
+        front._channel.close()
+        heard = receive(theirs, KINDS) + receive(theirs, KINDS)
+        theirs.close()
+        return heard
+
+    refused = Refused(7, 429, "the queue is full", "queue_full", None, 3)
+    pictures = [Drawn(number, number, 1.0) for number in range(3)]
+    assert asyncio.run(go()) == [MetricsText(5, b"all is well"), refused, *pictures]

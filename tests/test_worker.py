@@ -44,7 +44,7 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
-from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.process import connect, end_with_the_parent, start_child
 from autoregressive.serve.worker.worker import serve
 
 GRID = round(TOKENS**0.5)
@@ -85,7 +85,7 @@ def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     """All that was put while the thread wrote, in order, before `close` returns."""
     ours, theirs = connect()
     outbox = Outbox(theirs, "events")
-    large = Image(0, 0, 1.0, 0.5, bytes(2**22))  # more than the connection holds: the thread waits for its reader
+    large = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than the connection holds: the thread waits for its reader
     outbox.put(large)
     time.sleep(0.2)  # it is on its way
     small = [Beat(number) for number in range(40)]
@@ -275,6 +275,32 @@ def test_a_worker_whose_service_has_gone_ends(tmp_path: Any) -> None:
     ours.close()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def talk_until_stopped(connection: socket.socket) -> None:
+    """An engine's process that has more pictures to send than a connection holds."""
+    end_with_the_parent()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    outbox = Outbox(connection, "events")
+    for number in range(60):
+        outbox.put(Image(number, 0, 1.0, 0.5, bytes(2**18)))
+    while not any(isinstance(command, Stop) for command in receive(connection)):
+        pass
+    outbox.close(10)
+
+
+def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
+    """Fails if it is not told before the loop waits for it, or cannot end because nobody reads what it still sends."""
+
+    async def go() -> None:
+        process, connection = start_child(talk_until_stopped, "engine")
+        assert wait([connection], 60)  # it writes, and the loop does not read
+        link = EngineLink(process, connection, lambda job: None)
+        link.begin_to_stop()
+        link.stop(time.monotonic() + 3)
+        assert process.exitcode == 0
+
+    asyncio.run(go())
 
 
 def test_a_slow_reader_gets_the_newest_and_every_image() -> None:

@@ -1,16 +1,17 @@
-"""Messages to and from another process, in an event loop: no threads, so nothing here waits for the interpreter's lock."""
+"""Messages to and from another process, in an event loop: without threads of its own, between which each would be handed over."""
 
 import asyncio
 import contextlib
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes, next_batch
 
 _FRAMES_A_TURN = 8  # of the event loop, at most
+_NOTHING = memoryview(b"")
 _log = logging.getLogger("llamagen.messages")
 
 
@@ -34,8 +35,9 @@ class Channel:
         connection.setblocking(False)
         self._connection, self._kinds, self._take, self._gone = connection, kinds, take, gone
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[Any] = deque()  # messages that are in no frame yet
-        self._unsent = memoryview(b"")  # of a frame
+        self._urgent: deque[Any] = deque()  # messages that are in no frame yet
+        self._waiting: deque[Any] = deque()  # and those that go after them
+        self._unsent = _NOTHING  # of a frame
         self._about_to_write = False
         self._writable = True  # as far as is known
         self._frame = bytearray(HEAD_BYTES)  # that comes: its head, then all of it
@@ -43,13 +45,14 @@ class Channel:
         self._loop.add_reader(connection, self._read)
 
     def put(self, message: Any, *, urgent: bool = False) -> None:
-        """Queues a message, before all that waits if it is urgent; without effect once nobody reads any more."""
+        """Queues a message; without effect once nobody reads any more.
+
+        Args:
+            urgent: it overtakes all that waits and is not urgent, so it must not follow from any of that.
+        """
         if not self._writable:
             return
-        if urgent:
-            self._waiting.appendleft(message)
-        else:
-            self._waiting.append(message)
+        (self._urgent if urgent else self._waiting).append(message)
         if not self._about_to_write:
             self._about_to_write = True
             self._loop.call_soon(self._write)
@@ -63,8 +66,14 @@ class Channel:
         """Waits until what was put is written, at most `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while self._waiting or self._unsent:
+                while self._urgent or self._waiting or self._unsent:
                     await asyncio.sleep(0.01)
+
+    def stop_reading(self) -> None:
+        """Whatever the other side still writes is for nobody, and it need not wait for anybody to read it."""
+        if self._loop.remove_reader(self._connection):
+            with contextlib.suppress(OSError):  # the other side has gone
+                self._connection.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Neither reads nor writes any more; `gone` is not called."""
@@ -80,15 +89,20 @@ class Channel:
 
     def _forget(self) -> None:
         """What waits is for nobody, and so is what follows."""
-        self._writable, self._unsent = False, memoryview(b"")
+        self._writable, self._unsent = False, _NOTHING
+        self._urgent.clear()
         self._waiting.clear()
 
+    def _lose(self) -> None:
+        if self._loop.remove_reader(self._connection):
+            self._gone()
+
     def _write(self) -> None:
-        self._write_frame()
-        self._about_to_write = bool(self._waiting or self._unsent)
+        more = self._write_frame()
+        self._about_to_write = more or bool(self._unsent)
         if self._unsent:
             self._loop.add_writer(self._connection, self._write_on)
-        elif self._waiting:
+        elif more:
             self._loop.call_soon(self._write)
 
     def _write_on(self) -> None:
@@ -97,16 +111,20 @@ class Channel:
 
     def _write_frame(self) -> bool:
         """Goes on with a frame, or begins one; whether there is another that could be written now."""
-        if self._waiting and not self._unsent:
-            self._unsent = memoryview(encode(next_batch(self._waiting)))
+        if not self._unsent:
+            self._unsent = memoryview(_frame_of(next_batch(self._urgent) or next_batch(self._waiting)))
         if self._unsent:
             try:
-                self._unsent = self._unsent[self._connection.send(self._unsent) :]
+                self._unsent = self._unsent[self._connection.send(self._unsent) :] or _NOTHING
             except (BlockingIOError, InterruptedError):
                 return False
-            except OSError:  # nobody reads any more
+            except (BrokenPipeError, ConnectionResetError):  # nobody reads any more, as will be read
                 self._forget()
-        return bool(self._waiting) and not self._unsent
+            except OSError:
+                _log.exception("messages could not be written")
+                self._forget()
+                self._lose()
+        return not self._unsent and bool(self._urgent or self._waiting)
 
     def _read(self) -> None:
         """Reads what has come, up to so many frames."""
@@ -132,14 +150,28 @@ class Channel:
         except Exception as error:  # the other side has gone, or sends what it should not
             if not isinstance(error, (EOFError, OSError)):
                 _log.exception("messages could not be read")
-            self._loop.remove_reader(self._connection)
-            self._gone()
+            self._lose()
             return False
         self._frame = bytearray(HEAD_BYTES)
         self._missing = memoryview(self._frame)
         for message in messages:
+            if self._closed:
+                return False
             try:
                 self._take(message)
             except Exception:  # a bug, which must not cost the messages behind
                 _log.exception("a message could not be dealt with")
         return not self._closed
+
+
+def _frame_of(batch: Sequence[Any]) -> bytes:
+    """Messages as a frame; one that cannot be encoded, which is a bug, does not cost the others."""
+    if not batch:
+        return b""
+    try:
+        return encode(batch)
+    except Exception:
+        if len(batch) == 1:
+            _log.exception("a message could not be sent")
+            return b""
+        return b"".join(_frame_of([message]) for message in batch)

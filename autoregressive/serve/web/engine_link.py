@@ -67,10 +67,14 @@ class EngineLink:
             self._take(Ended(job.order.job, "engine_lost", time.monotonic()))
 
     def begin_to_stop(self) -> None:
-        """Tells the process to end; it holds nothing that is still wanted."""
+        """Tells the process to end; it holds nothing that is still wanted.
+
+        From now on nothing of it is read, for whoever waits for the process may hold up the loop.
+        """
         self._stopped = True
         self._channel.put(Stop())
-        self._channel.flush()  # whoever waits for the process may hold up the loop
+        self._channel.flush()
+        self._channel.stop_reading()
 
     def stop(self, deadline: float) -> None:
         """Waits for the process, until that moment; then kills it."""

@@ -52,7 +52,7 @@ class FrontLink:
 
     def finish(self, *, at_once: bool) -> None:
         """Tells it to end; without waiting for anything, if `at_once`."""
-        self._channel.put(Finish(at_once))
+        self._channel.put(Finish(at_once), urgent=at_once)
 
     def kill(self) -> bool:
         """Ends it for certain; whether it had ended in order by itself."""

@@ -13,13 +13,14 @@ const READY_AGAIN = 1000; // ms between two questions whether the model is loade
 const REACH_AGAIN = 2000; // and whether the server can be reached
 const AT_ONCE = 4; // a browser holds six connections to one server
 const SUGGESTIONS = 6;
+const AS_SOON = "This is drawn as soon as it can be.";
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 let model = null;
 let runs = []; // newest first
 let pending = []; // what was asked for when the server wanted a key, or was not ready
-let pressed = false; // Generate, before the server had said what it draws: the form cannot be read until then
+let pressed = false; // Generate, before the server had said what it draws: the form, as it is now, is read then
 let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
 
@@ -52,7 +53,14 @@ function notice(title, detail = "", kind = "loading") {
   if (detailNode.textContent !== detail) detailNode.textContent = detail;
   detailNode.hidden = !detail;
   box.hidden = false;
-  whyNot = title;
+  because(title);
+}
+
+/** From now on this is why nothing can be drawn; whoever waits for that is told. */
+function because(words) {
+  if (words === whyNot) return;
+  whyNot = words;
+  if (words && (pressed || pending.length)) complain(`${words} ${AS_SOON}`);
 }
 
 async function waitForServer() {
@@ -158,7 +166,7 @@ function askForKey(failure) {
   if (failure.keySent) forgetKey();
   const { title, detail } = describe(failure);
   byId("server-notice").hidden = true;
-  whyNot = title;
+  because(title);
   showKeyForm(title, detail);
   if (remembered) byId("key-remember").checked = true;
   announce(`${title} ${detail}`);
@@ -181,7 +189,7 @@ async function useKey(event) {
   storeKey(key, byId("key-remember").checked);
   byId("key-form").hidden = true;
   byId("key").value = "";
-  whyNot = "The key is being checked.";
+  because("The key is being checked.");
   await waiting; // its answer may still be that of the old key
   if (!(await connect())) return;
   if (document.activeElement === document.body) byId("generate").focus(); // and not away from what is being typed
@@ -217,7 +225,8 @@ function generate({ focus = false } = {}) {
   complain("");
   if (model === null) {
     pressed = true;
-    complain(`${whyNot} This is drawn as soon as it can be.`);
+    complain(`${whyNot} ${AS_SOON}`);
+    if (byId("key-form").hidden) connect();
     return;
   }
   const request = form.read();
@@ -225,7 +234,7 @@ function generate({ focus = false } = {}) {
   if (!whyNot) start(request, { focus });
   else if (pending.length >= AT_ONCE) complain(`${whyNot} ${plural(AT_ONCE, "request")} wait for it already.`);
   else {
-    complain(`${whyNot} This is drawn as soon as it can be.`);
+    complain(`${whyNot} ${AS_SOON}`);
     pending.push(request);
     if (byId("key-form").hidden) connect();
   }
@@ -301,6 +310,11 @@ function showProgress() {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
+});
+byId("composer").addEventListener("input", () => {
+  if (!pressed) return;
+  pressed = false; // what is being filled in now is not what was asked for
+  complain("");
 });
 byId("class-random").addEventListener("click", () => {
   const { classes } = picker;

@@ -25,17 +25,24 @@ export class SettingsForm {
   constructor(form, picker) {
     this.form = form;
     this.picker = picker;
+    this.filledIn = new Set(); // names of the fields that somebody has filled in
     for (const slider of form.querySelectorAll("input[type=range]")) {
       const input = byId(slider.dataset.for);
       slider.addEventListener("input", () => {
         input.value = slider.value;
+        this.filledIn.add(input.id);
         this.#clear(input);
         this.#paint(slider);
       });
       input.addEventListener("input", () => this.#follow(slider));
       this.#follow(slider);
     }
-    for (const name of NUMBERS) byId(name).addEventListener("input", (event) => this.#clear(event.target));
+    for (const name of NUMBERS) {
+      byId(name).addEventListener("input", (event) => {
+        this.filledIn.add(name);
+        this.#clear(event.target);
+      });
+    }
     for (const stepButton of form.querySelectorAll("[data-step]")) {
       stepButton.addEventListener("click", () => {
         const input = byId("n");
@@ -46,11 +53,10 @@ export class SettingsForm {
     }
   }
 
-  /** Takes up what the model has: the settings that it is best drawn with, where nothing else has been filled in meanwhile. */
+  /** Takes up what the model has: the settings that it is best drawn with, but for what has been filled in meanwhile. */
   suit({ defaults = {}, codebook_size: codebook }) {
-    const untouched = SAMPLING.filter((name) => byId(name).value === byId(name).defaultValue);
     this.defaults = defaults;
-    this.#setDefaults(untouched);
+    this.#setDefaults(SAMPLING.filter((name) => !this.filledIn.has(name)));
     byId("top_k").max = codebook;
     byId("top_k-hint").textContent = `The k likeliest of ${codebook} tokens; 0 is all.`;
   }
@@ -62,7 +68,10 @@ export class SettingsForm {
   /** Fills the form with the settings of a picture. */
   fill(request) {
     this.picker.choose(request.class_label);
-    for (const name of NUMBERS) this.#set(name, request[name]);
+    for (const name of NUMBERS) {
+      this.filledIn.add(name);
+      this.#set(name, request[name]);
+    }
     if (SAMPLING.slice(1).some((name) => request[name] !== this.defaults?.[name])) byId("more").open = true;
   }
 
