@@ -156,7 +156,7 @@ class FrontRecipe:
     async def _serve(self, connection: socket.socket) -> None:
         def finish(at_once: bool) -> None:
             server.should_exit = True
-            server.force_exit = at_once
+            server.force_exit |= at_once  # this may come first: it overtakes
 
         desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
         app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
