@@ -30,7 +30,7 @@ class Service:
     encoders: ThreadPoolExecutor
 
     def close(self) -> None:
-        """Ends the engines, whatever they do; waits for their processes. Called in the event loop, or after its end."""
+        """Ends the engines, whatever they do; waits for their processes. Called in the event loop."""
         self.dispatcher.stop(at_once=False)
         self.encoders.shutdown(wait=False, cancel_futures=True)
 
