@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 from autoregressive.common.errors import UserError, run_command, slow_imports, tell
@@ -30,7 +29,7 @@ with slow_imports(__name__):
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
-    from autoregressive.serve.worker.process import SIGNALS, EngineRecipe, MakeEngine, signals_held, start_process
+    from autoregressive.serve.worker.process import SIGNALS, EngineRecipe, MakeEngine, StartProcess, signals_held, start_process
 
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
@@ -130,7 +129,7 @@ async def serve(
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
     listeners: Sequence[socket.socket],
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
+    start: StartProcess = start_process,
 ) -> int:
     """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
 

@@ -1,11 +1,9 @@
 """Everything of the service but the server around it: engines, the application, and their end."""
 
 import os
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 
 from autoregressive.common.results import program_version
 from autoregressive.serve.web.app import build_app
@@ -16,7 +14,7 @@ from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.settings import ServerSettings
 from autoregressive.serve.web.store import Store
-from autoregressive.serve.worker.process import MakeEngine, start_process
+from autoregressive.serve.worker.process import MakeEngine, StartProcess, start_process
 
 _MOST_ENCODERS = 8  # threads that make pictures' files
 
@@ -51,7 +49,7 @@ def start_service(
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
     address: str,
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
+    start: StartProcess = start_process,
 ) -> Service:
     """Starts the engines, which take their time, and builds the application; called in the event loop.
 
@@ -68,7 +66,7 @@ def start_dispatcher(
     settings: ServerSettings,
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
-    start: Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]] = start_process,
+    start: StartProcess = start_process,
 ) -> Dispatcher:
     """Starts the engines; called in the event loop.
 

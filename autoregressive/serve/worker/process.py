@@ -32,6 +32,7 @@ from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
+StartProcess = Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]]  # as `start_process`
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _WAITING_BYTES = 4 * 2**20  # in a connection
 _LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
