@@ -221,8 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     on_gpu = options.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(options.device)
-    else:
-        torch.set_num_threads(1)  # the demo model's products are too small to share
+    torch.set_num_threads(1)  # a GPU computes, or the demo model's products are too small to share
     device_name = torch.cuda.get_device_name(options.device) if on_gpu else "cpu"
     print(f"{device_name}, median of {options.repeats}")
     print(f"{'model':<9} {'rows':>5} {'ms/step':>9} {'floor ms':>9} {'share':>7} {'images/s':>9}")

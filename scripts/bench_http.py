@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import heapq
 import json
-import math
 import os
 import socket
 import sys
@@ -33,7 +32,7 @@ from autoregressive.common.errors import OneLineParser, run_command, slow_import
 with slow_imports(__name__):
     import httpx2
     from bench_arguments import at_least
-    from bench_overhead import running_service, saturate
+    from bench_overhead import last_json, running_service, saturate
     from bench_serve import positive
 
     from autoregressive.common.weights import FoundWeights
@@ -144,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with running_service([sys.executable, __file__, _SERVE, *stand_in, *flags]) as (service, url):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url, "--output-format", "jpeg"]
-        saturate(bench, url, 2, 1 + math.ceil(arguments.seconds_per_image), 1)  # warm
+        last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm
         before, drawn = spent(processes.values()), images_drawn(url)
         result = saturate(bench, url, 2 * arguments.places * engines, arguments.seconds, engines)
         images = images_drawn(url) - drawn
@@ -172,8 +171,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)")
     arguments = parser.parse_args(argv)
-    if arguments.seconds < 3 * arguments.seconds_per_image:
-        parser.error("argument --seconds: must be three times --seconds-per-image or more, for waves to be counted")
+    if arguments.seconds < 8 * arguments.seconds_per_image:
+        parser.error("argument --seconds: must be eight times --seconds-per-image or more, for waves to be counted")
     if not Path("/proc/self/stat").exists():
         parser.error("this script reads Linux's /proc, which is not there")
     return arguments

@@ -31,7 +31,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     from bench_arguments import at_least
-    from serve_report import percentiles
+    from serve_report import percentiles, steady_rate
 
     from autoregressive.common.weights import FoundWeights
     from autoregressive.models.config import GPT_SHAPES
@@ -169,7 +169,7 @@ def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, c
     """What a service that `command` starts does: with a lone request at a time, then several times with so many."""
     with running_service(command) as (_, url):
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
-        last_json([*bench, "--saturate", "2", "--seconds", "3"])  # warm
+        last_json([*bench, "--rates", "2", "--seconds", "3"])  # warm
         lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]
         runs = [saturate(bench, url, under_way, seconds, clients) for _ in range(repeats)]
     return {
@@ -181,15 +181,24 @@ def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, c
 
 
 def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int, clients: int) -> dict[str, Any]:
-    """One run with so many requests all the time, from so many client processes, and what the service's supervisor sees of it."""
-    load = [*bench, "--saturate", str(under_way // clients), "--previews", "0", "--seconds", str(seconds)]
+    """One run with so many requests all the time, from so many client processes, and what the service's supervisor sees of it.
+
+    Raises:
+        UserError: a script fails, or the time was too short for images to count.
+    """
+    load = [*bench, "--saturate", str(under_way // clients), "--previews", "0", "--seconds", str(seconds), "--moments"]
     commands = [[sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]]
     commands += [[*load, "--seed", str(seed)] for seed in range(clients)]
     with ThreadPoolExecutor(len(commands)) as pool:
         probed, *loads = pool.map(last_json, commands)
     results = [one["results"][0] for one in loads]
+    moments = [moment for result in results for moment in result["moments"]]
+    until = min(result["until"] for result in results)
+    images, _, pace = steady_rate(moments, under_way, until - seconds, until)
+    if images == 0:
+        raise UserError(f"--seconds {seconds}: the first requests took more than a third of that; give more seconds")
     return {
-        "images_per_second": round(sum(result["images_per_second"] for result in results), 3),
+        "images_per_second": round(pace, 3),
         "failures": [result["failures"] for result in results],
         "probes": probed["results"],
     }

@@ -5,8 +5,8 @@
 
 An open loop: arrivals are Poisson's, drawn from --seed, and do not wait for answers, so a service that is too slow falls behind and
 shows it. Requests are streams of previews and images, of random classes. --saturate instead keeps so many requests under way all
-the time: the most images a second, counted from when each has been answered once. The service runs already; its key, if it has one,
-is taken from LLAMAGEN_API_KEY. Ends in JSON.
+the time: the most images a second, counted from when each could have been answered once until no more are sent. The service runs
+already; its key, if it has one, is taken from LLAMAGEN_API_KEY. Ends in JSON.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 with slow_imports(__name__):
     import httpx2
     from bench_arguments import at_least
-    from serve_report import PERCENTILES, chart, markdown, percentiles
+    from serve_report import PERCENTILES, chart, markdown, percentiles, steady_rate
 
     from autoregressive.common.files import check_file, write_whole
 
@@ -77,10 +77,12 @@ class Measured:
     rate: float | None  # requests a second that were due; None: as many as there were answers
     requests: int = 0
     images: int = 0
-    seconds: float = 0.0  # from the first that was due to the last answer
+    seconds: float = 0.0  # from the first that was due to the last answer, or the first that counts to the last
+    pace: float = 0.0  # images a second
     first_preview: list[float] = field(default_factory=list)  # seconds from when each request was due
     image: list[float] = field(default_factory=list)  # the same, of every image
-    moments: list[float] = field(default_factory=list)  # at which images came, by the clock
+    moments: list[float] = field(default_factory=list)  # at which images came, by the clock that all processes share
+    until: float = 0.0  # moment of that clock from which nothing more was asked for
     failures: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Measured:
             "requests": self.requests,
             "images": self.images,
             "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.images / self.seconds, 3) if self.seconds else 0.0,
+            "images_per_second": round(self.pace, 3),
             "first_preview_seconds": percentiles(self.first_preview),
             "image_seconds": percentiles(self.image),
             "failures": dict(self.failures),
@@ -136,30 +138,26 @@ async def at_rate(load: Load, rate: float) -> Measured:
             tasks.append(asyncio.create_task(request(client, next(bodies), due, measured)))
         await asyncio.gather(*tasks)
         measured.seconds = time.monotonic() - begun
+    measured.pace = measured.images / measured.seconds
     return measured
 
 
 async def saturated(load: Load, concurrency: int) -> Measured:
-    """So many requests under way all the time.
-
-    Requests that begin together end together, in waves: so the count goes from the end of the first wave to the last image.
-    """
+    """So many requests under way all the time; what they get meanwhile counts, but for the first answer of each."""
     measured, bodies = Measured(None), load.bodies()
     async with load.client() as client:
-        begun = time.monotonic()
+        measured.until = time.monotonic() + load.seconds
 
         async def keep_asking() -> None:
-            while time.monotonic() - begun < load.seconds:
+            while time.monotonic() < measured.until:
                 refused = measured.failures.total()
                 await request(client, next(bodies), time.monotonic(), measured)
                 if measured.failures.total() > refused:
                     await asyncio.sleep(_AFTER_REFUSAL_SECONDS)
 
         await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    moments = sorted(measured.moments)
-    first = min(concurrency * load.n, len(moments)) - 1
-    counted = moments[first + 1 :]
-    measured.images, measured.seconds = len(counted), counted[-1] - moments[first] if counted else 0.0
+    begun, first = measured.until - load.seconds, concurrency * load.n
+    measured.images, measured.seconds, measured.pace = steady_rate(measured.moments, first, begun, measured.until)
     return measured
 
 
@@ -182,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(asyncio.run(at_rate(load, rate)))
         tell(f"{rate:g} requests/s: {results[-1].summary()['images_per_second']} images/s")
     if arguments.saturate is not None and not results[0].images:
-        why = f"failures: {dict(results[0].failures)}" if results[0].failures else "nothing ended after the first requests"
+        why = "the first requests took more than a third of that"
+        if results[0].failures:
+            why = f"failures: {dict(results[0].failures)}"
         raise UserError(f"--seconds {arguments.seconds:g}: {why}; give more seconds")
     summaries = [result.summary() for result in results]
     print(f"{model}, n = {load.n}, {load.seconds:g} s a rate; seconds from when a request was due, {PERCENTILES}\n")
@@ -192,6 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_whole(arguments.plot, lambda path: picture.save(path, format="PNG"))
     options = {name: getattr(load, name) for name in ("n", "previews", "output_format", "seconds", "seed")}
     options["saturate"] = arguments.saturate
+    if arguments.moments:
+        for summary, result in zip(summaries, results, strict=True):
+            summary |= {"moments": [round(moment, 4) for moment in result.moments], "until": round(result.until, 4)}
     text = json.dumps({"benchmark": "serve", "model": model, "options": options, "results": summaries})
     if arguments.output is not None:
         write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
@@ -250,6 +253,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--previews", type=at_least(0), default=1, metavar="N", help="of each image, 0 to 3 (default: 1)")
     parser.add_argument("--output-format", choices=("png", "jpeg", "webp"), default="png", help="of images (default: png)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of arrivals, classes and images (default: 0)")
+    parser.add_argument("--moments", action="store_true", help="also the moment of each image in the JSON, by the system's clock")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="seconds to an image over the rate")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the figures here")
     arguments = parser.parse_args(argv)

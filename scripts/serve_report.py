@@ -1,7 +1,8 @@
 """The table and the chart of bench_serve.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,30 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     if not ordered:
         return None
     return {name: round(ordered[math.ceil(rank * len(ordered)) - 1], 4) for name, rank in _RANKS.items()}
+
+
+def steady_rate(moments: Iterable[float], first: int, begun: float, until: float) -> tuple[int, float, float]:
+    """The pace of images while a service is kept busy: neither its start nor its end, where there is less to do, counts.
+
+    Images come in waves, so what is between two moments depends on how many waves are: the pace is the slope of the straight line
+    (least squares) through the images counted over time.
+
+    Args:
+        moments: seconds, at which images came
+        first: so many are of the start, one or more.
+        begun, until: moments at which the service began to be kept busy, and to be left alone.
+
+    Returns:
+        How many images count, seconds from the first of them to the last, images a second; (0, 0, 0) if the start took more than a
+        third of the time, for then there are too few waves to tell.
+    """
+    ordered = sorted(moment for moment in moments if moment <= until)
+    counted = ordered[first:]
+    if not counted or counted[0] == counted[-1] or ordered[first - 1] - begun > (until - begun) / 3:
+        return 0, 0.0, 0.0
+    middle, ranks = mean(counted), (len(counted) - 1) / 2
+    covariance = sum((moment - middle) * (rank - ranks) for rank, moment in enumerate(counted))
+    return len(counted), counted[-1] - counted[0], covariance / sum((moment - middle) ** 2 for moment in counted)
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:

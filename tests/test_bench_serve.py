@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_service import Service, running_service
 from PIL import Image
-from serve_report import _ticks, percentiles
+from serve_report import _ticks, percentiles, steady_rate
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -70,8 +71,44 @@ def test_a_saturated_service_is_counted_without_its_first_wave(service: Service)
     done = bench("--url", service.url, "--saturate", "4", "--seconds", "2", "--previews", "0")
     result = json.loads(done.stdout.splitlines()[-1])["results"][0]
     assert result["first_preview_seconds"] is None
-    assert 0 < result["images"] <= result["requests"] - 4
-    assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.01)
+    assert 0 < result["images"] <= result["requests"] - 2 * 4  # nor its end
+    assert 0 < result["seconds"] <= 2
+    assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.25)
+    assert "moments" not in result
+
+
+def test_the_pace_of_waves_is_theirs_whenever_they_are_cut_off() -> None:
+    """Fails if it depends on when the clock is stopped, or on how the images of a wave follow each other."""
+    for spread in (0.0, 0.4, 1.0):  # of a wave, in its second
+        moments = [wave + spread * image / 100 for wave in range(1, 41) for image in range(100)]
+        for until in (20.0, 20.2, 20.5, 20.9):
+            images, seconds, pace = steady_rate(reversed(moments), 200, 0.0, until)
+            assert images == sum(3 <= moment <= until for moment in moments)
+            assert 17 <= seconds <= until - 3
+            assert pace == pytest.approx(100, rel=0.005)
+
+
+def test_images_after_the_last_question_do_not_count() -> None:
+    """Fails if the end, where ever fewer requests are under way, makes a service seem slower."""
+    moments = [0.1 * index for index in range(100)]
+    assert steady_rate([*moments, 100.0], 10, 0.0, 9.95) == steady_rate(moments, 10, 0.0, 9.95)
+    assert steady_rate(moments, 10, 0.0, 9.95)[2] == pytest.approx(10)
+
+
+@pytest.mark.parametrize("moments", [[], [1.0], [1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 9.0], [1.7, 2.0, 3.0, 4.0, 5.0]])
+def test_a_wave_or_two_have_no_pace(moments: list[float]) -> None:
+    """Fails if a few images that ended together pass for a rate."""
+    assert steady_rate(moments, 1, 0.0, 5.0) == (0, 0.0, 0.0)
+    assert steady_rate([1.6, 2.0, 3.0, 4.0, 5.0], 1, 0.0, 5.0)[2] == pytest.approx(1)
+
+
+def test_moments_are_told_on_request(service: Service) -> None:
+    """Fails if they are not of the clock that whoever started the script has."""
+    begun = time.monotonic()
+    done = bench("--url", service.url, "--saturate", "2", "--seconds", "1", "--moments")
+    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert len(result["moments"]) == result["requests"]
+    assert begun < min(result["moments"]) < result["until"] < max(result["moments"]) < time.monotonic()
 
 
 def test_a_run_too_short_to_count_is_no_result(service: Service) -> None:
@@ -120,7 +157,7 @@ def test_http_alone_is_measured() -> None:
         ("bench_serve", ("--output-format", "bmp"), "choose from"),
         ("bench_http", ("--places", "0"), "1 or more"),
         ("bench_http", ("--seconds-per-image", "-1"), "above 0"),
-        ("bench_http", ("--seconds-per-image", "4"), "three times"),
+        ("bench_http", ("--seconds-per-image", "4"), "eight times"),
         ("bench_http", ("--api-server-count", "many"), "whole number"),
         ("bench_overhead", ("--rows", "2"), "4 or more"),
         ("bench_overhead", ("--gpt-model", "GPT-5"), "choose from"),
