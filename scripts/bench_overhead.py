@@ -166,11 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int) -> dict[str, Any]:
-    """What a service that `command` starts does: with a lone request at a time, then several times with so many."""
+    """What a service that `command` starts does: with a lone request at a time, then several times with so many.
+
+    Before that, about so many once, for what a service does the first time only.
+    """
     with running_service(command) as (_, url):
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
-        last_json([*bench, "--rates", "2", "--seconds", "3"])  # warm
-        lone = last_json([*bench, "--saturate", "1", "--seconds", "10"])["results"][0]
+        last_json([*bench, "--rates", str(under_way / 2), "--seconds", "2", "--previews", "0"])
+        lone = last_json([*bench, "--saturate", "1", "--seconds", str(seconds / 2)])["results"][0]
         runs = [saturate(bench, url, under_way, seconds, clients) for _ in range(repeats)]
     return {
         "images_per_second": median(run["images_per_second"] for run in runs),
