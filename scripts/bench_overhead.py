@@ -1,10 +1,11 @@
 """What HTTP costs: images a second of the engine alone and behind the service.
 
-    python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512 --seconds 30
+    python scripts/bench_overhead.py --gpt-model GPT-XL --image-size 256 --rows 512
 
 The service is saturated by scripts/bench_serve.py: as many requests under way as fill the rows twice, of one guided image each,
-without previews, so that when a wave of them ends, those wait already who take its rows. Beside it scripts/bench_probes.py asks
-for /health and /metrics. Before that, the time to the first preview of a lone request, half drawn. The engine alone draws four
+without previews, so that when a wave of them ends, those wait already who take its rows. What counts is the slope of images over
+time, after two waves and until no more is asked for. Beside it scripts/bench_probes.py asks for /health and /metrics. Before that,
+the rows are filled once, and the time to the first preview of a lone request is taken, half drawn. The engine alone draws four
 times as many images as fit, with their pixels (scripts/bench_decode.py). With --in-a-thread also the service with its engine in
 a thread of the same process. With --data-parallel-size also so many engines behind one service, with as many times the requests,
 from as many processes. Random weights; each in processes of its own. Ends in JSON.
@@ -13,6 +14,7 @@ from as many processes. Random weights; each in processes of its own. Ends in JS
 import argparse
 import asyncio
 import json
+import math
 import os
 import re
 import socket
@@ -47,6 +49,7 @@ with slow_imports(__name__):
 _SCRIPTS = Path(__file__).parent
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
 _LONE_REQUESTS = 21  # of which the first warms up
+_WAVES, _LEAST_WAVES, _LEAST_SECONDS = 10, 8, 10  # of a run
 
 
 class ThreadedEngine:
@@ -153,10 +156,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode = [sys.executable, str(_SCRIPTS / "bench_decode.py"), "--models", model, "--rows", str(rows), *size]
     alone = last_json([*decode, "--images", str(2 * rows), "--pixels"])["models"][0]["results"][0]["images_per_second"]
     lone = last_json([sys.executable, __file__, _LONE, *flags])["first_preview_seconds"]
+    seconds = seconds_of_load(arguments.seconds, rows / 2 / alone)
     results: dict[str, Any] = {"alone": {"images_per_second": alone, "lone_first_preview_seconds": lone}}
     print(f"the engine alone: {alone:.2f} images/s, lone preview {lone}", flush=True)
     for where, (command, count) in commands.items():
-        results[where] = result = behind(command, rows * count, arguments.seconds, arguments.repeats, count)
+        results[where] = result = behind(command, rows * count, seconds, arguments.repeats, count)
         what = f"{result['images_per_second']:.2f} images/s ({result['images_per_second'] / (alone * count):.1%})"
         print(f"behind HTTP, engine {where}: {what}, lone preview {result['lone_first_preview_seconds']}", flush=True)
         for run in result["runs"]:
@@ -165,14 +169,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def seconds_of_load(asked: int | None, wave_seconds: float) -> int:
+    """How long a run lasts: as asked, or enough for ten waves of images, each of which takes so long.
+
+    Raises:
+        UserError: that is too short.
+    """
+    least = math.ceil(_LEAST_WAVES * wave_seconds)
+    if asked is not None and asked < least:
+        raise UserError(f"--seconds {asked}: {_LEAST_WAVES} waves of images take {least} s here; give as many, or leave it out")
+    return max(_LEAST_SECONDS, math.ceil(_WAVES * wave_seconds)) if asked is None else asked
+
+
 def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int) -> dict[str, Any]:
     """What a service that `command` starts does: with a lone request at a time, then several times with so many.
 
     Before that, about so many once, for what a service does the first time only.
+
+    Args:
+        clients: processes that ask.
     """
     with running_service(command) as (_, url):
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
-        last_json([*bench, "--rates", str(under_way / 2), "--seconds", "2", "--previews", "0"])
+        at_once([[*bench, "--rates", str(under_way / clients / 2), "--seconds", "2"]] * clients)
         lone = last_json([*bench, "--saturate", "1", "--seconds", str(seconds / 2)])["results"][0]
         runs = [saturate(bench, url, under_way, seconds, clients) for _ in range(repeats)]
     return {
@@ -181,6 +200,12 @@ def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, c
         "lone_image_seconds": lone["image_seconds"],
         "runs": runs,
     }
+
+
+def at_once(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """What several scripts end in that run beside each other."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(last_json, commands))
 
 
 def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int, clients: int) -> dict[str, Any]:
@@ -192,12 +217,11 @@ def saturate(bench: Sequence[str], url: str, under_way: int, seconds: int, clien
     load = [*bench, "--saturate", str(under_way // clients), "--previews", "0", "--seconds", str(seconds), "--moments"]
     commands = [[sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]]
     commands += [[*load, "--seed", str(seed)] for seed in range(clients)]
-    with ThreadPoolExecutor(len(commands)) as pool:
-        probed, *loads = pool.map(last_json, commands)
+    probed, *loads = at_once(commands)
     results = [one["results"][0] for one in loads]
     moments = [moment for result in results for moment in result["moments"]]
-    until = min(result["until"] for result in results)
-    images, _, pace = steady_rate(moments, under_way, until - seconds, until)
+    ends = [result["until"] for result in results]  # in between all of them ask
+    images, _, pace = steady_rate(moments, under_way, max(ends) - seconds, min(ends))
     if images == 0:
         raise UserError(f"--seconds {seconds}: the first requests took more than a third of that; give more seconds")
     return {
@@ -213,7 +237,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gpt-model", choices=list(GPT_SHAPES), default="GPT-XL", metavar="NAME", help="(default: GPT-XL)")
     parser.add_argument("--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)")
     parser.add_argument("--rows", type=at_least(4), default=512, metavar="N", help="rows that run at once (default: 512)")
-    parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="of load a run (default: 30)")
+    parser.add_argument("--seconds", type=at_least(1), metavar="S", help="of load a run (default: ten waves of images)")
     parser.add_argument("--in-a-thread", action="store_true", help="also with the engine in a thread of the service")
     parser.add_argument("--data-parallel-size", type=at_least(1), default=1, metavar="N", help="also N engines (default: 1)")
     parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="runs, of which the median counts (default: 3)")

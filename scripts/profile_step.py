@@ -160,15 +160,15 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     span = Span(make_runner(gpt, shape, case.rows * shape.pages_per_row, config), case.rows, case.context)
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
     floor_us = None
-    if ceilings is None:
-        with threads_that_pay(gpt.config, device):
+    with threads_that_pay(gpt.config, device):
+        if ceilings is None:
             times, step_seconds = profile_on_cpu(span)
-    else:
-        floor = Floor(gpt.config, dtype.itemsize, ceilings)
-        times = with_floor(profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context)
-        step_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
-        floor_us = floor.step_seconds(case.rows, case.rows * span.mean_context) * 1e6
-        report |= {"floor_us": floor_us, "share": floor_us / (step_seconds * 1e6), "ceilings": asdict(ceilings)}
+        else:
+            floor = Floor(gpt.config, dtype.itemsize, ceilings)
+            times = with_floor(profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context)
+            step_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
+            floor_us = floor.step_seconds(case.rows, case.rows * span.mean_context) * 1e6
+            report |= {"floor_us": floor_us, "share": floor_us / (step_seconds * 1e6), "ceilings": asdict(ceilings)}
     show(times, step_seconds * 1e6, floor_us)
     operations = [asdict(each) | {"mean_us": each.mean_us, "share": each.share} for each in times]
     return report | {"step_us": step_seconds * 1e6, "operations": operations}

@@ -1,8 +1,8 @@
-"""The table and the chart of bench_serve.py."""
+"""What bench_serve.py makes of its figures: percentiles, the pace of images, a table and a chart."""
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import mean
+from statistics import linear_regression
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,25 +25,24 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
 def steady_rate(moments: Iterable[float], first: int, begun: float, until: float) -> tuple[int, float, float]:
     """The pace of images while a service is kept busy: neither its start nor its end, where there is less to do, counts.
 
-    Images come in waves, so what is between two moments depends on how many waves are: the pace is the slope of the straight line
-    (least squares) through the images counted over time.
+    Images may come in waves, so how many lie between two moments depends on where waves are cut: the pace is the slope of the
+    straight line (least squares) through the images counted over time. It is right to a tenth with three waves, to a hundredth with
+    eight, whatever their shape.
 
     Args:
         moments: seconds, at which images came
         first: so many are of the start, one or more.
-        begun, until: moments at which the service began to be kept busy, and to be left alone.
+        begun, until: moments from which on the service was kept busy, and left alone.
 
     Returns:
         How many images count, seconds from the first of them to the last, images a second; (0, 0, 0) if the start took more than a
-        third of the time, for then there are too few waves to tell.
+        third of the time, or what counts came within less than a third: there are too few waves then, or none.
     """
-    ordered = sorted(moment for moment in moments if moment <= until)
-    counted = ordered[first:]
-    if not counted or counted[0] == counted[-1] or ordered[first - 1] - begun > (until - begun) / 3:
+    ordered = sorted(moment for moment in moments if begun <= moment <= until)
+    counted, third = ordered[first:], (until - begun) / 3
+    if not counted or ordered[first - 1] - begun > third or counted[-1] - counted[0] < third:
         return 0, 0.0, 0.0
-    middle, ranks = mean(counted), (len(counted) - 1) / 2
-    covariance = sum((moment - middle) * (rank - ranks) for rank, moment in enumerate(counted))
-    return len(counted), counted[-1] - counted[0], covariance / sum((moment - middle) ** 2 for moment in counted)
+    return len(counted), counted[-1] - counted[0], linear_regression(counted, range(len(counted))).slope
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:

@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_overhead
 import pytest
 from fake_service import Service, running_service
 from PIL import Image
 from serve_report import _ticks, percentiles, steady_rate
+
+from autoregressive.common.errors import UserError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -68,47 +71,98 @@ def test_arrivals_are_the_same_for_one_seed(service: Service) -> None:
 
 def test_a_saturated_service_is_counted_without_its_first_wave(service: Service) -> None:
     """Fails if the start, in which nothing can have ended yet, is part of the rate."""
-    done = bench("--url", service.url, "--saturate", "4", "--seconds", "2", "--previews", "0")
-    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    begun = time.monotonic()
+    flags = ("--saturate", "4", "--n", "2", "--seconds", "3", "--previews", "0", "--moments")
+    result = json.loads(bench("--url", service.url, *flags).stdout.splitlines()[-1])["results"][0]
+    moments, until = result["moments"], result["until"]
     assert result["first_preview_seconds"] is None
-    assert 0 < result["images"] <= result["requests"] - 2 * 4  # nor its end
-    assert 0 < result["seconds"] <= 2
-    assert result["images_per_second"] == pytest.approx(result["images"] / result["seconds"], rel=0.25)
-    assert "moments" not in result
+    assert len(moments) == 2 * result["requests"]
+    assert begun < until - 3 < min(moments) < until < max(moments) < time.monotonic()
+    images, seconds, pace = steady_rate(moments, 4 * 2, until - 3, until)
+    assert images > 0
+    assert result["images"] == pytest.approx(images, abs=2)  # moments are rounded
+    assert result["seconds"] == pytest.approx(seconds, abs=0.01)
+    assert result["images_per_second"] == pytest.approx(pace, rel=0.01)
 
 
-def test_the_pace_of_waves_is_theirs_whenever_they_are_cut_off() -> None:
+BEGUN = 1000.0  # by the clock
+
+
+@pytest.mark.parametrize(("until", "close"), [(20.0, 2e-3), (20.2, 2e-3), (20.5, 2e-3), (20.9, 2e-3), (10.1, 0.01), (9.1, 0.02)])
+def test_the_pace_of_waves_is_theirs_whenever_they_are_cut_off(until: float, close: float) -> None:
     """Fails if it depends on when the clock is stopped, or on how the images of a wave follow each other."""
     for spread in (0.0, 0.4, 1.0):  # of a wave, in its second
-        moments = [wave + spread * image / 100 for wave in range(1, 41) for image in range(100)]
-        for until in (20.0, 20.2, 20.5, 20.9):
-            images, seconds, pace = steady_rate(reversed(moments), 200, 0.0, until)
-            assert images == sum(3 <= moment <= until for moment in moments)
-            assert 17 <= seconds <= until - 3
-            assert pace == pytest.approx(100, rel=0.005)
+        moments = [BEGUN + wave + spread * image / 100 for wave in range(1, 41) for image in range(100)]
+        images, seconds, pace = steady_rate(reversed(moments), 200, BEGUN, BEGUN + until)
+        assert images == sum(BEGUN + 3 <= moment <= BEGUN + until for moment in moments)
+        assert until - 4 < seconds < until - 2.99
+        assert pace == pytest.approx(100, rel=close)
 
 
 def test_images_after_the_last_question_do_not_count() -> None:
     """Fails if the end, where ever fewer requests are under way, makes a service seem slower."""
-    moments = [0.1 * index for index in range(100)]
-    assert steady_rate([*moments, 100.0], 10, 0.0, 9.95) == steady_rate(moments, 10, 0.0, 9.95)
-    assert steady_rate(moments, 10, 0.0, 9.95)[2] == pytest.approx(10)
+    moments = [BEGUN + 0.1 * index for index in range(100)]
+    only = steady_rate(moments, 10, BEGUN, BEGUN + 9.95)
+    assert only[2] == pytest.approx(10)
+    assert steady_rate([BEGUN - 1, *moments, BEGUN + 100], 10, BEGUN, BEGUN + 9.95) == only
 
 
-@pytest.mark.parametrize("moments", [[], [1.0], [1.0, 2.0, 2.0, 2.0], [1.0, 2.0, 9.0], [1.7, 2.0, 3.0, 4.0, 5.0]])
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [],
+        [1.0],
+        [1.0, 2.0, 2.0, 2.0],
+        [1.0, 2.0, 2.0001, 2.0002],
+        [1.0, 2.0, 9.0],
+        [1.7, 2.0, 3.0, 4.0, 5.0],  # a long start
+        [0.5, 0.7, 0.9, 1.1, 1.3, 1.5],  # and nothing since
+    ],
+)
 def test_a_wave_or_two_have_no_pace(moments: list[float]) -> None:
     """Fails if a few images that ended together pass for a rate."""
-    assert steady_rate(moments, 1, 0.0, 5.0) == (0, 0.0, 0.0)
-    assert steady_rate([1.6, 2.0, 3.0, 4.0, 5.0], 1, 0.0, 5.0)[2] == pytest.approx(1)
+    assert steady_rate((BEGUN + moment for moment in moments), 1, BEGUN, BEGUN + 5) == (0, 0.0, 0.0)
+    assert steady_rate((BEGUN + moment for moment in (1.6, 2, 3, 4, 5)), 1, BEGUN, BEGUN + 5)[2] == pytest.approx(1)
 
 
-def test_moments_are_told_on_request(service: Service) -> None:
-    """Fails if they are not of the clock that whoever started the script has."""
-    begun = time.monotonic()
-    done = bench("--url", service.url, "--saturate", "2", "--seconds", "1", "--moments")
-    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
-    assert len(result["moments"]) == result["requests"]
-    assert begun < min(result["moments"]) < result["until"] < max(result["moments"]) < time.monotonic()
+def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if one of them does not count, or a time in which not all of them ask."""
+    mine = [BEGUN + 0.1 * index for index in range(1, 120)]
+    told = [
+        {"moments": [BEGUN - 0.5, *mine], "until": BEGUN + 10, "failures": {"429": 1}},
+        {"moments": [moment + 0.05 for moment in mine], "until": BEGUN + 11, "failures": {}},
+    ]
+    commands: list[list[str]] = []
+
+    def ended_in(command: list[str]) -> dict[str, object]:
+        commands.append(command)
+        if "bench_probes.py" in command[1]:
+            return {"results": "as they were"}
+        return {"results": [told[int(command[command.index("--seed") + 1])]]}
+
+    monkeypatch.setattr(bench_overhead, "last_json", ended_in)
+    asked: list[tuple[int, float, float]] = []
+
+    def noted(moments: list[float], first: int, begun: float, until: float) -> tuple[int, float, float]:
+        asked.append((first, begun, until))
+        return steady_rate(moments, first, begun, until)
+
+    monkeypatch.setattr(bench_overhead, "steady_rate", noted)
+    result = bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
+    assert asked == [(20, BEGUN + 1, BEGUN + 10)]
+    assert result == {"images_per_second": pytest.approx(20), "failures": [{"429": 1}, {}], "probes": "as they were"}
+    assert all(command[command.index("--saturate") + 1] == "10" for command in commands if "--saturate" in command)
+    with pytest.raises(UserError, match="more than a third"):
+        bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
+
+
+def test_a_run_lasts_for_enough_waves() -> None:
+    """Fails if the script works for minutes and then finds that too few waves came."""
+    assert bench_overhead.seconds_of_load(None, 5.65) == 57
+    assert bench_overhead.seconds_of_load(None, 0.1) == 10
+    assert bench_overhead.seconds_of_load(46, 5.65) == 46
+    with pytest.raises(UserError, match="8 waves of images take 46 s"):
+        bench_overhead.seconds_of_load(45, 5.65)
 
 
 def test_a_run_too_short_to_count_is_no_result(service: Service) -> None:
@@ -136,12 +190,12 @@ def test_probes_are_counted_and_timed(service: Service) -> None:
 @pytest.mark.timing
 def test_http_alone_is_measured() -> None:
     """Fails if images are lost, or come sooner than such engines can give them, or a process is left out."""
-    flags = ("--data-parallel-size", "2", "--places", "4", "--seconds-per-image", "0.2", "--seconds", "3")
+    flags = ("--data-parallel-size", "2", "--places", "4", "--seconds-per-image", "0.2", "--seconds", "6")
     done = bench(*flags, script="bench_http")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["result"]["failures"] == [{}, {}]
-    assert 0 < figures["result"]["images_per_second"] < 1.2 * 2 * 4 / 0.2
+    assert 0.6 * 2 * 4 / 0.2 < figures["result"]["images_per_second"] < 1.1 * 2 * 4 / 0.2
     assert list(figures["costs"]) == ["service", "engine 0", "engine 1", "front 0", "front 1"]
     for cost in figures["costs"].values():
         assert cost["milliseconds"] > 0

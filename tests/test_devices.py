@@ -7,6 +7,9 @@ import torch
 
 from autoregressive.common.devices import threads_that_pay
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
+from autoregressive.serve import api_server
+from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+from autoregressive.serve.worker import process
 
 
 @pytest.fixture
@@ -26,3 +29,12 @@ def test_threads_are_used_where_there_is_something_to_share(several_threads: int
     with threads_that_pay(GPTConfig(**vars(GPT_SHAPES[model])), torch.device(device)):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == several_threads
+
+
+def test_an_engines_process_uses_the_threads_that_pay(several_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an engine of the service is built with a thread for every core, whatever it runs on."""
+    monkeypatch.setattr(process, "settle_heap", lambda: None)  # this process goes on
+    _, recipe = api_server.prepare(resolve_server_settings(read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {})))
+    assert torch.get_num_threads() == several_threads
+    recipe(0)(lambda done, total: None)
+    assert torch.get_num_threads() == 1

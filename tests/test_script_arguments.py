@@ -85,6 +85,14 @@ def test_without_a_mistake_the_work_begins(script: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x.json").exists()
 
 
+def test_steps_are_measured_with_one_cpu_thread() -> None:
+    """Fails if threads spin beside the steps that are timed."""
+    torch.set_num_threads(3)
+    with pytest.raises(AssertionError, match="work began"):
+        run("bench_decode")
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize("script", WRITE_FIGURES)
 @pytest.mark.parametrize("name", ["missing/x.json", "folder.json", "x.txt"])
 def test_a_file_that_cannot_be_written_is_refused(script: str, name: str, tmp_path: Path) -> None:
