@@ -1,5 +1,7 @@
 """The batch's tensors: what a load puts where, what it leaves alone, and how codes come back."""
 
+import time
+
 import torch
 
 from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -73,6 +75,27 @@ def test_padding_is_marked_and_departed_rows_become_padding() -> None:
     assert batch.unconditional_rows.tolist() == [-1] * 5
     assert batch.page_table[0, 0] == 4
     assert all(0 <= slot < SHAPE.num_slots for slot in batch.row_slots.tolist())
+
+
+def test_a_load_is_no_work_for_other_threads() -> None:
+    """Fails if torch's CPU threads are woken to copy a large batch, and spin after it while others want the cores."""
+    batch = Batch(BatchShape.of(max_rows=512, tokens=576, page_size=16), CPU)
+    pages = list(range(batch.shape.pages_per_row))
+    images = [ImageState(PARAMS, 0, slot, RowState(3, slot, 0, pages), RowState(10, slot, 0, pages)) for slot in range(256)]
+    rows = [row for image in images for row in image.rows]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batch.load(rows, images)
+        time.sleep(0.5)  # until those rest again that were woken to build the batch
+        others, own = time.process_time() - time.thread_time(), time.thread_time()
+        for _ in range(50):
+            batch.load(rows, images)
+        time.sleep(0.5)  # until those rest again that were woken to build the batch
+        others, own = time.process_time() - time.thread_time() - others, time.thread_time() - own
+    finally:
+        torch.set_num_threads(threads)
+    assert others < own / 4  # as bytes: all of it
 
 
 def test_addresses_stay_and_are_aligned() -> None:

@@ -72,7 +72,7 @@ def test_nothing_grows_under_load() -> None:
     seconds = float(os.environ.get("SOAK_SECONDS", "480" if on_gpu else "1800"))
     with served(*flags) as (pid, url):
         processes = tree(pid)
-        at_once = "96" if on_gpu else "8"
+        at_once = "128" if on_gpu else "8"  # images that fill the rows
         capacity = bench(url, "--saturate", at_once, "--seconds", "30" if on_gpu else "90")["images_per_second"]
         before = {process: descriptors(process) for process in processes}
         samples: list[tuple[float, int]] = []

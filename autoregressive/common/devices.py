@@ -44,8 +44,8 @@ def default_precision(device: torch.device) -> torch.dtype:
 def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
     """One CPU thread where there is nothing to share: a GPU computes, or the model's products are too small.
 
-    More would spin on all cores after each operation on more than 32,768 elements on the CPU, beside a GPU the upload of a batch:
-    other processes find no core free, and a thread that finds none holds up a step, for all of them are waited for.
+    More would spin on all cores after each operation on more than 32,768 elements on the CPU: other processes find no core free,
+    and a thread that finds none holds up a step, for all of them are waited for.
     """
     if device.type == "cuda" or config.dim < _NARROW:
         torch.set_num_threads(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from autoregressive.serve.engine.request import ImageState, RowState
 
 _ALIGNMENT = 64  # bytes; what kernels may assume of a pointer, with room to spare
+_WORD = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,19 @@ class Batch:
             "under_way": ((shape.num_slots,), torch.int32),
             "page_table": ((shape.max_rows, shape.pages_per_row), torch.int32),  # last: only the rows in use are uploaded
         }
-        # One buffer holds them all, as does its mirror on the host, so that a load is one copy.
+        # One buffer holds them all, as does its mirror on the host, so that a load is one copy. Of 8-byte words, not of bytes:
+        # torch wakes all its CPU threads to copy more than 32,768 elements on the host, and a batch has 66 KB.
         sizes = {name: prod(dims) * dtype.itemsize for name, (dims, dtype) in layout.items()}
         padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
-        self._buffer = torch.zeros(sum(padded.values()), dtype=torch.uint8, device=device)
-        self._mirror = torch.zeros(sum(padded.values()), dtype=torch.uint8)
+        self._buffer = torch.zeros(sum(padded.values()) // _WORD, dtype=torch.int64, device=device)
+        self._mirror = torch.zeros(sum(padded.values()) // _WORD, dtype=torch.int64)
+        device_bytes, host_bytes = self._buffer.view(torch.uint8), self._mirror.view(torch.uint8)
         self._host: dict[str, NDArray] = {}
         start = 0
         for name, (dims, dtype) in layout.items():
             place = slice(start, start + sizes[name])
-            setattr(self, name, self._buffer[place].view(dtype).view(dims))
-            self._host[name] = self._mirror[place].view(dtype).view(dims).numpy()
+            setattr(self, name, device_bytes[place].view(dtype).view(dims))
+            self._host[name] = host_bytes[place].view(dtype).view(dims).numpy()
             start += padded[name]
         self._page_table_start = start - padded["page_table"]
         self.codes = torch.zeros(shape.num_slots, shape.tokens, dtype=torch.int32, device=device)
@@ -117,7 +120,7 @@ class Batch:
         self._fill_images(rows, images)
         host["under_way"].fill(1)
         host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
-        end = self._page_table_start + host["page_table"][: len(rows)].nbytes
+        end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
         self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
         self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
 
