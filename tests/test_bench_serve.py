@@ -158,11 +158,11 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_lasts_for_enough_waves() -> None:
     """Fails if the script works for minutes and then finds that too few waves came."""
-    assert bench_overhead.seconds_of_load(None, 5.65) == 57
+    assert bench_overhead.seconds_of_load(None, 5.65) == 85
     assert bench_overhead.seconds_of_load(None, 0.1) == 10
-    assert bench_overhead.seconds_of_load(46, 5.65) == 46
-    with pytest.raises(UserError, match="8 waves of images take 46 s"):
-        bench_overhead.seconds_of_load(45, 5.65)
+    assert bench_overhead.seconds_of_load(68, 5.65) == 68
+    with pytest.raises(UserError, match="12 waves of images take 68 s"):
+        bench_overhead.seconds_of_load(67, 5.65)
 
 
 def test_a_run_too_short_to_count_is_no_result(service: Service) -> None:
