@@ -415,12 +415,13 @@ def resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-# Beside other tests a median may double for reasons of theirs; the promise itself, a tenth, is held by the long run.
-@pytest.mark.parametrize(("readers", "rise"), [(50, 3.0), pytest.param(500, 1.1, marks=pytest.mark.soak)])
-def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, readers: int, rise: float) -> None:
-    """Others' median rises by at most a tenth; each holds at most 1 MiB; within 30 s they are gone."""
+def draw_beside_stalled(folder: Path, readers: int) -> tuple[float, float, float]:
+    """Seconds of a draw (median of 15) before and while so many readers stall, and MiB that each of these holds.
+
+    Fails if they are still connected after 30 s.
+    """
     flags = ("--max-num-seqs", "64", "--max-queue-size", str(2 * readers))
-    with running_service(tmp_path, *flags, environment={LARGE: "1"}) as service:
+    with running_service(folder, *flags, environment={LARGE: "1"}) as service:
 
         def median_seconds() -> float:
             times = []
@@ -441,10 +442,8 @@ def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, rea
             stalled.append(connection)
         service.wait_for(lambda: service.gauges()["num_requests_running"] + service.gauges()["num_requests_waiting"] == 0, 60)
         drawn = time.monotonic()
-        held = resident_bytes(service.process.pid) - memory
-        assert held / readers < 2**20, f"{held / readers / 2**20:.2f} MiB each"
+        held = (resident_bytes(service.process.pid) - memory) / readers / 2**20
         during = median_seconds()
-        assert during < rise * before + 0.01, f"{before:.3f} s became {during:.3f} s"
 
         def open_connections() -> int:
             port = int(service.url.rsplit(":", 1)[1])
@@ -454,6 +453,22 @@ def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, rea
         service.wait_for(lambda: open_connections() < 5, max(1.0, drawn + 30 - time.monotonic()))
         for connection in stalled:
             connection.close()
+    return before, during, held
+
+
+# Beside other tests a median may double for reasons of theirs; the promise itself, a tenth, is held by the long run.
+@pytest.mark.parametrize(("readers", "runs", "rise"), [(50, 1, 3.0), pytest.param(500, 3, 1.1, marks=pytest.mark.soak)])
+def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, readers: int, runs: int, rise: float) -> None:
+    """Others' median rises by at most a tenth; each holds at most 1 MiB; within 30 s they are gone."""
+    ratios = []
+    for run in range(runs):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        before, during, held = draw_beside_stalled(folder, readers)
+        print(f"{readers} stalled readers: {before:.3f} s a draw before, {during:.3f} s beside them; {held:.2f} MiB each")
+        ratios.append(during / before)
+        assert held <= 1
+    assert statistics.median(ratios) <= rise
 
 
 # 12. Counters
