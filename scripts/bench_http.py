@@ -34,6 +34,7 @@ with slow_imports(__name__):
     from bench_arguments import at_least
     from bench_overhead import last_json, running_service, saturate
     from bench_serve import positive
+    from serve_report import WAVES
 
     from autoregressive.common.weights import FoundWeights
     from autoregressive.serve import api_server
@@ -171,8 +172,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)")
     arguments = parser.parse_args(argv)
-    if arguments.seconds < 8 * arguments.seconds_per_image:
-        parser.error("argument --seconds: must be eight times --seconds-per-image or more, for waves to be counted")
+    if arguments.seconds < WAVES * arguments.seconds_per_image:
+        parser.error(f"argument --seconds: must be {WAVES} times --seconds-per-image or more, for waves to be counted")
     if not Path("/proc/self/stat").exists():
         parser.error("this script reads Linux's /proc, which is not there")
     return arguments

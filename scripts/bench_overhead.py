@@ -33,7 +33,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     from bench_arguments import at_least
-    from serve_report import percentiles, steady_rate
+    from serve_report import WAVES, percentiles, steady_rate
 
     from autoregressive.common.weights import FoundWeights
     from autoregressive.models.config import GPT_SHAPES
@@ -49,7 +49,7 @@ with slow_imports(__name__):
 _SCRIPTS = Path(__file__).parent
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
 _LONE_REQUESTS = 21  # of which the first warms up
-_WAVES, _LEAST_WAVES, _LEAST_SECONDS = 15, 12, 10  # of a run
+_LEAST_SECONDS = 10  # of a run
 
 
 class ThreadedEngine:
@@ -170,17 +170,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def seconds_of_load(asked: int | None, wave_seconds: float) -> int:
-    """How long a run lasts: as asked, or enough for fifteen waves of images, each of which takes so long.
-
-    Two of them come before images count; with the requests read and their files made, that is four, and may be a third of a run.
+    """How long a run lasts: as asked, or enough for waves of images, each of which takes so long, to be counted.
 
     Raises:
         UserError: that is too short.
     """
-    least = math.ceil(_LEAST_WAVES * wave_seconds)
+    least = math.ceil(WAVES * wave_seconds)
     if asked is not None and asked < least:
-        raise UserError(f"--seconds {asked}: {_LEAST_WAVES} waves of images take {least} s here; give as many, or leave it out")
-    return max(_LEAST_SECONDS, math.ceil(_WAVES * wave_seconds)) if asked is None else asked
+        raise UserError(f"--seconds {asked}: {WAVES} waves of images take {least} s here; give as many, or leave it out")
+    return max(_LEAST_SECONDS, least) if asked is None else asked
 
 
 def behind(command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 PERCENTILES = "p50 / p90 / p99"
+WAVES = 15  # of images, that a run at full load has to last at least for `steady_rate`: the start takes up to four, and has a third
 _RANKS = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 _COLOURS = {"p50": (60, 130, 90), "p90": (90, 140, 200), "p99": (220, 110, 40)}
 _LABEL_HEIGHT = 15

@@ -14,7 +14,8 @@ PARAMS = SamplingParams(cfg_scale=2.5, temperature=0.5, top_k=7, top_p=0.75, see
 
 def guided_image(slot: int, position: int = 0) -> ImageState:
     conditional = RowState(3, slot, position, pages=[8, 1])
-    return ImageState(PARAMS, image_index=4, slot=slot, conditional=conditional, unconditional=RowState(10, slot, position, [2, 5]))
+    unconditional = RowState(10, slot, position, pages=[2, 5, 7])
+    return ImageState(PARAMS, image_index=4, slot=slot, conditional=conditional, unconditional=unconditional)
 
 
 def plain_image(slot: int, position: int = 0) -> ImageState:
@@ -39,7 +40,8 @@ def test_rows_and_images_are_where_the_kernels_look() -> None:
     assert batch.row_slots[:3].tolist() == [7, 2, 2]
     assert batch.positions[:3].tolist() == [3, 6, 6]
     assert batch.page_table[0, 0] == 4
-    assert batch.page_table[1:3, :2].tolist() == [[8, 1], [2, 5]]
+    assert batch.page_table[1, :2].tolist() == [8, 1]
+    assert batch.page_table[2].tolist() == [2, 5, 7]  # to the end of an odd number of entries
     assert batch.conditional_rows[:2].tolist() == [0, 1]
     assert batch.unconditional_rows[:2].tolist() == [-1, 2]
     assert batch.image_slots[:2].tolist() == [7, 2]
@@ -91,7 +93,7 @@ def test_a_load_is_no_work_for_other_threads() -> None:
         others, own = time.process_time() - time.thread_time(), time.thread_time()
         for _ in range(50):
             batch.load(rows, images)
-        time.sleep(0.5)  # until those rest again that were woken to build the batch
+        time.sleep(0.5)  # what spins after the last load counts too
         others, own = time.process_time() - time.thread_time() - others, time.thread_time() - own
     finally:
         torch.set_num_threads(threads)

@@ -442,24 +442,25 @@ def draw_beside_stalled(folder: Path, readers: int) -> tuple[float, float, float
             stalled.append(connection)
         service.wait_for(lambda: service.gauges()["num_requests_running"] + service.gauges()["num_requests_waiting"] == 0, 60)
         drawn = time.monotonic()
-        held = (resident_bytes(service.process.pid) - memory) / readers / 2**20
-        during = median_seconds()
 
         def open_connections() -> int:
             port = int(service.url.rsplit(":", 1)[1])
             lines = Path(f"/proc/{service.process.pid}/net/tcp").read_text().splitlines()[1:]
             return sum(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "01" for line in lines)
 
+        held = (resident_bytes(service.process.pid) - memory) / readers / 2**20
+        during = median_seconds()
+        assert open_connections() >= readers, "some were dropped while others were timed: this machine is too slow for so many"
         service.wait_for(lambda: open_connections() < 5, max(1.0, drawn + 30 - time.monotonic()))
         for connection in stalled:
             connection.close()
     return before, during, held
 
 
-# Beside other tests a median may double for reasons of theirs; the promise itself, a tenth, is held by the long run.
+# A single run may double for reasons of a busy machine's; the promise itself, a tenth, is held by the long test.
 @pytest.mark.parametrize(("readers", "runs", "rise"), [(50, 1, 3.0), pytest.param(500, 3, 1.1, marks=pytest.mark.soak)])
 def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, readers: int, runs: int, rise: float) -> None:
-    """Others' median rises by at most a tenth; each holds at most 1 MiB; within 30 s they are gone."""
+    """Others' median rises to at most `rise` times what it was; each holds at most 1 MiB; within 30 s they are gone."""
     ratios = []
     for run in range(runs):
         folder = tmp_path / str(run)

@@ -629,6 +629,8 @@ def test_headers_beyond_64_kib_are_a_431(service: Service, where: str) -> None:
         answer = send(service, sized_head(size, where))
         assert statuses(answer) == [431], size
         assert error_of(answer)["code"] == "headers_too_large"
+        number = answer.partition(b"x-request-id: ")[2].split()[0].decode()
+        assert service.logged(number)["status"] == 431
     assert service.client.get("/health").status_code == 200
 
 
@@ -729,6 +731,7 @@ def test_garbage_harms_nobody(service: Service, name: str) -> None:
     found = statuses(answer)
     assert all(status in (200, 400, 404, 405, 413, 431) for status in found), answer[:500]
     assert len(found) <= 2
+    assert answer.lower().count(b"\r\nx-request-id: req_") == len(found)
     assert b'{"version"' not in answer
     assert not LEAKS.search(answer.decode("latin-1").replace("\r\n\r\n", "").partition("{")[2])
     assert service.client.get("/health").status_code == 200

@@ -8,7 +8,6 @@ import contextlib
 import hmac
 import json
 import logging
-import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -17,6 +16,7 @@ from autoregressive.serve.web.errors import ApiError, ended_early, internal_erro
 from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
 from autoregressive.serve.web.http_protocol import CUT
 from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.logs import REQUESTS, new_request_id
 from autoregressive.serve.web.turns import Turns
 
 Message = MutableMapping[str, Any]
@@ -30,7 +30,7 @@ MOST_BODY_BYTES = 2**20
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
-_log = logging.getLogger("llamagen.requests")
+_log = logging.getLogger(REQUESTS)
 
 
 async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
@@ -60,7 +60,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, number = time.monotonic(), f"req_{secrets.token_hex(12)}"
+        begun, number = time.monotonic(), new_request_id()
         status, sent, complete = 0, 0, False
         scope.setdefault("state", {})
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.logs import REQUESTS, new_request_id
 
 SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
 READ_SECONDS = 20.0  # for a client to take what waits for it: 64 KiB at most
@@ -22,6 +24,7 @@ _REFUSALS = {
     400: ("this is not HTTP/1.1", "bad_request"),
     431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
 }
+_log = logging.getLogger(REQUESTS)
 
 
 class PatientProtocol(H11Protocol):
@@ -100,7 +103,9 @@ class PatientProtocol(H11Protocol):
         status = status if status in _REFUSALS else 400
         message, code = _REFUSALS[status]
         body = json.dumps(ApiError(status, message, code).body).encode()
+        number = new_request_id()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        headers.append((b"x-request-id", number.encode()))
         parts: list[Any] = [
             h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
             h11.Data(data=body),
@@ -110,6 +115,8 @@ class PatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(part))
         self.transport.close()
         self._watch_flush()
+        line = {"request_id": number, "client": self.client[0] if self.client else None, "status": status, "bytes": len(body)}
+        _log.info("request", extra={"fields": line})
 
     def _watch_sender(self) -> None:
         """The time runs while a request is incomplete, and not while it is answered."""

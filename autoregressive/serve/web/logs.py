@@ -2,8 +2,16 @@
 
 import json
 import logging
+import secrets
 import sys
 from datetime import UTC, datetime
+
+REQUESTS = "llamagen.requests"  # the logger that writes a line a request
+
+
+def new_request_id() -> str:
+    """What a request's answer and its line in the log are told by."""
+    return f"req_{secrets.token_hex(12)}"
 
 
 class JsonFormatter(logging.Formatter):

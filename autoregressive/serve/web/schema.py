@@ -34,7 +34,7 @@ class CodesRequest(_Body):
     class_label: int | None = Field(None, ge=0, description="A class by id; counts before `prompt`.")
     model: str | None = Field(None, max_length=200, description="The served model's name, or nothing.")
     n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Same seed, same machine: same image. Left out: chosen at random.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="The same draws again, on the same machine. Left out: random.")
     cfg_scale: float | None = Field(
         None, ge=0, le=LARGEST_SCALE, allow_inf_nan=False, description="Guidance; 1 and below: none."
     )
