@@ -196,6 +196,11 @@ class Service:
         pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("llamagen:") and "le=" not in line)
         return {name.removeprefix("llamagen:"): float(value) for name, value in pairs}
 
+    def holds(self, running: int, waiting: int) -> bool:
+        """Whether so many requests run and wait, at one moment."""
+        gauges = self.gauges()
+        return (gauges["num_requests_running"], gauges["num_requests_waiting"]) == (running, waiting)
+
     def is_empty(self) -> bool:
         """Whether it holds nothing for anybody."""
         gauges = self.gauges()

@@ -163,7 +163,7 @@ def test_after_sigterm_accepted_work_finishes(service: Service) -> None:
     """Status 0, new work refused, no process left."""
     with ThreadPoolExecutor(5) as pool:
         callers = [pool.submit(draw, service, seed=seed) for seed in range(5)]
-        service.wait_for(lambda: service.gauges().items() >= {("num_requests_running", 2), ("num_requests_waiting", 3)}, 5)
+        service.wait_for(lambda: service.holds(running=2, waiting=3), 5)
         children = service.children
         service.process.send_signal(signal.SIGTERM)
         service.wait_for(lambda: service.client.get("/ready").status_code == 503, 2)
@@ -208,7 +208,7 @@ def test_a_lost_engine_is_told_of_by_every_front(service: Service) -> None:
     """/health 503 within 2 s, an error for who waits within 5 s, status 1."""
     with ThreadPoolExecutor(4) as pool:
         callers = [pool.submit(draw, service, seed=seed) for seed in range(4)]
-        service.wait_for(lambda: service.gauges()["num_requests_running"] == 2, 5)
+        service.wait_for(lambda: service.holds(running=2, waiting=2), 5)
         service.faults.set("die")
         lost = time.monotonic()
         service.wait_for(lambda: service.client.get("/health").status_code == 503, 2)

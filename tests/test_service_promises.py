@@ -205,7 +205,7 @@ def test_who_runs_too_long_is_told_and_frees_its_pages(tmp_path: Path) -> None:
 def test_after_sigterm_accepted_work_finishes_and_new_work_is_refused(slow: Service) -> None:
     """Also what waits in the queue; then status 0, and no process is left."""
     callers = [in_background(slow, seed=seed) for seed in range(5)]
-    slow.wait_for(lambda: slow.gauges().items() >= {("num_requests_running", 2), ("num_requests_waiting", 3)}, 5)
+    slow.wait_for(lambda: slow.holds(running=2, waiting=3), 5)
     children = slow.children
     assert children
     slow.process.send_signal(signal.SIGTERM)
@@ -269,7 +269,7 @@ def test_an_engine_that_is_lost_is_noticed_and_ends_the_service(slow: Service, f
     A hanging step is lost once the watchdog's limit (here 3 s) has passed.
     """
     callers = [in_background(slow, seed=seed) for seed in range(4)]
-    slow.wait_for(lambda: slow.gauges()["num_requests_running"] == 2, 5)
+    slow.wait_for(lambda: slow.holds(running=2, waiting=2), 5)
     slow.faults.set(fault)
     lost = time.monotonic() + limit
     slow.wait_for(lambda: slow.client.get("/health").status_code == 503, limit + 2)
@@ -440,7 +440,7 @@ def draw_beside_stalled(folder: Path, readers: int) -> tuple[float, float, float
             connection = send(service, paths[index % 2])
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.append(connection)
-        service.wait_for(lambda: service.gauges()["num_requests_running"] + service.gauges()["num_requests_waiting"] == 0, 60)
+        service.wait_for(lambda: service.holds(running=0, waiting=0), 60)
         drawn = time.monotonic()
 
         def open_connections() -> int:
@@ -524,10 +524,9 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
 def test_engines_share_the_work_and_end_together(tmp_path: Path) -> None:
     """Fails if an engine idles while requests wait, or the service outlives one that has died."""
     with running_service(tmp_path, "--max-num-seqs", "2", environment={"FAKE_SERVICE_ENGINES": "2"}) as service:
-        service.faults.set("step_seconds", "0.01")
+        service.faults.set("step_seconds", "0.03")
         callers = [in_background(service, seed=seed) for seed in range(4)]
-        service.wait_for(lambda: service.gauges()["num_requests_running"] == 2, 5)
-        assert service.gauges()["num_requests_waiting"] == 2
+        service.wait_for(lambda: service.holds(running=2, waiting=2), 5)
         answers = [answer_of(caller, 20) for caller in callers]
         assert [answer.status_code if answer else None for answer in answers] == [200] * 4
         os.kill(service.children[-1], signal.SIGKILL)
