@@ -740,6 +740,22 @@ def test_garbage_harms_nobody(service: Service, name: str) -> None:
     assert '"level": "error"' not in written
 
 
+def test_a_body_that_breaks_off_into_garbage_is_one_request(service: Service) -> None:
+    """Fails if the log has another number than the client, or two, or it counts as a client that left."""
+    known, before = len(service.log), service.gauges()
+    answer = send(service, garbage()["a hexadecimal chunk"], timeout=3)
+    assert statuses(answer) == [400]
+    number = answer.partition(b"x-request-id: ")[2].split()[0].decode()
+    line = service.logged(number)
+    assert (line["method"], line["path"], line["status"], line["outcome"]) == ("POST", "/v1/codes", 400, "invalid")
+    assert service.log[known:].count('"request_id"') == service.log[known:].count("/metrics") + 1
+    after, name = service.gauges(), 'requests_total{outcome="invalid"}'
+    assert after[name] == before.get(name, 0) + 1
+    assert {key: value for key, value in after.items() if key.startswith("requests_total") and key != name} == {
+        key: value for key, value in before.items() if key.startswith("requests_total") and key != name
+    }
+
+
 def test_a_request_with_two_lengths_is_the_connections_last(service: Service) -> None:
     """Fails if a proxy that goes by the one and a service that goes by the other can be set at odds."""
     for name in ("length and chunks", "chunks and length"):

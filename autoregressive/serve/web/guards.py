@@ -14,7 +14,7 @@ from typing import Any
 
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
-from autoregressive.serve.web.http_protocol import CUT
+from autoregressive.serve.web.http_protocol import CUT, REFUSED, REQUEST_ID
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.logs import REQUESTS, new_request_id
 from autoregressive.serve.web.turns import Turns
@@ -94,8 +94,12 @@ class RequestLog:
             if status == 0:
                 await answer(send_numbered, internal_error())
         finally:
-            cut = CUT in scope["state"] or (not complete and failure is None)
-            self._write(scope, number, 499 if cut else status, sent, time.monotonic() - begun, failure)
+            number = scope["state"].get(REQUEST_ID, number)
+            if REFUSED in scope["state"]:
+                status, sent = scope["state"][REFUSED]
+            elif CUT in scope["state"] or (not complete and failure is None):
+                status = 499
+            self._write(scope, number, status, sent, time.monotonic() - begun, failure)
 
     def _write(
         self, scope: Scope, number: str, status: int, sent: int, seconds: float, failure: Exception | None
@@ -125,7 +129,9 @@ class RequestLog:
 
 def _about(job: Job) -> dict[str, Any]:
     order = job.order
-    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.params.seed, "tokens": job.tokens}
+    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.params.seed}
+    if order.watched or (job.ended is not None and job.ended.tokens is not None):  # of others only the first few are known
+        line["tokens"] = job.tokens
     if job.started_at is not None:
         line["queue_seconds"] = round(job.started_at - job.accepted_at, 4)
     return line

@@ -17,11 +17,14 @@ from autoregressive.serve.web.logs import REQUESTS, new_request_id
 SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
 READ_SECONDS = 20.0  # for a client to take what waits for it: 64 KiB at most
 
-CUT = "cut"  # in a request's state: the connection went before the answer was complete
+# In a request's state:
+CUT = "cut"  # the connection went before the answer was complete
+REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
+REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
 _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
 
 _REFUSALS = {
-    400: ("this is not HTTP/1.1", "bad_request"),
+    400: ("this is not HTTP/1.1: a line, a header or the framing of the body is malformed", "bad_request"),
     431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
 }
 _log = logging.getLogger(REQUESTS)
@@ -115,6 +118,9 @@ class PatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(part))
         self.transport.close()
         self._watch_flush()
+        if self.cycle is not None and not self.cycle.response_complete:  # it was a request before; the line is written at its end
+            self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
+            return
         line = {"request_id": number, "client": self.client[0] if self.client else None, "status": status, "bytes": len(body)}
         _log.info("request", extra={"fields": line})
 
