@@ -1,23 +1,26 @@
 # make demo   draw eight pictures with the model that ships with the repository
 # make test   ruff, mypy and the test suite
-# Both create .venv and install requirements.txt first, once.
+# make audit  look up known vulnerabilities of the locked packages
+# make lock   write requirements.lock anew after a change of requirements.txt
+# The first two create .venv from requirements.lock first, once.
 
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.requirements-installed
 
-.PHONY: help install demo test clean
+.PHONY: help install demo test audit lock clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 install: $(READY)
 
-$(READY): requirements.txt constraints.txt pyproject.toml
+$(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is another: try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
 demo: $(READY)
@@ -29,5 +32,12 @@ test: $(READY)
 	$(VENV)/bin/python -m pytest -m "not gpu and not soak and not timing" -n 2 --dist worksteal
 	$(VENV)/bin/python -m pytest -m "timing and not soak"
 
+audit:
+	$(PYTHON) .ci/audit.py
+
+lock:
+	uv pip compile --universal --generate-hashes --python-version 3.11 --no-annotate --no-header --quiet \
+	  --no-emit-package llamagen-serve requirements.txt -o requirements.lock
+
 clean:
-	rm -rf $(VENV) build *.egg-info demo.png sample_c2i*.png
+	rm -rf $(VENV) .audit build *.egg-info demo.png sample_c2i*.png

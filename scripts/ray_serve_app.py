@@ -1,6 +1,6 @@
 """The service as a Ray Serve deployment: as many replicas, on as many machines, as docs/ray_serve.yaml says.
 
-    pip install -c constraints.txt -e ".[ray]"
+    .venv/bin/pip install "ray[serve]==2.60.0"
     serve run docs/ray_serve.yaml
 
 Each replica is one whole service with its own engine, its own queue and its own metrics; Ray's proxy spreads requests over them and
