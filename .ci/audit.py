@@ -49,10 +49,10 @@ def run_pip_audit() -> list[dict[str, Any]]:
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         venv.create(ENVIRONMENT, with_pip=True)
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PIP_AUDIT]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PIP_AUDIT]
     subprocess.run(install, check=True, timeout=SECONDS)
     flags = ["--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
-    command = [python, "-m", "pip_audit", "-r", ROOT / "requirements.lock", *flags]
+    command = [str(python), "-m", "pip_audit", "-r", str(ROOT / "requirements.lock"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     audited: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     return audited
