@@ -50,9 +50,9 @@ def test_clients_take_turns_however_much_they_ask_for() -> None:
     queue = FairRequestQueue(TOKENS)
     filled(queue, "aaaaaabbbc")
     assert order(queue) == "abcababaaa"
-    queue = FCFSRequestQueue()
-    filled(queue, "aaaaaabbbc")
-    assert order(queue) == "aaaaaabbbc"
+    fcfs = FCFSRequestQueue()
+    filled(fcfs, "aaaaaabbbc")
+    assert order(fcfs) == "aaaaaabbbc"
 
 
 def test_what_is_shared_is_rows_and_steps() -> None:
