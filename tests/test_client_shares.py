@@ -132,7 +132,7 @@ def test_proxies_are_addresses_and_networks(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "nginx", "10.0.0.1/8", "10.0.0.1,", "10.0.0.300", "*,10.0.0.1", "10.0.0.1:80"])
 def test_a_proxy_that_would_never_be_trusted_is_refused(text: str) -> None:
     """Fails if a misspelt proxy passes: all clients behind it would share one share, and nobody would know why."""
-    with pytest.raises(UserError, match="--forwarded-allow-ips .*: must be addresses or networks, .* or \\* alone"):
+    with pytest.raises(UserError, match=r"--forwarded-allow-ips .*: must be addresses or networks, .* or \* alone"):
         resolve_server_settings(read_arguments([f"--forwarded-allow-ips={text}"], {}))
 
 
