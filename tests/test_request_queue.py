@@ -164,10 +164,15 @@ def test_whatever_comes_and_goes_the_shares_are_equal(actions: list[tuple[object
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int) -> None:
-    """Fails if the scheduler leaves rows idle with one order that it fills with the other."""
+@pytest.mark.parametrize("mixed", [False, True], ids=["equal images", "mixed images"])
+def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bool) -> None:
+    """Fails if the scheduler leaves rows idle with one order that it fills with the other.
+
+    Images that cost the same take exactly as many steps in either order; others are packed differently, not worse.
+    """
     generator = random.Random(seed)
-    requests = [(generator.choice("abcd"), generator.choice([GUIDED, SamplingParams(cfg_interval=6)])) for _ in range(60)]
+    kinds = [GUIDED, SamplingParams(cfg_interval=6)] if mixed else [GUIDED]
+    requests = [(generator.choice("abcd"), generator.choice(kinds)) for _ in range(60)]
 
     def spans(waiting: RequestQueue) -> int:
         scheduler = Scheduler(Limits(TOKENS, 4, 8, 40, 16, 10), waiting)
@@ -186,7 +191,7 @@ def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int) -> None:
         return steps
 
     fcfs, fair = spans(FCFSRequestQueue()), spans(FairRequestQueue(TOKENS))
-    assert abs(fair - fcfs) <= 0.1 * fcfs
+    assert fair <= (1.1 if mixed else 1.0) * fcfs
 
 
 def test_the_next_request_is_found_quickly() -> None:
