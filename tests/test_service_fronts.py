@@ -121,11 +121,14 @@ def test_waiting_readers_are_told_of_their_place(lasting: Service) -> None:
 
 
 def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
-    """A burst of ten times the queue admits what runs and what may wait, and no accepted request is dropped."""
+    """A burst of ten times the queue admits what runs and what may wait, and no accepted request is dropped.
+
+    All are one client's, which may have 6 of the 8 places.
+    """
     outcomes = asyncio.run(burst(service, [{} for _ in range(80)]))
     statuses = Counter(status for status, _, _ in outcomes)
     assert set(statuses) == {200, 429}
-    assert 8 <= statuses[200] <= 8 + 2
+    assert 6 + 2 <= statuses[200] <= 6 + 2 + 2
     assert all(int(headers["retry-after"]) >= 1 for status, _, headers in outcomes if status == 429)
     service.wait_for(lambda: service.gauges()['requests_total{outcome="rejected"}'] == statuses[429], 2)
     service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == statuses[200], 2)

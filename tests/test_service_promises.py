@@ -126,11 +126,14 @@ def test_two_hundred_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_burst_is_admitted_up_to_the_limit_and_the_rest_refused_at_once(slow: Service) -> None:
-    """Fails if more than the queue and the running rows are let in, if a refusal waits, or if anybody let in is dropped."""
+    """Fails if more than the queue and the running rows are let in, if a refusal waits, or if anybody let in is dropped.
+
+    All are one client's, which may have 6 of the 8 places.
+    """
     outcomes = asyncio.run(burst(slow, [{} for _ in range(80)]))
     statuses = Counter(status for status, _, _ in outcomes)
     assert set(statuses) == {200, 429}
-    assert 8 <= statuses[200] <= 8 + 2
+    assert 6 + 2 <= statuses[200] <= 6 + 2 + 2  # those that wait, those that find rows free, and those that start meanwhile
     refused = [(seconds, headers) for status, seconds, headers in outcomes if status == 429]
     assert max(seconds for seconds, _ in refused) < 1
     assert all(int(headers["retry-after"]) >= 1 for _, headers in refused)
@@ -355,12 +358,12 @@ def test_nan_fails_its_own_request_only(slow: Service) -> None:
 
 
 def test_a_small_pool_serves_everybody_in_order(tmp_path: Path) -> None:
-    """A quarter of the pages that the rows could use, 1,000 requests: all complete, first come, first served.
+    """A quarter of the pages that the rows could use, 1,000 requests of one client: all complete, first come, first served.
 
     The longest wait is at most 1.2 times that of the same requests through the scheduler alone, at the measured time of a step.
     """
     requests, rows, pages = 1000, 32, 32
-    flags = ("--max-num-seqs", str(rows), "--num-pages", str(pages), "--max-queue-size", str(requests))
+    flags = ("--max-num-seqs", str(rows), "--num-pages", str(pages), "--max-queue-size", str(2 * requests))
     with running_service(tmp_path, *flags) as service:
         service.faults.set("step_seconds", "0.002")
         begun = time.monotonic()

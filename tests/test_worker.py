@@ -5,6 +5,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +25,7 @@ from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
     Beat,
@@ -295,7 +297,7 @@ def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
     async def go() -> None:
         process, connection = start_child(talk_until_stopped, "engine")
         assert wait([connection], 60)  # it writes, and the loop does not read
-        link = EngineLink(process, connection, lambda job: None)
+        link = EngineLink(process, connection, lambda job: None, WaitingPlaces(8, shared=True))
         link.begin_to_stop()
         link.stop(time.monotonic() + 3)
         assert process.exitcode == 0
@@ -352,17 +354,20 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[in
     async def go() -> None:
         ours, theirs = connect()
         ended: list[Job] = []
-        link = EngineLink(cast(BaseProcess, None), ours, ended.append)
+        places = WaitingPlaces(8, shared=True)
+        link = EngineLink(cast(BaseProcess, None), ours, ended.append, places)
         for number, what, reserved in steps:
             if what == "submit" and number not in link.jobs:
-                link.submit(Job(order(number, n=number + 1), 0.0, reserved=reserved))
+                link.submit(Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved))
             elif what == "start":
                 link._take(Started(number, 1.0))
             elif what == "end":
                 link._take(Ended(number, "finished", 2.0, tokens=1, used_pages=number))
             jobs = link.jobs.values()
             assert link.rows == sum(job.rows for job in jobs)
-            assert link.queued == sum(job.started_at is None and not job.reserved for job in jobs)
+            waiting = Counter(job.order.client for job in jobs if job.started_at is None and not job.reserved)
+            assert places.taken == waiting.total()
+            assert all(places.taken_by(client) == waiting[client] for client in "01")
         link.begin_to_stop()
         link._channel.close()
         theirs.close()

@@ -13,6 +13,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import RunnerConfig, StepBytes, page_bytes
 from autoregressive.serve.engine.page_pool import pages_that_fit
+from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from kernels.dispatch import BACKENDS
 
 _RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and workspaces: captured graphs, libraries, decoding
@@ -37,6 +38,7 @@ class EngineConfig:
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
     deterministic: bool = False  # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
+    scheduling_policy: SchedulingPolicy = "fcfs"  # or "fair": an equal share for each client that waits
 
     def __post_init__(self) -> None:
         for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
@@ -46,6 +48,8 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}")
+        if self.scheduling_policy not in SCHEDULING_POLICIES:
+            raise ValueError(f"scheduling_policy {self.scheduling_policy}: must be one of {', '.join(SCHEDULING_POLICIES)}")
 
     @property
     def runner(self) -> RunnerConfig:

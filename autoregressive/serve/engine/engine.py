@@ -35,6 +35,7 @@ from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, 
 from autoregressive.serve.engine.pacing import Pacer
 from autoregressive.serve.engine.pixel_decoder import Pending, PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.engine.request_queue import create_request_queue
 from autoregressive.serve.engine.scheduler import Limits, RunningRequest, Scheduler
 from tokenizer.tokenizer_image.vq_model import VQModel
 
@@ -86,7 +87,7 @@ class Engine:
             num_pages = pool_pages(gpt, shape, config)
             more = ways_to_more_pages(config, self.device)
             limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes, more)
-            self.scheduler = Scheduler(limits)
+            self.scheduler = Scheduler(limits, create_request_queue(config.scheduling_policy, shape.tokens))
             self.runner = make_runner(gpt, shape, num_pages, config.runner)
             self.runner.prepare(self.batch, lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total))
         self._pacer = Pacer(self.device)
@@ -97,12 +98,13 @@ class Engine:
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
 
-    def submit(self, class_label: int, params: SamplingParams, first_image: int = 0) -> Request:
-        """Puts a request at the end of the queue. Any thread may call it.
+    def submit(self, class_label: int, params: SamplingParams, first_image: int = 0, client: str = "") -> Request:
+        """Puts a request in the queue. Any thread may call it.
 
         Args:
             class_label: 0 to num_classes - 1
             first_image: index, in the draws' key, of the request's first image; so one job can be split into several requests.
+            client: whose request it is. With the scheduling policy "fair" all clients that wait get equal shares.
 
         Raises:
             ValueError: no such class, a top-k beyond the vocabulary, or a request that could never run; the message says the sizes.
@@ -116,7 +118,7 @@ class Engine:
             raise ValueError(f"first_image {first_image}: must be a whole number, 0 to {most}, so that images number below 2**31")
         self.scheduler.check_fits(params)
         with self._commands:
-            request = Request(next(self._ids), class_label, params, first_image)
+            request = Request(next(self._ids), class_label, params, first_image, client)
             self._submitted.append(request)
             self._commands.notify_all()
         return request

@@ -82,6 +82,7 @@ class Request:
     class_label: int
     params: SamplingParams
     first_image: int = 0  # image k of the request draws with (seed, first_image + k)
+    client: str = ""  # whose it is; for `FairRequestQueue`
     state: RequestState = RequestState.WAITING
     steps: int = 0  # given to the device so far, out of the tokens of an image
     codes: Tensor | None = None  # int32 [n, tokens] on the CPU

@@ -1,4 +1,4 @@
-"""Who runs: first come, first served admission by an exact forecast of pages, and the lengths of spans.
+"""Who runs: admission from the head of a queue by an exact forecast of pages, and the lengths of spans.
 
 The pages that a request holds at each of its steps are known before it starts (one token a row a step; the unconditional row leaves
 after the guidance interval; all end after the last token). The head of the queue is admitted when the sum over all running requests
@@ -6,7 +6,6 @@ stays within the pool at every future step. So a page is always there when it is
 running request ends, the queue always moves on. Pure host code: no tensor, no device.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from autoregressive.serve.engine.page_pool import PagePool
 from autoregressive.serve.engine.request import ImageState, Request, RequestState, RowState, SamplingParams
+from autoregressive.serve.engine.request_queue import FCFSRequestQueue, RequestQueue
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,17 @@ def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray
 
 
 class Scheduler:
-    """The queue, the running requests, their pages and slots, and the forecast. Used by the engine's thread alone."""
+    """The queue, the running requests, their pages and slots, and the forecast. Used by the engine's thread alone.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        waiting: an empty queue, which says what starts next; by default first come, first served.
+    """
+
+    def __init__(self, limits: Limits, waiting: RequestQueue | None = None) -> None:
         assert limits.num_slots >= limits.max_rows
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
-        self.waiting: deque[Request] = deque()
+        self.waiting: RequestQueue = FCFSRequestQueue() if waiting is None else waiting
         self.running: list[RunningRequest] = []  # in order of admission
         self._forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)  # [k]: pages held at the k-th step from now
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
@@ -117,20 +121,20 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of the queue. It must have passed `check_fits`."""
-        self.waiting.append(request)
+        """Puts a request in the queue. It must have passed `check_fits`."""
+        self.waiting.add_request(request)
 
     def admit(self) -> list[Request]:
         """Starts requests from the head of the queue while they fit; behind one that does not, all wait. Returns those started."""
         admitted = []
         while self.waiting:
-            request = self.waiting[0]
+            request = self.waiting.peek_request()
             profile = page_profile(request.params, self.limits.tokens, self.limits.page_size)
             if not self._fits_now(request.params, profile):
                 break
             self._start(request)
             self._forecast += profile
-            self.waiting.popleft()
+            self.waiting.pop_request()
             admitted.append(request)
         return admitted
 
@@ -187,8 +191,7 @@ class Scheduler:
         Returns:
             False if it is in neither: it has ended, or all its steps have been given to the device.
         """
-        if request in self.waiting:
-            self.waiting.remove(request)
+        if self.waiting.remove_request(request):
             return True
         for running in self.running:
             if running.request is request:
@@ -203,8 +206,8 @@ class Scheduler:
     def abandon(self) -> list[Request]:
         """Takes every running request out, in whatever state a span that could not be enqueued has left it; returns them."""
         abandoned = [running.request for running in self.running]
-        if self.waiting and self.waiting[0] in abandoned:  # interrupted between its start and its leaving the queue
-            self.waiting.popleft()
+        if abandoned:  # the last one may have been interrupted between its start and its leaving the queue
+            self.waiting.remove_request(abandoned[-1])
         for running in [*self.running]:
             self._remove(running)
             self.release_slots(running.slots)

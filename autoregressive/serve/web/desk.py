@@ -20,14 +20,14 @@ class Desk(Protocol):
         """Lets a job in; its number and deadlines are filled in.
 
         Raises:
-            ApiError: the service is not ready, or the queue is full.
+            ApiError: the service is not ready, the queue is full, or the client has its share of it.
         """
 
     def abandon(self, job: Job) -> None:
         """Nobody waits for it any more: its engine is told, unless it has ended."""
 
     def ahead_of(self, job: Job) -> int:
-        """How many waiting jobs came before a waiting one, or did half a second ago."""
+        """How many waiting jobs start before a waiting one: an estimate where clients take turns, half a second old at most."""
 
     def retry_after(self) -> int:
         """Seconds after which to try again: what a request takes these days."""

@@ -5,15 +5,17 @@ import itertools
 import math
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 
+from autoregressive.serve.engine.request_queue import SchedulingPolicy
 from autoregressive.serve.web.engine_link import EngineLink
-from autoregressive.serve.web.errors import not_ready, queue_full
+from autoregressive.serve.web.errors import ApiError, not_ready, queue_full, share_full
 from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.metrics import Metrics
+from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker.messages import Submit
 
 StartEngine = Callable[[int], tuple[BaseProcess, socket.socket]]  # which of the engines -> its process and the connection to it
@@ -21,7 +23,7 @@ _WATCH_SECONDS = 0.2
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
 _PAUSE_SECONDS = 1.0  # by so much the watch may be late before this process counts as having stood still
-_PLACES_SECONDS = 0.5  # so old may the places in the queue be
+_AHEAD_SECONDS = 0.5  # so old may be what is known of the queue's order
 _RECENT = 32  # jobs whose durations say when to try again
 
 
@@ -43,21 +45,29 @@ class Dispatcher:
         engines: how many.
         max_queue_size: requests that may wait at a time, those that find free rows not counted.
         tokens_of_image: of the model, for the metrics.
+        policy: whether clients share the waiting places and the engines, or whoever comes first is served first.
     """
 
     def __init__(
-        self, start_engine: StartEngine, engines: int, max_queue_size: int, patience: Patience, tokens_of_image: int
+        self,
+        start_engine: StartEngine,
+        engines: int,
+        max_queue_size: int,
+        patience: Patience,
+        tokens_of_image: int,
+        policy: SchedulingPolicy = "fair",
     ) -> None:
-        self.patience, self.max_queue_size = patience, max_queue_size
+        self.patience, self._policy = patience, policy
+        self._places = WaitingPlaces(max_queue_size, shared=policy == "fair")
         self.draining = False
         self.metrics = Metrics(lambda: len(self._running()), lambda: len(self._waiting()), self._page_use)
         self._tokens_of_image = tokens_of_image
         self._numbers = itertools.count()
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._stop_by = math.inf
-        self._places: dict[Job, int] = {}
-        self._places_at = -math.inf
-        self._links = [EngineLink(*start_engine(index), self._ended) for index in range(engines)]
+        self._ahead: dict[Job, int] = {}
+        self._ahead_at = -math.inf
+        self._links = [EngineLink(*start_engine(index), self._ended, self._places) for index in range(engines)]
         self._watch = asyncio.create_task(self._watch_engines())
 
     @property
@@ -103,7 +113,7 @@ class Dispatcher:
             forward: takes its events, if they are not to wait in the job's mailbox.
 
         Raises:
-            ApiError: the service is not ready, or the queue is full.
+            ApiError: the service is not ready, the queue is full, or the client has its share of it.
         """
         self.require_ready()
         now = time.monotonic()
@@ -114,9 +124,8 @@ class Dispatcher:
         assert link.ready is not None
         rows, room = link.rows + job.rows, link.ready
         job.reserved = rows <= room.max_rows and rows * room.pages_per_row <= room.num_pages
-        queued = sum(other.queued for other in self._links)
-        if not job.reserved and queued >= self.max_queue_size:
-            raise queue_full(queued, self.retry_after())
+        if not job.reserved and not self._places.admits(order.client):
+            raise self._refusal(order.client)
         link.submit(job)
         return job
 
@@ -128,12 +137,18 @@ class Dispatcher:
                 link.cancel(job)
 
     def ahead_of(self, job: Job) -> int:
-        """How many waiting jobs came before a waiting one, or did half a second ago: many ask this again and again."""
+        """How many waiting jobs start before a waiting one, if no more come; as it was half a second ago at most.
+
+        Where clients take turns this is an estimate, because the engines alone know whose turn it is: the first waiting jobs of all
+        clients come first, in the order in which they came, then what each client can start when it has had as much as they.
+        """
         now = time.monotonic()
-        if now > self._places_at + _PLACES_SECONDS or job not in self._places:
+        if now > self._ahead_at + _AHEAD_SECONDS or job not in self._ahead:  # many ask this again and again
             waiting = sorted(self._waiting(), key=lambda one: one.order.job)
-            self._places, self._places_at = {one: place for place, one in enumerate(waiting)}, now
-        return self._places.get(job, 0)
+            if self._policy == "fair":
+                waiting = _in_turns(waiting)
+            self._ahead, self._ahead_at = {one: place for place, one in enumerate(waiting)}, now
+        return self._ahead.get(job, 0)
 
     def retry_after(self) -> int:
         """Seconds after which to try again: what a request takes these days."""
@@ -170,6 +185,12 @@ class Dispatcher:
         for link in self._links:
             link.stop(deadline)
 
+    def _refusal(self, client: str) -> ApiError:
+        places = self._places
+        if places.full:
+            return queue_full(places.taken, self.retry_after())
+        return share_full(places.taken_by(client), places.size, self.retry_after())
+
     def _ended(self, job: Job) -> None:
         assert job.ended is not None
         self.metrics.ended(job, self._tokens_of_image)
@@ -203,3 +224,17 @@ class Dispatcher:
     def _page_use(self) -> float:
         pages = sum(link.ready.num_pages for link in self._links if link.ready is not None)
         return sum(link.used_pages for link in self._links) / pages if pages else 0.0
+
+
+def _in_turns(waiting: Sequence[Job]) -> list[Job]:
+    """Jobs in the order in which they start if their clients share the engines equally from now on.
+
+    Args:
+        waiting: in the order in which they came.
+    """
+    rows: Counter[str] = Counter()  # of each client's jobs so far
+    turns: dict[Job, int] = {}
+    for job in waiting:
+        turns[job] = rows[job.order.client]
+        rows[job.order.client] += job.rows
+    return sorted(waiting, key=turns.__getitem__)

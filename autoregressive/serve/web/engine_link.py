@@ -7,6 +7,7 @@ from multiprocessing.process import BaseProcess
 
 from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker.messages import (
     KINDS,
     Beat,
@@ -29,9 +30,12 @@ class EngineLink:
 
     Args:
         on_ended: called in the event loop with each job that has come to its end.
+        places: of the service's queue; jobs with rows reserved do not take one.
     """
 
-    def __init__(self, process: BaseProcess, connection: socket.socket, on_ended: Callable[[Job], None]) -> None:
+    def __init__(
+        self, process: BaseProcess, connection: socket.socket, on_ended: Callable[[Job], None], places: WaitingPlaces
+    ) -> None:
         self.process = process
         self.ready: Ready | None = None
         self.prepared = (0, 0)  # how much, of how much
@@ -39,10 +43,9 @@ class EngineLink:
         self.lost: str | None = None  # why, once it has died or was given up
         self.jobs: dict[int, Job] = {}
         self.rows = 0  # that its jobs take, running or not
-        self.queued = 0  # jobs that wait for others: those with rows reserved do not
         self.used_pages = 0
         self.heard_at = time.monotonic()
-        self._on_ended = on_ended
+        self._on_ended, self._places = on_ended, places
         self._stopped = False
         self._channel = Channel(connection, KINDS, self._take, lambda: self.give_up("an engine's process has died"))
 
@@ -50,7 +53,8 @@ class EngineLink:
         """Gives it a job."""
         self.jobs[job.order.job] = job
         self.rows += job.rows
-        self.queued += not job.reserved
+        if not job.reserved:
+            self._places.take(job.order.client)
         self._channel.put(job.order)
 
     def cancel(self, job: Job) -> None:
@@ -101,8 +105,8 @@ class EngineLink:
                     return
                 waited = job.started_at is None
                 job.take(event)
-                if waited and isinstance(event, (Started, Ended)):
-                    self.queued -= not job.reserved
+                if waited and not job.reserved and isinstance(event, (Started, Ended)):
+                    self._places.give_back(job.order.client)
                 if isinstance(event, Ended):
                     self.used_pages = self.used_pages if event.used_pages is None else event.used_pages
                     self.rows -= job.rows

@@ -47,6 +47,12 @@ def queue_full(waiting: int, retry_after: int) -> ApiError:
     return ApiError(429, f"{waiting} requests are waiting, and no more are taken: try again later", "queue_full", None, retry_after)
 
 
+def share_full(waiting: int, places: int, retry_after: int) -> ApiError:
+    """The client has its share of the queue; the places that are free are for others."""
+    message = f"you have {waiting} of the {places} places for waiting requests, which is your share now: try again later"
+    return ApiError(429, message, "queue_full", None, retry_after)
+
+
 def not_ready(why: str, retry_after: int) -> ApiError:
     """The service is not there yet, or not any more."""
     return ApiError(503, why, "not_ready", None, retry_after)

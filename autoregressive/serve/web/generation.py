@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from autoregressive.common.errors import UserError
+from autoregressive.serve.web.clients import client_of
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.jobs import Job
@@ -50,7 +51,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (401, "The key is missing or wrong."),
         (404, "No such model."),
         (413, "The body is too large."),
-        (429, "The queue is full; Retry-After says when to try again."),
+        (429, "The queue is full, or the client has its share; Retry-After says when to try again."),
         (500, "The model gave no image."),
         (503, "Not ready, stopping, or waited too long."),
         (504, "The images took too long."),
@@ -73,6 +74,7 @@ class Studio:
     encoders: Executor
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
+    keyed: bool = False  # whether clients have keys
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         """A finished image's file."""
@@ -115,6 +117,9 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     """The routes. Not as a router of their own: FastAPI would build them at the first request, which takes tens of milliseconds."""
     model, desk = studio.model, studio.desk
 
+    def order_of(body: CodesRequest, request: Request, *, pixels: bool) -> Submit:
+        return replace(model.order(body, pixels=pixels), client=client_of(request.scope, keyed=studio.keyed))
+
     @app.post(
         DRAWING_PATHS[0],
         response_model=ImagesAnswer,
@@ -123,7 +128,7 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     )
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """OpenAI's images: `prompt` is a class, by name or id."""
-        order = model.order(body, pixels=True)
+        order = order_of(body, request, pixels=True)
         stores = body.response_format == "url"
         if stores and studio.store is None:
             message = "response_format must be b64_json: this service stores no images"
@@ -164,14 +169,14 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     @app.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse, tags=_TAGS)
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
-        order = replace(model.order(body, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
+        order = replace(order_of(body, request, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
         job = await desk.accept(order)
         return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
 
     @app.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS, tags=_TAGS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for those who have a decoder of their own."""
-        order = model.order(body, pixels=False)
+        order = order_of(body, request, pixels=False)
         job = await desk.accept(order)
         data: dict[int, CodesData] = {}
 

@@ -106,7 +106,7 @@ class RequestLog:
     ) -> None:
         line: dict[str, Any] = {
             "request_id": number,
-            "client": scope["client"][0] if scope.get("client") else None,
+            "client": self._shown(scope["client"][0]) if scope.get("client") else None,
             "method": self._shown(scope["method"]),
             "path": self._shown(scope["path"]),
             "status": status,

@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
+
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.common.results import program_version
 from autoregressive.serve.web.app import build_app
@@ -80,6 +83,7 @@ def start_dispatcher(
         settings.max_queue_size,
         settings.patience,
         model.tokens_of_image,
+        settings.engine.scheduling_policy,
     )
 
 
@@ -96,5 +100,8 @@ def build_service_app(
     store = None
     if settings.store is not None:
         store = Store(settings.store, settings.stored_images, settings.public_url or address, share.index, share.count)
-    studio = Studio(model, desk, encoders, store)
-    return build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs), encoders
+    studio = Studio(model, desk, encoders, store, keyed=settings.api_key is not None)
+    app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
+    if settings.forwarded_allow_ips is not None:
+        app = cast(App, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
+    return app, encoders

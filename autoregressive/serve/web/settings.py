@@ -5,7 +5,7 @@ The command line counts before the environment, that before the file that --conf
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,8 @@ from autoregressive.common.files import check_folder
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
+from autoregressive.serve.web.clients import check_forwarded_allow_ips
 from autoregressive.serve.web.dispatcher import Patience
 
 COMMAND = "autoregressive/serve/api_server.py"
@@ -33,6 +35,7 @@ _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_WAIT = 10.0**9
 _SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
 _PATIENCE = Patience()
+_POLICY: SchedulingPolicy = "fair"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ServerSettings:
     port: int
     api_key: str | None
     max_queue_size: int
+    forwarded_allow_ips: str | None  # proxies whose X-Forwarded-For counts; None: nobody's
     patience: Patience
     store: Path | None
     stored_images: int
@@ -89,6 +93,18 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=SCHEDULING_POLICIES,
+        metavar="P",
+        help="fair: clients (told apart by key and address) share the queue and the engines equally; "
+        f"fcfs: first come, first served (default: {_POLICY})",
+    )
+    group.add_argument(
+        "--forwarded-allow-ips",
+        metavar="LIST",
+        help="addresses and networks of proxies whose X-Forwarded-For says where a client is, or * (default: none)",
     )
     group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
     group.add_argument(
@@ -206,6 +222,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         raise UserError(f"--host {host}: others can reach this address, so set a key ({ENVIRONMENT}API_KEY), or use {_HOST}")
     if not _is_host(host):
         raise UserError(f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one")
+    if arguments.forwarded_allow_ips is not None:
+        check_forwarded_allow_ips(arguments.forwarded_allow_ips)
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
         _check_gpus(choice, engines)
@@ -225,7 +243,9 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
     return ServerSettings(
         choice=choice,
-        engine=engine_config(arguments, EngineConfig.max_num_seqs),
+        engine=replace(
+            engine_config(arguments, EngineConfig.max_num_seqs), scheduling_policy=_or(arguments.scheduling_policy, _POLICY)
+        ),
         engines=engines,
         fronts=fronts,
         name=name,
@@ -233,6 +253,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         port=_at_least(arguments, "port", _PORT, 0, 65535),
         api_key=key,
         max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
+        forwarded_allow_ips=arguments.forwarded_allow_ips,
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
         stored_images=stored,

@@ -34,6 +34,7 @@ class Submit:
     watched: bool = False  # `Drawn` again and again, not only once
     start_by: float | None = None  # moment; whoever has not begun by then ends with `queue_timeout`
     run_seconds: float | None = None  # whoever has not ended that long after the start ends with `run_timeout`
+    client: str = ""  # whose it is, as `client_of` names it
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,10 @@ class Worker:
     def _submit(self, order: Submit) -> None:
         task = Task(order, left=order.n)
         try:
-            task.requests = [self._engine.submit(order.class_label, order.params, first_image=image) for image in range(order.n)]
+            task.requests = [
+                self._engine.submit(order.class_label, order.params, first_image=image, client=order.client)
+                for image in range(order.n)
+            ]
         except ValueError as error:
             self._outbox.put(Ended(order.job, "refused", time.monotonic(), str(error)))
             return
