@@ -124,11 +124,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        metavar="FILE.png",
-        help="the pictures as one grid (default: sample_c2i.png, or sample_c2i_untrained.png without trained weights)",
+        metavar="FILE",
+        help="the pictures as one grid, in the format that the suffix names: .png, .jpg, .jpeg or .webp (default: "
+        "sample_c2i.png, or sample_c2i_untrained.png without trained weights)",
     )
     group.add_argument("--captions", action="store_true", help="write the class name under each picture of the grid")
-    group.add_argument("--save-individual", type=Path, metavar="DIR", help="also save each picture in its own file")
+    group.add_argument(
+        "--save-individual", type=Path, metavar="DIR", help="also save each picture in its own file, in the format of --output"
+    )
     group.add_argument(
         "--save-codes", type=Path, metavar="FILE.npy", help="also save the tokens: int32, one row a picture"
     )

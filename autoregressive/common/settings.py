@@ -18,6 +18,7 @@ from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TE
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
+from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
@@ -110,11 +111,12 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
     choice = resolve_model_choice(arguments, seed)
     model = choice.model
+    labels = _resolve_labels(arguments, model.gpt_model, model.num_classes)
     return Settings(
         model=model,
         sampling=_resolve_sampling(arguments, choice.defaults, model.codebook_size, seed),
-        output=_resolve_output(arguments),
-        labels=_resolve_labels(arguments, model.gpt_model, model.num_classes),
+        output=_resolve_output(arguments, len(labels), model.image_size),
+        labels=labels,
         classes=choice.classes,
         compile=arguments.compile,
         note=choice.note,
@@ -291,7 +293,7 @@ def _resolve_sampling(
     return settings
 
 
-def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
+def _resolve_output(arguments: argparse.Namespace, images: int, side: int) -> OutputSettings:
     output = OutputSettings(
         typed_grid=arguments.output,
         captions=arguments.captions,
@@ -299,7 +301,8 @@ def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
         codes=arguments.save_codes,
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
-        check_file("--output", output.grid(trained=trained), ".png")
+        check_file("--output", output.grid(trained=trained), *PICTURE_FORMATS)
+    check_grid_fits("--output", output.grid(trained=True), images, side, captions=output.captions)
     if output.codes is not None:
         check_file("--save-codes", output.codes, ".npy")
     if output.individual is not None:
