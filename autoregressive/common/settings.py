@@ -32,7 +32,7 @@ PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn; the names and meanings are those of `generate`."""
+    """How tokens are drawn; the names and meanings are those of `generate`, and `temperature` 0 takes the likeliest token."""
 
     cfg_scale: float
     cfg_interval: int
@@ -114,7 +114,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     labels = _resolve_labels(arguments, model.gpt_model, model.num_classes)
     return Settings(
         model=model,
-        sampling=_resolve_sampling(arguments, choice.defaults, model.codebook_size, seed),
+        sampling=_resolve_sampling(arguments, choice.defaults, seed),
         output=_resolve_output(arguments, len(labels), model.image_size),
         labels=labels,
         classes=choice.classes,
@@ -272,23 +272,21 @@ def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_
     raise UserError(f"{flag} {typed}: there is no such file or folder{also}")
 
 
-def _resolve_sampling(
-    arguments: argparse.Namespace, defaults: ModelDefaults, codebook_size: int, seed: int
-) -> SamplingSettings:
+def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, seed: int) -> SamplingSettings:
     settings = SamplingSettings(
         cfg_scale=_or(arguments.cfg_scale, defaults.cfg_scale),
         cfg_interval=_or(arguments.cfg_interval, defaults.cfg_interval),
         temperature=_or(arguments.temperature, defaults.temperature),
-        top_k=_or(arguments.top_k, min(defaults.top_k, codebook_size)),
+        top_k=_or(arguments.top_k, defaults.top_k),
         top_p=_or(arguments.top_p, defaults.top_p),
         seed=seed,
     )
     scale, temperature = settings.cfg_scale, settings.temperature
     _require(0 <= scale <= LARGEST_SCALE, "--cfg-scale", scale, f"0 to {LARGEST_SCALE:g}")
     _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
-    fits = 0 < temperature <= LARGEST_TEMPERATURE
-    _require(fits, "--temperature", temperature, f"above 0 and at most {LARGEST_TEMPERATURE:g}")
-    _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
+    fits = 0 <= temperature <= LARGEST_TEMPERATURE
+    _require(fits, "--temperature", temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
+    _require(0 <= settings.top_k < 2**31, "--top-k", settings.top_k, "0 (all) to 2**31 - 1")
     _require(0 < settings.top_p <= 1, "--top-p", settings.top_p, "above 0 and at most 1")
     return settings
 
