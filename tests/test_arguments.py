@@ -282,7 +282,9 @@ def test_what_argparse_refuses_is_one_line_too(typed: str, capsys: pytest.Captur
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("typed", [f"--seed {2**63 - 1}", "--top-k 0", f"--top-k {2**31 - 1}", "--temperature 0", "--top-p 1", "--cfg-scale 0"])
+@pytest.mark.parametrize(
+    "typed", [f"--seed {2**63 - 1}", "--top-k 0", f"--top-k {2**31 - 1}", "--temperature 0", "--top-p 1", "--cfg-scale 0"]
+)
 def test_the_ends_of_the_ranges_are_allowed(folder: Path, typed: str) -> None:
     """Fails if a check is off by one, or the value is bent on the way."""
     flag, value = typed.split()

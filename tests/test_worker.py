@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fake_runner import CLASSES, VOCABULARY, FakeRunner, expected_codes, fake_engine, tiny_gpt
+from fake_runner import CLASSES, FakeRunner, expected_codes, fake_engine, tiny_gpt
 from fake_service import TOKENS, FakeDecoder, Faults
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -110,7 +110,10 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--temperature", type=float, metavar="X", help=f"0 takes the likeliest token {_default('temperature')}")
     group.add_argument(
-        "--top-k", type=int, metavar="N", help=f"draw from the N likeliest tokens; 0, or more than there are: from all {_default('top_k')}"
+        "--top-k",
+        type=int,
+        metavar="N",
+        help=f"draw from the N likeliest tokens; 0, or more than there are: from all {_default('top_k')}",
     )
     group.add_argument(
         "--top-p",
