@@ -83,7 +83,7 @@ def test_an_unknown_variable_is_a_warning_that_names_the_nearest_flag(
 
 def test_a_known_flag_with_a_bad_value_stays_an_error() -> None:
     """Fails if a mistake in the service's own variable is passed over with its neighbours'."""
-    with pytest.raises(UserError, match="invalid int value: 'http://10.0.0.5:8000'"):
+    with pytest.raises(UserError, match=r"invalid int value: 'http://10.0.0.5:8000'"):
         read_arguments([], {"LLAMAGEN_PORT": "http://10.0.0.5:8000"})
 
 

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
 from autoregressive.common.errors import OneLineParser
+from autoregressive.common.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.common.weights import DEMO_GPT, DEMO_VQ
 from autoregressive.models.config import GPT_SHAPES
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
 
 _EXAMPLES = """\
 examples:
-  python {command} --gpt-model GPT-demo --captions
+  {command} --gpt-model GPT-demo --captions
       eight pictures from the model that ships with the repository
-  python {command} --gpt-model GPT-XL --gpt-ckpt c2i_XL_384.pt --vq-ckpt vq_ds16_c2i.pt
+  {command} --gpt-model GPT-XL --gpt-ckpt c2i_XL_384.pt --vq-ckpt vq_ds16_c2i.pt
       LlamaGen's eight classes, with weights that you have
-  python {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
+  {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
       weights from the hub, classes by name or id
-  python {command} --gpt-model GPT-B --list-classes fox
+  {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
 _IF_NONE = "they are drawn at random: the picture is noise, the speed is real"
@@ -40,8 +41,8 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     """
     parser = OneLineParser(
         description=purpose,
-        usage=f"python {command} [flags]",
-        epilog=_EXAMPLES.format(command=command),
+        usage=f"{command_line(command)} [flags]",
+        epilog=_EXAMPLES.format(command=command_line(command)),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
@@ -161,7 +162,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help=f"where weights are looked for and downloaded to, {DEMO_GPT} and {DEMO_VQ} among them "
-        "(default: pretrained_models of the repository)",
+        f"(default: {'pretrained_models of the repository' if in_checkout() else str(pretrained_folder()).replace('%', '%%')})",
     )
 
 

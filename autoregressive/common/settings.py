@@ -18,9 +18,10 @@ from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TE
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
+from autoregressive.common.folders import pretrained_folder
 from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits
 from autoregressive.common.published import PublishedFile
-from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
+from autoregressive.common.weights import DEMO_GPT, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ def _published_gpt(arguments: argparse.Namespace) -> PublishedFile | None:
 def _gpt_file_there(arguments: argparse.Namespace, gpt_model: str, image_size: int) -> bool:
     downsample = VQ_CONFIGS[_choose_vq_model(arguments, model_defaults(gpt_model))].downsample_size
     file_name = gpt_file_name(gpt_model, image_size, downsample)
-    return file_in(_or(arguments.pretrained_dir, PRETRAINED), file_name) is not None
+    return file_in(_or(arguments.pretrained_dir, pretrained_folder()), file_name) is not None
 
 
 def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> str:
@@ -212,7 +213,7 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         ("--num-classes", arguments.num_classes),
     ):
         _require(typed is None or 1 <= typed <= _LARGEST_SIZE, flag, typed, f"1 to {_LARGEST_SIZE}")
-    pretrained = _or(arguments.pretrained_dir, PRETRAINED)
+    pretrained = _or(arguments.pretrained_dir, pretrained_folder())
     gpt_ckpt = _resolve_checkpoint("--gpt-ckpt", arguments.gpt_ckpt, pretrained, arguments.random_weights)
     vq_ckpt = _resolve_checkpoint("--vq-ckpt", arguments.vq_ckpt, pretrained, arguments.random_weights)
     if arguments.ema and arguments.gpt_ckpt is None:

@@ -17,6 +17,7 @@ import yaml
 from autoregressive.common.arguments import add_model_flags
 from autoregressive.common.errors import OneLineParser, UserError, tell
 from autoregressive.common.files import check_folder
+from autoregressive.common.folders import command_line
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
@@ -72,7 +73,7 @@ def build_server_parser() -> _LayerParser:
     """The service's flags, the engine's and the model's."""
     parser = _LayerParser(
         description=_PURPOSE,
-        usage=f"python {COMMAND} [flags]",
+        usage=f"{command_line(COMMAND)} [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
@@ -172,7 +173,7 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
 
 def _file_tokens(path: Path) -> list[str]:
     try:
-        content = yaml.load(path.read_text(), yaml.BaseLoader)  # all is text as written: safe_load reads 010 as 8, no as False
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # as written: safe_load reads 010 as 8, no as False
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (yaml.YAMLError, RecursionError) as error:
