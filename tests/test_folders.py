@@ -118,6 +118,14 @@ def test_without_a_temporary_folder_the_cache_has_one(nobody: pytest.MonkeyPatch
     assert (tmp_path / "llamagen" / "tmp").is_dir()
 
 
+def test_triton_keeps_its_kernels_there(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if Triton stops reading the variable, so that its kernels go to the home folder, or to nowhere."""
+    knobs = pytest.importorskip("triton.knobs")
+    nobody.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prepare_compilers()
+    assert Path(knobs.cache.dir).is_relative_to(tmp_path / "llamagen")
+
+
 def test_what_the_user_has_chosen_stays(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fails if a variable of torch's compiler or of Triton that is set already is overruled."""
     nobody.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
