@@ -6,10 +6,10 @@ from pathlib import Path
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
 with slow_imports(__name__):
+    from autoregressive.common.folders import pretrained_folder
     from autoregressive.common.hub import fetch
     from autoregressive.common.published import HUB_REPOSITORY, PUBLISHED_FILES, UNPUBLISHED, PublishedFile
 
-DEFAULT_FOLDER = Path(__file__).resolve().parents[1] / "pretrained_models"
 EXAMPLES = f"""\
 examples:
   python scripts/download_models.py --list
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, choices=[256, 384, 512], help="of a model given by name (default: all)")
     parser.add_argument("--all", action="store_true", help="fetch everything that is published")
     parser.add_argument("--list", action="store_true", help="show what is published and what is there, fetch nothing")
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="where to (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=pretrained_folder(), metavar="DIR", help="where to (default: %(default)s)")
     parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (default: the hub, or what HF_ENDPOINT says)")
     arguments = parser.parse_args()
     if not (arguments.names or arguments.all or arguments.list):

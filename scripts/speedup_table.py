@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.save()
     rows = [results.row(model, arguments.methods) for model in arguments.models]
     table = f"{markdown(rows)}\n{job.medians_of()}\n"
-    write_whole(folder / "speedup.md", lambda part: part.write_text(table))
+    write_whole(folder / "speedup.md", lambda part: part.write_text(table, encoding="utf-8"))
     write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
     print(table)
     print(json.dumps(results.report()))

@@ -14,6 +14,12 @@ def test_llamagens_eight_are_the_classes_that_it_means() -> None:
     assert len(IMAGENET) == 1000
 
 
+def test_the_names_are_torchvisions() -> None:
+    """Fails if a name or its place differs from the list that the names were copied from."""
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    assert list(IMAGENET.names) == models.ResNet18_Weights.DEFAULT.meta["categories"]
+
+
 def test_the_demo_starts_with_their_kin() -> None:
     """Fails if the demo model's default labels point at other classes than intended."""
     expected = ["dog", "otter", "panda", "volcano", "parrot", "mountain", "balloon", "fox"]

@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import check_file, check_folder, write_whole
-from autoregressive.common.images import JSON_KEY, individual_file, picture_grid, save_codes, save_png, shortened
+from autoregressive.common.images import JSON_KEY, individual_file, picture_grid, save_codes, save_picture, shortened
 
 
 def constant_images(*values: float, side: int = 8) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_a_caption_never_exceeds_its_width(width: int) -> None:
 def test_the_png_holds_its_parameters_for_people_and_as_json(tmp_path: Path) -> None:
     """Fails if the record is lost on the way to disk, names in other scripts included."""
     record: dict[str, object] = {"model": "GPT-demo", "labels": [0, 1], "name": "Hündin 犬"}
-    save_png(tmp_path / "x.png", picture_grid(constant_images(0.5)), "a Hündin 犬", record)
+    save_picture(tmp_path / "x.png", picture_grid(constant_images(0.5)), "a Hündin 犬", record)
     with Image.open(tmp_path / "x.png") as image:
         image.load()
         assert image.text["parameters"] == "a Hündin 犬"  # type: ignore[attr-defined]
@@ -173,7 +173,7 @@ def test_the_check_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_individual_files_are_told_apart_and_own_up_to_noise(tmp_path: Path) -> None:
     """Fails if two images share a file, a name escapes the folder, or noise is not called untrained."""
-    files = {individual_file(tmp_path, image, 0, "dog", trained=True) for image in range(3)}
+    files = {individual_file(tmp_path, image, 0, "dog", trained=True, suffix=".png") for image in range(3)}
     assert len(files) == 3
-    odd = individual_file(tmp_path, 0, 5, "../a/b c", trained=False)
+    odd = individual_file(tmp_path, 0, 5, "../a/b c", trained=False, suffix=".png")
     assert odd == tmp_path / "0000_5_a_b_c_untrained.png"

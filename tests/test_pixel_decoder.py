@@ -9,7 +9,8 @@ from conftest import reference_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autoregressive.common.weights import DEMO_VQ, PRETRAINED
+from autoregressive.common.folders import pretrained_folder
+from autoregressive.common.weights import DEMO_VQ
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, batch_sizes
 from autoregressive.serve.engine.vq_forward import Convolution, VQForward
 from kernels.group_norm import interleave
@@ -22,7 +23,7 @@ def tokenizer(name: str) -> VQModel:
     """With reference weights; the demo's has its own."""
     model = VQ_models[name]()
     if name == "VQ-demo":
-        model.load_state_dict(load_file(PRETRAINED / DEMO_VQ), strict=False)  # the log of used codes is not shipped
+        model.load_state_dict(load_file(pretrained_folder() / DEMO_VQ), strict=False)  # the log of used codes is not shipped
     else:
         reference_weights(model, 6)
     return model.eval().requires_grad_(False)

@@ -189,9 +189,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("PROT", "1", "LLAMAGEN_PROT: there is no flag --prot"),
-        ("HELP", "1", "LLAMAGEN_HELP: there is no flag --help"),
-        ("", "1", "there is no flag --"),
         ("PORT", "many", "argument --port: invalid int value: 'many'"),
         ("PORT", "", "LLAMAGEN_PORT: has no value"),
         ("API_KEY", "", "LLAMAGEN_API_KEY: has no value"),

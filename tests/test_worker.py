@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fake_runner import CLASSES, VOCABULARY, FakeRunner, expected_codes, fake_engine, tiny_gpt
+from fake_runner import CLASSES, FakeRunner, expected_codes, fake_engine, tiny_gpt
 from fake_service import TOKENS, FakeDecoder, Faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -242,7 +242,7 @@ def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> 
     """Fails if a job that no engine can take ends the worker."""
 
     def commands(side: Side) -> None:
-        too_many = SamplingParams(top_k=VOCABULARY + 1)
+        too_many = SamplingParams(n=3)  # six rows
         side.send(order(0, class_label=CLASSES), order(1, params=too_many), order(2), Cancel(99))
         side.read_until_ended(0, 1, 2)
 

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
 from autoregressive.common.errors import OneLineParser
+from autoregressive.common.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.common.weights import DEMO_GPT, DEMO_VQ
 from autoregressive.models.config import GPT_SHAPES
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
 
 _EXAMPLES = """\
 examples:
-  python {command} --gpt-model GPT-demo --captions
+  {command} --gpt-model GPT-demo --captions
       eight pictures from the model that ships with the repository
-  python {command} --gpt-model GPT-XL --gpt-ckpt c2i_XL_384.pt --vq-ckpt vq_ds16_c2i.pt
+  {command} --gpt-model GPT-XL --gpt-ckpt c2i_XL_384.pt --vq-ckpt vq_ds16_c2i.pt
       LlamaGen's eight classes, with weights that you have
-  python {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
+  {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
       weights from the hub, classes by name or id
-  python {command} --gpt-model GPT-B --list-classes fox
+  {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
 _IF_NONE = "they are drawn at random: the picture is noise, the speed is real"
@@ -40,8 +41,8 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     """
     parser = OneLineParser(
         description=purpose,
-        usage=f"python {command} [flags]",
-        epilog=_EXAMPLES.format(command=command),
+        usage=f"{command_line(command)} [flags]",
+        epilog=_EXAMPLES.format(command=command_line(command)),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
@@ -108,9 +109,12 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help=f"guide the first N + 2 tokens only; -1: all {_default('cfg_interval')}",
     )
-    group.add_argument("--temperature", type=float, metavar="X", help=f"above 0 {_default('temperature')}")
+    group.add_argument("--temperature", type=float, metavar="X", help=f"0 takes the likeliest token {_default('temperature')}")
     group.add_argument(
-        "--top-k", type=int, metavar="N", help=f"draw from the N likeliest tokens; 0: from all {_default('top_k')}"
+        "--top-k",
+        type=int,
+        metavar="N",
+        help=f"draw from the N likeliest tokens; 0, or more than there are: from all {_default('top_k')}",
     )
     group.add_argument(
         "--top-p",
@@ -124,11 +128,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        metavar="FILE.png",
-        help="the pictures as one grid (default: sample_c2i.png, or sample_c2i_untrained.png without trained weights)",
+        metavar="FILE",
+        help="the pictures as one grid, in the format that the suffix names: .png, .jpg, .jpeg or .webp (default: "
+        "sample_c2i.png, or sample_c2i_untrained.png without trained weights)",
     )
     group.add_argument("--captions", action="store_true", help="write the class name under each picture of the grid")
-    group.add_argument("--save-individual", type=Path, metavar="DIR", help="also save each picture in its own file")
+    group.add_argument(
+        "--save-individual", type=Path, metavar="DIR", help="also save each picture in its own file, in the format of --output"
+    )
     group.add_argument(
         "--save-codes", type=Path, metavar="FILE.npy", help="also save the tokens: int32, one row a picture"
     )
@@ -155,7 +162,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help=f"where weights are looked for and downloaded to, {DEMO_GPT} and {DEMO_VQ} among them "
-        "(default: pretrained_models of the repository)",
+        f"(default: {'pretrained_models of the repository' if in_checkout() else str(pretrained_folder()).replace('%', '%%')})",
     )
 
 

@@ -10,10 +10,9 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from torchvision.models import ResNet18_Weights
-
 from autoregressive.common.demo_classes import DEMO_EMOJI
 from autoregressive.common.errors import UserError
+from autoregressive.common.imagenet_classes import IMAGENET_NAMES
 
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
@@ -99,7 +98,7 @@ def _pairs(word: str) -> set[str]:
     return {word[index : index + 2] for index in range(len(word) - 1)}
 
 
-IMAGENET = ClassNames(tuple(ResNet18_Weights.DEFAULT.meta["categories"]))
+IMAGENET = ClassNames(IMAGENET_NAMES)
 DEMO = ClassNames(tuple(name for name, _ in DEMO_EMOJI))
 
 

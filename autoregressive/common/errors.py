@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
+
+from autoregressive.common.folders import prepare_compilers
 
 
 class UserError(Exception):
@@ -40,11 +43,14 @@ def slow_imports(module: str) -> Iterator[None]:
     """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command` does later.
 
     It ends at once: nothing has begun that is to be tidied up, and an exception would hit some library halfway through its own
-    imports, which may pass over it or fail in its place.
+    imports, which may pass over it or fail in its place. The folders for compiled kernels are chosen before the imports, because
+    some libraries look for them while they are imported.
 
     Args:
         module: __name__ of whoever imports. Another's module has no say: the command that imports it has.
     """
+    if module == "__main__":
+        _prepare_compilers()
     if module != "__main__" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -63,10 +69,12 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main function and exits.
 
     The status is what it returns, None being 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after
-    Ctrl-C; 141 when whoever read stdout has left.
+    Ctrl-C; 141 when whoever read stdout has left. Text that stdout cannot encode is written with backslashes.
     """
+    _write_with_backslashes()
     status = 0
     try:
+        _prepare_compilers()
         status = main() or 0
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -79,6 +87,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = _interrupted()
     _drop_what_is_not_taken()
     sys.exit(status)
+
+
+def _write_with_backslashes() -> None:
+    """No work should fail over a name for which the encoding of stdout or stderr has no letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _prepare_compilers() -> None:
+    note = prepare_compilers()
+    if note is not None:
+        tell(f"{_program()}: {note}")
 
 
 def _program() -> str:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from autoregressive.common.errors import UserError
+from autoregressive.common.errors import UserError, either
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -35,18 +35,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.unlink()
 
 
-def check_file(flag: str, path: Path, suffix: str) -> None:
+def check_file(flag: str, path: Path, *suffixes: str) -> None:
     """Finds out before any long work whether `write_whole` will be able to write the file; leaves nothing behind.
 
     Args:
         flag: which the message is to name.
-        suffix: that the name must have, in any case.
+        suffixes: one of them must end the name, in any case.
 
     Raises:
         UserError: wrong suffix, a folder, no such folder, a link to itself, or no right to write there.
     """
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag} {path}: the file's name must end in {either(suffixes)}")
     check_folder(flag, path.parent)
     target = Path(os.path.realpath(path))
     if os.path.islink(target):

@@ -1,4 +1,4 @@
-"""Saves what a command drew: the grid, single pictures, codes. Every PNG says inside how it was made."""
+"""Saves what a command drew: the grid, single pictures, codes. Every picture says inside how it was made."""
 
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.common.errors import UserError
-from autoregressive.common.images import individual_file, picture_grid, save_codes, save_png
+from autoregressive.common.images import individual_file, picture_grid, save_codes, save_picture
 from autoregressive.common.settings import PRECISIONS, Settings
 from autoregressive.common.weights import FoundWeights, ModelSettings
 
@@ -37,18 +37,18 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
     common = generation_record(settings.model, found, loop, compiled=settings.compile) | asdict(settings.sampling)
+    grid = output.grid(trained=found.trained)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
         _make_folder(output.individual)
         for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
             one = common | {"images": len(names), "image": image, "label": label, "class_name": name}
-            file = individual_file(output.individual, image, label, name, trained=found.trained)
+            file = individual_file(output.individual, image, label, name, trained=found.trained, suffix=grid.suffix)
             picture = picture_grid(pixels[image : image + 1])
-            save_png(file, picture, readable(one), one)
+            save_picture(file, picture, readable(one), one)
     record = common | {"labels": list(settings.labels), "class_names": names}
-    grid = output.grid(trained=found.trained)
-    save_png(grid, picture_grid(pixels, names if output.captions else None), readable(record), record)
+    save_picture(grid, picture_grid(pixels, names if output.captions else None), readable(record), record)
     return grid
 
 

@@ -18,8 +18,10 @@ from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TE
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
+from autoregressive.common.folders import pretrained_folder
+from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits
 from autoregressive.common.published import PublishedFile
-from autoregressive.common.weights import DEMO_GPT, PRETRAINED, ModelSettings, file_in, gpt_file_name, published_as
+from autoregressive.common.weights import DEMO_GPT, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn; the names and meanings are those of `generate`."""
+    """How tokens are drawn; the names and meanings are those of `generate`, and `temperature` 0 takes the likeliest token."""
 
     cfg_scale: float
     cfg_interval: int
@@ -110,11 +112,12 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
     choice = resolve_model_choice(arguments, seed)
     model = choice.model
+    labels = _resolve_labels(arguments, model.gpt_model, model.num_classes)
     return Settings(
         model=model,
-        sampling=_resolve_sampling(arguments, choice.defaults, model.codebook_size, seed),
-        output=_resolve_output(arguments),
-        labels=_resolve_labels(arguments, model.gpt_model, model.num_classes),
+        sampling=_resolve_sampling(arguments, choice.defaults, seed),
+        output=_resolve_output(arguments, len(labels), model.image_size),
+        labels=labels,
         classes=choice.classes,
         compile=arguments.compile,
         note=choice.note,
@@ -179,7 +182,7 @@ def _published_gpt(arguments: argparse.Namespace) -> PublishedFile | None:
 def _gpt_file_there(arguments: argparse.Namespace, gpt_model: str, image_size: int) -> bool:
     downsample = VQ_CONFIGS[_choose_vq_model(arguments, model_defaults(gpt_model))].downsample_size
     file_name = gpt_file_name(gpt_model, image_size, downsample)
-    return file_in(_or(arguments.pretrained_dir, PRETRAINED), file_name) is not None
+    return file_in(_or(arguments.pretrained_dir, pretrained_folder()), file_name) is not None
 
 
 def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> str:
@@ -210,7 +213,7 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
         ("--num-classes", arguments.num_classes),
     ):
         _require(typed is None or 1 <= typed <= _LARGEST_SIZE, flag, typed, f"1 to {_LARGEST_SIZE}")
-    pretrained = _or(arguments.pretrained_dir, PRETRAINED)
+    pretrained = _or(arguments.pretrained_dir, pretrained_folder())
     gpt_ckpt = _resolve_checkpoint("--gpt-ckpt", arguments.gpt_ckpt, pretrained, arguments.random_weights)
     vq_ckpt = _resolve_checkpoint("--vq-ckpt", arguments.vq_ckpt, pretrained, arguments.random_weights)
     if arguments.ema and arguments.gpt_ckpt is None:
@@ -270,28 +273,26 @@ def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_
     raise UserError(f"{flag} {typed}: there is no such file or folder{also}")
 
 
-def _resolve_sampling(
-    arguments: argparse.Namespace, defaults: ModelDefaults, codebook_size: int, seed: int
-) -> SamplingSettings:
+def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, seed: int) -> SamplingSettings:
     settings = SamplingSettings(
         cfg_scale=_or(arguments.cfg_scale, defaults.cfg_scale),
         cfg_interval=_or(arguments.cfg_interval, defaults.cfg_interval),
         temperature=_or(arguments.temperature, defaults.temperature),
-        top_k=_or(arguments.top_k, min(defaults.top_k, codebook_size)),
+        top_k=_or(arguments.top_k, defaults.top_k),
         top_p=_or(arguments.top_p, defaults.top_p),
         seed=seed,
     )
     scale, temperature = settings.cfg_scale, settings.temperature
     _require(0 <= scale <= LARGEST_SCALE, "--cfg-scale", scale, f"0 to {LARGEST_SCALE:g}")
     _require(settings.cfg_interval >= -1, "--cfg-interval", settings.cfg_interval, "-1 or more")
-    fits = 0 < temperature <= LARGEST_TEMPERATURE
-    _require(fits, "--temperature", temperature, f"above 0 and at most {LARGEST_TEMPERATURE:g}")
-    _require(0 <= settings.top_k <= codebook_size, "--top-k", settings.top_k, f"0 (all) to {codebook_size} (the codebook)")
+    fits = 0 <= temperature <= LARGEST_TEMPERATURE
+    _require(fits, "--temperature", temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
+    _require(0 <= settings.top_k < 2**31, "--top-k", settings.top_k, "0 (all) to 2**31 - 1")
     _require(0 < settings.top_p <= 1, "--top-p", settings.top_p, "above 0 and at most 1")
     return settings
 
 
-def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
+def _resolve_output(arguments: argparse.Namespace, images: int, side: int) -> OutputSettings:
     output = OutputSettings(
         typed_grid=arguments.output,
         captions=arguments.captions,
@@ -299,7 +300,8 @@ def _resolve_output(arguments: argparse.Namespace) -> OutputSettings:
         codes=arguments.save_codes,
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
-        check_file("--output", output.grid(trained=trained), ".png")
+        check_file("--output", output.grid(trained=trained), *PICTURE_FORMATS)
+    check_grid_fits("--output", output.grid(trained=True), images, side, captions=output.captions)
     if output.codes is not None:
         check_file("--save-codes", output.codes, ".npy")
     if output.individual is not None:

@@ -14,12 +14,13 @@ import torch
 
 from autoregressive.common.checkpoint import load_weights
 from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL
+from autoregressive.common.errors import UserError
+from autoregressive.common.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.common.hub import fetch
 from autoregressive.common.published import PUBLISHED_FILES, PublishedFile, published_gpt, published_vq
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
-PRETRAINED = Path(__file__).resolve().parents[2] / "pretrained_models"
 DEMO_GPT, DEMO_VQ = "demo_gpt.safetensors", "demo_vq.safetensors"
 _PUBLISHED_DOWNSAMPLE = 16
 
@@ -127,6 +128,8 @@ def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) ->
     there = file_in(settings.pretrained, file_name)
     published = published_as(Path(file_name)) if file_name is not None else None
     if there is None and settings.download and published is not None:
+        if not can_be_written(settings.pretrained):
+            raise UserError(f"--download: {settings.pretrained} cannot be written; choose another --pretrained-dir")
         return fetch(published, settings.pretrained)
     return there
 
@@ -155,11 +158,16 @@ def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) ->
         return ["  leave out --random-weights to use trained ones"]
     ways = []
     published = [name for name in missing.values() if name is not None and name not in (DEMO_GPT, DEMO_VQ)]
-    if published:
-        folder = "" if settings.pretrained == PRETRAINED else f" --folder {shlex.quote(str(settings.pretrained))}"
+    if published and in_checkout():
+        folder = "" if settings.pretrained == pretrained_folder() else f" --folder {shlex.quote(str(settings.pretrained))}"
         ways.append(f"  get them: python scripts/download_models.py {' '.join(published)}{folder}  (or add --download)")
-    if DEMO_GPT in missing.values() or DEMO_VQ in missing.values():
+    elif published:
+        ways.append(f"  get them: add --download, which puts {' and '.join(published)} into {settings.pretrained}")
+    shipped = [name for name in (DEMO_GPT, DEMO_VQ) if name in missing.values()]
+    if shipped and in_checkout():
         ways.append("  get them: git checkout pretrained_models, or train them: python scripts/train_demo.py")
+    elif shipped:
+        ways.append(f"  copy {' and '.join(shipped)} from the repository's pretrained_models into {settings.pretrained}")
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
         sizes = " and ".join(str(file.image_size) for file in PUBLISHED_FILES if file.model == settings.gpt_model)

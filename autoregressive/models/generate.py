@@ -85,7 +85,7 @@ def generate(
         cfg_scale: guidance: unconditional + (conditional - unconditional) * scale; at 1 and below there is none, and no
             unconditional rows.
         cfg_interval: k >= 0 guides the first k + 2 tokens only; -1 guides all.
-        temperature: the logits are divided by it before the filter.
+        temperature: the logits are divided by it, or by 1e-5 if it is less, before the filter.
         top_k: keep the k likeliest tokens, ties included; 0 keeps all.
         top_p: keep the smallest set with this much probability; 1 keeps all.
         sample_logits: draw with torch's global generator; False takes the likeliest token.

@@ -96,6 +96,7 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            sample_logits=sampling.temperature > 0,
             on_token=lambda _: bar.update(images),
         )
 

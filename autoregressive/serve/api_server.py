@@ -66,7 +66,7 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     typical = SamplingParams(
         cfg_scale=defaults.cfg_scale,
         cfg_interval=defaults.cfg_interval,
-        top_k=min(defaults.top_k, model.codebook_size),
+        top_k=defaults.top_k,
         top_p=defaults.top_p,
     )
 

@@ -58,15 +58,11 @@ class Speed:
         tokens_per_second = self.images * self.tokens / seconds
         images_per_second = self.images / (seconds + self.decoding_seconds)
         step_ms = seconds / self.job.steps * 1e3
-        return [
-            f"{tokens_per_second:.0f} tokens/s, {images_per_second:.2f} images/s with decoding, {step_ms:.3f} ms/step.",
-            self._share(),
-        ]
+        rates = f"{tokens_per_second:.0f} tokens/s, {images_per_second:.2f} images/s with decoding, {step_ms:.3f} ms/step."
+        return [rates] if self.ceilings is None else [rates, self._share(self.ceilings)]
 
-    def _share(self) -> str:
-        if self.ceilings is None:
-            return "share of the memory floor: no GPU, no floor."
-        terabytes, teraflops = self.ceilings.read_bytes_per_second / 1e12, self.ceilings.operations_per_second / 1e12
+    def _share(self, ceilings: Ceilings) -> str:
+        terabytes, teraflops = ceilings.read_bytes_per_second / 1e12, ceilings.operations_per_second / 1e12
         return (
             f"share of the memory floor: {self.job.seconds / self.sampling_seconds:.1%} (at best {self.job.seconds:.3f} seconds, "
             f"with the {terabytes:.2f} TB/s and {teraflops:.0f} TFLOP/s measured here)."
@@ -171,13 +167,14 @@ def draw(models: LoadedModels, settings: Settings, params: SamplingParams, confi
 
 
 def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
-    """An engine that is ready to draw; compiling and capturing shows as a bar on a terminal.
+    """An engine that is ready to draw; the capture of CUDA graphs shows as a bar on a terminal.
 
     Raises:
         UserError: it does not fit on the device.
     """
+    hidden = not _on_terminal() or not config.runner.uses_graphs(models.gpt.tok_embeddings.weight.device)
     columns, lines = shutil.get_terminal_size()  # as in `Engine.generate`
-    with tqdm(desc="preparing", unit=" graphs", disable=not _on_terminal(), leave=False, ncols=columns, nrows=lines) as bar:
+    with tqdm(desc="preparing", unit=" graphs", disable=hidden, leave=False, ncols=columns, nrows=lines) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

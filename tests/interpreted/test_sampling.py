@@ -54,6 +54,18 @@ def test_draws_equal_the_references(images: int, vocab_size: int) -> None:
     assert result.failed.sum() == 0
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    """Fails if more than there are, as far as int32 goes, draws otherwise than top-k 0, alone or with top-p."""
+    logits = torch.randn(24, 100, generator=torch.Generator().manual_seed(4))
+    top_ps = torch.tensor([1.0, 0.8]).repeat(12)
+    case = plain_case(logits, top_ps=top_ps)
+    expected = case.drawn_by(sampling.draw_tokens).tokens(case)
+    for top_k in (100, 101, 2**31 - 1):
+        larger = plain_case(logits, top_ks=torch.full((24,), top_k, dtype=torch.int32), top_ps=top_ps)
+        for draw_tokens in (sampling.draw_tokens, sampling_reference.draw_tokens):
+            assert torch.equal(larger.drawn_by(draw_tokens).tokens(larger), expected), top_k
+
+
 def test_damage_and_absence_are_handled_as_in_the_reference() -> None:
     """Fails if NaN, infinities, padding images or positions out of range are treated otherwise than in the reference."""
     logits = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))

@@ -107,12 +107,10 @@ class Engine:
             client: whose request it is. With the scheduling policy "fair" all clients that wait get equal shares.
 
         Raises:
-            ValueError: no such class, a top-k beyond the vocabulary, or a request that could never run; the message says the sizes.
+            ValueError: no such class, or a request that could never run; the message says the sizes.
         """
         if not isinstance(class_label, Integral) or not 0 <= class_label < self.num_classes:
             raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
-        if params.top_k > self.vocab_size:
-            raise ValueError(f"top_k {params.top_k}: must be 0 (all) to {self.vocab_size} (the codebook)")
         if not isinstance(first_image, Integral) or not 0 <= first_image <= 2**31 - params.n:
             most = 2**31 - params.n
             raise ValueError(f"first_image {first_image}: must be a whole number, 0 to {most}, so that images number below 2**31")

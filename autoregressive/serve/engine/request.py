@@ -24,7 +24,7 @@ class SamplingParams:
     cfg_scale: float = 4.0  # guidance; at 1 and below there is none, and no unconditional row
     cfg_interval: int = -1  # k >= 0 guides the first k + 2 tokens only; -1 guides all
     temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 2000  # 0 keeps all
+    top_k: int = 2000  # 0, and any number from the size of the codebook on, keep all
     top_p: float = 1.0  # 1 keeps all
     seed: int = 0
     n: int = 1  # images of this request; image k draws with (seed, k)
@@ -38,7 +38,7 @@ class SamplingParams:
         _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
         finite = 0 <= self.temperature <= LARGEST_TEMPERATURE
         _require(finite, "temperature", self.temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
-        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to the size of the codebook")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to 2**31 - 1")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         _require(1 <= self.n < 2**31, "n", self.n, "1 or more")

@@ -1,19 +1,16 @@
 """Pixels -> the bytes of a picture's file, with how it was made inside."""
 
 import io
-import json
 
 import numpy as np
 from PIL import Image
 
-from autoregressive.common.images import JSON_KEY, png_text
+from autoregressive.common.images import QUALITY, record_options
 from autoregressive.common.results import readable
 from autoregressive.serve.web.schema import OutputFormat
 
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
-_QUALITY = 90  # of jpeg and webp
 _PREVIEW_QUALITY = 75
-_DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
 
 
 def encode_picture(
@@ -24,15 +21,15 @@ def encode_picture(
     Args:
         pixels: uint8 [size, size, 3]
         quality: of jpeg and webp, 0 to 100; None: 90.
-        record: how it was made, as of `generation_record` with its class: in PNG's text, in the others' EXIF description.
+        record: how it was made, as of `generation_record` with its class: see `record_options` for where.
     """
     picture, file = _picture(pixels, size), io.BytesIO()
+    options = record_options(output_format.upper(), readable(record), record)
     if output_format == "png":
-        picture.save(file, format="PNG", compress_level=_PNG_LEVEL, pnginfo=png_text(readable(record), record))
+        options["compress_level"] = _PNG_LEVEL
     else:
-        exif = Image.Exif()
-        exif[_DESCRIPTION] = json.dumps({JSON_KEY: record})
-        picture.save(file, format=output_format.upper(), quality=_QUALITY if quality is None else quality, exif=exif)
+        options["quality"] = QUALITY if quality is None else quality
+    picture.save(file, format=output_format.upper(), **options)
     return file.getvalue()
 
 

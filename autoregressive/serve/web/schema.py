@@ -42,7 +42,9 @@ class CodesRequest(_Body):
     temperature: float | None = Field(
         None, ge=0, le=LARGEST_TEMPERATURE, allow_inf_nan=False, description="0 takes the likeliest token."
     )
-    top_k: int | None = Field(None, ge=0, lt=2**31, description="Draw from the N likeliest tokens; 0: from all.")
+    top_k: int | None = Field(
+        None, ge=0, lt=2**31, description="Draw from the N likeliest tokens; 0, or more than there are: from all."
+    )
     top_p: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="Draw from the likeliest tokens that make up this probability."
     )

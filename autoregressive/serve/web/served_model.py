@@ -41,11 +41,6 @@ class ServedModel:
         """OpenAI's way to say it."""
         return f"{self.image_size}x{self.image_size}"
 
-    @property
-    def top_k(self) -> int:
-        """Default of top-k."""
-        return min(self.defaults.top_k, self.codebook_size)
-
     def described(self) -> ModelData:
         """For /v1/models."""
         defaults = self.defaults
@@ -62,7 +57,7 @@ class ServedModel:
                 cfg_scale=defaults.cfg_scale,
                 cfg_interval=defaults.cfg_interval,
                 temperature=defaults.temperature,
-                top_k=self.top_k,
+                top_k=defaults.top_k,
                 top_p=defaults.top_p,
             ),
         )
@@ -85,15 +80,12 @@ class ServedModel:
         """What the engine is to draw; job number and deadlines are the dispatcher's.
 
         Raises:
-            ApiError: no such model, class or size, or a top-k beyond the codebook.
+            ApiError: no such model, class or size.
         """
         if body.model is not None and body.model != self.name:
             raise self.no_such_model(body.model)
         if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be {self.size} or auto", "invalid_value", "size")
-        top_k = _or(body.top_k, self.top_k)
-        if top_k > self.codebook_size:
-            raise ApiError(400, f"top_k must be 0 (all) to {self.codebook_size} (the codebook)", "invalid_value", "top_k")
         defaults = self.defaults
         return Submit(
             job=-1,
@@ -103,7 +95,7 @@ class ServedModel:
                 cfg_scale=_or(body.cfg_scale, defaults.cfg_scale),
                 cfg_interval=_or(body.cfg_interval, defaults.cfg_interval),
                 temperature=_or(body.temperature, defaults.temperature),
-                top_k=top_k,
+                top_k=_or(body.top_k, defaults.top_k),
                 top_p=_or(body.top_p, defaults.top_p),
                 seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
             ),

@@ -6,6 +6,7 @@ The command line counts before the environment, that before the file that --conf
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,14 +15,16 @@ import torch
 import yaml
 
 from autoregressive.common.arguments import add_model_flags
-from autoregressive.common.errors import OneLineParser, UserError
+from autoregressive.common.errors import OneLineParser, UserError, tell
 from autoregressive.common.files import check_folder
+from autoregressive.common.folders import command_line
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from autoregressive.serve.web.clients import check_forwarded_allow_ips
 from autoregressive.serve.web.dispatcher import Patience
+from autoregressive.serve.web.service_links import is_service_link
 
 COMMAND = "autoregressive/serve/api_server.py"
 ENVIRONMENT = "LLAMAGEN_"  # and the flag's name in capitals: LLAMAGEN_MAX_NUM_SEQS
@@ -74,7 +77,7 @@ def build_server_parser() -> _LayerParser:
     """The service's flags, the engine's and the model's."""
     parser = _LayerParser(
         description=_PURPOSE,
-        usage=f"python {COMMAND} [flags]",
+        usage=f"{command_line(COMMAND)} [flags]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
@@ -165,13 +168,28 @@ def _off(flag: str) -> str:
 
 
 def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
-    names = {name.removeprefix(ENVIRONMENT): value for name, value in environment.items() if name.startswith(ENVIRONMENT)}
-    return [token for name, value in names.items() for token in _tokens(name.lower(), value, f"environment: {ENVIRONMENT}{name}")]
+    """The flags that the environment gives.
+
+    The environment is not the user's alone, so a variable that is none of the service's flags is a warning and no error.
+    """
+    flags = {action.dest.upper() for action in build_server_parser()._actions if action.dest != "help"}
+    tokens = []
+    for variable, value in environment.items():
+        name = variable.removeprefix(ENVIRONMENT)
+        if name == variable or is_service_link(name, value):
+            continue
+        if name in flags:
+            tokens += _tokens(name.lower(), value, f"environment: {variable}")
+        else:
+            near = get_close_matches(name, flags, n=1)
+            hint = f"; did you mean {ENVIRONMENT}{near[0]}?" if near else " (--help shows the flags)"
+            tell(f"warning: environment: {variable} is ignored: there is no such flag{hint}")
+    return tokens
 
 
 def _file_tokens(path: Path) -> list[str]:
     try:
-        content = yaml.load(path.read_text(), yaml.BaseLoader)  # all is text as written: safe_load reads 010 as 8, no as False
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # as written: safe_load reads 010 as 8, no as False
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (yaml.YAMLError, RecursionError) as error:

@@ -57,7 +57,6 @@ export class SettingsForm {
   suit({ defaults = {}, codebook_size: codebook }) {
     this.defaults = defaults;
     this.#setDefaults(SAMPLING.filter((name) => !this.filledIn.has(name)));
-    byId("top_k").max = codebook;
     byId("top_k-hint").textContent = `The k likeliest of ${codebook} tokens; 0 is all.`;
   }
 
