@@ -70,7 +70,7 @@ class SystemCalls:
         if isinstance(place, int):
             return place in self._descriptors
         try:
-            return Path(os.fsdecode(place)).is_relative_to(self.folder)
+            return Path(os.fsdecode(place)).is_relative_to(self.folder)  # type: ignore[arg-type]
         except TypeError:
             return False
 
@@ -82,7 +82,7 @@ class _CountedFile(io.FileIO):
         self.calls.count("write", self.fileno())
         return super().write(content)
 
-    def readinto(self, buffer: Any, /) -> int | None:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int | None:
         self.calls.count("read", self.fileno())
         return super().readinto(buffer)
 
