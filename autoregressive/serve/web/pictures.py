@@ -13,6 +13,7 @@ from autoregressive.serve.web.schema import OutputFormat
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
 _QUALITY = 90  # of jpeg and webp
 _PREVIEW_QUALITY = 75
+_RECORD_BYTES = 16 * 2**10  # more than what is written into a file beside the pixels
 _DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
 
 
@@ -34,6 +35,11 @@ def encode_picture(
         exif[_DESCRIPTION] = json.dumps({JSON_KEY: record})
         picture.save(file, format=output_format.upper(), quality=_QUALITY if quality is None else quality, exif=exif)
     return file.getvalue()
+
+
+def largest_picture_bytes(size: int) -> int:
+    """How large the file of a picture of so many pixels a side can become: as PNG, with pixels that nothing makes smaller."""
+    return 3 * size * size + _RECORD_BYTES
 
 
 def encode_preview(pixels: bytes, size: int, output_format: OutputFormat) -> bytes:
