@@ -18,7 +18,7 @@ from system_calls import ERRORS, Killed, SystemCalls, calls_of, counted
 
 from autoregressive.common.errors import UserError
 from autoregressive.serve.web.pictures import encode_picture, largest_picture_bytes
-from autoregressive.serve.web.store import LOCK_FILE, Store, StoreClaim, StoreFailed, StoredPicture
+from autoregressive.serve.web.store import LOCK_FILE, Store, StoreClaim, StoredPicture, StoreFailed
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = b"picture" * 100

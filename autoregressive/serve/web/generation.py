@@ -98,7 +98,7 @@ class Studio:
         """Finds out before so many images are drawn whether they can be stored."""
         assert self.store is not None
         if images > (most := self.store.most_of_a_request):
-            raise ApiError(400, f"n must be at most {most} with response_format url", "invalid_value", "n")
+            raise ApiError(400, f"n must be at most {most} with response_format url: no more are kept", "invalid_value", "n")
         await self._on_disk(self.store.check, images)
 
     async def save(self, pictures: list[bytes], output_format: OutputFormat) -> list[str]:

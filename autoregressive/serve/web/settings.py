@@ -4,6 +4,7 @@ The command line counts before the environment, that before the file that --conf
 """
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import yaml
 
 from autoregressive.common.arguments import add_model_flags
 from autoregressive.common.errors import OneLineParser, UserError
-from autoregressive.common.files import check_folder
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
@@ -215,8 +215,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
         _check_gpus(choice, engines)
-    if arguments.store_dir is not None:
-        check_folder("--store-dir", arguments.store_dir)
+    if arguments.store_dir is not None and not os.path.isdir(arguments.store_dir):  # `StoreClaim` sees whether it can write there
+        raise UserError(f"--store-dir: there is no folder {arguments.store_dir}; make it first, or choose another")
     url = arguments.public_url
     if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
         raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
@@ -257,7 +257,7 @@ def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | N
         raise UserError(f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G")
     bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
     if bytes_there < (least := fronts * largest_picture_bytes(choice.model.image_size)):
-        raise UserError(f"--store-max-size {text}: must be at least {least // 1024 + 1}K: an image for each --api-server-count")
+        raise UserError(f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each --api-server-count")
     return bytes_there
 
 
