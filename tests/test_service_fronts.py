@@ -277,7 +277,7 @@ def test_pictures_are_shared_out_by_their_names(tmp_path: Path) -> None:
     for _ in range(15):
         stores[0].save([b"picture"], "png")
     again = [Store(tmp_path, 30, "http://localhost", index, 3) for index in range(3)]
-    assert sum(map(len, again)) == len(list(tmp_path.iterdir())) == 10
+    assert sum(store.pictures for store in again) == len(list(tmp_path.iterdir())) == 10
 
 
 def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:

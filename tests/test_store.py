@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_limits_hold_at_the_start_and_at_every_moment(tmp_path: Path, monkeypatc
     new_store(tmp_path, 50).save([PICTURE] * 50, "png")
     most_bytes = 7 * len(PICTURE)
     store = new_store(tmp_path, 10, most_bytes=most_bytes)
-    assert (len(store), len(os.listdir(tmp_path)), store.most_of_a_request) == (7, 7, 7)
+    assert (store.pictures, len(os.listdir(tmp_path)), store.most_of_a_request) == (7, 7, 7)
     write_bytes = Path.write_bytes
 
     def write(path: Path, data: bytes) -> int:
@@ -79,6 +81,49 @@ def test_limits_hold_at_the_start_and_at_every_moment(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "write_bytes", write)
     for count in (1, 3, 7, 2):
         assert all(content(store, name) == PICTURE for name in names(store.save([PICTURE] * count, "png")))
+
+
+def test_limits_hold_while_many_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if writes that overlap pass the quota together, wait for each other for ever, or lose pictures."""
+    most_bytes = 6 * len(PICTURE)
+    store = new_store(tmp_path, 5, most_bytes=most_bytes)
+    write_bytes, too_much, at_once, most_at_once = Path.write_bytes, [], [0], [0]
+
+    def write(path: Path, data: bytes) -> int:
+        at_once[0] += 1
+        most_at_once[0] = max(most_at_once[0], at_once[0])
+        written = write_bytes(path, data)
+        time.sleep(0.002)  # as a disk
+        total = sum(sizes(tmp_path))
+        if total > most_bytes:
+            too_much.append(total)
+        at_once[0] -= 1
+        return written
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+    def save(count: int) -> None:
+        for _ in range(10):
+            store.save([PICTURE] * count, "png")
+
+    threads = [threading.Thread(target=save, args=(count,), daemon=True) for count in (1, 1, 2, 3, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not too_much
+    assert most_at_once[0] > 1
+    assert store.pictures == len(sizes(tmp_path)) <= 5
+
+
+def sizes(folder: Path) -> list[int]:
+    """Of the files that are there."""
+    found = []
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):  # evicted meanwhile
+            found.append(file.stat().st_size)
+    return found
 
 
 def test_the_oldest_go_first_after_a_restart_too(tmp_path: Path) -> None:
@@ -146,7 +191,7 @@ def test_on_a_full_disk_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest
     store.check(1)
     disk.others = len(PICTURE)  # another program takes the room between look and save
     assert content(store, names(store.save([PICTURE], "png"))[0]) == PICTURE
-    assert len(os.listdir(tmp_path)) == len(store) == 4
+    assert len(os.listdir(tmp_path)) == store.pictures == 4
 
 
 def test_a_disk_that_others_fill_is_told_at_once_and_recovers(
@@ -161,7 +206,7 @@ def test_a_disk_that_others_fill_is_told_at_once_and_recovers(
         with pytest.raises(StoreFailed):
             attempt()
     assert log_of(caplog_of_ours)[0] == {"folder": str(tmp_path), "errno": "ENOSPC", "reason": "No space left on device"}
-    assert len(store) == len(os.listdir(tmp_path)) >= 40
+    assert store.pictures == len(os.listdir(tmp_path)) >= 40
     disk.others = 0
     store.check(1)
     assert content(store, names(store.save([PICTURE], "png"))[0]) == PICTURE
@@ -309,7 +354,7 @@ def test_pictures_are_whole_or_absent_whichever_call_fails(tmp_path: Path, work:
         again = start(folder)
         there = {name: content(again, name) for name in os.listdir(folder) if name != LOCK_FILE}
         assert set(there.values()) <= {*new, b"oldest", b"old", b"next"}, f"left by a failure of call {at}, {made[at]}"
-        assert len(there) == len(again) <= 4
+        assert len(there) == again.pictures <= 4
         if not saved and error != errno.ENOSPC:  # nothing but the limit and a full disk evicts
             assert there.get(old) == b"old"
 

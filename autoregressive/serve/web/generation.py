@@ -38,7 +38,10 @@ from autoregressive.serve.web.turns import Turns
 from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
 
 _STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
-_STORE_RETRY_SECONDS = 10
+_NOT_STORED = ApiError(
+    503, "images cannot be stored now: ask for b64_json, or try again later", "store_failed", "response_format", 10
+)
+_NOT_READ = ApiError(503, "the image cannot be read now: try again later", "store_failed", None, 10)
 FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
 _log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
@@ -99,18 +102,18 @@ class Studio:
         assert self.store is not None
         if images > (most := self.store.most_of_a_request):
             raise ApiError(400, f"n must be at most {most} with response_format url: no more are kept", "invalid_value", "n")
-        await self._on_disk(self.store.check, images)
+        await self._on_disk(_NOT_STORED, self.store.check, images)
 
     async def save(self, pictures: list[bytes], output_format: OutputFormat) -> list[str]:
         """Stores the pictures of an answer; their URLs."""
         assert self.store is not None
-        urls: list[str] = await self._on_disk(self.store.save, pictures, output_format)
+        urls: list[str] = await self._on_disk(_NOT_STORED, self.store.save, pictures, output_format)
         return urls
 
     async def stored(self, name: str) -> StoredPicture | None:
         """The stored picture of that name."""
         assert self.store is not None
-        found: StoredPicture | None = await self._on_disk(self.store.read, name)
+        found: StoredPicture | None = await self._on_disk(_NOT_READ, self.store.read, name)
         return found
 
     def failure(self, ended: Ended) -> ApiError:
@@ -121,12 +124,11 @@ class Studio:
         record = self.model.record_of(order, image.image)
         return encode_picture(image.data, self.model.image_size, output_format, quality, record)
 
-    async def _on_disk(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _on_disk(self, problem: ApiError, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return await anyio.to_thread.run_sync(function, *arguments, limiter=self.store_threads)
         except StoreFailed as error:
-            message = "images cannot be stored or read now: ask for b64_json, or try again later"
-            raise ApiError(503, message, "store_failed", "response_format", _STORE_RETRY_SECONDS) from error
+            raise replace(problem) from error
 
     async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)

@@ -70,9 +70,10 @@ class StoreClaim:
 
 def _lock(folder: Path) -> int:
     try:
+        os.scandir(folder).close()
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"--store-dir {folder}: cannot write there ({error.strerror}); choose another") from error
+        raise UserError(f"--store-dir {folder}: cannot read or write there ({error.strerror}); choose another") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -113,12 +114,16 @@ class Store:
         self._folder, self._most, self._base_url = folder, most // count, base_url.rstrip("/")
         self._most_bytes = None if most_bytes is None else most_bytes // count
         self._index, self._count, self._picture_bytes = index, count, picture_bytes
-        self._lock = threading.Lock()
         self._kept = deque(self._found())  # names and sizes, the oldest first
         self._kept_bytes = sum(size for _, size in self._kept)
-        self._evict_beyond(0, 0)
+        self._coming = self._coming_bytes = 0  # pictures that are being written
+        self._changed = threading.Condition()  # guards the four; the disk is waited for outside, so that writes share its time
+        with self._changed:
+            self._make_room(0, 0)
 
-    def __len__(self) -> int:
+    @property
+    def pictures(self) -> int:
+        """How many are kept that are this process's own."""
         return len(self._kept)
 
     @property
@@ -133,8 +138,7 @@ class Store:
             StoreFailed: they could not.
         """
         size = pictures * self._picture_bytes
-        with self._lock:
-            self._with_room(size, lambda: self._allocate(size))
+        self._evict_while_full(size, lambda: self._allocate(size))
 
     def save(self, pictures: Sequence[bytes], suffix: str) -> list[str]:
         """Writes the pictures of an answer, all or none, and evicts the oldest beyond the limits; their URLs.
@@ -146,11 +150,21 @@ class Store:
             StoreFailed: the disk does not take them.
         """
         size = sum(map(len, pictures))
-        with self._lock:
-            self._evict_beyond(len(pictures), size)
-            names = self._with_room(size, lambda: self._write(pictures, suffix))
-            self._kept.extend((name, len(picture)) for name, picture in zip(names, pictures, strict=True))
-            self._kept_bytes += size
+        with self._changed:
+            self._changed.wait_for(lambda: self._make_room(len(pictures), size))
+            self._coming += len(pictures)
+            self._coming_bytes += size
+        names: list[str] = []
+        try:
+            names = self._evict_while_full(size, lambda: self._write(pictures, suffix))
+        finally:
+            with self._changed:
+                self._coming -= len(pictures)
+                self._coming_bytes -= size
+                for name, picture in zip(names, pictures, strict=False):  # no names after a failure
+                    self._kept.append((name, len(picture)))
+                    self._kept_bytes += len(picture)
+                self._changed.notify_all()
         return [f"{self._base_url}/v1/files/{name}" for name in names]
 
     def read(self, name: str) -> StoredPicture | None:
@@ -173,7 +187,7 @@ class Store:
         except OSError as error:
             if error.errno in _NOT_A_PICTURE:
                 return None
-            raise self._failed("a picture cannot be read", error) from error
+            raise self._log_failure("a picture cannot be read", error) from error
         stem, suffix = name.split(".")
         return StoredPicture(content, MEDIA_TYPES[suffix], found.st_mtime, f'"{stem}"')
 
@@ -200,24 +214,33 @@ class Store:
             pass
         return name
 
-    def _with_room(self, size: int, work: Callable[[], _Result]) -> _Result:
+    def _make_room(self, pictures: int, size: int) -> bool:
+        """Evicts the oldest for so many pictures and bytes to come; whether the limits hold then.
+
+        They may not while others are being written, which can only be evicted later. The lock is held.
+        """
+        while not (fits := self._fits(pictures, size)) and self._kept:
+            self._evict_oldest()
+        return fits or self._coming == 0
+
+    def _fits(self, pictures: int, size: int) -> bool:
+        count, total = len(self._kept) + self._coming + pictures, self._kept_bytes + self._coming_bytes + size
+        return count <= self._most and (self._most_bytes is None or total <= self._most_bytes)
+
+    def _evict_while_full(self, size: int, work: Callable[[], _Result]) -> _Result:
         """Does what needs so many bytes of the disk; while it is full, evicts the oldest, but not many times as much."""
-        end = self._kept_bytes - 2 * size
+        freed = 0
         while True:
             try:
                 return work()
             except OSError as error:
-                if error.errno not in _NO_ROOM or not self._kept or self._kept_bytes < end:
-                    raise self._failed("pictures cannot be stored", error) from error
-                self._evict_oldest()
+                with self._changed:
+                    if error.errno not in _NO_ROOM or not self._kept or freed > 2 * size:
+                        raise self._log_failure("pictures cannot be stored", error) from error
+                    freed += self._evict_oldest()
 
-    def _evict_beyond(self, pictures: int, size: int) -> None:
-        """Keeps the limits, with so many pictures and bytes to come."""
-        most_bytes = float("inf") if self._most_bytes is None else self._most_bytes
-        while self._kept and (len(self._kept) + pictures > self._most or self._kept_bytes + size > most_bytes):
-            self._evict_oldest()
-
-    def _evict_oldest(self) -> None:
+    def _evict_oldest(self) -> int:
+        """Removes a picture; its bytes. The lock is held."""
         name, size = self._kept.popleft()
         self._kept_bytes -= size
         try:
@@ -225,7 +248,8 @@ class Store:
         except FileNotFoundError:  # removed by somebody else
             pass
         except OSError as error:  # it is found again, and counts, after the next start
-            self._failed("a picture cannot be removed", error)
+            self._log_failure("a picture cannot be removed", error)
+        return size
 
     def _allocate(self, size: int) -> None:
         """Has the disk set so many bytes aside, which writes nothing, and gives them back."""
@@ -255,8 +279,8 @@ class Store:
             raise
         return names
 
-    def _failed(self, what: str, error: OSError) -> StoreFailed:
-        """Tells the log why, and the caller that."""
+    def _log_failure(self, what: str, error: OSError) -> StoreFailed:
+        """Writes down what the disk said; the exception for callers, who must not see that."""
         number = errno.errorcode.get(error.errno or 0, "unknown")
         _log.error(what, extra={"fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}})
         return StoreFailed(what)
