@@ -5,7 +5,6 @@ One tensor is in memory at a time, and the file is written whole or not at all.
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +16,7 @@ with slow_imports(__name__):
     from tqdm import tqdm
 
     from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
+    from autoregressive.common.files import write_whole
     from autoregressive.common.strictness import COMPUTED_HERE, identify
     from autoregressive.common.weight_source import WeightSource
 
@@ -62,7 +62,6 @@ def check_output(path: Path, force: bool) -> None:
         str(path).encode()
         is_file_name = path.parent.is_dir() and not path.is_dir()
         exists = path.exists()
-        part_of(path).exists()  # a little longer, which can be too much
     except UnicodeEncodeError as error:
         raise UserError(f"{path}: the name is not UTF-8; choose another") from error
     except OSError as error:
@@ -71,11 +70,6 @@ def check_output(path: Path, force: bool) -> None:
         raise UserError(f"{path}: is a directory, or its folder does not exist; name a file in an existing folder")
     if exists and not force:
         raise UserError(f"{path}: exists already; choose another name, or give --force to replace it")
-
-
-def part_of(path: Path) -> Path:
-    """The temporary file beside the output."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> int:
@@ -100,20 +94,14 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
         raise CheckpointError(f"{source.path}: {unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
-    part = part_of(output)
-    try:
+
+    def write(part: Path) -> None:
         with part.open("wb") as stream:
             write_safetensors(source, dtypes, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
         check_written(part, source, dtypes)
-        size_bytes = part.stat().st_size
-        os.replace(part, output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return size_bytes
+
+    write_whole(output, write)
+    return output.stat().st_size
 
 
 def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:

@@ -24,7 +24,7 @@ with slow_imports(__name__):
     from bench_arguments import add_device, at_least
     from demo_stages import GPTStage, Plan, Stage, TokenizerStage
     from emoji_data import DEFAULT_FONT, FONT_HELP, LARGEST_SEED, load_sprites
-    from safetensors.torch import save_file
+    from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
     from autoregressive.common.devices import resolve_device
@@ -79,7 +79,8 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in weights.items()}
     # One entry only: safetensors writes several in random order, and equal weights would make unequal files.
     metadata = {"description": f"{description}; data rendered from Noto Color Emoji (SIL Open Font License 1.1)"}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    # The library's save_file writes a temporary file of its own, which would stay if the process were killed.
+    write_whole(path, lambda temporary: temporary.write_bytes(safetensors_bytes(tensors, metadata)))
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 

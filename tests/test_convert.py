@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
     output.write_bytes(b"precious")
     done = convert(tmp_path / "in.pt", output, "--force", file_limit_bytes=65536)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr
+    assert "cannot write" in done.stderr
     assert output.read_bytes() == b"precious"
     assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
 
@@ -113,7 +113,6 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
         ("out.pt", "has to end in .safetensors"),
         ("missing/out.safetensors", "name a file in an existing folder"),
         ("long" * 100 + ".safetensors", "File name too long"),
-        ("n" * 240 + ".safetensors", "File name too long"),  # only the temporary file's
         (os.fsdecode(b"\xff.safetensors"), "is not UTF-8"),
     ],
 )

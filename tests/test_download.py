@@ -2,104 +2,27 @@
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from hub_stand_in import CONTENT, FILE, Hub, running_hub
 
 from autoregressive.common.hub import DownloadError, fetch
 from autoregressive.common.published import PUBLISHED_FILES, published_gpt, published_vq
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = PUBLISHED_FILES[0]
-CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-@dataclass
-class Hub:
-    """What the stand-in serves, and what it was asked for."""
-
-    endpoint: str = ""
-    content: bytes = CONTENT
-    stated_etag: str = f'"{SHA256}"'
-    cut_at: int | None = None  # close the connection after so many bytes of content
-    ranges: bool = True
-    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
-
-    def downloads(self) -> list[str | None]:
-        return [asked for method, path, asked in self.requests if method == "GET" and path.startswith("/cdn/")]
-
-
-def make_handler(hub: Hub, storage_address: list[str]) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.respond(with_content=False)
-
-        def do_GET(self) -> None:
-            self.respond(with_content=True)
-
-        def respond(self, with_content: bool) -> None:
-            asked = self.headers["Range"]
-            hub.requests.append((self.command, self.path, asked))
-            if self.path == f"/FoundationVision/LlamaGen/resolve/main/{FILE.file_name}":
-                # Large files: the hub describes them and sends the client elsewhere for the content.
-                self.send_response(302)
-                self.send_header("Location", f"{storage_address[0]}/cdn/{SHA256}")
-                self.send_header("X-Repo-Commit", "0" * 40)
-                self.send_header("X-Linked-Etag", hub.stated_etag)
-                self.send_header("X-Linked-Size", str(len(CONTENT)))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-            elif self.path.startswith("/cdn/"):
-                self.send_content(asked if hub.ranges else None, with_content)
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        def send_content(self, asked: str | None, with_content: bool) -> None:
-            match = re.fullmatch(r"bytes=(\d+)-", asked or "")
-            first = int(match[1]) if match else 0
-            self.send_response(206 if match else 200)
-            if match:
-                self.send_header("Content-Range", f"bytes {first}-{len(hub.content) - 1}/{len(hub.content)}")
-            self.send_header("Content-Length", str(len(hub.content) - first))
-            self.end_headers()
-            if with_content:
-                self.wfile.write(hub.content[first : hub.cut_at])
-                self.close_connection = hub.cut_at is not None
-
-    return Handler
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    hub, storage_address = Hub(), [""]
-    handler = make_handler(hub, storage_address)
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]  # the hub, and where it keeps content
-    hub.endpoint, storage_address[0] = (f"http://127.0.0.1:{server.server_port}" for server in servers)
-    threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in servers]
-    for thread in threads:
-        thread.start()
-    yield hub
-    for server, thread in zip(servers, threads, strict=True):
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with running_hub() as hub:
+        yield hub
 
 
 def part_of(folder: Path) -> Path:
@@ -157,8 +80,7 @@ def test_a_part_as_long_as_the_file_or_longer_is_no_dead_end(hub: Hub, tmp_path:
 def test_a_download_that_breaks_off_keeps_its_part_for_the_next_call(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)  # what is written at a time
+    monkeypatch.setattr("autoregressive.common.hub._PAUSE_SECONDS", 0)
     hub.cut_at = 200_000
     assert "run the same command again" in error_of(hub, tmp_path)
     assert list(tmp_path.iterdir()) == [part_of(tmp_path)]

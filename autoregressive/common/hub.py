@@ -3,22 +3,32 @@
 A file has its name only once its SHA-256 is the one that the hub states; until then it is a hidden `.part` beside it.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from tqdm import tqdm
 
 from autoregressive.common.errors import UserError
+from autoregressive.common.files import remove_leftovers, sync
+from autoregressive.common.network import unusable_variable
 from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
+
+# huggingface_hub is imported where it is used: at its import it reads variables of the environment, and raises ValueError if one
+# of them is malformed. That must not end a command that downloads nothing.
+
+_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte
+_PAUSE_SECONDS = 1.0  # after each of them
+_PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
 
 class DownloadError(UserError):
@@ -42,25 +52,25 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
         endpoint: address of a mirror of the hub; by default the hub itself, or what HF_ENDPOINT says.
 
     Raises:
-        DownloadError: the hub cannot be reached, the download breaks off (the next call goes on with it), the disk is full,
-            or the file, there already or just fetched, is not the one that the hub describes.
+        DownloadError: the hub cannot be reached, a variable of the environment is no use, the download breaks off (the next call
+            goes on with it), the disk is full, or the file is not the one that the hub describes.
     """
     path = folder / published.file_name
     try:
+        if (problem := unusable_variable(endpoint)) is not None:
+            raise DownloadError(f"{published.file_name}: cannot be fetched: {problem}")
         remote = _ask_hub(published, endpoint)
-        if path.exists():
-            if not _is(path, remote):
-                raise DownloadError(f"{path}: is not the published file (SHA-256 differs); move it away and fetch again")
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{published.file_name}.{remote.sha256[:12]}.part"
-        with part.open("ab") as stream:
-            _download(remote, published, part, stream)
-        if not _is(part, remote):
-            part.unlink()
-            raise DownloadError(f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch again")
-        os.replace(part, path)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        part = path.with_name(f".{published.file_name}.{remote.sha256[:12]}.part")
+        if not path.exists():
+            _remove_parts(path, keep=part)
+            _fetch_into(path, part, remote, published)
+        elif _is(path, remote):
+            _remove_parts(path, keep=None)
+        else:
+            raise DownloadError(f"{path}: is not the published file (SHA-256 differs); move it away and fetch again")
+    except DownloadError:
+        raise
+    except Exception as error:  # the library passes on what the HTTP client, the TLS library and the system raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
             f"{published.file_name}: the download failed ({reason}); run the same command again, "
@@ -70,6 +80,8 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
 
 
 def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
     url = hf_hub_url(HUB_REPOSITORY, published.file_name, endpoint=endpoint)
     metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
     # For large files the hub's entity tag is the SHA-256 of the content.
@@ -78,13 +90,32 @@ def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
     return _Remote(url, metadata.etag, metadata.size)
 
 
+def _remove_parts(path: Path, keep: Path | None) -> None:
+    """Those of what the hub had under this name before, and of a file that came in another way."""
+    kept = f"(?!{re.escape(keep.name)})" if keep is not None else ""
+    remove_leftovers(path.parent, re.compile(rf"{kept}\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part"))
+
+
+def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as stream:  # its lock is held until the file has its name
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DownloadError(f"{published.file_name}: is being fetched by another process; wait for it") from error
+        _download(remote, published, part, stream)
+        if not _is(part, remote):
+            part.unlink()
+            raise DownloadError(f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch again")
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+
+
 def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
-    """Appends what is missing. hf_hub_download() would start anew, so the library's lower function does it."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DownloadError(f"{published.file_name}: is being fetched by another process; wait for it") from error
-    there = part.stat().st_size
+    """Appends what is missing, each piece as it comes. The library's `http_get` keeps up to 10 MiB to itself, and loses them
+    when the connection breaks off."""
+    there = os.fstat(stream.fileno()).st_size
     if there > remote.size_bytes:
         stream.truncate(0)
         there = 0
@@ -92,14 +123,48 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
     if free < remote.size_bytes - there:
         needed = (remote.size_bytes - there) / 1e9
         raise DownloadError(f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room")
-    http_get(
-        remote.url,
-        stream,
-        resume_size=there,
-        headers=build_hf_headers(token=False),
-        expected_size=remote.size_bytes,
-        displayed_filename=published.file_name,
-    )
+    failures = 0
+    bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=None)
+    with bar:
+        while there < remote.size_bytes:
+            try:
+                with _content(remote, there) as (first, chunks):
+                    if first != there:  # the server knows no ranges
+                        stream.truncate(first)
+                        bar.update(first - there)
+                        there = first
+                    for chunk in chunks:
+                        stream.write(chunk[: remote.size_bytes - there])  # a longer file fails the check
+                        stream.flush()
+                        there = os.fstat(stream.fileno()).st_size
+                        bar.update(len(chunk))
+                        failures = 0
+                if there < remote.size_bytes:  # a server that does not say how long its answer is
+                    raise httpx2.RemoteProtocolError("the answer ended early")
+            except _PASSING:
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
+
+
+@contextlib.contextmanager
+def _content(remote: _Remote, first: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """The file's bytes as they come, and which of them is the first: the one asked for, or 0."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    headers = build_hf_headers(token=False) | {"Accept-Encoding": "identity"}  # a range counts the bytes of what is sent
+    if first > 0:
+        headers["Range"] = f"bytes={first}-"
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with http_stream_backoff(
+        "GET", remote.url, headers=headers, timeout=timeout, retry_on_exceptions=(), retry_on_status_codes=(408, 429)
+    ) as response:
+        hf_raise_for_status(response)
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
+            raise DownloadError(f"{remote.url}: the server sends another part than the one asked for; try again later")
+        yield (first if response.status_code == 206 else 0), response.iter_bytes()
 
 
 def _is(path: Path, remote: _Remote) -> bool:

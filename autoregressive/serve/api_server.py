@@ -29,6 +29,7 @@ with slow_imports(__name__):
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
+    from autoregressive.serve.web.store import StoreClaim
     from autoregressive.serve.worker.process import SIGNALS, EngineRecipe, MakeEngine, StartProcess, signals_held, start_process
 
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
@@ -138,9 +139,10 @@ async def serve(
         listeners: where clients connect to; more than one: a process for each.
 
     Raises:
-        UserError: an engine could not be built, for a reason that the user can mend.
+        UserError: an engine could not be built, or the store's folder is another service's: the user can mend it.
     """
     write_logs(settings.log_level)
+    claim = StoreClaim(settings.store)
     address = _url(listeners[0])
     dispatcher = start_dispatcher(settings, model, recipe, start)
     ending = Ending(dispatcher)
@@ -156,6 +158,7 @@ async def serve(
                 asyncio.get_running_loop().remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)
         dispatcher.stop(at_once=ending.at_once)
+        claim.close()
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)
     failure = dispatcher.failure or failure

@@ -1,6 +1,7 @@
 """The service as an ASGI application: routes, the page, the guards around them."""
 
 from collections.abc import Sequence
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from autoregressive.serve.web.schema import (
     StatusAnswer,
     VersionAnswer,
 )
+from autoregressive.serve.web.store import MEDIA_TYPES
 
 PAGE = Path(__file__).parent / "static"
 OPEN_PATHS = ("/", "/health", "/ready", "/static/")
@@ -70,6 +72,8 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     )
     add_generation_routes(app, studio)
     _add_facts(app, studio, version)
+    if studio.store is not None:
+        _add_stored_images(app, studio)
     _add_state(app, studio)
     _add_page(app)
     if docs:
@@ -109,18 +113,33 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
         """What runs."""
         return VersionAnswer(version=version)
 
-    if studio.store is not None:
-        store = studio.store
 
-        missing: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "There is no such image."}}
 
-        @app.get("/v1/files/{name}", response_class=FileResponse, responses={**_WRONG, **missing}, tags=["images"])
-        async def fetch_image(name: str) -> FileResponse:
-            """A stored image."""
-            path = store.path(name)
-            if path is None:
-                raise ApiError(404, "there is no such image, or not any more", "not_found")
-            return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Accept-Ranges": "none"})
+def _add_stored_images(app: FastAPI, studio: Studio) -> None:
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+        304: {"description": "The client has it already."},
+        404: {"model": ErrorAnswer, "description": "There is no such image."},
+        503: {"model": ErrorAnswer, "description": "The disk does not give it now."},
+    }
+
+    @app.get("/v1/files/{name}", response_class=Response, responses={**_WRONG, **answers}, tags=["images"])
+    async def fetch_image(name: str, request: Request) -> Response:
+        """A stored image."""
+        picture = await studio.stored(name)
+        if picture is None:
+            raise ApiError(404, "there is no such image, or not any more", "not_found")
+        headers = {
+            "ETag": picture.etag,
+            "Last-Modified": formatdate(picture.modified, usegmt=True),
+            "Cache-Control": "private, max-age=31536000, immutable",  # what a name stands for never changes
+            "X-Content-Type-Options": "nosniff",
+            "Accept-Ranges": "none",
+        }
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+        if picture.etag in known or "*" in known:
+            return Response(status_code=304, headers=headers)
+        return Response(picture.content, media_type=picture.media_type, headers=headers)
 
 
 def _add_state(app: FastAPI, studio: Studio) -> None:

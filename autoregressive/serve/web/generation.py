@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import anyio.to_thread
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from autoregressive.common.errors import UserError
 from autoregressive.serve.web.clients import client_of
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
@@ -34,10 +34,15 @@ from autoregressive.serve.web.schema import (
     Usage,
 )
 from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.store import Store
+from autoregressive.serve.web.store import Store, StoredPicture, StoreFailed
 from autoregressive.serve.web.turns import Turns
 from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
 
+_STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
+_NOT_STORED = ApiError(
+    503, "images cannot be stored now: ask for b64_json, or try again later", "store_failed", "response_format", 10
+)
+_NOT_READ = ApiError(503, "the image cannot be read now: try again later", "store_failed", None, 10)
 FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
 _log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
@@ -75,6 +80,7 @@ class Studio:
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
     keyed: bool = False  # whether clients have keys
+    store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS))
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         """A finished image's file."""
@@ -93,13 +99,24 @@ class Studio:
         await self.turns.take()
         return text
 
-    async def save(self, picture: bytes, output_format: OutputFormat) -> str:
-        """Stores a picture; its URL."""
+    async def check_store(self, images: int) -> None:
+        """Finds out before so many images are drawn whether they can be stored."""
         assert self.store is not None
-        try:
-            return await self._run(self.store.save, picture, output_format)
-        except UserError as error:  # its message names a path
-            raise ApiError(503, "the image could not be stored: ask for b64_json", "store_failed", "response_format", 10) from error
+        if images > (most := self.store.most_of_a_request):
+            raise ApiError(400, f"n must be at most {most} with response_format url: no more are kept", "invalid_value", "n")
+        await self._on_disk(_NOT_STORED, self.store.check, images)
+
+    async def save(self, pictures: list[bytes], output_format: OutputFormat) -> list[str]:
+        """Stores the pictures of an answer; their URLs."""
+        assert self.store is not None
+        urls: list[str] = await self._on_disk(_NOT_STORED, self.store.save, pictures, output_format)
+        return urls
+
+    async def stored(self, name: str) -> StoredPicture | None:
+        """The stored picture of that name."""
+        assert self.store is not None
+        found: StoredPicture | None = await self._on_disk(_NOT_READ, self.store.read, name)
+        return found
 
     def failure(self, ended: Ended) -> ApiError:
         """Of a job that has no result."""
@@ -108,6 +125,12 @@ class Studio:
     def _picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
         record = self.model.record_of(order, image.image)
         return encode_picture(image.data, self.model.image_size, output_format, quality, record)
+
+    async def _on_disk(self, problem: ApiError, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return await anyio.to_thread.run_sync(function, *arguments, limiter=self.store_threads)
+        except StoreFailed as error:
+            raise replace(problem) from error
 
     async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.encoders, function, *arguments)
@@ -142,19 +165,24 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
             job = await desk.accept(replace(order, preview_rows=rows))
             events = _OpenAIEvents(studio, job, body.output_format or "png", body.output_compression)
             return _event_stream(studio, request, job, events)
+        if stores:
+            await studio.check_store(order.n)
         job = await desk.accept(order)
         output_format = body.output_format or "png"
         data: dict[int, ImageData] = {}
+        pictures: dict[int, bytes] = {}  # stored together, so that none is evicted for another one's sake
 
         async def keep(image: Image) -> None:
             if stores:
-                picture = await studio.picture(order, image, output_format, body.output_compression)
-                data[image.image] = ImageData(url=await studio.save(picture, output_format))
+                pictures[image.image] = await studio.picture(order, image, output_format, body.output_compression)
             else:
                 text = await studio.picture_text(order, image, output_format, body.output_compression)
                 data[image.image] = ImageData(b64_json=text.decode())
 
         await _until_drawn(studio, request, job, keep)
+        if stores:
+            urls = await studio.save([pictures[image] for image in sorted(pictures)], output_format)
+            data = {image: ImageData(url=url) for image, url in enumerate(urls)}
         answer = ImagesAnswer(
             created=int(time.time()),
             data=[data[image] for image in sorted(data)],

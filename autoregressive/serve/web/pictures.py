@@ -11,6 +11,7 @@ from autoregressive.serve.web.schema import OutputFormat
 
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
 _PREVIEW_QUALITY = 75
+_RECORD_BYTES = 16 * 2**10  # more than what is written into a file beside the pixels
 
 
 def encode_picture(
@@ -31,6 +32,11 @@ def encode_picture(
         options["quality"] = QUALITY if quality is None else quality
     picture.save(file, format=output_format.upper(), **options)
     return file.getvalue()
+
+
+def largest_picture_bytes(size: int) -> int:
+    """How large the file of a picture of so many pixels a side can become: as PNG, with pixels that nothing makes smaller."""
+    return 3 * size * size + _RECORD_BYTES
 
 
 def encode_preview(pixels: bytes, size: int, output_format: OutputFormat) -> bytes:

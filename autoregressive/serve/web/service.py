@@ -14,9 +14,10 @@ from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.generation import Studio
 from autoregressive.serve.web.guards import App
+from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.settings import ServerSettings
-from autoregressive.serve.web.store import Store
+from autoregressive.serve.web.store import Store, StoreClaim
 from autoregressive.serve.worker.process import MakeEngine, StartProcess, start_process
 
 _MOST_ENCODERS = 8  # threads that make pictures' files
@@ -29,11 +30,13 @@ class Service:
     app: App
     dispatcher: Dispatcher
     encoders: ThreadPoolExecutor
+    claim: StoreClaim
 
     def close(self) -> None:
         """Ends the engines, whatever they do; waits for their processes. Called in the event loop."""
         self.dispatcher.stop(at_once=False)
         self.encoders.shutdown(wait=False, cancel_futures=True)
+        self.claim.close()
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,14 @@ def start_service(
     Args:
         recipe, start: as of `start_dispatcher`.
         address: as of `build_service_app`.
+
+    Raises:
+        UserError: as `StoreClaim`.
     """
+    claim = StoreClaim(settings.store)
     dispatcher = start_dispatcher(settings, model, recipe, start)
     app, encoders = build_service_app(settings, model, dispatcher, address)
-    return Service(app, dispatcher, encoders)
+    return Service(app, dispatcher, encoders, claim)
 
 
 def start_dispatcher(
@@ -99,7 +106,15 @@ def build_service_app(
     encoders = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
     store = None
     if settings.store is not None:
-        store = Store(settings.store, settings.stored_images, settings.public_url or address, share.index, share.count)
+        store = Store(
+            settings.store,
+            settings.stored_images,
+            settings.public_url or address,
+            share.index,
+            share.count,
+            most_bytes=settings.stored_bytes,
+            picture_bytes=largest_picture_bytes(model.image_size),
+        )
     studio = Studio(model, desk, encoders, store, keyed=settings.api_key is not None)
     app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
     if settings.forwarded_allow_ips is not None:

@@ -4,6 +4,8 @@ The command line counts before the environment, that before the file that --conf
 """
 
 import argparse
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -16,7 +18,6 @@ import yaml
 
 from autoregressive.common.arguments import add_model_flags
 from autoregressive.common.errors import OneLineParser, UserError, tell
-from autoregressive.common.files import check_folder
 from autoregressive.common.folders import command_line
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
@@ -24,6 +25,7 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from autoregressive.serve.web.clients import check_forwarded_allow_ips
 from autoregressive.serve.web.dispatcher import Patience
+from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.service_links import is_service_link
 
 COMMAND = "autoregressive/serve/api_server.py"
@@ -58,6 +60,7 @@ class ServerSettings:
     patience: Patience
     store: Path | None
     stored_images: int
+    stored_bytes: int | None  # None: no limit
     public_url: str | None  # None: where the service listens
     docs: bool
     log_level: str
@@ -117,6 +120,9 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--store-dir", type=Path, metavar="DIR", help="keep images there for response_format url (default: none)")
     group.add_argument(
         "--store-images", type=int, metavar="N", help=f"how many, the oldest are deleted; for --store-dir (default: {_STORED})"
+    )
+    group.add_argument(
+        "--store-max-size", metavar="SIZE", help="of them together, such as 500M or 10G; for --store-dir (default: no limit)"
     )
     group.add_argument("--public-url", metavar="URL", help="what clients reach the service by (default: where it listens)")
     group.add_argument("--disable-docs", action="store_true", help="no /docs and no /openapi.json")
@@ -245,8 +251,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
         _check_gpus(choice, engines)
-    if arguments.store_dir is not None:
-        check_folder("--store-dir", arguments.store_dir)
+    if arguments.store_dir is not None and not os.path.isdir(arguments.store_dir):  # `StoreClaim` sees whether it can write there
+        raise UserError(f"--store-dir: there is no folder {arguments.store_dir}; make it first, or choose another")
     url = arguments.public_url
     if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
         raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
@@ -275,10 +281,23 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
         stored_images=stored,
+        stored_bytes=_stored_bytes(arguments.store_max_size, choice, fronts),
         public_url=url,
         docs=not arguments.disable_docs,
         log_level=_or(arguments.log_level, "info"),
     )
+
+
+def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | None:
+    if text is None:
+        return None
+    size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
+    if size is None:
+        raise UserError(f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G")
+    bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
+    if bytes_there < (least := fronts * largest_picture_bytes(choice.model.image_size)):
+        raise UserError(f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each --api-server-count")
+    return bytes_there
 
 
 def _resolve_patience(arguments: argparse.Namespace) -> Patience:

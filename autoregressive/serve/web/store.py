@@ -1,52 +1,286 @@
-"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever taken from a request."""
+"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever taken from a request.
 
+A picture's file is whole or not there, is never changed, and is read in one go through one descriptor: what is evicted meanwhile
+is still delivered.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
 import re
 import secrets
+import stat
 import threading
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from autoregressive.common.files import write_whole
+from autoregressive.common.errors import UserError
+from autoregressive.common.files import remove_leftovers, sync, unused_name
 
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # the system's table may lack webp
+LOCK_FILE = ".llamagen.lock"
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.(png|jpeg|webp)")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_A_PICTURE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # also a link, or a socket, of that name
+_log = logging.getLogger("llamagen.store")
+_Result = TypeVar("_Result")
+
+
+class StoreFailed(Exception):
+    """The disk does not do what was asked of it; the log says why."""
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture as it was when its file was opened."""
+
+    content: bytes
+    media_type: str
+    modified: float  # Unix time, seconds
+    etag: str
+
+
+class StoreClaim:
+    """Makes a folder one service's alone until `close`, or the end of the process, and removes what killed writes left.
+
+    Args:
+        folder: None: nothing is claimed.
+
+    Raises:
+        UserError: another service has it, or it cannot be locked.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lock_file = None if folder is None else _lock(folder)
+        if folder is not None and (removed := remove_leftovers(folder, _UNFINISHED)):
+            _log.warning("unfinished pictures were removed", extra={"fields": {"folder": str(folder), "files": removed}})
+
+    def close(self) -> None:
+        """Gives the folder up."""
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+
+def _lock(folder: Path) -> int:
+    try:
+        os.scandir(folder).close()
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--store-dir {folder}: cannot read or write there ({error.strerror}); choose another") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"--store-dir {folder}: another service keeps its images there; choose another folder") from error
+        raise UserError(f"--store-dir {folder}: cannot be locked ({error.strerror}); choose another folder") from error
+    return descriptor
 
 
 class Store:
-    """A folder of pictures, of which the newest are kept. Any thread may use it.
+    """A folder of pictures, of which the newest are kept. Any thread may use it; each call waits for the disk.
 
     Args:
-        folder: exists; files of other names in it are left alone.
+        folder: exists, and is claimed; files of other names in it are left alone.
         most: how many pictures are kept.
         base_url: what comes before /v1/files/NAME.
-        index, count: which of so many processes with the same folder this is. Each tidies its part of the names, and lends all.
+        index, count: which of so many processes with the same folder this is. Each may keep an equal share of the pictures and
+            of the bytes, evicts those whose names are its own, and reads all.
+        most_bytes: how large the pictures may be together; None: no limit.
+        picture_bytes: how large a picture can become.
+
+    Raises:
+        UserError: the folder cannot be read.
     """
 
-    def __init__(self, folder: Path, most: int, base_url: str, index: int = 0, count: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most: int,
+        base_url: str,
+        index: int = 0,
+        count: int = 1,
+        *,
+        most_bytes: int | None = None,
+        picture_bytes: int = 2**20,
+    ) -> None:
         self._folder, self._most, self._base_url = folder, most // count, base_url.rstrip("/")
-        self._index, self._count = index, count
-        there = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and self._is_mine(path.name)]
-        self._names = deque(path.name for path in sorted(there, key=lambda path: path.stat().st_mtime))
-        self._lock = threading.Lock()
+        self._most_bytes = None if most_bytes is None else most_bytes // count
+        self._index, self._count, self._picture_bytes = index, count, picture_bytes
+        self._kept = deque(self._found())  # names and sizes, the oldest first
+        self._kept_bytes = sum(size for _, size in self._kept)
+        self._coming = self._coming_bytes = 0  # pictures that are being written
+        self._changed = threading.Condition()  # guards the four; the disk is waited for outside, so that writes share its time
+        with self._changed:
+            self._make_room(0, 0)
 
-    def save(self, picture: bytes, suffix: str) -> str:
-        """Writes a picture and forgets the oldest beyond the limit; the new one's URL.
+    @property
+    def pictures(self) -> int:
+        """How many are kept that are this process's own."""
+        return len(self._kept)
+
+    @property
+    def most_of_a_request(self) -> int:
+        """How many pictures an answer may have, so that none of them is evicted for another one's sake."""
+        return self._most if self._most_bytes is None else min(self._most, self._most_bytes // self._picture_bytes)
+
+    def check(self, pictures: int) -> None:
+        """Finds out whether so many pictures could be saved now; where the disk is full, evicts the oldest to make room.
 
         Raises:
-            UserError: the disk does not take it.
+            StoreFailed: they could not.
         """
-        while not self._is_mine(name := f"{secrets.token_hex(16)}.{suffix}"):
-            pass
-        write_whole(self._folder / name, lambda path: path.write_bytes(picture))
-        with self._lock:
-            self._names.append(name)
-            while len(self._names) > self._most:
-                (self._folder / self._names.popleft()).unlink(missing_ok=True)
-        return f"{self._base_url}/v1/files/{name}"
+        size = pictures * self._picture_bytes
+        self._evict_while_full(size, lambda: self._allocate(size))
+
+    def save(self, pictures: Sequence[bytes], suffix: str) -> list[str]:
+        """Writes the pictures of an answer, all or none, and evicts the oldest beyond the limits; their URLs.
+
+        Args:
+            pictures: `most_of_a_request` at most.
+
+        Raises:
+            StoreFailed: the disk does not take them.
+        """
+        size = sum(map(len, pictures))
+        with self._changed:
+            self._changed.wait_for(lambda: self._make_room(len(pictures), size))
+            self._coming += len(pictures)
+            self._coming_bytes += size
+        names: list[str] = []
+        try:
+            names = self._evict_while_full(size, lambda: self._write(pictures, suffix))
+        finally:
+            with self._changed:
+                self._coming -= len(pictures)
+                self._coming_bytes -= size
+                for name, picture in zip(names, pictures, strict=False):  # no names after a failure
+                    self._kept.append((name, len(picture)))
+                    self._kept_bytes += len(picture)
+                self._changed.notify_all()
+        return [f"{self._base_url}/v1/files/{name}" for name in names]
+
+    def read(self, name: str) -> StoredPicture | None:
+        """The picture of that name; None if there is none.
+
+        Raises:
+            StoreFailed: it cannot be read.
+        """
+        if not _NAME.fullmatch(name):
+            return None
+        try:
+            descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                found = os.fstat(descriptor)
+                if not stat.S_ISREG(found.st_mode):
+                    return None
+                content = b"".join(iter(lambda: os.read(descriptor, max(1, found.st_size)), b""))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in _NOT_A_PICTURE:
+                return None
+            raise self._log_failure("a picture cannot be read", error) from error
+        stem, suffix = name.split(".")
+        return StoredPicture(content, MEDIA_TYPES[suffix], found.st_mtime, f'"{stem}"')
+
+    def _found(self) -> list[tuple[str, int]]:
+        """Names and sizes of the pictures that are this process's own, the oldest first."""
+        found = []
+        try:
+            with os.scandir(self._folder) as entries:
+                for entry in entries:
+                    if _NAME.fullmatch(entry.name) and self._is_mine(entry.name):
+                        with contextlib.suppress(FileNotFoundError):  # removed by somebody else meanwhile
+                            state = entry.stat(follow_symlinks=False)
+                            if stat.S_ISREG(state.st_mode):
+                                found.append((state.st_mtime_ns, entry.name, state.st_size))
+        except OSError as error:
+            raise UserError(f"--store-dir {self._folder}: cannot be read ({error.strerror}); choose another") from error
+        return [(name, size) for _, name, size in sorted(found)]
 
     def _is_mine(self, name: str) -> bool:
         return int(name[:8], 16) % self._count == self._index
 
-    def path(self, name: str) -> Path | None:
-        """Where the picture of that name is, if there is one."""
-        path = self._folder / name
-        return path if _NAME.fullmatch(name) and path.is_file() else None
+    def _new_name(self, suffix: str) -> str:
+        while not self._is_mine(name := f"{secrets.token_hex(16)}.{suffix}"):
+            pass
+        return name
+
+    def _make_room(self, pictures: int, size: int) -> bool:
+        """Evicts the oldest for so many pictures and bytes to come; whether the limits hold then.
+
+        They may not while others are being written, which can only be evicted later. The lock is held.
+        """
+        while not (fits := self._fits(pictures, size)) and self._kept:
+            self._evict_oldest()
+        return fits or self._coming == 0
+
+    def _fits(self, pictures: int, size: int) -> bool:
+        count, total = len(self._kept) + self._coming + pictures, self._kept_bytes + self._coming_bytes + size
+        return count <= self._most and (self._most_bytes is None or total <= self._most_bytes)
+
+    def _evict_while_full(self, size: int, work: Callable[[], _Result]) -> _Result:
+        """Does what needs so many bytes of the disk; while it is full, evicts the oldest, but not many times as much."""
+        freed = 0
+        while True:
+            try:
+                return work()
+            except OSError as error:
+                with self._changed:
+                    if error.errno not in _NO_ROOM or not self._kept or freed > 2 * size:
+                        raise self._log_failure("pictures cannot be stored", error) from error
+                    freed += self._evict_oldest()
+
+    def _evict_oldest(self) -> int:
+        """Removes a picture; its bytes. The lock is held."""
+        name, size = self._kept.popleft()
+        self._kept_bytes -= size
+        try:
+            os.unlink(self._folder / name)
+        except FileNotFoundError:  # removed by somebody else
+            pass
+        except OSError as error:  # it is found again, and counts, after the next start
+            self._log_failure("a picture cannot be removed", error)
+        return size
+
+    def _allocate(self, size: int) -> None:
+        """Has the disk set so many bytes aside, which writes nothing, and gives them back."""
+        place = unused_name(self._folder, ".png")
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        finally:
+            os.close(descriptor)
+            os.unlink(place)
+
+    def _write(self, pictures: Sequence[bytes], suffix: str) -> list[str]:
+        """Files that the disk has when this returns; none, if one fails."""
+        names = [self._new_name(suffix) for _ in pictures]
+        unfinished = [unused_name(self._folder, f".{suffix}") for _ in pictures]
+        try:
+            for place, picture in zip(unfinished, pictures, strict=True):
+                place.write_bytes(picture)
+                sync(place)
+            for place, name in zip(unfinished, names, strict=True):
+                os.replace(place, self._folder / name)
+            sync(self._folder)
+        except OSError:
+            for place in (*unfinished, *(self._folder / name for name in names)):
+                with contextlib.suppress(OSError):
+                    os.unlink(place)
+            raise
+        return names
+
+    def _log_failure(self, what: str, error: OSError) -> StoreFailed:
+        """Writes down what the disk said; the exception for callers, who must not see that."""
+        number = errno.errorcode.get(error.errno or 0, "unknown")
+        _log.error(what, extra={"fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}})
+        return StoreFailed(what)
