@@ -96,10 +96,10 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
         if name not in COMPUTED_HERE
     }
     if not dtypes:
-        raise CheckpointError(f"{source.path}: holds no weights; use another file")
+        raise CheckpointError(source.path, "holds no weights; use another file")
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
-        raise CheckpointError(f"{source.path}: {unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+        raise CheckpointError(source.path, f"{unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
     part = part_of(output)
     try:
         with part.open("wb") as stream:
