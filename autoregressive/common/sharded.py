@@ -30,7 +30,7 @@ _DAMAGED = "is damaged or cut short; copy the whole directory again"
 
 _MOST_METADATA_BYTES = 64 * 2**20
 # Hundreds of processes leave large metadata, and large shards: of so many bytes of these, an instruction may be read.
-_BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
+_BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 4_000_000
 
 _METADATA, _FILESYSTEM = (
     "torch.distributed.checkpoint.metadata",
@@ -151,12 +151,20 @@ class _Shards:
 
     def __init__(self, path: Path, places: Mapping[tuple[str, str], object]) -> None:
         self.path = path
-        self._places = places
         self._files: dict[str, StoredFile] = {}
+        # Also of what is not loaded: a directory of which a part is missing was not copied as a whole.
+        self._places = {chunk: self._checked(place) for chunk, place in places.items()}
 
     def place(self, name: str, offsets: tuple[int, ...]) -> tuple[StoredFile, int, int]:
-        """Where a chunk is: in a file that is there, beside `.metadata`, and long enough; its first byte, and how many."""
-        fields = _state(self._places.get((name, str(offsets))), "_StorageInfo")
+        """Where a chunk is: the file, its first byte there, and how many it has."""
+        place = self._places.get((name, str(offsets)))
+        if place is None:
+            raise _BadMetadataError(f"a part of {name} is stored nowhere")
+        return place
+
+    def _checked(self, info: object) -> tuple[StoredFile, int, int]:
+        """In a file that is there, beside `.metadata`, and long enough."""
+        fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         _check(
             type(file_name) is str,
