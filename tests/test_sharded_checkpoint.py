@@ -527,7 +527,7 @@ def test_parts_of_thousands_of_ranks_are_compared_quickly(rows: int, columns: in
     check_chunks(as_weight(chunks, 2 * rows, 3 * columns))
     assert time.process_time() - start < 2
     chunks[-1] = chunks[0]
-    with pytest.raises(BadChunksError, match="overlap|takes too long"):
+    with pytest.raises(BadChunksError, match=r"overlap|takes too long"):
         check_chunks(as_weight(chunks, 2 * rows, 3 * columns))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 # About 100 bytes of memory and 1 us each. A checkpoint of 1,000 weights with the optimizer's state has some 100,000.
 MOST_INSTRUCTIONS = 1_000_000
+_INT, _SHORT, _SIZE, _DOUBLE = map(struct.Struct, ("<i", "<H", "<I", ">d"))
 _LONGEST_KEY = 8  # items of a tuple that is a key
 
 
@@ -129,8 +130,15 @@ class InertUnpickler:
             raise EOFError
         return self._data[start : self.position]
 
-    def _number(self, layout: str, size: int) -> Any:
-        return struct.unpack(layout, self._take(size))[0]
+    def _byte(self) -> int:
+        position = self.position
+        self.position = position + 1
+        return self._data[position]
+
+    def _number(self, layout: struct.Struct) -> Any:
+        position = self.position
+        self.position = position + layout.size
+        return layout.unpack_from(self._data, position)[0]
 
     def _line(self) -> str:
         end = self._data.index(b"\n", self.position)
@@ -144,30 +152,33 @@ class InertUnpickler:
         del self._stack[mark:]
         return items
 
-    # --- numbers, texts and constants ---
+    # --- numbers and texts ---
 
-    def _push_number(self, layout: str, size: int) -> None:
-        self._stack.append(self._number(layout, size))
+    def _push_byte(self) -> None:
+        self._stack.append(self._byte())
+
+    def _push_number(self, layout: struct.Struct) -> None:
+        self._stack.append(self._number(layout))
 
     def _push_long(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number("<B", 1)), "little", signed=True))
+        self._stack.append(int.from_bytes(self._take(self._byte()), "little", signed=True))
 
-    def _push_text(self, layout: str, size: int) -> None:
-        self._stack.append(self._take(self._number(layout, size)).decode("utf-8", "surrogatepass"))
+    def _push_text(self, size: int) -> None:
+        self._stack.append(self._take(size).decode("utf-8", "surrogatepass"))
 
-    def _push_bytes(self, layout: str, size: int) -> None:
-        self._stack.append(self._take(self._number(layout, size)))
+    def _push_bytes(self, size: int) -> None:
+        self._stack.append(self._take(size))
 
     # --- memo ---
 
     def _memoize(self) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
 
-    def _put(self, layout: str, size: int) -> None:
-        self._memo[self._number(layout, size)] = self._stack[-1]
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._stack[-1]
 
-    def _get(self, layout: str, size: int) -> None:
-        self._stack.append(self._memo[self._number(layout, size)])
+    def _get(self, index: int) -> None:
+        self._stack.append(self._memo[index])
 
     # --- containers ---
 
@@ -271,21 +282,21 @@ _INSTRUCTIONS: dict[int, Callable[[InertUnpickler], object]] = {
         "N": lambda self: self._stack.append(None),
         "\x88": lambda self: self._stack.append(True),
         "\x89": lambda self: self._stack.append(False),
-        "J": lambda self: self._push_number("<i", 4),  # BININT
-        "K": lambda self: self._push_number("<B", 1),  # BININT1
-        "M": lambda self: self._push_number("<H", 2),  # BININT2
-        "G": lambda self: self._push_number(">d", 8),  # BINFLOAT
+        "J": lambda self: self._push_number(_INT),  # BININT
+        "K": InertUnpickler._push_byte,  # BININT1
+        "M": lambda self: self._push_number(_SHORT),  # BININT2
+        "G": lambda self: self._push_number(_DOUBLE),  # BINFLOAT
         "\x8a": InertUnpickler._push_long,  # LONG1
-        "\x8c": lambda self: self._push_text("<B", 1),  # SHORT_BINUNICODE
-        "X": lambda self: self._push_text("<I", 4),  # BINUNICODE
-        "U": lambda self: self._push_bytes("<B", 1),  # SHORT_BINSTRING
-        "C": lambda self: self._push_bytes("<B", 1),  # SHORT_BINBYTES
-        "B": lambda self: self._push_bytes("<I", 4),  # BINBYTES
+        "\x8c": lambda self: self._push_text(self._byte()),  # SHORT_BINUNICODE
+        "X": lambda self: self._push_text(self._number(_SIZE)),  # BINUNICODE
+        "U": lambda self: self._push_bytes(self._byte()),  # SHORT_BINSTRING
+        "C": lambda self: self._push_bytes(self._byte()),  # SHORT_BINBYTES
+        "B": lambda self: self._push_bytes(self._number(_SIZE)),  # BINBYTES
         "\x94": InertUnpickler._memoize,
-        "q": lambda self: self._put("<B", 1),  # BINPUT
-        "r": lambda self: self._put("<I", 4),  # LONG_BINPUT
-        "h": lambda self: self._get("<B", 1),  # BINGET
-        "j": lambda self: self._get("<I", 4),  # LONG_BINGET
+        "q": lambda self: self._put(self._byte()),  # BINPUT
+        "r": lambda self: self._put(self._number(_SIZE)),  # LONG_BINPUT
+        "h": lambda self: self._get(self._byte()),  # BINGET
+        "j": lambda self: self._get(self._number(_SIZE)),  # LONG_BINGET
         "(": InertUnpickler._mark,
         ")": lambda self: self._stack.append(()),  # EMPTY_TUPLE
         "\x85": lambda self: self._tuple_of(1),

@@ -30,7 +30,7 @@ _DAMAGED = "is damaged or cut short; copy the whole directory again"
 
 _MOST_METADATA_BYTES = 64 * 2**20
 # Hundreds of processes leave large metadata, and large shards: of so many bytes of these, an instruction may be read.
-_BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 4_000_000
+_BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
 
 _METADATA, _FILESYSTEM = (
     "torch.distributed.checkpoint.metadata",
