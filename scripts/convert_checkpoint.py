@@ -130,7 +130,8 @@ def check_size(source: WeightSource, names: Iterable[str]) -> None:
     stored = sum(file.stat().st_size for file in files)
     claimed = sum(source.shapes[name].numel() * source.dtypes[name].itemsize for name in names)
     if claimed > MOST_REPEATS * stored:
-        raise CheckpointError(source.path, f"claims {claimed:,} bytes of weights, more than the checkpoint has ({stored:,}); use another file")
+        told = f"claims {claimed:,} bytes of weights, more than the checkpoint has ({stored:,})"
+        raise CheckpointError(source.path, f"{told}; use another file")
 
 
 def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:

@@ -208,8 +208,7 @@ def test_parts_without_their_index_are_refused(tmp_path: Path) -> None:
     (folder / INDEX).unlink()
     assert "no model.safetensors.index.json" in error_of(folder)
     (folder / "model-00001-of-00002.safetensors").unlink()
-    message = error_of(folder)
-    assert "is missing" in message
+    assert "part 1 of 2 is missing" in error_of(folder)
 
 
 def test_an_index_that_says_otherwise_than_its_parts_is_refused(tmp_path: Path) -> None:
@@ -302,7 +301,7 @@ SECOND = "shard-00002-model-00001-of-00001.safetensors"
 def test_a_missing_shard_is_noticed(shards: Path) -> None:
     """Fails if rows that no shard has stay uninitialised memory."""
     (shards / SECOND).rename(shards / "kept")
-    assert "of another shape" in error_of(shards) or "have another shape" in error_of(shards)
+    assert "have another shape" in error_of(shards)
     (shards / "kept").rename(shards / SECOND)
     (shards / SECOND.replace("00002", "00001")).unlink()
     assert "shard 1 of 2 is missing" in error_of(shards)

@@ -157,7 +157,7 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
     index = _read_index(path / indices[0]) if indices else None
     if index is not None:
         _check_parts(path, names, set(index.values()), indices[0])
-    elif len(names) > 1:
+    else:
         _check_numbers(path, names)
     parts = [read_safetensors(path / name) for name in names]
     if index is None and len(parts) > 1 and any(part.offsets is None for part in parts):
