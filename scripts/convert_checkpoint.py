@@ -5,6 +5,7 @@ One tensor is in memory at a time, and the file is written whole or not at all.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,8 @@ examples:
   python scripts/convert_checkpoint.py cloud/gpt/0250000/ gpt.safetensors
 
 Read are .pt and .pth files (weights alone, or under model, module or state_dict), .safetensors, directories with
-consolidated.pth, and sharded FSDP directories. A converted file is loaded like the original, and faster.
+consolidated.pth, sharded directories of torch.distributed.checkpoint (in both of its formats), and Hugging Face folders with
+model.safetensors or its parts and their index. A converted file is loaded like the original, and faster.
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +39,7 @@ FORMAT_CODES = {
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 HEADER_ALIGNMENT_BYTES = 8
+MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an output can
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -90,10 +93,11 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
         if name not in COMPUTED_HERE
     }
     if not dtypes:
-        raise CheckpointError(f"{source.path}: holds no weights; use another file")
+        raise CheckpointError(source.path, "holds no weights; use another file")
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
-        raise CheckpointError(f"{source.path}: {unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+        raise CheckpointError(source.path, f"{unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+    check_size(source, dtypes)
 
     def write(part: Path) -> None:
         with part.open("wb") as stream:
@@ -102,6 +106,20 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
 
     write_whole(output, write)
     return output.stat().st_size
+
+
+def check_size(source: WeightSource, names: Iterable[str]) -> None:
+    """A few stored numbers can stand for any number of weights, which would fill the memory and the disk.
+
+    Raises:
+        CheckpointError: the weights are many times larger than what is stored.
+    """
+    files = [source.path] if source.path.is_file() else [path for path in source.path.iterdir() if path.is_file()]
+    stored = sum(file.stat().st_size for file in files)
+    claimed = sum(source.shapes[name].numel() * source.dtypes[name].itemsize for name in names)
+    if claimed > MOST_REPEATS * stored:
+        told = f"claims {claimed:,} bytes of weights, more than the checkpoint has ({stored:,})"
+        raise CheckpointError(source.path, f"{told}; use another file")
 
 
 def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:

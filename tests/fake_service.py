@@ -117,6 +117,8 @@ def make_engine(on_progress: Callable[[int, int], None], *, config: EngineConfig
         time.sleep(float(seconds))
     if (message := faults.get("unable")) is not None:
         raise UserError(message)
+    if (number := faults.get("die_while_loading")) is not None:
+        os.kill(os.getpid(), int(number))
     on_progress(1, 2)
     engine = Engine(tiny_gpt(TOKENS), None, config, FakeRunner)
     engine.decoder = cast(PixelDecoder, FakeDecoder(faults))

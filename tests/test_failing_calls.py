@@ -16,7 +16,7 @@ from system_calls import ERRORS, Killed, SystemCalls, calls_of, counted
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import check_file, check_folder, write_whole
-from autoregressive.common.images import save_codes, save_png
+from autoregressive.common.images import save_codes, save_picture
 
 PICTURE = torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)
 CODES = torch.arange(1000).view(10, 100)
@@ -37,7 +37,7 @@ def write_text(path: Path) -> None:
 
 
 SAVERS: dict[str, tuple[str, Callable[[Path], None], Callable[[bytes], bool]]] = {
-    "picture": ("x.png", lambda path: save_png(path, PICTURE, "a dog", {"label": 0}), is_png),
+    "picture": ("x.png", lambda path: save_picture(path, PICTURE, "a dog", {"label": 0}), is_png),
     "codes": ("x.npy", lambda path: save_codes(path, CODES), is_codes),
     "figures": ("x.json", write_text, lambda content: json.loads(content) == {"figure": 1}),
 }

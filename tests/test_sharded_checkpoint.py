@@ -1,5 +1,6 @@
 """FSDP's sharded directories: real ones load exactly in one process; damaged and hostile ones end in one line."""
 
+import itertools
 import os
 import pickle
 import shutil
@@ -28,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from autoregressive.common.checkpoint import CheckpointError, load_weights
-from autoregressive.common.sharded import _BadMetadataError, _check_chunks
+from autoregressive.common.chunks import BadChunksError, Chunk, ChunkedTensor, check_chunks
+from autoregressive.common.stored_file import StoredTensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 
@@ -170,7 +172,7 @@ def test_a_shard_cut_short_is_found_before_anything_is_read(directory: Path) -> 
 def test_a_shard_of_other_bytes_is_one_line(directory: Path) -> None:
     shard = directory / "__0_0.distcp"
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert "are damaged" in error_of(directory)
+    assert "is damaged" in error_of(directory)
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04", pickle.dumps({"state_dict_metadata": 1})])
@@ -298,6 +300,7 @@ import torch
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from autoregressive.common.checkpoint import CheckpointError, load_weights
+from autoregressive.common.chunks import BadChunksError, Chunk, ChunkedTensor, check_chunks
 from autoregressive.models.gpt import GPT_models
 known = [cls for cls in vars(metadata).values() if isinstance(cls, type)] + [_StorageInfo, PurePosixPath]
 def state():
@@ -332,7 +335,7 @@ def test_metadata_cannot_alter_the_classes_it_may_name(directory: Path, tmp_path
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     # 3: altered by what should have been refused; 4: not even altered by the standard library, so no attack at all.
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("refused, this is not what describes a checkpoint: it changes a _Name") == 2
+    assert finished.stdout.count("refused, this is not what describes a checkpoint: it changes a Name") == 2
     assert not (tmp_path / "executed").exists()
 
 
@@ -487,17 +490,62 @@ def test_chunks_that_do_not_cover_a_weight_are_refused(directory: Path, damage: 
     assert damage is not overlap_chunks or "overlap" in message
 
 
-def grid(rows: int, columns: int) -> list[ChunkStorageMetadata]:
-    return [ChunkStorageMetadata(torch.Size([2 * i, 3 * j]), torch.Size([2, 3])) for i in range(rows) for j in range(columns)]
+def grid(rows: int, columns: int) -> list[Chunk]:
+    return [Chunk((2 * i, 3 * j), (2, 3), unread) for i in range(rows) for j in range(columns)]
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 4000), (4000, 1), (60, 70)])
+def bricks(rows: int, columns: int) -> list[Chunk]:
+    """Each row is cut elsewhere than the row above: no grid."""
+    chunks = []
+    for i in range(rows):
+        cuts = [0, *range(3 - i % 2, 3 * columns, 3), 3 * columns]
+        chunks += [Chunk((2 * i, start), (2, end - start), unread) for start, end in itertools.pairwise(cuts)]
+    return chunks
+
+
+def staircase(steps: int) -> list[Chunk]:
+    """Covers a square by strips that reach to its end: along each axis half of them would have to be compared with each other."""
+    down = [Chunk((i, i), (steps - i, 1), unread) for i in range(steps)]
+    across = [Chunk((i, i + 1), (1, steps - i - 1), unread) for i in range(steps - 1)]
+    return down + across
+
+
+def unread() -> StoredTensor:
+    raise AssertionError("it is checked without being read")
+
+
+def as_weight(chunks: list[Chunk], *size: int) -> dict[str, ChunkedTensor]:
+    return {"weight": ChunkedTensor("weight", Path("folder"), torch.float32, torch.Size(size), chunks)}
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4000), (4000, 1), (60, 70), (400, 400)])
 def test_parts_of_thousands_of_ranks_are_compared_quickly(rows: int, columns: int) -> None:
-    """Each part against each other would be millions of comparisons a weight, in Python."""
-    size, chunks = torch.Size([2 * rows, 3 * columns]), grid(rows, columns)
+    """Fails if each part is compared with each other: millions of comparisons a weight, in Python."""
+    chunks = grid(rows, columns)
     start = time.process_time()
-    _check_chunks("weight", size, chunks)
+    check_chunks(as_weight(chunks, 2 * rows, 3 * columns))
     assert time.process_time() - start < 2
     chunks[-1] = chunks[0]
-    with pytest.raises(_BadMetadataError, match="overlap"):
-        _check_chunks("weight", size, chunks)
+    with pytest.raises(BadChunksError, match=r"overlap|takes too long"):
+        check_chunks(as_weight(chunks, 2 * rows, 3 * columns))
+
+
+def test_parts_that_form_no_grid_are_compared_with_their_neighbours() -> None:
+    """Fails if only grids pass, or if an overlap outside of a grid is missed."""
+    chunks = bricks(6, 5)
+    check_chunks(as_weight(chunks, 12, 15))
+    place = next(i for i, chunk in enumerate(chunks) if chunk.offsets == (2, 2))
+    chunks[place] = Chunk((2, 3), (2, 3), unread)  # leaves a hole and covers as much twice
+    with pytest.raises(BadChunksError, match="overlap"):
+        check_chunks(as_weight(chunks, 12, 15))
+
+
+@pytest.mark.timing
+def test_parts_that_each_reach_beyond_all_others_are_refused_in_time() -> None:
+    """Fails if thousands of hostile parts cost the square of their number: it was 45 s."""
+    check_chunks(as_weight(staircase(100), 100, 100))  # nothing is wrong with a small one
+    start = time.process_time()
+    with pytest.raises(BadChunksError, match="takes too long"):
+        check_chunks(as_weight(staircase(5000), 5000, 5000))
+    assert time.process_time() - start < 5

@@ -1,38 +1,35 @@
-"""Loads weights of any kind LlamaGen's users have: .pt / .pth, .safetensors, and FSDP's directories.
+"""Loads weights of any kind LlamaGen's users have: .pt / .pth, .safetensors, FSDP's and Hugging Face's directories.
 
-The kind is found by looking, not by name. Files are memory-mapped and each tensor goes straight to its place, dtype and
-device; no pickle may build anything but tensors, plain containers and `argparse.Namespace`.
+The kind is found by looking, not by name. Each tensor is read straight to its place, dtype and device; nothing is unpickled, and
+whatever goes wrong while reading is a `CheckpointError`.
 """
 
-import argparse
-import pickle
-import stat
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from autoregressive.common.inert_pickle import Pairs, kind_of
+from autoregressive.common.safetensors_file import is_safetensors_folder, open_safetensors_folder, read_safetensors
+from autoregressive.common.sharded import METADATA_FILE, open_sharded
+from autoregressive.common.stored_file import StoredFile, StoredTensor
 from autoregressive.common.strictness import COMPUTED_HERE, TOLERATED, find_mismatch
+from autoregressive.common.torch_file import TorchFile, read_torch_archive, read_torch_stream
 from autoregressive.common.weight_source import (
     AVERAGED_WEIGHTS,
     TRAINING_STATE,
     WRAPPERS,
     CheckpointError,
     WeightSource,
-    named_in_refusal,
     no_averaged_weights,
     plain_names,
     select_flattened,
+    source_of,
 )
 
 __all__ = ["CheckpointError", "load_weights", "open_checkpoint"]
 
 CONSOLIDATED_FILE = "consolidated.pth"  # LlamaGen's FSDP training
-SHARDED_FILE = ".metadata"  # torch.distributed.checkpoint
 
 _ZIP_START, _PICKLE_START, _LFS_START = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
@@ -63,7 +60,7 @@ def load_weights(
     """
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
-        raise CheckpointError(f"{path}: is no FSDP checkpoint: its weights are wrapped; leave --from-fsdp out")
+        raise CheckpointError(path, "is no FSDP checkpoint: its weights are wrapped; leave --from-fsdp out")
     check_match(model, source)
     model.to(dtype)
     model.to_empty(device=device)
@@ -84,11 +81,11 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
-        raise CheckpointError(f"{source.path}: {mismatch}")
+        raise CheckpointError(source.path, mismatch)
     for name in wanted:
         if name in source.dtypes and not source.dtypes[name].is_floating_point:
             kind = str(source.dtypes[name]).removeprefix("torch.")
-            raise CheckpointError(f"{source.path}: {name} is {kind}, and no floating-point numbers; use another file")
+            raise CheckpointError(source.path, f"{name} is {kind}, and no floating-point numbers; use another file")
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
@@ -99,108 +96,67 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError as error:  # the libraries take no such names
-        raise CheckpointError(f"{path}: its name is not UTF-8; rename it") from error
+    except UnicodeEncodeError as error:
+        raise CheckpointError(path, "its name is not UTF-8; rename it") from error
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return _open_directory(path, ema)
-        if not stat.S_ISREG(mode):  # reading from a pipe would wait for ever
-            raise CheckpointError(f"{path}: is neither a file nor a directory; name one")
-        with path.open("rb") as stream:
-            start = stream.read(32)
+        return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
+    except CheckpointError:
+        raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the path") from error
-    if not start:
-        raise CheckpointError(f"{path}: is empty; download or copy it again")
-    if start.startswith(_LFS_START):
-        raise CheckpointError(f"{path}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if start[8:9] == b"{":  # eight bytes of length, then JSON
-        tensors = _read_safetensors(path)
-        names = select_flattened(tensors, path, ema)
-        return _source(path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=True)
-    if start.startswith((_ZIP_START, _PICKLE_START)):
-        return _open_pickled(path, _read_pickled(path, memory_mapped=start.startswith(_ZIP_START)), ema)
-    raise CheckpointError(f"{path}: is not a checkpoint; a .pt, .pth or .safetensors file is needed")
+        raise CheckpointError(path, f"cannot be read: {error.strerror}; check the path") from error
+    except Exception as error:  # whatever no check foresaw
+        raise CheckpointError(path, f"is damaged ({type(error).__name__}); download or copy it again") from error
 
 
 def _open_directory(path: Path, ema: bool) -> WeightSource:
-    if (path / SHARDED_FILE).is_file():
-        from autoregressive.common.sharded import open_sharded  # here, for it takes half a second to import
-
+    if (path / METADATA_FILE).is_file():
         return open_sharded(path, ema)
     if (path / CONSOLIDATED_FILE).is_file():
-        return open_checkpoint(path / CONSOLIDATED_FILE, ema=ema)
+        return _open_file(path / CONSOLIDATED_FILE, ema)
+    if is_safetensors_folder(path):
+        return open_safetensors_folder(path, ema)
     if any(path.glob("*.distcp")):
-        raise CheckpointError(f"{path}: {SHARDED_FILE} is missing beside the shards; copy the whole directory again")
+        raise CheckpointError(path, f"{METADATA_FILE} is missing beside the shards; copy the whole directory again")
     state = "is an empty directory" if not any(path.iterdir()) else "is a directory without a checkpoint"
-    raise CheckpointError(f"{path}: {state}; {CONSOLIDATED_FILE} or {SHARDED_FILE} is needed, or name a file")
+    raise CheckpointError(path, f"{state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or name a file")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path, device="cpu")  # memory-mapped
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: is damaged or cut short ({_first_sentence(error)}); download or copy it again") from error
+def _open_file(path: Path, ema: bool) -> WeightSource:
+    file = StoredFile(path)
+    start = file.read(0, min(file.size, 32))
+    if not start:
+        raise CheckpointError(path, "is empty; download or copy it again")
+    if start.startswith(_LFS_START):
+        raise CheckpointError(path, "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    if start[8:9] == b"{":  # eight bytes of length, then JSON
+        tensors = read_safetensors(path).tensors
+        names = select_flattened(tensors, path, ema)
+        return source_of(path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=True)
+    if start.startswith(_ZIP_START):
+        return _open_pickled(path, read_torch_archive(file), ema)
+    if start.startswith(_PICKLE_START):
+        return _open_pickled(path, read_torch_stream(file), ema)
+    raise CheckpointError(path, "is not a checkpoint; a .pt, .pth or .safetensors file is needed")
 
 
-def _read_pickled(path: Path, memory_mapped: bool) -> object:
-    """What `torch.save` wrote; files of before torch 1.6 are no zip archives and cannot be mapped."""
-    try:
-        # One line is enough: torch would add a warning about TorchScript to the error.
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_mapped)
-    except pickle.UnpicklingError as error:
-        named = named_in_refusal(error)
-        if named is None:
-            raise CheckpointError(f"{path}: is damaged or not a checkpoint; download it again") from error
-        raise CheckpointError(
-            f"{path}: refused, it holds more than weights and could run code ({named}); "
-            "use a file that you trust to hold weights alone"
-        ) from error
-    except Exception as error:  # a damaged archive or pickle can raise anything
-        if "TorchScript" in str(error):
-            raise CheckpointError(f"{path}: is a TorchScript program, which is code; a file of weights is needed") from error
-        raise CheckpointError(f"{path}: is damaged or cut short ({_first_sentence(error)}); download or copy it again") from error
-
-
-def _open_pickled(path: Path, content: object, ema: bool) -> WeightSource:
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights; use another file")
-    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
+    if not isinstance(saved.content, Pairs):
+        raise CheckpointError(path, f"holds a {kind_of(saved.content)}, not a dictionary of weights; use another file")
+    content = saved.content.entries()
+    wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
-        if not isinstance(content.get(AVERAGED_WEIGHTS), Mapping):
+        if not isinstance(content.get(AVERAGED_WEIGHTS), Pairs):
             raise no_averaged_weights(path)
         wrapper = AVERAGED_WEIGHTS
-    if wrapper is not None:
-        weights = content[wrapper]
-    else:
-        weights = {key: value for key, value in content.items() if key not in TRAINING_STATE}
-    odd = [name for name, value in weights.items() if not (isinstance(name, str) and _is_plain_tensor(value))]
-    odd = [name for name in odd if name not in COMPUTED_HERE]
-    if odd:
-        raise CheckpointError(f"{path}: is no dictionary of weights: {odd[0]!r} is no plain tensor; use another file")
-    names = plain_names((name for name in weights if name not in COMPUTED_HERE), path)
-    return _source(path, {plain: weights[stored] for plain, stored in names.items()}, is_fsdp=wrapper is None)
-
-
-def _is_plain_tensor(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def _source(path: Path, tensors: Mapping[str, Tensor], is_fsdp: bool) -> WeightSource:
-    def read_into(name: str, target: Tensor) -> None:
-        target.copy_(Tensor.detach(tensors[name]))  # a Parameter in a pickle can carry attributes of such names
-
-    return WeightSource(
-        path=path,
-        is_fsdp=is_fsdp,
-        shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        read_into=read_into,
-    )
-
-
-def _first_sentence(error: Exception) -> str:
-    """What an exception says, its first sentence: torch's go on with guesses, across lines."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0].partition(". ")[0].rstrip(".:")[:200]
+    weights: Pairs = content[wrapper] if wrapper is not None else saved.content
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in weights:
+        if name in COMPUTED_HERE or (wrapper is None and name in TRAINING_STATE):
+            continue
+        tensor = saved.tensor(value) if type(name) is str else None
+        if tensor is None:
+            shown = repr(name[:100]) if type(name) is str else f"a {kind_of(name)}"
+            raise CheckpointError(path, f"is no dictionary of weights: {shown} is no plain tensor; use another file")
+        tensors[name] = tensor
+    names = plain_names(tensors, path)
+    return source_of(path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=wrapper is None)

@@ -31,6 +31,12 @@ def either(alternatives: Sequence[object]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def shortened(message: str, most: int) -> str:
+    """The message in one printable line of at most so many characters, for it may quote what a hostile file has."""
+    message = _one_line(message[: most + 1])
+    return message if len(message) <= most else f"{message[: most - 3]}..."
+
+
 def tell(message: str) -> None:
     """Prints on stderr; nothing where it is closed or broken, for no work should fail over a message."""
     if sys.stderr is not None:  # print would take None for stdout

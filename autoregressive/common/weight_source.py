@@ -4,15 +4,15 @@ Nothing is read until it is asked for, and then one tensor at a time, so that me
 weights.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from autoregressive.common.errors import UserError
+from autoregressive.common.errors import UserError, shortened
 
 # The keys under which training code keeps the weights, in the order that LlamaGen tries them.
 WRAPPERS = ("model", "module", "state_dict")
@@ -24,10 +24,39 @@ TRAINING_STATE = ("optimizer", "optim", "optimizer_disc", "discriminator", "step
 # DistributedDataParallel prefixes the whole name; the other wrappers may wrap any submodule: their mark is anywhere.
 _LEADING_PREFIX = "module."
 _MARKS_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Under which stores that flatten nested dictionaries have the weights: torch's examples save {"app": {"model": ...}}.
+_FOLDERS = ("app", *WRAPPERS, AVERAGED_WEIGHTS)
+
+_DEEPEST_FOLDER = 4
+
+_LONGEST_NAME = 500
+_LONGEST_MESSAGE, _SHORTEST_REASON = 500, 200
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be loaded. The message is one line, begins with the path, and says what to do."""
+    """A checkpoint that cannot be loaded.
+
+    The message is one line, begins with the path, and says what to do. It is cut, for it can quote what a hostile file has.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        most = max(_SHORTEST_REASON, _LONGEST_MESSAGE - len(str(path)) - 2)
+        super().__init__(f"{path}: {shortened(reason, most)}")
+
+
+class Readable(Protocol):
+    """A tensor in a checkpoint."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """As of any tensor."""
+
+    def read_into(self, target: Tensor) -> None:
+        """Copies it into a tensor of its shape, converting dtype and device; `CheckpointError` if damaged."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +69,17 @@ class WeightSource:
     dtypes: Mapping[str, torch.dtype]
     read_into: Callable[[str, Tensor], None]
     """Copies the named tensor into one of its shape, converting dtype and device; `CheckpointError` if damaged."""
+
+
+def source_of(path: Path, tensors: Mapping[str, Readable], is_fsdp: bool) -> WeightSource:
+    """The weights that these tensors are, by plain names."""
+    return WeightSource(
+        path=path,
+        is_fsdp=is_fsdp,
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        read_into=lambda name, target: tensors[name].read_into(target),
+    )
 
 
 def plain_name(name: str) -> str:
@@ -55,25 +95,22 @@ def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
     """Plain name -> name in the checkpoint.
 
     Raises:
-        CheckpointError: two names become the same one.
+        CheckpointError: two names become the same one, or one is so long that it is none.
     """
     plain: dict[str, str] = {}
     for name in names:
+        if len(name) > _LONGEST_NAME:
+            told = f"holds a name of {len(name):,} characters, which no weight has"
+            raise CheckpointError(path, f"{told} ({name[:50]}...); use another file")
         other = plain.setdefault(plain_name(name), name)
         if other != name:
-            raise CheckpointError(f"{path}: holds {plain_name(name)} twice, as {other} and as {name}")
+            raise CheckpointError(path, f"holds {plain_name(name)} twice, as {other} and as {name}")
     return plain
-
-
-def named_in_refusal(error: Exception) -> str | None:
-    """The class or function over which torch refused to unpickle a file; None if it failed over something else."""
-    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
-    return (named[1] or named[2]) if named else None
 
 
 def no_averaged_weights(path: Path) -> CheckpointError:
     """The error for `--ema` with a checkpoint that has none."""
-    return CheckpointError(f"{path}: holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave --ema out")
+    return CheckpointError(path, f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave --ema out")
 
 
 def select_flattened(names: Iterable[str], path: Path, ema: bool) -> dict[str, str]:
@@ -83,16 +120,34 @@ def select_flattened(names: Iterable[str], path: Path, ema: bool) -> dict[str, s
         Plain name -> name in the checkpoint.
 
     Raises:
-        CheckpointError: `ema` is asked for and not there, or two names become the same one.
+        CheckpointError: `ema` is asked for and not there, several sets of weights are there, or two names become the same one.
     """
     names = list(names)
-    folders = (AVERAGED_WEIGHTS,) if ema else WRAPPERS
-    for folder in folders:
-        inside = {name.removeprefix(f"{folder}."): name for name in names if name.startswith(f"{folder}.")}
-        if inside:
-            return {plain: inside[short] for plain, short in plain_names(inside, path).items()}
+    sets: dict[tuple[str, ...], dict[str, str]] = {}  # folder -> name in it -> name in the checkpoint
+    for name in names:
+        folder, inside = _split_folder(name)
+        if folder and (AVERAGED_WEIGHTS in folder) == ema and inside.partition(".")[0] not in TRAINING_STATE:
+            sets.setdefault(folder, {})[inside] = name
+    if len(sets) > 1:
+        folders = " and ".join(".".join(folder) for folder in sorted(sets))
+        raise CheckpointError(path, f"holds several sets of weights, under {folders}; save the one that you want alone")
+    if sets:
+        (inside_names,) = sets.values()
+        return {plain: inside_names[short] for plain, short in plain_names(inside_names, path).items()}
     if ema:
         raise no_averaged_weights(path)
     training_prefixes = tuple(f"{key}." for key in TRAINING_STATE)
     weights = [name for name in names if name not in TRAINING_STATE and not name.startswith(training_prefixes)]
     return plain_names(weights, path)
+
+
+def _split_folder(name: str) -> tuple[tuple[str, ...], str]:
+    """The folders that a name begins with, and the name in them."""
+    folder: list[str] = []
+    while len(folder) < _DEEPEST_FOLDER:
+        first, dot, rest = name.partition(".")
+        if not dot or first not in _FOLDERS:
+            break
+        folder.append(first)
+        name = rest
+    return tuple(folder), name

@@ -1,5 +1,6 @@
 """The service's end of the connection to one engine's process."""
 
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -24,6 +25,15 @@ from autoregressive.serve.worker.messages import (
     Unable,
 )
 
+_EXIT_SECONDS = 0.2  # from the end of the connection to the process's exit code
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    """A process's exit code, for people."""
+    if exit_code is not None and exit_code < 0:
+        return signal.Signals(-exit_code).name
+    return f"exit status {exit_code}" if exit_code is not None else "no exit status yet"
+
 
 class EngineLink:
     """One engine: what is known of it, and the jobs that it has. Used in the event loop.
@@ -47,7 +57,7 @@ class EngineLink:
         self.heard_at = time.monotonic()
         self._on_ended, self._places = on_ended, places
         self._stopped = False
-        self._channel = Channel(connection, KINDS, self._take, lambda: self.give_up("an engine's process has died"))
+        self._channel = Channel(connection, KINDS, self._take, self._died)
 
     def submit(self, job: Job) -> None:
         """Gives it a job."""
@@ -87,6 +97,17 @@ class EngineLink:
             self.process.kill()
             self.process.join()
         self._channel.close()
+
+    def _died(self) -> None:
+        """The connection has ended. Before the engine was ready, starting it anew would end in the same way."""
+        if self.ready is not None or self.unable is not None or self.lost is not None or self._stopped:
+            self.give_up("an engine's process has died")
+            return
+        self.process.join(_EXIT_SECONDS)
+        self.unable = (
+            f"an engine's process died while it loaded the model ({_how_it_ended(self.process.exitcode)}); "
+            "check the checkpoints and the memory, and what it wrote before"
+        )
 
     def _take(self, event: Event) -> None:
         self.heard_at = time.monotonic()

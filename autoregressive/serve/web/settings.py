@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from autoregressive.common.arguments import add_model_flags
-from autoregressive.common.errors import OneLineParser, UserError, tell
+from autoregressive.common.errors import OneLineParser, UserError, shortened, tell
 from autoregressive.common.folders import command_line
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
@@ -37,6 +37,8 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
 _LONGEST_NAME = 200  # of the model, as in a request
+_LONGEST_MESSAGE = 500
+_MOST_CONFIG_BYTES = 65536
 _LONGEST_WAIT = 10.0**9
 _SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
 _PATIENCE = Patience()
@@ -73,7 +75,7 @@ class _LayerParser(OneLineParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises what becomes one line."""
-        raise UserError(f"{self.origin}{message} (--help shows the options)")
+        raise UserError(f"{self.origin}{shortened(message, _LONGEST_MESSAGE)} (--help shows the options)")
 
 
 def build_server_parser() -> _LayerParser:
@@ -193,9 +195,20 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
     return tokens
 
 
+def _config_text(path: Path) -> str:
+    """The file's text. A pipe or a device could go on for ever, and PyYAML reads a megabyte in some ten seconds."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--config {path}: is no file")
+    with path.open("rb") as stream:
+        content = stream.read(_MOST_CONFIG_BYTES + 1)
+    if len(content) > _MOST_CONFIG_BYTES:
+        raise UserError(f"--config {path}: has more than {_MOST_CONFIG_BYTES} bytes; flags and their values take a few hundred")
+    return content.decode()
+
+
 def _file_tokens(path: Path) -> list[str]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # as written: safe_load reads 010 as 8, no as False
+        content = yaml.load(_config_text(path), yaml.BaseLoader)  # all is text as written: safe_load reads 010 as 8, no as False
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except (yaml.YAMLError, RecursionError) as error:
@@ -210,7 +223,7 @@ def _file_tokens(path: Path) -> list[str]:
     for name in names:
         if name == "config" or names.count(name) > 1:
             why = "belongs on the command line" if name == "config" else "is there twice"
-            raise UserError(f"{path}: {name} {why}")
+            raise UserError(f"{path}: {shortened(name, 100)} {why}")
     return [token for name, value in content.items() for token in _tokens(str(name), value, f"{path}: {name}")]
 
 
@@ -219,6 +232,7 @@ def _tokens(name: str, value: Any, origin: str) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
     action = build_server_parser()._option_string_actions.get(flag)
     if action is None or flag in ("--help",):
+        origin, flag = shortened(origin, _LONGEST_MESSAGE), shortened(flag, 100)
         raise UserError(f"{origin}: there is no flag {flag} (--help shows the options)")
     if action.nargs == 0:
         switch = _SWITCHES.get(str(value).lower())
