@@ -97,4 +97,11 @@ def build_service_app(
     if settings.store is not None:
         store = Store(settings.store, settings.stored_images, settings.public_url or address, share.index, share.count)
     studio = Studio(model, desk, encoders, store)
-    return build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs), encoders
+    app = build_app(
+        studio,
+        version=program_version(),
+        docs=settings.docs,
+        api_keys=settings.api_keys,
+        public_host=settings.public_host,
+    )
+    return app, encoders
