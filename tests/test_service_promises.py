@@ -100,7 +100,7 @@ def test_a_client_that_leaves_is_noticed_behind_its_next_request(slow: Service) 
     """Fails if the server stops reading because of a request that is not its turn yet, and so does not see the end."""
     connection = send(slow, n=2)
     slow.wait_for(lambda: slow.gauges()["kv_cache_usage_perc"] > 0, 5)
-    connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     time.sleep(0.1)
     connection.close()
     slow.wait_for(slow.is_empty, 1)

@@ -249,6 +249,12 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ("--api-key=abc ", "--api-key: must be printable ASCII"),
         ("--api-key=abc\n", "--api-key: must be printable ASCII"),
         ("--api-key=schlüssel", "--api-key: must be printable ASCII"),
+        ("--api-key=a,,b", "--api-key: must be printable ASCII"),
+        ("--api-key=a,", "--api-key: must be printable ASCII"),
+        ("--api-key=,", "--api-key: must be printable ASCII"),
+        ("--public-url=http://", "--public-url http://: names no host"),
+        ("--public-url=https:///images", "names no host"),
+        ("--public-url=http://[::1", "names no host"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(typed: str, said: str) -> None:
@@ -288,7 +294,7 @@ def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
     typed += ["--log-level", "error", "--queue-timeout", "1", "--request-timeout", "2", "--step-timeout", "3"]
     typed += ["--shutdown-timeout", "4", "--max-num-seqs", "6"]
     found = settings(*typed)
-    assert (found.host, found.port, found.api_key, found.max_queue_size, found.name) == ("::1", 81, KEY, 7, "m")
+    assert (found.host, found.port, found.api_keys, found.max_queue_size, found.name) == ("::1", 81, (KEY,), 7, "m")
     assert (found.store, found.stored_images, found.public_url, found.docs) == (tmp_path, 5, "http://x", False)
     patience = found.patience
     assert (patience.queue, patience.run, patience.step, patience.shutdown) == (1, 2, 3, 4)
@@ -303,6 +309,43 @@ def test_this_machines_own_addresses_need_no_key(host: str) -> None:
     assert settings("--host", host).host == host
 
 
+SHORT = "0123456789abcde"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+@pytest.mark.parametrize("keys", [SHORT, "x", f"{KEY},{SHORT}", f"{SHORT}, {KEY}"])
+def test_others_cannot_reach_a_service_with_a_short_key(host: str, keys: str) -> None:
+    """Fails if one of the keys can be guessed, or if the line shows a key or does not say how to make one."""
+    message = refusal("--host", host, environment={f"{ENVIRONMENT}API_KEY": keys})
+    assert "a key must have at least 16 characters" in message
+    assert SHORT not in message
+    (command,) = re.findall(r'python -c "(.*?)"', message)
+    made = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+    longer = {f"{ENVIRONMENT}API_KEY": f"{made},{SHORT}x"}
+    assert settings("--host", host, environment=longer).api_keys == (made, f"{SHORT}x")
+
+
+def test_on_this_machine_a_short_key_will_do() -> None:
+    """Fails if somebody who tries the service out must invent a long key."""
+    assert settings("--api-key", "x").api_keys == ("x",)
+
+
+def test_several_keys_are_separated_by_commas(tmp_path: Path) -> None:
+    """Fails if a layer knows one key only, or a space behind a comma becomes a part of a key."""
+    keys = ("first-of-the-keys", "second-of-the-keys")
+    assert settings("--api-key", ",".join(keys)).api_keys == keys
+    assert settings(environment={f"{ENVIRONMENT}API_KEY": ", ".join(keys)}).api_keys == keys
+    assert settings(*file(tmp_path, f"api-key: {keys[0]}, {keys[1]}")).api_keys == keys
+    assert settings("--api-key", f"{keys[0]},{keys[0]}").api_keys == keys[:1]
+
+
+def test_the_public_host_is_the_urls() -> None:
+    """Fails if the port, the path or capitals become a part of the name that clients send as Host."""
+    assert settings("--public-url", "https://Pictures.Example:8443/of").public_host == "pictures.example"
+    assert settings("--public-url", "http://[2001:db8::1]:80").public_host == "2001:db8::1"
+    assert settings().public_host is None
+
+
 OTHERS = ["0.0.0.0", "::", "192.0.2.1", "example.org", "0", "127.1", "", "::ffff:0.0.0.0", "localhost.evil"]
 
 
@@ -311,7 +354,7 @@ def test_other_addresses_need_a_key(host: str) -> None:
     """Fails if anybody on the network may use the service because nobody thought of a key."""
     assert "set a key (LLAMAGEN_API_KEY)" in refusal("--host", host)
     if host:
-        assert settings("--host", host, environment={f"{ENVIRONMENT}API_KEY": KEY}).api_key == KEY
+        assert settings("--host", host, environment={f"{ENVIRONMENT}API_KEY": KEY}).api_keys == (KEY,)
 
 
 def test_the_default_is_this_machine_only() -> None:
@@ -433,7 +476,7 @@ def test_the_command_ends_with_status_2_and_one_line() -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_stored_images_have_an_address(host: str, tmp_path: Path) -> None:
     """Fails if clients are given URLs that lead nowhere."""
-    flags = ["--store-dir", str(tmp_path), "--host", host, "--api-key", "k"]
+    flags = ["--store-dir", str(tmp_path), "--host", host, "--api-key", KEY]
     with pytest.raises(UserError, match="give --public-url"):
         resolve_server_settings(read_arguments(flags, {}))
     resolve_server_settings(read_arguments([*flags, "--public-url", "https://example.org"], {}))

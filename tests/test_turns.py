@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
+from fake_service import fake_model
 from fastapi import Request
 
 from autoregressive.serve.engine.request import SamplingParams
@@ -153,8 +154,8 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
 def test_the_service_takes_its_turns() -> None:
     """Fails if the guard is left out, or has turns of its own."""
     desk = cast(Desk, SimpleNamespace(count=None))
-    studio = Studio(cast(ServedModel, None), desk, ThreadPoolExecutor(1), None)
-    part: Any = build_app(studio, version="0", api_key=None, docs=False)
+    studio = Studio(fake_model("fake"), desk, ThreadPoolExecutor(1), None)
+    part: Any = build_app(studio, version="0", docs=False)
     while not isinstance(part, OneDrawingATurn):
         part = part._app
     assert part._turns is studio.turns

@@ -1,5 +1,8 @@
 """The service as an ASGI application: routes, the page, the guards around them."""
 
+import base64
+import hashlib
+import re
 from collections.abc import Sequence
 from email.utils import formatdate
 from pathlib import Path
@@ -7,18 +10,28 @@ from typing import Any
 
 import fastapi_offline
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from autoregressive.serve.web.authentication import Authentication
+from autoregressive.serve.web.description import RELATIVE_SERVER, complete_description
 from autoregressive.serve.web.errors import ApiError, internal_error
 from autoregressive.serve.web.generation import ClientLeft, Studio, add_generation_routes
-from autoregressive.serve.web.guards import App, Authentication, OneDrawingATurn, RequestLog, SizeLimits, WholeFiles
+from autoregressive.serve.web.guards import (
+    App,
+    HeadAsGet,
+    OneDrawingATurn,
+    RequestLog,
+    SizeLimits,
+    WholeFiles,
+)
+from autoregressive.serve.web.hosts import KnownHosts, WholeUrls
 from autoregressive.serve.web.schema import (
-    TOO_MANY_FIELDS,
     ClassesAnswer,
     ErrorAnswer,
     ModelData,
@@ -27,9 +40,12 @@ from autoregressive.serve.web.schema import (
     VersionAnswer,
 )
 from autoregressive.serve.web.store import MEDIA_TYPES
+from autoregressive.serve.web.strict_route import StrictRoute
 
 PAGE = Path(__file__).parent / "static"
-OPEN_PATHS = ("/", "/health", "/ready", "/static/")
+# These need no key, nor does what is below a path that ends in a slash.
+_OPEN_PATHS = ("/", "/health", "/ready", "/static/")
+_DOCS_PATHS = ("/docs", "/openapi.json", "/docs-assets/")
 _DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -39,28 +55,47 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Accept-Ranges": "none",
 }
-_WRONG: dict[int | str, dict[str, Any]] = {401: {"model": ErrorAnswer, "description": "The key is missing or wrong."}}
+_WRONG: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
+    429: {"model": ErrorAnswer, "description": "Too many wrong keys came from this address."},
+}
 _NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such model."}}
 _ANYWHERE: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in (
         (400, "A parameter is unknown or out of range, or the request is not HTTP/1.1."),
         (413, "The body is too large."),
+        (421, "The service has no key, and does not answer to this name."),
         (431, "The headers are too large."),
         (500, "A bug; the log has it."),
     )
 }
 
 
-def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) -> App:
+def build_app(
+    studio: Studio,
+    *,
+    version: str,
+    docs: bool,
+    api_keys: Sequence[str] = (),
+    public_host: str | None = None,
+) -> App:
     """The whole service.
 
     Args:
         studio: what the routes work with.
         version: of the program.
-        api_key: None: everybody may use it.
         docs: whether /docs and /openapi.json are there.
+        api_keys: clients send one of them. Without keys, everybody may use the service as
+            localhost or `public_host`.
+        public_host: the name that clients use, where it is not this machine's own.
     """
+    open_paths = (*_OPEN_PATHS, *(_DOCS_PATHS if docs else ()))
+
+    def is_open(path: str) -> bool:
+        folders = tuple(one for one in open_paths if one.endswith("/") and one != "/")
+        return path in open_paths or path.startswith(folders)
+
     app = FastAPI(
         title="LlamaGen",
         version=version,
@@ -68,8 +103,10 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
         redoc_url=None,
         openapi_url="/openapi.json" if docs else None,
         responses=_ANYWHERE,
+        servers=RELATIVE_SERVER,
         redirect_slashes=False,  # a redirect would name the host that the request names
     )
+    app.router.route_class = StrictRoute
     add_generation_routes(app, studio)
     _add_facts(app, studio, version)
     if studio.store is not None:
@@ -79,9 +116,11 @@ def build_app(studio: Studio, *, version: str, api_key: str | None, docs: bool) 
     if docs:
         _add_docs(app)
     _add_errors(app)
+    complete_description(app, studio.model, lambda path: bool(api_keys) and not is_open(path))
     guarded: App = SizeLimits(OneDrawingATurn(WholeFiles(app), studio.turns))
-    guarded = Authentication(guarded, api_key, OPEN_PATHS)
-    return RequestLog(guarded, studio.desk.count, api_key)
+    known = KnownHosts(guarded, public_host)  # a key keeps other sites out, too
+    guarded = Authentication(guarded, api_keys, is_open) if api_keys else known
+    return RequestLog(WholeUrls(HeadAsGet(guarded)), studio.desk.count, api_keys)
 
 
 def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
@@ -93,7 +132,9 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
         return ModelsAnswer(data=[model.described()])
 
     @app.get("/v1/models/{model_id:path}", response_model=ModelData, responses={**_WRONG, **_NO_MODEL}, tags=["facts"])
-    async def describe_model(model_id: str) -> ModelData:
+    async def describe_model(
+        model_id: str = PathParameter(openapi_examples={"served": {"value": model.name}}),
+    ) -> ModelData:
         """The served model, by its name."""
         if model_id != model.name:
             raise model.no_such_model(model_id)
@@ -158,7 +199,7 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
         desk.require_ready()
         return StatusAnswer(status="ready")
 
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, 401: _WRONG[401]}
+    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, **_WRONG}
 
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
     async def tell_metrics() -> Response:
@@ -185,17 +226,23 @@ class _PageFiles(StaticFiles):
 
 
 def _add_docs(app: FastAPI) -> None:
-    app.mount("/docs-assets", StaticFiles(directory=_DOCS_ASSETS))
+    app.mount("/docs-assets", _PageFiles(directory=_DOCS_ASSETS))
+    page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
+        openapi_url="openapi.json",
+        title="LlamaGen",
+        swagger_js_url="docs-assets/swagger-ui-bundle.js",
+        swagger_css_url="docs-assets/swagger-ui.css",
+        swagger_favicon_url="static/favicon.svg",
+    )
+    (script,) = re.findall(rb"<script>(.*?)</script>", page.body, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policy = _PAGE_HEADERS["Content-Security-Policy"]
+    policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
+    page.headers.update(_PAGE_HEADERS | {"Content-Security-Policy": policy})
 
     @app.get("/docs", include_in_schema=False)
-    async def show_docs() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title="LlamaGen",
-            swagger_js_url="/docs-assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs-assets/swagger-ui.css",
-            swagger_favicon_url="/docs-assets/favicon.png",
-        )
+    async def show_docs() -> Response:
+        return page
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -221,32 +268,17 @@ def _add_errors(app: FastAPI) -> None:
         words = {404: ("there is no such path", "not_found"), 405: ("this path does not take this method", "method_not_allowed")}
         message, code = words.get(error.status_code, ("the request cannot be answered", "bad_request"))
         body = ApiError(error.status_code, message, code).body
-        return JSONResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
-
-    describe = app.openapi
-
-    def openapi_as_answered() -> dict[str, Any]:
-        """FastAPI's document without the 422s, which are 400s here."""
-        document = describe()
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        return document
-
-    app.openapi = openapi_as_answered  # type: ignore[method-assign]
+        headers = dict(error.headers or {})
+        if "GET" in headers.get("Allow", ""):
+            headers["Allow"] = "GET, HEAD"  # FastAPI's routes do not know that they take HEAD
+        return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
 def _as_api_error(errors: Sequence[Any]) -> ApiError:
     """The first of pydantic's findings."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = place[0] if place and first["type"] != "json_invalid" else None
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON", "invalid_json")
-    if first["type"] == TOO_MANY_FIELDS:
-        return ApiError(400, "the body has too many fields", "unknown_field")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not a known field", "unknown_field", param)
+    param = place[0] if place else None
     what = first["msg"].removeprefix("Input should be ").removeprefix("String should ").rstrip(".")
     if param is None:
         return ApiError(400, "the body must be a JSON object, sent as application/json", "invalid_body")

@@ -2,12 +2,11 @@
 
 from collections.abc import MutableMapping
 from hashlib import blake2b
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
 from autoregressive.common.errors import UserError
-
-_IPV6_PREFIX = 64  # bits: a household or a machine is given at least so many addresses
+from autoregressive.serve.web.addresses import client_network
 
 
 def client_of(scope: MutableMapping[str, Any], *, keyed: bool) -> str:
@@ -21,7 +20,7 @@ def client_of(scope: MutableMapping[str, Any], *, keyed: bool) -> str:
     """
     address = scope["client"][0] if scope.get("client") else ""
     key = _key(scope) if keyed else b""
-    return blake2b(f"{_network(address)}\n".encode() + key, digest_size=8).hexdigest()
+    return blake2b(f"{client_network(address)}\n".encode() + key, digest_size=8).hexdigest()
 
 
 def check_forwarded_allow_ips(text: str) -> None:
@@ -43,16 +42,3 @@ def _key(scope: MutableMapping[str, Any]) -> bytes:
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     words = given.split(None, 1)
     return bytes(words[1].strip()) if len(words) == 2 else b""
-
-
-def _network(address: str) -> str:
-    """The address, of IPv6 the network; text that is no address as it is."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if not isinstance(parsed, IPv6Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:  # an IPv4 client of a socket for both
-        return str(parsed.ipv4_mapped)
-    return str(ip_network((int(parsed), _IPV6_PREFIX), strict=False))

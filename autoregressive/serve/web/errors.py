@@ -34,6 +34,8 @@ class ApiError(Exception):
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
         if self.code in ("run_timeout", "non_finite"):
             headers["X-Should-Retry"] = "false"  # OpenAI's clients would draw the same twice more
+        if self.code == "unsupported_encoding":
+            headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 

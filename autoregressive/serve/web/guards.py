@@ -1,15 +1,14 @@
-"""What requests pass before a route sees them: a number and a line in the log, the key, limits of size, a turn.
+"""What requests pass before a route sees them: a number and a line in the log, limits, a turn.
 
 Plain ASGI, so that streams and clients that leave pass through as they are.
 """
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
@@ -49,11 +48,12 @@ class RequestLog:
 
     Args:
         count: told of every request of the routes that draw, by outcome.
-        secret: never written, wherever a client puts it.
+        secrets: never written, wherever a client puts them.
     """
 
-    def __init__(self, app: App, count: Callable[[str], None], secret: str | None) -> None:
-        self._app, self._count, self._secret = app, count, secret
+    def __init__(self, app: App, count: Callable[[str], None], secrets: Sequence[str]) -> None:
+        self._app, self._count = app, count
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -123,7 +123,9 @@ class RequestLog:
         _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
 
     def _shown(self, text: str) -> str:
-        shown = text if self._secret is None else text.replace(self._secret, "[key]")
+        shown = text
+        for secret in self._secrets:
+            shown = shown.replace(secret, "[key]")
         return shown if len(shown) <= _LOGGED_CHARACTERS else f"{shown[:_LOGGED_CHARACTERS]}..."
 
 
@@ -143,34 +145,24 @@ def _outcome(status: int, job: object) -> str:
     return {200: "success", 499: "disconnected", 429: "rejected"}.get(status, "invalid" if 400 <= status < 500 else "failed")
 
 
-class Authentication:
-    """Lets in who has the key; without a key, everybody.
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, with the same headers (RFC 9110, section 9.3.2)."""
 
-    Args:
-        open_paths: need no key, nor what lies below a path that ends in a slash.
-    """
-
-    def __init__(self, app: App, key: str | None, open_paths: tuple[str, ...]) -> None:
-        self._app, self._open_paths = app, open_paths
-        self._expected = None if key is None else f"Bearer {key}".encode()
+    def __init__(self, app: App) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        if scope["type"] != "http" or self._expected is None or self._is_open(scope["path"]) or self._has_key(scope):
+        if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
-        else:
-            given = any(name == b"authorization" for name, _ in scope["headers"])
-            wrong = "the key is not this service's; send" if given else "this service wants a key:"
-            message = f"{wrong} Authorization: Bearer KEY"
-            await answer(send, ApiError(401, message, "invalid_api_key"))
+            return
 
-    def _is_open(self, path: str) -> bool:
-        return any(path == one or (one.endswith("/") and len(one) > 1 and path.startswith(one)) for one in self._open_paths)
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
 
-    def _has_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        assert self._expected is not None
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 class WholeFiles:

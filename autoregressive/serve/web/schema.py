@@ -2,29 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
 from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
-TOO_MANY_FIELDS = "too_many_fields"
-_MOST_FIELDS = 100
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_enough(cls, fields: object) -> object:
-        """An error for each of 100,000 unknown fields would hold up everybody for a second."""
-        if isinstance(fields, dict) and len(fields) > _MOST_FIELDS:
-            raise PydanticCustomError(TOO_MANY_FIELDS, "too many fields")
-        return fields
 
 
 class CodesRequest(_Body):

@@ -115,8 +115,14 @@ def build_service_app(
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
-    studio = Studio(model, desk, encoders, store, keyed=settings.api_key is not None)
-    app = build_app(studio, version=program_version(), api_key=settings.api_key, docs=settings.docs)
+    studio = Studio(model, desk, encoders, store, keyed=bool(settings.api_keys))
+    app = build_app(
+        studio,
+        version=program_version(),
+        docs=settings.docs,
+        api_keys=settings.api_keys,
+        public_host=settings.public_host,
+    )
     if settings.forwarded_allow_ips is not None:
         app = cast(App, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
     return app, encoders

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -23,6 +23,7 @@ from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
+from autoregressive.serve.web.addresses import is_loopback
 from autoregressive.serve.web.clients import check_forwarded_allow_ips
 from autoregressive.serve.web.dispatcher import Patience
 from autoregressive.serve.web.pictures import largest_picture_bytes
@@ -36,6 +37,8 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 (max-num-seqs: 64); the command line counts first, then the environment, then the file."""
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
+_LEAST_KEY = 16  # characters of a key, where others can reach the service
+_MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_MESSAGE = 500
 _MOST_CONFIG_BYTES = 65536
@@ -56,7 +59,7 @@ class ServerSettings:
     name: str  # of the model, for clients
     host: str
     port: int
-    api_key: str | None
+    api_keys: tuple[str, ...]  # clients send one of them; none: everybody may use the service
     max_queue_size: int
     forwarded_allow_ips: str | None  # proxies whose X-Forwarded-For counts; None: nobody's
     patience: Patience
@@ -66,6 +69,11 @@ class ServerSettings:
     public_url: str | None  # None: where the service listens
     docs: bool
     log_level: str
+
+    @property
+    def public_host(self) -> str | None:
+        """The name in `public_url`."""
+        return None if self.public_url is None else _host_of(self.public_url)
 
 
 class _LayerParser(OneLineParser):
@@ -97,7 +105,10 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", metavar="ADDRESS", help=f"where to listen; beyond this machine only with a key (default: {_HOST})")
     group.add_argument("--port", type=int, metavar="N", help=f"0: any that is free (default: {_PORT})")
     group.add_argument(
-        "--api-key", metavar="KEY", help=f"what clients must send; better given as {ENVIRONMENT}API_KEY, which others do not see"
+        "--api-key",
+        metavar="KEYS",
+        help="one or several, with commas between them; clients send one of them. "
+        f"Better given as {ENVIRONMENT}API_KEY, which others do not see",
     )
     group.add_argument(
         "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
@@ -253,11 +264,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         UserError: as `resolve_settings`, or a service that should not be: open to others without a key.
     """
     choice = resolve_model_choice(arguments, seed=0)
-    host, key = _or(arguments.host, _HOST), arguments.api_key
-    if key is not None and not _is_header_text(key):
-        raise UserError("--api-key: must be printable ASCII, not empty, and without spaces around it")
-    if key is None and not _is_loopback(host):
-        raise UserError(f"--host {host}: others can reach this address, so set a key ({ENVIRONMENT}API_KEY), or use {_HOST}")
+    host = _or(arguments.host, _HOST)
+    keys = _resolve_keys(arguments.api_key, host)
     if not _is_host(host):
         raise UserError(f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one")
     if arguments.forwarded_allow_ips is not None:
@@ -270,6 +278,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     url = arguments.public_url
     if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
         raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
+    if url is not None and not _host_of(url):
+        raise UserError(f"--public-url {url}: names no host; such as https://pictures.example.org")
     if arguments.store_dir is not None and url is None and host in ("0.0.0.0", "::"):
         raise UserError(f"--store-dir: at --host {host} the images' URLs need an address: give --public-url")
     fronts = _at_least(arguments, "api_server_count", engines, 1, 64)
@@ -289,7 +299,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         name=name,
         host=host,
         port=_at_least(arguments, "port", _PORT, 0, 65535),
-        api_key=key,
+        api_keys=keys,
         max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
         forwarded_allow_ips=arguments.forwarded_allow_ips,
         patience=_resolve_patience(arguments),
@@ -312,6 +322,26 @@ def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | N
     if bytes_there < (least := fronts * largest_picture_bytes(choice.model.image_size)):
         raise UserError(f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each --api-server-count")
     return bytes_there
+
+
+def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
+    """The keys, where others can reach the service long enough not to be guessed."""
+    others = not is_loopback(host)
+    if given is None:
+        if others:
+            way = f"set a key ({ENVIRONMENT}API_KEY), or use {_HOST}"
+            why = f"--host {host}: others can reach this address"
+            raise UserError(f"{why}, so {way}; {_MAKES_A_KEY}")
+        return ()
+    keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
+    if not _is_header_text(given) or "" in keys:
+        what = "--api-key: must be printable ASCII, not empty, and without spaces around it"
+        raise UserError(f"{what}; commas separate several keys")
+    if others and min(map(len, keys)) < _LEAST_KEY:
+        why = f"--api-key: others can reach {host}"
+        what = f"a key must have at least {_LEAST_KEY} characters"
+        raise UserError(f"{why}, so {what}; {_MAKES_A_KEY}")
+    return keys
 
 
 def _resolve_patience(arguments: argparse.Namespace) -> Patience:
@@ -361,11 +391,11 @@ def _is_host(host: str) -> bool:
         return False
 
 
-def _is_loopback(host: str) -> bool:
+def _host_of(url: str) -> str | None:
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return urlsplit(url).hostname
+    except ValueError:  # half an IPv6 address
+        return None
 
 
 def _or(given: Any, otherwise: Any) -> Any:

@@ -47,6 +47,9 @@ export function describe(failure) {
         ? { title: "The server does not accept this key.", detail: "Check it, and enter it again." }
         : { title: "This server asks for a key.", detail: "Enter the key that its operator gave you." };
     case 429:
+      if (failure.code === "too_many_wrong_keys") {
+        return { title: "Too many wrong keys came from your address.", detail: "This page tries again by itself." };
+      }
       return {
         title: "The queue is full.",
         detail:

@@ -1,0 +1,176 @@
+"""Checks what a request consists of: its query, the type of its body, and its JSON."""
+
+import difflib
+import json
+from collections.abc import Callable, Collection, Coroutine, Iterable
+from typing import Any, NoReturn, cast
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from autoregressive.serve.web.errors import ApiError
+
+_SHOWN_CHARACTERS = 100  # of a name that a client made up
+# Monitors add parameters of their own to /health and the like, which take none.
+_CHECKED_QUERIES = "/v1/"
+
+
+class StrictRoute(APIRoute):
+    """A route that tells what is wrong with a request where FastAPI ignores it or does not tell."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, behind the checks."""
+        handle = super().get_route_handler()
+        known = [parameter.alias for parameter in self.dependant.query_params]
+        fields: Collection[str] | None = None
+        if self.body_field is not None:
+            fields = cast(type[BaseModel], self.body_field.field_info.annotation).model_fields
+
+        async def check_and_handle(request: Request) -> Response:
+            if self.path.startswith(_CHECKED_QUERIES):
+                check_query([name for name, _ in request.query_params.multi_items()], known)
+            if fields is not None:
+                body = await request.body()
+                check_type(
+                    request.headers.get("content-type"),
+                    request.headers.get("content-encoding"),
+                    body,
+                )
+                content = read_json(body)
+                if isinstance(content, dict):
+                    check_fields(content, fields)
+                request = _ReadRequest(request, body, content)
+            return await handle(request)
+
+        return check_and_handle
+
+
+class _ReadRequest(Request):
+    """A request whose body has been read. FastAPI documents this way to read bodies otherwise."""
+
+    def __init__(self, request: Request, body: bytes, content: object) -> None:
+        super().__init__(request.scope, request.receive)
+        self._bytes, self._content = body, content
+
+    async def body(self) -> bytes:
+        """As it came."""
+        return self._bytes
+
+    async def json(self) -> object:
+        """What it says."""
+        return self._content
+
+
+def check_query(given: Iterable[str], known: Collection[str]) -> None:
+    """A slip must not pass for a setting.
+
+    Raises:
+        ApiError: a parameter is unknown, or is there twice.
+    """
+    seen = set()
+    for name in given:
+        if name not in known:
+            raise _unknown(name, known, "query parameter", "unknown_parameter")
+        if name in seen:
+            raise ApiError(400, f"the query has {name} twice", "invalid_value", name)
+        seen.add(name)
+
+
+def check_fields(given: Iterable[str], known: Collection[str]) -> None:
+    """Looks for the first unknown field only: a body may have 100,000 of them.
+
+    Raises:
+        ApiError: a field is unknown.
+    """
+    for name in given:
+        if name not in known:
+            raise _unknown(name, known, "field", "unknown_field")
+
+
+def _unknown(name: str, known: Collection[str], kind: str, code: str) -> ApiError:
+    shown = _shown(name)
+    close = difflib.get_close_matches(shown, known, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return ApiError(400, f"{shown} is not a known {kind}{hint}", code, shown)
+
+
+def _shown(name: str) -> str:
+    """A client's name for something, cut. JSON allows half a character, UTF-8 does not."""
+    cut = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
+    return cut.encode(errors="backslashreplace").decode()
+
+
+def check_type(content_type: str | None, content_encoding: str | None, body: bytes) -> None:
+    """A page of another site can have a browser send text or a form here, but not JSON.
+
+    Raises:
+        ApiError: the body is not declared as JSON, or is compressed, or there is none.
+    """
+    if not body:
+        raise ApiError(
+            400,
+            "the body is empty: it must be a JSON object, sent as application/json",
+            "invalid_body",
+        )
+    if content_encoding is not None and content_encoding.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            "the body is compressed: send it as it is, without Content-Encoding",
+            "unsupported_encoding",
+        )
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind.endswith("+json")
+    ):
+        message = "the body must be JSON, and declared so: Content-Type: application/json"
+        raise ApiError(415, message, "unsupported_media_type")
+
+
+def read_json(body: bytes) -> object:
+    """What a body says, in which 1.0 is 1: JSON knows one kind of number.
+
+    Raises:
+        ApiError: it is not JSON in UTF-8, or has two values for one name. A byte order mark in
+            front is ignored.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            400, f"the body is not UTF-8 (at byte {error.start})", "invalid_json"
+        ) from error
+    try:
+        return json.loads(
+            text, parse_float=_number, parse_constant=_refuse_constant, object_pairs_hook=_fields
+        )
+    except json.JSONDecodeError as error:
+        raise ApiError(
+            400, f"the body is not JSON (at character {error.pos})", "invalid_json"
+        ) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply", "invalid_json") from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise ApiError(400, "the body has a number of too many digits", "invalid_json") from error
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ApiError(400, f"the body is not JSON: JSON has no {name}", "invalid_json")
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ApiError(
+                    400, f"the body has {_shown(name)} twice", "invalid_json", _shown(name)
+                )
+            seen.add(name)
+    return fields
