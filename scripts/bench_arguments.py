@@ -51,6 +51,12 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def service_key(environment: Mapping[str, str]) -> str | None:
+    """The key to send: the first one in LLAMAGEN_API_KEY, where a service may have several."""
+    keys = environment.get("LLAMAGEN_API_KEY")
+    return keys.split(",")[0].strip() if keys else None
+
+
 def add_models(parser: argparse.ArgumentParser, *, gpu_only: bool = False) -> None:
     """Adds --models: to be given to `models_for`, unless the script needs a GPU anyway."""
     default = ",".join(PAPER_MODELS)

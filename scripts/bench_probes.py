@@ -17,7 +17,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import httpx2
-    from bench_arguments import at_least
+    from bench_arguments import at_least, service_key
     from serve_report import PERCENTILES, percentiles
 
 _URL = "http://127.0.0.1:8000"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})")
     parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="to ask for (default: 30)")
     arguments = parser.parse_args(argv)
-    took = probe(arguments.url.rstrip("/"), os.environ.get("LLAMAGEN_API_KEY"), arguments.seconds)
+    took = probe(arguments.url.rstrip("/"), service_key(os.environ), arguments.seconds)
     results: dict[str, dict[str, Any]] = {
         path: {"answers": len(seconds), "seconds": percentiles(seconds) or {}} for path, seconds in took.items()
     }

@@ -25,7 +25,7 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import httpx2
-    from bench_arguments import at_least
+    from bench_arguments import at_least, service_key
     from serve_report import PERCENTILES, chart, markdown, percentiles, steady_rate
 
     from autoregressive.common.files import check_file, write_whole
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: no service is there, or it does not take the key.
     """
     arguments = parse_arguments(argv)
-    key = os.environ.get("LLAMAGEN_API_KEY")
+    key = service_key(os.environ)
     model, classes = describe(arguments.url, key)
     load = Load(
         arguments.url, key, arguments.n, arguments.previews, classes, arguments.seconds, arguments.seed, arguments.output_format

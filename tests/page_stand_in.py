@@ -40,6 +40,7 @@ class Refusal:
     message: str = "no"
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    code: str | None = None
     html: bool = False  # a proxy's page in the place of the API's JSON
 
 
@@ -98,8 +99,15 @@ def preview_of(label: int, index: int, rows: int) -> bytes:
     return stream.getvalue()
 
 
-def error(status: int, message: str, kind: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
-    content = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+def error(
+    status: int,
+    message: str,
+    kind: str,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+    code: str | None = None,
+) -> JSONResponse:
+    content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return JSONResponse(content, status, headers=headers)
 
 
@@ -201,7 +209,8 @@ def build_app(behaviour: Behaviour) -> FastAPI:
         if (refusal := behaviour.refusal) is not None:
             if refusal.html:
                 return Response("<h1>Bad Gateway</h1>", refusal.status, media_type="text/html")
-            return error(refusal.status, refusal.message, "invalid_request_error", refusal.param, refusal.headers)
+            kind = "invalid_request_error"
+            return error(refusal.status, refusal.message, kind, refusal.param, refusal.headers, refusal.code)
 
         async def watched() -> AsyncIterator[str]:
             try:

@@ -212,6 +212,10 @@ def test_cancel_reaches_the_server(open_page: OpenPage, behaviour: Behaviour, wa
 REFUSALS = (
     (Refusal(429, "queue_full", headers={"Retry-After": "12"}), r"The queue is full.*room in 12 seconds.*Try again \(1\d s\)"),
     (Refusal(429, "queue_full"), "The queue is full.*Try again in a moment"),
+    (
+        Refusal(429, "no key is tried", headers={"Retry-After": "6"}, code="too_many_wrong_keys"),
+        r"Too many wrong keys came from your address.*few seconds.*Try again \(\d s\)",
+    ),
     (Refusal(503, "the engine is stopping"), "The server is not ready yet.*The engine is stopping"),
     (Refusal(400, "this cannot be drawn"), "does not accept these settings.*This cannot be drawn"),
     (Refusal(500, "out of memory"), "The server failed.*Out of memory"),

@@ -19,7 +19,15 @@ import pytest
 import speedup_table
 import torch
 import tune_kernels
-from bench_arguments import at_least, check_output, give_figures, models_for, names, row_counts
+from bench_arguments import (
+    at_least,
+    check_output,
+    give_figures,
+    models_for,
+    names,
+    row_counts,
+    service_key,
+)
 from bench_models import PAPER_MODELS
 
 from autoregressive.common.errors import UserError
@@ -302,6 +310,14 @@ def test_what_is_typed_is_what_is_meant() -> None:
     assert row_counts("512,2,16") == [512, 2, 16]
     assert names(["a", "b", "c"])("c,a") == ["c", "a"]
     assert at_least(2)("10") == 10
+
+
+def test_of_several_keys_a_script_sends_one() -> None:
+    """Fails if the variable that gives the service its keys is sent whole, which the service would refuse."""
+    assert service_key({"LLAMAGEN_API_KEY": "old, new"}) == "old"
+    assert service_key({"LLAMAGEN_API_KEY": "only"}) == "only"
+    assert service_key({}) is None
+    assert service_key({"LLAMAGEN_API_KEY": ""}) is None
 
 
 def test_the_figures_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def without_engines(folder: Path, use: Callable[[App], Awaitable[None]], **setti
         dispatcher = Dispatcher(cast(Any, None), 0, 1, Patience(), 64)
         with ThreadPoolExecutor(1) as encoders:
             studio = Studio(fake_model("fake"), dispatcher, encoders, Store(folder, 3, "http://localhost"))
-            await use(build_app(studio, version="1", docs=True, **settings))
+            await use(build_app(studio, version="1", docs=True, api_keys=(), **settings))
         dispatcher.stop(at_once=True)
 
     asyncio.run(run())

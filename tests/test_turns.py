@@ -155,7 +155,7 @@ def test_the_service_takes_its_turns() -> None:
     """Fails if the guard is left out, or has turns of its own."""
     desk = cast(Desk, SimpleNamespace(count=None))
     studio = Studio(fake_model("fake"), desk, ThreadPoolExecutor(1), None)
-    part: Any = build_app(studio, version="0", docs=False)
+    part: Any = build_app(studio, version="0", docs=False, api_keys=())
     while not isinstance(part, OneDrawingATurn):
         part = part._app
     assert part._turns is studio.turns

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -77,7 +77,7 @@ def build_app(
     *,
     version: str,
     docs: bool,
-    api_keys: Sequence[str] = (),
+    api_keys: Sequence[str],
     public_host: str | None = None,
 ) -> App:
     """The whole service.
@@ -238,11 +238,11 @@ def _add_docs(app: FastAPI) -> None:
     digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
     policy = _PAGE_HEADERS["Content-Security-Policy"]
     policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
-    page.headers.update(_PAGE_HEADERS | {"Content-Security-Policy": policy})
+    headers = _PAGE_HEADERS | {"Content-Security-Policy": policy}
 
     @app.get("/docs", include_in_schema=False)
-    async def show_docs() -> Response:
-        return page
+    async def show_docs() -> HTMLResponse:
+        return HTMLResponse(page.body, headers=headers)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -48,7 +48,7 @@ export function describe(failure) {
         : { title: "This server asks for a key.", detail: "Enter the key that its operator gave you." };
     case 429:
       if (failure.code === "too_many_wrong_keys") {
-        return { title: "Too many wrong keys came from your address.", detail: "This page tries again by itself." };
+        return { title: "Too many wrong keys came from your address.", detail: "Try again in a few seconds." };
       }
       return {
         title: "The queue is full.",
