@@ -1,7 +1,7 @@
 """Files that are whole or not there, and checks before long work that they can be written.
 
 A file is written under another name in the same folder, forced to the disk, and moved into place. An error, a full disk, Ctrl-C
-or a power cut leaves what was there before. If the process is killed, the unfinished file stays; the next save removes it.
+or a power cut leaves what was there before. If the process is killed, its unfinished file stays until the same file is saved again.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
 
 
 def _remove_parts(path: Path, keep: Path | None) -> None:
-    """Those of what the hub had under this name before, and of a file that came in another way."""
+    """Removes unfinished downloads of the file's other versions; without `keep`, of this version too."""
     kept = f"(?!{re.escape(keep.name)})" if keep is not None else ""
     remove_leftovers(path.parent, re.compile(rf"{kept}\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part"))
 
@@ -113,8 +113,10 @@ def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFil
 
 
 def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
-    """Appends what is missing, each piece as it comes. The library's `http_get` keeps up to 10 MiB to itself, and loses them
-    when the connection breaks off."""
+    """Appends what is missing, each piece as it comes.
+
+    The library's `http_get` gathers 10 MiB before it writes, and loses them when the connection breaks off.
+    """
     there = os.fstat(stream.fileno()).st_size
     if there > remote.size_bytes:
         stream.truncate(0)

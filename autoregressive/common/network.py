@@ -1,6 +1,6 @@
 """The environment's variables by which libraries find proxies, certificates and the hub, checked before a download.
 
-A library raises what it likes about a malformed one, some at import, and does not say which variable it read.
+A library that reads a malformed one raises an error of any kind, some libraries at import, and does not name the variable.
 """
 
 import os
