@@ -64,4 +64,4 @@ def test_all_three_ways_in_take_the_ends_of_the_ranges(top_k: int, temperature: 
         sampling = resolve_settings(parser.parse_args([*FLAGS, *typed])).sampling
         assert (sampling.top_k, sampling.temperature) == (top_k, temperature)
     SamplingParams(top_k=top_k, temperature=temperature)
-    CodesRequest(prompt="cat", top_k=top_k, temperature=temperature)
+    CodesRequest.model_validate({"prompt": "cat", "top_k": top_k, "temperature": temperature})
