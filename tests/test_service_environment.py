@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autoregressive.common.errors import UserError
+from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service_links import is_service_link
 from autoregressive.serve.web.settings import build_server_parser, read_arguments
 
@@ -94,3 +95,14 @@ def test_the_command_starts_in_a_pod(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no trained weights" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["8", "auto"])
+def test_a_platforms_number_of_workers_is_ignored(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if WEB_CONCURRENCY, which hosting platforms set and uvicorn reads, ends the service or changes it."""
+    monkeypatch.setenv("WEB_CONCURRENCY", value)
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise NotImplementedError
+
+    assert QuietServer(app, shutdown=1.0).config.workers == 1

@@ -29,6 +29,7 @@ def _config(app: App, shutdown: float) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        workers=1,  # None would be whatever WEB_CONCURRENCY says, a number or not
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
         timeout_graceful_shutdown=writing_seconds(shutdown),
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
