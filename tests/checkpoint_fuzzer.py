@@ -1,4 +1,4 @@
-"""Damages small good checkpoints and configurations in many ways, and checks how each ends: `python tests/checkpoint_fuzzer.py`.
+"""Damages small good checkpoints and configurations in many ways, and checks how each ends.
 
 One process tries a number of cases of one kind, which its seed decides. Each case is written to a folder before it is tried, so that
 it is still there after a crash or a hang. `test_checkpoint_fuzz.py` starts such processes and counts.
@@ -9,6 +9,7 @@ import io
 import json
 import pickletools
 import random
+import resource
 import sys
 import time
 import warnings
@@ -30,6 +31,7 @@ from autoregressive.common.errors import UserError
 from autoregressive.serve.web.settings import read_arguments
 
 SECONDS, EXTRA_BYTES = 10.0, 256 * 2**20
+_MOST_CPU_SECONDS = 300  # of the process: a case hangs
 _READ_BYTES = 2**24  # larger tensors are not read: their shape alone takes no memory
 _LONGEST_MESSAGE = 500
 
@@ -44,14 +46,20 @@ CONFIG = "port: 8000\nmax-num-seqs: 64\ndisable-docs: true\nlog-level: &level in
 
 Case = dict[str, bytes]  # file's name -> content; one file without a folder if its name is empty
 INTERESTING = [
-    b"", b"\x00", b"\xff" * 8, b"\x7f\xff\xff\xff", b"(" * 2000, b"[" * 2000, b"{" * 2000, b")" + b"\x85" * 3000, b"}" * 500, b"q\x00",
-    b"h\x00", b"\x94", b"N", b"R", b"b", b"s", b"u", b"t", b"Q", b"0", b".", b"a", b"e", b"\x81", b"\x93", b"\x8a\xff" + b"\x7f" * 255,
-    b"X\xff\xff\xff\x7f", b"cos\nsystem\n", b"ctorch\nSize\n", b"cargparse\nNamespace\n", b"ccollections\nOrderedDict\n)R",
-    b"G" + b"\x7f\xf8" + bytes(6), b"J\xff\xff\xff\xff", b"\x86" * 40, b"&a [*a]", b"? [a]\n: b\n", b"!!python/name:os.system ", b"<<: *level\n",
-    b"999999999999999999999", b"-1", b"1e400", b"NaN", b"\"\\ud800\"", b"null", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06",
+    b"", b"\x00", b"\xff" * 8, b"\x7f\xff\xff\xff", b"(" * 2000, b"[" * 2000, b"{" * 2000,
+    b")" + b"\x85" * 3000, b"}" * 500, b"q\x00",
+    b"h\x00", b"\x94", b"N", b"R", b"b", b"s", b"u", b"t", b"Q", b"0", b".", b"a", b"e", b"\x81",
+    b"\x93", b"\x8a\xff" + b"\x7f" * 255,
+    b"X\xff\xff\xff\x7f", b"cos\nsystem\n", b"ctorch\nSize\n", b"cargparse\nNamespace\n",
+    b"ccollections\nOrderedDict\n)R",
+    b"G" + b"\x7f\xf8" + bytes(6), b"J\xff\xff\xff\xff", b"\x86" * 40, b"&a [*a]", b"? [a]\n: b\n",
+    b"!!python/name:os.system ", b"<<: *level\n",
+    b"999999999999999999999", b"-1", b"1e400", b"NaN", b"\"\\ud800\"", b"null", b"PK\x01\x02",
+    b"PK\x05\x06", b"PK\x06\x06",
 ]  # fmt: skip
 JSON_VALUES = [
-    None, True, -1, 0, 1, 2**31, 2**53, 2**63, 2**64, 10**400, 0.5, "", "F32", "BF16", "U8", "../x", "a" * 3000, [], [0], [0, 0], [0, 16],
+    None, True, -1, 0, 1, 2**31, 2**53, 2**63, 2**64, 10**400, 0.5, "", "F32", "BF16", "U8",
+    "../x", "a" * 3000, [], [0], [0, 0], [0, 16],
     [2**40, 2**40], [-1], [1] * 200, {}, {"a": 1}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
 ]  # fmt: skip
 
@@ -244,7 +252,8 @@ def damage_of(kind: str) -> tuple[str, Callable[[bytes, random.Random], bytes]]:
 
 
 KINDS = (
-    "zip", "zip pickle", "legacy", "legacy pickle", "safetensors", "safetensors header", "metadata", "metadata pickle", "shards", "index",
+    "zip", "zip pickle", "legacy", "legacy pickle", "safetensors", "safetensors header",
+    "metadata", "metadata pickle", "shards", "index",
     "dcp safetensors", "config",
 )  # fmt: skip
 
@@ -347,6 +356,7 @@ def write_case(path: Path, case: Case) -> None:
 def main() -> None:
     """Kind, seed, cases, folder; prints the outcomes as JSON."""
     kind, number, examples, folder = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_CPU, (_MOST_CPU_SECONDS, _MOST_CPU_SECONDS))
     print(json.dumps(run(kind, int(number), int(examples), Path(folder))))
 
 
