@@ -1,7 +1,8 @@
 """Damages small good checkpoints and configurations in many ways, and checks how each ends.
 
-One process tries a number of cases of one kind, which its seed decides. Each case is written to a folder before it is tried, so that
-it is still there after a crash or a hang. `test_checkpoint_fuzz.py` starts such processes and counts.
+One process tries a number of cases of one kind, which its seed decides. Each case is written to a folder
+before it is tried, so that it is still there after a crash or a hang. `test_checkpoint_fuzz.py` starts
+such processes and counts.
 """
 
 import argparse
