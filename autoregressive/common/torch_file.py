@@ -164,7 +164,7 @@ def read_torch_archive(file: StoredFile, start: int = 0, size: int | None = None
     section = _Section(file, start, file.size - start if size is None else size)
     try:
         # Member -> its header's offset. The library checks the directory; members are read here, where they lie.
-        members = {member.filename: member for member in zipfile.ZipFile(section).infolist()}  # type: ignore[arg-type]
+        members = {member.filename: member for member in zipfile.ZipFile(section).infolist()}
     except CheckpointError:
         raise
     except Exception as error:  # a damaged archive can raise anything

@@ -1,0 +1,62 @@
+"""Damaged checkpoints and configurations, as many as time allows: each loads or ends in one short line, within time and memory.
+
+    CHECKPOINT_FUZZ_SECONDS=3600 pytest -m soak tests/test_checkpoint_fuzz.py -s
+
+Each process of `checkpoint_fuzzer.py` tries a thousand cases, so that a crash or a hang is told by its folder.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from checkpoint_fuzzer import KINDS
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = float(os.environ.get("CHECKPOINT_FUZZ_SECONDS", "120"))
+FIRST_SEED = int(os.environ.get("CHECKPOINT_FUZZ_SEED", "0"))
+CASES = 1000  # of a process
+_PROCESS_SECONDS = 3600  # waits for ever; one that computes for ever ends by its limit, whatever else the machine does
+
+
+def fuzz(kind: str, seed: int, cases: int, folder: Path) -> dict[str, int]:
+    """One process's outcomes; after a failure its folder is there, with the case in it."""
+    command = [sys.executable, "tests/checkpoint_fuzzer.py", kind, str(seed), str(cases), str(folder)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_PROCESS_SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{kind}, seed {seed}: hangs at {folder / 'case'}")
+    assert done.returncode == 0, f"{kind}, seed {seed}: status {done.returncode} at {folder / 'case'}: {done.stderr[-2000:]}"
+    shutil.rmtree(folder)
+    outcomes: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_damaged_files_of_each_kind(tmp_path: Path, kind: str) -> None:
+    """Fails if a simple damage is no one-line error, or if the fuzzer damages nothing or everything."""
+    outcomes = fuzz(kind, 0, 40, tmp_path / "fuzz")
+    assert outcomes["refused"] > 0
+
+
+@pytest.mark.soak
+def test_damaged_files_for_as_long_as_time_allows(tmp_path: Path) -> None:
+    """Fails if a damaged file crashes or hangs a process, fills memory, or ends in anything but one short line."""
+    end, seed, totals = time.monotonic() + SECONDS, FIRST_SEED, {kind: Counter[str]() for kind in KINDS}
+    worst = Counter[str]()
+    while time.monotonic() < end:
+        for kind in KINDS:
+            outcomes = fuzz(kind, seed, CASES, tmp_path / f"{kind}-{seed}")
+            for figure in ("slowest_ms", "largest_kib"):
+                worst[figure] = max(worst[figure], outcomes.pop(figure))
+            totals[kind].update(outcomes)
+        seed += 1
+    for kind, counts in totals.items():
+        print(f"{kind:<20} {counts.total():>7} cases, {counts['refused']:>7} refused, {counts['loaded']:>7} loaded")
+    print(f"{sum(counts.total() for counts in totals.values())} cases in {SECONDS:g} s; worst: {dict(worst)}")
+    assert all(counts["refused"] for counts in totals.values())
