@@ -5,7 +5,9 @@ import itertools
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx2
 import pytest
+from fake_service import fake_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_worker import order
@@ -13,11 +15,14 @@ from test_worker import order
 from autoregressive.common.errors import UserError
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.web.clients import client_of
+from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.dispatcher import Dispatcher, Patience
 from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.generation import DRAWING_PATHS
+from autoregressive.serve.web.service import build_service_app
 from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
 from autoregressive.serve.web.waiting_places import WaitingPlaces
-from autoregressive.serve.worker.messages import Ended, Ready, Started
+from autoregressive.serve.worker.messages import Ended, Ready, Started, Submit
 from autoregressive.serve.worker.process import connect
 
 
@@ -145,6 +150,43 @@ def test_the_policy_is_fair_unless_it_is_told_otherwise() -> None:
         read_arguments(["--scheduling-policy", "priority"], {})
     with pytest.raises(ValueError, match="scheduling_policy priority: must be one of fcfs, fair"):
         EngineConfig(scheduling_policy=cast(Any, "priority"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "peer", "expected", "keyed"),
+    [
+        ((), "192.0.2.1", "192.0.2.1", False),
+        (("--api-key", "a key of this test"), "192.0.2.1", "192.0.2.1", True),
+        (("--forwarded-allow-ips", "192.0.2.0/24"), "192.0.2.1", "203.0.113.9", False),
+        (("--forwarded-allow-ips", "192.0.2.0/24"), "198.51.100.1", "198.51.100.1", False),
+        (("--forwarded-allow-ips", "*"), "198.51.100.1", "203.0.113.9", False),
+    ],
+)
+@pytest.mark.parametrize("path", DRAWING_PATHS)
+def test_a_job_is_the_clients_who_asked_for_it(flags: tuple[str, ...], peer: str, expected: str, keyed: bool, path: str) -> None:
+    """Fails if a route does not say whose job it is, or the flags do not reach what tells clients apart."""
+    orders: list[Submit] = []
+
+    class FullDesk:
+        async def accept(self, order: Submit) -> None:
+            orders.append(order)
+            raise ApiError(429, "", "queue_full")
+
+        def count(self, outcome: str) -> None:
+            assert outcome == "rejected"
+
+    async def go() -> None:
+        settings = resolve_server_settings(read_arguments(flags, {}))
+        app, encoders = build_service_app(settings, fake_model("fake"), cast(Desk, FullDesk()), "http://localhost")
+        encoders.shutdown()
+        transport = httpx2.ASGITransport(cast(Any, app), client=(peer, 1))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            headers = {"Authorization": "Bearer a key of this test", "X-Forwarded-For": "203.0.113.9"}
+            assert (await client.post(path, json={"prompt": "cat"}, headers=headers)).status_code == 429
+
+    asyncio.run(go())
+    key = ("Authorization", "Bearer a key of this test")
+    assert [order.client for order in orders] == [client_of(scope(expected, key), keyed=keyed)]
 
 
 def test_the_dispatcher_gives_places_back_when_requests_start_or_end() -> None:

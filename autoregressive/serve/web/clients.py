@@ -24,7 +24,7 @@ def client_of(scope: MutableMapping[str, Any], *, keyed: bool) -> str:
 
 
 def check_forwarded_allow_ips(text: str) -> None:
-    """Checks the value of --forwarded-allow-ips, of which uvicorn would silently trust nobody if it is misspelt.
+    """Checks the value of --forwarded-allow-ips. uvicorn itself would take a misspelt address for a name, and trust nobody.
 
     Raises:
         UserError: it is neither * nor addresses and networks.
