@@ -77,6 +77,8 @@ class Faults:
         runner.step_seconds = float(self.get("step_seconds") or 0)
         if self.get("die") is not None:
             os._exit(9)
+        if self.get("segfault") is not None:
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.get("raise") is not None:
             raise RuntimeError("a fault of no known kind")
         while self.get("hang") is not None:

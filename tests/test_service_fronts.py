@@ -307,15 +307,15 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         assert desk._replies == {}
         assert desk._ahead == {}
         heard: list[type] = []
-        while len(heard) < 3:
-            heard += [type(message) for message in receive(theirs, KINDS)]
-        assert heard == [Up, Submit, Cancel]
+        while len(heard) < 2:
+            heard += [type(message) for message in receive(theirs, KINDS) if message != Up()]
+        assert heard == [Submit, Cancel]
         theirs.sendall(encode([Finish(at_once=True)]))
         await asyncio.sleep(0.05)
         assert finished == [True]
         desk.count("success")
         await desk.close()
-        assert receive(theirs, KINDS) == [Count("success")]
+        assert [message for message in receive(theirs, KINDS) if message != Up()] == [Count("success")]
         theirs.close()
 
     asyncio.run(go())

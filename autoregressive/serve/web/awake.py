@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-SILENT_SECONDS = 1.75  # a process that has not been heard of for so long is not well; within 2 s that is known everywhere
+SILENT_SECONDS = 1.5  # a process that has not been heard of for so long is not well; within 2 s all others know
 TICK_SECONDS = 0.1  # between two looks at an `AwakeClock`
 _LONGEST_TICK_SECONDS = 0.5
 
