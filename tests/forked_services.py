@@ -23,7 +23,6 @@ import fake_service
 from fake_service import FAULTS, Faults, Service, is_alive
 
 from autoregressive.common.errors import run_command
-from autoregressive.serve.logs import log_in_child
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web import hub
 from autoregressive.serve.worker import child, process
@@ -75,10 +74,7 @@ def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> 
     if pid == 0:
         try:
             close_all_but(0, 1, 2, theirs.fileno(), *(one.fileno() for one in sockets))
-            child.end_with_the_parent(parent)
-            child.ignore_signals()
-            log_in_child("info")
-            run(theirs, *sockets)
+            child.live(name, parent, lambda: run(theirs, *sockets))
         finally:
             os._exit(1)
     theirs.close()

@@ -11,6 +11,8 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from autoregressive.serve.logs import log_in_child
 from autoregressive.serve.signals import SIGNALS
@@ -22,19 +24,28 @@ _log = logging.getLogger("llamagen.service")
 
 
 def main() -> None:
-    """Runs the function that comes through the connection, with the connection and the other sockets as its arguments.
-
-    Then the process ends at once: to take down torch's modules one by one may take seconds, and nobody needs it.
-    """
+    """Runs the function that comes through the connection, with the connection and the other sockets as its arguments."""
     name, parent, *descriptors = sys.argv[1:]
-    end_with_the_parent(int(parent))
-    ignore_signals()
-    writer = log_in_child("info")
-    connection, *others = (socket.socket(fileno=int(descriptor)) for descriptor in descriptors)
-    status = 1
-    try:
+
+    def work() -> None:
+        connection, *others = (socket.socket(fileno=int(descriptor)) for descriptor in descriptors)
         (size,) = HEAD.unpack(_receive(connection, HEAD.size))
         pickle.loads(_receive(connection, size))(connection, *others)
+
+    live(name, int(parent), work)
+
+
+def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
+    """The life of a process that the service starts.
+
+    It ends at once when its work is done: to take down torch's modules one by one may take seconds, and nobody needs it.
+    """
+    end_with_the_parent(parent)
+    ignore_signals()
+    writer = log_in_child("info")
+    status = 1
+    try:
+        work()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
