@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fake_service
-from fake_service import FAULTS, Faults, Service, is_alive
+from fake_service import FAULTS, Faults, Service
 
 from autoregressive.common.errors import run_command
 from autoregressive.serve.signals import SignalWatch
@@ -30,23 +30,17 @@ from autoregressive.serve.worker import child, process
 _START_SECONDS = 120.0
 
 
-class ForkedProcess:
-    """A process that is not this one's child: what `Service` uses of `Popen`, and what the service uses of a child."""
+class ForkedService:
+    """What `Service` uses of `Popen`, for a process that is not this one's child.
 
-    def __init__(self, pid: int, status: Path | None = None) -> None:
+    Args:
+        status: the file into which its parent writes its status.
+    """
+
+    def __init__(self, pid: int, status: Path) -> None:
         self.pid, self._status = pid, status
 
-    @property
-    def exitcode(self) -> int | None:
-        """Whether it has ended; not its status, which its parent alone knows."""
-        return None if is_alive(self.pid) else 1
-
-    def is_alive(self) -> bool:
-        return is_alive(self.pid)
-
     def wait(self, timeout: float) -> int:
-        """The status of a service, which its parent writes into a file."""
-        assert self._status is not None
         deadline = time.monotonic() + timeout
         while not (self._status.exists() and (said := self._status.read_text())):
             assert time.monotonic() < deadline, f"did not end within {timeout} s"
@@ -60,13 +54,35 @@ class ForkedProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+
+class ForkedChild:
+    """A `ChildProcess` that was forked."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._status: int | None = None
+
+    @property
+    def exitcode(self) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        if self.is_alive():
+            os.kill(self._pid, signal.SIGKILL)
+
     def join(self, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout if timeout is not None else 60)
         while self.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
-def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ForkedProcess, socket.socket]:
+def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ForkedChild, socket.socket]:
     """As `start_child`, without a new interpreter."""
     ours, theirs = process.connect()
     parent = os.getpid()
@@ -78,7 +94,7 @@ def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> 
         finally:
             os._exit(1)
     theirs.close()
-    return ForkedProcess(pid), ours
+    return ForkedChild(pid), ours
 
 
 def close_all_but(*kept: int) -> None:
@@ -135,7 +151,7 @@ class Forge:
     @contextmanager
     def service(self, folder: Path, *flags: str) -> Iterator[Service]:
         """A service that has begun to load; killed at the end."""
-        running = ForkedProcess(int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status")
+        running = ForkedService(int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status")
         try:
             deadline = time.monotonic() + _START_SECONDS
             while "http://" not in (said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""):
