@@ -181,3 +181,48 @@ def test_a_child_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None
     while is_alive(child):
         assert time.monotonic() - begun < 1
         time.sleep(0.01)
+
+
+CLIENT = """
+import socket, sys, time
+host, port, key = sys.argv[1:]
+connection = socket.create_connection((host, int(port)))
+body = b'{"prompt": "cat", "n": 10}'
+head = f"POST /v1/images/generations HTTP/1.1\\r\\nHost: {host}\\r\\nAuthorization: Bearer {key}\\r\\n"
+head += f"Content-Type: application/json\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+connection.sendall(head.encode() + body)
+time.sleep(120)
+"""
+
+
+@pytest.mark.soak
+def test_a_client_that_vanishes_without_a_word_ends_its_drawing(forge: Forge, tmp_path: Path) -> None:
+    """Fails if a pulled cable costs three minutes of drawing: nobody closes the connection, and nothing is to be sent on it."""
+    ip, space, key = shutil.which("ip"), f"vanish{os.getpid()}", "a-key-for-tests-of-a-network"
+    if ip is None or subprocess.run([ip, "netns", "add", space], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs iproute2 and the right to make a network namespace")
+    inside = [ip, "netns", "exec", space]
+    try:
+        for command in (
+            [ip, "link", "add", "vanish0", "type", "veth", "peer", "name", "vanish1", "netns", space],
+            [ip, "address", "add", "10.231.77.1/30", "dev", "vanish0"],
+            [ip, "link", "set", "vanish0", "up"],
+            [*inside, ip, "address", "add", "10.231.77.2/30", "dev", "vanish1"],
+            [*inside, ip, "link", "set", "vanish1", "up"],
+        ):
+            subprocess.run(command, check=True)
+        with forge.service(tmp_path, "--host", "0.0.0.0", "--api-key", key, "--max-num-seqs", "2") as service:
+            port = service.url.rsplit(":", 1)[1]
+            service.client.headers["Authorization"] = f"Bearer {key}"
+            service.wait_until_ready()
+            service.faults.set("step_seconds", "0.3")
+            client = subprocess.Popen([*inside, sys.executable, "-c", CLIENT, "10.231.77.1", port, key])
+            service.wait_for(lambda: service.gauges()["num_requests_running"] == 1, 20)
+            subprocess.run([*inside, ip, "link", "set", "vanish1", "down"], check=True)
+            seconds = service.wait_for(service.is_empty, 45)
+            print(f"noticed after {seconds:.1f} s")
+            client.kill()
+            client.wait()
+    finally:
+        subprocess.run([ip, "netns", "delete", space], check=False)
+        subprocess.run([ip, "link", "delete", "vanish0"], check=False, capture_output=True)
