@@ -5,6 +5,7 @@
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -173,6 +174,8 @@ def main() -> None:
     """Forks a service for each line of stdin."""
     process.start_child = hub.start_child = fork_child
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
+    gc.collect()
+    gc.freeze()  # or each fork's first collection would copy all memory
     for line in sys.stdin:
         asked = json.loads(line)
         fork_service(asked["flags"], Path(asked["folder"]))

@@ -21,7 +21,7 @@ from test_service_promises import send
 
 pytestmark = pytest.mark.timing
 NOTICED_SECONDS = 2.0
-_AT_ONCE = 8  # services
+_AT_ONCE = 10  # services
 _PHASES = ("loading", "idle", "drawing", "draining")
 
 
