@@ -10,7 +10,6 @@ off one. Ends in JSON.
 """
 
 import argparse
-import asyncio
 import contextlib
 import heapq
 import json
@@ -23,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import cast
 
@@ -39,25 +37,25 @@ with slow_imports(__name__):
     from autoregressive.common.weights import FoundWeights
     from autoregressive.serve import api_server
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
-    from autoregressive.serve.worker.messages import Beat, Drawn, Ended, Image, Ready, Started, Stop, Submit, receive
+    from autoregressive.serve.worker.messages import Drawn, Ended, Image, LoopStats, Ready, Started, Stop, Submit, receive
     from autoregressive.serve.worker.outbox import Outbox
-    from autoregressive.serve.worker.process import MakeEngine, end_with_the_parent, ignore_signals, start_child
-    from autoregressive.serve.worker.worker import BEAT_SECONDS
+    from autoregressive.serve.worker.process import ChildProcess, MakeEngine, start_child
+    from autoregressive.serve.worker.worker import STATS_SECONDS
 
 _SCRIPTS = Path(__file__).parent
 _SERVE = "--serve"  # how this script runs itself
+# Engines' processes import `draw_nothing` by its module's name, so that must not be __main__.
+_AS_A_MODULE = f"import sys; sys.path.insert(0, {str(_SCRIPTS)!r}); import bench_http; sys.exit(bench_http.main())"
 _SIZE = 256  # pixels a side
 _STEP_SECONDS = 0.006  # between looks at what is due: a step of GPT-XL with 512 rows
 
 
 def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None:
     """An engine's process: every image takes so many seconds and one of the places."""
-    end_with_the_parent()
-    ignore_signals()
     outbox, noise = Outbox(connection, "events"), os.urandom(_SIZE * _SIZE * 3)
     waiting: deque[int] = deque()
     running: list[tuple[float, int]] = []
-    beat_at = 0.0
+    told_at = 0.0
     outbox.put(Ready(2 * places, 2 * places, 1))
     while True:
         now = time.monotonic()
@@ -70,9 +68,9 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
             heapq.heappush(running, (now + seconds, job))
             outbox.put(Started(job, now))
             outbox.put(Drawn(job, 1, now))
-        if now - beat_at > BEAT_SECONDS:
-            beat_at = now
-            outbox.put(Beat(2 * len(running)))
+        if now - told_at > STATS_SECONDS:
+            told_at = now
+            outbox.put(LoopStats(2 * len(running)))
         patience = _STEP_SECONDS
         while wait([connection], patience):
             patience = 0.0
@@ -87,13 +85,13 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
     """The service's command with such engines, more than one without the GPUs that --data-parallel-size asks for."""
     settings = replace(resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines))
 
-    def start(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, socket.socket]:
+    def start(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
         return start_child(partial(draw_nothing, int(places), float(seconds)), name)
 
     with api_server.listen(settings) as listeners:
         model = api_server.served_model(settings, FoundWeights(None, None))
         recipe = cast(MakeEngine, None)  # the engines know what to do
-        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start))
+        return api_server.serve(settings, model, lambda index: recipe, listeners, start)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     """A service's processes, which are numbered in the order of their start."""
     children = sorted(map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split()))
     names = [*(f"engine {index}" for index in range(engines)), *(f"front {index}" for index in range(fronts))]
-    return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))  # before these: multiprocessing's own
+    return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
 
 
 def images_drawn(url: str) -> int:
@@ -141,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = ["--gpt-model", "GPT-XL", "--image-size", str(_SIZE), "--random-weights", "--port", "0", "--max-queue-size", "100000"]
     flags += ["--api-server-count", str(fronts)]
     stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
-    with running_service([sys.executable, __file__, _SERVE, *stand_in, *flags]) as (service, url):
+    with running_service([sys.executable, "-c", _AS_A_MODULE, _SERVE, *stand_in, *flags]) as (service, url):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
         bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url, "--output-format", "jpeg"]
         last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm

@@ -12,7 +12,6 @@ from as many processes. Random weights; each in processes of its own. Ends in JS
 """
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -85,7 +84,7 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     recipe = EngineRecipe(settings.choice.model, found, settings.engine, SamplingParams())
     with api_server.listen(settings) as listeners:
         model = api_server.served_model(settings, found)
-        return asyncio.run(api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread))
+        return api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:

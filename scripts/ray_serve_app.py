@@ -15,7 +15,7 @@ from ray import serve
 
 from autoregressive.common.errors import UserError
 from autoregressive.serve.api_server import prepare
-from autoregressive.serve.web.logs import write_logs
+from autoregressive.serve.logs import log_our_loggers
 from autoregressive.serve.web.service import Service, start_service
 from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
 
@@ -43,7 +43,7 @@ class ReplicaApp:
             settings = resolve_server_settings(read_arguments([], os.environ))
             if settings.fronts > 1:
                 raise UserError("LLAMAGEN_API_SERVER_COUNT: a replica is one process that answers HTTP; raise num_replicas instead")
-            write_logs(settings.log_level)
+            log_our_loggers(settings.log_level)
             model, recipe = prepare(settings)
             self._service = start_service(settings, model, recipe, settings.public_url or "http://127.0.0.1:8000")
         if scope["type"] != "lifespan":

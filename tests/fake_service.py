@@ -4,7 +4,6 @@ Everything is real but the model: HTTP, the engine's process, its loop, schedule
 What is to go wrong is told by files in a folder, which the engine's process looks at before every span.
 """
 
-import asyncio
 import json
 import os
 import signal
@@ -19,21 +18,24 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import httpx2
-import torch
-from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
-from torch import Tensor
-
-from autoregressive.common.classes import ClassNames
-from autoregressive.common.defaults import DEMO_DEFAULTS
 from autoregressive.common.errors import UserError, run_command
-from autoregressive.serve.api_server import listen, serve
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.pixel_decoder import PendingPictures, PixelDecoder
-from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
-from autoregressive.serve.worker.process import MakeEngine
+from autoregressive.serve.signals import SignalWatch, signals_watched
+
+with signals_watched(__name__) as WATCH:
+    import httpx2
+    import torch
+    from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
+    from torch import Tensor
+
+    from autoregressive.common.classes import ClassNames
+    from autoregressive.common.defaults import DEMO_DEFAULTS
+    from autoregressive.serve.api_server import listen, serve
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.pixel_decoder import PendingPictures, PixelDecoder
+    from autoregressive.serve.web.served_model import ServedModel
+    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.worker.process import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
 LARGE_SIZE = 384  # with the environment variable LARGE: pictures of noise, which no format makes small
@@ -75,6 +77,8 @@ class Faults:
         runner.step_seconds = float(self.get("step_seconds") or 0)
         if self.get("die") is not None:
             os._exit(9)
+        if self.get("segfault") is not None:
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.get("raise") is not None:
             raise RuntimeError("a fault of no known kind")
         while self.get("hang") is not None:
@@ -135,13 +139,13 @@ def fake_model(name: str) -> ServedModel:
     return ServedModel(name, 1700000000, size, GRID, VOCABULARY, ClassNames(CLASS_NAMES), DEMO_DEFAULTS, True, record)
 
 
-def main() -> int:
+def main(watch: SignalWatch | None) -> int:
     """The service's flags, with a fake model."""
     settings = resolve_server_settings(read_arguments(sys.argv[1:], os.environ))
     recipe: MakeEngine = partial(make_engine, config=settings.engine, folder=Path(os.environ[FAULTS]))
     settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
     with listen(settings) as listeners:
-        return asyncio.run(serve(settings, fake_model("fake"), lambda index: recipe, listeners))
+        return serve(settings, fake_model("fake"), lambda index: recipe, listeners, watch=watch)
 
 
 def is_alive(pid: int) -> bool:
@@ -172,7 +176,7 @@ class Service:
 
     @property
     def children(self) -> list[int]:
-        """Process ids of engines, fronts and multiprocessing's own helper."""
+        """Process ids of engines, then of fronts."""
         listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(word) for word in listed.split()]
 
@@ -247,4 +251,6 @@ def running_service(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    import fake_service  # an engine's process imports what builds its engine, which so must not be of __main__
+
+    run_command(lambda: fake_service.main(WATCH))

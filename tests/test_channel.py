@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.serve.web.channel import Channel
-from autoregressive.serve.worker.messages import KINDS, Beat, Cancel, Ended, Image, Preview, Stop, encode, receive
+from autoregressive.serve.worker.messages import KINDS, Cancel, Ended, Image, LoopStats, Preview, Stop, encode, receive
 from autoregressive.serve.worker.process import connect
 
 LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
@@ -54,7 +54,7 @@ def test_what_is_put_arrives_in_order_and_shares_frames() -> None:
 
     async def go() -> None:
         heard = Heard()
-        sent = [Beat(number) for number in range(40)]
+        sent = [LoopStats(number) for number in range(40)]
         for message in sent:
             heard.channel.put(message)
         await asyncio.sleep(0)
@@ -73,12 +73,12 @@ def test_what_is_urgent_goes_before_what_waits() -> None:
 
     async def go() -> None:
         heard = Heard()
-        heard.channel.put(Beat(1))
-        heard.channel.put(Beat(2))
-        heard.channel.put(Beat(3), urgent=True)
-        heard.channel.put(Beat(4), urgent=True)
+        heard.channel.put(LoopStats(1))
+        heard.channel.put(LoopStats(2))
+        heard.channel.put(LoopStats(3), urgent=True)
+        heard.channel.put(LoopStats(4), urgent=True)
         await heard.channel.drain(5)
-        assert receive(heard.other) + receive(heard.other) == [Beat(3), Beat(4), Beat(1), Beat(2)]
+        assert receive(heard.other) + receive(heard.other) == [LoopStats(3), LoopStats(4), LoopStats(1), LoopStats(2)]
         heard.close()
 
     asyncio.run(go())
@@ -98,8 +98,8 @@ def test_a_slow_reader_holds_up_nobody() -> None:
         reading = asyncio.create_task(asyncio.to_thread(lambda: [receive(heard.other), receive(heard.other)]))
         await heard.channel.drain(10)
         assert heard.channel._unsent.obj == b""  # a picture that is written is not kept
-        heard.channel.put(Beat(1))
-        assert await reading == [[LARGE], [Beat(1)]]
+        heard.channel.put(LoopStats(1))
+        assert await reading == [[LARGE], [LoopStats(1)]]
         writes: list[None] = []
         heard.channel._write = lambda: writes.append(None)  # type: ignore[method-assign]
         await asyncio.sleep(0.05)
@@ -114,7 +114,7 @@ def test_flush_writes_before_the_loop_goes_on() -> None:
 
     async def go() -> None:
         heard = Heard()
-        sent = [Beat(number) for number in range(40)]
+        sent = [LoopStats(number) for number in range(40)]
         for message in sent:
             heard.channel.put(message)
         heard.channel.flush()
@@ -156,8 +156,8 @@ def test_the_end_is_told_once_and_after_the_last_message() -> None:
     async def go() -> None:
         heard = Heard()
         for number in range(50):
-            heard.other.sendall(encode([Beat(number)]))
-        heard.other.sendall(encode([Beat(50)])[:-1])  # it died while it wrote
+            heard.other.sendall(encode([LoopStats(number)]))
+        heard.other.sendall(encode([LoopStats(50)])[:-1])  # it died while it wrote
         heard.other.close()
         await heard.until(lambda: heard.gone_after != [])
         await asyncio.sleep(0.05)
@@ -172,13 +172,13 @@ def test_the_end_is_told_once_and_after_the_last_message() -> None:
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("garbage", [b"\x02\x00\x00\x00\x00\x00\x00\x00[{", encode([Beat(1)]).replace(b"Beat", b"Boat")])
+@pytest.mark.parametrize("garbage", [b"\x02\x00\x00\x00\x00\x00\x00\x00[{", encode([LoopStats(1)]).replace(b"Loop", b"Loup")])
 def test_whoever_sends_what_it_should_not_has_gone(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """Fails if a connection out of step is read on."""
 
     async def go() -> None:
         heard = Heard()
-        heard.other.sendall(garbage + encode([Beat(1)]))
+        heard.other.sendall(garbage + encode([LoopStats(1)]))
         await heard.until(lambda: heard.gone_after != [])
         await asyncio.sleep(0.05)
         assert heard.messages == []
@@ -194,9 +194,9 @@ def test_a_bug_costs_its_own_message_only(caplog: pytest.LogCaptureFixture) -> N
 
     async def go() -> None:
         heard = Heard()
-        heard.other.sendall(encode([Beat(1), Cancel(13), Beat(2)]))
+        heard.other.sendall(encode([LoopStats(1), Cancel(13), LoopStats(2)]))
         await heard.until(lambda: len(heard.messages) == 2)
-        assert heard.messages == [Beat(1), Beat(2)]
+        assert heard.messages == [LoopStats(1), LoopStats(2)]
         heard.close()
 
     asyncio.run(go())
@@ -210,7 +210,7 @@ def test_much_to_read_leaves_turns_to_others() -> None:
         heard = Heard()
         frames = 100
         for number in range(frames):
-            heard.other.sendall(encode([Beat(number)]))
+            heard.other.sendall(encode([LoopStats(number)]))
         seen = []
         while len(heard.messages) < frames:
             await asyncio.sleep(0)
@@ -227,11 +227,11 @@ def test_nothing_is_done_after_close() -> None:
 
     async def go() -> None:
         heard = Heard()
-        heard.other.sendall(encode([Beat(1), Stop(), Beat(2)]) + encode([Beat(3)]))
+        heard.other.sendall(encode([LoopStats(1), Stop(), LoopStats(2)]) + encode([LoopStats(3)]))
         heard.channel.put(LARGE)
         await heard.until(lambda: len(heard.messages) == 2)
         await asyncio.sleep(0.05)
-        assert heard.messages == [Beat(1), Stop()]
+        assert heard.messages == [LoopStats(1), Stop()]
         loop = asyncio.get_running_loop()
         assert not loop.remove_reader(heard.number)
         assert not loop.remove_writer(heard.number)
@@ -253,12 +253,12 @@ def test_whoever_is_not_listened_to_any_more_need_not_wait() -> None:
         asyncio.get_running_loop().add_reader(heard.number, heard.channel._read)  # the loop is busy elsewhere
         await asyncio.sleep(0.2)
         assert not writing.done()
-        heard.channel.put(Beat(1))
+        heard.channel.put(LoopStats(1))
         heard.channel.flush()
         heard.channel.stop_reading()
         with pytest.raises(BrokenPipeError):
             await asyncio.wait_for(writing, 5)
-        assert receive(heard.other) == [Beat(1)]
+        assert receive(heard.other) == [LoopStats(1)]
         heard.close()
 
     asyncio.run(go())
@@ -270,11 +270,11 @@ def test_a_message_that_cannot_be_sent_costs_no_other(caplog: pytest.LogCaptureF
     async def go() -> None:
         heard = Heard()
         for number in (1, object(), 2):
-            heard.channel.put(Beat(number))  # type: ignore[arg-type]
+            heard.channel.put(LoopStats(number))  # type: ignore[arg-type]
         await heard.channel.drain(5)
-        heard.channel.put(Beat(3))
+        heard.channel.put(LoopStats(3))
         await heard.channel.drain(5)
-        assert [receive(heard.other) for _ in range(3)] == [[Beat(1)], [Beat(2)], [Beat(3)]]
+        assert [receive(heard.other) for _ in range(3)] == [[LoopStats(1)], [LoopStats(2)], [LoopStats(3)]]
         heard.close()
 
     asyncio.run(go())
@@ -300,7 +300,7 @@ def test_a_connection_that_cannot_be_written_to_is_lost(caplog: pytest.LogCaptur
     async def go() -> None:
         heard = Heard()
         heard.channel._connection = cast(socket.socket, Broken(heard.channel._connection))
-        heard.channel.put(Beat(1))
+        heard.channel.put(LoopStats(1))
         await heard.until(lambda: heard.gone_after != [])
         heard.other.close()
         await asyncio.sleep(0.05)

@@ -13,7 +13,7 @@ from test_imports import ROOT, source_files
 
 from autoregressive.common.errors import UserError, run_command, slow_imports
 
-COMMANDS = [path for path in source_files() if "run_command(main)" in path.read_text()]
+COMMANDS = [path for path in source_files() if "run_command(" in (text := path.read_text()) and 'if __name__ == "__main__"' in text]
 
 
 def ending(capsys: pytest.CaptureFixture[str], error: BaseException | None) -> tuple[int | str | None, str]:

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import pytest
@@ -23,18 +22,19 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.web.awake import AwakeClock
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
-    Beat,
     Cancel,
     Command,
     Drawn,
     Ended,
     Event,
     Image,
+    LoopStats,
     Preview,
     Ready,
     Started,
@@ -46,7 +46,7 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
-from autoregressive.serve.worker.process import connect, end_with_the_parent, start_child
+from autoregressive.serve.worker.process import ChildProcess, connect, start_child
 from autoregressive.serve.worker.worker import serve
 
 GRID = round(TOKENS**0.5)
@@ -90,7 +90,7 @@ def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     large = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than the connection holds: the thread waits for its reader
     outbox.put(large)
     time.sleep(0.2)  # it is on its way
-    small = [Beat(number) for number in range(40)]
+    small = [LoopStats(number) for number in range(40)]
     for message in small:
         outbox.put(message)
     closing = threading.Thread(target=outbox.close, args=(20,))
@@ -281,7 +281,6 @@ def test_a_worker_whose_service_has_gone_ends(tmp_path: Any) -> None:
 
 def talk_until_stopped(connection: socket.socket) -> None:
     """An engine's process that has more pictures to send than a connection holds."""
-    end_with_the_parent()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     outbox = Outbox(connection, "events")
     for number in range(60):
@@ -297,7 +296,7 @@ def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
     async def go() -> None:
         process, connection = start_child(talk_until_stopped, "engine")
         assert wait([connection], 60)  # it writes, and the loop does not read
-        link = EngineLink(process, connection, lambda job: None, WaitingPlaces(8, shared=True))
+        link = EngineLink(process, connection, lambda job: None, WaitingPlaces(8, shared=True), AwakeClock())
         link.begin_to_stop()
         link.stop(time.monotonic() + 3)
         assert process.exitcode == 0
@@ -355,7 +354,7 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[in
         ours, theirs = connect()
         ended: list[Job] = []
         places = WaitingPlaces(8, shared=True)
-        link = EngineLink(cast(BaseProcess, None), ours, ended.append, places)
+        link = EngineLink(cast(ChildProcess, None), ours, ended.append, places, AwakeClock())
         for number, what, reserved in steps:
             if what == "submit" and number not in link.jobs:
                 link.submit(Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved))

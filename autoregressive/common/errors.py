@@ -62,7 +62,7 @@ def slow_imports(module: str) -> Iterator[None]:
         return
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        os._exit(_interrupted())
+        os._exit(say_interrupted())
 
     signal.signal(signal.SIGINT, end)
     try:
@@ -90,7 +90,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         tell(f"{_program()}: error: {_one_line(str(error))}")
         status = 2
     except KeyboardInterrupt:
-        status = _interrupted()
+        status = say_interrupted()
     _drop_what_is_not_taken()
     sys.exit(status)
 
@@ -112,8 +112,8 @@ def _program() -> str:
     return os.path.basename(sys.argv[0])
 
 
-def _interrupted() -> int:
-    """Says so, below what the terminal shows of the key; the exit status."""
+def say_interrupted() -> int:
+    """Prints it below what the terminal shows of the key; the exit status."""
     tell(f"\n{_program()}: interrupted")
     return 130
 

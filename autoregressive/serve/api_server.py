@@ -1,42 +1,53 @@
 """Serves a model over HTTP: OpenAI's images API, codes, metrics, and a page to draw with."""
 
-import asyncio
 import os
-import signal
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import NoReturn
 
-from autoregressive.common.errors import UserError, run_command, slow_imports, tell
+from autoregressive.common.errors import UserError, run_command, tell
+from autoregressive.serve.signals import SignalWatch, signals_watched
 
-with slow_imports(__name__):
+with signals_watched(__name__) as WATCH:  # from the first line on
+    import asyncio
+    import logging
+    import socket
+    import time
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import ExitStack, contextmanager, suppress
+    from dataclasses import replace
+    from typing import NoReturn
+
     import torch
 
     from autoregressive.common.results import generation_record
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import settle_heap
+    from autoregressive.serve.logs import ServiceLogs, service_logs
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.ending import Ending
     from autoregressive.serve.web.front import FrontRecipe
     from autoregressive.serve.web.hub import Hub
-    from autoregressive.serve.web.logs import write_logs
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
     from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
     from autoregressive.serve.web.store import StoreClaim
-    from autoregressive.serve.worker.process import SIGNALS, EngineRecipe, MakeEngine, StartProcess, signals_held, start_process
+    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, StartProcess, start_process
 
+_log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+# A client that vanishes without a word, as when its cable is pulled, is noticed within half a minute: by
+# probes that it does not answer, or by data that it does not confirm. The names are Linux's.
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+
+
+def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) -> int:
     """Reads the flags and serves until a signal; the status to end with.
+
+    Args:
+        watch: as of `serve`.
 
     Raises:
         UserError: anything that the user can mend.
@@ -44,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = resolve_server_settings(read_arguments(sys.argv[1:] if argv is None else argv, os.environ))
     with listen(settings) as listeners:  # before any long work
         model, recipe = prepare(settings)
-        return asyncio.run(serve(settings, model, recipe, listeners))
+        return serve(settings, model, recipe, listeners, watch=watch)
 
 
 def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], MakeEngine]]:
@@ -90,7 +101,11 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
     def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
         listener = socket.create_server((settings.host, port), family=family, backlog=2048, reuse_port=reuse_port)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit all of these
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            if hasattr(socket, name):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return stack.enter_context(listener)
 
     with ExitStack() as stack:
@@ -125,45 +140,64 @@ def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
     )
 
 
-async def serve(
+def serve(
     settings: ServerSettings,
     model: ServedModel,
     recipe: Callable[[int], MakeEngine],
     listeners: Sequence[socket.socket],
     start: StartProcess = start_process,
+    watch: SignalWatch | None = None,
 ) -> int:
-    """Starts the engines and answers requests until a signal or the loss of an engine; the status to end with.
+    """Starts the engines and answers requests until a signal or the loss of a process; the status to end with.
 
     Args:
         recipe, start: as `start_service`.
         listeners: where clients connect to; more than one: a process for each.
+        watch: of the signals; made here, if there is none.
 
     Raises:
         UserError: an engine could not be built, or the store's folder is another service's: the user can mend it.
     """
-    write_logs(settings.log_level)
+    watch = watch or SignalWatch()
+    with service_logs(settings.log_level) as logs:
+        return asyncio.run(_serve(settings, model, recipe, listeners, start, watch, logs))
+
+
+async def _serve(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    listeners: Sequence[socket.socket],
+    start: StartProcess,
+    watch: SignalWatch,
+    logs: ServiceLogs,
+) -> int:
     claim = StoreClaim(settings.store)
     address = _url(listeners[0])
     dispatcher = start_dispatcher(settings, model, recipe, start)
-    ending = Ending(dispatcher)
-    for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, ending.signal)
+    dispatcher.metrics.show_dropped_lines(lambda: logs.dropped)
+    ending = Ending(dispatcher, logs.announce)
+    loop = asyncio.get_running_loop()
+
+    def take_signal() -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(ending.signal)
+
+    watch.hand_over(take_signal)
+    failure = None
     try:
-        print(f"{model.name} is being loaded; it will be served at {address}", flush=True)
+        logs.announce(f"{model.name} is being loaded; it will be served at {address}")
         run = _serve_here if len(listeners) == 1 else _serve_through_fronts
-        failure = await run(settings, model, dispatcher, ending, address, listeners)
+        failure = await run(settings, model, dispatcher, ending, address, listeners, logs)
+        watch.status = ending.status or int(dispatcher.failure is not None or failure is not None)
     finally:
-        with signals_held():  # one that comes while the engines are being stopped must not keep them alive
-            for number in SIGNALS:
-                asyncio.get_running_loop().remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
         dispatcher.stop(at_once=ending.at_once)
         claim.close()
     if dispatcher.unable is not None:
         raise UserError(dispatcher.unable)
     failure = dispatcher.failure or failure
     if failure is not None:
-        tell(f"{failure}: the service has ended; start it again")
+        _log.critical("%s: the service has ended; start it again", failure)
         return ending.status or 1
     return ending.status
 
@@ -175,12 +209,13 @@ async def _serve_here(
     ending: Ending,
     address: str,
     listeners: Sequence[socket.socket],
+    logs: ServiceLogs,
 ) -> None:
     """HTTP in this process."""
     app, encoders = build_service_app(settings, model, dispatcher, address)
     server = Server(app, ending, settings.patience.shutdown)
     settle_heap()
-    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address))
+    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
     try:
         await server.serve(sockets=list(listeners))
     finally:
@@ -195,16 +230,17 @@ async def _serve_through_fronts(
     ending: Ending,
     address: str,
     listeners: Sequence[socket.socket],
+    logs: ServiceLogs,
 ) -> str | None:
     """HTTP in a process for each listener; how one of them was lost, if one was."""
     recipes = [
-        FrontRecipe(settings, model, address, Share(index, len(listeners)), listener) for index, listener in enumerate(listeners)
+        (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener) for index, listener in enumerate(listeners)
     ]
     hub = Hub(dispatcher, ending, recipes)
     for listener in listeners:  # each has its process's copy now
         listener.close()
     settle_heap()
-    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready and hub.up, address))
+    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready and hub.up, address, logs))
     try:
         await hub.run()
     finally:
@@ -212,11 +248,11 @@ async def _serve_through_fronts(
     return hub.failure
 
 
-async def _announce(is_ready: Callable[[], bool], address: str) -> None:
+async def _announce(is_ready: Callable[[], bool], address: str, logs: ServiceLogs) -> None:
     begun = time.monotonic()
     while not is_ready():
         await asyncio.sleep(0.05)
-    print(f"ready after {time.monotonic() - begun:.1f} seconds: {address}", flush=True)
+    logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {address}")
 
 
 def _url(listener: socket.socket) -> str:
@@ -224,10 +260,10 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def command() -> NoReturn:
-    """The console script."""
-    run_command(main)
+def command(watch: SignalWatch | None = None) -> NoReturn:
+    """The command; `watch` as of `serve`."""
+    run_command(lambda: main(watch=watch))
 
 
 if __name__ == "__main__":
-    command()
+    command(WATCH)

@@ -188,9 +188,9 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/health", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
     async def tell_health() -> StatusAnswer:
-        """Whether the service is alive; 503 once an engine is lost."""
-        if desk.failure is not None:
-            raise ApiError(503, "the engine has stopped, and the service with it", "engine_lost", None, 10)
+        """Whether the service is alive; 503 once one of its processes is lost, and while one does not respond."""
+        if (why := desk.unhealthy) is not None:
+            raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
     @app.get("/ready", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
@@ -199,7 +199,11 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
         desk.require_ready()
         return StatusAnswer(status="ready")
 
-    text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}, **_WRONG}
+    text: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/plain": {}}},
+        **_WRONG,
+        503: {"model": ErrorAnswer, "description": "The process that counts does not respond."},
+    }
 
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
     async def tell_metrics() -> Response:

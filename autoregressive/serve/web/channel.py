@@ -57,6 +57,11 @@ class Channel:
             self._about_to_write = True
             self._loop.call_soon(self._write)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that was put is written."""
+        return not (self._urgent or self._waiting or self._unsent)
+
     def flush(self) -> None:
         """Writes what was put, as far as that goes without waiting."""
         while self._write_frame():
@@ -66,7 +71,7 @@ class Channel:
         """Waits until what was put is written, at most `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while self._urgent or self._waiting or self._unsent:
+                while not self.idle:
                     await asyncio.sleep(0.01)
 
     def stop_reading(self) -> None:

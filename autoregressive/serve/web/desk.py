@@ -10,8 +10,8 @@ class Desk(Protocol):
     """The dispatcher, or what stands for it in another process."""
 
     @property
-    def failure(self) -> str | None:
-        """How an engine was lost, so that the service is to end with an error."""
+    def unhealthy(self) -> str | None:
+        """Why the service is not alive, as far as is known: one of its processes is lost, or does not respond; for clients."""
 
     def require_ready(self) -> None:
         """Raises the `ApiError` that says why nothing is accepted now."""
@@ -36,4 +36,8 @@ class Desk(Protocol):
         """A request for images or codes has been answered."""
 
     async def metrics_text(self) -> bytes:
-        """For Prometheus."""
+        """For Prometheus.
+
+        Raises:
+            ApiError: the dispatcher's process does not respond.
+        """

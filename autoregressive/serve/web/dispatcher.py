@@ -8,21 +8,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.process import BaseProcess
 
 from autoregressive.serve.engine.request_queue import SchedulingPolicy
+from autoregressive.serve.web.awake import TICK_SECONDS, AwakeClock
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.errors import ApiError, not_ready, queue_full, share_full
 from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker.messages import Submit
+from autoregressive.serve.worker.process import ChildProcess
 
-StartEngine = Callable[[int], tuple[BaseProcess, socket.socket]]  # which of the engines -> its process and the connection to it
-_WATCH_SECONDS = 0.2
+StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]  # which of the engines -> its process and the connection to it
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
-_PAUSE_SECONDS = 1.0  # by so much the watch may be late before this process counts as having stood still
 _AHEAD_SECONDS = 0.5  # so old may be what is known of the queue's order
 _RECENT = 32  # jobs whose durations say when to try again
 
@@ -33,7 +32,7 @@ class Patience:
 
     queue: float | None = 300.0  # from acceptance to the start
     run: float | None = 600.0  # from the start to the end
-    step: float = 60.0  # an engine that has not been heard of for so long hangs
+    step: float = 60.0  # an engine whose loop has not been heard of for so long hangs
     shutdown: float = 60.0  # for accepted work, once the service is to end
 
 
@@ -60,6 +59,7 @@ class Dispatcher:
         self.patience, self._policy = patience, policy
         self._places = WaitingPlaces(max_queue_size, shared=policy == "fair")
         self.draining = False
+        self.clock = AwakeClock()
         self.metrics = Metrics(lambda: len(self._running()), lambda: len(self._waiting()), self._page_use)
         self._tokens_of_image = tokens_of_image
         self._numbers = itertools.count()
@@ -67,13 +67,22 @@ class Dispatcher:
         self._stop_by = math.inf
         self._ahead: dict[Job, int] = {}
         self._ahead_at = -math.inf
-        self._links = [EngineLink(*start_engine(index), self._ended, self._places) for index in range(engines)]
+        self._links = [EngineLink(*start_engine(index), self._ended, self._places, self.clock) for index in range(engines)]
         self._watch = asyncio.create_task(self._watch_engines())
 
     @property
     def failure(self) -> str | None:
         """How an engine was lost, so that the service is to end with an error."""
         return next((link.lost for link in self._links if link.lost is not None and link.unable is None), None)
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why the service is not alive, as far as is known; for clients."""
+        if self.failure is not None:
+            return "the engine has stopped, and the service with it"
+        if any(link.silent for link in self._links):
+            return "an engine's process does not respond"
+        return None
 
     @property
     def ready(self) -> bool:
@@ -86,6 +95,11 @@ class Dispatcher:
         return not any(link.jobs for link in self._links)
 
     @property
+    def unfinished(self) -> int:
+        """Accepted requests that have not ended."""
+        return sum(len(link.jobs) for link in self._links)
+
+    @property
     def unable(self) -> str | None:
         """Why an engine could not be built, if that is for the user to mend."""
         return next((link.unable for link in self._links if link.unable is not None), None)
@@ -96,6 +110,8 @@ class Dispatcher:
             raise not_ready("the engine has stopped, and the service with it: try again later", 10)
         if self.draining:
             raise not_ready("the service is stopping: try again later", 10)
+        if self.unhealthy is not None:
+            raise not_ready(f"{self.unhealthy}: try again later", 10)
         if not self.ready:
             done, total = (sum(numbers) for numbers in zip(*(link.prepared for link in self._links), strict=True))
             progress = f" ({done} of {total} graphs captured)" if total else ""
@@ -198,15 +214,11 @@ class Dispatcher:
             self._durations.append(job.ended.at - job.started_at)
 
     async def _watch_engines(self) -> None:
-        now = time.monotonic()
         while True:
-            await asyncio.sleep(_WATCH_SECONDS)
-            before, now = now, time.monotonic()
-            stood_still = now - before > _WATCH_SECONDS + _PAUSE_SECONDS  # and has heard nothing meanwhile
+            await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
             for link in self._links:
-                if stood_still:
-                    link.heard_at = now
-                elif link.ready is not None and now - link.heard_at > self.patience.step:
+                if link.loop_silent_seconds > self.patience.step:
                     link.give_up(f"an engine has not been heard of for {self.patience.step:g} seconds")
                 if now > self._stop_by:
                     for job in link.jobs.values():

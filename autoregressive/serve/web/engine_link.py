@@ -4,19 +4,20 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 
+from autoregressive.serve.web.awake import SILENT_SECONDS, AwakeClock
 from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker.messages import (
     KINDS,
-    Beat,
     Cancel,
     Drawn,
     Ended,
     Event,
+    Heartbeat,
     Image,
+    LoopStats,
     Preparing,
     Preview,
     Ready,
@@ -24,6 +25,7 @@ from autoregressive.serve.worker.messages import (
     Stop,
     Unable,
 )
+from autoregressive.serve.worker.process import ChildProcess
 
 _EXIT_SECONDS = 0.2  # from the end of the connection to the process's exit code
 
@@ -41,10 +43,16 @@ class EngineLink:
     Args:
         on_ended: called in the event loop with each job that has come to its end.
         places: of the service's queue; jobs with rows reserved do not take one.
+        clock: which this event loop keeps.
     """
 
     def __init__(
-        self, process: BaseProcess, connection: socket.socket, on_ended: Callable[[Job], None], places: WaitingPlaces
+        self,
+        process: ChildProcess,
+        connection: socket.socket,
+        on_ended: Callable[[Job], None],
+        places: WaitingPlaces,
+        clock: AwakeClock,
     ) -> None:
         self.process = process
         self.ready: Ready | None = None
@@ -54,10 +62,21 @@ class EngineLink:
         self.jobs: dict[int, Job] = {}
         self.rows = 0  # that its jobs take, running or not
         self.used_pages = 0
-        self.heard_at = time.monotonic()
+        self._clock = clock
+        self._heard_at = self._loop_heard_at = clock.now()
         self._on_ended, self._places = on_ended, places
         self._stopped = False
         self._channel = Channel(connection, KINDS, self._take, self._died)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing comes from the process, its heartbeat included; known of an engine that is built."""
+        return self.ready is not None and self._clock.now() - self._heard_at > SILENT_SECONDS
+
+    @property
+    def loop_silent_seconds(self) -> float:
+        """How long the engine's loop has not been heard of, once it runs: a step may take long, or hang."""
+        return self._clock.now() - self._loop_heard_at if self.ready is not None else 0.0
 
     def submit(self, job: Job) -> None:
         """Gives it a job."""
@@ -110,15 +129,19 @@ class EngineLink:
         )
 
     def _take(self, event: Event) -> None:
-        self.heard_at = time.monotonic()
+        self._heard_at = self._clock.now()
+        if not isinstance(event, Heartbeat):
+            self._loop_heard_at = self._heard_at
         match event:
+            case Heartbeat():
+                pass
             case Preparing(done=done, total=total):
                 self.prepared = (done, total)
             case Ready():
                 self.ready = event
             case Unable(message=message):
                 self.unable = message
-            case Beat(used_pages=used_pages):
+            case LoopStats(used_pages=used_pages):
                 self.used_pages = used_pages
             case Started() | Drawn() | Preview() | Image() | Ended():
                 job = self.jobs.get(event.job)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import socket
 import sys
 import time
@@ -9,20 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from autoregressive.serve.heap import settle_heap
+from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS, AwakeClock
 from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.web.logs import write_logs
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.web.settings import ServerSettings
-from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Image, Preview, Started, Submit
-from autoregressive.serve.worker.process import end_with_the_parent, ignore_signals
+from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Heartbeat, Image, Preview, Started, Submit
 
-_BEAT_SECONDS = 0.25  # so often it tells that its loop goes round
+_HEARTBEAT_SECONDS = 0.2
+_REPLY_SECONDS = 5.0  # for the dispatcher to answer a question
 _LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
+_log = logging.getLogger("llamagen.fronts")
 
 
 class RemoteDesk:
@@ -31,10 +33,15 @@ class RemoteDesk:
     Args:
         finish: called when the front is to end; with True: without waiting for anything.
         alone: called when the dispatcher's process has gone.
+        patience: seconds after which a dispatcher that does not respond is given up, and the front ends.
     """
 
-    def __init__(self, connection: socket.socket, finish: Callable[[bool], None], alone: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(
+        self, connection: socket.socket, finish: Callable[[bool], None], alone: Callable[[], None], patience: float
+    ) -> None:
+        self._finish, self._patience = finish, patience
+        self._clock = AwakeClock()
+        self._heard_at = self._clock.now()
         self._state = State(None, "the service is being loaded: try again soon", 5, 1, (), ())
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
@@ -42,15 +49,23 @@ class RemoteDesk:
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
         self._channel = Channel(connection, KINDS, self._take, alone)
-        self._beating = asyncio.create_task(self._beat())
+        self._watching = asyncio.create_task(self._watch())
 
     @property
-    def failure(self) -> str | None:
-        """As the dispatcher's."""
-        return self._state.failure
+    def unhealthy(self) -> str | None:
+        """What the dispatcher said last, unless that is too long ago."""
+        if self._silent_seconds > SILENT_SECONDS:
+            return "the process that shares out the work does not respond"
+        return self._state.unhealthy
+
+    @property
+    def _silent_seconds(self) -> float:
+        return self._clock.now() - self._heard_at
 
     def require_ready(self) -> None:
         """As the dispatcher's."""
+        if (why := self.unhealthy) is not None:
+            raise not_ready(f"{why}: try again later", 10)
         if self._state.refusal is not None:
             raise not_ready(self._state.refusal, self._state.refusal_retry_after)
 
@@ -62,7 +77,11 @@ class RemoteDesk:
         self._replies[number] = asyncio.get_running_loop().create_future()
         self._channel.put(job.order)
         try:
-            reply = await self._replies[number]
+            async with asyncio.timeout(_REPLY_SECONDS):
+                reply = await self._replies[number]
+        except TimeoutError as error:
+            self.abandon(job)
+            raise _no_reply() from error
         except asyncio.CancelledError:
             self.abandon(job)
             raise
@@ -96,23 +115,38 @@ class RemoteDesk:
         self._questions[number] = asyncio.get_running_loop().create_future()
         self._channel.put(AskMetrics(number))
         try:
-            return await self._questions[number]
+            async with asyncio.timeout(_REPLY_SECONDS):
+                return await self._questions[number]
+        except TimeoutError as error:
+            raise _no_reply() from error
         finally:
             del self._questions[number]
 
     async def close(self) -> None:
         """Waits until what was said is written."""
-        self._beating.cancel()
+        self._watching.cancel()
         await self._channel.drain(_LAST_WORDS_SECONDS)
         self._channel.close()
 
-    async def _beat(self) -> None:
-        while True:
-            self._channel.put(Up())
-            await asyncio.sleep(_BEAT_SECONDS)
+    async def _watch(self) -> None:
+        """Says that this front answers, and looks whether the dispatcher responds."""
+        told_at = -_HEARTBEAT_SECONDS
+        while self._silent_seconds <= self._patience:
+            now = self._clock.now()
+            if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
+                told_at = now
+                self._channel.put(Up())
+            await asyncio.sleep(TICK_SECONDS)
+        _log.critical("the dispatcher has not been heard of for %g seconds: this process ends", self._patience)
+        for job in list(self._jobs.values()):
+            job.take(Ended(job.order.job, "engine_lost", time.monotonic()))
+        self._finish(False)
 
     def _take(self, message: object) -> None:
+        self._heard_at = self._clock.now()
         match message:
+            case Heartbeat():
+                pass
             case Accepted(job=number) | Refused(job=number):
                 if isinstance(message, Refused):
                     del self._jobs[number]
@@ -136,6 +170,10 @@ class RemoteDesk:
                 self._finish(at_once)
 
 
+def _no_reply() -> ApiError:
+    return not_ready("the service did not respond in time: try again later", 10)
+
+
 @dataclass(frozen=True)
 class FrontRecipe:
     """What a front's process is started with."""
@@ -144,24 +182,21 @@ class FrontRecipe:
     model: ServedModel
     address: str  # where clients reach the service, if the settings do not say
     share: Share
-    listener: socket.socket
 
-    def __call__(self, connection: socket.socket) -> None:
-        """The process."""
-        end_with_the_parent()
-        ignore_signals()
-        write_logs(self.settings.log_level)
-        asyncio.run(self._serve(connection))
+    def __call__(self, connection: socket.socket, listener: socket.socket) -> None:
+        """The process, with the connection to the dispatcher and the socket that clients connect to."""
+        logging.getLogger("llamagen").setLevel(self.settings.log_level.upper())
+        asyncio.run(self._serve(connection, listener))
 
-    async def _serve(self, connection: socket.socket) -> None:
+    async def _serve(self, connection: socket.socket, listener: socket.socket) -> None:
         def finish(at_once: bool) -> None:
             server.should_exit = True
             server.force_exit |= at_once  # this may come first: it overtakes
 
-        desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
+        desk = RemoteDesk(connection, finish, lambda: sys.exit(1), self.settings.patience.step)
         app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
         server = QuietServer(app, self.settings.patience.shutdown)
         settle_heap()
-        await server.serve(sockets=[self.listener])
+        await server.serve(sockets=[listener])
         encoders.shutdown(wait=False, cancel_futures=True)
         await desk.close()

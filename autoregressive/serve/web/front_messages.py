@@ -2,6 +2,7 @@
 
 A front sends `Up`, then `Submit`, `Cancel`, `Count` and `AskMetrics`. It is answered by `Accepted` or `Refused`, then by what the
 engine tells of the job, under the front's own numbers, and by `MetricsText`. It is told of each change of `State`, and to `Finish`.
+Several times a second it is sent a `Heartbeat`, and sends `Up`, if nothing else waits to be written.
 What nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) overtakes what waits to be written.
 """
 
@@ -12,7 +13,7 @@ from autoregressive.serve.worker import messages
 
 @dataclass(frozen=True)
 class Up:
-    """The front answers; said again and again."""
+    """The front answers. Its event loop says so several times a second: it is the front's heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Refused:
 class State:
     """What a front answers from without asking."""
 
-    failure: str | None  # of an engine
+    unhealthy: str | None  # why the service is not alive
     refusal: str | None  # why nothing is accepted now
     refusal_retry_after: int
     retry_after: int  # what a request takes these days

@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
+from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS
 from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.ending import Ending
@@ -16,11 +18,9 @@ from autoregressive.serve.web.front import FrontRecipe
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.server import writing_seconds
-from autoregressive.serve.worker.messages import Cancel, Ended, Submit
+from autoregressive.serve.worker.messages import Cancel, Ended, Heartbeat, Submit
 from autoregressive.serve.worker.process import start_child
 
-_TICK_SECONDS = 0.1
-_PAUSE_SECONDS = 1.0  # by so much a tick may be late before this process counts as having stood still
 _LEAVE_SECONDS = 3.0  # for a front to end once its answers are read, or have had their time
 _LAST_ANSWERS_SECONDS = 1.0  # for a front that is to end at once: it tells waiting clients so
 _log = logging.getLogger("llamagen.fronts")
@@ -33,22 +33,31 @@ class FrontLink:
         gone: called in the event loop when it has ended, whatever for.
     """
 
-    def __init__(self, recipe: FrontRecipe, dispatcher: Dispatcher, gone: Callable[[], None]) -> None:
-        self.process, connection = start_child(recipe, f"front-{recipe.share.index}")
+    def __init__(
+        self, recipe: FrontRecipe, listener: socket.socket, dispatcher: Dispatcher, gone: Callable[[], None]
+    ) -> None:
+        self.process, connection = start_child(recipe, f"front-{recipe.share.index}", listener)
         self._dispatcher, self._gone = dispatcher, gone
         self._jobs: dict[int, Job] = {}  # by the front's numbers
         self.up = False  # whether it answers
-        self.heard_at = time.monotonic()
+        self._heard_at = dispatcher.clock.now()
         self._told: State | None = None
         self._channel = Channel(connection, KINDS, self._take, self._leave)
 
+    @property
+    def silent_seconds(self) -> float:
+        """How long it has not been heard of, once it answers."""
+        return self._dispatcher.clock.now() - self._heard_at if self.up else 0.0
+
     def tell(self, state: State) -> None:
-        """Of what is the same for all fronts; its own jobs' places are added here."""
+        """Of what is the same for all fronts; its own jobs' places are added here. If nothing is new, that the dispatcher lives."""
         waiting = {number: job for number, job in self._jobs.items() if job.order.watched and job.started_at is None}
         state = replace(state, waiting=tuple(waiting), ahead=tuple(self._dispatcher.ahead_of(job) for job in waiting.values()))
         if state != self._told:
             self._told = state
             self._channel.put(state)
+        elif self._channel.idle:
+            self._channel.put(Heartbeat())
 
     def finish(self, *, at_once: bool) -> None:
         """Tells it to end; without waiting for anything, if `at_once`."""
@@ -62,7 +71,7 @@ class FrontLink:
         return self.process.exitcode == 0
 
     def _take(self, message: Up | Submit | Cancel | Count | AskMetrics) -> None:
-        self.heard_at = time.monotonic()
+        self._heard_at = self._dispatcher.clock.now()
         match message:
             case Up():
                 self.up = True
@@ -107,20 +116,20 @@ class Hub:
     """Runs the fronts until the service ends.
 
     Args:
-        recipes: of the fronts.
+        recipes: of the fronts, each with the socket that it listens at.
 
     Attributes:
         failure: how a front was lost before the end.
     """
 
-    def __init__(self, dispatcher: Dispatcher, ending: Ending, recipes: Sequence[FrontRecipe]) -> None:
+    def __init__(self, dispatcher: Dispatcher, ending: Ending, recipes: Sequence[tuple[FrontRecipe, socket.socket]]) -> None:
         self._dispatcher, self._ending = dispatcher, ending
         self.failure: str | None = None
         self._ends = False  # fronts that go are not lost
         self._fronts: list[FrontLink] = []
         try:
-            for recipe in recipes:
-                self._fronts.append(FrontLink(recipe, dispatcher, self._lose_front))
+            for recipe, listener in recipes:
+                self._fronts.append(FrontLink(recipe, listener, dispatcher, self._lose_front))
         except BaseException:
             self._kill_fronts()
             raise
@@ -133,37 +142,38 @@ class Hub:
     async def run(self) -> None:
         """Until the end is due, or a front is lost. All fronts have ended then."""
         try:
-            now = time.monotonic()
-            while not self._ending.due(now) and self.failure is None:
+            while not self._ending.due(time.monotonic()) and self.failure is None:
                 self._tell_fronts()
-                await asyncio.sleep(_TICK_SECONDS)
-                before, now = now, time.monotonic()
-                self._watch(now, stood_still=now - before > _TICK_SECONDS + _PAUSE_SECONDS)
+                await asyncio.sleep(TICK_SECONDS)
+                self._watch()
             self._tell_fronts()
             await self._end_fronts()
         finally:
             self._kill_fronts()
 
-    def _watch(self, now: float, *, stood_still: bool) -> None:
-        """Looks for a front that hangs; one that this process has not heard because it stood still itself does not count."""
+    def _watch(self) -> None:
+        """Looks for a front that hangs."""
         for front in self._fronts:
-            if stood_still:
-                front.heard_at = now
-            elif front.up and now - front.heard_at > self._dispatcher.patience.step:
+            if front.silent_seconds > self._dispatcher.patience.step:
                 front.process.kill()
                 self._lose_front("has not been heard of")
 
     def _tell_fronts(self) -> None:
         dispatcher = self._dispatcher
+        unhealthy = dispatcher.unhealthy
+        if unhealthy is None and any(front.silent_seconds > SILENT_SECONDS for front in self._fronts):
+            unhealthy = "a process that answers HTTP does not respond"
         refusal: ApiError | None = None
         try:
             dispatcher.require_ready()
-            if not self.up:
+            if unhealthy is not None:
+                refusal = not_ready(f"{unhealthy}: try again later", 10)
+            elif not self.up:
                 refusal = not_ready("the service is being loaded: try again soon", 5)
         except ApiError as error:
             refusal = error
         state = State(
-            failure=dispatcher.failure,
+            unhealthy=unhealthy,
             refusal=refusal.message if refusal is not None else None,
             refusal_retry_after=(refusal.retry_after or 0) if refusal is not None else 0,
             retry_after=dispatcher.retry_after(),
@@ -190,7 +200,7 @@ class Hub:
 
     async def _wait_for(self, fronts: Sequence[FrontLink], deadline: float, enough: Callable[[], bool]) -> None:
         while any(front.process.is_alive() for front in fronts) and time.monotonic() < deadline and not enough():
-            await asyncio.sleep(_TICK_SECONDS / 2)
+            await asyncio.sleep(TICK_SECONDS / 2)
 
     def _kill_fronts(self) -> None:
         for front in self._fronts:

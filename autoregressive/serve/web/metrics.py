@@ -1,13 +1,26 @@
 """What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the library's global one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from autoregressive.serve.web.jobs import Job
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class _Count(Collector):
+    """A counter that others keep."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], int]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """Its value now."""
+        yield CounterMetricFamily(self._name, self._text, value=self._value())
 
 
 class Metrics:
@@ -41,6 +54,10 @@ class Metrics:
         self._tokens = counter("generation_tokens", "Image tokens of finished requests.")
         self._images = counter("images", "Images of finished requests.")
         self.requests = counter("requests", "Requests for images or codes by outcome.", "outcome")
+
+    def show_dropped_lines(self, count: Callable[[], int]) -> None:
+        """Adds the lines of the log that could not be written."""
+        self.registry.register(_Count("llamagen:log_lines_dropped", "Lines of the log that could not be written.", count))
 
     def ended(self, job: Job, tokens_of_image: int) -> None:
         """A job has come to its end, whatever that is."""

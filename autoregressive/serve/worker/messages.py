@@ -74,8 +74,13 @@ class Unable:
 
 
 @dataclass(frozen=True)
-class Beat:
-    """The loop goes round; with what it holds."""
+class Heartbeat:
+    """The process lives. A thread of its own sends it, so it says nothing of the loop, which may hang."""
+
+
+@dataclass(frozen=True)
+class LoopStats:
+    """The engine's loop has gone round; sent some times a second while it does."""
 
     used_pages: int
 
@@ -133,7 +138,7 @@ class Ended:
 OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_memory", "non_finite", "refused")
 
 Command = Submit | Cancel | Stop
-Event = Preparing | Ready | Unable | Beat | Started | Drawn | Preview | Image | Ended
+Event = Preparing | Ready | Unable | Heartbeat | LoopStats | Started | Drawn | Preview | Image | Ended
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 

@@ -27,6 +27,11 @@ class Outbox:
         if self._thread.is_alive():
             self._messages.put(message)
 
+    def put_if_silent(self, message: Any) -> None:
+        """Queues a message unless others wait: they show as well that this process lives, and so none pile up unread."""
+        if self._messages.empty():
+            self.put(message)
+
     def close(self, timeout: float) -> None:
         """Waits until what was queued is written, at most `timeout` seconds."""
         self._messages.put(None)

@@ -4,18 +4,20 @@ A process, not a thread: HTTP work never holds the interpreter lock that a step 
 service, and a hung one can be killed. docs/design.md says what it costs.
 """
 
-import ctypes
-import multiprocessing
+import contextlib
 import os
+import pickle
 import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
+from typing import Protocol
 
 import torch
 
@@ -27,15 +29,36 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.heap import settle_heap
-from autoregressive.serve.worker.messages import Unable
+from autoregressive.serve.signals import SIGNALS
+from autoregressive.serve.worker import child
+from autoregressive.serve.worker.messages import Heartbeat, Unable
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
-StartProcess = Callable[[MakeEngine, str], tuple[BaseProcess, socket.socket]]  # as `start_process`
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _WAITING_BYTES = 4 * 2**20  # in a connection
+_HEARTBEAT_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
+
+
+class ChildProcess(Protocol):
+    """A process that the service has started."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """Its status; a signal's number below zero; None while it runs."""
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+
+    def kill(self) -> None:
+        """Ends it, whatever it does."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits until it has ended, or for so many seconds."""
+
+
+StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  # as `start_process`
 
 
 @dataclass(frozen=True)
@@ -68,25 +91,56 @@ class EngineRecipe:
         return engine
 
 
-def start_process(make_engine: MakeEngine, name: str) -> tuple[BaseProcess, socket.socket]:
+def start_process(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
     """Starts a process that builds an engine and runs it; the connection to it."""
     return start_child(partial(_run, make_engine), name)
 
 
-def start_child(run: Callable[[socket.socket], None], name: str) -> tuple[BaseProcess, socket.socket]:
+class _Child:
+    """A `ChildProcess` around `subprocess`."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.poll()
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self, timeout: float | None = None) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+
+
+def start_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ChildProcess, socket.socket]:
     """Starts a process; the connection to it.
 
+    Not by `multiprocessing`: its processes import all that the function needs, and the parent's main module, before the first
+    line of ours, and meanwhile outlive a parent that is killed. Not by a fork: CUDA does not survive one.
+
     Args:
-        run: called there with the other end; pickled, as everything is that `multiprocessing` hands to a new process. It begins
-            with `end_with_the_parent` and `ignore_signals`.
+        run: called there with the other end of the connection, and with the sockets; pickled, so it must not be defined in the
+            main module.
+        sockets: the process gets copies of them.
     """
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    data = pickle.dumps(run)
     ours, theirs = connect()
-    process = context.Process(target=run, args=(theirs,), name=name, daemon=True)
+    descriptors = [one.fileno() for one in (theirs, *sockets)]
+    command = [sys.executable, "-P", "-m", child.__name__, name, str(os.getpid()), *map(str, descriptors)]
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     with signals_held():
-        process.start()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=os.environ | {"PYTHONPATH": path}
+        )
     theirs.close()
-    return process, ours
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died already, as will be noticed
+        ours.sendall(child.HEAD.pack(len(data)) + data)
+    return _Child(process), ours
 
 
 def connect() -> tuple[socket.socket, socket.socket]:
@@ -101,13 +155,9 @@ def connect() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}  # a terminal's Ctrl-C and a supervisor's word, which reach the whole group
-
-
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """What is sent to this thread, or to a process that it starts, waits: a child calls `ignore_signals` when it can."""
-    resource_tracker.ensure_running()  # or starting the first process would start it, which lets signals through
+    """Signals to this thread, or to a process that it starts, wait: a child calls `ignore_signals` when it can."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -115,26 +165,9 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals() -> None:
-    """When this process ends is the service's to say."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def end_with_the_parent() -> None:
-    """However the service ends, the system ends this process with it: one that still loads, or hangs, would not notice."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():  # it has gone already
-        sys.exit(1)
-
-
 def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
-    end_with_the_parent()
-    ignore_signals()
     outbox = Outbox(connection, "events")
+    threading.Thread(target=_send_heartbeats, args=(outbox,), name="heartbeat", daemon=True).start()
     status = 0
     try:
         serve(make_engine, connection, outbox)
@@ -144,3 +177,10 @@ def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
     finally:
         outbox.close(_LAST_WORDS_SECONDS)
     sys.exit(status)
+
+
+def _send_heartbeats(outbox: Outbox) -> None:
+    """Says that the process lives, whatever its loop does: a step may take long, or hang."""
+    while True:
+        outbox.put_if_silent(Heartbeat())
+        time.sleep(_HEARTBEAT_SECONDS)

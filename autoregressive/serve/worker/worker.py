@@ -21,12 +21,12 @@ from autoregressive.serve.engine.engine import Engine, PartialCodes
 from autoregressive.serve.engine.pixel_decoder import PendingPictures
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import (
-    Beat,
     Cancel,
     Command,
     Drawn,
     Ended,
     Image,
+    LoopStats,
     Preparing,
     Preview,
     Ready,
@@ -39,7 +39,7 @@ from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.partial import fill_undrawn
 from autoregressive.serve.worker.task import Task
 
-BEAT_SECONDS = 0.25  # at least so often the loop tells that it goes round, while no step takes longer
+STATS_SECONDS = 0.25  # between two `LoopStats`, while no step takes longer
 _WATCHED_SECONDS = 0.1  # between two `Drawn` of a task
 _DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that what is on its way takes bounded memory
 _PREVIEW_SHARE = 0.2  # of the time at most, where decoding holds up the loop
@@ -85,7 +85,7 @@ class Worker:
         self._at_once = engine.decoder.batch_sizes[-1] if engine.decoder is not None and engine.device.type == "cuda" else 1
         self._next_preview = 0.0
         self._previewing: _Previewing | None = None
-        self._beat_at = 0.0
+        self._stats_at = 0.0
         self._serving = True
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Worker:
     def _take_commands(self) -> None:
         busy = self._engine.wait_for_work(0)
         on_the_way = self._undecoded or self._decodings or self._previewing
-        timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else BEAT_SECONDS
+        timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else STATS_SECONDS
         while wait([self._connection], timeout):
             for command in receive(self._connection):
                 assert isinstance(command, Command)
@@ -310,17 +310,17 @@ class Worker:
             first = not task.first_token and task.tokens > 0
             if first or (task.order.watched and task.begun and now - task.told_at >= _WATCHED_SECONDS):
                 self._tell_drawn(task, now)
-        if now - self._beat_at >= BEAT_SECONDS:
-            self._beat()
+        if now - self._stats_at >= STATS_SECONDS:
+            self._tell_stats()
 
     def _tell_drawn(self, task: Task, now: float) -> None:
         if task.tokens > 0 and (task.order.watched or not task.first_token):
             task.first_token, task.told_at = True, now
             self._outbox.put(Drawn(task.order.job, task.tokens, now))
 
-    def _beat(self) -> None:
-        self._beat_at = time.monotonic()
-        self._outbox.put(Beat(self._engine.scheduler.pool.used_pages))
+    def _tell_stats(self) -> None:
+        self._stats_at = time.monotonic()
+        self._outbox.put(LoopStats(self._engine.scheduler.pool.used_pages))
 
 
 def _reason(request: Request) -> tuple[str, str]:

@@ -1,0 +1,13 @@
+"""The installed command `llamagen-serve`. It hears signals while the service's own module, which takes seconds, is imported."""
+
+import importlib
+from typing import NoReturn
+
+from autoregressive.serve.signals import SignalWatch
+
+
+def command() -> NoReturn:
+    """Runs the service's command."""
+    watch = SignalWatch()
+    importlib.import_module("autoregressive.serve.api_server").command(watch)
+    raise AssertionError("a command ends the process")

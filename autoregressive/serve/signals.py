@@ -1,0 +1,100 @@
+"""The signals that end the service. A thread waits for them, so the main thread may do, or wait for, whatever it likes.
+
+This module imports nothing that takes long: the service's command uses it before anything else.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from autoregressive.common.errors import say_interrupted, tell
+
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # Ctrl-C, a supervisor's word, a terminal that closes
+_FORCED_SECONDS = 1.7  # after the second signal; the service ends by itself sooner, unless something blocks
+_LAST_WORDS_SECONDS = 0.2
+_log = logging.getLogger("llamagen.service")
+
+
+class SignalWatch:
+    """Waits in a thread of its own for the signals that end the service; they are blocked in every other thread.
+
+    A Python signal handler runs in the main thread between two instructions: it does not run while that thread waits in a system
+    call or in a library. As process 1 of a container, a process gets only the signals that it blocks or handles.
+
+    Until `hand_over`, a signal ends the process at once, for nothing has begun that needs to be tidied up: with status 130 after
+    Ctrl-C, else with 0. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
+
+    To be made in the main thread, before there are others.
+
+    Attributes:
+        status: the exit status if the process has to be ended by force.
+    """
+
+    def __init__(self) -> None:
+        self.status = 1
+        self._take: Callable[[], None] | None = None
+        self._count = 0
+        ignored = {number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_IGN}
+        self._numbers = SIGNALS - ignored
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        for number in self._numbers:  # for threads of libraries that are older than this, and do not block it
+            signal.signal(number, lambda received, frame: self._receive(signal.Signals(received)))
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+
+    def hand_over(self, take: Callable[[], None]) -> None:
+        """From now on, `take` is called with each signal, in another thread; it returns at once.
+
+        If the process still runs a moment after the second signal, it ends by force. Its child processes end with it.
+        """
+        self._take = take
+
+    def _watch(self) -> None:
+        while True:
+            self._receive(signal.Signals(signal.sigwait(self._numbers)))
+
+    def _receive(self, number: signal.Signals) -> None:
+        self._count += 1
+        take = self._take
+        if take is None:
+            _end_before_the_service(number)
+        take()
+        if self._count == 2:
+            forcing = threading.Timer(_FORCED_SECONDS, self._force)
+            forcing.daemon = True
+            forcing.start()
+
+    def _force(self) -> None:
+        message = "the service did not end within %g seconds of the second signal: it is ended by force"
+        saying = threading.Thread(target=_log.critical, args=(message, _FORCED_SECONDS), daemon=True)
+        saying.start()  # not in this thread: whatever blocks the service may hold a lock of the log
+        time.sleep(_LAST_WORDS_SECONDS)
+        os._exit(self.status)
+
+
+def _end_before_the_service(number: signal.Signals) -> NoReturn:
+    def say() -> None:
+        if number == signal.SIGINT:
+            say_interrupted()
+        else:
+            tell(f"{os.path.basename(sys.argv[0])}: ended by {number.name} before it served")
+
+    saying = threading.Thread(target=say, daemon=True)  # nobody may be reading, and then it would wait
+    saying.start()
+    saying.join(_LAST_WORDS_SECONDS)
+    os._exit(130 if number == signal.SIGINT else 0)
+
+
+@contextlib.contextmanager
+def signals_watched(module: str) -> Iterator[SignalWatch | None]:
+    """Around the slow imports of the service's command; a `SignalWatch`, unless the command's module is only imported.
+
+    Args:
+        module: __name__ of the command's module.
+    """
+    yield SignalWatch() if module == "__main__" else None

@@ -1,0 +1,185 @@
+"""Fake services that take a tenth of a second to start: they are forked from a process that has imported everything.
+
+`python tests/forked_services.py` reads a line of JSON for each service, and answers with its process id.
+"""
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import fake_service
+from fake_service import FAULTS, Faults, Service
+
+from autoregressive.common.errors import run_command
+from autoregressive.serve.signals import SignalWatch
+from autoregressive.serve.web import hub
+from autoregressive.serve.worker import child, process
+
+_START_SECONDS = 120.0
+
+
+class ForkedService:
+    """What `Service` uses of `Popen`, for a process that is not this one's child.
+
+    Args:
+        status: the file into which its parent writes its status.
+    """
+
+    def __init__(self, pid: int, status: Path) -> None:
+        self.pid, self._status = pid, status
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while not (self._status.exists() and (said := self._status.read_text())):
+            assert time.monotonic() < deadline, f"did not end within {timeout} s"
+            time.sleep(0.01)
+        return int(said)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkedChild:
+    """A `ChildProcess` that was forked."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._status: int | None = None
+
+    @property
+    def exitcode(self) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        if self.is_alive():
+            os.kill(self._pid, signal.SIGKILL)
+
+    def join(self, timeout: float | None = None) -> None:
+        deadline = time.monotonic() + (timeout if timeout is not None else 60)
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ForkedChild, socket.socket]:
+    """As `start_child`, without a new interpreter."""
+    ours, theirs = process.connect()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            close_all_but(0, 1, 2, theirs.fileno(), *(one.fileno() for one in sockets))
+            child.live(name, parent, lambda: run(theirs, *sockets))
+        finally:
+            os._exit(1)
+    theirs.close()
+    return ForkedChild(pid), ours
+
+
+def close_all_but(*kept: int) -> None:
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def fork_service(flags: Sequence[str], folder: Path) -> None:
+    """Starts a service, in a process of its parent's that says its process id and writes down its status."""
+    if os.fork() > 0:
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid > 0:
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        (folder / "status").write_text(str(os.waitstatus_to_exitcode(status)))
+        os._exit(0)
+    status = 1
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        close_all_but(0, 1, 2)
+        os.environ[FAULTS] = str(folder)
+        sys.argv = ["fake_service.py", "--port", "0", *flags]
+        run_command(lambda: fake_service.main(SignalWatch()))
+    except SystemExit as end:
+        status = cast(int, end.code)
+    finally:
+        atexit._run_exitfuncs()
+        os._exit(status)
+
+
+class Forge:
+    """The process that services are forked from, seen from outside."""
+
+    def __init__(self) -> None:
+        variables = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=variables)
+        self._lock = threading.Lock()
+
+    def _ask(self, line: dict[str, Any]) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+            assert select.select([self._process.stdout], [], [], _START_SECONDS)[0], "the forge does not answer"
+            return self._process.stdout.readline()
+
+    @contextmanager
+    def service(self, folder: Path, *flags: str) -> Iterator[Service]:
+        """A service that has begun to load; killed at the end."""
+        running = ForkedService(int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status")
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            while "http://" not in (said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""):
+                assert time.monotonic() < deadline, "the service does not start"
+                time.sleep(0.02)
+            url = said.splitlines()[0].split()[-1]
+            service = Service(cast("subprocess.Popen[str]", running), url, Faults(folder), folder / "stderr")
+            yield service
+            service.client.close()
+        finally:
+            running.kill()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    """Forks a service for each line of stdin."""
+    process.start_child = hub.start_child = fork_child
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
+    gc.collect()
+    gc.freeze()  # or each fork's first collection would copy all memory
+    for line in sys.stdin:
+        asked = json.loads(line)
+        fork_service(asked["flags"], Path(asked["folder"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""How long another process has been silent, and what a front does when the dispatcher is."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.web import front
+from autoregressive.serve.web.awake import SILENT_SECONDS, AwakeClock
+from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.front import RemoteDesk
+from autoregressive.serve.web.front_messages import Accepted, State
+from autoregressive.serve.worker.messages import Ended, Heartbeat, Submit, encode
+from autoregressive.serve.worker.process import connect
+
+ORDER = Submit(-1, 1, 1, SamplingParams(), True)
+
+
+def test_time_in_which_this_process_stood_still_is_not_the_others_silence() -> None:
+    """Fails if a process that was stopped blames others, or if ordinary ticks are not counted in full."""
+    moment = 100.0
+    clock = AwakeClock(lambda: moment)
+    heard_at = clock.now()
+    for _ in range(10):
+        moment += 0.1
+        clock.now()
+    assert clock.now() - heard_at == pytest.approx(1.0)
+    moment += 3600
+    assert clock.now() - heard_at < 1.0 + SILENT_SECONDS
+    for _ in range(20):
+        moment += 0.1
+        clock.now()
+    assert clock.now() - heard_at > SILENT_SECONDS
+
+
+async def until(holds: Callable[[], bool], seconds: float = 5) -> None:
+    async with asyncio.timeout(seconds):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+class Front:
+    """A front's desk, and the dispatcher's end of its connection."""
+
+    def __init__(self, patience: float) -> None:
+        ours, self.dispatcher = connect()
+        self.finished: list[bool] = []
+        self.desk = RemoteDesk(ours, self.finished.append, lambda: None, patience)
+
+    def say(self, *messages: object) -> None:
+        self.dispatcher.sendall(encode(messages))
+
+    async def close(self) -> None:
+        self.dispatcher.shutdown(socket.SHUT_RDWR)
+        self.dispatcher.close()
+        await self.desk.close()
+
+
+@pytest.mark.timing
+def test_a_front_judges_the_dispatcher_by_its_silence() -> None:
+    """Fails if it is ready or well while the dispatcher is stopped, or stays unwell when that goes on."""
+
+    async def go() -> None:
+        front = Front(patience=60)
+        front.say(State(None, None, 0, 1, (), ()))
+        await asyncio.sleep(0.1)
+        front.desk.require_ready()
+        begun = time.monotonic()
+        await until(lambda: front.desk.unhealthy is not None)
+        assert SILENT_SECONDS - 0.2 <= time.monotonic() - begun <= 2
+        with pytest.raises(ApiError, match="does not respond"):
+            front.desk.require_ready()
+        front.say(Heartbeat())
+        await until(lambda: front.desk.unhealthy is None)
+        front.desk.require_ready()
+        await front.close()
+
+    asyncio.run(go())
+
+
+def test_what_is_asked_of_the_dispatcher_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a request, or /metrics, waits for ever for a dispatcher that does not answer; a late answer harms nothing."""
+    monkeypatch.setattr(front, "_REPLY_SECONDS", 0.1)
+
+    async def go() -> None:
+        front = Front(patience=60)
+        front.say(State(None, None, 0, 1, (), ()))
+        for asking in (front.desk.accept(ORDER), front.desk.metrics_text()):
+            with pytest.raises(ApiError) as refusal:
+                await asyncio.wait_for(asking, 5)
+            assert refusal.value.status == 503
+            assert refusal.value.retry_after is not None
+        front.say(Accepted(0, 0), Ended(0, "cancelled", 1.0))
+        await until(lambda: not front.desk._jobs)
+        assert front.desk._replies == front.desk._questions == {}
+        await front.close()
+
+    asyncio.run(go())
+
+
+def test_a_front_gives_up_a_dispatcher_that_stays_silent() -> None:
+    """Fails if clients wait for ever for a dispatcher that hangs, or the front stays."""
+
+    async def go() -> None:
+        front = Front(patience=0.5)
+        front.say(State(None, None, 0, 1, (), ()), Accepted(0, 0))
+        job = await front.desk.accept(ORDER)
+        event = await job.next_event(5)
+        assert isinstance(event, Ended)
+        assert event.outcome == "engine_lost"
+        await until(lambda: front.finished == [False])
+        await front.close()
+
+    asyncio.run(go())
