@@ -20,6 +20,8 @@ with slow_imports(__name__):
     from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import settle_heap
+    from autoregressive.serve.web.connections import Connections
+    from autoregressive.serve.web.descriptors import raise_descriptor_limit
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.ending import Ending
     from autoregressive.serve.web.front import FrontRecipe
@@ -141,6 +143,7 @@ async def serve(
         UserError: an engine could not be built, for a reason that the user can mend.
     """
     write_logs(settings.log_level)
+    raise_descriptor_limit()
     address = _url(listeners[0])
     dispatcher = start_dispatcher(settings, model, recipe, start)
     ending = Ending(dispatcher)
@@ -175,7 +178,9 @@ async def _serve_here(
 ) -> None:
     """HTTP in this process."""
     app, encoders = build_service_app(settings, model, dispatcher, address)
-    server = Server(app, ending, settings.patience.shutdown)
+    connections = Connections(settings.max_connections, settings.max_buffered_bytes)
+    dispatcher.metrics.connection_stats = lambda: connections.stats
+    server = Server(app, ending, settings.patience.shutdown, connections)
     settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address))
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from autoregressive.serve.heap import settle_heap
 from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job
@@ -31,10 +32,17 @@ class RemoteDesk:
     Args:
         finish: called when the front is to end; with True: without waiting for anything.
         alone: called when the dispatcher's process has gone.
+        connection_stats: of this process, which the dispatcher is told.
     """
 
-    def __init__(self, connection: socket.socket, finish: Callable[[bool], None], alone: Callable[[], None]) -> None:
-        self._finish = finish
+    def __init__(
+        self,
+        connection: socket.socket,
+        finish: Callable[[bool], None],
+        alone: Callable[[], None],
+        connection_stats: Callable[[], ConnectionStats] = ConnectionStats,
+    ) -> None:
+        self._finish, self._connection_stats = finish, connection_stats
         self._state = State(None, "the service is being loaded: try again soon", 5, 1, (), ())
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
@@ -108,7 +116,7 @@ class RemoteDesk:
 
     async def _beat(self) -> None:
         while True:
-            self._channel.put(Up())
+            self._channel.put(Up(**vars(self._connection_stats())))
             await asyncio.sleep(_BEAT_SECONDS)
 
     def _take(self, message: object) -> None:
@@ -158,9 +166,11 @@ class FrontRecipe:
             server.should_exit = True
             server.force_exit |= at_once  # this may come first: it overtakes
 
-        desk = RemoteDesk(connection, finish, lambda: sys.exit(1))
-        app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
-        server = QuietServer(app, self.settings.patience.shutdown)
+        settings = self.settings
+        connections = Connections(settings.max_connections, settings.max_buffered_bytes)
+        desk = RemoteDesk(connection, finish, lambda: sys.exit(1), lambda: connections.stats)
+        app, encoders = build_service_app(settings, self.model, desk, self.address, self.share)
+        server = QuietServer(app, settings.patience.shutdown, connections)
         settle_heap()
         await server.serve(sockets=[self.listener])
         encoders.shutdown(wait=False, cancel_futures=True)

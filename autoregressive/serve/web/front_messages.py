@@ -12,7 +12,14 @@ from autoregressive.serve.worker import messages
 
 @dataclass(frozen=True)
 class Up:
-    """The front answers; said again and again."""
+    """The front answers, and has these connections: the fields of a `ConnectionStats`. Said again
+    and again."""
+
+    connections: int
+    shed: int
+    refused: int
+    dropped: int
+    buffered_bytes: int
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,41 @@
 """What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the library's global one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.jobs import Job
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+
+
+class _ConnectionCollector(Collector):
+    """What the processes that answer HTTP tell of their connections.
+
+    Args:
+        stats: their sum.
+    """
+
+    def __init__(self, stats: Callable[[], ConnectionStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """The values of this moment."""
+        stats = self._stats()
+        name = "llamagen:http_connections"
+        yield GaugeMetricFamily(name, "Open HTTP connections.", stats.connections)
+        for kind, text, value in (
+            ("shed", "Idle connections that were closed for new ones.", stats.shed),
+            ("refused", "Connections that were refused: all others were busy.", stats.refused),
+            ("dropped", "Connections whose clients read or sent too slowly.", stats.dropped),
+        ):
+            yield CounterMetricFamily(f"{name}_{kind}", text, value)
+        text = "Bytes of unread answers and unfinished requests."
+        yield GaugeMetricFamily("llamagen:http_buffered_bytes", text, stats.buffered_bytes)
 
 
 class Metrics:
@@ -15,6 +43,9 @@ class Metrics:
 
     Args:
         running, waiting, page_use: what the gauges show.
+
+    Attributes:
+        connection_stats: tells of the connections of all processes that answer HTTP.
     """
 
     def __init__(self, running: Callable[[], float], waiting: Callable[[], float], page_use: Callable[[], float]) -> None:
@@ -41,6 +72,8 @@ class Metrics:
         self._tokens = counter("generation_tokens", "Image tokens of finished requests.")
         self._images = counter("images", "Images of finished requests.")
         self.requests = counter("requests", "Requests for images or codes by outcome.", "outcome")
+        self.connection_stats: Callable[[], ConnectionStats] = ConnectionStats
+        self.registry.register(_ConnectionCollector(lambda: self.connection_stats()))
 
     def ended(self, job: Job, tokens_of_image: int) -> None:
         """A job has come to its end, whatever that is."""

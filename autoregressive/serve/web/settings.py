@@ -19,6 +19,7 @@ from autoregressive.common.files import check_folder
 from autoregressive.common.settings import ModelChoice, resolve_model_choice
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.web.descriptors import connection_limit
 from autoregressive.serve.web.dispatcher import Patience
 
 COMMAND = "autoregressive/serve/api_server.py"
@@ -29,6 +30,7 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 (max-num-seqs: 64); the command line counts first, then the environment, then the file."""
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
+_BUFFERED_MIB = 256
 _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_WAIT = 10.0**9
 _SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
@@ -48,6 +50,8 @@ class ServerSettings:
     port: int
     api_key: str | None
     max_queue_size: int
+    max_connections: int  # of each process that answers HTTP
+    max_buffered_bytes: int  # likewise
     patience: Patience
     store: Path | None
     stored_images: int
@@ -89,6 +93,21 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
+    )
+    group.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="of each process that answers HTTP "
+        "(default: 4096, or what the limit of open files allows)",
+    )
+    group.add_argument(
+        "--max-buffered-mib",
+        type=int,
+        metavar="MIB",
+        help="of unread answers and unfinished requests, in each process that answers HTTP; above "
+        "half of it drawings are refused, above it the slowest clients are dropped "
+        f"(default: {_BUFFERED_MIB})",
     )
     group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
     group.add_argument(
@@ -233,6 +252,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         port=_at_least(arguments, "port", _PORT, 0, 65535),
         api_key=key,
         max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
+        max_connections=connection_limit(_asked(arguments, "max_connections", 8), engines + fronts),
+        max_buffered_bytes=_at_least(arguments, "max_buffered_mib", _BUFFERED_MIB, 16) * 2**20,
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
         stored_images=stored,
@@ -274,6 +295,10 @@ def _at_least(arguments: argparse.Namespace, name: str, default: int, least: int
     if not least <= value <= most:
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")
     return value
+
+
+def _asked(arguments: argparse.Namespace, name: str, least: int) -> int | None:
+    return None if getattr(arguments, name) is None else _at_least(arguments, name, least, least)
 
 
 def _is_header_text(text: str) -> bool:
