@@ -225,15 +225,19 @@ def running_service(
     ready: bool = True,
     environment: Mapping[str, str] = MappingProxyType({}),
     start_new_session: bool = False,
+    open_files: int | None = None,
 ) -> Iterator[Service]:
     """A service on a free port; killed at the end if it still runs.
 
     Args:
         folder: for its faults and its log.
         ready: wait until it is.
+        open_files: the limit of them, soft and hard; None: this process's.
     """
     log = folder / "stderr"
     command = [sys.executable, __file__, "--port", "0", *flags]
+    if open_files is not None:
+        command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
     variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | dict(environment)
     with log.open("w") as errors, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, start_new_session=start_new_session

@@ -35,14 +35,17 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def on_a_server(visit: Callable[[int, uvicorn.Server], Coroutine[Any, Any, None]]) -> None:
+def on_a_server(
+    visit: Callable[[int, uvicorn.Server], Coroutine[Any, Any, None]], app: Any = answer
+) -> None:
     """Runs a visit of a server of ours on a free port."""
 
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
-            server = uvicorn.Server(uvicorn.Config(answer, http=http_protocol.PatientProtocol, **options))
+            options["http"] = http_protocol.PatientProtocol
+            server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
             while not server.started:
                 await asyncio.sleep(0.01)
@@ -121,6 +124,96 @@ def test_a_slow_reader_who_reads_is_not_dropped() -> None:
         writer.close()
 
     on_a_server(visit)
+
+
+def test_a_reader_below_the_least_rate_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if whoever takes a little again and again may keep an answer waiting for ever."""
+    monkeypatch.setattr(http_protocol, "LEAST_READ_BYTES_PER_SECOND", 2_000_000)
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        with socket.socket() as client:
+            client.connect(("127.0.0.1", port))
+            client.sendall(GET % b"20000000")
+            client.setblocking(False)
+            begun = time.monotonic()
+            read = 0
+            while not server.server_state.connections:
+                await asyncio.sleep(0.01)
+            while server.server_state.connections:
+                with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                    read += len(client.recv(20_000))  # at most 0.4 MB/s
+                await asyncio.sleep(0.05)
+                assert time.monotonic() - begun < 5, f"still connected after {read} bytes"
+            assert read > 40_000
+
+    on_a_server(visit)
+
+
+def test_time_in_which_nothing_waits_does_not_count_against_a_reader() -> None:
+    """Fails if a stream that says little in a long time counts as one that is read slowly."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET % b"slow")  # a second, and the limit is half of one
+        assert b"200" in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+
+    on_a_server(visit)
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """An answer before the body."""
+    headers = [(b"content-length", b"2"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
+
+
+@pytest.mark.parametrize("limit", ["LINGER_SECONDS", "LINGER_BYTES"])
+def test_after_an_early_answer_reading_on_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Fails if a client that was refused may send for ever, or as much as it likes."""
+    short = {"LINGER_SECONDS": 0.3, "LINGER_BYTES": 200_000}
+    monkeypatch.setattr(http_protocol, limit, short[limit])
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(POST)
+        assert await asyncio.wait_for(reader.read(), 5)  # to the end: it says no more
+        begun, sent = time.monotonic(), 0
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begun < 5:
+                writer.write(b"x" * 10_000)
+                await writer.drain()
+                sent += 10_000
+                await asyncio.sleep(0.01)
+        assert server.server_state.connections == set()
+        assert sent >= 50_000, "it was cut off at once"
+        if limit == "LINGER_SECONDS":
+            assert time.monotonic() - begun < 2
+        else:
+            assert sent < 1_000_000
+
+    on_a_server(visit, refuse)
+
+
+def test_who_lingers_does_not_hold_up_the_end() -> None:
+    """Fails if the service waits for clients that were refused."""
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(POST)
+        assert await asyncio.wait_for(reader.read(), 5)
+        assert server.server_state.connections
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        await until_empty(server, 1)
+        writer.close()
+
+    on_a_server(visit, refuse)
 
 
 def test_a_stream_that_breaks_off_says_so() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autoregressive.common.errors import UserError
+from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service_links import is_service_link
 from autoregressive.serve.web.settings import build_server_parser, read_arguments
@@ -105,4 +106,4 @@ def test_a_platforms_number_of_workers_is_ignored(value: str, monkeypatch: pytes
     async def app(scope: object, receive: object, send: object) -> None:
         raise NotImplementedError
 
-    assert QuietServer(app, shutdown=1.0).config.workers == 1
+    assert QuietServer(app, 1.0, Connections(8, 2**20)).config.workers == 1

@@ -23,6 +23,8 @@ with signals_watched(__name__) as WATCH:  # from the first line on
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import settle_heap
     from autoregressive.serve.logs import ServiceLogs, service_logs
+    from autoregressive.serve.web.connections import Connections
+    from autoregressive.serve.web.descriptors import raise_descriptor_limit
     from autoregressive.serve.web.dispatcher import Dispatcher
     from autoregressive.serve.web.ending import Ending
     from autoregressive.serve.web.front import FrontRecipe
@@ -160,6 +162,7 @@ def serve(
     """
     watch = watch or SignalWatch()
     with service_logs(settings.log_level) as logs:
+        raise_descriptor_limit()
         return asyncio.run(_serve(settings, model, recipe, listeners, start, watch, logs))
 
 
@@ -213,7 +216,9 @@ async def _serve_here(
 ) -> None:
     """HTTP in this process."""
     app, encoders = build_service_app(settings, model, dispatcher, address)
-    server = Server(app, ending, settings.patience.shutdown)
+    connections = Connections(settings.max_connections, settings.max_buffered_bytes)
+    dispatcher.metrics.connection_stats = lambda: connections.stats
+    server = Server(app, ending, settings.patience.shutdown, connections)
     settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
     try:

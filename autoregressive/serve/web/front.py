@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from autoregressive.serve.heap import settle_heap
 from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS, AwakeClock
 from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.errors import ApiError, not_ready
 from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
 from autoregressive.serve.web.jobs import Job
@@ -34,12 +35,18 @@ class RemoteDesk:
         finish: called when the front is to end; with True: without waiting for anything.
         alone: called when the dispatcher's process has gone.
         patience: seconds after which a dispatcher that does not respond is given up, and the front ends.
+        connection_stats: of this process, which the dispatcher is told.
     """
 
     def __init__(
-        self, connection: socket.socket, finish: Callable[[bool], None], alone: Callable[[], None], patience: float
+        self,
+        connection: socket.socket,
+        finish: Callable[[bool], None],
+        alone: Callable[[], None],
+        patience: float,
+        connection_stats: Callable[[], ConnectionStats] = ConnectionStats,
     ) -> None:
-        self._finish, self._patience = finish, patience
+        self._finish, self._patience, self._connection_stats = finish, patience, connection_stats
         self._clock = AwakeClock()
         self._heard_at = self._clock.now()
         self._state = State(None, "the service is being loaded: try again soon", 5, 1, (), ())
@@ -135,7 +142,7 @@ class RemoteDesk:
             now = self._clock.now()
             if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
                 told_at = now
-                self._channel.put(Up())
+                self._channel.put(Up(**vars(self._connection_stats())))
             await asyncio.sleep(TICK_SECONDS)
         _log.critical("the dispatcher has not been heard of for %g seconds: this process ends", self._patience)
         for job in list(self._jobs.values()):
@@ -193,9 +200,11 @@ class FrontRecipe:
             server.should_exit = True
             server.force_exit |= at_once  # this may come first: it overtakes
 
-        desk = RemoteDesk(connection, finish, lambda: sys.exit(1), self.settings.patience.step)
-        app, encoders = build_service_app(self.settings, self.model, desk, self.address, self.share)
-        server = QuietServer(app, self.settings.patience.shutdown)
+        settings = self.settings
+        connections = Connections(settings.max_connections, settings.max_buffered_bytes)
+        desk = RemoteDesk(connection, finish, lambda: sys.exit(1), settings.patience.step, lambda: connections.stats)
+        app, encoders = build_service_app(settings, self.model, desk, self.address, self.share)
+        server = QuietServer(app, settings.patience.shutdown, connections)
         settle_heap()
         await server.serve(sockets=[listener])
         encoders.shutdown(wait=False, cancel_futures=True)

@@ -13,7 +13,14 @@ from autoregressive.serve.worker import messages
 
 @dataclass(frozen=True)
 class Up:
-    """The front answers. Its event loop says so several times a second: it is the front's heartbeat."""
+    """The front answers, and has these connections: the fields of a `ConnectionStats`. Its event
+    loop says so several times a second: it is the front's heartbeat."""
+
+    connections: int
+    shed: int
+    refused: int
+    dropped: int
+    buffered_bytes: int
 
 
 @dataclass(frozen=True)

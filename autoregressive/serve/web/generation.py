@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import anyio.to_thread
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from autoregressive.serve.web.clients import client_of
 from autoregressive.serve.web.desk import Desk
@@ -47,6 +49,7 @@ FAILED = "failed"  # in a request's state: its stream broke off for a reason of 
 _log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
 _KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
+_EMPTY_PICTURE = b'"b64_json":""'
 _SILENCE = b": waiting\n\n"
 _QUEUE_LOOK_SECONDS = 0.5  # so often a waiting reader's place in the queue is looked at
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -170,30 +173,35 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
             await studio.check_store(order.n)
         job = await desk.accept(order)
         output_format = body.output_format or "png"
-        data: dict[int, ImageData] = {}
         pictures: dict[int, bytes] = {}  # stored together, so that none is evicted for another one's sake
+        texts: dict[int, bytes] = {}
+        urls: list[str] = []
 
         async def keep(image: Image) -> None:
             if stores:
                 pictures[image.image] = await studio.picture(order, image, output_format, body.output_compression)
             else:
                 text = await studio.picture_text(order, image, output_format, body.output_compression)
-                data[image.image] = ImageData(b64_json=text.decode())
+                texts[image.image] = text
+                job.answer_bytes += len(text)
 
         await _until_drawn(studio, request, job, keep)
         if stores:
             urls = await studio.save([pictures[image] for image in sorted(pictures)], output_format)
-            data = {image: ImageData(url=url) for image, url in enumerate(urls)}
         answer = ImagesAnswer(
             created=int(time.time()),
-            data=[data[image] for image in sorted(data)],
+            data=[
+                ImageData(url=urls[image]) if stores else ImageData(b64_json="")
+                for image in range(order.n)
+            ],
             size=model.size,
             output_format=output_format,
             usage=Usage.of(order.n, model.tokens_of_image),
             model=model.name,
             seed=order.params.seed,
         )
-        return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+        text = answer.model_dump_json(exclude_none=True).encode()
+        return _PicturesResponse(job, text, [texts[image] for image in sorted(texts)])
 
     @app.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse, tags=_TAGS)
     async def stream_images(body: StreamRequest, request: Request) -> Response:
@@ -339,6 +347,35 @@ class _PageEvents:
             size=model.size,
             grid=model.grid,
         )
+
+
+class _PicturesResponse(Response):
+    """A JSON answer whose pictures go in one by one, and are let go of once they are sent: nothing
+    holds them twice.
+
+    Args:
+        text: the answer with an empty `b64_json` for each picture.
+        pictures: base64.
+    """
+
+    def __init__(self, job: Job, text: bytes, pictures: list[bytes]) -> None:
+        self._job = job
+        # Inside a JSON string the quotation marks would be escaped.
+        first, *others = text.split(_EMPTY_PICTURE)
+        self._parts = deque([first])
+        for picture, other in zip(pictures, others, strict=True):
+            self._parts += (_EMPTY_PICTURE[:-1], picture, _EMPTY_PICTURE[-1:] + other)
+        length = str(sum(map(len, self._parts)))
+        super().__init__(headers={"Content-Length": length}, media_type="application/json")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        while self._parts:
+            part = self._parts.popleft()  # the server counts it from now on
+            self._job.answer_bytes = sum(map(len, self._parts))
+            await send({"type": "http.response.body", "body": part, "more_body": bool(self._parts)})
 
 
 async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callable[[Image], Awaitable[None]]) -> None:

@@ -13,7 +13,16 @@ from typing import Any
 
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
-from autoregressive.serve.web.http_protocol import CUT, REFUSED, REQUEST_ID
+from autoregressive.serve.web.http_protocol import (
+    BODY_BYTES,
+    CONNECTION,
+    CUT,
+    REFUSED,
+    REQUEST_ID,
+    SHED,
+    UNSENT_BYTES,
+    PatientProtocol,
+)
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.logs import REQUESTS, new_request_id
 from autoregressive.serve.web.turns import Turns
@@ -29,7 +38,16 @@ MOST_BODY_BYTES = 2**20
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
+_RETRY_SECONDS = 5
+_CLOSE = (b"connection", b"close")
+_VERSIONS = ("1.0", "1.1", "2", "3")  # the latter two behind another server than ours
 _log = logging.getLogger(REQUESTS)
+
+
+def _connection_of(scope: Scope) -> PatientProtocol | None:
+    """What the request came through; None behind another server."""
+    connection: PatientProtocol | None = scope["state"].get(CONNECTION)
+    return connection
 
 
 async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
@@ -68,15 +86,22 @@ class RequestLog:
             nonlocal status, sent, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", number.encode())]
+                headers = [*message.get("headers", []), (b"x-request-id", number.encode())]
+                connection = _connection_of(scope)
+                early = connection is not None and connection.sends
+                if early and _CLOSE not in headers:  # the rest of its body is not read
+                    headers.append(_CLOSE)
+                message["headers"] = headers
                 await send(message)
                 return
             body = message.get("body", b"")
             sent += len(body)
             more = message.get("more_body", False)
+            scope["state"][UNSENT_BYTES] = len(body)
             for start in range(0, max(1, len(body)), _CHUNK_BYTES):
                 end = start + _CHUNK_BYTES
                 await send({**message, "body": body[start:end], "more_body": more or end < len(body)})
+            scope["state"][UNSENT_BYTES] = 0
             complete = not more
 
         failure = None
@@ -94,6 +119,7 @@ class RequestLog:
             if status == 0:
                 await answer(send_numbered, internal_error())
         finally:
+            scope["state"] |= {BODY_BYTES: 0, UNSENT_BYTES: 0}
             number = scope["state"].get(REQUEST_ID, number)
             if REFUSED in scope["state"]:
                 status, sent = scope["state"][REFUSED]
@@ -120,7 +146,10 @@ class RequestLog:
             broken = failure is not None or FAILED in scope["state"]
             line["outcome"] = "failed" if broken and status != 499 else _outcome(status, job)
             self._count(line["outcome"])
-        _log.log(logging.ERROR if failure is not None else logging.INFO, "request", extra={"fields": line}, exc_info=failure)
+        level = logging.ERROR if failure is not None else logging.INFO
+        if SHED in scope["state"]:  # a line a second tells of all of them
+            level = logging.DEBUG
+        _log.log(level, "request", extra={"fields": line}, exc_info=failure)
 
     def _shown(self, text: str) -> str:
         shown = text
@@ -195,7 +224,11 @@ class OneDrawingATurn:
 
 
 class SizeLimits:
-    """Refuses headers and bodies that are too large, and reads the whole body before the route is called."""
+    """Refuses headers and bodies that are too large, and reads the whole body before the route is
+    called.
+
+    When connections hold too much already, no body is read: what would be drawn is refused.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -205,36 +238,61 @@ class SizeLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = scope["headers"]
-        target = len(scope["raw_path"]) + len(scope["query_string"])
-        if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-            await answer(send, ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large"))
+        scope.setdefault("state", {})
+        scope["state"][BODY_BYTES] = 0
+        draws = scope["path"] in DRAWING_PATHS
+        if (error := _unreadable(scope)) is not None:
+            await answer(send, error, last=error.status == 400)
             return
-        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:  # a proxy may believe the other one
-            await answer(send, ApiError(400, "the request has two lengths", "bad_request"), last=True)
+        connection = _connection_of(scope)
+        overload = connection.overload if draws and connection is not None else None
+        if overload is not None:
+            await answer(send, ApiError(503, overload, "overloaded", None, _RETRY_SECONDS))
             return
-        lengths = [value for name, value in headers if name == b"content-length"]
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
         too_large = any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths)
-        body = b""
+        parts: list[bytes] = []  # a buffer that grows would be larger than what is in it
+        size = 0
         more = not too_large
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            too_large = len(body) > MOST_BODY_BYTES
-            more = more and not too_large
+            part = message.get("body", b"")
+            size += len(part)
+            if draws:  # other routes have no use for one
+                parts.append(part)
+                scope["state"][BODY_BYTES] = size
+            too_large = size > MOST_BODY_BYTES
+            more = message.get("more_body", False) and not too_large
         if too_large:
             await answer(send, ApiError(413, "the body is too large: at most 1 MiB", "body_too_large"))
             return
-        replayed = False
+        whole: bytes | None = b"".join(parts)
+        parts.clear()
+        scope["state"][BODY_BYTES] *= 2  # as bytes, and as what they say: the framework keeps both
 
         async def receive_again() -> Message:
-            nonlocal replayed
-            if not replayed:
-                replayed = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()
+            nonlocal whole
+            if whole is None:
+                return await receive()
+            message, whole = {"type": "http.request", "body": whole, "more_body": False}, None
+            return message
 
         await self._app(scope, receive_again, send)
+
+
+def _unreadable(scope: Scope) -> ApiError | None:
+    """Why a request is refused before its body is read."""
+    headers = scope["headers"]
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
+        return ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large")
+    names = {name for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
+        return ApiError(400, "the request has two lengths", "bad_request")
+    if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
+        return ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
+    if scope["http_version"] not in _VERSIONS:
+        return ApiError(400, "this service speaks HTTP/1.1", "bad_request")
+    return None

@@ -6,18 +6,34 @@ import json
 import logging
 import socket
 import sys
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from autoregressive.serve.web.connections import Connections, Phase
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.logs import REQUESTS, new_request_id
+from autoregressive.serve.web.strict_http import read_strictly
 
 SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
-READ_SECONDS = 20.0  # for a client to take what waits for it: 64 KiB at most
+# A client has so many seconds to take what waits for it. Each byte that it takes gives it time
+# back, as long as a client of the least rate takes for it; time in which nothing waits for it does
+# not count.
+READ_SECONDS = 20.0
+LEAST_READ_BYTES_PER_SECOND = 8 * 2**10
+# After an answer that came before the end of its request: what the client still sends is read and
+# dropped, for so long and so much. If it were not read, the system would reset the connection, and
+# the client would lose the answer.
+LINGER_SECONDS = 10.0
+LINGER_BYTES = 16 * 2**20
 
 # In a request's state:
+CONNECTION = "connection"  # the `PatientProtocol` that it came through
+BODY_BYTES = "body_bytes"  # what is held of its body
+UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the connection yet
+JOB = "job"  # what is drawn for it
+SHED = "shed"  # the connection was closed for another's sake before the request was complete
 CUT = "cut"  # the connection went before the answer was complete
 REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
 REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
@@ -30,71 +46,206 @@ _REFUSALS = {
 _log = logging.getLogger(REQUESTS)
 
 
-class PatientProtocol(H11Protocol):
-    """Drops who is too slow. Headers that are too large are answered by 431, what is not HTTP by 400."""
+class _Transport:
+    """A connection's transport as uvicorn sees it: counts what is written, and leaves it to the
+    protocol how it is closed."""
 
-    _sender_timer: asyncio.TimerHandle | None = None
-    _reader_timer: asyncio.TimerHandle | None = None
-    _flush_timer: asyncio.TimerHandle | None = None
+    def __init__(self, transport: asyncio.Transport, protocol: "PatientProtocol") -> None:
+        self._transport, self._protocol = transport, protocol
+        self.written_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self.written_bytes += len(data)
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._protocol.close_gently(self._transport)
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingers or self._transport.is_closing()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class PatientProtocol(H11Protocol):
+    """Drops who is too slow. Headers that are too large are answered by 431, what is not HTTP by
+    400.
+
+    Args:
+        connections: where this one is known; None: it is alone.
+    """
+
+    def __init__(
+        self, *arguments: Any, connections: Connections | None = None, **keywords: Any
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        read_strictly(self.conn)
+        self._connections = connections or Connections(most=2**20, most_bytes=2**40)
+        self._sender_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self.lingers = False  # the answer is written, and what the client still sends is dropped
+        self._lingered_bytes = 0
+        self._read_seconds = READ_SECONDS  # that the client has left to take what waits
+        self._taken_bytes = 0  # by the client, or by the system for it
+        self._is_unwanted = False  # closed before it was open
+        self._real_transport: asyncio.Transport  # once it is open
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Waits for the first request."""
-        super().connection_made(transport)
+        self._real_transport = transport
+        super().connection_made(cast(asyncio.Transport, _Transport(transport, self)))
         # asyncio does this only where a socket names its protocol. Without it the second part of an answer waits 40 ms for the
         # client to confirm the first.
         with contextlib.suppress(OSError):  # it has left already
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
+        self._tell_phase()
+        if self._is_unwanted:
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits for nothing any more."""
+        self._connections.remove(self)
         self._stop_sender_timer()
-        self._stop_reader_timer()
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         if self.cycle is not None and not self.cycle.response_complete:
             self.scope["state"][CUT] = True
+        if self.scope is not None:
+            # Else each would keep the other until the garbage collector comes.
+            self.scope["state"].pop(CONNECTION, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Part of a request, or of one that is to be answered later."""
+        if self.lingers:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES:
+                self._real_transport.close()
+            return
         super().data_received(data)
         self._watch_sender()
         if self.conn.their_state is h11.DONE and self.flow.read_paused:
             # uvicorn has stopped reading, and so would not notice that the client leaves before it is answered.
-            if len(self.conn.trailing_data[0]) > _MOST_AHEAD_BYTES:
+            if self._unread_bytes > _MOST_AHEAD_BYTES:
                 self.transport.abort()
             else:
                 self.flow.resume_reading()
+        self._tell_phase()
+        if self._phase in (Phase.HEAD, Phase.BODY):
+            self._connections.add_bytes(len(data))
+
+    def handle_events(self) -> None:
+        """Reads what has come; a request gets to know the connection that it came through."""
+        super().handle_events()
+        if self.scope is not None:
+            self.scope["state"].setdefault(CONNECTION, self)
 
     def on_response_complete(self) -> None:
         """An answer is written, though perhaps not read; the next request may be here in part."""
         self._stop_sender_timer()
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.SEND_BODY or self._unread_bytes:
             self._watch_sender()
-        self._watch_flush()
+        self._tell_phase()
 
-    def _watch_flush(self) -> None:
-        """What is left of a complete answer has to be taken, too: closing waits for that for ever."""
-        if self._flush_timer is None and self.transport.get_write_buffer_size() > 0:
-            self._flush_timer = self.loop.call_later(READ_SECONDS, self._abort_if_unread)
+    def shutdown(self) -> None:
+        """The server ends: closes it, or lets its answer be finished first."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._real_transport.close()
+        else:
+            super().shutdown()
 
-    def _abort_if_unread(self) -> None:
-        self._flush_timer = None
-        if self.transport.get_write_buffer_size() > 0 and (self.cycle is None or self.cycle.response_complete):
-            self.transport.abort()
+    @property
+    def overload(self) -> str | None:
+        """Why no drawing is accepted now, as far as connections go."""
+        return self._connections.overload
 
-    def pause_writing(self) -> None:
-        """The client does not read as fast as it is written to."""
-        super().pause_writing()
-        if self._reader_timer is None:
-            self._reader_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
+    @property
+    def sends(self) -> bool:
+        """Whether the client is in the middle of a body, as far as is known."""
+        return self.conn.their_state is h11.SEND_BODY
 
-    def resume_writing(self) -> None:
-        """It has caught up."""
-        self._stop_reader_timer()
-        super().resume_writing()
+    @property
+    def held_bytes(self) -> int:
+        """What this process holds of its requests and answers."""
+        held: int = self._unread_bytes + self.transport.get_write_buffer_size()
+        if self.scope is not None:
+            state = self.scope["state"]
+            held += len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
+            held += getattr(state.get(JOB), "held_bytes", 0)
+        return held
+
+    @property
+    def patience_left(self) -> float | None:
+        """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
+        client."""
+        if self.transport.get_write_buffer_size() > 0:
+            return self._read_seconds
+        return None if self._sender_timer is None else self._sender_timer.when() - self.loop.time()
+
+    def look(self, seconds: float) -> None:
+        """Sees whether the client takes what waits for it; so many seconds after the last time."""
+        waiting = self.transport.get_write_buffer_size()
+        taken = cast(_Transport, self.transport).written_bytes - waiting
+        new, self._taken_bytes = taken - self._taken_bytes, taken
+        left = self._read_seconds - seconds + new / LEAST_READ_BYTES_PER_SECOND
+        self._read_seconds = min(left, READ_SECONDS) if waiting > 0 else READ_SECONDS
+        if self._read_seconds <= 0:
+            self._connections.count_dropped()
+            self.drop()
+        self._tell_phase()
+
+    def drop(self) -> None:
+        """Closes it; its answer is cut off, if there is one."""
+        self.transport.abort()
+
+    def close_idle(self) -> None:
+        """Closes it; what is written is still delivered."""
+        if self.transport is None:
+            self._is_unwanted = True
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.scope["state"][SHED] = True
+        self._real_transport.close()
+
+    def close_gently(self, transport: asyncio.Transport) -> None:
+        """Closes it when what is written is sent, and the client has had time to read it before
+        what it still sends is refused."""
+        if self.lingers or transport.is_closing():
+            return
+        if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR) and not self._unread_bytes:
+            transport.close()
+            return
+        self.lingers = True
+        self._stop_sender_timer()
+        try:
+            transport.write_eof()
+        except OSError:  # it has left
+            transport.close()
+            return
+        self.flow.resume_reading()
+        self._linger_timer = self.loop.call_later(LINGER_SECONDS, transport.close)
+        self._tell_phase()
+
+    @property
+    def _unread_bytes(self) -> int:
+        """That have come and are no event yet. h11 gives them, too, but copies them for that."""
+        return len(self.conn._receive_buffer)
+
+    @property
+    def _phase(self) -> Phase:
+        if self.cycle is not None and not self.cycle.response_complete:
+            incomplete = self.cycle.more_body and not self.cycle.response_started
+            return Phase.BODY if incomplete else Phase.ANSWER
+        if self.transport.get_write_buffer_size() > 0:
+            return Phase.ANSWER
+        return Phase.HEAD if self.lingers or self.sends or self._unread_bytes else Phase.IDLE
+
+    def _tell_phase(self) -> None:
+        if not self._real_transport.is_closing():  # else it keeps its phase until it is gone
+            self._connections.move(self, self._phase)
 
     def send_400_response(self, msg: str) -> None:
         """The end of a connection that does not speak HTTP; the reason is in the exception that is being handled."""
@@ -117,7 +268,6 @@ class PatientProtocol(H11Protocol):
         for part in parts:
             self.transport.write(self.conn.send(part))
         self.transport.close()
-        self._watch_flush()
         if self.cycle is not None and not self.cycle.response_complete:  # it was a request before; the line is written at its end
             self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
             return
@@ -130,14 +280,14 @@ class PatientProtocol(H11Protocol):
         if complete:
             self._stop_sender_timer()
         elif self._sender_timer is None and not self.transport.is_closing():
-            self._sender_timer = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+            self._sender_timer = self.loop.call_later(SEND_SECONDS, self._drop_sender)
+
+    def _drop_sender(self) -> None:
+        if self._phase is not Phase.IDLE:  # whoever has sent nothing is not slow
+            self._connections.count_dropped()
+        self.drop()
 
     def _stop_sender_timer(self) -> None:
         if self._sender_timer is not None:
             self._sender_timer.cancel()
             self._sender_timer = None
-
-    def _stop_reader_timer(self) -> None:
-        if self._reader_timer is not None:
-            self._reader_timer.cancel()
-            self._reader_timer = None

@@ -11,6 +11,7 @@ from typing import assert_never
 
 from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS
 from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.ending import Ending
 from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
@@ -40,6 +41,7 @@ class FrontLink:
         self._dispatcher, self._gone = dispatcher, gone
         self._jobs: dict[int, Job] = {}  # by the front's numbers
         self.up = False  # whether it answers
+        self.connection_stats = ConnectionStats()
         self._heard_at = dispatcher.clock.now()
         self._told: State | None = None
         self._channel = Channel(connection, KINDS, self._take, self._leave)
@@ -75,6 +77,7 @@ class FrontLink:
         match message:
             case Up():
                 self.up = True
+                self.connection_stats = ConnectionStats(**vars(message))
             case Submit():
                 self._submit(message)
             case Cancel(job=number):
@@ -127,6 +130,9 @@ class Hub:
         self.failure: str | None = None
         self._ends = False  # fronts that go are not lost
         self._fronts: list[FrontLink] = []
+        dispatcher.metrics.connection_stats = lambda: sum(
+            (front.connection_stats for front in self._fronts), ConnectionStats()
+        )
         try:
             for recipe, listener in recipes:
                 self._fronts.append(FrontLink(recipe, listener, dispatcher, self._lose_front))

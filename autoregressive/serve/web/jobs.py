@@ -27,6 +27,7 @@ class Job:
     decode_seconds: float = 0.0
     reserved: bool = False  # rows were free for it when it came: it waits for no other
     abandoned: bool = False  # nobody reads its events any more
+    answer_bytes: int = 0  # of its images' files that wait to be sent
     forward: Callable[[JobEvent], None] | None = None  # where events go, if the mailbox is in another process
     _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)  # in the order of their coming
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -65,6 +66,14 @@ class Job:
         """Nobody reads its events any more: what has come, and what will, is dropped."""
         self.abandoned = True
         self._events.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of pixels, codes and files that wait for its reader in this process."""
+        events = self._events.values()
+        images = sum(len(event.data) for event in events if isinstance(event, Image))
+        previews = sum(len(event.pixels) for event in events if isinstance(event, Preview))
+        return self.answer_bytes + images + previews
 
     @property
     def has_news(self) -> bool:

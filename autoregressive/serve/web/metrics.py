@@ -1,11 +1,12 @@
 """What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the library's global one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.jobs import Job
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
@@ -23,11 +24,39 @@ class _Count(Collector):
         yield CounterMetricFamily(self._name, self._text, value=self._value())
 
 
+class _ConnectionCollector(Collector):
+    """What the processes that answer HTTP tell of their connections.
+
+    Args:
+        stats: their sum.
+    """
+
+    def __init__(self, stats: Callable[[], ConnectionStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """The values of this moment."""
+        stats = self._stats()
+        name = "llamagen:http_connections"
+        yield GaugeMetricFamily(name, "Open HTTP connections.", stats.connections)
+        for kind, text, value in (
+            ("shed", "Idle connections that were closed for new ones.", stats.shed),
+            ("refused", "Connections that were refused: all others were busy.", stats.refused),
+            ("dropped", "Connections whose clients read or sent too slowly.", stats.dropped),
+        ):
+            yield CounterMetricFamily(f"{name}_{kind}", text, value)
+        text = "Bytes of unread answers and unfinished requests."
+        yield GaugeMetricFamily("llamagen:http_buffered_bytes", text, stats.buffered_bytes)
+
+
 class Metrics:
     """Counters and histograms, and gauges that are read when they are asked for.
 
     Args:
         running, waiting, page_use: what the gauges show.
+
+    Attributes:
+        connection_stats: tells of the connections of all processes that answer HTTP.
     """
 
     def __init__(self, running: Callable[[], float], waiting: Callable[[], float], page_use: Callable[[], float]) -> None:
@@ -54,6 +83,8 @@ class Metrics:
         self._tokens = counter("generation_tokens", "Image tokens of finished requests.")
         self._images = counter("images", "Images of finished requests.")
         self.requests = counter("requests", "Requests for images or codes by outcome.", "outcome")
+        self.connection_stats: Callable[[], ConnectionStats] = ConnectionStats
+        self.registry.register(_ConnectionCollector(lambda: self.connection_stats()))
 
     def show_dropped_lines(self, count: Callable[[], int]) -> None:
         """Adds the lines of the log that could not be written."""

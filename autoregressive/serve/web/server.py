@@ -1,11 +1,16 @@
 """uvicorn around the application."""
 
+import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
 
+from autoregressive.serve.web.acceptor import Acceptor
+from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.ending import Ending
 from autoregressive.serve.web.guards import MOST_HEADER_BYTES, App
 from autoregressive.serve.web.http_protocol import PatientProtocol
@@ -39,8 +44,24 @@ def _config(app: App, shutdown: float) -> uvicorn.Config:
 class QuietServer(uvicorn.Server):
     """Runs until `should_exit` is set; signals are for others."""
 
-    def __init__(self, app: App, shutdown: float) -> None:
+    def __init__(self, app: App, shutdown: float, connections: Connections) -> None:
         super().__init__(_config(app, shutdown))
+        self._connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts connections in a way of our own."""
+        await self.lifespan.startup()
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> PatientProtocol:
+            state: dict[str, Any] = self.lifespan.state
+            return PatientProtocol(
+                self.config, self.server_state, state, loop, connections=self._connections
+            )
+
+        acceptors = [Acceptor(listener, protocol, self._connections) for listener in sockets or []]
+        self.servers = cast(list[asyncio.Server], acceptors)  # closed, and waited for, by uvicorn
+        self.started = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -55,8 +76,8 @@ class Server(QuietServer):
         shutdown: seconds that accepted work has to finish.
     """
 
-    def __init__(self, app: App, ending: Ending, shutdown: float) -> None:
-        super().__init__(app, shutdown)
+    def __init__(self, app: App, ending: Ending, shutdown: float, connections: Connections) -> None:
+        super().__init__(app, shutdown, connections)
         self._ending = ending
         ending.hurry = self._hurry
 

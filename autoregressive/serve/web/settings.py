@@ -25,6 +25,7 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from autoregressive.serve.web.addresses import is_loopback
 from autoregressive.serve.web.clients import check_forwarded_allow_ips
+from autoregressive.serve.web.descriptors import connection_limit
 from autoregressive.serve.web.dispatcher import Patience
 from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.service_links import is_service_link
@@ -39,6 +40,7 @@ _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warni
 _STORED = 1000
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
 _MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+_BUFFERED_MIB = 256
 _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_MESSAGE = 500
 _MOST_CONFIG_BYTES = 65536
@@ -62,6 +64,8 @@ class ServerSettings:
     api_keys: tuple[str, ...]  # clients send one of them; none: everybody may use the service
     max_queue_size: int
     forwarded_allow_ips: str | None  # proxies whose X-Forwarded-For counts; None: nobody's
+    max_connections: int  # of each process that answers HTTP
+    max_buffered_bytes: int  # likewise
     patience: Patience
     store: Path | None
     stored_images: int
@@ -124,6 +128,21 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
         "--forwarded-allow-ips",
         metavar="LIST",
         help="addresses and networks of proxies whose X-Forwarded-For says where a client is, or * (default: none)",
+    )
+    group.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="of each process that answers HTTP "
+        "(default: 4096, or what the limit of open files allows)",
+    )
+    group.add_argument(
+        "--max-buffered-mib",
+        type=int,
+        metavar="MIB",
+        help="of unread answers and unfinished requests, in each process that answers HTTP; above "
+        "half of it drawings are refused, above it the slowest clients are dropped "
+        f"(default: {_BUFFERED_MIB})",
     )
     group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
     group.add_argument(
@@ -302,6 +321,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         api_keys=keys,
         max_queue_size=_at_least(arguments, "max_queue_size", _QUEUE, 0),
         forwarded_allow_ips=arguments.forwarded_allow_ips,
+        max_connections=connection_limit(_asked(arguments, "max_connections", 8), engines + fronts),
+        max_buffered_bytes=_at_least(arguments, "max_buffered_mib", _BUFFERED_MIB, 16) * 2**20,
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
         stored_images=stored,
@@ -376,6 +397,10 @@ def _at_least(arguments: argparse.Namespace, name: str, default: int, least: int
     if not least <= value <= most:
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")
     return value
+
+
+def _asked(arguments: argparse.Namespace, name: str, least: int) -> int | None:
+    return None if getattr(arguments, name) is None else _at_least(arguments, name, least, least)
 
 
 def _is_header_text(text: str) -> bool:

@@ -1,0 +1,234 @@
+"""The HTTP connections of this process: how many there may be, what they hold, and which are closed
+when that is too much."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+_LOOK_SECONDS = 0.2  # so often the connections are looked at
+_GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it counts as idle
+_LOG_SECONDS = 1.0  # between two lines of the log
+_FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
+_log = logging.getLogger("llamagen.connections")
+
+
+class Phase(Enum):
+    """What a connection does."""
+
+    IDLE = auto()  # no byte of a request has come
+    HEAD = auto()  # a part of its headers has; or its answer is written, and the client still sends
+    BODY = auto()  # a part of its body has
+    ANSWER = (
+        auto()
+    )  # the request is complete, and its answer is made or sent: never closed for another's sake
+
+
+_SHED_ORDER = (Phase.IDLE, Phase.HEAD, Phase.BODY)
+
+
+class Connection(Protocol):
+    """A connection as this module needs it."""
+
+    def look(self, seconds: float) -> None:
+        """Called again and again; so many seconds after the last time."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What this process holds of its requests and answers."""
+
+    @property
+    def patience_left(self) -> float | None:
+        """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
+        client."""
+
+    def drop(self) -> None:
+        """Closes it; its answer is cut off, if there is one."""
+
+    def close_idle(self) -> None:
+        """Closes it; what is written is still delivered."""
+
+
+@dataclass(frozen=True)
+class ConnectionStats:
+    """For the metrics."""
+
+    connections: int = 0
+    shed: int = 0  # closed to make room for new ones
+    refused: int = 0  # new ones, because all others were busy
+    dropped: int = 0  # because their clients read or sent too slowly
+    buffered_bytes: int = (
+        0  # answers that wait for their readers, and requests that are not complete
+    )
+
+    def __add__(self, other: "ConnectionStats") -> "ConnectionStats":
+        return ConnectionStats(
+            *(
+                ours + theirs
+                for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
+            )
+        )
+
+
+class Connections:
+    """Used in one event loop.
+
+    When `most` are open and a new one comes, the one that has been idle for longest is closed. When
+    they hold more than half of `most_bytes`, no drawings are accepted; when they hold more than all
+    of it, the slowest clients are dropped.
+
+    Args:
+        most: that may be open.
+        most_bytes: that they may hold.
+    """
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self.buffered_bytes = 0  # when they were last looked at, and what has come since then
+        self._phases: dict[Connection, Phase] = {}
+        # Since when each has been waiting for a request, or for the rest of one; the longest first,
+        # or nearly so.
+        self._by_phase: dict[Phase, dict[Connection, float]] = {phase: {} for phase in Phase}
+        self._shed = self._refused = self._dropped = self._starved = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._looked_at = 0.0
+        self._logged_at = 0.0
+        self._logged = (0, 0, 0, 0)
+
+    @property
+    def stats(self) -> ConnectionStats:
+        """At this moment."""
+        return ConnectionStats(
+            len(self._phases), self._shed, self._refused, self._dropped, self.buffered_bytes
+        )
+
+    @property
+    def overload(self) -> str | None:
+        """Why no drawing is accepted now."""
+        if self.buffered_bytes > self.most_bytes // 2:
+            return "too much waits for clients that read or send slowly: try again later"
+        if len(self._by_phase[Phase.ANSWER]) >= self.most - max(1, int(self.most * _FREE_SHARE)):
+            return "too many connections are busy: try again later"
+        return None
+
+    def make_room(self) -> bool:
+        """Whether another connection may be opened; closes the one that has been idle for longest,
+        if it must."""
+        if len(self._phases) < self.most or self.shed():
+            return True
+        self._refused += 1
+        return False
+
+    def shed(self) -> bool:
+        """Closes a connection; whether there was one that may be closed.
+
+        That is the one that has been idle for longest; if none has been for a while, the one that
+        has been sending its headers for longest, then its body. If all are new, it is the oldest: a
+        client that has only just come is not closed for another that sends no more.
+        """
+        oldest = [
+            next(iter(of_phase.items()))
+            for phase in _SHED_ORDER
+            if (of_phase := self._by_phase[phase])
+        ]
+        if not oldest:
+            return False
+        before = time.monotonic() - _GRACE_SECONDS
+        connection, _ = next(
+            (one for one in oldest if one[1] <= before), min(oldest, key=lambda one: one[1])
+        )
+        self.remove(connection)
+        self._shed += 1
+        connection.close_idle()
+        return True
+
+    def starve(self) -> None:
+        """The system has no descriptor or no memory for another connection."""
+        self._starved += 1
+        self.shed()
+
+    def move(self, connection: Connection, phase: Phase) -> None:
+        """A connection is new, or does something else than before."""
+        before = self._phases.get(connection)
+        if before is phase:
+            return
+        since = time.monotonic()
+        if before is not None:
+            waited_since = self._by_phase[before].pop(connection)
+            if before is not Phase.ANSWER:
+                since = waited_since
+        self._phases[connection] = phase
+        self._by_phase[phase][connection] = since
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._looked_at = loop.time()
+            self._timer = loop.call_later(_LOOK_SECONDS, self._look)
+
+    def remove(self, connection: Connection) -> None:
+        """A connection is closed, or about to be; without effect if it is not known."""
+        phase = self._phases.pop(connection, None)
+        if phase is not None:
+            del self._by_phase[phase][connection]
+
+    def add_bytes(self, count: int) -> None:
+        """So many have come, and are held at least until the next look."""
+        self.buffered_bytes += count
+
+    def count_dropped(self) -> None:
+        """A client was too slow."""
+        self._dropped += 1
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        # While this process stood still no client could be served, so that time does not count.
+        seconds, self._looked_at = min(now - self._looked_at, 2 * _LOOK_SECONDS), now
+        busy = [
+            connection
+            for phase in (Phase.HEAD, Phase.BODY, Phase.ANSWER)
+            for connection in self._by_phase[phase]
+        ]
+        for connection in busy:
+            connection.look(seconds)
+        held = {
+            connection: connection.held_bytes for connection in busy if connection in self._phases
+        }
+        self.buffered_bytes = sum(held.values())
+        if self.buffered_bytes > self.most_bytes:
+            self._drop_slowest(held)
+        self._log(now)
+        self._timer = loop.call_later(_LOOK_SECONDS, self._look) if self._phases else None
+
+    def _drop_slowest(self, held: dict[Connection, int]) -> None:
+        """Until the rest fits. One that holds no more than its share is not to blame."""
+        share = self.most_bytes // self.most
+        slow = [
+            (left, connection)
+            for connection in held
+            if (left := connection.patience_left) is not None
+        ]
+        for _, connection in sorted(slow, key=lambda one: one[0]):
+            if self.buffered_bytes <= self.most_bytes:
+                return
+            if held[connection] > share:
+                self.buffered_bytes -= held[connection]
+                self.remove(connection)
+                self.count_dropped()
+                connection.drop()
+
+    def _log(self, now: float) -> None:
+        """At most a line a second, however many connections come and go."""
+        counts = (self._shed, self._refused, self._dropped, self._starved)
+        if counts == self._logged or (self._phases and now - self._logged_at < _LOG_SECONDS):
+            return
+        new = [count - before for count, before in zip(counts, self._logged, strict=True)]
+        fields = dict(zip(("shed", "refused", "dropped", "out_of_descriptors"), new, strict=True))
+        self._logged, self._logged_at = counts, now
+        known = {
+            "connections": len(self._phases),
+            "most": self.most,
+            "buffered_bytes": self.buffered_bytes,
+        }
+        _log.warning("connections were closed", extra={"fields": fields | known})

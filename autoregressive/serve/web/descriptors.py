@@ -1,0 +1,75 @@
+"""How many file descriptors this process may open, and how many connections fit below that."""
+
+import logging
+import resource
+
+from autoregressive.common.errors import UserError
+
+MOST_DESCRIPTORS = 65535  # nobody needs more here, and some systems allow a thousand million
+_DEFAULT_CONNECTIONS = 4096
+_LEAST_CONNECTIONS = 8
+# Beside connections: the standard streams, the event loop's own, listeners, stored files that are
+# being written, libraries' files, and connections that have been closed in this turn of the event
+# loop, or accepted in it.
+_RESERVE = 64
+_RESERVE_FOR_A_CHILD = 4  # a connection to it, its sentinel, and what starting it takes
+# A connection's socket, and the file that its answer is read from.
+_DESCRIPTORS_A_CONNECTION = 2
+_log = logging.getLogger("llamagen.connections")
+
+
+def descriptor_limit() -> int:
+    """What `raise_descriptor_limit` raises the limit to, or finds it at."""
+    soft, hard = (
+        MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in _limits()
+    )
+    return max(soft, min(hard, MOST_DESCRIPTORS))
+
+
+def raise_descriptor_limit() -> None:
+    """Raises the soft limit of this process and of its children to the hard one, or to
+    `MOST_DESCRIPTORS`; the log says so."""
+    soft, hard = _limits()
+    limit = descriptor_limit()
+    if soft == resource.RLIM_INFINITY or limit <= soft:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    except (OSError, ValueError) as error:  # macOS allows fewer than its hard limit says
+        _log.warning(
+            "the limit of open files stays", extra={"fields": {"limit": soft, "reason": str(error)}}
+        )
+        return
+    _log.info(
+        "the limit of open files is raised", extra={"fields": {"before": soft, "limit": limit}}
+    )
+
+
+def connection_limit(asked: int | None, children: int) -> int:
+    """How many connections a process that answers HTTP holds at most.
+
+    Args:
+        asked: for so many; None: the default, or as many as fit.
+        children: processes that it may start.
+
+    Raises:
+        UserError: so many do not fit, or hardly any do.
+    """
+    limit = descriptor_limit()
+    fit = (limit - _RESERVE - _RESERVE_FOR_A_CHILD * children) // _DESCRIPTORS_A_CONNECTION
+    if fit < _LEAST_CONNECTIONS:
+        raise UserError(
+            f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"
+        )
+    if asked is None:
+        return min(fit, _DEFAULT_CONNECTIONS)
+    if asked > fit:
+        most = f"at most {fit} connections fit below the limit of {limit} open files"
+        raise UserError(
+            f"--max-connections {asked}: {most}; ask for fewer, or raise it (ulimit -n)"
+        )
+    return asked
+
+
+def _limits() -> tuple[int, int]:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
