@@ -153,13 +153,13 @@ class Tab:
         return status
 
 
-OPERATIONS = (
+OPERATIONS = [
     "generate_images_v1_images_generations_post",
     "draw_codes_v1_codes_post",
     "list_classes_v1_classes_get",
     "describe_model_v1_models__model_id__get",
     "tell_metrics_metrics_get",
-)
+]
 
 
 def test_what_the_page_fills_in_works(browser: Any, service: Service) -> None:
