@@ -83,7 +83,9 @@ class ForkedChild:
             time.sleep(0.01)
 
 
-def fork_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ForkedChild, socket.socket]:
+def fork_child(
+    run: Callable[..., None], name: str, *sockets: socket.socket
+) -> tuple[ForkedChild, socket.socket]:
     """As `start_child`, without a new interpreter."""
     ours, theirs = process.connect()
     parent = os.getpid()
@@ -137,7 +139,9 @@ class Forge:
     def __init__(self) -> None:
         variables = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=variables)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=variables
+        )
         self._lock = threading.Lock()
 
     def _ask(self, line: dict[str, Any]) -> str:
@@ -146,20 +150,28 @@ class Forge:
         with self._lock:
             self._process.stdin.write(json.dumps(line) + "\n")
             self._process.stdin.flush()
-            assert select.select([self._process.stdout], [], [], _START_SECONDS)[0], "the forge does not answer"
+            assert select.select([self._process.stdout], [], [], _START_SECONDS)[0], (
+                "the forge does not answer"
+            )
             return self._process.stdout.readline()
 
     @contextmanager
     def service(self, folder: Path, *flags: str) -> Iterator[Service]:
         """A service that has begun to load; killed at the end."""
-        running = ForkedService(int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status")
+        running = ForkedService(
+            int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status"
+        )
         try:
             deadline = time.monotonic() + _START_SECONDS
-            while "http://" not in (said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""):
+            while "http://" not in (
+                said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""
+            ):
                 assert time.monotonic() < deadline, "the service does not start"
                 time.sleep(0.02)
             url = said.splitlines()[0].split()[-1]
-            service = Service(cast("subprocess.Popen[str]", running), url, Faults(folder), folder / "stderr")
+            service = Service(
+                cast("subprocess.Popen[str]", running), url, Faults(folder), folder / "stderr"
+            )
             yield service
             service.client.close()
         finally:

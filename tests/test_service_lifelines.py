@@ -41,7 +41,9 @@ class Case:
 CASES = [
     Case(fronts, process, phase, number)
     for fronts, processes in ((1, ("dispatcher", "engine")), (2, ("dispatcher", "engine", "front")))
-    for process, phase, number in itertools.product(processes, _PHASES, (signal.SIGSTOP, signal.SIGKILL))
+    for process, phase, number in itertools.product(
+        processes, _PHASES, (signal.SIGSTOP, signal.SIGKILL)
+    )
 ]
 
 
@@ -49,7 +51,9 @@ CASES = [
 class Outcome:
     """What probes said afterwards."""
 
-    last_200: float  # seconds from the signal until the last probe that was answered by 200 was sent
+    last_200: (
+        float  # seconds from the signal until the last probe that was answered by 200 was sent
+    )
     recovered: bool  # a stopped process that goes on is well again
     log: str
 
@@ -88,8 +92,14 @@ def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
     flags = ("--max-num-seqs", "4", "--step-timeout", "20", "--api-server-count", str(case.fronts))
     with forge.service(folder, *flags) as service:
         client = enter(case.phase, service)
-        service.wait_for(lambda: len(service.children) == (1 if case.fronts == 1 else 1 + case.fronts), 10)
-        pid = {"dispatcher": service.process.pid, "engine": service.children[0], "front": service.children[-1]}[case.process]
+        service.wait_for(
+            lambda: len(service.children) == (1 if case.fronts == 1 else 1 + case.fronts), 10
+        )
+        pid = {
+            "dispatcher": service.process.pid,
+            "engine": service.children[0],
+            "front": service.children[-1],
+        }[case.process]
         # What is stopped while it loads does not get ready.
         path = "/ready" if case.phase == "loading" and case.number == signal.SIGSTOP else "/health"
         os.kill(pid, case.number)
@@ -103,7 +113,9 @@ def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
         if case.number == signal.SIGSTOP and case.phase in ("loading", "idle"):
             os.kill(pid, signal.SIGCONT)
             deadline = time.monotonic() + 20
-            while not (recovered := status(service, "/ready", 2) == 200 == status(service, "/health", 2)):
+            while not (
+                recovered := status(service, "/ready", 2) == 200 == status(service, "/health", 2)
+            ):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
@@ -121,14 +133,20 @@ def outcomes(
     """Of all cases that were asked for; some run at a time."""
     forge = Forge()
     specs = [getattr(item, "callspec", None) for item in request.session.items]
-    cases = [spec.params["case"] for spec in specs if spec is not None and isinstance(spec.params.get("case"), Case)]
+    cases = [
+        spec.params["case"]
+        for spec in specs
+        if spec is not None and isinstance(spec.params.get("case"), Case)
+    ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield {case: pool.submit(walk, case, forge, tmp_path_factory) for case in cases}
     forge.close()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_process_that_stops_or_dies_shows(outcomes: dict[Case, "Future[Outcome]"], case: Case) -> None:
+def test_a_process_that_stops_or_dies_shows(
+    outcomes: dict[Case, "Future[Outcome]"], case: Case
+) -> None:
     """Fails if a probe says that all is well when a process has not run for two seconds, or when it runs again, that it is not."""
     outcome = outcomes[case].result(120)
     assert outcome.last_200 <= NOTICED_SECONDS, outcome.log

@@ -119,7 +119,9 @@ END
 def run_script(what: str, end: str = "") -> tuple[int, str, list[str]]:
     """Status, stdout, and the lines of stderr."""
     script = textwrap.dedent(SCRIPT).replace("BREAK", what).replace("END", end)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     return done.returncode, done.stdout, done.stderr.splitlines()
 
 
@@ -145,8 +147,12 @@ def test_the_last_words_of_the_services_process_are_json() -> None:
     assert "w-a-r-n" in last["exception"]
 
 
-@pytest.mark.parametrize(("fault", "said"), [("raise", "a fault of no known kind"), ("segfault", "Segmentation fault")])
-def test_the_last_words_of_an_engine_are_json(forge: Forge, tmp_path: Path, fault: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "said"), [("raise", "a fault of no known kind"), ("segfault", "Segmentation fault")]
+)
+def test_the_last_words_of_an_engine_are_json(
+    forge: Forge, tmp_path: Path, fault: str, said: str
+) -> None:
     """Fails if an engine's traceback, or what the system says of a fault, is no JSON."""
     with forge.service(tmp_path, "--api-server-count", "2") as service:
         service.wait_until_ready()
@@ -162,7 +168,9 @@ def test_the_last_words_of_an_engine_are_json(forge: Forge, tmp_path: Path, faul
 def test_a_service_whose_log_nobody_reads_serves_and_ends(forge: Forge, tmp_path: Path) -> None:
     """Fails if the service, or its end, waits for a full pipe."""
     os.mkfifo(tmp_path / "stderr")
-    reader = os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK)  # it is open, and that is all
+    reader = os.open(
+        tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK
+    )  # it is open, and that is all
     with forge.service(tmp_path) as service:
         service.wait_until_ready()
         path = f"/{'x' * 190}"

@@ -39,7 +39,9 @@ def forge() -> Iterator[Forge]:
 @pytest.fixture
 def slow_torch(tmp_path: Path) -> dict[str, str]:
     """An environment in which `import torch` says so and never ends."""
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    )
     return os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
 
 
@@ -55,7 +57,11 @@ def run(arguments: list[str], environment: dict[str, str], *before: str) -> "sub
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
     ("number", "status", "said"),
-    [(signal.SIGTERM, 0, "ended by SIGTERM"), (signal.SIGHUP, 0, "ended by SIGHUP"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 0, "ended by SIGTERM"),
+        (signal.SIGHUP, 0, "ended by SIGHUP"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
 )
 def test_while_libraries_are_imported_a_signal_ends_it(
     slow_torch: dict[str, str], start: str, number: signal.Signals, status: int, said: str
@@ -74,10 +80,18 @@ def test_while_libraries_are_imported_a_signal_ends_it(
 def test_process_1_hears_sigterm_while_it_starts(slow_torch: dict[str, str]) -> None:
     """Fails if a container cannot be stopped in its first seconds: process 1 gets no signal that it does not wait for."""
     unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "--pid", "--fork", "true"], capture_output=True, check=False).returncode != 0:
+    if (
+        unshare is None
+        or subprocess.run(
+            [unshare, "--pid", "--fork", "true"], capture_output=True, check=False
+        ).returncode
+        != 0
+    ):
         pytest.skip("needs unshare and the right to use it")
     process = run(STARTS["the file"], slow_torch, unshare, "--pid", "--fork")
-    (child,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    (child,) = map(
+        int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
     os.kill(child, signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 0
@@ -130,7 +144,13 @@ def test_a_hangup_or_ctrl_c_lets_work_finish_and_says_so_at_once(
         service.wait_for(lambda: service.gauges()["num_requests_running"] == 1, 10)
         service.process.send_signal(number)
         said = tmp_path / "stdout"
-        service.wait_for(lambda: "1 request is being finished, for 60 s at most; Ctrl-C or SIGTERM again" in said.read_text(), 1)
+        service.wait_for(
+            lambda: (
+                "1 request is being finished, for 60 s at most; Ctrl-C or SIGTERM again"
+                in said.read_text()
+            ),
+            1,
+        )
         assert status_of(client) == 200
         assert service.process.wait(15) == 0
 
@@ -167,7 +187,12 @@ def test_a_child_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None
     (tmp_path / "slow_to_import.py").write_text(f"{slow}def run(connection):\n    pass\n")
     importing = tmp_path / "importing"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "IMPORTING": str(importing)}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PARENT)], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     assert process.stdout is not None
     child = int(process.stdout.readline())
     deadline = time.monotonic() + 30
@@ -196,27 +221,49 @@ time.sleep(120)
 
 
 @pytest.mark.soak
-def test_a_client_that_vanishes_without_a_word_ends_its_drawing(forge: Forge, tmp_path: Path) -> None:
+def test_a_client_that_vanishes_without_a_word_ends_its_drawing(
+    forge: Forge, tmp_path: Path
+) -> None:
     """Fails if a pulled cable costs three minutes of drawing: nobody closes the connection, and nothing is to be sent on it."""
     ip, space, key = shutil.which("ip"), f"vanish{os.getpid()}", "a-key-for-tests-of-a-network"
-    if ip is None or subprocess.run([ip, "netns", "add", space], capture_output=True, check=False).returncode != 0:
+    if (
+        ip is None
+        or subprocess.run([ip, "netns", "add", space], capture_output=True, check=False).returncode
+        != 0
+    ):
         pytest.skip("needs iproute2 and the right to make a network namespace")
     inside = [ip, "netns", "exec", space]
     try:
         for command in (
-            [ip, "link", "add", "vanish0", "type", "veth", "peer", "name", "vanish1", "netns", space],
+            [
+                ip,
+                "link",
+                "add",
+                "vanish0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "vanish1",
+                "netns",
+                space,
+            ],
             [ip, "address", "add", "10.231.77.1/30", "dev", "vanish0"],
             [ip, "link", "set", "vanish0", "up"],
             [*inside, ip, "address", "add", "10.231.77.2/30", "dev", "vanish1"],
             [*inside, ip, "link", "set", "vanish1", "up"],
         ):
             subprocess.run(command, check=True)
-        with forge.service(tmp_path, "--host", "0.0.0.0", "--api-key", key, "--max-num-seqs", "2") as service:
+        with forge.service(
+            tmp_path, "--host", "0.0.0.0", "--api-key", key, "--max-num-seqs", "2"
+        ) as service:
             port = service.url.rsplit(":", 1)[1]
             service.client.headers["Authorization"] = f"Bearer {key}"
             service.wait_until_ready()
             service.faults.set("step_seconds", "0.3")
-            client = subprocess.Popen([*inside, sys.executable, "-c", CLIENT, "10.231.77.1", port, key])
+            client = subprocess.Popen(
+                [*inside, sys.executable, "-c", CLIENT, "10.231.77.1", port, key]
+            )
             service.wait_for(lambda: service.gauges()["num_requests_running"] == 1, 20)
             subprocess.run([*inside, ip, "link", "set", "vanish1", "down"], check=True)
             seconds = service.wait_for(service.is_empty, 45)

@@ -26,14 +26,22 @@ _PIPE_BYTES = 2**20  # of stderr's pipe, or less where the system allows less
 _READ_BYTES = 64 * 2**10
 _LONGEST_LINE_BYTES = 256 * 2**10  # of what others print
 _LAST_LINES_SECONDS = 1.0  # for waiting lines to be written when the process ends
-_PLAIN = b"\x00plain\x00"  # a line of stderr's pipe: what follows is for people, and passes as it is
+_PLAIN = (
+    b"\x00plain\x00"  # a line of stderr's pipe: what follows is for people, and passes as it is
+)
 _log = logging.getLogger("llamagen.service")
 
 
 def _line(level: str, logger: str, message: str, created: float, **fields: object) -> str:
     """A line of the log without its end."""
-    moment = datetime.fromtimestamp(created, tz=UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return json.dumps({"time": moment, "level": level, "logger": logger, "message": message} | fields, default=str)
+    moment = (
+        datetime.fromtimestamp(created, tz=UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
+    return json.dumps(
+        {"time": moment, "level": level, "logger": logger, "message": message} | fields, default=str
+    )
 
 
 class JsonFormatter(logging.Formatter):
@@ -44,7 +52,9 @@ class JsonFormatter(logging.Formatter):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = self.formatException(record.exc_info)
-        return _line(record.levelname.lower(), record.name, record.getMessage(), record.created, **fields)
+        return _line(
+            record.levelname.lower(), record.name, record.getMessage(), record.created, **fields
+        )
 
 
 class LineWriter:
@@ -106,7 +116,9 @@ class LineWriter:
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # another process has made the same terminal or pipe non-blocking
+            except (
+                BlockingIOError
+            ):  # another process has made the same terminal or pipe non-blocking
                 select.select([], [self._descriptor], [])
             except OSError:  # the reader has gone, or the disk is full
                 self._torn |= len(left) < whole
@@ -159,13 +171,19 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
     _set_levels(level)
     logging.captureWarnings(True)
 
-    def log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def log_uncaught(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
         _log.critical("the process has ended by an error", exc_info=(kind, error, traceback))
 
     def log_of_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and args.exc_type is not SystemExit:
             name = args.thread.name if args.thread is not None else "unknown"
-            _log.error("thread %s has ended by an error", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
+            _log.error(
+                "thread %s has ended by an error",
+                name,
+                exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+            )
 
     def log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
         message = unraisable.err_msg or "an exception was ignored in"
@@ -173,7 +191,11 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
         traceback = (type(error), error, unraisable.exc_traceback) if error is not None else None
         _log.error("%s: %r", message, unraisable.object, exc_info=traceback)
 
-    sys.excepthook, threading.excepthook, sys.unraisablehook = log_uncaught, log_of_thread, log_unraisable
+    sys.excepthook, threading.excepthook, sys.unraisablehook = (
+        log_uncaught,
+        log_of_thread,
+        log_unraisable,
+    )
     return writer
 
 
@@ -248,7 +270,9 @@ class ServiceLogs:
         if line == _PLAIN or (not plain and not line.strip()):
             return
         if not plain and not _is_json_object(line):
-            line = _line("warning", "stderr", line.decode(errors="backslashreplace"), time.time()).encode()
+            line = _line(
+                "warning", "stderr", line.decode(errors="backslashreplace"), time.time()
+            ).encode()
         self._writer.put(line + b"\n")
 
 

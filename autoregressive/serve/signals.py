@@ -15,8 +15,12 @@ from typing import NoReturn
 
 from autoregressive.common.errors import say_interrupted, tell
 
-SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # Ctrl-C, a supervisor's word, a terminal that closes
-_FORCED_SECONDS = 1.7  # after the second signal; the service ends by itself sooner, unless something blocks
+SIGNALS = frozenset(
+    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+)  # Ctrl-C, a supervisor's word, a terminal that closes
+_FORCED_SECONDS = (
+    1.7  # after the second signal; the service ends by itself sooner, unless something blocks
+)
 _LAST_WORDS_SECONDS = 0.2
 _log = logging.getLogger("llamagen.service")
 
@@ -40,10 +44,14 @@ class SignalWatch:
         self.status = 1
         self._take: Callable[[], None] | None = None
         self._count = 0
-        ignored = {number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_IGN}
+        ignored = {
+            number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_IGN
+        }
         self._numbers = SIGNALS - ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        for number in self._numbers:  # for threads of libraries that are older than this, and do not block it
+        for number in (
+            self._numbers
+        ):  # for threads of libraries that are older than this, and do not block it
             signal.signal(number, lambda received, frame: self._receive(signal.Signals(received)))
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
@@ -70,8 +78,12 @@ class SignalWatch:
             forcing.start()
 
     def _force(self) -> None:
-        message = "the service did not end within %g seconds of the second signal: it is ended by force"
-        saying = threading.Thread(target=_log.critical, args=(message, _FORCED_SECONDS), daemon=True)
+        message = (
+            "the service did not end within %g seconds of the second signal: it is ended by force"
+        )
+        saying = threading.Thread(
+            target=_log.critical, args=(message, _FORCED_SECONDS), daemon=True
+        )
         saying.start()  # not in this thread: whatever blocks the service may hold a lock of the log
         time.sleep(_LAST_WORDS_SECONDS)
         os._exit(self.status)
@@ -84,7 +96,9 @@ def _end_before_the_service(number: signal.Signals) -> NoReturn:
         else:
             tell(f"{os.path.basename(sys.argv[0])}: ended by {number.name} before it served")
 
-    saying = threading.Thread(target=say, daemon=True)  # nobody may be reading, and then it would wait
+    saying = threading.Thread(
+        target=say, daemon=True
+    )  # nobody may be reading, and then it would wait
     saying.start()
     saying.join(_LAST_WORDS_SECONDS)
     os._exit(130 if number == signal.SIGINT else 0)

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 
-SILENT_SECONDS = 1.5  # a process that has not been heard of for so long is not well; within 2 s all others know
+SILENT_SECONDS = (
+    1.5  # a process that has not been heard of for so long is not well; within 2 s all others know
+)
 TICK_SECONDS = 0.1  # between two looks at an `AwakeClock`
 _LONGEST_TICK_SECONDS = 0.5
 
