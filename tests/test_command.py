@@ -219,6 +219,7 @@ def test_the_flags_reach_the_loop(work: Path, monkeypatch: pytest.MonkeyPatch) -
     flags = [word for name, value in expected.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     draw(*flags, "--class-labels", "fox", "1")
     seen.pop("on_token")
+    assert seen.pop("sample_logits") is True
     assert seen == expected | {"labels": [7, 1], "tokens": 256}
 
 
