@@ -166,12 +166,6 @@ def test_training_checkpoint_gives_its_weights_and_with_ema_the_averaged_ones(tm
     assert_loads(tmp_path / "0005000.pt", averaged, tiny_vq, ema=True)
 
 
-def test_allowing_namespace_does_not_outlast_the_load(tmp_path: Path) -> None:
-    llamagen_training_file(tmp_path / "0005000.pt")
-    error_of(tmp_path / "0005000.pt")  # another model: raised after reading
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-
-
 @pytest.mark.parametrize("kind", ["flat", "wrapped", "safetensors"])
 def test_ema_is_an_error_where_there_is_none_and_never_the_plain_weights(tmp_path: Path, kind: str) -> None:
     weights, path = drawn_weights(tiny_gpt()), tmp_path / "weights"

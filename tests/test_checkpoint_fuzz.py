@@ -15,7 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from checkpoint_fuzzer import KINDS
+from checkpoint_fuzzer import KINDS, run
+
+# Torch warns about saving without a process group.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:.*TypedStorage")
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = float(os.environ.get("CHECKPOINT_FUZZ_SECONDS", "120"))
@@ -37,11 +40,10 @@ def fuzz(kind: str, seed: int, cases: int, folder: Path) -> dict[str, int]:
     return outcomes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_few_damaged_files_of_each_kind(tmp_path: Path, kind: str) -> None:
-    """Fails if a simple damage is no one-line error, or if the fuzzer damages nothing or everything."""
-    outcomes = fuzz(kind, 0, 40, tmp_path / "fuzz")
-    assert outcomes["refused"] > 0
+def test_a_few_damaged_files_of_each_kind(tmp_path: Path) -> None:
+    """Fails if a simple damage is no one-line error, or if the fuzzer damages nothing. One process, for they start slowly."""
+    for kind in KINDS:
+        assert run(kind, 0, 25, tmp_path / kind)["refused"] > 0, kind
 
 
 @pytest.mark.soak

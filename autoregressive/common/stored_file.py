@@ -16,7 +16,7 @@ from autoregressive.common.weight_source import CheckpointError
 
 _MOST_DIMENSIONS = 64  # that torch's operations take
 _LARGEST_SIDE = 2**48
-_PIECE_BYTES = 32 * 2**20  # read at a time, where numbers are converted or go to another device
+_PIECE_BYTES = 8 * 2**20  # read at a time, where numbers are converted or go to another device
 
 
 class StoredFile:

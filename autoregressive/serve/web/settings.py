@@ -228,7 +228,7 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
 def _config_text(path: Path) -> str:
     """The file's text. A pipe or a device could go on for ever, and PyYAML reads a megabyte in some ten seconds."""
     if path.exists() and not path.is_file():
-        raise UserError(f"--config {path}: is no file")
+        raise UserError(f"--config {path}: cannot be read (it is no file)")
     with path.open("rb") as stream:
         content = stream.read(_MOST_CONFIG_BYTES + 1)
     if len(content) > _MOST_CONFIG_BYTES:
