@@ -155,7 +155,7 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
     draw(*flags, "--enforce-eager", "--deterministic", "--class-labels", "fox", "1")
     assert seen["labels"] == (7, 1)
     assert vars(seen["params"]) == sampling | {"n": 1}
-    assert vars(seen["config"]) == engine | {"enforce_eager": True, "deterministic": True}
+    assert vars(seen["config"]) == engine | {"enforce_eager": True, "deterministic": True, "scheduling_policy": "fcfs"}
     draw("--class-labels", "fox", "1")
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
 
