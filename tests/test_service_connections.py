@@ -463,8 +463,9 @@ def test_more_connections_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_the_soft_limit_is_raised_and_the_log_says_so() -> None:
     """Fails if the service stays at a soft limit of 100 where 300 are allowed."""
     code = (
-        "import resource; from autoregressive.serve.web import descriptors, logs;"
-        "logs.write_logs('info'); descriptors.raise_descriptor_limit();"
+        "import resource; from autoregressive.serve import logs;"
+        "from autoregressive.serve.web import descriptors;"
+        "writer = logs.log_everything(2, 'info'); descriptors.raise_descriptor_limit(); writer.flush(5);"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     command = [
