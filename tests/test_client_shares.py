@@ -105,7 +105,7 @@ def scope(address: str | None, *headers: tuple[str, str]) -> dict[str, Any]:
         ("::ffff:192.0.2.1", "192.0.2.1", True),
         ("fe80::1%eth0", "fe80::2%eth0", True),
         ("unknown", "unknown", True),
-        ("unknown", "", False),
+        ("unknown", "", True),
         ("192.0.2.1", None, False),
     ],
 )
