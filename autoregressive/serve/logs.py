@@ -232,7 +232,8 @@ class ServiceLogs:
 
     def announce(self, message: str) -> None:
         """Tells people, on stdout."""
-        self._stdout.put(f"{message}\n".encode(errors="backslashreplace"))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there is none if stdout is closed
+        self._stdout.put(f"{message}\n".encode(encoding, errors="backslashreplace"))
 
     def end_json(self) -> None:
         """What this process prints from now on is for people: an error that they can mend."""
