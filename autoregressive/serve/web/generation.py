@@ -179,15 +179,17 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
 
         async def keep(image: Image) -> None:
             if stores:
-                pictures[image.image] = await studio.picture(order, image, output_format, body.output_compression)
+                file = pictures[image.image] = await studio.picture(order, image, output_format, body.output_compression)
             else:
-                text = await studio.picture_text(order, image, output_format, body.output_compression)
-                texts[image.image] = text
-                job.answer_bytes += len(text)
+                file = texts[image.image] = await studio.picture_text(order, image, output_format, body.output_compression)
+            job.answer_bytes += len(file)
 
         await _until_drawn(studio, request, job, keep)
         if stores:
-            urls = await studio.save([pictures[image] for image in sorted(pictures)], output_format)
+            try:
+                urls = await studio.save([pictures[image] for image in sorted(pictures)], output_format)
+            finally:
+                job.answer_bytes = 0
         answer = ImagesAnswer(
             created=int(time.time()),
             data=[

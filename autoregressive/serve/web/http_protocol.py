@@ -270,6 +270,8 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
         if self.cycle is not None and not self.cycle.response_complete:  # it was a request before; the line is written at its end
             self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
+            self.cycle.disconnected = True  # so that uvicorn drops what the application answers, and wakes it if it reads
+            self.cycle.message_event.set()
             return
         line = {"request_id": number, "client": self.client[0] if self.client else None, "status": status, "bytes": len(body)}
         _log.info("request", extra={"fields": line})
