@@ -122,6 +122,8 @@ def fork_service(flags: Sequence[str], folder: Path) -> None:
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            # The stream of before takes a pipe for the file that it was made for, and asks where it is in it.
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
         close_all_but(0, 1, 2)
         os.environ[FAULTS] = str(folder)
         sys.argv = ["fake_service.py", "--port", "0", *flags]
