@@ -325,7 +325,7 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         counted: list[FrontMessage] = []
         while not counted:
             counted += [message for message in receive(theirs, KINDS) if not isinstance(message, Up)]
-        assert counted == [Count("success")]
+        assert counted == [Count("success", 1)]
         theirs.close()
 
     asyncio.run(go())

@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,7 @@ class RemoteDesk:
         self._ahead: dict[int, int] = {}
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
+        self._uncounted: Counter[str] = Counter()  # answered requests that the dispatcher has not been told of
         self._channel = Channel(connection, KINDS, self._take, alone)
         self._watching = asyncio.create_task(self._watch())
 
@@ -71,13 +73,17 @@ class RemoteDesk:
 
     def require_ready(self) -> None:
         """As the dispatcher's."""
-        if (why := self.unhealthy) is not None:
-            raise not_ready(f"{why}: try again later", 10)
+        self._require_healthy()
         if self._state.refusal is not None:
             raise not_ready(self._state.refusal, self._state.refusal_retry_after)
 
+    def _require_healthy(self) -> None:
+        if (why := self.unhealthy) is not None:
+            raise not_ready(f"{why}: try again later", 10)
+
     async def accept(self, order: Submit) -> Job:
-        """As the dispatcher's, which it asks."""
+        """Asks the dispatcher, unless the dispatcher is known to be silent or the service to be unhealthy."""
+        self._require_healthy()
         job = Job(replace(order, job=next(self._numbers)), time.monotonic())
         number = job.order.job
         self._jobs[number] = job
@@ -113,11 +119,19 @@ class RemoteDesk:
         return self._state.retry_after
 
     def count(self, outcome: str) -> None:
-        """As the dispatcher's, which is told."""
-        self._channel.put(Count(outcome))
+        """The dispatcher is told with the next heartbeat."""
+        self._uncounted[outcome] += 1
+
+    def _tell_counts(self) -> None:
+        for outcome, requests in self._uncounted.items():
+            self._channel.put(Count(outcome, requests))
+        self._uncounted.clear()
 
     async def metrics_text(self) -> bytes:
-        """The dispatcher's, which has counted by then what it was told before."""
+        """The dispatcher's, which has counted by then all that this front has answered."""
+        if self._silent_seconds > SILENT_SECONDS:
+            raise _no_reply()
+        self._tell_counts()
         number = next(self._numbers)
         self._questions[number] = asyncio.get_running_loop().create_future()
         self._channel.put(AskMetrics(number))
@@ -132,6 +146,7 @@ class RemoteDesk:
     async def close(self) -> None:
         """Waits until what was said is written."""
         self._watching.cancel()
+        self._tell_counts()
         await self._channel.drain(_LAST_WORDS_SECONDS)
         self._channel.close()
 
@@ -143,6 +158,7 @@ class RemoteDesk:
             if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
                 told_at = now
                 self._channel.put(Up(**vars(self._connection_stats())))
+                self._tell_counts()
             await asyncio.sleep(TICK_SECONDS)
         _log.critical("the dispatcher has not been heard of for %g seconds: this process ends", self._patience)
         for job in list(self._jobs.values()):

@@ -2,7 +2,7 @@
 
 A front sends `Up`, then `Submit`, `Cancel`, `Count` and `AskMetrics`. It is answered by `Accepted` or `Refused`, then by what the
 engine tells of the job, under the front's own numbers, and by `MetricsText`. It is told of each change of `State`, and to `Finish`.
-Several times a second it is sent a `Heartbeat`, and sends `Up`, if nothing else waits to be written.
+Several times a second it is sent a `Heartbeat`, and sends `Up` and each `Count`, if nothing else waits to be written.
 What nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) overtakes what waits to be written.
 """
 
@@ -57,9 +57,10 @@ class State:
 
 @dataclass(frozen=True)
 class Count:
-    """A request has been answered."""
+    """Requests have been answered."""
 
     outcome: str
+    requests: int
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ class FrontLink:
             case Cancel(job=number):
                 if (job := self._jobs.get(number)) is not None:
                     self._dispatcher.abandon(job)
-            case Count(outcome=outcome):
-                self._dispatcher.count(outcome)
+            case Count(outcome=outcome, requests=requests):
+                self._dispatcher.count(outcome, requests)
             case AskMetrics(question=question):
                 self._channel.put(MetricsText(question, self._dispatcher.metrics.text()), urgent=True)
             case _:
