@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -73,8 +72,7 @@ def test_a_second_signal_ends_it_with_status_1(idle: bool) -> None:
     dispatcher.idle = idle  # type: ignore[attr-defined]
     hurried: list[bool] = []
     ending = Ending(cast(Dispatcher, dispatcher), lambda message: None)
-    hurry: Callable[[], None] = lambda: hurried.append(True)
-    ending.hurry = hurry
+    ending.hurry = lambda: hurried.append(True)
     ending.signal()
     assert (ending.status, ending.at_once, hurried) == (0, False, [])
     ending.signal()

@@ -17,8 +17,6 @@ from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.front_messages import KINDS, Count, State, Up
 from autoregressive.serve.worker.messages import Heartbeat, receive
 
-READY = State(None, None, 0, 1, (), ())
-
 
 class Clock:
     """The desk's, which stands still until a test moves it."""
@@ -35,8 +33,7 @@ def with_silent_dispatcher(visit: Callable[[Front, Clock], Awaitable[None]]) -> 
 
     async def go() -> None:
         front, clock = Front(patience=60), Clock()
-        front.say(READY)
-        await until(lambda: front.desk._state == READY)
+        await front.get_ready()
         await until(lambda: front.desk._channel.idle)
         front.desk._clock = clock  # type: ignore[assignment]
         front.desk._heard_at = 0.0

@@ -73,17 +73,14 @@ class RemoteDesk:
 
     def require_ready(self) -> None:
         """As the dispatcher's."""
-        self._require_healthy()
+        if (why := self.unhealthy) is not None:
+            raise not_ready(f"{why}: try again later", 10)
         if self._state.refusal is not None:
             raise not_ready(self._state.refusal, self._state.refusal_retry_after)
 
-    def _require_healthy(self) -> None:
-        if (why := self.unhealthy) is not None:
-            raise not_ready(f"{why}: try again later", 10)
-
     async def accept(self, order: Submit) -> Job:
-        """Asks the dispatcher, unless the dispatcher is known to be silent or the service to be unhealthy."""
-        self._require_healthy()
+        """Asks the dispatcher, unless it is known that nothing is accepted, or that the dispatcher is silent."""
+        self.require_ready()
         job = Job(replace(order, job=next(self._numbers)), time.monotonic())
         number = job.order.job
         self._jobs[number] = job

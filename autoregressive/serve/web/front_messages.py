@@ -7,6 +7,7 @@ What nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) ov
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from autoregressive.serve.worker import messages
 
@@ -53,6 +54,7 @@ class State:
     retry_after: int  # what a request takes these days
     waiting: tuple[int, ...]  # watched jobs that wait
     ahead: tuple[int, ...]  # how many wait before each
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
