@@ -15,9 +15,9 @@ from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.front import FrontRecipe
 from autoregressive.serve.web.front_messages import State, Up
 from autoregressive.serve.web.hub import FrontLink
+from autoregressive.serve.worker.backlog import Backlog
 from autoregressive.serve.worker.messages import (
     KINDS,
-    Backlog,
     Drawn,
     Ended,
     Image,
@@ -166,13 +166,14 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
     async def go() -> None:
         ours, theirs = connect()
         monkeypatch.setattr(hub, "start_child", lambda recipe, name, listener: (None, ours))
-        clock = SimpleNamespace(moment=0.0, now=lambda: clock.moment)
+        moment = 0.0
+        clock = SimpleNamespace(now=lambda: moment)
         dispatcher = SimpleNamespace(clock=clock, patience=SimpleNamespace(step=60.0))
         recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
         front = FrontLink(recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None)
         front._take(Up(0, 0, 0, 0, 0))
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
-        clock.moment = silent
+        moment = silent
         assert front.hangs == hangs
         front._channel.close()
         theirs.close()

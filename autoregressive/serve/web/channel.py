@@ -7,7 +7,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autoregressive.serve.worker.messages import HEAD_BYTES, Backlog, decode, encode, frame_bytes
+from autoregressive.serve.worker.backlog import Backlog
+from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes
 
 _FRAMES_A_TURN = 8  # of the event loop, at most
 _NOTHING = memoryview(b"")

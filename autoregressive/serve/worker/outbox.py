@@ -4,7 +4,8 @@ import socket
 import threading
 from typing import Any
 
-from autoregressive.serve.worker.messages import Backlog, encode
+from autoregressive.serve.worker.backlog import Backlog
+from autoregressive.serve.worker.messages import encode
 
 
 class Outbox:
