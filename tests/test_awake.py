@@ -17,6 +17,7 @@ from autoregressive.serve.worker.messages import Ended, Heartbeat, Submit, encod
 from autoregressive.serve.worker.process import connect
 
 ORDER = Submit(-1, 1, 1, SamplingParams(), True)
+READY = State(None, None, 0, 1, (), ())
 
 
 def test_time_in_which_this_process_stood_still_is_not_the_others_silence() -> None:
@@ -53,6 +54,11 @@ class Front:
     def say(self, *messages: object) -> None:
         self.dispatcher.sendall(encode(messages))
 
+    async def get_ready(self) -> None:
+        """Until it has heard that requests are accepted."""
+        self.say(READY)
+        await until(lambda: self.desk._state == READY)
+
     async def close(self) -> None:
         self.dispatcher.shutdown(socket.SHUT_RDWR)
         self.dispatcher.close()
@@ -87,7 +93,7 @@ def test_what_is_asked_of_the_dispatcher_has_a_deadline(monkeypatch: pytest.Monk
 
     async def go() -> None:
         front = Front(patience=60)
-        front.say(State(None, None, 0, 1, (), ()))
+        await front.get_ready()
         for asking in (front.desk.accept(ORDER), front.desk.metrics_text()):
             with pytest.raises(ApiError) as refusal:
                 await asyncio.wait_for(asking, 5)
@@ -106,8 +112,11 @@ def test_a_front_gives_up_a_dispatcher_that_stays_silent() -> None:
 
     async def go() -> None:
         front = Front(patience=0.5)
-        front.say(State(None, None, 0, 1, (), ()), Accepted(0, 0))
-        job = await front.desk.accept(ORDER)
+        await front.get_ready()
+        accepting = asyncio.create_task(front.desk.accept(ORDER))
+        await until(lambda: 0 in front.desk._replies)
+        front.say(Accepted(0, 0))
+        job = await accepting
         event = await job.next_event(5)
         assert isinstance(event, Ended)
         assert event.outcome == "engine_lost"

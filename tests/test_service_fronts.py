@@ -189,7 +189,7 @@ def test_a_second_signal_ends_it_at_once(service: Service) -> None:
     service.wait_for(lambda: service.gauges()["num_requests_waiting"] == 1, 5)
     children = service.children
     service.process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(0.7)  # sooner, it would count as the first
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(5) == 1
     assert status_of(connection) == 503
@@ -325,7 +325,7 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         counted: list[FrontMessage] = []
         while not counted:
             counted += [message for message in receive(theirs, KINDS) if not isinstance(message, Up)]
-        assert counted == [Count("success")]
+        assert counted == [Count("success", 1)]
         theirs.close()
 
     asyncio.run(go())

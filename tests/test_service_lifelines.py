@@ -54,6 +54,7 @@ class Outcome:
     last_200: (
         float  # seconds from the signal until the last probe that was answered by 200 was sent
     )
+    drawing: int | None  # what a drawing gets at once meanwhile; None: nobody may be there to answer
     recovered: bool  # a stopped process that goes on is well again
     log: str
 
@@ -79,6 +80,15 @@ def status(service: Service, path: str, timeout: float = 0.3) -> int:
     """On a connection of its own, so that any process that answers HTTP may get it; 0: there is no answer."""
     try:
         return httpx2.get(service.url + path, timeout=timeout).status_code
+    except httpx2.TransportError:
+        return 0
+
+
+def drawing_status(service: Service, timeout: float = 1.0) -> int:
+    """On a connection of its own; 0: there is no answer."""
+    url = f"{service.url}/v1/images/generations"
+    try:
+        return httpx2.post(url, json={"prompt": "cat"}, timeout=timeout).status_code
     except httpx2.TransportError:
         return 0
 
@@ -109,6 +119,10 @@ def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
             if status(service, path) == 200:
                 last = sent
             time.sleep(0.03)
+        drawing = None
+        answers = case.process == "engine" or (case.process == "dispatcher" and case.fronts > 1)
+        if case.number == signal.SIGSTOP and answers:
+            drawing = drawing_status(service)
         recovered = True
         if case.number == signal.SIGSTOP and case.phase in ("loading", "idle"):
             os.kill(pid, signal.SIGCONT)
@@ -123,7 +137,7 @@ def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
             os.kill(pid, signal.SIGCONT)
         if client is not None:
             client.close()
-        return Outcome(last, recovered, service.log)
+        return Outcome(last, drawing, recovered, service.log)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +161,11 @@ def outcomes(
 def test_a_process_that_stops_or_dies_shows(
     outcomes: dict[Case, "Future[Outcome]"], case: Case
 ) -> None:
-    """Fails if a probe says that all is well when a process has not run for two seconds, or when it runs again, that it is not."""
+    """Fails if a probe says that all is well when a process has not run for two seconds, or when it runs again, that it is not.
+
+    A drawing that is asked for meanwhile gets 503 at once.
+    """
     outcome = outcomes[case].result(120)
     assert outcome.last_200 <= NOTICED_SECONDS, outcome.log
+    assert outcome.drawing in (None, 503), outcome.log
     assert outcome.recovered, outcome.log

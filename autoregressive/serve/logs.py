@@ -150,7 +150,8 @@ def _report_dropped(count: int) -> bytes:
 
 def _set_levels(level: str) -> None:
     logging.getLogger("llamagen").setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel("WARNING")
+    # What uvicorn warns of is in the line of the request: "Invalid HTTP request received.", "Unsupported upgrade request."
+    logging.getLogger("uvicorn").setLevel("ERROR")
 
 
 def log_our_loggers(level: str) -> None:

@@ -21,6 +21,7 @@ SIGNALS = frozenset(
 _FORCED_SECONDS = (
     1.7  # after the second signal; the service ends by itself sooner, unless something blocks
 )
+_SAME_SECONDS = 0.5  # signals that come so soon after the first count as the first
 _LAST_WORDS_SECONDS = 0.2
 _log = logging.getLogger("llamagen.service")
 
@@ -34,6 +35,10 @@ class SignalWatch:
     Until `hand_over`, a signal ends the process at once, for nothing has begun that needs to be tidied up: with status 130 after
     Ctrl-C, else with 0. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
 
+    Signals that come within half a second of the first count as the first, because one event may send several: systemd sends
+    SIGTERM and SIGHUP (`SendSIGHUP=yes`), a terminal that closes may send SIGHUP twice, and a wrapper may forward the Ctrl-C
+    that the terminal has sent to the whole group.
+
     To be made in the main thread, before there are others.
 
     Attributes:
@@ -44,6 +49,7 @@ class SignalWatch:
         self.status = 1
         self._take: Callable[[], None] | None = None
         self._count = 0
+        self._first_at = 0.0
         ignored = {
             number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_IGN
         }
@@ -56,7 +62,7 @@ class SignalWatch:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def hand_over(self, take: Callable[[], None]) -> None:
-        """From now on, `take` is called with each signal, in another thread; it returns at once.
+        """From now on, `take` is called with each signal that counts, in another thread; it returns at once.
 
         If the process still runs a moment after the second signal, it ends by force. Its child processes end with it.
         """
@@ -67,10 +73,15 @@ class SignalWatch:
             self._receive(signal.Signals(signal.sigwait(self._numbers)))
 
     def _receive(self, number: signal.Signals) -> None:
-        self._count += 1
         take = self._take
         if take is None:
             _end_before_the_service(number)
+        now = time.monotonic()
+        if self._count == 0:
+            self._first_at = now
+        elif now - self._first_at < _SAME_SECONDS:
+            return
+        self._count += 1
         take()
         if self._count == 2:
             forcing = threading.Timer(_FORCED_SECONDS, self._force)

@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes, next_batch
+from autoregressive.serve.worker.backlog import Backlog
+from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes
 
 _FRAMES_A_TURN = 8  # of the event loop, at most
 _NOTHING = memoryview(b"")
@@ -20,7 +20,8 @@ class Channel:
 
     What is put in one turn of the loop goes out at the next, in frames of several messages. Each turn writes one frame and reads a
     few, so that other work gets turns beside a lot of them; reading is the greedier, for what comes last may be what is asked for
-    most urgently. What cannot be written yet waits here: nobody else waits for a slow reader.
+    most urgently. What cannot be written yet waits here: nobody else waits for a slow reader. A reader that is far behind gets only
+    the newest of the messages that supersede each other.
 
     Args:
         connection: one end of a pair of sockets.
@@ -35,8 +36,8 @@ class Channel:
         connection.setblocking(False)
         self._connection, self._kinds, self._take, self._gone = connection, kinds, take, gone
         self._loop = asyncio.get_running_loop()
-        self._urgent: deque[Any] = deque()  # messages that are in no frame yet
-        self._waiting: deque[Any] = deque()  # and those that go after them
+        self._urgent = Backlog()  # messages that are in no frame yet
+        self._waiting = Backlog()  # and those that go after them
         self._unsent = _NOTHING  # of a frame
         self._about_to_write = False
         self._writable = True  # as far as is known
@@ -52,7 +53,7 @@ class Channel:
         """
         if not self._writable:
             return
-        (self._urgent if urgent else self._waiting).append(message)
+        (self._urgent if urgent else self._waiting).put(message)
         if not self._about_to_write:
             self._about_to_write = True
             self._loop.call_soon(self._write)
@@ -61,6 +62,11 @@ class Channel:
     def idle(self) -> bool:
         """Whether all that was put is written."""
         return not (self._urgent or self._waiting or self._unsent)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of pixels, codes and text in messages that nobody has begun to write, and of the frame that is being written."""
+        return self._urgent.bytes + self._waiting.bytes + len(self._unsent)
 
     def flush(self) -> None:
         """Writes what was put, as far as that goes without waiting."""
@@ -117,7 +123,7 @@ class Channel:
     def _write_frame(self) -> bool:
         """Goes on with a frame, or begins one; whether there is another that could be written now."""
         if not self._unsent:
-            self._unsent = memoryview(_frame_of(next_batch(self._urgent) or next_batch(self._waiting)))
+            self._unsent = memoryview(_frame_of(self._urgent.next_batch() or self._waiting.next_batch()))
         if self._unsent:
             try:
                 self._unsent = self._unsent[self._connection.send(self._unsent) :] or _NOTHING

@@ -171,9 +171,9 @@ class Dispatcher:
         recent = sorted(self._durations)
         return max(1, math.ceil(recent[len(recent) // 2])) if recent else 1
 
-    def count(self, outcome: str) -> None:
-        """A request for images or codes has been answered."""
-        self.metrics.requests.labels(outcome=outcome).inc()
+    def count(self, outcome: str, requests: int = 1) -> None:
+        """Requests for images or codes have been answered."""
+        self.metrics.requests.labels(outcome=outcome).inc(requests)
 
     async def metrics_text(self) -> bytes:
         """For Prometheus."""

@@ -29,12 +29,12 @@ class Ending:
         self._lost_at: float | None = None
 
     def signal(self) -> None:
-        """The first drains, the second ends."""
+        """The first drains. The second ends the service with status 1, for clients may still wait for answers."""
         if not self._dispatcher.draining:
             self._dispatcher.drain()
             self._say(self._waits_for())
             return
-        self.status = 0 if self._dispatcher.idle else 1
+        self.status = 1
         self.at_once = True
         self._say("told again: the service ends now")
         self.hurry()

@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,7 @@ class RemoteDesk:
         self._ahead: dict[int, int] = {}
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
+        self._uncounted: Counter[str] = Counter()  # answered requests that the dispatcher has not been told of
         self._channel = Channel(connection, KINDS, self._take, alone)
         self._watching = asyncio.create_task(self._watch())
 
@@ -77,7 +79,8 @@ class RemoteDesk:
             raise not_ready(self._state.refusal, self._state.refusal_retry_after)
 
     async def accept(self, order: Submit) -> Job:
-        """As the dispatcher's, which it asks."""
+        """Asks the dispatcher, unless it is known that nothing is accepted, or that the dispatcher is silent."""
+        self.require_ready()
         job = Job(replace(order, job=next(self._numbers)), time.monotonic())
         number = job.order.job
         self._jobs[number] = job
@@ -113,11 +116,19 @@ class RemoteDesk:
         return self._state.retry_after
 
     def count(self, outcome: str) -> None:
-        """As the dispatcher's, which is told."""
-        self._channel.put(Count(outcome))
+        """The dispatcher is told with the next heartbeat."""
+        self._uncounted[outcome] += 1
+
+    def _tell_counts(self) -> None:
+        for outcome, requests in self._uncounted.items():
+            self._channel.put(Count(outcome, requests))
+        self._uncounted.clear()
 
     async def metrics_text(self) -> bytes:
-        """The dispatcher's, which has counted by then what it was told before."""
+        """The dispatcher's, which has counted by then all that this front has answered."""
+        if self._silent_seconds > SILENT_SECONDS:
+            raise _no_reply()
+        self._tell_counts()
         number = next(self._numbers)
         self._questions[number] = asyncio.get_running_loop().create_future()
         self._channel.put(AskMetrics(number))
@@ -132,6 +143,7 @@ class RemoteDesk:
     async def close(self) -> None:
         """Waits until what was said is written."""
         self._watching.cancel()
+        self._tell_counts()
         await self._channel.drain(_LAST_WORDS_SECONDS)
         self._channel.close()
 
@@ -143,6 +155,7 @@ class RemoteDesk:
             if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
                 told_at = now
                 self._channel.put(Up(**vars(self._connection_stats())))
+                self._tell_counts()
             await asyncio.sleep(TICK_SECONDS)
         _log.critical("the dispatcher has not been heard of for %g seconds: this process ends", self._patience)
         for job in list(self._jobs.values()):

@@ -2,11 +2,12 @@
 
 A front sends `Up`, then `Submit`, `Cancel`, `Count` and `AskMetrics`. It is answered by `Accepted` or `Refused`, then by what the
 engine tells of the job, under the front's own numbers, and by `MetricsText`. It is told of each change of `State`, and to `Finish`.
-Several times a second it is sent a `Heartbeat`, and sends `Up`, if nothing else waits to be written.
+Several times a second it is sent a `Heartbeat`, and sends `Up` and each `Count`, if nothing else waits to be written.
 What nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) overtakes what waits to be written.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from autoregressive.serve.worker import messages
 
@@ -53,13 +54,15 @@ class State:
     retry_after: int  # what a request takes these days
     waiting: tuple[int, ...]  # watched jobs that wait
     ahead: tuple[int, ...]  # how many wait before each
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
 class Count:
-    """A request has been answered."""
+    """Requests have been answered."""
 
     outcome: str
+    requests: int
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from autoregressive.serve.worker.process import start_child
 
 _LEAVE_SECONDS = 3.0  # for a front to end once its answers are read, or have had their time
 _LAST_ANSWERS_SECONDS = 1.0  # for a front that is to end at once: it tells waiting clients so
+_MOST_BEHIND_BYTES = 256 * 2**20  # of pictures that wait for a front that does not respond
 _log = logging.getLogger("llamagen.fronts")
 
 
@@ -50,6 +51,14 @@ class FrontLink:
     def silent_seconds(self) -> float:
         """How long it has not been heard of, once it answers."""
         return self._dispatcher.clock.now() - self._heard_at if self.up else 0.0
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it has been silent for too long, or so much waits for it meanwhile that memory is at stake."""
+        silent = self.silent_seconds
+        if silent > self._dispatcher.patience.step:
+            return True
+        return silent > SILENT_SECONDS and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
 
     def tell(self, state: State) -> None:
         """Of what is the same for all fronts; its own jobs' places are added here. If nothing is new, that the dispatcher lives."""
@@ -83,8 +92,8 @@ class FrontLink:
             case Cancel(job=number):
                 if (job := self._jobs.get(number)) is not None:
                     self._dispatcher.abandon(job)
-            case Count(outcome=outcome):
-                self._dispatcher.count(outcome)
+            case Count(outcome=outcome, requests=requests):
+                self._dispatcher.count(outcome, requests)
             case AskMetrics(question=question):
                 self._channel.put(MetricsText(question, self._dispatcher.metrics.text()), urgent=True)
             case _:
@@ -160,7 +169,7 @@ class Hub:
     def _watch(self) -> None:
         """Looks for a front that hangs."""
         for front in self._fronts:
-            if front.silent_seconds > self._dispatcher.patience.step:
+            if front.hangs:
                 front.process.kill()
                 self._lose_front("has not been heard of")
 

@@ -3,22 +3,22 @@
 A message is a frozen dataclass. They go over a pair of sockets in frames of one message or several, so that the more there is to
 say, the less each costs: two lengths, names and fields as JSON, and behind them the messages' bytes as they are (pixels, codes). No
 pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which all processes of a host share.
+
+A kind of message may have `SUPERSEDES`: names of fields. A newer message of the kind with the same values in these fields then
+supersedes an older one that still waits to be sent (see `backlog`).
 """
 
 import json
 import socket
 import struct
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from autoregressive.serve.engine.request import SamplingParams
 
 _HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
 HEAD_BYTES = _HEAD.size
-_MOST_MESSAGES = 16  # in a frame
-_ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class LoopStats:
     """The engine's loop has gone round; sent some times a second while it does."""
 
     used_pages: int
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Drawn:
     job: int
     tokens: int
     at: float
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ("job",)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Preview:
     image: int
     rows: int
     pixels: bytes
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ("job", "image")
 
 
 @dataclass(frozen=True)
@@ -150,16 +153,6 @@ def _plain(value: object) -> dict[str, Any]:
 
 
 _as_json = json.JSONEncoder(default=_plain).encode
-
-
-def next_batch(waiting: deque[Any]) -> list[Any]:
-    """Takes from the front of a queue what makes a frame."""
-    batch: list[Any] = []
-    size = 0
-    while waiting and len(batch) < _MOST_MESSAGES and size < _ENOUGH_BYTES:
-        batch.append(waiting.popleft())
-        size += sum(len(value) for value in vars(batch[-1]).values() if isinstance(value, bytes))
-    return batch
 
 
 def encode(messages: Iterable[Any]) -> bytes:
