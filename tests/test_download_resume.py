@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_stand_in import CONTENT, FILE, Hub, running_hub
@@ -90,6 +91,24 @@ def test_a_server_without_ranges_starts_anew(hub: Hub, tmp_path: Path) -> None:
     hub.ranges = False
     part_of(tmp_path).write_bytes(LARGE[:1000])
     assert fetch(FILE, tmp_path, endpoint=hub.endpoint).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("there", [0, 2000])
+def test_a_server_without_ranges_that_always_breaks_off_ends_the_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    """Fails if the same bytes, received again and again, count as progress."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        assert len(pauses) < 50, "the download goes on for ever"
+
+    monkeypatch.setattr("autoregressive.common.hub.time", SimpleNamespace(sleep=pause))
+    hub.ranges, hub.cut_at = False, 1000
+    part_of(tmp_path).write_bytes(LARGE[:there])
+    assert "run the same command again" in error_of(hub, tmp_path)
+    assert len(hub.downloads()) == 5
 
 
 def test_another_range_than_asked_for_is_refused(hub: Hub, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
 # huggingface_hub is imported where it is used: at its import it reads variables of the environment, and raises ValueError if one
 # of them is malformed. That must not end a command that downloads nothing.
 
-_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte
+_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte that was not there before
 _PAUSE_SECONDS = 1.0  # after each of them
 _PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
@@ -125,7 +125,7 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
     if free < remote.size_bytes - there:
         needed = (remote.size_bytes - there) / 1e9
         raise DownloadError(f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room")
-    failures = 0
+    furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
     bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=None)
     with bar:
         while there < remote.size_bytes:
@@ -140,7 +140,8 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
                         stream.flush()
                         there = os.fstat(stream.fileno()).st_size
                         bar.update(len(chunk))
-                        failures = 0
+                        if there > furthest:
+                            furthest, failures = there, 0
                 if there < remote.size_bytes:  # a server that does not say how long its answer is
                     raise httpx2.RemoteProtocolError("the answer ended early")
             except _PASSING:
