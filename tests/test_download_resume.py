@@ -225,6 +225,7 @@ BAD_VARIABLES = [
     ("SSL_CERT_FILE", "/nowhere"),
     ("SSL_CERT_FILE", "/etc/passwd"),
     ("SSL_CERT_DIR", "/nowhere"),
+    ("SSL_CERT_DIR", "/nowhere:"),
     ("HF_ENDPOINT", "nonsense"),
     ("HF_ENDPOINT", "http://["),
     ("HF_ENDPOINT", "http://127.0.0.1:99999999"),
@@ -256,6 +257,13 @@ def test_proxies_that_can_be_used_pass(value: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("all_proxy", value)
     assert unusable_variable(None) is None
     assert unusable_variable("ftp://mirror") is not None
+
+
+@pytest.mark.parametrize("pattern", ["{}:/nowhere", "/nowhere:{}", "{}:", "{}"])
+def test_one_folder_of_certificates_is_enough(pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if a list of folders is refused that OpenSSL takes."""
+    monkeypatch.setenv("SSL_CERT_DIR", pattern.format(tmp_path))
+    assert unusable_variable(None) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://["), ("ALL_PROXY", "socks://x")])

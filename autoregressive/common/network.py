@@ -57,8 +57,8 @@ def _has_certificates(value: str) -> bool:
     return True
 
 
-def _are_folders(value: str) -> bool:
-    return all(os.path.isdir(folder) for folder in value.split(os.pathsep))
+def _has_folder(value: str) -> bool:
+    return any(os.path.isdir(folder) for folder in value.split(os.pathsep))  # OpenSSL passes over the others
 
 
 def _is_seconds(value: str) -> bool:
@@ -73,7 +73,7 @@ _CHECKS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("http_proxy", "https_proxy", "all_proxy")),
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")),
     ("SSL_CERT_FILE", _has_certificates, "names no file with certificates; correct it, or unset it"),
-    ("SSL_CERT_DIR", _are_folders, "names no folder; correct it, or unset it"),
+    ("SSL_CERT_DIR", _has_folder, "names no folder; correct it, or unset it"),
     ("HF_ENDPOINT", _is_address, _ADDRESS_ADVICE),
     ("HF_HUB_ETAG_TIMEOUT", _is_seconds, "must be a whole number of seconds"),
     ("HF_HUB_DOWNLOAD_TIMEOUT", _is_seconds, "must be a whole number of seconds"),
