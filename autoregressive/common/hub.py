@@ -19,7 +19,7 @@ import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it pass
 from tqdm import tqdm
 
 from autoregressive.common.errors import UserError
-from autoregressive.common.files import remove_leftovers, sync
+from autoregressive.common.files import remove_leftovers, sync, sync_folder
 from autoregressive.common.network import unusable_variable
 from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
 
@@ -109,7 +109,7 @@ def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFil
             raise DownloadError(f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch again")
         sync(part)
         os.replace(part, path)
-        sync(path.parent)
+        sync_folder(path.parent)
 
 
 def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
