@@ -91,12 +91,22 @@ def _remove_if_unlocked(leftover: str) -> bool:
         descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not has_name(descriptor, leftover):
+                return False
             os.unlink(leftover)
         finally:
             os.close(descriptor)
     except OSError:  # it is locked, has gone, or cannot be removed: the next save tries again
         return False
     return True
+
+
+def has_name(descriptor: int, path: Path | str) -> bool:
+    """Whether an open file is still the one of this name: asked under its lock, after which nobody else renames or removes it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
