@@ -99,7 +99,7 @@ def check_grid_fits(flag: str, path: Path, images: int, side: int, *, captions: 
         )
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def fitted_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """The text, cut and ended by three dots if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -113,7 +113,7 @@ def _caption_strip(text: str, width: int) -> Tensor:
     font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
     centre = (width / 2, strip.height / 2)
-    ImageDraw.Draw(strip).text(centre, shortened(text, font, width - 4), fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(strip).text(centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm")
     grey = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return grey.expand(3, -1, -1)
 
