@@ -35,7 +35,8 @@ def answers(audit: ModuleType, monkeypatch: pytest.MonkeyPatch, output: str) -> 
 
 
 UNEXPECTED: list[Any] = ["no JSON", [], {}, None, 7, {"dependencies": None}, {"dependencies": {}}, {"dependencies": ["torch"]}]
-UNEXPECTED += [{"dependencies": [{"name": "torch", "version": "1", "vulns": [found]}]} for found in ({}, "PYSEC-1", None)]
+UNDESCRIBED: list[Any] = [{}, "PYSEC-1", None]
+UNEXPECTED += [{"dependencies": [{"name": "a", "version": "1", "vulns": [found]}]} for found in UNDESCRIBED]
 
 
 @pytest.mark.parametrize("output", UNEXPECTED, ids=str)

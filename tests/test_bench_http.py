@@ -16,5 +16,5 @@ def test_the_counters_are_asked_for_with_the_first_key(tmp_path: Path, monkeypat
         monkeypatch.setenv("LLAMAGEN_API_KEY", keys)
         assert bench_http.images_drawn(service.url) == 0
         monkeypatch.delenv("LLAMAGEN_API_KEY")
-        with pytest.raises(UserError, match="answers 401, not 200; check LLAMAGEN_API_KEY$"):
+        with pytest.raises(UserError, match=r"answers 401, not 200; check LLAMAGEN_API_KEY$"):
             bench_http.images_drawn(service.url)

@@ -60,7 +60,11 @@ def test_a_part_that_another_process_throws_away_is_begun_anew(hub: Hub, tmp_pat
 
 def test_another_file_that_comes_meanwhile_stays(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a file that appears during the start is overwritten, or passes without a look at its digest."""
-    before_the_first_lock("autoregressive.common.hub", monkeypatch, lambda: (tmp_path / FILE.file_name).write_text("mine") and None)
+
+    def put_by_hand() -> None:
+        (tmp_path / FILE.file_name).write_text("mine")
+
+    before_the_first_lock("autoregressive.common.hub", monkeypatch, put_by_hand)
     with pytest.raises(DownloadError, match="is not the published file"):
         fetch(FILE, tmp_path, endpoint=hub.endpoint)
     assert os.listdir(tmp_path) == [FILE.file_name]

@@ -122,11 +122,6 @@ class Store:
             self._make_room(0, 0)
 
     @property
-    def pictures(self) -> int:
-        """How many are kept that are this process's own."""
-        return len(self._kept)
-
-    @property
     def most_of_a_request(self) -> int:
         """How many pictures an answer may have, so that none of them is evicted for another one's sake."""
         return self._most if self._most_bytes is None else min(self._most, self._most_bytes // self._picture_bytes)
