@@ -5,6 +5,7 @@ status is 1 if a locked package has a known vulnerability. It is 0 if none has, 
 of vulnerabilities cannot be reached, which the last line then says.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,24 +20,33 @@ SECONDS = 300
 
 
 def main() -> int:
-    """Runs pip-audit and sums up what it found in one line."""
+    """Runs pip-audit and sums up what it found in a few lines."""
     try:
-        audited = run_pip_audit()
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        print(f"audit: pip-audit could not run, so nothing was looked up ({type(error).__name__})")
-        return 0
+        lines, status = summary(run_pip_audit())
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # The last three come from an answer of another form than pip-audit's.
+        lines = [f"pip-audit could not run, so nothing was looked up ({type(error).__name__})"]
+        status = 0
+    for line in lines:
+        print(f"audit: {line}")
+    return status
+
+
+def summary(audited: list[dict[str, Any]]) -> tuple[list[str], int]:
+    """What pip-audit's findings say, line by line, and the exit status."""
     vulnerable = [package for package in audited if package.get("vulns")]
     unknown = [package for package in audited if "skip_reason" in package]
+    lines = []
     for package in vulnerable:
         for found in package["vulns"]:
             fixed = ", ".join(found["fix_versions"]) or "none"
-            print(f"audit: {package['name']} {package['version']}: {found['id']} (fixed in: {fixed})")
+            lines.append(f"{package['name']} {package['version']}: {found['id']} (fixed in: {fixed})")
     if len(unknown) == len(audited):
-        print("audit: the database of vulnerabilities cannot be reached, so nothing was looked up")
+        lines.append("the database of vulnerabilities cannot be reached, so nothing was looked up")
     else:
         known = len(audited) - len(unknown)
-        print(f"audit: {known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable")
-    return 1 if vulnerable else 0
+        lines.append(f"{known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable")
+    return lines, 1 if vulnerable else 0
 
 
 def run_pip_audit() -> list[dict[str, Any]]:
@@ -44,18 +54,30 @@ def run_pip_audit() -> list[dict[str, Any]]:
 
     Raises:
         OSError, SubprocessError: pip-audit cannot be installed or started, or takes too long.
-        ValueError: its output is not JSON.
+        ValueError, KeyError, TypeError: its output is not what it should be.
     """
     python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
+    make_environment(python)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PIP_AUDIT]
     subprocess.run(install, check=True, timeout=SECONDS)
     flags = ["--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     command = [str(python), "-m", "pip_audit", "-r", str(ROOT / "requirements.lock"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     audited: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
+    if not isinstance(audited, list):
+        raise TypeError("pip-audit's dependencies are no list")
     return audited
+
+
+def make_environment(python: Path) -> None:
+    """Makes pip-audit's environment, unless it is there and its pip works.
+
+    An interrupted start, or a system without ensurepip, leaves an environment without pip.
+    """
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run([str(python), "-m", "pip", "--version"], check=True, capture_output=True, timeout=SECONDS)
+        return
+    venv.create(ENVIRONMENT, with_pip=True, clear=True)
 
 
 if __name__ == "__main__":

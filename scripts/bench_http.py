@@ -25,11 +25,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
-from autoregressive.common.errors import OneLineParser, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
 with slow_imports(__name__):
     import httpx2
-    from bench_arguments import at_least
+    from bench_arguments import at_least, service_key
     from bench_overhead import last_json, running_service, saturate
     from bench_serve import positive
     from serve_report import WAVES
@@ -124,8 +124,17 @@ def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
 
 
 def images_drawn(url: str) -> int:
-    """By a service, so far."""
-    lines = httpx2.get(f"{url}/metrics", timeout=60).text.splitlines()
+    """By a service, so far.
+
+    Raises:
+        UserError: the service does not say.
+    """
+    key = service_key(os.environ)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    answer = httpx2.get(f"{url}/metrics", headers=headers, timeout=60)
+    if answer.status_code != 200:
+        raise UserError(f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY")
+    lines = answer.text.splitlines()
     return int(float(next(line.split()[1] for line in lines if line.startswith("llamagen:images_total "))))
 
 

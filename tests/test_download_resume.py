@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_stand_in import CONTENT, FILE, Hub, running_hub
@@ -90,6 +91,24 @@ def test_a_server_without_ranges_starts_anew(hub: Hub, tmp_path: Path) -> None:
     hub.ranges = False
     part_of(tmp_path).write_bytes(LARGE[:1000])
     assert fetch(FILE, tmp_path, endpoint=hub.endpoint).read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("there", [0, 2000])
+def test_a_server_without_ranges_that_always_breaks_off_ends_the_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int
+) -> None:
+    """Fails if the same bytes, received again and again, count as progress."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        assert len(pauses) < 50, "the download goes on for ever"
+
+    monkeypatch.setattr("autoregressive.common.hub.time", SimpleNamespace(sleep=pause))
+    hub.ranges, hub.cut_at = False, 1000
+    part_of(tmp_path).write_bytes(LARGE[:there])
+    assert "run the same command again" in error_of(hub, tmp_path)
+    assert len(hub.downloads()) == 5
 
 
 def test_another_range_than_asked_for_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -206,17 +225,20 @@ BAD_VARIABLES = [
     ("SSL_CERT_FILE", "/nowhere"),
     ("SSL_CERT_FILE", "/etc/passwd"),
     ("SSL_CERT_DIR", "/nowhere"),
+    ("SSL_CERT_DIR", "/nowhere:"),
     ("HF_ENDPOINT", "nonsense"),
     ("HF_ENDPOINT", "http://["),
     ("HF_ENDPOINT", "http://127.0.0.1:99999999"),
     ("HF_ENDPOINT", "http://a b/"),
     ("HF_HUB_ETAG_TIMEOUT", "ten"),
     ("HF_HUB_DOWNLOAD_TIMEOUT", "1.5"),
+    ("HF_HUB_DOWNLOAD_TIMEOUT", "9" * 5000),  # int() takes 4300 digits
+    ("HF_HUB_ETAG_TIMEOUT", "9" * 10),  # more nanoseconds than a socket's timeout can be
     ("HF_HUB_USER_AGENT_ORIGIN", "\u00fc"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_VARIABLES, ids=lambda text: ascii(text))
+@pytest.mark.parametrize(("name", "value"), BAD_VARIABLES, ids=lambda text: ascii(text[:50]))
 def test_a_variable_that_cannot_be_used_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fails if it ends in a traceback, or in a line from which nobody learns what to change; or if a password is shown."""
     for proxy in NAMES:
@@ -237,6 +259,13 @@ def test_proxies_that_can_be_used_pass(value: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("all_proxy", value)
     assert unusable_variable(None) is None
     assert unusable_variable("ftp://mirror") is not None
+
+
+@pytest.mark.parametrize("pattern", ["{}:/nowhere", "/nowhere:{}", "{}:", "{}"])
+def test_one_folder_of_certificates_is_enough(pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails if a list of folders is refused that OpenSSL takes."""
+    monkeypatch.setenv("SSL_CERT_DIR", pattern.format(tmp_path))
+    assert unusable_variable(None) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://["), ("ALL_PROXY", "socks://x")])

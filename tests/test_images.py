@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import check_file, check_folder, write_whole
-from autoregressive.common.images import JSON_KEY, individual_file, picture_grid, save_codes, save_picture, shortened
+from autoregressive.common.images import JSON_KEY, fitted_text, individual_file, picture_grid, save_codes, save_picture
 
 
 def constant_images(*values: float, side: int = 8) -> torch.Tensor:
@@ -60,10 +60,10 @@ def test_captions_stand_under_their_images_and_leave_them_alone() -> None:
 def test_a_caption_never_exceeds_its_width(width: int) -> None:
     """Fails if a long name runs into its neighbour, or a short one is cut."""
     font = ImageFont.load_default(size=12)
-    text = shortened("American Staffordshire terrier", font, width)
+    text = fitted_text("American Staffordshire terrier", font, width)
     assert font.getlength(text) <= width
     assert text.endswith("...") == (width < 190)
-    assert shortened("dog", font, 60) == "dog"
+    assert fitted_text("dog", font, 60) == "dog"
 
 
 def test_the_png_holds_its_parameters_for_people_and_as_json(tmp_path: Path) -> None:

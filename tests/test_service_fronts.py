@@ -283,10 +283,13 @@ def test_an_address_that_is_taken_is_refused(lasting: Service, tmp_path: Path) -
 def test_pictures_are_shared_out_by_their_names(tmp_path: Path) -> None:
     """Fails if a picture that was there at the start is nobody's to tidy, or several processes'."""
     stores = [Store(tmp_path, 30, "http://localhost", index, 3) for index in range(3)]
-    for _ in range(15):
-        stores[0].save([b"picture"], "png")
-    again = [Store(tmp_path, 30, "http://localhost", index, 3) for index in range(3)]
-    assert sum(store.pictures for store in again) == len(list(tmp_path.iterdir())) == 10
+    for store in stores:
+        for _ in range(15):
+            store.save([b"picture"], "png")
+    assert len(list(tmp_path.iterdir())) == 30
+    for index in range(3):
+        Store(tmp_path, 3, "http://localhost", index, 3)  # keeps one of its ten
+        assert len(list(tmp_path.iterdir())) == 30 - 9 * (index + 1)
 
 
 def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from autoregressive.common.errors import UserError, either
 
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written beside `path`, then moves it there; after an error `path` is as it was, or new and whole.
@@ -34,21 +36,30 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             write(unfinished)
             sync(unfinished)
             os.replace(unfinished, target)
-            sync(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def sync(path: Path) -> None:
-    """Returns when the disk has what was written to a file, or the names of a folder's files."""
-    descriptor = os.open(path, os.O_RDONLY)
+def sync(file: Path) -> None:
+    """Returns when the disk has what was written to a file."""
+    descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems know no fsync of folders
-            raise
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the disk has the names of a folder's files, where the system can be asked for that.
+
+    It cannot in a folder that may be written but not read, and on some network file systems. The files are in place all the same.
+    """
+    try:
+        sync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def unused_name(folder: Path, suffix: str, owner: str = "") -> Path:
@@ -80,12 +91,22 @@ def _remove_if_unlocked(leftover: str) -> bool:
         descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not has_name(descriptor, leftover):
+                return False
             os.unlink(leftover)
         finally:
             os.close(descriptor)
     except OSError:  # it is locked, has gone, or cannot be removed: the next save tries again
         return False
     return True
+
+
+def has_name(descriptor: int, path: Path | str) -> bool:
+    """Whether an open file is still the one of this name: asked under its lock, after which nobody else renames or removes it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -19,15 +19,16 @@ import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it pass
 from tqdm import tqdm
 
 from autoregressive.common.errors import UserError
-from autoregressive.common.files import remove_leftovers, sync
+from autoregressive.common.files import has_name, remove_leftovers, sync, sync_folder
 from autoregressive.common.network import unusable_variable
 from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
 
 # huggingface_hub is imported where it is used: at its import it reads variables of the environment, and raises ValueError if one
 # of them is malformed. That must not end a command that downloads nothing.
 
-_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte
+_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte that was not there before
 _PAUSE_SECONDS = 1.0  # after each of them
+_MOST_OPENINGS = 5  # of a part that other processes rename or remove
 _PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
 
@@ -64,10 +65,9 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
         if not path.exists():
             _remove_parts(path, keep=part)
             _fetch_into(path, part, remote, published)
-        elif _is(path, remote):
-            _remove_parts(path, keep=None)
         else:
-            raise DownloadError(f"{path}: is not the published file (SHA-256 differs); move it away and fetch again")
+            _check(path, remote)
+            _remove_parts(path, keep=None)
     except DownloadError:
         raise
     except Exception as error:  # the library passes on what the HTTP client, the TLS library and the system raise
@@ -98,18 +98,34 @@ def _remove_parts(path: Path, keep: Path | None) -> None:
 
 def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as stream:  # its lock is held until the file has its name
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"{published.file_name}: is being fetched by another process; wait for it") from error
+    with _locked(part, published) as stream:
+        if path.exists():  # another process has fetched it since we looked
+            part.unlink()
+            _check(path, remote)
+            return
         _download(remote, published, part, stream)
         if not _is(part, remote):
             part.unlink()
             raise DownloadError(f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch again")
         sync(part)
         os.replace(part, path)
-        sync(path.parent)
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _locked(part: Path, published: PublishedFile) -> Iterator[BinaryIO]:
+    """The part, open for appending. Its lock is held until the file has its name."""
+    for _ in range(_MOST_OPENINGS):
+        with part.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                break
+            if has_name(stream.fileno(), part):
+                yield stream
+                return
+        # Another process has renamed or removed the part between our open and our lock.
+    raise DownloadError(f"{published.file_name}: is being fetched by another process; wait for it")
 
 
 def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
@@ -125,7 +141,7 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
     if free < remote.size_bytes - there:
         needed = (remote.size_bytes - there) / 1e9
         raise DownloadError(f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room")
-    failures = 0
+    furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
     bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=None)
     with bar:
         while there < remote.size_bytes:
@@ -140,7 +156,8 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
                         stream.flush()
                         there = os.fstat(stream.fileno()).st_size
                         bar.update(len(chunk))
-                        failures = 0
+                        if there > furthest:
+                            furthest, failures = there, 0
                 if there < remote.size_bytes:  # a server that does not say how long its answer is
                     raise httpx2.RemoteProtocolError("the answer ended early")
             except _PASSING:
@@ -167,6 +184,11 @@ def _content(remote: _Remote, first: int) -> Iterator[tuple[int, Iterator[bytes]
         if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise DownloadError(f"{remote.url}: the server sends another part than the one asked for; try again later")
         yield (first if response.status_code == 206 else 0), response.iter_bytes()
+
+
+def _check(path: Path, remote: _Remote) -> None:
+    if not _is(path, remote):
+        raise DownloadError(f"{path}: is not the published file (SHA-256 differs); move it away and fetch again")
 
 
 def _is(path: Path, remote: _Remote) -> bool:

@@ -24,6 +24,7 @@ IMAGES_PER_ROW = 4
 _PADDING = 2  # black pixels between the images of a grid, and around it
 JSON_KEY = "llamagen"  # of the record; a PNG's text "parameters" has the same for people
 QUALITY = 90  # of JPEG and WebP
+_OTHER_RECORD_BYTES = 4096  # more than a record has beside the classes, file names included
 _DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
 _CAPTION_SHARE = 10  # a caption's letters are this fraction of the picture's width, but stay readable
 _SMALLEST_LETTERS = 10  # pixels
@@ -35,9 +36,10 @@ class PictureFormat:
 
     name: str  # Pillow's
     largest_side: int  # pixels that the encoder takes
+    largest_record: int | None = None  # bytes of JSON; None: no limit
 
 
-_JPEG = PictureFormat("JPEG", 65500)
+_JPEG = PictureFormat("JPEG", 65500, 65499)  # a JPEG has one segment of 64 KiB for EXIF
 PICTURE_FORMATS = {  # by the suffix of the file's name
     ".png": PictureFormat("PNG", 2**31 - 1),
     ".jpg": _JPEG,
@@ -99,7 +101,26 @@ def check_grid_fits(flag: str, path: Path, images: int, side: int, *, captions: 
         )
 
 
-def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def check_record_fits(flag: str, path: Path, labels: Sequence[int], names: Sequence[str]) -> None:
+    """Finds out before any long work whether the file's format holds the record of such a grid.
+
+    Args:
+        flag, path: as of `check_grid_fits`.
+        labels, names: the classes of the grid's images.
+
+    Raises:
+        UserError: it does not.
+    """
+    most = PICTURE_FORMATS[path.suffix.lower()].largest_record
+    classes = json.dumps({"labels": list(labels), "class_names": list(names)})
+    if most is not None and len(classes) + _OTHER_RECORD_BYTES > most:
+        raise UserError(
+            f"{flag} {path}: such a file has no room for the classes of {len(labels)} images: "
+            "use .png or .webp, or draw fewer"
+        )
+
+
+def fitted_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """The text, cut and ended by three dots if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -113,7 +134,7 @@ def _caption_strip(text: str, width: int) -> Tensor:
     font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
     centre = (width / 2, strip.height / 2)
-    ImageDraw.Draw(strip).text(centre, shortened(text, font, width - 4), fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(strip).text(centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm")
     grey = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return grey.expand(3, -1, -1)
 

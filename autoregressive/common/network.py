@@ -13,6 +13,9 @@ import httpx2
 _PROXY_ADVICE = "is no proxy that can be used; give http://, https://, socks5:// or socks5h://HOST:PORT, or unset it"
 _ADDRESS_ADVICE = "is no web address; give one such as https://huggingface.co"
 
+_MOST_DIGITS = 9  # of seconds; a socket takes no timeout of ten digits
+_SECONDS_ADVICE = f"must be a whole number of seconds, of at most {_MOST_DIGITS} digits; correct it, or unset it"
+
 
 def unusable_variable(endpoint: str | None) -> str | None:
     """The first variable that no download can work with, and what to do; None: there is none.
@@ -57,12 +60,12 @@ def _has_certificates(value: str) -> bool:
     return True
 
 
-def _are_folders(value: str) -> bool:
-    return all(os.path.isdir(folder) for folder in value.split(os.pathsep))
+def _has_folder(value: str) -> bool:
+    return any(os.path.isdir(folder) for folder in value.split(os.pathsep))  # OpenSSL passes over the others
 
 
 def _is_seconds(value: str) -> bool:
-    return value.isdecimal() and int(value) > 0
+    return value.isdecimal() and len(value) <= _MOST_DIGITS and int(value) > 0
 
 
 def _is_header_text(value: str) -> bool:
@@ -73,9 +76,9 @@ _CHECKS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("http_proxy", "https_proxy", "all_proxy")),
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")),
     ("SSL_CERT_FILE", _has_certificates, "names no file with certificates; correct it, or unset it"),
-    ("SSL_CERT_DIR", _are_folders, "names no folder; correct it, or unset it"),
+    ("SSL_CERT_DIR", _has_folder, "names no folder; correct it, or unset it"),
     ("HF_ENDPOINT", _is_address, _ADDRESS_ADVICE),
-    ("HF_HUB_ETAG_TIMEOUT", _is_seconds, "must be a whole number of seconds"),
-    ("HF_HUB_DOWNLOAD_TIMEOUT", _is_seconds, "must be a whole number of seconds"),
+    ("HF_HUB_ETAG_TIMEOUT", _is_seconds, _SECONDS_ADVICE),
+    ("HF_HUB_DOWNLOAD_TIMEOUT", _is_seconds, _SECONDS_ADVICE),
     ("HF_HUB_USER_AGENT_ORIGIN", _is_header_text, "must be ASCII without spaces"),
 )

@@ -5,7 +5,7 @@ Flags not typed take the values of the chosen model, so only what the user typed
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
 from autoregressive.common.folders import pretrained_folder
-from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits
+from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
 from autoregressive.common.published import PublishedFile
 from autoregressive.common.weights import DEMO_GPT, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
@@ -116,7 +116,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     return Settings(
         model=model,
         sampling=_resolve_sampling(arguments, choice.defaults, seed),
-        output=_resolve_output(arguments, len(labels), model.image_size),
+        output=_resolve_output(arguments, labels, choice.classes, model.image_size),
         labels=labels,
         classes=choice.classes,
         compile=arguments.compile,
@@ -292,7 +292,9 @@ def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, se
     return settings
 
 
-def _resolve_output(arguments: argparse.Namespace, images: int, side: int) -> OutputSettings:
+def _resolve_output(
+    arguments: argparse.Namespace, labels: Sequence[int], classes: ClassNames, side: int
+) -> OutputSettings:
     output = OutputSettings(
         typed_grid=arguments.output,
         captions=arguments.captions,
@@ -301,7 +303,9 @@ def _resolve_output(arguments: argparse.Namespace, images: int, side: int) -> Ou
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
         check_file("--output", output.grid(trained=trained), *PICTURE_FORMATS)
-    check_grid_fits("--output", output.grid(trained=True), images, side, captions=output.captions)
+    grid = output.grid(trained=True)
+    check_grid_fits("--output", grid, len(labels), side, captions=output.captions)
+    check_record_fits("--output", grid, labels, [classes[label] for label in labels])
     if output.codes is not None:
         check_file("--save-codes", output.codes, ".npy")
     if output.individual is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from autoregressive.common.errors import UserError
-from autoregressive.common.files import remove_leftovers, sync, unused_name
+from autoregressive.common.files import remove_leftovers, sync, sync_folder, unused_name
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # the system's table may lack webp
 LOCK_FILE = ".llamagen.lock"
@@ -120,11 +120,6 @@ class Store:
         self._changed = threading.Condition()  # guards the four; the disk is waited for outside, so that writes share its time
         with self._changed:
             self._make_room(0, 0)
-
-    @property
-    def pictures(self) -> int:
-        """How many are kept that are this process's own."""
-        return len(self._kept)
 
     @property
     def most_of_a_request(self) -> int:
@@ -271,7 +266,7 @@ class Store:
                 sync(place)
             for place, name in zip(unfinished, names, strict=True):
                 os.replace(place, self._folder / name)
-            sync(self._folder)
+            sync_folder(self._folder)
         except OSError:
             for place in (*unfinished, *(self._folder / name for name in names)):
                 with contextlib.suppress(OSError):
