@@ -19,6 +19,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_checkpoint import CPU, assert_loads, drawn_weights, error_of, on_meta, tiny_gpt
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from autoregressive.common import stored_file
 from autoregressive.common.checkpoint import CheckpointError, load_weights, open_checkpoint
@@ -190,6 +198,152 @@ def error_in_time(path: Path) -> str:
 def test_the_worst_pickles_keep_within_time_and_memory(tmp_path: Path, kind: str) -> None:
     """Fails if one takes more than 10 s or the file's size and 256 MiB, or kills the process that reads it."""
     assert_refused(torch_zip(tmp_path / "weights.pt", HOSTILE_PICKLES[kind]()))
+
+
+# --- small files that are much work ---
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def shared_tensor(dimensions: int, wrappers: int, more_arguments: int = 0) -> bytes:
+    """A tensor of one element as pickle instructions, wrapped as a parameter so many times; it becomes memo 2."""
+    sides = b"(" + b"K\x01" * dimensions + b"t"
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
+    arguments = storage + b"K\x00" + sides + sides + b"\x89N" + b"N" * more_arguments
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+    wrapper = b"ctorch._utils\n_rebuild_parameter\n"
+    return wrapper * wrappers + tensor + b"\x85R" * wrappers + b"q\x02"
+
+
+def shared_by_names(path: Path, tensor: bytes, count: int) -> Path:
+    """A file that has the same record under so many names."""
+    names = b"".join(text(f"{number:05x}") + b"h\x02" for number in range(count))
+    pickled = b"\x80\x02}" + text("first") + tensor + b"s(" + names + b"u."
+    return torch_zip(path / "weights.pt", pickled, {"0": bytes(4)})
+
+
+def sharded_directory(
+    path: Path,
+    chunks: dict[str, list[ChunkStorageMetadata]],
+    places: dict[MetadataIndex, _StorageInfo],
+    size: int,
+    piece: bytes = bytes(16),
+) -> Path:
+    """A directory whose tensors have one dimension; its only shard is `piece`."""
+    (path / "shard.distcp").write_bytes(piece)
+    properties = TensorProperties(dtype=torch.float32)
+    entries = {
+        name: TensorStorageMetadata(properties, torch.Size([size]), parts)
+        for name, parts in chunks.items()
+    }
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata(entries, {}, places)))  # type: ignore[arg-type]
+    return path
+
+
+def one_list_of_chunks(path: Path, count: int, names: int, chunk_size: int = 4, size: int = 4) -> Path:
+    """All tensors share one list, which has the same chunk so many times."""
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([chunk_size]))
+    parts = [chunk] * count
+    info = _StorageInfo("shard.distcp", 0, 16)
+    places = {MetadataIndex(f"n{n}", torch.Size([0])): info for n in range(names)}
+    return sharded_directory(path, {f"n{n}": parts for n in range(names)}, places, size)
+
+
+def pieces(path: Path, piece: bytes, count: int, shared: bool) -> Path:
+    """One tensor in so many chunks of one element; each is the whole archive `piece`, shared or repeated."""
+    chunks = [ChunkStorageMetadata(torch.Size([n]), torch.Size([1])) for n in range(count)]
+    places = {
+        MetadataIndex("w", torch.Size([n])): _StorageInfo(
+            "shard.distcp", 0 if shared else n * len(piece), len(piece)
+        )
+        for n in range(count)
+    }
+    whole = piece if shared else piece * count
+    return sharded_directory(path, {"w": chunks}, places, count, whole)
+
+
+def large_piece(path: Path, instructions: int, members: int) -> bytes:
+    """An archive of a tensor of one element, with so much to read beside it."""
+    pickled = b"\x80\x02" + b"N" * instructions + shared_tensor(1, 0) + b"."
+    storages = {str(number): bytes(4 if number == 0 else 0) for number in range(members)}
+    return torch_zip(path / "piece", pickled, storages).read_bytes()
+
+
+def metadata_with_one_state(path: Path, file_name: str, fields: int) -> Path:
+    """All chunks share one place, which has a long file name or fields that none has."""
+    info = _StorageInfo(file_name, 0, 16)
+    vars(info).update({f"x{number}": None for number in range(fields)})
+    places = {MetadataIndex("w", torch.Size([n])): info for n in range(15_000)}
+    chunks = [ChunkStorageMetadata(torch.Size([0]), torch.Size([4]))]
+    return sharded_directory(path, {"w": chunks}, places, 4)
+
+
+WORST_FILES: dict[str, Callable[[Path], Path]] = {
+    "20,000 names for one parameter of parameters": lambda path: shared_by_names(
+        path, shared_tensor(1, 20_000), 20_000
+    ),
+    "15,000 names for one call with many arguments": lambda path: shared_by_names(
+        path, shared_tensor(1, 0, 500_000), 15_000
+    ),
+    "450,000 names for one tensor of 64 dimensions": lambda path: shared_by_names(
+        path, shared_tensor(64, 0), 450_000
+    ),
+    "450,000 names for one tensor": lambda path: shared_by_names(
+        path, shared_tensor(1, 0), 450_000
+    ),
+    "one list of 20,000 chunks": lambda path: one_list_of_chunks(path, 20_000, 60),
+    "one list of 300,000 empty chunks": lambda path: one_list_of_chunks(path, 300_000, 60, 0),
+    "one list of chunks in tensors that say they are large": lambda path: one_list_of_chunks(
+        path, 20_000, 60, 4, 2**40
+    ),
+    "15,000 places with one name of a megabyte": lambda path: metadata_with_one_state(
+        path, "n" * 2**20, 0
+    ),
+    "15,000 places with one state of 100,000 fields": lambda path: metadata_with_one_state(
+        path, "shard.distcp", 100_000
+    ),
+    "100 chunks that are one large piece": lambda path: pieces(
+        path, large_piece(path, 900_000, 30_000), 100, shared=True
+    ),
+    "100 pieces of many instructions": lambda path: pieces(
+        path, large_piece(path, 900_000, 1), 100, shared=False
+    ),
+    "40 pieces of many members": lambda path: pieces(
+        path, large_piece(path, 1, 30_000), 40, shared=False
+    ),
+}
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("kind", WORST_FILES)
+def test_the_worst_files_keep_within_time_and_memory(tmp_path: Path, kind: str) -> None:
+    """Fails if what a file says once and refers to often is work each time, for seconds or hundreds of megabytes."""
+    assert_refused(WORST_FILES[kind](tmp_path))
+
+
+def test_small_files_of_these_kinds_load(tmp_path: Path) -> None:
+    """Fails if the files of the test above are refused for another reason than their size."""
+    assert_opens = {
+        "wrapped": shared_by_names(made(tmp_path / "1"), shared_tensor(1, 2), 10),
+        "of 8 dimensions": shared_by_names(made(tmp_path / "2"), shared_tensor(8, 0), 10),
+        "in pieces": pieces(
+            made(tmp_path / "3"), large_piece(tmp_path, 1, 5), 30, shared=False
+        ),
+        "of one list": one_list_of_chunks(made(tmp_path / "4"), 1, 1),
+        "empty": one_list_of_chunks(made(tmp_path / "5"), 30, 3, 0, 0),
+    }
+    for kind, path in assert_opens.items():
+        source = open_checkpoint(path)
+        assert len(source.shapes) in (1, 3, 11), kind
+        if kind not in ("of one list",):
+            read_all(source)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 @pytest.mark.timing

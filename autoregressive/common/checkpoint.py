@@ -149,14 +149,20 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
             raise no_averaged_weights(path)
         wrapper = AVERAGED_WEIGHTS
     weights: Pairs = content[wrapper] if wrapper is not None else saved.content
-    tensors: dict[str, StoredTensor] = {}
+    values: dict[str, object] = {}
     for name, value in weights:
-        if name in COMPUTED_HERE or (wrapper is None and name in TRAINING_STATE):
-            continue
-        tensor = saved.tensor(value) if type(name) is str else None
+        if type(name) is not str:
+            raise _no_weights(path, f"a {kind_of(name)}")
+        if name not in COMPUTED_HERE and (wrapper is not None or name not in TRAINING_STATE):
+            values[name] = value
+    tensors: dict[str, StoredTensor] = {}
+    for plain, name in plain_names(values, path).items():
+        tensor = saved.tensor(values[name])
         if tensor is None:
-            shown = repr(name[:100]) if type(name) is str else f"a {kind_of(name)}"
-            raise CheckpointError(path, f"is no dictionary of weights: {shown} is no plain tensor; use another file")
-        tensors[name] = tensor
-    names = plain_names(tensors, path)
-    return source_of(path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=wrapper is None)
+            raise _no_weights(path, repr(name[:100]))
+        tensors[plain] = tensor
+    return source_of(path, tensors, is_fsdp=wrapper is None)
+
+
+def _no_weights(path: Path, shown: str) -> CheckpointError:
+    return CheckpointError(path, f"is no dictionary of weights: {shown} is no plain tensor; use another file")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,21 +75,26 @@ def chunked_source(
         CheckpointError: `ema` is not there, or two names become the same one.
         BadChunksError: a weight is not covered by its chunks.
     """
-    tensors = {
-        plain: tensor(stored) for plain, stored in select_flattened(names, path, ema).items()
-    }
-    check_chunks(tensors)
+    tensors: dict[str, ChunkedTensor] = {}
+    coverage = CoverageCheck()
+    for plain, stored in select_flattened(names, path, ema).items():
+        tensors[plain] = tensor(stored)
+        coverage.check(tensors[plain])
     return source_of(path, tensors, is_fsdp=True)
 
 
-def check_chunks(tensors: Mapping[str, ChunkedTensor]) -> None:
-    """Of each weight, the chunks are inside, of its volume together, and nowhere over each other: then they cover all of it.
+class CoverageCheck:
+    """Checks tensor after tensor; the comparisons of all of them together are bounded."""
 
-    Raises:
-        BadChunksError: they do not, or it would take too long to find out.
-    """
-    comparisons = 0
-    for tensor in tensors.values():
+    def __init__(self) -> None:
+        self._comparisons = 0
+
+    def check(self, tensor: ChunkedTensor) -> None:
+        """The chunks are inside, of the tensor's volume together, and nowhere over each other: then they cover all of it.
+
+        Raises:
+            BadChunksError: they do not, or it would take too long to find out.
+        """
         # An empty rank of an uneven split has a chunk without elements.
         chunks = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]
         for chunk in chunks:
@@ -99,8 +104,10 @@ def check_chunks(tensors: Mapping[str, ChunkedTensor]) -> None:
                 raise BadChunksError(f"a part of {tensor.name} lies outside of it")
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(tensor.shape):
             raise BadChunksError(f"parts of {tensor.name} are missing or overlap")
-        if _is_grid(chunks, tensor.shape):
-            continue
+        if not _is_grid(chunks, tensor.shape):
+            self._compare(tensor, chunks)
+
+    def _compare(self, tensor: ChunkedTensor, chunks: Sequence[Chunk]) -> None:
         # Along the axis that is cut most, few parts reach beyond the start of the next: only those are compared with it.
         axis = max(
             range(len(tensor.shape)),
@@ -108,8 +115,8 @@ def check_chunks(tensors: Mapping[str, ChunkedTensor]) -> None:
         )
         reaching: list[Chunk] = []
         for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[axis]):
-            comparisons += len(reaching)
-            if comparisons > _MOST_COMPARISONS:
+            self._comparisons += len(reaching)
+            if self._comparisons > _MOST_COMPARISONS:
                 raise BadChunksError(
                     f"{tensor.name} is cut up in a way that takes too long to check"
                 )

@@ -5,6 +5,7 @@ tensor become inert records: no name in them is resolved and nothing is called. 
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from autoregressive.common.inert_pickle import (
     kind_of,
 )
 from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape
-from autoregressive.common.torch_file import DTYPES, read_torch_archive
+from autoregressive.common.torch_file import DTYPES, ArchiveLimits, read_torch_archive
 from autoregressive.common.weight_source import CheckpointError, WeightSource
 
 METADATA_FILE = ".metadata"
@@ -31,6 +32,12 @@ _DAMAGED = "is damaged or cut short; copy the whole directory again"
 _MOST_METADATA_BYTES = 64 * 2**20
 # Hundreds of processes leave large metadata, and large shards: of so many bytes of these, an instruction may be read.
 _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
+
+# The metadata can refer to one of its parts thousands of times. What is done with a part is therefore bounded.
+_MOST_FIELDS, _LONGEST_FILE_NAME = 16, 255
+_MOST_CHUNKS = 150_000  # of all weights: 500 weights on 300 processes
+# A piece is one tensor: some 60 instructions and 10 members.
+_PIECE = ArchiveLimits(pickle_bytes=64 * 2**10, instructions=1000, directory_bytes=16 * 2**10)
 
 _METADATA, _FILESYSTEM = (
     "torch.distributed.checkpoint.metadata",
@@ -71,7 +78,11 @@ def open_sharded(path: Path, ema: bool) -> WeightSource:
             name for name, entry in entries.items() if kind_of(entry) == "TensorStorageMetadata"
         ]
         shards = _Shards(path, _places(fields["storage_data"]))
-        return chunked_source(path, tensors, lambda name: _tensor(name, entries[name], shards), ema)
+        source = chunked_source(
+            path, tensors, lambda name: _tensor(name, entries[name], shards), ema
+        )
+        shards.check_disjoint()
+        return source
     except CheckpointError:
         raise
     except (_BadMetadataError, BadChunksError) as error:
@@ -113,15 +124,21 @@ def _places(pickled: object) -> dict[tuple[str, str], object]:
 def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
     fields = _state(entry, "TensorStorageMetadata")
     size = _shape(fields["size"])
-    named, *_ = _state(fields["properties"], "TensorProperties", tuple)
+    named = _state(fields["properties"], "TensorProperties", tuple)[0]
     _check(type(named) is Name and named.name in DTYPES, f"{name} has no dtype")
     dtype = DTYPES[named.name]
-    chunks, bytes_stored = [], 0
-    for part in _exactly(list, fields["chunks"]):
+    parts = _exactly(list, fields["chunks"])
+    shards.count_chunks(len(parts))
+    chunks, bytes_stored, seen = [], 0, set()
+    for part in parts:
         described = _state(part, "ChunkStorageMetadata")
         offsets, sizes = tuple(_shape(described["offsets"])), tuple(_shape(described["sizes"]))
         if 0 in sizes:  # an empty rank of an uneven split, for which nothing is stored
             continue
+        # Hashes of texts cannot be made to collide.
+        _check(str(offsets) not in seen, f"parts of {name} overlap")
+        seen.add(str(offsets))
+        _check(len(seen) <= size.numel(), f"{name} has more parts than elements")
         file, start, length = shards.place(name, offsets)
         bytes_stored += length
         chunks.append(
@@ -137,7 +154,7 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
 
 def _read_piece(name: str, path: Path, file: StoredFile, start: int, length: int) -> StoredTensor:
     """Each piece is what `torch.save` writes."""
-    saved = read_torch_archive(file, start, length)
+    saved = read_torch_archive(file, start, length, _PIECE)
     tensor = saved.tensor(saved.content)
     if tensor is None:
         raise CheckpointError(
@@ -152,6 +169,8 @@ class _Shards:
     def __init__(self, path: Path, places: Mapping[tuple[str, str], object]) -> None:
         self.path = path
         self._files: dict[str, StoredFile] = {}
+        self._chunks = 0
+        self._used: list[tuple[str, int, int]] = []  # file, first byte and end of what is loaded
         # Also of what is not loaded: a directory of which a part is missing was not copied as a whole.
         self._places = {chunk: self._checked(place) for chunk, place in places.items()}
 
@@ -160,14 +179,28 @@ class _Shards:
         place = self._places.get((name, str(offsets)))
         if place is None:
             raise _BadMetadataError(f"a part of {name} is stored nowhere")
+        file, start, length = place
+        self._used.append((file.path.name, start, start + length))
         return place
+
+    def count_chunks(self, count: int) -> None:
+        """Raises `_BadMetadataError` if there are more, with those that were counted before, than a checkpoint has."""
+        self._chunks += count
+        _check(
+            self._chunks <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts"
+        )
+
+    def check_disjoint(self) -> None:
+        """Raises `_BadMetadataError` if two chunks share bytes: reading a file would take many times as long as its size."""
+        for (file, _, end), (next_file, start, _) in itertools.pairwise(sorted(self._used)):
+            _check(file != next_file or end <= start, f"two parts share bytes of {file}")
 
     def _checked(self, info: object) -> tuple[StoredFile, int, int]:
         """In a file that is there, beside `.metadata`, and long enough."""
         fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         _check(
-            type(file_name) is str,
+            type(file_name) is str and len(file_name) <= _LONGEST_FILE_NAME,
             "it refers to a shard without a name, which is no file of this directory",
         )
         plain = file_name not in ("", ".", "..") and not set(file_name) & set("/\\\0")
@@ -202,6 +235,7 @@ def _state(value: object, kind: str, wanted: type = Pairs) -> Any:
     if type(value) is not Record or value.kind != kind:
         raise _BadMetadataError(f"a {kind} is not what it should be")
     state = _exactly(wanted, value.state)
+    _check(len(state) <= _MOST_FIELDS, f"a {kind} has more fields than it should")
     return state.entries() if wanted is Pairs else state
 
 

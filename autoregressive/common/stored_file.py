@@ -3,7 +3,6 @@
 A mapped file that becomes shorter kills the process that touches it. One that is read becomes an error.
 """
 
-import math
 import os
 import stat
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from autoregressive.common.weight_source import CheckpointError
 
-_MOST_DIMENSIONS = 64  # that torch's operations take
+_MOST_DIMENSIONS = 8  # weights have five at most
 _LARGEST_SIDE = 2**48
 _PIECE_BYTES = 8 * 2**20  # read at a time, where numbers are converted or go to another device
 
@@ -138,4 +137,8 @@ def reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor of this shape whose elements lie one behind the other."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    strides, step = [], 1
+    for side in reversed(shape):
+        strides.append(step)
+        step *= side
+    return tuple(reversed(strides))

@@ -18,6 +18,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from autoregressive.common.inert_pickle import (
+    MOST_INSTRUCTIONS,
     InertUnpickler,
     Name,
     Pairs,
@@ -36,8 +37,11 @@ from autoregressive.common.stored_file import (
 from autoregressive.common.weight_source import CheckpointError
 
 MOST_PICKLE_BYTES = 16 * 2**20
-_MOST_DIRECTORY_BYTES = 4 * 2**20  # of a zip archive: some 50,000 tensors
 _LOCAL_HEADER_BYTES = 30
+# A pickle can give one record to thousands of names. What is done with a record is therefore bounded.
+_MOST_WRAPPERS = 3  # of a tensor: torch.save writes at most two
+_MOST_ARGUMENTS = 16  # of a call that builds a tensor
+_LONGEST_KEY = 100  # of a storage
 _DAMAGED = "is damaged or cut short; download or copy it again"
 
 _STORAGE_DTYPES = {
@@ -47,6 +51,18 @@ _STORAGE_DTYPES = {
     "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+
+
+@dataclass(frozen=True)
+class ArchiveLimits:
+    """How much of an archive is read to find its tensors."""
+
+    pickle_bytes: int = MOST_PICKLE_BYTES
+    instructions: int = MOST_INSTRUCTIONS
+    directory_bytes: int = 4 * 2**20  # some 50,000 tensors
+
+
+WHOLE_FILE = ArchiveLimits()
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,9 @@ class TorchFile:
 
 def _plain_rebuild(value: object) -> Record | None:
     """The call that builds the tensor alone, without what makes it a parameter or gives it attributes."""
-    while type(value) is Record:
+    for _ in range(_MOST_WRAPPERS + 1):
+        if type(value) is not Record or len(value.arguments) > _MOST_ARGUMENTS:
+            return None
         arguments = value.arguments
         match value.kind:
             case "_rebuild_parameter" | "_rebuild_parameter_with_state" | "Parameter" if arguments:
@@ -148,20 +166,27 @@ def _storage_of(storage: tuple[Any, ...]) -> tuple[torch.dtype, str, int] | None
 
 def _key(key: object) -> str:
     if isinstance(key, bytes):
+        if len(key) > _LONGEST_KEY:
+            return ""
         return key.decode("ascii", "replace")
     return key if type(key) is str else repr(key) if type(key) is int else ""
 
 
-def read_torch_archive(file: StoredFile, start: int = 0, size: int | None = None) -> TorchFile:
+def read_torch_archive(
+    file: StoredFile, start: int = 0, size: int | None = None, limits: ArchiveLimits = WHOLE_FILE
+) -> TorchFile:
     """Opens a zip archive that `torch.save` wrote.
 
     Args:
         start, size: where it lies in the file; all of it by default.
+        limits: more is refused.
 
     Raises:
         CheckpointError: it is damaged, or holds what could run code.
     """
-    section = _Section(file, start, file.size - start if size is None else size)
+    section = _Section(
+        file, start, file.size - start if size is None else size, limits.directory_bytes
+    )
     try:
         # Member -> its header's offset. The library checks the directory; members are read here, where they lie.
         members = {member.filename: member for member in zipfile.ZipFile(section).infolist()}
@@ -198,7 +223,7 @@ def read_torch_archive(file: StoredFile, start: int = 0, size: int | None = None
             "was written on a machine of the other byte order; load and save it there as .safetensors",
         )
     offset, pickled_bytes = places[pickles[0]]
-    unpickler = _unpickler(file, offset, pickled_bytes)
+    unpickler = _unpickler(file, offset, pickled_bytes, limits)
     content = _load(file, unpickler)
     return TorchFile(
         file, content, {name.removeprefix(storages): place for name, place in places.items()}
@@ -213,8 +238,9 @@ def _short(place: tuple[int, int] | None) -> tuple[int, int]:
 class _Section(io.RawIOBase):
     """A part of a file as the library for zip archives wants it. It reads no more at a time than a directory takes."""
 
-    def __init__(self, file: StoredFile, start: int, size: int) -> None:
+    def __init__(self, file: StoredFile, start: int, size: int, most_bytes: int) -> None:
         self._file, self._start, self._size, self._position = file, start, size, 0
+        self._most_bytes = most_bytes
 
     def seekable(self) -> bool:
         """Yes."""
@@ -236,10 +262,9 @@ class _Section(io.RawIOBase):
         """As of any file."""
         left = max(0, self._size - self._position)
         size = left if size is None or size < 0 else min(size, left)
-        if size > _MOST_DIRECTORY_BYTES:
-            raise CheckpointError(
-                self._file.path, f"has a directory of more than {_MOST_DIRECTORY_BYTES:,} bytes"
-            )
+        if size > self._most_bytes:
+            told = f"is damaged, or has a directory of more than {self._most_bytes:,} bytes"
+            raise CheckpointError(self._file.path, f"{told}; download or copy it again")
         content = self._file.read(self._start + self._position, size)
         self._position += size
         return content
@@ -308,13 +333,20 @@ def _known_names() -> frozenset[str]:
     )
 
 
-def _unpickler(file: StoredFile, offset: int, size: int) -> InertUnpickler:
-    if size > MOST_PICKLE_BYTES:
+def _unpickler(
+    file: StoredFile, offset: int, size: int, limits: ArchiveLimits = WHOLE_FILE
+) -> InertUnpickler:
+    if size > limits.pickle_bytes:
         raise CheckpointError(
             file.path,
             f"describes its content in {size:,} bytes, which is too much; use another file",
         )
-    return InertUnpickler(file.read(offset, size), _known_names(), storages=True)
+    return InertUnpickler(
+        file.read(offset, size),
+        _known_names(),
+        storages=True,
+        most_instructions=limits.instructions,
+    )
 
 
 def _load(file: StoredFile, unpickler: InertUnpickler) -> Any:

@@ -30,6 +30,7 @@ _FOLDERS = ("app", *WRAPPERS, AVERAGED_WEIGHTS)
 _DEEPEST_FOLDER = 4
 
 _LONGEST_NAME = 500
+_MOST_WEIGHTS = 20_000  # the state of an optimizer is not counted
 _LONGEST_MESSAGE, _SHORTEST_REASON = 500, 200
 
 
@@ -95,13 +96,16 @@ def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
     """Plain name -> name in the checkpoint.
 
     Raises:
-        CheckpointError: two names become the same one, or one is so long that it is none.
+        CheckpointError: two names become the same one, one is so long that it is none, or there are too many.
     """
     plain: dict[str, str] = {}
     for name in names:
         if len(name) > _LONGEST_NAME:
             told = f"holds a name of {len(name):,} characters, which no weight has"
             raise CheckpointError(path, f"{told} ({name[:50]}...); use another file")
+        if len(plain) == _MOST_WEIGHTS:
+            told = f"holds more than {_MOST_WEIGHTS:,} weights, which no model here has"
+            raise CheckpointError(path, f"{told}; use another file")
         other = plain.setdefault(plain_name(name), name)
         if other != name:
             raise CheckpointError(path, f"holds {plain_name(name)} twice, as {other} and as {name}")
