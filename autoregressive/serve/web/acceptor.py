@@ -18,6 +18,9 @@ from autoregressive.serve.web.http_protocol import PatientProtocol
 
 _ACCEPTS_A_TURN = 8  # so that a new one's request is read before many others have come
 _PAUSE_SECONDS = 0.1  # when the system has no room for another
+_BUSY_PAUSE_SECONDS = 0.02  # when all connections are busy
+# All connections may be busy for a moment only. New ones wait for so long before they are refused.
+_REFUSE_AFTER_SECONDS = 0.5
 _NOBODY = (BlockingIOError, InterruptedError, ConnectionAbortedError)  # waits any more
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -39,6 +42,7 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
+        self._busy_since: float | None = None  # as far as new connections have shown it
         listener.setblocking(False)
         self._resume()
 
@@ -57,6 +61,9 @@ class Acceptor:
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_A_TURN):
+            if self._should_wait():
+                self._pause_for(_BUSY_PAUSE_SECONDS)
+                return
             try:
                 connection, _ = self._listener.accept()
             except _NOBODY:
@@ -64,13 +71,26 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _STARVED:
                     self._connections.starve()
-                self._loop.remove_reader(self._listener)
-                self._pause = self._loop.call_later(_PAUSE_SECONDS, self._resume)
+                self._pause_for(_PAUSE_SECONDS)
                 return
             if self._connections.make_room():
                 self._open(connection)
             else:
                 _refuse(connection)
+
+    def _should_wait(self) -> bool:
+        """Whether a new connection waits in the backlog, because one may soon be free or idle."""
+        if self._connections.has_room:
+            self._busy_since = None
+            return False
+        now = self._loop.time()
+        if self._busy_since is None:
+            self._busy_since = now
+        return now - self._busy_since < _REFUSE_AFTER_SECONDS
+
+    def _pause_for(self, seconds: float) -> None:
+        self._loop.remove_reader(self._listener)
+        self._pause = self._loop.call_later(seconds, self._resume)
 
     def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)

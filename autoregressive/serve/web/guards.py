@@ -16,10 +16,10 @@ from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
 from autoregressive.serve.web.http_protocol import (
     BODY_BYTES,
     CONNECTION,
+    COUNTED,
     CUT,
     REFUSED,
     REQUEST_ID,
-    SHED,
     UNSENT_BYTES,
     PatientProtocol,
 )
@@ -88,8 +88,9 @@ class RequestLog:
                 status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", number.encode())]
                 connection = _connection_of(scope)
-                early = connection is not None and connection.sends
-                if early and _CLOSE not in headers:  # the rest of its body is not read
+                # Either the rest of its body is not read, or others want its place.
+                last = connection is not None and (connection.sends or connection.is_crowded)
+                if last and _CLOSE not in headers:
                     headers.append(_CLOSE)
                 message["headers"] = headers
                 await send(message)
@@ -147,7 +148,7 @@ class RequestLog:
             line["outcome"] = "failed" if broken and status != 499 else _outcome(status, job)
             self._count(line["outcome"])
         level = logging.ERROR if failure is not None else logging.INFO
-        if SHED in scope["state"]:  # a line a second tells of all of them
+        if COUNTED in scope["state"]:
             level = logging.DEBUG
         _log.log(level, "request", extra={"fields": line}, exc_info=failure)
 
