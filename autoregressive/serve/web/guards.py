@@ -5,7 +5,6 @@ Plain ASGI, so that streams and clients that leave pass through as they are.
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -52,12 +51,8 @@ def _connection_of(scope: Scope) -> PatientProtocol | None:
 
 async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
     """An error as the whole answer; the connection's last, if what follows cannot be trusted."""
-    body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
-    if last:
-        headers["Connection"] = "close"
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    headers, body = error.encode(last=last)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import sys
@@ -290,9 +289,8 @@ class PatientProtocol(H11Protocol):
             return
         status = status if status in _REFUSALS else 400
         message, code = _REFUSALS[status]
-        body = json.dumps(ApiError(status, message, code).body).encode()
+        headers, body = ApiError(status, message, code).encode(last=True)
         number = new_request_id()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         headers.append((b"x-request-id", number.encode()))
         parts: list[Any] = [
             h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
