@@ -5,6 +5,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 
 from autoregressive.serve.web import generation, http_protocol
+from autoregressive.serve.web.connections import Connections
 
 pytestmark = pytest.mark.timing
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -44,7 +46,8 @@ def on_a_server(
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
-            options["http"] = http_protocol.PatientProtocol
+            connections = Connections(most=2**20, most_bytes=2**40)
+            options["http"] = partial(http_protocol.PatientProtocol, connections=connections)
             server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
             while not server.started:

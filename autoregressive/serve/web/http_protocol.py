@@ -72,15 +72,13 @@ class PatientProtocol(H11Protocol):
     400.
 
     Args:
-        connections: where this one is known; None: it is alone.
+        connections: where this one is known.
     """
 
-    def __init__(
-        self, *arguments: Any, connections: Connections | None = None, **keywords: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, connections: Connections, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         read_strictly(self.conn)
-        self._connections = connections or Connections(most=2**20, most_bytes=2**40)
+        self._connections = connections
         self._sender_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self.lingers = False  # the answer is written, and what the client still sends is dropped
