@@ -243,3 +243,24 @@ def test_a_stream_that_breaks_off_says_so() -> None:
     assert b"a bug" not in told
     assert getattr(state, generation.FAILED)
     assert len(abandoned) == 1
+
+
+def test_a_connection_closed_for_another_keeps_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if one whose answer waits for its reader stays open, uncounted, once it is closed to
+    make room."""
+    monkeypatch.setattr(http_protocol, "READ_SECONDS", 60.0)
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", port))
+            client.sendall(GET % b"2000000")
+            await asyncio.sleep(0.3)
+            (protocol,) = cast(Any, server.server_state.connections)
+            assert protocol._connections.shed()
+            assert protocol._connections.stats.connections == 0
+            await until_empty(server, 1)
+
+    on_a_server(visit)
