@@ -5,6 +5,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 
 from autoregressive.serve.web import generation, http_protocol
+from autoregressive.serve.web.connections import Connections
 
 pytestmark = pytest.mark.timing
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -44,7 +46,8 @@ def on_a_server(
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
-            options["http"] = http_protocol.PatientProtocol
+            connections = Connections(most=2**20, most_bytes=2**40)
+            options["http"] = partial(http_protocol.PatientProtocol, connections=connections)
             server = uvicorn.Server(uvicorn.Config(app, **options))
             serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
             while not server.started:
@@ -240,3 +243,24 @@ def test_a_stream_that_breaks_off_says_so() -> None:
     assert b"a bug" not in told
     assert getattr(state, generation.FAILED)
     assert len(abandoned) == 1
+
+
+def test_a_connection_closed_for_another_keeps_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if one whose answer waits for its reader stays open, uncounted, once it is closed to
+    make room."""
+    monkeypatch.setattr(http_protocol, "READ_SECONDS", 60.0)
+
+    async def visit(port: int, server: uvicorn.Server) -> None:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", port))
+            client.sendall(GET % b"2000000")
+            await asyncio.sleep(0.3)
+            (protocol,) = cast(Any, server.server_state.connections)
+            assert protocol._connections.shed()
+            assert protocol._connections.stats.connections == 0
+            await until_empty(server, 1)
+
+    on_a_server(visit)

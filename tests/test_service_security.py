@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
@@ -28,6 +29,7 @@ from test_imports import import_graph, module_name, source_files
 
 from autoregressive.serve.web import authentication, guards, http_protocol
 from autoregressive.serve.web.app import build_app
+from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.dispatcher import Dispatcher, Patience
 from autoregressive.serve.web.generation import Studio
 from autoregressive.serve.web.guards import App
@@ -821,7 +823,10 @@ def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(monkeypatch
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            config = uvicorn.Config(app, http=http_protocol.PatientProtocol, ws="none", lifespan="off", log_config=None)
+            protocol: Any = partial(
+                http_protocol.PatientProtocol, connections=Connections(most=2**20, most_bytes=2**40)
+            )
+            config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None)
             server = uvicorn.Server(config)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -11,6 +12,8 @@ from typing import Any
 from autoregressive.serve.web.addresses import client_network
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.guards import App, Receive, Scope, Send, answer
+from autoregressive.serve.web.http_protocol import COUNTED
+from autoregressive.serve.web.logs import CountedWarning
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
 FAILURE_SECONDS = 6.0  # between two wrong keys after those
@@ -91,6 +94,8 @@ class Authentication:
         self._app, self._is_open = app, is_open
         self._digests = [_digest(key.encode()) for key in keys]
         self._throttle = throttle or FailureThrottle()
+        log = logging.getLogger("llamagen.authentication")
+        self._throttled = CountedWarning(log, "keys were not tried: too many are wrong", "guesses")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -114,6 +119,9 @@ class Authentication:
             return None
         wait = self._throttle.seconds_to_wait(network)
         if wait > 0:
+            # An attacker may send thousands a second.
+            self._throttled.count()
+            scope.setdefault("state", {})[COUNTED] = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
             return ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
         if number is None:

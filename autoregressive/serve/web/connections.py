@@ -10,6 +10,7 @@ from typing import Protocol
 
 _LOOK_SECONDS = 0.2  # so often the connections are looked at
 _GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it counts as idle
+_ARRIVAL_SECONDS = 0.05  # for the request of a new connection to be read if it has been sent already
 _LOG_SECONDS = 1.0  # between two lines of the log
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 _log = logging.getLogger("llamagen.connections")
@@ -19,14 +20,17 @@ class Phase(Enum):
     """What a connection does."""
 
     IDLE = auto()  # no byte of a request has come
-    HEAD = auto()  # a part of its headers has; or its answer is written, and the client still sends
+    HEAD = auto()  # a part of its headers has
     BODY = auto()  # a part of its body has
-    ANSWER = (
-        auto()
-    )  # the request is complete, and its answer is made or sent: never closed for another's sake
+    # The answer waits for the client to read it, or is written while the client still sends. It is
+    # not a drawing's, so that the client can ask for it again.
+    UNREAD = auto()
+    # The request is complete, and its answer is made or sent: never closed for another's sake.
+    ANSWER = auto()
 
 
-_SHED_ORDER = (Phase.IDLE, Phase.HEAD, Phase.BODY)
+_INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed first
+_ANSWERED = (Phase.UNREAD, Phase.ANSWER)
 
 
 class Connection(Protocol):
@@ -48,7 +52,7 @@ class Connection(Protocol):
         """Closes it; its answer is cut off, if there is one."""
 
     def close_idle(self) -> None:
-        """Closes it; what is written is still delivered."""
+        """Closes it at once; what this process still holds of an answer is lost."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class ConnectionStats:
 class Connections:
     """Used in one event loop.
 
-    When `most` are open and a new one comes, the one that has been idle for longest is closed. When
+    When `most` are open and a new one comes, the one that has been idle for longest is closed; if
+    none is idle, one whose client does not read its answer, unless it is a drawing's. When
     they hold more than half of `most_bytes`, no drawings are accepted; when they hold more than all
     of it, the slowest clients are dropped.
 
@@ -88,8 +93,8 @@ class Connections:
         self.most, self.most_bytes = most, most_bytes
         self.buffered_bytes = 0  # when they were last looked at, and what has come since then
         self._phases: dict[Connection, Phase] = {}
-        # Since when each has been waiting for a request, or for the rest of one; the longest first,
-        # or nearly so.
+        # Since when each has been waiting for a request, for the rest of one, or for its reader; the
+        # longest first, or nearly so.
         self._by_phase: dict[Phase, dict[Connection, float]] = {phase: {} for phase in Phase}
         self._shed = self._refused = self._dropped = self._starved = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -113,36 +118,49 @@ class Connections:
             return "too many connections are busy: try again later"
         return None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether another connection may be opened now."""
+        return len(self._phases) < self.most or self._first_to_close() is not None
+
     def make_room(self) -> bool:
-        """Whether another connection may be opened; closes the one that has been idle for longest,
-        if it must."""
+        """Whether another connection may be opened; closes one for it if it must."""
         if len(self._phases) < self.most or self.shed():
             return True
         self._refused += 1
         return False
 
     def shed(self) -> bool:
-        """Closes a connection; whether there was one that may be closed.
-
-        That is the one that has been idle for longest; if none has been for a while, the one that
-        has been sending its headers for longest, then its body. If all are new, it is the oldest: a
-        client that has only just come is not closed for another that sends no more.
-        """
-        oldest = [
-            next(iter(of_phase.items()))
-            for phase in _SHED_ORDER
-            if (of_phase := self._by_phase[phase])
-        ]
-        if not oldest:
+        """Closes a connection; whether there was one that may be closed."""
+        connection = self._first_to_close()
+        if connection is None:
             return False
-        before = time.monotonic() - _GRACE_SECONDS
-        connection, _ = next(
-            (one for one in oldest if one[1] <= before), min(oldest, key=lambda one: one[1])
-        )
         self.remove(connection)
         self._shed += 1
         connection.close_idle()
         return True
+
+    def _first_to_close(self) -> Connection | None:
+        """The one that has been idle for longest; if none has been for a while, the one that has
+        been sending its headers for longest, then its body, then the one that has left its answer
+        unread for longest.
+
+        If there is none of these, it is the oldest, unless that one is so new that its request may
+        be here and not read yet: a client that has only just come is not closed for another that
+        sends or reads no more.
+        """
+        now = time.monotonic()
+        oldest = [self._oldest(phase) for phase in _INCOMPLETE if self._by_phase[phase]]
+        for connection, since in oldest:
+            if since <= now - _GRACE_SECONDS:
+                return connection
+        if self._by_phase[Phase.UNREAD]:
+            return self._oldest(Phase.UNREAD)[0]
+        oldest = [one for one in oldest if one[1] <= now - _ARRIVAL_SECONDS]
+        return min(oldest, key=lambda one: one[1])[0] if oldest else None
+
+    def _oldest(self, phase: Phase) -> tuple[Connection, float]:
+        return next(iter(self._by_phase[phase].items()))
 
     def starve(self) -> None:
         """The system has no descriptor or no memory for another connection."""
@@ -157,7 +175,7 @@ class Connections:
         since = time.monotonic()
         if before is not None:
             waited_since = self._by_phase[before].pop(connection)
-            if before is not Phase.ANSWER:
+            if before not in _ANSWERED and phase not in _ANSWERED:
                 since = waited_since
         self._phases[connection] = phase
         self._by_phase[phase][connection] = since
@@ -187,7 +205,7 @@ class Connections:
         seconds, self._looked_at = min(now - self._looked_at, 2 * _LOOK_SECONDS), now
         busy = [
             connection
-            for phase in (Phase.HEAD, Phase.BODY, Phase.ANSWER)
+            for phase in (Phase.HEAD, Phase.BODY, Phase.UNREAD, Phase.ANSWER)
             for connection in self._by_phase[phase]
         ]
         for connection in busy:

@@ -8,12 +8,14 @@ from autoregressive.common.errors import UserError
 MOST_DESCRIPTORS = 65535  # nobody needs more here, and some systems allow a thousand million
 _DEFAULT_CONNECTIONS = 4096
 _LEAST_CONNECTIONS = 8
+REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
 # Beside connections: the standard streams, the event loop's own, listeners, stored files that are
 # being written, libraries' files, and connections that have been closed in this turn of the event
-# loop, or accepted in it.
-_RESERVE = 64
+# loop, or accepted in it, and refused ones.
+_RESERVE = 64 + REFUSED_SOCKETS
 _RESERVE_FOR_A_CHILD = 4  # a connection to it, its sentinel, and what starting it takes
-# A connection's socket, and the file that its answer is read from.
+# A connection's socket, and the file that its answer is read from: `FileResponse` keeps it open
+# until the client has all of it (`/`, `/static`, `/docs-assets`).
 _DESCRIPTORS_A_CONNECTION = 2
 _log = logging.getLogger("llamagen.connections")
 

@@ -1,5 +1,6 @@
 """What goes wrong, in the one shape that all answers have: OpenAI's `{"error": {message, type, param, code}}`."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,15 @@ class ApiError(Exception):
         if self.code == "unsupported_encoding":
             headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+    def encode(self, *, last: bool = False) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        """Headers and body of the whole answer; `last`: of the connection's last one."""
+        body = json.dumps(self.body).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        headers |= self.headers
+        if last:
+            headers["Connection"] = "close"
+        return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body
 
 
 def internal_error() -> ApiError:

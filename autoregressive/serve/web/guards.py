@@ -5,7 +5,6 @@ Plain ASGI, so that streams and clients that leave pass through as they are.
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -16,10 +15,10 @@ from autoregressive.serve.web.generation import DRAWING_PATHS, FAILED
 from autoregressive.serve.web.http_protocol import (
     BODY_BYTES,
     CONNECTION,
+    COUNTED,
     CUT,
     REFUSED,
     REQUEST_ID,
-    SHED,
     UNSENT_BYTES,
     PatientProtocol,
 )
@@ -52,12 +51,8 @@ def _connection_of(scope: Scope) -> PatientProtocol | None:
 
 async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
     """An error as the whole answer; the connection's last, if what follows cannot be trusted."""
-    body = json.dumps(error.body).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | error.headers
-    if last:
-        headers["Connection"] = "close"
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    headers, body = error.encode(last=last)
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -88,8 +83,9 @@ class RequestLog:
                 status = message["status"]
                 headers = [*message.get("headers", []), (b"x-request-id", number.encode())]
                 connection = _connection_of(scope)
-                early = connection is not None and connection.sends
-                if early and _CLOSE not in headers:  # the rest of its body is not read
+                # Either the rest of its body is not read, or others want its place.
+                last = connection is not None and (connection.sends or connection.is_crowded)
+                if last and _CLOSE not in headers:
                     headers.append(_CLOSE)
                 message["headers"] = headers
                 await send(message)
@@ -147,7 +143,7 @@ class RequestLog:
             line["outcome"] = "failed" if broken and status != 499 else _outcome(status, job)
             self._count(line["outcome"])
         level = logging.ERROR if failure is not None else logging.INFO
-        if SHED in scope["state"]:  # a line a second tells of all of them
+        if COUNTED in scope["state"]:
             level = logging.DEBUG
         _log.log(level, "request", extra={"fields": line}, exc_info=failure)
 

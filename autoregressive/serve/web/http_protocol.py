@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import sys
@@ -33,7 +32,7 @@ CONNECTION = "connection"  # the `PatientProtocol` that it came through
 BODY_BYTES = "body_bytes"  # what is held of its body
 UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the connection yet
 JOB = "job"  # what is drawn for it
-SHED = "shed"  # the connection was closed for another's sake before the request was complete
+COUNTED = "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
 CUT = "cut"  # the connection went before the answer was complete
 REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
 REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
@@ -73,15 +72,13 @@ class PatientProtocol(H11Protocol):
     400.
 
     Args:
-        connections: where this one is known; None: it is alone.
+        connections: where this one is known.
     """
 
-    def __init__(
-        self, *arguments: Any, connections: Connections | None = None, **keywords: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, connections: Connections, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         read_strictly(self.conn)
-        self._connections = connections or Connections(most=2**20, most_bytes=2**40)
+        self._connections = connections
         self._sender_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self.lingers = False  # the answer is written, and what the client still sends is dropped
@@ -110,7 +107,7 @@ class PatientProtocol(H11Protocol):
         self._stop_sender_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering:
             self.scope["state"][CUT] = True
         if self.scope is not None:
             # Else each would keep the other until the garbage collector comes.
@@ -152,10 +149,25 @@ class PatientProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """The server ends: closes it, or lets its answer be finished first."""
-        if self.cycle is None or self.cycle.response_complete:
+        if not self._is_answering:
             self._real_transport.close()
         else:
             super().shutdown()
+
+    def pause_writing(self) -> None:
+        """The client does not take the answer as fast as it is made."""
+        super().pause_writing()
+        self._tell_phase()
+
+    def resume_writing(self) -> None:
+        """The client has taken most of what was written."""
+        super().resume_writing()
+        self._tell_phase()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether this answer should be the last of its connection, so that others get in."""
+        return not self._connections.has_room
 
     @property
     def overload(self) -> str | None:
@@ -199,16 +211,21 @@ class PatientProtocol(H11Protocol):
 
     def drop(self) -> None:
         """Closes it; its answer is cut off, if there is one."""
+        if self._is_answering and not self._draws:
+            self.scope["state"][COUNTED] = True
         self.transport.abort()
 
     def close_idle(self) -> None:
-        """Closes it; what is written is still delivered."""
+        """Closes it at once; what this process still holds of an answer is lost."""
         if self.transport is None:
             self._is_unwanted = True
-            return
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.scope["state"][SHED] = True
-        self._real_transport.close()
+        elif self.transport.get_write_buffer_size() > 0:
+            # Closed gently, it would keep its descriptor until its client has read, uncounted.
+            self.drop()
+        else:
+            if self._is_answering:
+                self.scope["state"][COUNTED] = True
+            self._real_transport.close()
 
     def close_gently(self, transport: asyncio.Transport) -> None:
         """Closes it when what is written is sent, and the client has had time to read it before
@@ -235,13 +252,27 @@ class PatientProtocol(H11Protocol):
         return len(self.conn._receive_buffer)
 
     @property
+    def _is_answering(self) -> bool:
+        """Whether a request is here, perhaps in part, whose answer is not written."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _draws(self) -> bool:
+        """Whether something is drawn for the latest request, or was."""
+        return self.scope is not None and JOB in self.scope["state"]
+
+    @property
     def _phase(self) -> Phase:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering:
+            if self.flow.write_paused:
+                return Phase.ANSWER if self._draws else Phase.UNREAD
             incomplete = self.cycle.more_body and not self.cycle.response_started
             return Phase.BODY if incomplete else Phase.ANSWER
         if self.transport.get_write_buffer_size() > 0:
-            return Phase.ANSWER
-        return Phase.HEAD if self.lingers or self.sends or self._unread_bytes else Phase.IDLE
+            return Phase.ANSWER if self._draws else Phase.UNREAD
+        if self.lingers:
+            return Phase.UNREAD
+        return Phase.HEAD if self.sends or self._unread_bytes else Phase.IDLE
 
     def _tell_phase(self) -> None:
         if not self._real_transport.is_closing():  # else it keeps its phase until it is gone
@@ -256,9 +287,8 @@ class PatientProtocol(H11Protocol):
             return
         status = status if status in _REFUSALS else 400
         message, code = _REFUSALS[status]
-        body = json.dumps(ApiError(status, message, code).body).encode()
+        headers, body = ApiError(status, message, code).encode(last=True)
         number = new_request_id()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         headers.append((b"x-request-id", number.encode()))
         parts: list[Any] = [
             h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
@@ -268,7 +298,7 @@ class PatientProtocol(H11Protocol):
         for part in parts:
             self.transport.write(self.conn.send(part))
         self.transport.close()
-        if self.cycle is not None and not self.cycle.response_complete:  # it was a request before; the line is written at its end
+        if self._is_answering:  # it was a request before; the line is written at its end
             self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
             self.cycle.disconnected = True  # so that uvicorn drops what the application answers, and wakes it if it reads
             self.cycle.message_event.set()

@@ -1,0 +1,122 @@
+"""What a client hears that finds all connections busy, or whose keys are slowed down."""
+
+import asyncio
+import http.client
+import json
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, cast
+
+import pytest
+from fake_service import Service, running_service
+
+from autoregressive.serve.web import acceptor as web_acceptor
+from autoregressive.serve.web import logs
+from autoregressive.serve.web.acceptor import Acceptor
+from autoregressive.serve.web.connections import Connections
+from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
+
+KEY = "k" * 32
+
+
+def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]]) -> None:
+    """Runs a visit of an acceptor that has no room for any connection."""
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+            acceptor = Acceptor(listener, cast(Any, None), Connections(0, 1000))
+            try:
+                await asyncio.wait_for(visit(listener.getsockname()[1], acceptor), 20)
+            finally:
+                acceptor.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_acceptor, "_REFUSE_AFTER_SECONDS", 0.0)
+
+
+def test_a_refusal_reaches_who_still_sends() -> None:
+    """Fails if the connection is reset while the client sends its body, so that it sees no answer,
+    or the answer has no number."""
+
+    def post(port: int) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/v1/codes", b"x" * 200_000)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+
+    async def visit(port: int, acceptor: Acceptor) -> None:
+        for _ in range(20):
+            status, headers, body = await asyncio.to_thread(post, port)
+            assert status == 503
+            assert headers["x-request-id"].startswith("req_")
+            assert headers["connection"] == "close"
+            assert int(headers["retry-after"]) > 0
+            assert json.loads(body)["error"]["code"] == "overloaded"
+
+    on_a_full_process(visit)
+
+
+def test_refused_connections_are_bounded_in_number_and_time() -> None:
+    """Fails if clients that never close keep descriptors, or get no answer beyond the bound."""
+
+    async def visit(port: int, acceptor: Acceptor) -> None:
+        clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+        for reader, _ in clients:
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+            assert len(acceptor._refused) <= REFUSED_SOCKETS
+        while acceptor._refused:
+            await asyncio.sleep(0.02)
+        for _, writer in clients:
+            writer.close()
+
+    on_a_full_process(visit)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with a key."""
+    with running_service(
+        tmp_path_factory.mktemp("locked"), environment={"LLAMAGEN_API_KEY": KEY}
+    ) as service:
+        yield service
+
+
+def test_guesses_that_are_slowed_down_write_a_line_a_second(locked: Service) -> None:
+    """Fails if each throttled guess writes a line, or none tells how many there were."""
+    statuses = Counter(
+        locked.client.get("/v1/models", headers={"Authorization": f"Bearer {index}"}).status_code
+        for index in range(200)
+    )
+    assert statuses[401] >= 10
+    assert statuses[429] == 200 - statuses[401]
+
+    def told() -> list[dict[str, Any]]:
+        return [line for line in map(json.loads, locked.log.splitlines()) if "guesses" in line]
+
+    locked.wait_for(lambda: sum(line["guesses"] for line in told()) == statuses[429], 5)
+    assert all(line["level"].lower() == "warning" for line in told())
+    requests = [line for line in map(json.loads, locked.log.splitlines()) if "status" in line]
+    assert [line for line in requests if line["status"] == 429] == []
+    assert len([line for line in requests if line["status"] == 401]) == statuses[401]
+
+
+def test_a_warning_a_second_counts_what_happened(caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a count is lost or told twice, or there is a line for each."""
+
+    async def run() -> None:
+        warning = logs.CountedWarning(logging.getLogger("test"), "it happened", "times", 0.05)
+        for count in (3, 2):
+            for _ in range(count):
+                warning.count()
+            await asyncio.sleep(0.15)
+
+    asyncio.run(run())
+    assert [cast(Any, record).fields for record in caplog.records] == [{"times": 3}, {"times": 2}]
