@@ -22,8 +22,8 @@ from autoregressive.common.inert_pickle import (
     Record,
     kind_of,
 )
-from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape
-from autoregressive.common.torch_file import DTYPES, ArchiveLimits, read_torch_archive
+from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape, visible_names
+from autoregressive.common.torch_file import DTYPES, READABLE_DTYPES, ArchiveLimits, read_torch_archive
 from autoregressive.common.weight_source import CheckpointError, WeightSource
 
 METADATA_FILE = ".metadata"
@@ -98,7 +98,7 @@ def _read_metadata(path: Path) -> object:
             file.path,
             f"has {file.size:,} bytes, which is too much; save the weights without the optimizer",
         )
-    shards_bytes = sum(shard.stat().st_size for shard in path.glob("*.distcp"))
+    shards_bytes = sum((path / name).stat().st_size for name in visible_names(path, ".distcp"))
     most = min(MOST_INSTRUCTIONS + shards_bytes // _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS)
     content = file.read(0, file.size)
     try:
@@ -127,6 +127,7 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
     named = _state(fields["properties"], "TensorProperties", tuple)[0]
     _check(type(named) is Name and named.name in DTYPES, f"{name} has no dtype")
     dtype = DTYPES[named.name]
+    _check(dtype in READABLE_DTYPES, f"{name} is {named.name}, which torch cannot convert")
     parts = _exactly(list, fields["chunks"])
     shards.count_chunks(len(parts))
     chunks, bytes_stored, seen = [], 0, set()
