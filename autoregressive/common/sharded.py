@@ -34,7 +34,7 @@ _MOST_METADATA_BYTES = 64 * 2**20
 _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
 
 # The metadata can refer to one of its parts thousands of times. What is done with a part is therefore bounded.
-_MOST_FIELDS, _LONGEST_FILE_NAME = 16, 255
+_MOST_FIELDS = 16
 _MOST_CHUNKS = 150_000  # of all weights: 500 weights on 300 processes
 # A piece is one tensor: some 60 instructions and 10 members.
 _PIECE = ArchiveLimits(pickle_bytes=64 * 2**10, instructions=1000, directory_bytes=16 * 2**10)
@@ -201,7 +201,7 @@ class _Shards:
         fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         _check(
-            type(file_name) is str and len(file_name) <= _LONGEST_FILE_NAME,
+            type(file_name) is str,
             "it refers to a shard without a name, which is no file of this directory",
         )
         plain = file_name not in ("", ".", "..") and not set(file_name) & set("/\\\0")
