@@ -440,7 +440,9 @@ for path in sys.argv[1:]:
 def test_empty_weights_and_an_impossible_path_are_one_line(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "empty.pt")
     assert "holds no weights" in error_of(tmp_path / "empty.pt")
-    assert "cannot be read" in error_of(tmp_path / ("long" * 100))
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_weights(on_meta(tiny_gpt), tmp_path / ("long" * 100), device=CPU, dtype=torch.float32)
+    assert len(str(caught.value)) <= 500
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from autoregressive.common.inert_pickle import Pairs, kind_of
 from autoregressive.common.safetensors_file import is_safetensors_folder, open_safetensors_folder, read_safetensors
 from autoregressive.common.sharded import METADATA_FILE, open_sharded
-from autoregressive.common.stored_file import StoredFile, StoredTensor
+from autoregressive.common.stored_file import StoredFile, StoredTensor, visible_names
 from autoregressive.common.strictness import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.common.torch_file import TorchFile, read_torch_archive, read_torch_stream
 from autoregressive.common.weight_source import (
@@ -115,7 +115,7 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
         return _open_file(path / CONSOLIDATED_FILE, ema)
     if is_safetensors_folder(path):
         return open_safetensors_folder(path, ema)
-    if any(path.glob("*.distcp")):
+    if visible_names(path, ".distcp"):
         raise CheckpointError(path, f"{METADATA_FILE} is missing beside the shards; copy the whole directory again")
     state = "is an empty directory" if not any(path.iterdir()) else "is a directory without a checkpoint"
     raise CheckpointError(path, f"{state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or name a file")

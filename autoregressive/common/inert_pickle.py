@@ -31,6 +31,13 @@ class UnknownName(PickleRefused):
         self.name = name
 
 
+class OddKey(PickleRefused):
+    """A dictionary has a key that is a tuple of many items, of tuples, or something else that none needs."""
+
+    def __init__(self) -> None:
+        super().__init__("it has a key that no checkpoint needs")
+
+
 class Name:
     """A class, function or dtype that the pickle refers to: only its name, without the module."""
 
@@ -212,7 +219,7 @@ class InertUnpickler:
         if not isinstance(target, Pairs):
             raise PickleRefused(f"it sets an item of a {kind_of(target)}")
         if not all(map(_may_be_key, keys)):
-            raise PickleRefused("a dictionary has an odd key")
+            raise OddKey
         target.extend(zip(keys, items[1::2], strict=True))
 
     # --- names and what is done with them ---

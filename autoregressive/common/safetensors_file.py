@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from autoregressive.common.chunks import BadChunksError, Chunk, ChunkedTensor, chunked_source
-from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape
-from autoregressive.common.weight_source import CheckpointError, WeightSource
+from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape, visible_names
+from autoregressive.common.weight_source import DAMAGED, CheckpointError, WeightSource
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
 _MOST_JSON_BYTES = 4 * 2**20  # of a header or an index: some 40,000 tensors
 _SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's
-_PART_OF = re.compile(r"(?:shard-(\d{5})-)?.*-(\d{5})-of-(\d{5})\.safetensors")
-_DAMAGED = "is damaged or cut short; download or copy it again"
+_PART_OF = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -54,14 +53,14 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     file = StoredFile(path)
     size = int.from_bytes(file.read(0, 8), "little")
     if size > file.size - 8:
-        raise CheckpointError(path, _DAMAGED)
+        raise CheckpointError(path, DAMAGED)
     if size > _MOST_JSON_BYTES:
         raise CheckpointError(
             path, f"describes its tensors in {size:,} bytes, which is too much; use another file"
         )
     try:
         header = _parse(file.read(8, size))
-        extra = header.pop("__metadata__", {})
+        extra = header.pop("__metadata__", None)
         tensors = _tensors(header, file, 8 + size)
         return SafetensorsFile(file, tensors, _offsets(extra, tensors))
     except _BadJsonError as error:
@@ -123,6 +122,8 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
 def _offsets(
     extra: object, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[int, ...]] | None:
+    if extra is None:
+        return None
     if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
         raise _BadJsonError("__metadata__ is no table of texts")
     if _SHARDING_KEY not in extra:
@@ -139,7 +140,7 @@ def _offsets(
 
 def is_safetensors_folder(path: Path) -> bool:
     """Whether there is anything in a folder for `open_safetensors_folder`."""
-    return any(path.glob(f"*{_SUFFIX}")) or any(path.glob(f"*{INDEX_SUFFIX}"))
+    return bool(visible_names(path, _SUFFIX) or visible_names(path, INDEX_SUFFIX))
 
 
 def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
@@ -148,15 +149,14 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
     Raises:
         CheckpointError: a part is missing or one too many, damaged, or belongs to another checkpoint; or `ema` is not there.
     """
-    names = sorted(file.name for file in path.glob(f"*{_SUFFIX}"))
-    indices = sorted(file.name for file in path.glob(f"*{INDEX_SUFFIX}"))
+    names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
     if len(indices) > 1:
         raise CheckpointError(
             path, f"has more than one index: {', '.join(indices)}; move all but one elsewhere"
         )
     index = _read_index(path / indices[0]) if indices else None
     if index is not None:
-        _check_parts(path, names, set(index.values()), indices[0])
+        names = _named_parts(path, names, set(index.values()), indices[0])
     else:
         _check_numbers(path, names)
     parts = [read_safetensors(path / name) for name in names]
@@ -196,41 +196,33 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _check_parts(path: Path, there: Sequence[str], named: set[str], index: str) -> None:
-    """The folder's files are those of the index. A name with a folder in it is none of the folder's."""
-    missing, surplus = sorted(named - set(there)), sorted(set(there) - named)
+def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) -> list[str]:
+    """The files of the index, which are all there. Others are not its own, as `consolidated.safetensors` beside parts.
+
+    A name with a folder in it is no file of this folder.
+    """
+    missing = sorted(named - set(there))
     if missing:
         raise CheckpointError(
             path,
             f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder again",
         )
-    if surplus:
-        raise CheckpointError(
-            path,
-            f"{surplus[0]} is not in {index}: it belongs to another checkpoint; move it elsewhere",
-        )
+    return sorted(named)
 
 
 def _check_numbers(path: Path, names: Sequence[str]) -> None:
-    """Parts that are numbered are all there: without an index only their names tell."""
+    """Parts that say how many they are are all there: without an index only their names tell.
+
+    Numbers of shards do not matter: torch writes no file for a process that holds nothing.
+    """
     found = [match for match in map(_PART_OF.fullmatch, names) if match is not None]
-    for what, numbers, count in (
-        ("shard", {int(match[1]) for match in found if match[1]}, 0),
-        (
-            "part",
-            {int(match[2]) for match in found},
-            max((int(match[3]) for match in found), default=0),
-        ),
-    ):
-        gap = next(
-            (number for number in range(1, max([count, *numbers]) + 1) if number not in numbers),
-            None,
+    count = max((int(match[2]) for match in found), default=0)
+    there = {int(match[1]) for match in found}
+    missing = next((number for number in range(1, count + 1) if number not in there), None)
+    if missing is not None:
+        raise CheckpointError(
+            path, f"part {missing} of {count} is missing; copy the whole folder again"
         )
-        if gap is not None and numbers:
-            raise CheckpointError(
-                path,
-                f"{what} {gap} of {max([count, *numbers])} is missing; copy the whole folder again",
-            )
 
 
 def _check_index(

@@ -22,8 +22,8 @@ from autoregressive.common.inert_pickle import (
     Record,
     kind_of,
 )
-from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape
-from autoregressive.common.torch_file import DTYPES, ArchiveLimits, read_torch_archive
+from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape, visible_names
+from autoregressive.common.torch_file import DTYPES, READABLE_DTYPES, ArchiveLimits, read_torch_archive
 from autoregressive.common.weight_source import CheckpointError, WeightSource
 
 METADATA_FILE = ".metadata"
@@ -34,7 +34,7 @@ _MOST_METADATA_BYTES = 64 * 2**20
 _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
 
 # The metadata can refer to one of its parts thousands of times. What is done with a part is therefore bounded.
-_MOST_FIELDS, _LONGEST_FILE_NAME = 16, 255
+_MOST_FIELDS = 16
 _MOST_CHUNKS = 150_000  # of all weights: 500 weights on 300 processes
 # A piece is one tensor: some 60 instructions and 10 members.
 _PIECE = ArchiveLimits(pickle_bytes=64 * 2**10, instructions=1000, directory_bytes=16 * 2**10)
@@ -98,7 +98,7 @@ def _read_metadata(path: Path) -> object:
             file.path,
             f"has {file.size:,} bytes, which is too much; save the weights without the optimizer",
         )
-    shards_bytes = sum(shard.stat().st_size for shard in path.glob("*.distcp"))
+    shards_bytes = sum((path / name).stat().st_size for name in visible_names(path, ".distcp"))
     most = min(MOST_INSTRUCTIONS + shards_bytes // _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS)
     content = file.read(0, file.size)
     try:
@@ -127,6 +127,7 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
     named = _state(fields["properties"], "TensorProperties", tuple)[0]
     _check(type(named) is Name and named.name in DTYPES, f"{name} has no dtype")
     dtype = DTYPES[named.name]
+    _check(dtype in READABLE_DTYPES, f"{name} is {named.name}, which torch cannot convert")
     parts = _exactly(list, fields["chunks"])
     shards.count_chunks(len(parts))
     chunks, bytes_stored, seen = [], 0, set()
@@ -200,7 +201,7 @@ class _Shards:
         fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         _check(
-            type(file_name) is str and len(file_name) <= _LONGEST_FILE_NAME,
+            type(file_name) is str,
             "it refers to a shard without a name, which is no file of this directory",
         )
         plain = file_name not in ("", ".", "..") and not set(file_name) & set("/\\\0")

@@ -76,6 +76,16 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def visible_names(folder: Path, suffix: str) -> list[str]:
+    """The files of a folder with that suffix, sorted.
+
+    Hidden ones are left out: they are unfinished files of a killed process, or macOS's notes on the others (`._NAME`).
+    """
+    return sorted(
+        file.name for file in folder.glob(f"*{suffix}") if not file.name.startswith(".")
+    )
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies in a file; inside of it, as has been checked."""
@@ -95,17 +105,26 @@ class StoredTensor:
         if self.shape.numel() == 0:
             return
         if self.stride is not None:
-            whole = torch.empty(reach(self.shape, self.stride), dtype=self.dtype)
-            self.file.read_into(self.offset, _bytes_of(whole))
+            whole = self._read_whole(reach(self.shape, self.stride))
             target.copy_(whole.as_strided(self.shape, self.stride))
         elif not target.is_contiguous():
-            whole = torch.empty(self.shape, dtype=self.dtype)
-            self.file.read_into(self.offset, _bytes_of(whole))
-            target.copy_(whole)
+            target.copy_(self._read_whole(self.shape.numel()).view(self.shape))
         elif target.dtype == self.dtype and target.device.type == "cpu":
             self.file.read_into(self.offset, _bytes_of(target))
         else:
             self._read_in_pieces(target.view(-1))
+
+    def _read_whole(self, count: int) -> Tensor:
+        """So many elements, one behind the other."""
+        try:
+            whole = torch.empty(count, dtype=self.dtype)
+        except (RuntimeError, MemoryError) as error:
+            told = f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read"
+            raise CheckpointError(
+                self.file.path, f"{told}, more than there is; save it as .safetensors"
+            ) from error
+        self.file.read_into(self.offset, _bytes_of(whole))
+        return whole
 
     def _read_in_pieces(self, target: Tensor) -> None:
         count = max(1, _PIECE_BYTES // self.dtype.itemsize)

@@ -21,6 +21,7 @@ from autoregressive.common.inert_pickle import (
     MOST_INSTRUCTIONS,
     InertUnpickler,
     Name,
+    OddKey,
     Pairs,
     PickleRefused,
     Record,
@@ -34,7 +35,7 @@ from autoregressive.common.stored_file import (
     is_shape,
     reach,
 )
-from autoregressive.common.weight_source import CheckpointError
+from autoregressive.common.weight_source import DAMAGED, CheckpointError
 
 MOST_PICKLE_BYTES = 16 * 2**20
 _LOCAL_HEADER_BYTES = 30
@@ -42,7 +43,9 @@ _LOCAL_HEADER_BYTES = 30
 _MOST_WRAPPERS = 3  # of a tensor: torch.save writes at most two
 _MOST_ARGUMENTS = 16  # of a call that builds a tensor
 _LONGEST_KEY = 100  # of a storage
-_DAMAGED = "is damaged or cut short; download or copy it again"
+_OTHER_BYTE_ORDER = (
+    "was written on a machine of the other byte order; load and save it there as .safetensors"
+)
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -50,6 +53,12 @@ _STORAGE_DTYPES = {
     "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64, "UntypedStorage": torch.uint8,
 }  # fmt: skip
+# torch converts these to any floating-point dtype. It has no code for the others: parts of bytes, and quantized numbers.
+READABLE_DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2,
+    torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32,
+    torch.uint16, torch.uint8, torch.bool, torch.complex128, torch.complex64, torch.complex32,
+})  # fmt: skip
 DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 
 
@@ -76,7 +85,7 @@ class TorchFile:
     )  # key of a storage -> its offset in the file and its size, bytes
 
     def tensor(self, value: object) -> StoredTensor | None:
-        """The tensor that a value of the content stands for; None if it is no plain tensor (sparse, nested, quantized, none).
+        """The tensor that a value of the content stands for; None if it is no plain tensor (sparse, nested, of 4 bits, none).
 
         Raises:
             CheckpointError: it lies outside of what is stored.
@@ -101,10 +110,12 @@ class TorchFile:
             if type(named) is not Name or named.name not in DTYPES:
                 return None
             dtype, rest = DTYPES[named.name], [*rest[:2], *rest[3:]]
+        if dtype not in READABLE_DTYPES:
+            return None
         if len(rest) > 2 and rest[2]:  # conjugated, negated or otherwise marked
             return None
         if key not in self._places:
-            raise CheckpointError(self.file.path, _DAMAGED)
+            raise CheckpointError(self.file.path, DAMAGED)
         start, size = self._places[key]
         first = (view_offset + offset) * dtype.itemsize
         if first + reach(shape, stride) * dtype.itemsize > size:
@@ -193,10 +204,10 @@ def read_torch_archive(
     except CheckpointError:
         raise
     except Exception as error:  # a damaged archive can raise anything
-        raise CheckpointError(file.path, _DAMAGED) from error
+        raise CheckpointError(file.path, DAMAGED) from error
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise CheckpointError(file.path, _DAMAGED)
+        raise CheckpointError(file.path, DAMAGED)
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in members:
         raise CheckpointError(
@@ -218,10 +229,7 @@ def read_torch_archive(
             places[name] = section.place_of(member)
     byte_order = file.read(*_short(places.get(f"{folder}byteorder"))).decode("ascii", "replace")
     if byte_order not in ("", sys.byteorder):
-        raise CheckpointError(
-            file.path,
-            "was written on a machine of the other byte order; load and save it there as .safetensors",
-        )
+        raise CheckpointError(file.path, _OTHER_BYTE_ORDER)
     offset, pickled_bytes = places[pickles[0]]
     unpickler = _unpickler(file, offset, pickled_bytes, limits)
     content = _load(file, unpickler)
@@ -276,7 +284,7 @@ class _Section(io.RawIOBase):
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:])
         offset = at + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
         if header[:4] != b"PK\x03\x04" or offset + member.file_size > self._start + self._size:
-            raise CheckpointError(self._file.path, _DAMAGED)
+            raise CheckpointError(self._file.path, DAMAGED)
         return offset, member.file_size
 
 
@@ -294,10 +302,7 @@ def read_torch_stream(file: StoredFile) -> TorchFile:
     system = _load(file, unpickler)
     little = isinstance(system, Pairs) and system.entries().get("little_endian", True)
     if little is not (sys.byteorder == "little"):
-        raise CheckpointError(
-            file.path,
-            "was written on a machine of the other byte order; load and save it there as .safetensors",
-        )
+        raise CheckpointError(file.path, _OTHER_BYTE_ORDER)
     content = _load(file, unpickler)
     sizes: dict[str, int] = {}
     for storage in unpickler.storage_ids:
@@ -312,12 +317,12 @@ def read_torch_stream(file: StoredFile) -> TorchFile:
     position = unpickler.position
     for key in map(_key, keys if type(keys) is list else [None]):
         if key not in sizes or key in places:
-            raise CheckpointError(file.path, _DAMAGED)
+            raise CheckpointError(file.path, DAMAGED)
         elements = int.from_bytes(file.read(position, 8), "little", signed=True)
         position += 8
         places[key] = (position, elements * sizes[key])
         if elements < 0 or sum(places[key]) > file.size:
-            raise CheckpointError(file.path, _DAMAGED)
+            raise CheckpointError(file.path, DAMAGED)
         position += elements * sizes[key]
     return TorchFile(file, content, places)
 
@@ -359,9 +364,13 @@ def _load(file: StoredFile, unpickler: InertUnpickler) -> Any:
             f"refused, it holds more than weights and could run code ({error.name}); "
             "use a file that you trust to hold weights alone",
         ) from error
+    except OddKey as error:
+        raise CheckpointError(
+            file.path, "has a key that no checkpoint needs; save the weights alone"
+        ) from error
     except PickleRefused as error:
         raise CheckpointError(
             file.path, f"is damaged or not a checkpoint ({error}); download it again"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(file.path, _DAMAGED) from error
+        raise CheckpointError(file.path, DAMAGED) from error

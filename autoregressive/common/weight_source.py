@@ -31,18 +31,24 @@ _DEEPEST_FOLDER = 4
 
 _LONGEST_NAME = 500
 _MOST_WEIGHTS = 20_000  # the state of an optimizer is not counted
-_LONGEST_MESSAGE, _SHORTEST_REASON = 500, 200
+_LONGEST_MESSAGE, _LONGEST_PATH = 500, 298
+
+DAMAGED = "is damaged or cut short; download or copy it again"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be loaded.
 
-    The message is one line, begins with the path, and says what to do. It is cut, for it can quote what a hostile file has.
+    The message is one line of at most 500 characters, begins with the path, and says what to do. It is cut, for it can quote what
+    a hostile file has. A long path is cut in its middle.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        most = max(_SHORTEST_REASON, _LONGEST_MESSAGE - len(str(path)) - 2)
-        super().__init__(f"{path}: {shortened(reason, most)}")
+        shown = str(path)
+        if len(shown) > _LONGEST_PATH:
+            half = (_LONGEST_PATH - 3) // 2
+            shown = f"{shown[:half]}...{shown[-half:]}"
+        super().__init__(f"{shown}: {shortened(reason, _LONGEST_MESSAGE - len(shown) - 2)}")
 
 
 class Readable(Protocol):
@@ -74,13 +80,32 @@ class WeightSource:
 
 def source_of(path: Path, tensors: Mapping[str, Readable], is_fsdp: bool) -> WeightSource:
     """The weights that these tensors are, by plain names."""
+
+    def read_into(name: str, target: Tensor) -> None:
+        try:
+            tensors[name].read_into(target)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever no check foresaw
+            if _is_of_the_machine(error):
+                raise
+            told = f"{name} cannot be read ({type(error).__name__})"
+            raise CheckpointError(path, f"{told}; download or copy it again") from error
+
     return WeightSource(
         path=path,
         is_fsdp=is_fsdp,
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        read_into=lambda name, target: tensors[name].read_into(target),
+        read_into=read_into,
     )
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether memory or the device failed, and not the checkpoint."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def plain_name(name: str) -> str:
