@@ -6,6 +6,7 @@ such processes and counts.
 """
 
 import argparse
+import copy
 import io
 import json
 import pickletools
@@ -221,7 +222,8 @@ def damaged_json(text: str, chance: random.Random) -> str:
                 case 1:
                     table[str(chance.choice(JSON_VALUES))] = inner
                 case _:
-                    table[key] = chance.choice(JSON_VALUES)
+                    # A copy: what a later damage puts into it must not reach other cases, or itself.
+                    table[key] = copy.deepcopy(chance.choice(JSON_VALUES))
             break
     return json.dumps(value)
 
