@@ -51,8 +51,10 @@ def test_a_bare_checkpoint_name_may_be_in_the_folder_of_pretrained_models(folder
     Path("c2i_XL_384.pt").touch()
     assert resolved(folder, *typed).model.gpt_ckpt == Path("c2i_XL_384.pt"), "the current folder comes first"
     for missing in ("vq_ds16_c2i.pt", "elsewhere/c2i_XL_384.pt"):
-        with pytest.raises(UserError, match="there is no such file or folder"):
+        with pytest.raises(UserError, match=f"no such file or folder.*; get it with .*download_models.py {Path(missing).name}"):
             resolved(folder, "--gpt-model", "GPT-XL", "--vq-ckpt", missing)
+    with pytest.raises(UserError, match=r"there is no such file or folder, nor in [^;]*$"):
+        resolved(folder, "--gpt-model", "GPT-XL", "--gpt-ckpt", "mine.pt")
 
 
 def test_the_warning_names_the_sizes_that_are_published(folder: Path) -> None:
@@ -205,6 +207,7 @@ def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], exp
         ("--save-codes missing/x.npy", "no folder missing"),
         ("--save-codes x.txt", "must end in .npy"),
         ("--save-individual missing/deeper", "no folder missing"),
+        ("--save-individual /proc/each", "cannot make this folder"),
         ("--save-individual c2i_B_256.pt", "this is a file"),
         ("--save-individual " + "n" * 300, "File name too long"),
         ("--save-codes " + "n" * 300 + ".npy", "File name too long"),

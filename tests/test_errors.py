@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_imports import ROOT, source_files
 
-from autoregressive.common.errors import UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
 COMMANDS = [path for path in source_files() if "run_command(" in (text := path.read_text()) and 'if __name__ == "__main__"' in text]
 
@@ -55,6 +55,15 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(lambda: print(1 // 0))
 
 
+def test_a_value_that_looks_like_a_flag_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the user of a key that begins with - is told that it is missing."""
+    parser = OneLineParser(prog="serve")
+    parser.add_argument("--api-key")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--api-key", "-abcdefghijklmnopq"])
+    assert "a value that begins with - is written behind an equals sign" in capsys.readouterr().err
+
+
 def hear_interrupts() -> None:
     """What a shell starts in the background, this suite perhaps, ignores them, and so does what that starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -74,6 +83,12 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, p
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     assert (process.returncode, errors) == (130, f"\n{path.name}: interrupted\n")
+
+
+def test_no_library_is_loaded_while_the_plain_loop_makes_its_model() -> None:
+    """Fails if `import triton`, during which Ctrl-C is lost, comes after the imports that it ends."""
+    code = "import sys; from autoregressive.sample import sample_c2i; assert 'triton._C.libtriton' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_there_are_commands_to_interrupt() -> None:

@@ -269,7 +269,7 @@ def test_what_is_out_of_range_is_refused_by_name(typed: str, said: str) -> None:
         "--port=65535",
         "--max-queue-size=0",
         "--max-queue-size=1000000",
-        "--store-images=1",
+        "--api-server-count=1",
         "--step-timeout=1",
         "--shutdown-timeout=0",
         "--public-url=https://example.org/images/",

@@ -22,6 +22,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with - is written behind an equals sign, as in --seed=-1"
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
 
 

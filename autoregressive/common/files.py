@@ -179,8 +179,8 @@ def check_own_folder(flag: str, folder: Path) -> None:
         if not os.path.isdir(folder):
             raise UserError(f"{flag} {folder}: this is a file; name a folder") from error
         check_folder(flag, folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{flag}: there is no folder {folder.parent}; make it first, or choose another") from error
     except OSError as error:
+        if not os.path.isdir(folder.parent):
+            raise UserError(f"{flag}: there is no folder {folder.parent}; make it first, or choose another") from error
         raise UserError(f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})") from error
 

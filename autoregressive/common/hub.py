@@ -73,16 +73,22 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
     except Exception as error:  # the library passes on what the HTTP client, the TLS library and the system raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
-            f"{published.file_name}: the download failed ({reason}); run the same command again, "
-            f"or put the file into {folder} by hand"
+            f"{published.file_name}: the download failed ({reason}) from {_address(published, endpoint)}; "
+            f"run the same command again, or put the file into {folder} by hand"
         ) from error
     return path
 
 
-def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+def _address(published: PublishedFile, endpoint: str | None) -> str:
+    from huggingface_hub import hf_hub_url
 
-    url = hf_hub_url(HUB_REPOSITORY, published.file_name, endpoint=endpoint)
+    return hf_hub_url(HUB_REPOSITORY, published.file_name, endpoint=endpoint)
+
+
+def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
+    from huggingface_hub import get_hf_file_metadata
+
+    url = _address(published, endpoint)
     metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
     # For large files the hub's entity tag is the SHA-256 of the content.
     if metadata.size is None or metadata.etag is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag):

@@ -18,9 +18,9 @@ from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TE
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
-from autoregressive.common.folders import pretrained_folder
+from autoregressive.common.folders import in_checkout, pretrained_folder
 from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
-from autoregressive.common.published import PublishedFile
+from autoregressive.common.published import PUBLISHED_FILES, PublishedFile
 from autoregressive.common.weights import DEMO_GPT, ModelSettings, file_in, gpt_file_name, published_as
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 
@@ -270,7 +270,11 @@ def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_
         if os.path.exists(place):  # Path.exists raises where the name is too long
             return place
     also = f", nor in {pretrained}" if len(places) > 1 else ""
-    raise UserError(f"{flag} {typed}: there is no such file or folder{also}")
+    get = ""
+    if typed.name in {published.file_name for published in PUBLISHED_FILES}:
+        script = f"get it with python scripts/download_models.py {typed.name}"
+        get = f"; {script if in_checkout() else f'leave out {flag} and add --download'}"
+    raise UserError(f"{flag} {typed}: there is no such file or folder{also}{get}")
 
 
 def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, seed: int) -> SamplingSettings:

@@ -12,6 +12,7 @@ from autoregressive.common.errors import UserError, either, run_command, slow_im
 
 with slow_imports(__name__):
     import torch
+    import triton  # noqa: F401 -- torch imports it when it makes the model, and a Ctrl-C meanwhile would be lost
     from torch import Tensor
     from tqdm import tqdm
 

@@ -158,7 +158,7 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
         order = order_of(body, request, pixels=True)
         stores = body.response_format == "url"
         if stores and studio.store is None:
-            message = "response_format must be b64_json: this service stores no images"
+            message = "response_format must be b64_json: this service stores no images (it was started without --store-dir)"
             raise ApiError(400, message, "invalid_value", "response_format")
         if stores and body.stream:
             raise ApiError(400, "response_format must be b64_json with stream", "invalid_value", "response_format")

@@ -39,7 +39,7 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
-_MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+_MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_hex(16))"'
 _BUFFERED_MIB = 256
 _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_MESSAGE = 500
@@ -305,6 +305,10 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     stored = _at_least(arguments, "store_images", _STORED, 1)
     if stored < fronts:
         raise UserError(f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process keeps a share")
+    stored_bytes = _stored_bytes(arguments.store_max_size, choice, fronts)
+    for flag, value in (("--store-images", arguments.store_images), ("--store-max-size", arguments.store_max_size)):
+        if value is not None and arguments.store_dir is None:
+            raise UserError(f"{flag} goes with --store-dir, the folder that images are stored in")
     name = _or(arguments.served_model_name, choice.model.gpt_model)
     if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
         raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
@@ -326,7 +330,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         patience=_resolve_patience(arguments),
         store=arguments.store_dir,
         stored_images=stored,
-        stored_bytes=_stored_bytes(arguments.store_max_size, choice, fronts),
+        stored_bytes=stored_bytes,
         public_url=url,
         docs=not arguments.disable_docs,
         log_level=_or(arguments.log_level, "info"),
