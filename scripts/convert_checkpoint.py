@@ -99,7 +99,9 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
         raise CheckpointError(source.path, "holds no weights; use another file")
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
-        raise CheckpointError(source.path, f"{unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+        kind = dtypes[unknown[0]]
+        way = "give --dtype, or use another file" if kind.is_floating_point else "use another file"
+        raise CheckpointError(source.path, f"{unknown[0]} is {kind}, which is not written here; {way}")
     check_size(source, dtypes)
 
     def write(part: Path) -> None:
