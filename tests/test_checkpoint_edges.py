@@ -208,3 +208,14 @@ def test_a_folder_of_large_headers_is_refused_early(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="describes its tensors in more than 100,000 bytes"):
             open_checkpoint(tmp_path)
     assert read == ["0.safetensors", "1.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_a_directory_in_a_files_place_is_called_one(tmp_path: Path, name: str) -> None:
+    """Fails if the message says that a directory is none."""
+    folder = hugging_face(tmp_path / "folder")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert f"{name}: is a directory where a file is needed" in error_of(folder)
