@@ -159,8 +159,8 @@ def test_an_empty_part_of_a_view_is_no_damage(tmp_path: Path, zipped: bool) -> N
 @pytest.mark.parametrize(
     ("saved", "told"),
     [
-        (torch.ones(2), "but one tensor"),
-        ([torch.ones(2)], "but one list"),
+        (torch.ones(2), "holds a tensor, not"),
+        ([torch.ones(2)], "holds a list, not"),
         ({3: torch.ones(2)}, "a name that is no text, but one int"),
     ],
 )

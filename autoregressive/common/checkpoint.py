@@ -142,7 +142,7 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
 def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     if not isinstance(saved.content, Pairs):
         kind = kind_of(saved.content) if saved.tensor(saved.content) is None else "tensor"
-        raise CheckpointError(path, f"holds no dictionary of weights, but one {kind}; use another file")
+        raise CheckpointError(path, f"holds a {kind}, not a dictionary of weights; use another file")
     content = saved.content.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
