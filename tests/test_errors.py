@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_imports import ROOT, source_files
 
-from autoregressive.common.errors import UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
 COMMANDS = [path for path in source_files() if "run_command(" in (text := path.read_text()) and 'if __name__ == "__main__"' in text]
 
@@ -36,6 +36,15 @@ def test_a_message_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "\x1b" not in printed
     assert "\x07" not in printed
     assert "red? is unexpected" in printed
+
+
+def test_a_mistake_in_the_flags_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if what was typed breaks the line, or reaches the terminal as an escape sequence."""
+    with pytest.raises(SystemExit) as ended:
+        OneLineParser(prog="draw").parse_args(["two\nlines", "\x1b[31mred"])
+    assert ended.value.code == 2
+    told = "draw: error: unrecognized arguments: two lines ?[31mred (--help shows the options)\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
