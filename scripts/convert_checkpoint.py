@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, on_terminal, run_command, slow_imports
 
 with slow_imports(__name__):
     import torch
@@ -159,7 +159,7 @@ def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stre
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with tqdm(total=end, unit="B", unit_scale=True, disable=None, leave=False) as progress:
+    with tqdm(total=end, unit="B", unit_scale=True, disable=not on_terminal(), leave=False) as progress:
         for name in order:
             tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
             source.read_into(name, tensor)

@@ -156,3 +156,12 @@ def test_advice_about_a_dtype_helps(tmp_path: Path, kind: torch.dtype, told: str
     with pytest.raises(CheckpointError, match=told):
         convert_checkpoint.convert(open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_closed_stderr_does_not_cost_the_file(tmp_path: Path) -> None:
+    """Fails if the progress bar, which nobody can see, ends the command."""
+    torch.save(drawn(), tmp_path / "in.pt")
+    typed = [sys.executable, "scripts/convert_checkpoint.py", str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]
+    done = subprocess.run(["bash", "-c", 'exec "$0" "$@" 2>&-', *typed], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    assert load_file(tmp_path / "out.safetensors").keys() == drawn().keys()
