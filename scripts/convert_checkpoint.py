@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+from autoregressive.common.errors import OneLineParser, UserError, on_terminal, run_command, slow_imports
 
 with slow_imports(__name__):
     import torch
@@ -18,8 +18,10 @@ with slow_imports(__name__):
 
     from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
     from autoregressive.common.files import write_whole
-    from autoregressive.common.strictness import COMPUTED_HERE, identify
+    from autoregressive.common.strictness import COMPUTED_HERE, find_incomplete, identify
     from autoregressive.common.weight_source import WeightSource
+    from autoregressive.models.gpt import GPT_models
+    from tokenizer.tokenizer_image.vq_model import VQ_models
 
 EXAMPLES = """\
 examples:
@@ -39,6 +41,7 @@ FORMAT_CODES = {
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 HEADER_ALIGNMENT_BYTES = 8
+LEAST_SHARED = 0.5  # of a known model's weights, by which a part of it is recognised
 MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an output can
 
 
@@ -96,7 +99,9 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
         raise CheckpointError(source.path, "holds no weights; use another file")
     unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
     if unknown:
-        raise CheckpointError(source.path, f"{unknown[0]} is {dtypes[unknown[0]]}; give --dtype, or use another file")
+        kind = dtypes[unknown[0]]
+        way = "give --dtype, or use another file" if kind.is_floating_point else "use another file"
+        raise CheckpointError(source.path, f"{unknown[0]} is {kind}, which is not written here; {way}")
     check_size(source, dtypes)
 
     def write(part: Path) -> None:
@@ -122,6 +127,26 @@ def check_size(source: WeightSource, names: Iterable[str]) -> None:
         raise CheckpointError(source.path, f"{told}; use another file")
 
 
+def check_complete(source: WeightSource) -> None:
+    """A folder does not always tell that one of its files was not copied; the known models do.
+
+    Raises:
+        CheckpointError: the weights are those of a known model, or most of them, and not all.
+    """
+    found, known = source.shapes, {}
+    for name, build in {**GPT_models, **VQ_models}.items():
+        with torch.device("meta"):
+            known[name] = {key: tensor.shape for key, tensor in build().state_dict().items()}
+    if any(find_incomplete(wanted, found) is None for wanted in known.values()):
+        return
+    shared = {name: len(wanted.items() & found.items()) / len(wanted) for name, wanted in known.items()}
+    nearest = identify(found) or max(known, key=lambda name: shared[name])
+    if nearest != identify(found) and shared[nearest] < LEAST_SHARED:
+        return
+    incomplete = find_incomplete(known[nearest], found)
+    raise CheckpointError(source.path, f"is no complete {nearest} ({incomplete}); copy all of it again")
+
+
 def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:
     """Header, then tensor after tensor. The library's `save_file` would need all of them in memory at once."""
     order = sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
@@ -134,7 +159,7 @@ def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stre
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with tqdm(total=end, unit="B", unit_scale=True, disable=None, leave=False) as progress:
+    with tqdm(total=end, unit="B", unit_scale=True, disable=not on_terminal(), leave=False) as progress:
         for name in order:
             tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
             source.read_into(name, tensor)
@@ -163,6 +188,7 @@ def main() -> None:
     arguments = parse_arguments()
     check_output(arguments.output, arguments.force)
     source = open_checkpoint(arguments.input, ema=arguments.ema)
+    check_complete(source)
     size_bytes = convert(source, arguments.output, DTYPES.get(arguments.dtype))
     model = identify(source.shapes) or "a model that is not known here"
     parameters = sum(shape.numel() for name, shape in source.shapes.items() if name not in COMPUTED_HERE)

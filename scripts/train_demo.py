@@ -8,6 +8,7 @@ of an unbroken one on the same machine and versions.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -57,7 +58,9 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
     started, first = time.monotonic(), step
 
     def save(path: Path) -> None:
-        torch.save({"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, path)
+        content = io.BytesIO()  # a full disk is an OSError only to Python's own writing
+        torch.save({"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, content)
+        path.write_bytes(content.getbuffer())
 
     while step < stage.steps and step - first < limits.stop_after and time.monotonic() < limits.deadline:
         figures = stage.step(step)

@@ -12,6 +12,7 @@ from test_hostile_checkpoints import deep_key, nested, safetensors, torch_zip, w
 from test_safetensors_folders import hugging_face
 from torch import Tensor
 
+from autoregressive.common import safetensors_file
 from autoregressive.common.checkpoint import CheckpointError, load_weights, open_checkpoint
 from autoregressive.common.files import unused_name
 from autoregressive.common.stored_file import StoredTensor
@@ -144,3 +145,77 @@ def test_a_process_that_held_nothing_leaves_no_file(tmp_path: Path) -> None:
     assert_loads(tmp_path, weights)
     shutil.copy(tmp_path / name, tmp_path / name.replace("00002", "00004"))
     assert "missing or overlap" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_empty_part_of_a_view_is_no_damage(tmp_path: Path, zipped: bool) -> None:
+    """Fails if an empty tensor that begins behind the end of its storage is refused; torch.load takes it."""
+    tensors = {"empty": torch.empty(0, 5)[:, 2:], "rest": torch.ones(3)[3:], "whole": torch.ones(3)}
+    torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    shapes = open_checkpoint(tmp_path / "x.pt").shapes
+    assert shapes == {"empty": (0, 3), "rest": (0,), "whole": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        (torch.ones(2), "holds a tensor, not"),
+        ([torch.ones(2)], "holds a list, not"),
+        ({3: torch.ones(2)}, "a name that is no text, but one int"),
+    ],
+)
+def test_what_else_was_saved_is_named_plainly(tmp_path: Path, saved: object, told: str) -> None:
+    """Fails if the message has a function's name in it instead of what the user saved."""
+    torch.save(saved, tmp_path / "x.pt")
+    assert told in error_of(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
+        ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
+        ("F8_E8M0", torch.float8_e8m0fnu),
+    ],
+)
+def test_rare_dtypes_of_safetensors_are_read(tmp_path: Path, code: str, kind: torch.dtype) -> None:
+    """Fails if a dtype that the library writes is called damage, or read as another one."""
+    numbers = bytes(range(1, 101))
+    header = {"a": {"dtype": code, "shape": [100], "data_offsets": [0, 100]}}
+    source = open_checkpoint(safetensors(tmp_path / "x.safetensors", header, numbers))
+    target = torch.empty(100)
+    source.read_into("a", target)
+    assert torch.equal(target, torch.tensor(list(numbers), dtype=torch.uint8).view(kind).float())
+    assert source.dtypes["a"] == kind
+
+
+def test_a_folder_of_large_headers_is_refused_early(tmp_path: Path) -> None:
+    """Fails if many files, each with as many tensors as one may have, take minutes and a GiB."""
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    for number in range(3):
+        header = {f"{number}_{place}": empty for place in range(1000)}
+        safetensors(tmp_path / f"{number}.safetensors", header)
+    read: list[str] = []
+
+    def counted(path: Path) -> safetensors_file.SafetensorsFile:
+        read.append(path.name)
+        return read_safetensors(path)
+
+    read_safetensors = safetensors_file.read_safetensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_file, "read_safetensors", counted)
+        patch.setattr(safetensors_file, "_MOST_FOLDER_JSON_BYTES", 100_000)
+        with pytest.raises(CheckpointError, match="describes its tensors in more than 100,000 bytes"):
+            open_checkpoint(tmp_path)
+    assert read == ["0.safetensors", "1.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_a_directory_in_a_files_place_is_called_one(tmp_path: Path, name: str) -> None:
+    """Fails if the message says that a directory is none."""
+    folder = hugging_face(tmp_path / "folder")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert f"{name}: is a directory where a file is needed" in error_of(folder)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert_checkpoint
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,3 +141,27 @@ def test_an_impossible_input_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "File name too long" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (torch.float8_e5m2, "give --dtype, or use another file"),
+        (torch.complex64, "written here; use another file"),
+    ],
+)
+def test_advice_about_a_dtype_helps(tmp_path: Path, kind: torch.dtype, told: str) -> None:
+    """Fails if --dtype is advised for numbers that it does not convert."""
+    torch.save({"a": torch.zeros(3, dtype=kind)}, tmp_path / "in.pt")
+    with pytest.raises(CheckpointError, match=told):
+        convert_checkpoint.convert(open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_closed_stderr_does_not_cost_the_file(tmp_path: Path) -> None:
+    """Fails if the progress bar, which nobody can see, ends the command."""
+    torch.save(drawn(), tmp_path / "in.pt")
+    typed = [sys.executable, "scripts/convert_checkpoint.py", str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]
+    done = subprocess.run(["bash", "-c", 'exec "$0" "$@" 2>&-', *typed], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0
+    assert load_file(tmp_path / "out.safetensors").keys() == drawn().keys()

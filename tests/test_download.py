@@ -43,6 +43,12 @@ def test_a_fetched_file_is_the_published_one_and_nothing_else_is_left(hub: Hub, 
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_closed_stderr_does_not_cost_the_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the progress bar, which nobody can see, ends the download."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert fetch(FILE, tmp_path, endpoint=hub.endpoint).read_bytes() == CONTENT
+
+
 def test_what_is_there_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
     path = fetch(FILE, tmp_path, endpoint=hub.endpoint)
     written = path.stat().st_mtime_ns

@@ -7,6 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from test_picture_formats import record_in
+
+from autoregressive.common.arguments import build_parser
+from autoregressive.common.images import save_picture
+from autoregressive.common.results import generation_record, readable
+from autoregressive.common.settings import resolve_settings
+from autoregressive.common.weights import FoundWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 ASCII = {
@@ -33,6 +41,21 @@ def test_a_saved_picture_is_a_success_whatever_its_name(tmp_path: Path, name: st
     assert done.returncode == 0, done.stderr.decode()
     assert b"image is saved to " + name.encode("ascii", "backslashreplace") in done.stdout
     assert [path.name for path in tmp_path.glob("*.*") if path.is_file()] == [name]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_weights_behind_a_link_may_have_any_name(tmp_path: Path, suffix: str) -> None:
+    """Fails if the name in a picture's record costs the picture: the weights' own name is no text."""
+    (tmp_path / os.fsdecode(b"\xff.safetensors")).write_bytes(b"")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(os.fsdecode(b"\xff.safetensors"))
+    typed = ["--gpt-model", "GPT-demo", "--vq-ckpt", str(link), "--device", "cpu"]
+    model = resolve_settings(build_parser("", "").parse_args(typed)).model
+    record = generation_record(model, FoundWeights(None, link), "naive") | {"label": 0, "class_name": "x"}
+    assert record["tokenizer_weights"] == r"\xff.safetensors"
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    save_picture(tmp_path / f"x{suffix}", picture, readable(record), record)
+    assert record_in(tmp_path / f"x{suffix}") == record
 
 
 def test_an_error_names_a_file_that_cannot_be_shown(tmp_path: Path) -> None:

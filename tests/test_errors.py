@@ -38,6 +38,15 @@ def test_a_message_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "red? is unexpected" in printed
 
 
+def test_a_mistake_in_the_flags_is_one_printable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if what was typed breaks the line, or reaches the terminal as an escape sequence."""
+    with pytest.raises(SystemExit) as ended:
+        OneLineParser(prog="draw").parse_args(["two\nlines", "\x1b[31mred"])
+    assert ended.value.code == 2
+    told = "draw: error: unrecognized arguments: two lines ?[31mred (--help shows the options)\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(None, 0), (OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)],

@@ -28,6 +28,12 @@ def is_png(content: bytes) -> bool:
         return bool((np.asarray(image) == PICTURE.permute(1, 2, 0).numpy()).all())
 
 
+def is_jpeg(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()  # an error, if its end is missing
+        return image.size == (32, 32)
+
+
 def is_codes(content: bytes) -> bool:
     return bool((np.load(io.BytesIO(content)) == CODES.numpy()).all())
 
@@ -38,6 +44,7 @@ def write_text(path: Path) -> None:
 
 SAVERS: dict[str, tuple[str, Callable[[Path], None], Callable[[bytes], bool]]] = {
     "picture": ("x.png", lambda path: save_picture(path, PICTURE, "a dog", {"label": 0}), is_png),
+    "photo": ("x.jpg", lambda path: save_picture(path, PICTURE, "a dog", {"label": 0}), is_jpeg),
     "codes": ("x.npy", lambda path: save_codes(path, CODES), is_codes),
     "figures": ("x.json", write_text, lambda content: json.loads(content) == {"figure": 1}),
 }

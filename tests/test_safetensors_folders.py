@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
+from convert_checkpoint import check_complete
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_loads, drawn_weights, error_of, tiny_gpt
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from autoregressive.common.checkpoint import open_checkpoint
+from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
+from autoregressive.models.gpt import GPT_models
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -300,6 +302,49 @@ def test_a_missing_shard_is_noticed(shards: Path) -> None:
     (shards / "kept").rename(shards / SECOND)
     (shards / SECOND.replace("00002", "00001")).unlink()
     assert "missing or overlap" in error_of(shards)
+
+
+def whole_tensors_in_shards(folder: Path, weights: dict[str, Tensor], count: int) -> Path:
+    """Shards as torch writes them where each process keeps some of the weights that all have."""
+    folder.mkdir()
+    for number in range(count):
+        held = {name: tensor for place, (name, tensor) in enumerate(weights.items()) if place % count == number}
+        places = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in held.items()}
+        extra = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(places)}
+        save_file(held, folder / f"shard-0000{number + 1}-model-00001-of-00001.safetensors", extra)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["gpt", "vq"])
+def test_conversion_notices_that_a_known_model_lacks_weights(tmp_path: Path, model: str) -> None:
+    """Fails if a shard is missing and the rest is converted as if it were all: no shard tells how many there are."""
+    weights = load_file(ROOT / f"pretrained_models/demo_{model}.safetensors")
+    folder = whole_tensors_in_shards(tmp_path / "folder", weights, 3)
+    check_complete(open_checkpoint(folder))
+    for shard in sorted(folder.iterdir()):
+        moved = shard.rename(tmp_path / "moved")
+        with pytest.raises(CheckpointError, match=rf"is no complete {model.upper()}-demo \(\d+ of \d+ weights"):
+            check_complete(open_checkpoint(folder))
+        moved.rename(shard)
+
+
+def test_conversion_notices_that_rows_of_a_known_model_are_missing(tmp_path: Path) -> None:
+    """Fails if the last rows of all weights, which only the missing last shard had, are left out."""
+    weights = load_file(ROOT / "pretrained_models/demo_gpt.safetensors")
+    first_half = {name: tensor[: len(tensor) // 2].clone() for name, tensor in weights.items()}
+    folder = whole_tensors_in_shards(tmp_path / "folder", first_half, 1)
+    with pytest.raises(CheckpointError, match="is no complete GPT-demo"):
+        check_complete(open_checkpoint(folder))
+
+
+def test_conversion_takes_models_of_other_sizes_and_unknown_ones(tmp_path: Path) -> None:
+    """Fails if a model is taken for a part of another one."""
+    save_file(drawn_weights(tiny_gpt()), tmp_path / "unknown")
+    check_complete(open_checkpoint(tmp_path / "unknown"))
+    with torch.device("meta"):
+        shapes = GPT_models["GPT-demo"](vocab_size=9, num_classes=3).state_dict()
+    save_file({name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}, tmp_path / "other_sizes")
+    check_complete(open_checkpoint(tmp_path / "other_sizes"))
 
 
 @pytest.mark.parametrize(

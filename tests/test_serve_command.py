@@ -311,7 +311,7 @@ def test_the_speed_is_held_against_the_floor() -> None:
 
 def test_no_bar_for_graphs_that_a_cpu_does_not_have(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if "preparing: 0 graphs" flashes on a terminal before the work on a CPU begins."""
-    monkeypatch.setattr(sample_c2i, "_on_terminal", lambda: True)
+    monkeypatch.setattr(sample_c2i, "on_terminal", lambda: True)
     with torch.device("meta"):
         gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
     gpt = gpt.to_empty(device="cpu").eval()

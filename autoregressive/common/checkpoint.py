@@ -141,7 +141,8 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
 
 def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     if not isinstance(saved.content, Pairs):
-        raise CheckpointError(path, f"holds a {kind_of(saved.content)}, not a dictionary of weights; use another file")
+        kind = kind_of(saved.content) if saved.tensor(saved.content) is None else "tensor"
+        raise CheckpointError(path, f"holds a {kind}, not a dictionary of weights; use another file")
     content = saved.content.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
@@ -152,17 +153,17 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     values: dict[str, object] = {}
     for name, value in weights:
         if type(name) is not str:
-            raise _no_weights(path, f"a {kind_of(name)}")
+            raise _no_weights(path, f"it has a name that is no text, but one {kind_of(name)}")
         if name not in COMPUTED_HERE and (wrapper is not None or name not in TRAINING_STATE):
             values[name] = value
     tensors: dict[str, StoredTensor] = {}
     for plain, name in plain_names(values, path).items():
         tensor = saved.tensor(values[name])
         if tensor is None:
-            raise _no_weights(path, repr(name[:100]))
+            raise _no_weights(path, f"{name[:100]!r} is no plain tensor")
         tensors[plain] = tensor
     return source_of(path, tensors, is_fsdp=wrapper is None)
 
 
 def _no_weights(path: Path, shown: str) -> CheckpointError:
-    return CheckpointError(path, f"is no dictionary of weights: {shown} is no plain tensor; use another file")
+    return CheckpointError(path, f"is no dictionary of weights: {shown}; use another file")

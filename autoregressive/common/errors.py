@@ -24,7 +24,7 @@ class OneLineParser(argparse.ArgumentParser):
         """Ends the process with status 2."""
         if message.endswith("expected one argument"):
             message += "; a value that begins with - is written behind an equals sign, as in --seed=-1"
-        self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help shows the options)\n")
 
 
 def either(alternatives: Sequence[object]) -> str:
@@ -44,6 +44,11 @@ def tell(message: str) -> None:
     if sys.stderr is not None:  # print would take None for stdout
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can see a progress bar on stderr, which may be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
 from tqdm import tqdm
 
-from autoregressive.common.errors import UserError
+from autoregressive.common.errors import UserError, on_terminal
 from autoregressive.common.files import has_name, remove_leftovers, sync, sync_folder
 from autoregressive.common.network import unusable_variable
 from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
@@ -148,7 +148,8 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
         needed = (remote.size_bytes - there) / 1e9
         raise DownloadError(f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room")
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
-    bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=None)
+    hidden = not on_terminal()
+    bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=hidden)
     with bar:
         while there < remote.size_bytes:
             try:

@@ -3,10 +3,11 @@
 Pixels are [images, 3, height, width] in -1..1, as the tokenizer's decoder gives them. A file is whole or is not there.
 """
 
+import io
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def save_picture(path: Path, picture: Tensor, parameters: str, record: dict[str,
     if name != "PNG":
         options["quality"] = QUALITY
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    write_whole(path, lambda file: image.save(file, format=name, **options))
+    _write_encoded(path, lambda file: image.save(file, format=name, **options))
 
 
 def record_options(format_name: str, parameters: str, record: dict[str, object]) -> dict[str, Any]:
@@ -188,7 +189,17 @@ def record_options(format_name: str, parameters: str, record: dict[str, object])
 def save_codes(path: Path, codes: Tensor) -> None:
     """Writes codes as an int32 NumPy array [images, tokens]; raises `UserError` if the file cannot be written."""
     array = codes.to("cpu", torch.int32).numpy()
-    write_whole(path, lambda file: np.save(file, array))
+    _write_encoded(path, lambda file: np.save(file, array))
+
+
+def _write_encoded(path: Path, encode: Callable[[io.BytesIO], object]) -> None:
+    """Writes what `encode` gives. It encodes into memory, because libraries that write a file
+    themselves lose errors: on a full disk, Pillow's JPEG encoder and NumPy leave a file without its
+    end and report success.
+    """
+    content = io.BytesIO()
+    encode(content)
+    write_whole(path, lambda file: file.write_bytes(content.getbuffer()))
 
 
 def individual_file(folder: Path, image: int, label: int, class_name: str, *, trained: bool, suffix: str) -> Path:

@@ -1,5 +1,6 @@
 """Saves what a command drew: the grid, single pictures, codes. Every picture says inside how it was made."""
 
+import os
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,8 +92,11 @@ def readable(record: dict[str, object]) -> str:
 
 
 def _name(weights: Path | None) -> str:
-    """The file's name without its folder, which is the user's own business."""
-    return weights.resolve().name if weights else "untrained"
+    """The file's name without its folder, which is the user's own business.
+
+    Bytes in it that are no UTF-8 are written with backslashes: no picture's file can hold them as they are.
+    """
+    return os.fsencode(weights.resolve().name).decode(errors="backslashreplace") if weights else "untrained"
 
 
 def _make_folder(folder: Path) -> None:

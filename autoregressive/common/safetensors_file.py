@@ -21,12 +21,14 @@ from autoregressive.common.weight_source import DAMAGED, CheckpointError, Weight
 INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
 _MOST_JSON_BYTES = 4 * 2**20  # of a header or an index: some 40,000 tensors
+_MOST_FOLDER_JSON_BYTES = 16 * 2**20  # of all headers of a folder: 500 weights on 160 processes
 _SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's
 _PART_OF = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 
@@ -42,6 +44,7 @@ class SafetensorsFile:
     file: StoredFile
     tensors: Mapping[str, StoredTensor]
     offsets: Mapping[str, tuple[int, ...]] | None
+    header_bytes: int
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
@@ -62,7 +65,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         header = _parse(file.read(8, size))
         extra = header.pop("__metadata__", None)
         tensors = _tensors(header, file, 8 + size)
-        return SafetensorsFile(file, tensors, _offsets(extra, tensors))
+        return SafetensorsFile(file, tensors, _offsets(extra, tensors), size)
     except _BadJsonError as error:
         raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
 
@@ -159,7 +162,7 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
         names = _named_parts(path, names, set(index.values()), indices[0])
     else:
         _check_numbers(path, names)
-    parts = [read_safetensors(path / name) for name in names]
+    parts = _read_parts(path, names)
     if index is None and len(parts) > 1 and any(part.offsets is None for part in parts):
         raise CheckpointError(
             path,
@@ -208,6 +211,17 @@ def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) 
             f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder again",
         )
     return sorted(named)
+
+
+def _read_parts(path: Path, names: Sequence[str]) -> list[SafetensorsFile]:
+    parts, header_bytes = [], 0
+    for name in names:
+        parts.append(read_safetensors(path / name))
+        header_bytes += parts[-1].header_bytes
+        if header_bytes > _MOST_FOLDER_JSON_BYTES:
+            told = f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes"
+            raise CheckpointError(path, f"{told}, which is too much; use another checkpoint")
+    return parts
 
 
 def _check_numbers(path: Path, names: Sequence[str]) -> None:

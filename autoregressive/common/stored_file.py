@@ -34,6 +34,8 @@ class StoredFile:
             found = os.stat(path)
         except OSError as error:
             raise self._unreadable(error) from error
+        if stat.S_ISDIR(found.st_mode):
+            raise CheckpointError(path, "is a directory where a file is needed; copy it again")
         if not stat.S_ISREG(found.st_mode):  # reading from a pipe would wait for ever
             raise CheckpointError(path, "is neither a file nor a directory; name one")
         self.size = found.st_size

@@ -69,6 +69,28 @@ def identify(shapes: Shapes) -> str | None:
     return identity.name if identity else None
 
 
+def find_incomplete(wanted: Shapes, found: Shapes) -> str | None:
+    """What the weights of a known model lack, in one line; None if they are complete.
+
+    A part of a checkpoint that was not copied takes weights away, or the last rows of weights. The
+    sizes that flags can change, and surplus weights, do not matter.
+
+    Args:
+        wanted: the model's state dict, with any sizes that flags can change.
+        found: the checkpoint's tensors, by plain names.
+    """
+    flexible = {*TOLERATED, _CLASSES, *_VOCABULARY, _CODEBOOK, *_CODEBOOK_NEIGHBOURS}
+    lacking = [
+        name
+        for name in wanted
+        if (name not in found and name not in TOLERATED)
+        or (name in found and found[name] != wanted[name] and name not in flexible)
+    ]
+    if not lacking:
+        return None
+    return f"{len(lacking)} of {len(wanted)} weights are missing or have another shape: {_first(lacking)}"
+
+
 def _identify(shapes: Shapes) -> _Identity | None:
     tokens, codebook, first = (
         shapes.get(name, torch.Size()) for name in (_VOCABULARY[0], _CODEBOOK, "encoder.conv_in.weight")

@@ -4,11 +4,10 @@ The honest baseline that the fast command is compared with. Flags, defaults and 
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import cast
 
-from autoregressive.common.errors import UserError, either, run_command, slow_imports, tell
+from autoregressive.common.errors import UserError, either, on_terminal, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
@@ -84,9 +83,8 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
     labels = torch.tensor(settings.labels, device=device)
     torch.manual_seed(sampling.seed)
-    hidden = True if sys.stderr is None else None  # None: a bar on a terminal only
     columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
-    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=hidden, ncols=columns, nrows=lines)
+    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=not on_terminal(), ncols=columns, nrows=lines)
     with bar, threads_that_pay(gpt.config, device):
         return generate(
             gpt,

@@ -4,11 +4,10 @@ All pictures are requests of one engine, which runs as many rows at once as --ma
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
+from autoregressive.common.errors import OneLineParser, UserError, on_terminal, run_command, slow_imports, tell
 
 with slow_imports(__name__):
     import torch
@@ -152,7 +151,7 @@ def draw(models: LoadedModels, settings: Settings, params: SamplingParams, confi
     started = now(device)
     try:
         with threads_that_pay(models.gpt.config, device):
-            codes = engine.generate(settings.labels, params, progress=_on_terminal(), decode=False)
+            codes = engine.generate(settings.labels, params, progress=on_terminal(), decode=False)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
     drawn = now(device)
@@ -172,7 +171,7 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
     Raises:
         UserError: it does not fit on the device.
     """
-    hidden = not _on_terminal() or not config.runner.uses_graphs(models.gpt.tok_embeddings.weight.device)
+    hidden = not on_terminal() or not config.runner.uses_graphs(models.gpt.tok_embeddings.weight.device)
     columns, lines = shutil.get_terminal_size()  # as in `Engine.generate`
     with tqdm(desc="preparing", unit=" graphs", disable=hidden, leave=False, ncols=columns, nrows=lines) as bar:
 
@@ -184,10 +183,6 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
             return Engine(models.gpt, models.vq, config, on_progress=progress)
         except ValueError as error:
             raise UserError(as_flags(str(error))) from error
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 if __name__ == "__main__":
