@@ -190,19 +190,6 @@ class HeadAsGet:
         await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
-class WholeFiles:
-    """Drops the Range of requests: files are small, and the errors of ranges would be the framework's own."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] == "http":
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]
-        await self._app(scope, receive, send)
-
-
 class OneDrawingATurn:
     """Lets requests of the routes that draw pass one at a turn of the event loop.
 
