@@ -83,7 +83,6 @@ class Studio:
     encoders: Executor
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
-    keyed: bool = False  # whether clients have keys
     store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS))
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
@@ -145,7 +144,7 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     model, desk = studio.model, studio.desk
 
     def order_of(body: CodesRequest, request: Request, *, pixels: bool) -> Submit:
-        return replace(model.order(body, pixels=pixels), client=client_of(request.scope, keyed=studio.keyed))
+        return replace(model.order(body, pixels=pixels), client=client_of(request.scope))
 
     @app.post(
         DRAWING_PATHS[0],

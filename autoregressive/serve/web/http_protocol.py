@@ -34,6 +34,7 @@ UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the conn
 JOB = "job"  # what is drawn for it
 COUNTED = "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
 CUT = "cut"  # the connection went before the answer was complete
+KEY = "key"  # the number of the key that let it in, where the service has keys
 REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
 REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
 _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
