@@ -158,7 +158,9 @@ def test_the_policy_is_fair_unless_it_is_told_otherwise() -> None:
     ],
 )
 @pytest.mark.parametrize("path", DRAWING_PATHS)
-def test_a_job_is_the_clients_who_asked_for_it(flags: tuple[str, ...], peer: str, expected: str, key: int | None, path: str) -> None:
+def test_a_job_is_the_clients_who_asked_for_it(
+    flags: tuple[str, ...], peer: str, expected: str, key: int | None, path: str
+) -> None:
     """Fails if a route does not say whose job it is, the flags do not reach what tells clients apart, a key is another client
     if it is written otherwise, or one counts that nobody has checked.
     """

@@ -86,6 +86,7 @@ class PatientProtocol(H11Protocol):
         self._lingered_bytes = 0
         self._read_seconds = READ_SECONDS  # that the client has left to take what waits
         self._taken_bytes = 0  # by the client, or by the system for it
+        self._drawn_bytes = 0  # written up to the end of the latest answer that was drawn
         self._is_unwanted = False  # closed before it was open
         self._real_transport: asyncio.Transport  # once it is open
 
@@ -143,6 +144,8 @@ class PatientProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """An answer is written, though perhaps not read; the next request may be here in part."""
         self._stop_sender_timer()
+        if JOB in self.scope["state"]:  # noted here: the next request may take the scope's place
+            self._drawn_bytes = self._written_bytes
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY or self._unread_bytes:
             self._watch_sender()
@@ -201,7 +204,7 @@ class PatientProtocol(H11Protocol):
     def look(self, seconds: float) -> None:
         """Sees whether the client takes what waits for it; so many seconds after the last time."""
         waiting = self.transport.get_write_buffer_size()
-        taken = cast(_Transport, self.transport).written_bytes - waiting
+        taken = self._written_bytes - waiting
         new, self._taken_bytes = taken - self._taken_bytes, taken
         left = self._read_seconds - seconds + new / LEAST_READ_BYTES_PER_SECOND
         self._read_seconds = min(left, READ_SECONDS) if waiting > 0 else READ_SECONDS
@@ -248,6 +251,11 @@ class PatientProtocol(H11Protocol):
         self._tell_phase()
 
     @property
+    def _written_bytes(self) -> int:
+        """Of all answers of this connection, whether the client has taken them or not."""
+        return cast(_Transport, self.transport).written_bytes
+
+    @property
     def _unread_bytes(self) -> int:
         """That have come and are no event yet. h11 gives them, too, but copies them for that."""
         return len(self.conn._receive_buffer)
@@ -259,7 +267,10 @@ class PatientProtocol(H11Protocol):
 
     @property
     def _draws(self) -> bool:
-        """Whether something is drawn for the latest request, or was."""
+        """Whether something was drawn, or is, for the latest request, or for one whose answer
+        waits for the client before it."""
+        if self._written_bytes - self.transport.get_write_buffer_size() < self._drawn_bytes:
+            return True
         return self.scope is not None and JOB in self.scope["state"]
 
     @property
