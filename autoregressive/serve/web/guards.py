@@ -270,7 +270,7 @@ def _unreadable(scope: Scope) -> ApiError | None:
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-        return ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large")
+        return ApiError(431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large")
     names = {name for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
         return ApiError(400, "the request has two lengths", "bad_request")

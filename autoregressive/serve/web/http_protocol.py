@@ -41,7 +41,7 @@ _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the
 
 _REFUSALS = {
     400: ("this is not HTTP/1.1: a line, a header or the framing of the body is malformed", "bad_request"),
-    431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
+    431: ("the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"),
 }
 _log = logging.getLogger(REQUESTS)
 
@@ -86,6 +86,7 @@ class PatientProtocol(H11Protocol):
         self._lingered_bytes = 0
         self._read_seconds = READ_SECONDS  # that the client has left to take what waits
         self._taken_bytes = 0  # by the client, or by the system for it
+        self._head_bytes = 0  # of the headers of the request that is answered
         self._drawn_bytes = 0  # written up to the end of the latest answer that was drawn
         self._is_unwanted = False  # closed before it was open
         self._real_transport: asyncio.Transport  # once it is open
@@ -138,14 +139,17 @@ class PatientProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Reads what has come; a request gets to know the connection that it came through."""
         super().handle_events()
-        if self.scope is not None:
-            self.scope["state"].setdefault(CONNECTION, self)
+        if self.scope is not None and CONNECTION not in self.scope["state"]:
+            self.scope["state"][CONNECTION] = self
+            self._head_bytes = sum(len(name) + len(value) for name, value in self.headers)
 
     def on_response_complete(self) -> None:
         """An answer is written, though perhaps not read; the next request may be here in part."""
         self._stop_sender_timer()
         if JOB in self.scope["state"]:  # noted here: the next request may take the scope's place
             self._drawn_bytes = self._written_bytes
+        # A connection that is idle, or whose answer is not read, holds nothing of the request.
+        self.scope = self.headers = self.cycle = None  # type: ignore[assignment]
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY or self._unread_bytes:
             self._watch_sender()
@@ -189,7 +193,7 @@ class PatientProtocol(H11Protocol):
         held: int = self._unread_bytes + self.transport.get_write_buffer_size()
         if self.scope is not None:
             state = self.scope["state"]
-            held += len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
+            held += self._head_bytes + len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
             held += getattr(state.get(JOB), "held_bytes", 0)
         return held
 
