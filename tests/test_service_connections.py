@@ -167,18 +167,18 @@ def test_twice_as_many_connections_as_descriptors_hold_up_nobody(
 
 @pytest.mark.timing
 @pytest.mark.parametrize(
-    ("sends", "reads"),
-    [(GET_A_FILE, SLOW), (GET_HEALTH * 500, 1000)],
-    ids=["reads slowly", "pipelines"],
+    ("sends", "reads", "most"),
+    [(GET_A_FILE, SLOW, 16), (GET_HEALTH * 500, 1000, 16), (GET_HEALTH * 500, 1000, 76)],
+    ids=["reads slowly", "pipelines", "many pipeline"],
 )
 def test_clients_that_keep_all_connections_busy_hold_up_nobody(
-    tmp_path: Path, sends: bytes, reads: int
+    tmp_path: Path, sends: bytes, reads: int, most: int
 ) -> None:
     """Fails if twice as many clients as there may be connections keep out a probe, or readers of
     files a drawing."""
     with (
-        running_service(tmp_path, "--max-connections", "16") as service,
-        Crowd(address(service), 32, lambda index: sends, reads),
+        running_service(tmp_path, "--max-connections", str(most)) as service,
+        Crowd(address(service), 2 * most, lambda index: sends, reads),
     ):
         for _ in range(5):
             assert max(probe(service, 0.3)) < 1

@@ -17,6 +17,7 @@ from autoregressive.serve.web.http_protocol import (
     CONNECTION,
     COUNTED,
     CUT,
+    JOB,
     REFUSED,
     REQUEST_ID,
     UNSENT_BYTES,
@@ -135,7 +136,7 @@ class RequestLog:
             "bytes": sent,
             "seconds": round(seconds, 4),
         }
-        job = scope["state"].get("job")
+        job = scope["state"].get(JOB)
         if isinstance(job, Job):
             line |= _about(job)
         if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":

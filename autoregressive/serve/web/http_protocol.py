@@ -89,6 +89,7 @@ class PatientProtocol(H11Protocol):
         self._head_bytes = 0  # of the headers of the request that is answered
         self._drawn_bytes = 0  # written up to the end of the latest answer that was drawn
         self._is_unwanted = False  # closed before it was open
+        self._is_new = True  # the event loop has not looked yet whether a request is here
         self._real_transport: asyncio.Transport  # once it is open
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -101,8 +102,14 @@ class PatientProtocol(H11Protocol):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
         self._tell_phase()
+        # What has come by now is read in the next turn of the event loop.
+        self.loop.call_soon(self.loop.call_soon, self._arrive)
         if self._is_unwanted:
             transport.close()
+
+    def _arrive(self) -> None:
+        self._is_new = False
+        self._tell_phase()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits for nothing any more."""
@@ -175,7 +182,7 @@ class PatientProtocol(H11Protocol):
     @property
     def is_crowded(self) -> bool:
         """Whether this answer should be the last of its connection, so that others get in."""
-        return not self._connections.has_room
+        return self._connections.crowded
 
     @property
     def overload(self) -> str | None:
@@ -288,7 +295,9 @@ class PatientProtocol(H11Protocol):
             return Phase.ANSWER if self._draws else Phase.UNREAD
         if self.lingers:
             return Phase.UNREAD
-        return Phase.HEAD if self.sends or self._unread_bytes else Phase.IDLE
+        if self.sends or self._unread_bytes:
+            return Phase.HEAD
+        return Phase.NEW if self._is_new else Phase.IDLE
 
     def _tell_phase(self) -> None:
         if not self._real_transport.is_closing():  # else it keeps its phase until it is gone
