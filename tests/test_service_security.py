@@ -622,7 +622,7 @@ def sized_head(size: int, where: str) -> bytes:
             case "one header":
                 return head("/health", "GET", f"X: {'a' * filler}")
             case "many headers":
-                return head("/health", "GET", *["X: " + "a" * 95] * (filler // 100), f"Y: {'b' * (filler % 100)}")
+                return head("/health", "GET", *["X: " + "a" * 995] * (filler // 1000), f"Y: {'b' * (filler % 1000)}")
             case "the query":
                 return head(f"/health?{'a' * filler}")
             case _:
