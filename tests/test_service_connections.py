@@ -167,18 +167,18 @@ def test_twice_as_many_connections_as_descriptors_hold_up_nobody(
 
 @pytest.mark.timing
 @pytest.mark.parametrize(
-    ("sends", "reads"),
-    [(GET_A_FILE, SLOW), (GET_HEALTH * 500, 1000)],
-    ids=["reads slowly", "pipelines"],
+    ("sends", "reads", "most"),
+    [(GET_A_FILE, SLOW, 16), (GET_HEALTH * 500, 1000, 16), (GET_HEALTH * 500, 1000, 76)],
+    ids=["reads slowly", "pipelines", "many pipeline"],
 )
 def test_clients_that_keep_all_connections_busy_hold_up_nobody(
-    tmp_path: Path, sends: bytes, reads: int
+    tmp_path: Path, sends: bytes, reads: int, most: int
 ) -> None:
     """Fails if twice as many clients as there may be connections keep out a probe, or readers of
     files a drawing."""
     with (
-        running_service(tmp_path, "--max-connections", "16") as service,
-        Crowd(address(service), 32, lambda index: sends, reads),
+        running_service(tmp_path, "--max-connections", str(most)) as service,
+        Crowd(address(service), 2 * most, lambda index: sends, reads),
     ):
         for _ in range(5):
             assert max(probe(service, 0.3)) < 1
@@ -529,8 +529,8 @@ def limits(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> None:
 @pytest.mark.parametrize(
     ("soft", "hard", "children", "most"),
     [
-        (256, 256, 2, 76),
-        (256, 1024, 2, 460),
+        (256, 256, 2, 152),
+        (256, 1024, 2, 920),
         (1024, 2**20, 2, 4096),
         (256, resource.RLIM_INFINITY, 9, 4096),
     ],
@@ -538,7 +538,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> None:
 def test_the_default_fits_below_the_limit(
     monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, children: int, most: int
 ) -> None:
-    """Fails if there may be more connections than descriptors, two of them for each."""
+    """Fails if there may be more connections than descriptors."""
     limits(monkeypatch, soft, hard)
     assert descriptors.connection_limit(None, children) == most
 
@@ -547,11 +547,11 @@ def test_more_connections_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) 
     """Fails if it starts with a promise that it cannot keep, or the message does not say what to
     do."""
     limits(monkeypatch, 256, 256)
-    assert descriptors.connection_limit(76, 2) == 76
+    assert descriptors.connection_limit(152, 2) == 152
     with pytest.raises(
-        UserError, match=r"--max-connections 77: at most 76 connections fit .* 256 .*ulimit -n"
+        UserError, match=r"--max-connections 153: at most 152 connections fit .* 256 .*ulimit -n"
     ):
-        descriptors.connection_limit(77, 2)
+        descriptors.connection_limit(153, 2)
     limits(monkeypatch, 64, 64)
     with pytest.raises(
         UserError, match=r"limit of open files is 64, which is too low: raise it \(ulimit -n 1024\)"

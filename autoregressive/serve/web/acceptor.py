@@ -106,7 +106,7 @@ class Acceptor:
     def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         protocol = self._protocol()
-        self._connections.move(protocol, Phase.IDLE)  # it takes a descriptor from now on
+        self._connections.move(protocol, Phase.NEW)  # it takes a descriptor from now on
         task = self._loop.create_task(self._connect(connection, protocol))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)

@@ -13,8 +13,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -28,7 +27,6 @@ from autoregressive.serve.web.guards import (
     OneDrawingATurn,
     RequestLog,
     SizeLimits,
-    WholeFiles,
 )
 from autoregressive.serve.web.hosts import KnownHosts, WholeUrls
 from autoregressive.serve.web.schema import (
@@ -39,6 +37,7 @@ from autoregressive.serve.web.schema import (
     StatusAnswer,
     VersionAnswer,
 )
+from autoregressive.serve.web.static_files import SharedFile, SharedFiles, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES
 from autoregressive.serve.web.strict_route import StrictRoute
 
@@ -117,7 +116,7 @@ def build_app(
         _add_docs(app)
     _add_errors(app)
     complete_description(app, studio.model, lambda path: bool(api_keys) and not is_open(path))
-    guarded: App = SizeLimits(OneDrawingATurn(WholeFiles(app), studio.turns))
+    guarded: App = SizeLimits(OneDrawingATurn(app, studio.turns))
     known = KnownHosts(guarded, public_host)  # a key keeps other sites out, too
     guarded = Authentication(guarded, api_keys, is_open) if api_keys else known
     return RequestLog(WholeUrls(HeadAsGet(guarded)), studio.desk.count, api_keys)
@@ -177,8 +176,7 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
             "X-Content-Type-Options": "nosniff",
             "Accept-Ranges": "none",
         }
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
-        if picture.etag in known or "*" in known:
+        if has_already(request, picture.etag):
             return Response(status_code=304, headers=headers)
         return Response(picture.content, media_type=picture.media_type, headers=headers)
 
@@ -212,25 +210,17 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
+    page = SharedFile(PAGE / "index.html", _PAGE_HEADERS)
+
     @app.get("/", include_in_schema=False)
-    async def show_page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+    async def show_page() -> Response:
+        return page
 
-    app.mount("/static", _PageFiles(directory=PAGE))
-
-
-class _PageFiles(StaticFiles):
-    """The page's files, with its headers."""
-
-    def file_response(self, *arguments: Any, **keywords: Any) -> Response:
-        """One file."""
-        response = super().file_response(*arguments, **keywords)
-        response.headers.update(_PAGE_HEADERS)
-        return response
+    app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
 
 
 def _add_docs(app: FastAPI) -> None:
-    app.mount("/docs-assets", _PageFiles(directory=_DOCS_ASSETS))
+    app.mount("/docs-assets", SharedFiles(_DOCS_ASSETS, _PAGE_HEADERS))
     page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
         openapi_url="openapi.json",
         title="LlamaGen",

@@ -12,7 +12,7 @@ from typing import Any
 from autoregressive.serve.web.addresses import client_network
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.guards import App, Receive, Scope, Send, answer
-from autoregressive.serve.web.http_protocol import COUNTED
+from autoregressive.serve.web.http_protocol import COUNTED, KEY
 from autoregressive.serve.web.logs import CountedWarning
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
@@ -115,13 +115,14 @@ class Authentication:
             )
         network = client_network(scope["client"][0] if scope.get("client") else "")
         number = self._find(given)
+        scope.setdefault("state", {})[KEY] = number
         if number is not None and self._throttle.is_proven(network, number):
             return None
         wait = self._throttle.seconds_to_wait(network)
         if wait > 0:
             # An attacker may send thousands a second.
             self._throttled.count()
-            scope.setdefault("state", {})[COUNTED] = True
+            scope["state"][COUNTED] = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
             return ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
         if number is None:

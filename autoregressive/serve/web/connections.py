@@ -10,8 +10,9 @@ from typing import Protocol
 
 _LOOK_SECONDS = 0.2  # so often the connections are looked at
 _GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it counts as idle
-_ARRIVAL_SECONDS = 0.05  # for the request of a new connection to be read if it has been sent already
+_ARRIVAL_SECONDS = 0.05  # for the rest of a request that comes in two packets
 _LOG_SECONDS = 1.0  # between two lines of the log
+_CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is its connection's last
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 _log = logging.getLogger("llamagen.connections")
 
@@ -19,6 +20,7 @@ _log = logging.getLogger("llamagen.connections")
 class Phase(Enum):
     """What a connection does."""
 
+    NEW = auto()  # the event loop has not looked yet whether a request has come with it
     IDLE = auto()  # no byte of a request has come
     HEAD = auto()  # a part of its headers has
     BODY = auto()  # a part of its body has
@@ -30,7 +32,6 @@ class Phase(Enum):
 
 
 _INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed first
-_ANSWERED = (Phase.UNREAD, Phase.ANSWER)
 
 
 class Connection(Protocol):
@@ -100,6 +101,7 @@ class Connections:
         self._timer: asyncio.TimerHandle | None = None
         self._looked_at = 0.0
         self._logged_at = 0.0
+        self._crowded_until = 0.0
         self._logged = (0, 0, 0, 0)
 
     @property
@@ -114,9 +116,22 @@ class Connections:
         """Why no drawing is accepted now."""
         if self.buffered_bytes > self.most_bytes // 2:
             return "too much waits for clients that read or send slowly: try again later"
-        if len(self._by_phase[Phase.ANSWER]) >= self.most - max(1, int(self.most * _FREE_SHARE)):
+        if self._nearly_all_busy:
             return "too many connections are busy: try again later"
         return None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether nearly all have been busy a moment ago. Each answer should then be the last of
+        its connection: a client that pipelines requests would keep its place for all of them."""
+        now = time.monotonic()
+        if self._nearly_all_busy:
+            self._crowded_until = now + _CROWDED_SECONDS
+        return now < self._crowded_until
+
+    @property
+    def _nearly_all_busy(self) -> bool:
+        return len(self._by_phase[Phase.ANSWER]) >= self.most - max(1, int(self.most * _FREE_SHARE))
 
     @property
     def has_room(self) -> bool:
@@ -145,9 +160,8 @@ class Connections:
         been sending its headers for longest, then its body, then the one that has left its answer
         unread for longest.
 
-        If there is none of these, it is the oldest, unless that one is so new that its request may
-        be here and not read yet: a client that has only just come is not closed for another that
-        sends or reads no more.
+        If there is none of these, it is the oldest, unless that one has only just come: its request
+        may be here and not read yet, or the rest of it may be on its way.
         """
         now = time.monotonic()
         oldest = [self._oldest(phase) for phase in _INCOMPLETE if self._by_phase[phase]]
@@ -175,7 +189,7 @@ class Connections:
         since = time.monotonic()
         if before is not None:
             waited_since = self._by_phase[before].pop(connection)
-            if before not in _ANSWERED and phase not in _ANSWERED:
+            if before in _INCOMPLETE and phase in _INCOMPLETE:
                 since = waited_since
         self._phases[connection] = phase
         self._by_phase[phase][connection] = since

@@ -10,13 +10,10 @@ _DEFAULT_CONNECTIONS = 4096
 _LEAST_CONNECTIONS = 8
 REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
 # Beside connections: the standard streams, the event loop's own, listeners, stored files that are
-# being written, libraries' files, and connections that have been closed in this turn of the event
-# loop, or accepted in it, and refused ones.
+# being written or read (eight at a time), libraries' files, and connections that have been closed
+# in this turn of the event loop, or accepted in it, and refused ones.
 _RESERVE = 64 + REFUSED_SOCKETS
 _RESERVE_FOR_A_CHILD = 4  # a connection to it, its sentinel, and what starting it takes
-# A connection's socket, and the file that its answer is read from: `FileResponse` keeps it open
-# until the client has all of it (`/`, `/static`, `/docs-assets`).
-_DESCRIPTORS_A_CONNECTION = 2
 _log = logging.getLogger("llamagen.connections")
 
 
@@ -58,7 +55,7 @@ def connection_limit(asked: int | None, children: int) -> int:
         UserError: so many do not fit, or hardly any do.
     """
     limit = descriptor_limit()
-    fit = (limit - _RESERVE - _RESERVE_FOR_A_CHILD * children) // _DESCRIPTORS_A_CONNECTION
+    fit = limit - _RESERVE - _RESERVE_FOR_A_CHILD * children
     if fit < _LEAST_CONNECTIONS:
         raise UserError(
             f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"

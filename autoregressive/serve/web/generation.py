@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from autoregressive.serve.web.clients import client_of
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
+from autoregressive.serve.web.http_protocol import JOB
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.pictures import encode_picture, encode_preview
 from autoregressive.serve.web.schema import (
@@ -83,7 +84,6 @@ class Studio:
     encoders: Executor
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
-    keyed: bool = False  # whether clients have keys
     store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS))
 
     async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
@@ -145,7 +145,7 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     model, desk = studio.model, studio.desk
 
     def order_of(body: CodesRequest, request: Request, *, pixels: bool) -> Submit:
-        return replace(model.order(body, pixels=pixels), client=client_of(request.scope, keyed=studio.keyed))
+        return replace(model.order(body, pixels=pixels), client=client_of(request.scope))
 
     @app.post(
         DRAWING_PATHS[0],
@@ -394,7 +394,7 @@ async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callabl
                 await keep(event)
         return event
 
-    request.state.job = job
+    setattr(request.state, JOB, job)
     collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(_client_leaves(request))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -417,7 +417,7 @@ async def _client_leaves(request: Request) -> None:
 
 def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncIterable[bytes]) -> StreamingResponse:
     """The events as an answer; the job ends when its reader leaves."""
-    request.state.job = job
+    setattr(request.state, JOB, job)
 
     async def until_the_reader_leaves() -> AsyncIterator[bytes]:
         try:

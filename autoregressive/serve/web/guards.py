@@ -17,6 +17,7 @@ from autoregressive.serve.web.http_protocol import (
     CONNECTION,
     COUNTED,
     CUT,
+    JOB,
     REFUSED,
     REQUEST_ID,
     UNSENT_BYTES,
@@ -135,7 +136,7 @@ class RequestLog:
             "bytes": sent,
             "seconds": round(seconds, 4),
         }
-        job = scope["state"].get("job")
+        job = scope["state"].get(JOB)
         if isinstance(job, Job):
             line |= _about(job)
         if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
@@ -188,19 +189,6 @@ class HeadAsGet:
             await send(message)
 
         await self._app({**scope, "method": "GET"}, receive, send_head)
-
-
-class WholeFiles:
-    """Drops the Range of requests: files are small, and the errors of ranges would be the framework's own."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] == "http":
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"range"]
-        await self._app(scope, receive, send)
 
 
 class OneDrawingATurn:
@@ -283,7 +271,7 @@ def _unreadable(scope: Scope) -> ApiError | None:
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-        return ApiError(431, "the headers are too large: at most 64 KiB", "headers_too_large")
+        return ApiError(431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large")
     names = {name for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
         return ApiError(400, "the request has two lengths", "bad_request")

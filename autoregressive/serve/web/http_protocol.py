@@ -34,13 +34,14 @@ UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the conn
 JOB = "job"  # what is drawn for it
 COUNTED = "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
 CUT = "cut"  # the connection went before the answer was complete
+KEY = "key"  # the number of the key that let it in, where the service has keys
 REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
 REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
 _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
 
 _REFUSALS = {
     400: ("this is not HTTP/1.1: a line, a header or the framing of the body is malformed", "bad_request"),
-    431: ("the headers are too large: at most 64 KiB", "headers_too_large"),
+    431: ("the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"),
 }
 _log = logging.getLogger(REQUESTS)
 
@@ -85,7 +86,10 @@ class PatientProtocol(H11Protocol):
         self._lingered_bytes = 0
         self._read_seconds = READ_SECONDS  # that the client has left to take what waits
         self._taken_bytes = 0  # by the client, or by the system for it
+        self._head_bytes = 0  # of the headers of the request that is answered
+        self._drawn_bytes = 0  # written up to the end of the latest answer that was drawn
         self._is_unwanted = False  # closed before it was open
+        self._is_new = True  # the event loop has not looked yet whether a request is here
         self._real_transport: asyncio.Transport  # once it is open
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -98,8 +102,14 @@ class PatientProtocol(H11Protocol):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
         self._tell_phase()
+        # What has come by now is read in the next turn of the event loop.
+        self.loop.call_soon(self.loop.call_soon, self._arrive)
         if self._is_unwanted:
             transport.close()
+
+    def _arrive(self) -> None:
+        self._is_new = False
+        self._tell_phase()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Waits for nothing any more."""
@@ -136,12 +146,17 @@ class PatientProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Reads what has come; a request gets to know the connection that it came through."""
         super().handle_events()
-        if self.scope is not None:
-            self.scope["state"].setdefault(CONNECTION, self)
+        if self.scope is not None and CONNECTION not in self.scope["state"]:
+            self.scope["state"][CONNECTION] = self
+            self._head_bytes = sum(len(name) + len(value) for name, value in self.headers)
 
     def on_response_complete(self) -> None:
         """An answer is written, though perhaps not read; the next request may be here in part."""
         self._stop_sender_timer()
+        if JOB in self.scope["state"]:  # noted here: the next request may take the scope's place
+            self._drawn_bytes = self._written_bytes
+        # A connection that is idle, or whose answer is not read, holds nothing of the request.
+        self.scope = self.headers = self.cycle = None  # type: ignore[assignment]
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY or self._unread_bytes:
             self._watch_sender()
@@ -167,7 +182,7 @@ class PatientProtocol(H11Protocol):
     @property
     def is_crowded(self) -> bool:
         """Whether this answer should be the last of its connection, so that others get in."""
-        return not self._connections.has_room
+        return self._connections.crowded
 
     @property
     def overload(self) -> str | None:
@@ -185,7 +200,7 @@ class PatientProtocol(H11Protocol):
         held: int = self._unread_bytes + self.transport.get_write_buffer_size()
         if self.scope is not None:
             state = self.scope["state"]
-            held += len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
+            held += self._head_bytes + len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
             held += getattr(state.get(JOB), "held_bytes", 0)
         return held
 
@@ -200,7 +215,7 @@ class PatientProtocol(H11Protocol):
     def look(self, seconds: float) -> None:
         """Sees whether the client takes what waits for it; so many seconds after the last time."""
         waiting = self.transport.get_write_buffer_size()
-        taken = cast(_Transport, self.transport).written_bytes - waiting
+        taken = self._written_bytes - waiting
         new, self._taken_bytes = taken - self._taken_bytes, taken
         left = self._read_seconds - seconds + new / LEAST_READ_BYTES_PER_SECOND
         self._read_seconds = min(left, READ_SECONDS) if waiting > 0 else READ_SECONDS
@@ -247,6 +262,11 @@ class PatientProtocol(H11Protocol):
         self._tell_phase()
 
     @property
+    def _written_bytes(self) -> int:
+        """Of all answers of this connection, whether the client has taken them or not."""
+        return cast(_Transport, self.transport).written_bytes
+
+    @property
     def _unread_bytes(self) -> int:
         """That have come and are no event yet. h11 gives them, too, but copies them for that."""
         return len(self.conn._receive_buffer)
@@ -258,7 +278,10 @@ class PatientProtocol(H11Protocol):
 
     @property
     def _draws(self) -> bool:
-        """Whether something is drawn for the latest request, or was."""
+        """Whether something was drawn, or is, for the latest request, or for one whose answer
+        waits for the client before it."""
+        if self._written_bytes - self.transport.get_write_buffer_size() < self._drawn_bytes:
+            return True
         return self.scope is not None and JOB in self.scope["state"]
 
     @property
@@ -272,7 +295,9 @@ class PatientProtocol(H11Protocol):
             return Phase.ANSWER if self._draws else Phase.UNREAD
         if self.lingers:
             return Phase.UNREAD
-        return Phase.HEAD if self.sends or self._unread_bytes else Phase.IDLE
+        if self.sends or self._unread_bytes:
+            return Phase.HEAD
+        return Phase.NEW if self._is_new else Phase.IDLE
 
     def _tell_phase(self) -> None:
         if not self._real_transport.is_closing():  # else it keeps its phase until it is gone

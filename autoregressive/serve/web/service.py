@@ -115,7 +115,7 @@ def build_service_app(
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
-    studio = Studio(model, desk, encoders, store, keyed=bool(settings.api_keys))
+    studio = Studio(model, desk, encoders, store)
     app = build_app(
         studio,
         version=program_version(),

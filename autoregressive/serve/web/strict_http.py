@@ -10,6 +10,9 @@ import re
 import h11
 from h11._receivebuffer import ReceiveBuffer
 
+# A request's line, its headers, and an empty line; or trailers. Once it is read, a header of four
+# bytes takes a hundred times as much.
+_MOST_LINES = 102
 _MOST_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody reads
 # A line feed without a return before it, a return without a line feed behind it, and a header that
 # goes on in the next line.
@@ -45,6 +48,8 @@ class StrictReceiveBuffer(ReceiveBuffer):
         taken = super()._extract(count)
         if self._is_head and _LENIENT.search(taken):
             raise h11.LocalProtocolError("a line does not end as it should, or is folded")
+        if self._is_head and taken.count(b"\n") > _MOST_LINES:
+            raise h11.LocalProtocolError("too many headers", error_status_hint=431)
         return taken
 
 
