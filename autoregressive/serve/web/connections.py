@@ -45,6 +45,10 @@ class Connection(Protocol):
         """What this process holds of its requests and answers."""
 
     @property
+    def promised_bytes(self) -> int:
+        """Of images that are still to come from the engine."""
+
+    @property
     def patience_left(self) -> float | None:
         """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
         client."""
@@ -83,7 +87,9 @@ class Connections:
     When `most` are open and a new one comes, the one that has been idle for longest is closed; if
     none is idle, one whose client does not read its answer, unless it is a drawing's. When
     they hold more than half of `most_bytes`, no drawings are accepted; when they hold more than all
-    of it, the slowest clients are dropped.
+    of it, the slowest clients are dropped. A drawing is not accepted either if what they hold, the
+    images that are still to come, and its own would be more than `most_bytes`: an engine can draw
+    faster than this process writes files.
 
     Args:
         most: that may be open.
@@ -93,6 +99,7 @@ class Connections:
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
         self.buffered_bytes = 0  # when they were last looked at, and what has come since then
+        self.promised_bytes = 0  # of images that are to come, then, and of those accepted since then
         self._phases: dict[Connection, Phase] = {}
         # Since when each has been waiting for a request, for the rest of one, or for its reader; the
         # longest first, or nearly so.
@@ -119,6 +126,14 @@ class Connections:
         if self._nearly_all_busy:
             return "too many connections are busy: try again later"
         return None
+
+    def has_room_for(self, count: int) -> bool:
+        """Whether images of so many bytes may be asked for."""
+        return self.buffered_bytes + self.promised_bytes + count <= self.most_bytes
+
+    def promise(self, count: int) -> None:
+        """Images of so many bytes have been asked for."""
+        self.promised_bytes += count
 
     @property
     def crowded(self) -> bool:
@@ -228,6 +243,7 @@ class Connections:
             connection: connection.held_bytes for connection in busy if connection in self._phases
         }
         self.buffered_bytes = sum(held.values())
+        self.promised_bytes = sum(connection.promised_bytes for connection in held)
         if self.buffered_bytes > self.most_bytes:
             self._drop_slowest(held)
         self._log(now)

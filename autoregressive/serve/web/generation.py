@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from autoregressive.serve.web.clients import client_of
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.errors import ApiError, ended_early, internal_error
-from autoregressive.serve.web.http_protocol import JOB
+from autoregressive.serve.web.http_protocol import CONNECTION, JOB
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.pictures import encode_picture, encode_preview
 from autoregressive.serve.web.schema import (
@@ -49,6 +49,7 @@ _NOT_READ = ApiError(503, "the image cannot be read now: try again later", "stor
 FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
 _log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
+_CODE_BYTES = 12  # of a token of an answer: four from the engine, and its number as text
 _KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
 _EMPTY_PICTURE = b'"b64_json":""'
 _SILENCE = b": waiting\n\n"
@@ -147,6 +148,18 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     def order_of(body: CodesRequest, request: Request, *, pixels: bool) -> Submit:
         return replace(model.order(body, pixels=pixels), client=client_of(request.scope))
 
+    async def accept(order: Submit, request: Request) -> Job:
+        """Lets a job in if there will be room for its images in this process."""
+        image_bytes = 3 * model.image_size**2 if order.pixels else _CODE_BYTES * model.tokens_of_image
+        connection = getattr(request.state, CONNECTION, None)
+        if connection is not None and not connection.has_room_for(order.n * image_bytes):
+            raise ApiError(503, "too many images are asked for at once: try again later", "overloaded", None, desk.retry_after())
+        job = await desk.accept(order)
+        job.image_bytes = image_bytes
+        if connection is not None:
+            connection.promise(job.promised_bytes)
+        return job
+
     @app.post(
         DRAWING_PATHS[0],
         response_model=ImagesAnswer,
@@ -166,12 +179,12 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
             raise ApiError(400, "partial_images goes with stream", "invalid_value", "partial_images")
         if body.stream:
             rows = partial_rows(body.partial_images or 0, model.grid)
-            job = await desk.accept(replace(order, preview_rows=rows))
+            job = await accept(replace(order, preview_rows=rows), request)
             events = _OpenAIEvents(studio, job, body.output_format or "png", body.output_compression)
             return _event_stream(studio, request, job, events)
         if stores:
             await studio.check_store(order.n)
-        job = await desk.accept(order)
+        job = await accept(order, request)
         output_format = body.output_format or "png"
         pictures: dict[int, bytes] = {}  # stored together, so that none is evicted for another one's sake
         texts: dict[int, bytes] = {}
@@ -209,14 +222,14 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         order = replace(order_of(body, request, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
-        job = await desk.accept(order)
+        job = await accept(order, request)
         return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
 
     @app.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS, tags=_TAGS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for those who have a decoder of their own."""
         order = order_of(body, request, pixels=False)
-        job = await desk.accept(order)
+        job = await accept(order, request)
         data: dict[int, CodesData] = {}
 
         async def keep(image: Image) -> None:

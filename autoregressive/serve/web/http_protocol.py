@@ -184,6 +184,20 @@ class PatientProtocol(H11Protocol):
         """Whether this answer should be the last of its connection, so that others get in."""
         return self._connections.crowded
 
+    def has_room_for(self, count: int) -> bool:
+        """Whether images of so many bytes may be asked for."""
+        return self._connections.has_room_for(count)
+
+    def promise(self, count: int) -> None:
+        """Images of so many bytes have been asked for."""
+        self._connections.promise(count)
+
+    @property
+    def promised_bytes(self) -> int:
+        """Of its images that are still to come from the engine."""
+        job = None if self.scope is None else self.scope["state"].get(JOB)
+        return getattr(job, "promised_bytes", 0)
+
     @property
     def overload(self) -> str | None:
         """Why no drawing is accepted now, as far as connections go."""

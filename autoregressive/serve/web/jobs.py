@@ -28,7 +28,10 @@ class Job:
     reserved: bool = False  # rows were free for it when it came: it waits for no other
     abandoned: bool = False  # nobody reads its events any more
     answer_bytes: int = 0  # of its images' files that wait to be sent
+    image_bytes: int = 0  # of the pixels or codes of one of its images
+    images_here: int = 0  # that have come from the engine
     forward: Callable[[JobEvent], None] | None = None  # where events go, if the mailbox is in another process
+    _read_bytes: int = 0  # of the image that its reader makes a file of
     _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)  # in the order of their coming
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -47,6 +50,7 @@ class Job:
                 self.first_token_at = self.first_token_at or at
             case Image():
                 self.decode_seconds += event.decode_seconds
+                self.images_here += 1
                 self._events.pop(("Preview", event.image), None)
             case Ended():
                 self.ended = event
@@ -73,7 +77,14 @@ class Job:
         events = self._events.values()
         images = sum(len(event.data) for event in events if isinstance(event, Image))
         previews = sum(len(event.pixels) for event in events if isinstance(event, Preview))
-        return self.answer_bytes + images + previews
+        return self.answer_bytes + self._read_bytes + images + previews
+
+    @property
+    def promised_bytes(self) -> int:
+        """Of its images that are still to come from the engine."""
+        if self.ended is not None or self.abandoned:
+            return 0
+        return (self.order.n - self.images_here) * self.image_bytes
 
     @property
     def has_news(self) -> bool:
@@ -82,6 +93,7 @@ class Job:
 
     async def next_event(self, timeout: float | None = None) -> JobEvent | None:
         """What happens next, the end last; None if nothing does within so many seconds. Not to be called after the end."""
+        self._read_bytes = 0
         try:
             async with asyncio.timeout(timeout):
                 while not self._events:
@@ -89,7 +101,9 @@ class Job:
                     await self._news.wait()
         except TimeoutError:
             return None
-        return self._events.pop(next(iter(self._events)))
+        event = self._events.pop(next(iter(self._events)))
+        self._read_bytes = len(event.data) if isinstance(event, Image) else 0
+        return event
 
     def seconds_left(self, tokens_of_image: int) -> float | None:
         """A guess, from its own speed so far; None while nothing is drawn."""

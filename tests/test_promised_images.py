@@ -1,0 +1,64 @@
+"""Drawings are accepted only if there will be room for their images, however fast the engine is."""
+
+import threading
+from pathlib import Path
+
+import httpx2
+from fake_service import CLASS_NAMES, LARGE, LARGE_SIZE, running_service
+
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.web.connections import Connections
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.worker.messages import Image, Submit
+
+
+def test_images_that_are_to_come_count_until_they_are_here() -> None:
+    """Fails if an image counts twice, or for ever, or not while its file is made."""
+    job = Job(Submit(0, 0, 2, SamplingParams(), pixels=True), 0.0, image_bytes=100)
+    assert (job.promised_bytes, job.held_bytes) == (200, 0)
+    job.take(Image(0, 0, 0.0, 0.0, bytes(100)))
+    assert (job.promised_bytes, job.held_bytes) == (100, 100)
+    job.abandon()
+    assert (job.promised_bytes, job.held_bytes) == (0, 0)
+
+
+def test_what_is_promised_bounds_what_is_accepted() -> None:
+    """Fails if a burst between two looks is not counted, or an image of exactly the budget is refused."""
+    connections = Connections(most=10, most_bytes=1000)
+    assert connections.has_room_for(1000)
+    connections.promise(600)
+    assert connections.has_room_for(400)
+    assert not connections.has_room_for(401)
+    connections.add_bytes(100)
+    assert not connections.has_room_for(400)
+
+
+def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_path: Path) -> None:
+    """Fails if an engine that is faster than the encoders can fill memory with what was accepted."""
+    flags = ("--max-buffered-mib", "16", "--step-timeout", "600")
+    of_a_request = 10 * 3 * LARGE_SIZE**2
+    fitting = 16 * 2**20 // of_a_request
+    assert 2 <= fitting <= 5
+    with running_service(tmp_path, *flags, environment={LARGE: "1"}) as service:
+        service.faults.set("hang")
+        answers: list[int] = []
+
+        def draw() -> None:
+            body = {"prompt": CLASS_NAMES[0], "n": 10}
+            answers.append(httpx2.post(f"{service.url}/v1/images/generations", json=body, timeout=60).status_code)
+
+        callers = [threading.Thread(target=draw, daemon=True) for _ in range(fitting)]
+        for number, caller in enumerate(callers, 1):
+            caller.start()
+            service.wait_for(lambda there=number: service.holds(0, there) or service.holds(1, there - 1), 10)  # type: ignore[misc]
+        refused = service.draw(n=10)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert "retry-after" in refused.headers
+        service.faults.clear("hang")
+        for caller in callers:
+            caller.join(60)
+        assert answers == [200] * fitting
+        service.wait_for(lambda: service.draw(n=10).status_code == 200, 10)
+
+
