@@ -29,8 +29,16 @@ STARTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hear_hangups() -> Iterator[None]:
+    """The suite may run under `nohup`, which what it starts would inherit."""
+    found = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, found)
+
+
 @pytest.fixture(scope="module")
-def forge() -> Iterator[Forge]:
+def forge(hear_hangups: None) -> Iterator[Forge]:
     forge = Forge()
     yield forge
     forge.close()
