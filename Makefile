@@ -31,7 +31,9 @@ test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -m "not gpu and not soak and not timing" -n 2 --dist worksteal
-	$(VENV)/bin/python -m pytest -m "timing and not soak"
+# Bounds in seconds hold on a quiet machine: what fails (status 1) is tried once more, and must pass then.
+	$(VENV)/bin/python -m pytest -m "timing and not soak" || \
+	  { test $$? -eq 1 && $(VENV)/bin/python -m pytest -m "timing and not soak" --last-failed; }
 
 audit:
 	$(PYTHON) .ci/audit.py
