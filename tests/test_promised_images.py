@@ -25,20 +25,33 @@ def test_images_that_are_to_come_count_until_they_are_here() -> None:
 def test_what_is_promised_bounds_what_is_accepted() -> None:
     """Fails if a burst between two looks is not counted, or an image of exactly the budget is refused."""
     connections = Connections(most=10, most_bytes=1000)
-    assert connections.has_room_for(1000)
-    connections.promise(600)
-    assert connections.has_room_for(400)
-    assert not connections.has_room_for(401)
+    assert connections.has_room_for(1000, "a")
+    connections.promise(600, "a")
+    assert connections.has_room_for(400, "b")
+    assert not connections.has_room_for(401, "b")
     connections.add_bytes(100)
-    assert not connections.has_room_for(400)
+    assert not connections.has_room_for(400, "b")
+
+
+def test_a_hog_leaves_room_for_others() -> None:
+    """Fails if one client that asks for images without end keeps another one out, or two do a third."""
+    for clients, newcomer in ((["a"], "b"), (["a", "b"], "c")):
+        connections = Connections(most=10, most_bytes=1000)
+        for client in clients * 200:
+            if connections.has_room_for(10, client):
+                connections.promise(10, client)
+        assert not any(connections.has_room_for(10, client) for client in clients)
+        assert connections.has_room_for(50, newcomer)
 
 
 def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_path: Path) -> None:
     """Fails if an engine that is faster than the encoders can fill memory with what was accepted."""
     flags = ("--max-buffered-mib", "16", "--step-timeout", "600")
     of_a_request = 10 * 3 * LARGE_SIZE**2
-    fitting = 16 * 2**20 // of_a_request
-    assert 2 <= fitting <= 5
+    fitting = 0
+    while fitting == 0 or (fitting + 1) * of_a_request <= 4 * (16 * 2**20 - (fitting + 1) * of_a_request):
+        fitting += 1
+    assert 2 <= fitting <= 4
     with running_service(tmp_path, *flags, environment={LARGE: "1"}) as service:
         service.faults.set("hang")
         answers: list[int] = []

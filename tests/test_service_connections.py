@@ -352,7 +352,7 @@ class FakeConnection:
 
     def __init__(self, held: int = 0, left: float | None = None) -> None:
         self.held_bytes, self.patience_left = held, left
-        self.promised_bytes = 0
+        self.promised = ("", 0)
         self.closed = False
 
     def look(self, seconds: float) -> None:

@@ -4,6 +4,7 @@ when that is too much."""
 import asyncio
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -13,6 +14,7 @@ _GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it cou
 _ARRIVAL_SECONDS = 0.05  # for the rest of a request that comes in two packets
 _LOG_SECONDS = 1.0  # between two lines of the log
 _CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is its connection's last
+_SHARE = 4  # a client may wait for so many times the bytes that stay free, as of the waiting places
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 _log = logging.getLogger("llamagen.connections")
 
@@ -45,8 +47,8 @@ class Connection(Protocol):
         """What this process holds of its requests and answers."""
 
     @property
-    def promised_bytes(self) -> int:
-        """Of images that are still to come from the engine."""
+    def promised(self) -> tuple[str, int]:
+        """Its client, and the bytes of images that are still to come for it from the engine."""
 
     @property
     def patience_left(self) -> float | None:
@@ -89,7 +91,8 @@ class Connections:
     they hold more than half of `most_bytes`, no drawings are accepted; when they hold more than all
     of it, the slowest clients are dropped. A drawing is not accepted either if what they hold, the
     images that are still to come, and its own would be more than `most_bytes`: an engine can draw
-    faster than this process writes files.
+    faster than this process writes files. A client that waits for images already may ask for more
+    only as long as it has at most four times as much as stays free, so that none keeps others out.
 
     Args:
         most: that may be open.
@@ -99,7 +102,8 @@ class Connections:
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
         self.buffered_bytes = 0  # when they were last looked at, and what has come since then
-        self.promised_bytes = 0  # of images that are to come, then, and of those accepted since then
+        # Bytes of images that are to come for each client: then, and of those accepted since then.
+        self._promised: Counter[str] = Counter()
         self._phases: dict[Connection, Phase] = {}
         # Since when each has been waiting for a request, for the rest of one, or for its reader; the
         # longest first, or nearly so.
@@ -127,13 +131,15 @@ class Connections:
             return "too many connections are busy: try again later"
         return None
 
-    def has_room_for(self, count: int) -> bool:
-        """Whether images of so many bytes may be asked for."""
-        return self.buffered_bytes + self.promised_bytes + count <= self.most_bytes
+    def has_room_for(self, count: int, client: str) -> bool:
+        """Whether a client may ask for images of so many bytes."""
+        free = self.most_bytes - self.buffered_bytes - self._promised.total() - count
+        own = self._promised[client]
+        return free >= 0 and (own == 0 or own + count <= _SHARE * free)
 
-    def promise(self, count: int) -> None:
-        """Images of so many bytes have been asked for."""
-        self.promised_bytes += count
+    def promise(self, count: int, client: str) -> None:
+        """A client has asked for images of so many bytes."""
+        self._promised[client] += count
 
     @property
     def crowded(self) -> bool:
@@ -243,7 +249,11 @@ class Connections:
             connection: connection.held_bytes for connection in busy if connection in self._phases
         }
         self.buffered_bytes = sum(held.values())
-        self.promised_bytes = sum(connection.promised_bytes for connection in held)
+        self._promised.clear()
+        for connection in held:
+            client, count = connection.promised
+            if count:
+                self._promised[client] += count
         if self.buffered_bytes > self.most_bytes:
             self._drop_slowest(held)
         self._log(now)

@@ -152,12 +152,12 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
         """Lets a job in if there will be room for its images in this process."""
         image_bytes = 3 * model.image_size**2 if order.pixels else _CODE_BYTES * model.tokens_of_image
         connection = getattr(request.state, CONNECTION, None)
-        if connection is not None and not connection.has_room_for(order.n * image_bytes):
+        if connection is not None and not connection.has_room_for(order.n * image_bytes, order.client):
             raise ApiError(503, "too many images are asked for at once: try again later", "overloaded", None, desk.retry_after())
         job = await desk.accept(order)
         job.image_bytes = image_bytes
         if connection is not None:
-            connection.promise(job.promised_bytes)
+            connection.promise(job.promised_bytes, order.client)
         return job
 
     @app.post(

@@ -184,19 +184,19 @@ class PatientProtocol(H11Protocol):
         """Whether this answer should be the last of its connection, so that others get in."""
         return self._connections.crowded
 
-    def has_room_for(self, count: int) -> bool:
-        """Whether images of so many bytes may be asked for."""
-        return self._connections.has_room_for(count)
+    def has_room_for(self, count: int, client: str) -> bool:
+        """Whether a client may ask for images of so many bytes."""
+        return self._connections.has_room_for(count, client)
 
-    def promise(self, count: int) -> None:
-        """Images of so many bytes have been asked for."""
-        self._connections.promise(count)
+    def promise(self, count: int, client: str) -> None:
+        """A client has asked for images of so many bytes."""
+        self._connections.promise(count, client)
 
     @property
-    def promised_bytes(self) -> int:
-        """Of its images that are still to come from the engine."""
+    def promised(self) -> tuple[str, int]:
+        """Its client, and the bytes of images that are still to come for it from the engine."""
         job = None if self.scope is None else self.scope["state"].get(JOB)
-        return getattr(job, "promised_bytes", 0)
+        return ("", 0) if job is None else (job.order.client, job.promised_bytes)
 
     @property
     def overload(self) -> str | None:
