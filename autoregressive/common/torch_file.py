@@ -252,7 +252,7 @@ class _Section(io.RawIOBase):
         self._most_bytes = most_bytes
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Whether the stream can be moved in: it always can."""
         return True
 
     def tell(self) -> int:

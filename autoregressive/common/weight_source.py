@@ -56,7 +56,7 @@ class Readable(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """As stored."""
+        """The dtype that the file stores the tensor in."""
 
     @property
     def shape(self) -> torch.Size:

@@ -48,7 +48,7 @@ class JsonFormatter(logging.Formatter):
     """Time, level, logger, message, and what the record has in `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Writes a record as one line of JSON."""
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = self.formatException(record.exc_info)

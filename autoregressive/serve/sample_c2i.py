@@ -52,7 +52,7 @@ class Speed:
     ceilings: Ceilings | None  # None: not measured, for there is no GPU
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The speed as the command prints it."""
         seconds = self.sampling_seconds
         tokens_per_second = self.images * self.tokens / seconds
         images_per_second = self.images / (seconds + self.decoding_seconds)

@@ -20,7 +20,7 @@ class RequestQueue(Protocol):
         """How many requests wait."""
 
     def add_request(self, request: Request) -> None:
-        """Adds a request."""
+        """Puts a request behind those of the same client."""
 
     def peek_request(self) -> Request:
         """The request that is to start next. The queue must not be empty."""

@@ -117,7 +117,7 @@ class Connections:
 
     @property
     def stats(self) -> ConnectionStats:
-        """At this moment."""
+        """The counts of this moment."""
         return ConnectionStats(
             len(self._phases), self._shed, self._refused, self._dropped, self.buffered_bytes
         )

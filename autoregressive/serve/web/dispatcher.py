@@ -118,7 +118,7 @@ class Dispatcher:
             raise not_ready(f"the model is being loaded{progress}: try again soon", 5)
 
     async def accept(self, order: Submit) -> Job:
-        """As `admit`."""
+        """Lets a job in, as `admit` does."""
         return self.admit(order)
 
     def admit(self, order: Submit, forward: Callable[[JobEvent], None] | None = None) -> Job:
@@ -176,7 +176,7 @@ class Dispatcher:
         self.metrics.requests.labels(outcome=outcome).inc(requests)
 
     async def metrics_text(self) -> bytes:
-        """For Prometheus."""
+        """Returns all metrics as Prometheus reads them."""
         return self.metrics.text()
 
     def drain(self) -> None:

@@ -20,7 +20,7 @@ class _Count(Collector):
         self._name, self._text, self._value = name, text, value
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        """Its value now."""
+        """Reads the values at the moment that they are asked for."""
         yield CounterMetricFamily(self._name, self._text, value=self._value())
 
 
@@ -109,5 +109,5 @@ class Metrics:
         self._images.inc(job.order.n)
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """Returns all metrics in Prometheus' format."""
         return generate_latest(self.registry)

@@ -63,7 +63,7 @@ class _ReadRequest(Request):
         self._bytes, self._content = body, content
 
     async def body(self) -> bytes:
-        """As it came."""
+        """Returns the body as the client sent it."""
         return self._bytes
 
     async def json(self) -> object:
