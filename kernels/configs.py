@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels.attention import AttentionTiles
-from kernels.hopper_products import StreamTiles
+from kernels.hopper_products import FusedTiles
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
@@ -31,10 +31,10 @@ class TileTable:
     swiglu: dict[tuple[int, int], SwigluTiles] = field(default_factory=dict)  # (hidden, inputs)
     attention: dict[tuple[int, int], AttentionTiles] = field(default_factory=dict)  # (heads, head size)
     # Of Hopper's products (kernels/hopper_products.py), as above.
-    stream_linear: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
-    stream_project: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
-    stream_swiglu: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
-    stream_head: dict[tuple[int, int], StreamTiles] = field(default_factory=dict)
+    fused_linear: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
+    fused_project: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
+    fused_swiglu: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
+    fused_head: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
     shared_memory: int = 163 * 1024  # bytes that a program may have; the rules keep to it
 
     def linear_tiles(self, outputs: int, inputs: int, itemsize: int) -> LinearTiles:
@@ -56,21 +56,21 @@ class TileTable:
             return default_attention_tiles(head_size, itemsize)
         return self.attention[min(measured, key=lambda known: (abs(known[0] - heads), known))]
 
-    def stream_linear_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+    def fused_linear_tiles(self, outputs: int, inputs: int) -> FusedTiles:
         """For a product whose consumer adds up partial sums."""
-        return self.stream_linear.get((outputs, inputs)) or default_stream_tiles(outputs, inputs)
+        return self.fused_linear.get((outputs, inputs)) or default_fused_tiles(outputs, inputs)
 
-    def stream_project_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+    def fused_project_tiles(self, outputs: int, inputs: int) -> FusedTiles:
         """For a product that adds itself to the residual stream."""
-        return self.stream_project.get((outputs, inputs)) or default_stream_tiles(outputs, inputs)
+        return self.fused_project.get((outputs, inputs)) or default_fused_tiles(outputs, inputs)
 
-    def stream_swiglu_tiles(self, hidden: int, inputs: int) -> StreamTiles:
+    def fused_swiglu_tiles(self, hidden: int, inputs: int) -> FusedTiles:
         """For the gated product."""
-        return self.stream_swiglu.get((hidden, inputs)) or StreamTiles(outputs=32, inputs=64, splits=1, stages=8, warps=4)
+        return self.fused_swiglu.get((hidden, inputs)) or FusedTiles(outputs=32, inputs=64, splits=1, stages=8, warps=4)
 
-    def stream_head_tiles(self, outputs: int, inputs: int) -> StreamTiles:
+    def fused_head_tiles(self, outputs: int, inputs: int) -> FusedTiles:
         """For the last product, in one piece."""
-        return self.stream_head.get((outputs, inputs)) or StreamTiles(outputs=64, inputs=64, splits=1, stages=8, warps=4)
+        return self.fused_head.get((outputs, inputs)) or FusedTiles(outputs=64, inputs=64, splits=1, stages=8, warps=4)
 
 
 @cache
@@ -100,10 +100,10 @@ SECTIONS: dict[str, type] = {
     "whole_linear": LinearTiles,
     "swiglu": SwigluTiles,
     "attention": AttentionTiles,
-    "stream_linear": StreamTiles,
-    "stream_project": StreamTiles,
-    "stream_swiglu": StreamTiles,
-    "stream_head": StreamTiles,
+    "fused_linear": FusedTiles,
+    "fused_project": FusedTiles,
+    "fused_swiglu": FusedTiles,
+    "fused_head": FusedTiles,
 }
 
 
@@ -143,12 +143,12 @@ def default_swiglu_tiles(inputs: int, itemsize: int, shared_memory: int) -> Swig
     return SwigluTiles(outputs=32, inputs=_tile_of(inputs, itemsize, shared_memory), early=1, stages=3, warps=4)
 
 
-def default_stream_tiles(outputs: int, inputs: int) -> StreamTiles:
+def default_fused_tiles(outputs: int, inputs: int) -> FusedTiles:
     """Sixty-four outputs a program, and splits enough for a hundred programs as long as each has two tiles."""
     splits = 1
     while splits < 8 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
         splits *= 2
-    return StreamTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
+    return FusedTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
 
 
 def default_attention_tiles(head_size: int, itemsize: int) -> AttentionTiles:

@@ -24,7 +24,7 @@ from kernels.group_norm import (
     supports,
 )
 from kernels.hopper_attention import hopper_attention
-from kernels.hopper_products import HEADROOM, stream_linear, stream_project, stream_swiglu
+from kernels.hopper_products import HEADROOM, fused_linear, fused_project, fused_swiglu
 from kernels.linear import linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.sampling import draw_tokens
@@ -32,7 +32,7 @@ from kernels.sampling_reference import draw_tokens as draw_tokens_reference
 from kernels.swiglu import gate, gate_reference, swiglu, swiglu_reference
 
 BACKENDS = ("auto", "triton", "torch")
-MANY_ROWS = 64  # above, a library's matrix product is faster; below, the weights' stream decides
+MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Operations:
 
     embed: Callable[..., None]
     linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, partial sums
-    linear_splits: Callable[[Tensor, int], int]  # weight, rows -> partial sums of `linear`
+    linear_splits: Callable[[int, int, int], int]  # outputs, inputs, bytes of an element -> partial sums of `linear`
     whole_linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, product [rows, outputs]
     swiglu: Callable[[Tensor, Tensor, Tensor], None]
     gate: Callable[[Tensor, Tensor], None]
@@ -49,17 +49,17 @@ class Operations:
     attention_chunks: Callable[[int, int], int]  # tokens, bytes of an element -> chunks of its scratch tensors
     add_norm: Callable[..., None]
     draw_tokens: Callable[..., None]
-    stream: "StreamProducts | None" = None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
+    fused: "FusedProducts | None" = None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
 
 
 @dataclass(frozen=True)
-class StreamProducts:
+class FusedProducts:
     """A layer's products where each norms its own input and adds itself to the residual stream; see kernels/hopper_products.py."""
 
     linear: Callable[..., None]  # x, squares, weight, partial sums
-    linear_splits: Callable[[Tensor], int]  # weight -> partial sums of `linear`
+    linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
     project: Callable[..., None]
-    project_blocks: Callable[[Tensor], int]  # weight -> blocks of squares that `project` writes
+    project_blocks: Callable[[int, int], int]  # outputs, inputs -> blocks of squares that `project` writes
     swiglu: Callable[..., None]  # x, squares, weight, out
     head: Callable[..., None]  # x, squares, weight, logits
     headroom: float  # factor of every x
@@ -133,7 +133,7 @@ def torch_operations() -> Operations:
     return Operations(
         embed=embed_reference,
         linear=linear_reference,
-        linear_splits=lambda weight, rows: 1,
+        linear_splits=lambda outputs, inputs, itemsize: 1,
         whole_linear=lambda x, weight, out: linear_reference(x, weight, out[None]),
         swiglu=swiglu_reference,
         gate=gate_reference,
@@ -172,7 +172,7 @@ def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pd
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
         linear=split_linear,
-        linear_splits=lambda weight, rows: table.linear_tiles(*weight.shape, weight.element_size()).splits(weight.shape[1]),
+        linear_splits=lambda outputs, inputs, itemsize: table.linear_tiles(outputs, inputs, itemsize).splits(inputs),
         whole_linear=whole_linear,
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
@@ -181,31 +181,31 @@ def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pd
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),
-        stream=stream_products(table) if hopper else None,
+        fused=fused_products(table) if hopper else None,
     )
 
 
-def stream_products(table: TileTable) -> StreamProducts:
+def fused_products(table: TileTable) -> FusedProducts:
     """Hopper's products, cut up as the table says."""
 
     def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        stream_linear(x, squares, weight, out, table.stream_linear_tiles(*weight.shape), eps=eps)
+        fused_linear(x, squares, weight, out, table.fused_linear_tiles(*weight.shape), eps=eps)
 
     def project(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
-        stream_project(x, weight, residual, gain, normed, squares, table.stream_project_tiles(*weight.shape))
+        fused_project(x, weight, residual, gain, normed, squares, table.fused_project_tiles(*weight.shape))
 
     def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        tiles = table.stream_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
-        stream_swiglu(x, squares, weight, out, tiles, eps=eps)
+        tiles = table.fused_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
+        fused_swiglu(x, squares, weight, out, tiles, eps=eps)
 
     def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        stream_linear(x, squares, weight, logits[None], table.stream_head_tiles(*weight.shape), eps=eps)
+        fused_linear(x, squares, weight, logits[None], table.fused_head_tiles(*weight.shape), eps=eps)
 
-    return StreamProducts(
+    return FusedProducts(
         linear=linear,
-        linear_splits=lambda weight: table.stream_linear_tiles(*weight.shape).splits,
+        linear_splits=lambda outputs, inputs: table.fused_linear_tiles(outputs, inputs).splits,
         project=project,
-        project_blocks=lambda weight: -(-weight.shape[0] // table.stream_project_tiles(*weight.shape).outputs),
+        project_blocks=lambda outputs, inputs: -(-outputs // table.fused_project_tiles(outputs, inputs).outputs),
         swiglu=swiglu,
         head=head,
         headroom=HEADROOM,

@@ -1,7 +1,7 @@
 """Matrix products of few rows on Hopper: weights and inputs come as bulk copies, and a program asks for all it can hold at once.
 
 Like `kernels.linear` (the weights are the wide operand, and on their way before the wait for what computes the input), but without
-the norms' kernels: `stream_project` adds its result to the residual stream and prepares the next product's input itself, a sum over
+the norms' kernels: `fused_project` adds its result to the residual stream and prepares the next product's input itself, a sum over
 a cluster of programs taking the place of partial sums in memory. A norm needs whole rows, which no program has, so the next product
 divides: its input is residual * gain, not yet normed, beside the sums of squares.
 """
@@ -29,8 +29,8 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @dataclass(frozen=True)
-class StreamTiles:
-    """How a product is cut up; from the measured table, or `configs.default_stream_tiles`."""
+class FusedTiles:
+    """How a product is cut up; from the measured table, or `configs.default_fused_tiles`."""
 
     outputs: int  # outputs of a program; of the gated product, of each half
     inputs: int  # inputs of a tile
@@ -138,7 +138,7 @@ def _row_scales(
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def _stream_linear_kernel(
+def _fused_linear_kernel(
     weight,  # [OUTPUTS, WIDTH], as a descriptor
     x,  # [rows, WIDTH], as a descriptor
     squares,  # [BLOCKS, rows] float32
@@ -171,7 +171,7 @@ def _stream_linear_kernel(
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def _stream_project_kernel(
+def _fused_project_kernel(
     weight,  # [OUTPUTS, inputs], as a descriptor
     x,  # [rows, inputs], as a descriptor
     residual,  # [rows, OUTPUTS] float32
@@ -213,7 +213,7 @@ def _stream_project_kernel(
 
 
 @gluon.jit(do_not_specialize=["rows"])
-def _stream_swiglu_kernel(
+def _fused_swiglu_kernel(
     weight,  # [2, HIDDEN, WIDTH], as a descriptor
     x,  # [rows, WIDTH], as a descriptor
     squares,  # [BLOCKS, rows] float32
@@ -248,7 +248,7 @@ def _stream_swiglu_kernel(
     gl.store(out + row.to(gl.int64) * HIDDEN + output, hidden.to(out.dtype.element_ty), mask=live)
 
 
-def stream_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: StreamTiles, *, eps: float) -> None:
+def fused_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float) -> None:
     """Partial sums of norm(x) W^T.
 
     Args:
@@ -262,7 +262,7 @@ def stream_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles
     assert out.shape == (tiles.splits, rows, outputs), (out.shape, tiles)
     row_block = row_tile(rows)
     grid = (triton.cdiv(outputs, tiles.outputs), tiles.splits, triton.cdiv(rows, row_block))
-    _stream_linear_kernel[grid](
+    _fused_linear_kernel[grid](
         _descriptor(weight, tiles.outputs, tiles.inputs),
         _descriptor(x, row_block, tiles.inputs),
         squares,
@@ -283,8 +283,8 @@ def stream_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles
     )
 
 
-def stream_project(
-    x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor, tiles: StreamTiles
+def fused_project(
+    x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor, tiles: FusedTiles
 ) -> None:
     """Adds x W^T to the residual stream, and prepares the next product's input.
 
@@ -302,7 +302,7 @@ def stream_project(
     assert squares.shape == (blocks, rows), (squares.shape, tiles)
     assert tiles.outputs >= 16 * tiles.warps, tiles  # else two warps would hold, and send, the same sums
     launch_clustered(
-        _stream_project_kernel,
+        _fused_project_kernel,
         (blocks, triton.cdiv(rows, row_block)),
         tiles.splits,
         _descriptor(weight, tiles.outputs, tiles.inputs),
@@ -324,18 +324,18 @@ def stream_project(
     )
 
 
-def stream_swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: StreamTiles, *, eps: float) -> None:
+def fused_swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float) -> None:
     """silu(W1 norm(x)) * (W3 norm(x)).
 
     Args:
-        x, squares: as of `stream_linear`.
+        x, squares: as of `fused_linear`.
         weight: [2 * hidden, width], contiguous, W1 above W3.
         out: [rows, hidden], written.
     """
     rows, width = x.shape
     hidden, row_block = weight.shape[0] // 2, row_tile(rows)
     assert tiles.splits == 1, tiles
-    _stream_swiglu_kernel[(triton.cdiv(hidden, tiles.outputs), triton.cdiv(rows, row_block))](
+    _fused_swiglu_kernel[(triton.cdiv(hidden, tiles.outputs), triton.cdiv(rows, row_block))](
         _descriptor(weight.view(2, hidden, width), 2, tiles.outputs, tiles.inputs),
         _descriptor(x, row_block, tiles.inputs),
         squares,
@@ -365,13 +365,13 @@ def _lanes(squares: Tensor) -> int:
     return max(32, triton.next_power_of_2(squares.shape[0]))
 
 
-def stream_linear_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+def fused_linear_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """The same in torch: the product in the first of the partial sums, zeros in the others."""
     out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
     out[1:] = 0
 
 
-def stream_project_reference(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
+def fused_project_reference(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
     """The same in torch: all squares in the first block."""
     residual += torch.nn.functional.linear(x, weight)
     normed.copy_(residual * gain * HEADROOM)
@@ -379,7 +379,7 @@ def stream_project_reference(x: Tensor, weight: Tensor, residual: Tensor, gain: 
     squares[0] = residual.square().sum(dim=1)
 
 
-def stream_swiglu_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+def fused_swiglu_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """The same in torch."""
     gate, up = (torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)).chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)

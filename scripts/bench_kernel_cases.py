@@ -1,12 +1,14 @@
 """What bench_kernels.py measures: each operation of a step on random inputs of a model's shapes, beside its reference.
 
-Where a step runs the products of `Operations.stream`, they are what is measured. Weights and KV pages come in as many copies as
-no cache holds. Bytes of products and attention are the weights' and the KV cache's alone, as in serve/floor.py: activations
-stay in the cache. The other operations have nothing else to move, so theirs are all that they read and write.
+The operations are called by the objects that carry out a step's layers (engine/layers.py), in their scratch memory.
+Weights and KV pages come in as many copies as no cache holds. Bytes of products and attention are the weights' and
+the KV cache's alone, as in serve/floor.py: activations stay in the cache. The other operations have nothing else
+to move, so theirs are all that they read and write.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table_2d
+from autoregressive.serve.engine.batch import Batch, BatchShape
+from autoregressive.serve.engine.layers import FusedLayers, Layers, LayersFactory, LibraryLayers, PlainLayers
 from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
-from kernels.dispatch import MANY_ROWS, Operations, StreamProducts, torch_operations
-from kernels.hopper_products import HEADROOM, stream_linear_reference, stream_project_reference, stream_swiglu_reference
+from kernels.dispatch import FusedProducts, Operations, torch_operations
+from kernels.hopper_products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -38,9 +42,31 @@ class Setting:
     launch_pdl: bool = False
 
     @property
-    def stream(self) -> StreamProducts | None:
-        """The products of a step with few rows, if they norm their inputs and add themselves to the residual stream."""
-        return self.operations.stream if self.rows <= MANY_ROWS else None
+    def factory(self) -> LayersFactory:
+        """The engine's, for the default configuration."""
+        return LayersFactory(self.config, self.dtype, self.operations, library=True)
+
+    @cached_property
+    def layers(self) -> Layers:
+        """What carries out a step of so many rows, in memory of its own."""
+        return self.factory.make(self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype))
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Rows at the context, each with pages of its own in random order."""
+        batch = Batch(BatchShape.of(self.rows, self.config.block_size, _PAGE_SIZE), self.device)
+        batch.positions.fill_(self.context - 1)
+        batch.labels.zero_()
+        batch.row_slots.copy_(torch.arange(self.rows))
+        batch.codes.random_(0, self.config.vocab_size)
+        pages = self.pages_of_row
+        batch.page_table[:, :pages] = torch.randperm(self.rows * pages).view(self.rows, pages)
+        return batch
+
+    @property
+    def pages_of_row(self) -> int:
+        """That the context fills, the last one in part."""
+        return -(-self.context // _PAGE_SIZE)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normally distributed numbers."""
@@ -53,15 +79,6 @@ class Setting:
     def copies(self, size: int) -> int:
         """How many of something of `size` bytes are cold when they are used in turn."""
         return max(2, -(-self.cold_bytes // size))
-
-    def splits(self, outputs: int, inputs: int) -> int:
-        """Partial sums of a product."""
-        weight = self.shape_of_weight(outputs, inputs)
-        return self.operations.linear_splits(weight, self.rows) if self.stream is None else self.stream.linear_splits(weight)
-
-    def shape_of_weight(self, outputs: int, inputs: int) -> Tensor:
-        """A weight without memory: enough to ask how its product is cut up."""
-        return torch.empty(outputs, inputs, dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -81,38 +98,38 @@ class Case:
 def cases(setting: Setting) -> Iterator[Case]:
     """Every operation of a step, each built when its turn comes: they need memory."""
     yield embed_case(setting)
-    yield from plain_cases(setting) if setting.stream is None else stream_cases(setting, setting.stream)
+    if isinstance(setting.layers, FusedLayers):
+        yield from fused_cases(setting, setting.layers)
+    else:
+        assert isinstance(setting.layers, PlainLayers)
+        yield from plain_cases(setting, setting.layers)
     yield draw_case(setting)
 
 
-def plain_cases(setting: Setting) -> Iterator[Case]:
+def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     """A layer whose norms have kernels of their own, and the head."""
     dim, ffn = setting.config.dim, setting.config.ffn_dim
-    yield linear_case(setting, "qkv product", 3 * dim, dim)
+    yield linear_case(setting, layers, "qkv product", dim, layers.qkv)
     yield from attention_cases(setting)
-    yield linear_case(setting, "output product", dim, dim)
-    yield add_norm_case(setting)
-    yield swiglu_case(setting)
-    if setting.rows > MANY_ROWS:  # what follows a library's product
-        yield gate_case(setting)
-    yield linear_case(setting, "down product", dim, ffn)
-    yield head_case(setting)
+    yield linear_case(setting, layers, "output product", dim, layers.projected)
+    yield add_norm_case(setting, layers)
+    yield swiglu_case(setting, layers)
+    if isinstance(layers, LibraryLayers):
+        yield gate_case(setting, layers)
+    yield linear_case(setting, layers, "down product", ffn, layers.down)
+    yield head_case(setting, layers)
 
 
-def stream_cases(setting: Setting, stream: StreamProducts) -> Iterator[Case]:
+def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
     """A layer whose products norm their inputs and add themselves to the residual stream, and the head."""
-    rows, dim, ffn, vocab = setting.rows, setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
-    reference = reference_stream()
-    blocks, ffn_blocks = (stream.project_blocks(setting.shape_of_weight(dim, inputs)) for inputs in (ffn, dim))
-    qkv = setting.empty(setting.splits(3 * dim, dim), rows, 3 * dim, dtype=torch.float32)
-    yield norming_case(setting, "qkv product", 3 * dim, blocks, qkv, stream.linear, reference.linear)
+    dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
+    products, reference, squares = layers.products, reference_products(), layers.squares
+    yield norming_case(setting, "qkv product", 3 * dim, squares, layers.qkv, products.linear, reference.linear)
     yield from attention_cases(setting)
-    yield project_case(setting, stream, "output product", dim)
-    hidden = setting.empty(rows, ffn)
-    yield norming_case(setting, "swiglu", 2 * ffn, ffn_blocks, hidden, stream.swiglu, reference.swiglu)
-    yield project_case(setting, stream, "down product", ffn)
-    logits = setting.empty(rows, vocab, dtype=torch.float32)
-    yield norming_case(setting, "head", vocab, blocks, logits, stream.head, reference.head)
+    yield project_case(setting, layers, "output product", dim, layers.ffn_squares)
+    yield norming_case(setting, "swiglu", 2 * ffn, layers.ffn_squares, layers.hidden, products.swiglu, reference.swiglu)
+    yield project_case(setting, layers, "down product", ffn, squares)
+    yield norming_case(setting, "head", vocab, squares, layers.logits, products.head, reference.head)
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
@@ -122,18 +139,18 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
         yield combine_case(setting, setting.attention_tiles)
 
 
-def reference_stream() -> StreamProducts:
-    """The torch references of `Operations.stream`, nothing cut up."""
+def reference_products() -> FusedProducts:
+    """The torch references of `Operations.fused`, nothing cut up."""
 
     def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        stream_linear_reference(x, squares, weight, logits[None], eps=eps)
+        fused_linear_reference(x, squares, weight, logits[None], eps=eps)
 
-    return StreamProducts(
-        linear=stream_linear_reference,
-        linear_splits=lambda weight: 1,
-        project=stream_project_reference,
-        project_blocks=lambda weight: 1,
-        swiglu=stream_swiglu_reference,
+    return FusedProducts(
+        linear=fused_linear_reference,
+        linear_splits=lambda outputs, inputs: 1,
+        project=fused_project_reference,
+        project_blocks=lambda outputs, inputs: 1,
+        swiglu=fused_swiglu_reference,
         head=head,
         headroom=HEADROOM,
     )
@@ -149,13 +166,12 @@ def largest(errors: Iterable[float]) -> float:
     return float(torch.tensor(list(errors)).max())
 
 
-def linear_case(setting: Setting, name: str, outputs: int, inputs: int) -> Case:
-    """A product whose consumer adds up its partial sums."""
-    weights, x = _weights(setting, outputs, inputs), _input(setting, inputs)
-    out = setting.empty(setting.splits(outputs, inputs), setting.rows, outputs, dtype=torch.float32)
+def linear_case(setting: Setting, layers: PlainLayers, name: str, inputs: int, out: Tensor) -> Case:
+    """A product whose consumer adds up its partial sums, [splits, rows, outputs]."""
+    weights, x = _weights(setting, out.shape[2], inputs), _input(setting, inputs)
 
     def run(copy: int) -> None:
-        setting.operations.linear(x, weights[copy], out)
+        layers.product(x, weights[copy], out)
 
     def error() -> float:
         run(0)
@@ -164,42 +180,33 @@ def linear_case(setting: Setting, name: str, outputs: int, inputs: int) -> Case:
     return _product_case(setting, name, weights, x, run, error)
 
 
-def head_case(setting: Setting) -> Case:
+def head_case(setting: Setting, layers: PlainLayers) -> Case:
     """The logits, in one piece."""
-    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _input(setting, setting.config.dim)
-    out = setting.empty(setting.rows, setting.config.vocab_size, dtype=torch.float32)
-
-    def run(copy: int) -> None:
-        setting.operations.whole_linear(x, weights[copy], out)
+    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _normed(setting)
 
     def error() -> float:
-        run(0)
-        return relative_error(out, _product(x, weights[0]))
+        layers.head(weights[0])
+        return relative_error(layers.logits, _product(x, weights[0]))
 
-    return _product_case(setting, "head", weights, x, run, error)
+    return _product_case(setting, "head", weights, x, lambda copy: layers.head(weights[copy]), error)
 
 
-def swiglu_case(setting: Setting) -> Case:
+def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
     """The gated product; the library's is the product alone."""
-    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _input(setting, setting.config.dim)
-    out = setting.empty(setting.rows, setting.config.ffn_dim)
-
-    def run(copy: int) -> None:
-        setting.operations.swiglu(x, weights[copy], out)
+    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _normed(setting)
 
     def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
+        layers.gated_product(weights[0])
+        wanted = torch.empty_like(layers.hidden, dtype=torch.float32)
         torch_operations().swiglu(x.float(), weights[0].float(), wanted)
-        return relative_error(out, wanted)
+        return relative_error(layers.hidden, wanted)
 
-    return _product_case(setting, "swiglu", weights, x, run, error)
+    return _product_case(setting, "swiglu", weights, x, lambda copy: layers.gated_product(weights[copy]), error)
 
 
-def gate_case(setting: Setting) -> Case:
+def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
     """The gate alone, of a product of both halves."""
-    ffn = setting.config.ffn_dim
-    products, out = setting.random(setting.rows, 2 * ffn), setting.empty(setting.rows, ffn)
+    products, out = setting.random(*layers.gate_up.shape), layers.hidden
 
     def run(_: int) -> None:
         setting.operations.gate(products, out)
@@ -210,23 +217,23 @@ def gate_case(setting: Setting) -> Case:
         torch_operations().gate(products.float(), wanted)
         return relative_error(out, wanted)
 
-    return Case("gate", f"{ffn}", products.nbytes + out.nbytes, 0, 1, run, None, error)
+    return Case("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, 0, 1, run, None, error)
 
 
 def norming_case(
     setting: Setting,
     name: str,
     outputs: int,
-    blocks: int,
+    squares: Tensor,
     out: Tensor,
     product: Callable[..., None],
     reference: Callable[..., None],
 ) -> Case:
-    """A product of `StreamProducts` that norms its input; the library's is the product alone.
+    """A product of `FusedProducts` that norms its input; the library's is the product alone.
 
     Args:
         outputs: of the weights, [outputs, width].
-        blocks: that the product before leaves its squares in.
+        squares: float32 [blocks, rows], as the product before leaves them; written here.
         out: written, [rows, columns] or partial sums of it.
         product, reference: of x, squares, weight and out.
     """
@@ -234,7 +241,7 @@ def norming_case(
     weights, residual = _weights(setting, outputs, dim), setting.random(setting.rows, dim, dtype=torch.float32)
     gain = setting.random(dim).mul_(dim**-0.5)
     x = (residual * gain * HEADROOM).to(setting.dtype)
-    squares = torch.stack([block.sum(dim=1) for block in residual.square().tensor_split(blocks, dim=1)])
+    squares.copy_(torch.stack([block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]))
 
     def run(copy: int) -> None:
         product(x, squares, weights[copy], out, eps=_EPS)
@@ -248,20 +255,19 @@ def norming_case(
     return _product_case(setting, name, weights, x, run, error)
 
 
-def project_case(setting: Setting, stream: StreamProducts, name: str, inputs: int) -> Case:
+def project_case(setting: Setting, layers: FusedLayers, name: str, inputs: int, squares: Tensor) -> Case:
     """A product that adds itself to the residual stream, and prepares the next one's input; the library's only multiplies."""
-    dim, rows = setting.config.dim, setting.rows
+    dim, normed = setting.config.dim, layers.normed
     weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
-    residual, gain, normed = setting.random(rows, dim, dtype=torch.float32), setting.random(dim), setting.empty(rows, dim)
-    squares = setting.empty(stream.project_blocks(weights[0]), rows, dtype=torch.float32)
+    residual, gain = layers.residual.normal_(), setting.random(dim)
 
     def run(copy: int) -> None:
-        stream.project(x, weights[copy], residual, gain, normed, squares)
+        layers.products.project(x, weights[copy], residual, gain, normed, squares)
 
     def error() -> float:
         own, wanted, sums = residual.clone(), torch.empty_like(normed, dtype=torch.float32), torch.empty_like(squares)
         run(0)
-        stream_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
+        fused_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
         return largest(relative_error(*pair) for pair in pairs)
 
@@ -270,28 +276,23 @@ def project_case(setting: Setting, stream: StreamProducts, name: str, inputs: in
 
 def attention_case(setting: Setting) -> Case:
     """Attention and its combining kernel, over pages in random order."""
-    config, rows, itemsize = setting.config, setting.rows, setting.dtype.itemsize
+    config, rows, itemsize, layers, batch = setting.config, setting.rows, setting.dtype.itemsize, setting.layers, setting.batch
     heads, size = config.n_head, config.head_size
-    pages_of_row = -(-setting.context // _PAGE_SIZE)
-    pages = (2, rows * pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
+    pages = (2, rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
     kv = setting.random(setting.copies(prod(pages) * itemsize), *pages)
-    table = torch.randperm(rows * pages_of_row, device=setting.device).to(torch.int32).view(rows, pages_of_row)
-    positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
-    qkv = setting.random(setting.splits(3 * config.dim, config.dim), rows, 3 * config.dim, dtype=torch.float32)
     rotary = rotary_table_2d(config.grid, size).to(setting.device)
-    chunks = setting.operations.attention_chunks(config.block_size, itemsize)
-    mixed, stats = (setting.empty(rows, heads, chunks, wide, dtype=torch.float32) for wide in (size, 2))
-    out = setting.empty(rows, config.dim)
+    layers.qkv.normal_()
 
     def run(copy: int) -> None:
-        setting.operations.attention(qkv, rotary, kv[copy, 0], kv[copy, 1], table, positions, mixed, stats, out)
+        layers.attend(kv[copy], rotary, batch)
 
     def error() -> float:
         keys, values = kv[0].float()  # before the kernel writes the newest token
         run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        torch_operations().attention(qkv, rotary, keys, values, table, positions, mixed, stats, wanted)
-        return relative_error(out, wanted)
+        wanted = torch.empty_like(layers.attention_out, dtype=torch.float32)
+        scratch = layers.attention_chunks, layers.chunk_stats
+        torch_operations().attention(layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted)
+        return relative_error(layers.attention_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
     return Case("attention", f"{heads} x {size}, {setting.context} tokens", kv_bytes, 0, len(kv), run, None, error)
@@ -322,11 +323,11 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
     return Case("combine", f"{heads} x {size}, {live} chunks", moved, 0, 1, run, None, error)
 
 
-def add_norm_case(setting: Setting) -> Case:
+def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
     """The residual stream after the attention's output product."""
-    dim, rows = setting.config.dim, setting.rows
-    residual, gain, normed = setting.random(rows, dim, dtype=torch.float32), setting.random(dim), setting.empty(rows, dim)
-    partials = setting.random(setting.splits(dim, dim), rows, dim, dtype=torch.float32)
+    dim = setting.config.dim
+    residual, gain, normed = layers.residual.normal_(), setting.random(dim), layers.normed
+    partials = layers.projected.normal_()
 
     def run(_: int) -> None:
         setting.operations.add_norm(residual, partials, gain, normed, eps=_EPS)
@@ -343,29 +344,26 @@ def add_norm_case(setting: Setting) -> Case:
 
 def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
-    config, rows, device, stream = setting.config, setting.rows, setting.device, setting.stream
-    codes = torch.randint(0, config.vocab_size, (rows, config.block_size), dtype=torch.int32, device=device)
-    slots, labels = torch.arange(rows, dtype=torch.int32, device=device), torch.zeros(rows, dtype=torch.int32, device=device)
-    positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=device)
+    config, layers, batch = setting.config, setting.layers, setting.batch
     tables = setting.random(config.vocab_size, config.dim), setting.random(config.num_classes + 1, config.dim)
-    sources = (codes, slots, positions, labels, *tables, setting.random(config.dim))
-    written = [setting.empty(rows, config.dim, dtype=torch.float32), setting.empty(rows, config.dim)]  # residual, normed
+    gain = setting.random(config.dim)
+    written = [layers.residual, layers.normed]
     headroom = 1.0
-    if stream is not None:  # the first product norms
-        blocks = stream.project_blocks(setting.shape_of_weight(config.dim, config.ffn_dim))
-        written.append(setting.empty(blocks, rows, dtype=torch.float32))
-        headroom = stream.headroom
+    if isinstance(layers, FusedLayers):  # the first product norms
+        written.append(layers.squares)
+        headroom = layers.products.headroom
 
     def run(_: int) -> None:
-        setting.operations.embed(*sources, *written, eps=_EPS, headroom=headroom)
+        layers.embed(*tables, gain, batch)
 
     def error() -> float:
         run(0)
         wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
-        torch_operations().embed(*sources, *wanted, eps=_EPS, headroom=headroom)
+        fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
+        torch_operations().embed(*fed, *tables, gain, *wanted, eps=_EPS, headroom=headroom)
         return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
-    moved = sum(each.nbytes for each in written) + (rows + 1) * config.dim * setting.dtype.itemsize
+    moved = sum(each.nbytes for each in written) + (setting.rows + 1) * config.dim * setting.dtype.itemsize
     return Case("embed", f"{config.dim}", moved, 0, 1, run, None, error)
 
 
@@ -408,6 +406,11 @@ def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
 def _input(setting: Setting, inputs: int) -> Tensor:
     """Something to multiply by weights [rows, inputs]; results are about 1."""
     return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
+
+
+def _normed(setting: Setting) -> Tensor:
+    """The same [rows, width], as the last norm left it."""
+    return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ clock, attention and combine are one, and there is no floor.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +61,14 @@ class Case:
 class TimedRunner(ModelRunner):
     """Times each operation by the host's clock: only on a CPU, where a call returns when its work is done."""
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
-        super().__init__(gpt, shape, num_pages, config)
+    def make_operations(self, gpt: Transformer) -> Operations:
+        """The model's, each with a watch."""
+        operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
         self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
-        names = [field.name for field in fields(Operations) if field.name != "stream"]  # which no CPU has
-        timed: dict[str, Any] = {name: self._timed(name, getattr(self.operations, name)) for name in names}
-        self.operations = Operations(**timed)
-        layer = self.layers[0]
-        self._products = {layer.qkv.shape: "qkv product", layer.output.shape: "output product", layer.down.shape: "down product"}
+        self._products = {(3 * width, width): "qkv product", (width, width): "output product", (width, ffn): "down product"}
+        names = ("embed", "linear", "whole_linear", "swiglu", "gate", "attention", "add_norm", "draw_tokens")
+        timed: dict[str, Any] = {name: self._timed(name, getattr(operations, name)) for name in names}
+        return replace(operations, **timed)
 
     def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         title = {"whole_linear": "head", "draw_tokens": "draw"}.get(name, name)

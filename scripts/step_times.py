@@ -13,8 +13,8 @@ _ATTENTION_HALF = ("embed", "qkv product", "attention", "combine", "output produ
 ORDER = (*_ATTENTION_HALF, "swiglu", "gate", "down product", "head", "draw")
 
 _KERNELS = {f"_{name}_kernel": name for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")}
-_KERNELS |= {"_hopper_attention_kernel": "attention", "_stream_swiglu_kernel": "swiglu"}
-_ADDS_ITSELF = "_stream_project_kernel"  # a product without an `add_norm` after it
+_KERNELS |= {"_hopper_attention_kernel": "attention", "_fused_swiglu_kernel": "swiglu"}
+_ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
 # Every other kernel is of a product: the one that is due after these. After `add_norm` it depends on the product before.
 _NEXT_PRODUCT = {"embed": "qkv product", "attention": "output product", "combine": "output product"}
 _NEXT_PRODUCT |= {"swiglu": "down product", "gate": "down product"}

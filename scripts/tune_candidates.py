@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from kernels.attention import AttentionTiles
-from kernels.hopper_products import StreamTiles
+from kernels.hopper_products import FusedTiles
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
@@ -20,7 +20,7 @@ def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTile
                 yield AttentionTiles(chunk, warps, registers=128)
 
 
-def stream_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[StreamTiles]:
+def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[FusedTiles]:
     """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a program on their way."""
     for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
         for tile in (64, 128, 256):
@@ -28,23 +28,23 @@ def stream_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[S
                 tiles = -(-inputs // (tile * splits))
                 if 20 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
                     for stages in _stages(tiles, tile_outputs, tile):
-                        yield StreamTiles(tile_outputs, tile, splits, stages, warps)
+                        yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
-def stream_swiglu_candidates(inputs: int) -> Iterator[StreamTiles]:
+def fused_swiglu_candidates(inputs: int) -> Iterator[FusedTiles]:
     """The same without splits."""
     for half, warps in ((32, 4), (64, 4), (64, 8)):
         for tile in (64, 128, 256):
             for stages in _stages(-(-inputs // tile), 2 * half, tile):
-                yield StreamTiles(half, tile, 1, stages, warps)
+                yield FusedTiles(half, tile, 1, stages, warps)
 
 
-def stream_head_candidates(inputs: int) -> Iterator[StreamTiles]:
+def fused_head_candidates(inputs: int) -> Iterator[FusedTiles]:
     """The same for the last product."""
     for outputs, warps in ((64, 4), (128, 4), (128, 8)):
         for tile in (64, 128):
             for stages in _stages(-(-inputs // tile), outputs, tile):
-                yield StreamTiles(outputs, tile, 1, stages, warps)
+                yield FusedTiles(outputs, tile, 1, stages, warps)
 
 
 def _stages(tiles: int, outputs: int, tile: int) -> list[int]:

@@ -24,16 +24,18 @@ with slow_imports(__name__):
     from torch import Tensor
     from tune_candidates import (
         attention_candidates,
+        fused_candidates,
+        fused_head_candidates,
+        fused_swiglu_candidates,
         linear_candidates,
-        stream_candidates,
-        stream_head_candidates,
-        stream_swiglu_candidates,
         swiglu_candidates,
         whole_candidates,
     )
 
     from autoregressive.common.files import write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
+    from autoregressive.serve.engine.batch import Batch, BatchShape
+    from autoregressive.serve.engine.layers import Layers, LayersFactory, LayerWeights, ModelWeights
     from autoregressive.serve.floor import median_seconds
     from kernels import configs
     from kernels.attention import head_stride
@@ -48,102 +50,73 @@ _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 
 @dataclass(frozen=True)
 class Chain:
-    """Layers of random weights, and what their operations leave to each other."""
+    """Layers of random weights, as a step runs them."""
 
     config: GPTConfig
-    layers: list[dict[str, Tensor]]
+    weights: ModelWeights
     heads: list[Tensor]  # [vocabulary, width]
-    positions: Tensor  # int32 [MANY_ROWS], of every row
+    kv_pages: Tensor  # [layers, 2, pages, heads, page_size, stride of a head]
+    batch: Batch
 
     @classmethod
     def of(cls, config: GPTConfig, layers: int) -> "Chain":
         """A chain on the GPU, in bf16."""
-        width, ffn = config.dim, config.ffn_dim
+        width, ffn, device = config.dim, config.ffn_dim, torch.device("cuda")
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
+            return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
 
-        pages = max(_ROWS) * (_TOKENS // _PAGE_SIZE)
-        kv = (pages, config.n_head, _PAGE_SIZE, head_stride(config.head_size, 2))
+        norm = torch.ones(width, device=device, dtype=torch.bfloat16)
         made = [
-            {
-                "qkv": random(3 * width, width),
-                "output": random(width, width),
-                "gate_up": random(2 * ffn, width),
-                "down": random(width, ffn),
-                "keys": random(*kv),
-                "values": random(*kv),
-            }
+            LayerWeights(
+                attention_norm=norm,
+                qkv=random(3 * width, width),
+                output=random(width, width),
+                ffn_norm=norm,
+                gate_up=random(2 * ffn, width),
+                down=random(width, ffn),
+            )
             for _ in range(layers)
         ]
-        heads = 2 + int(100e6 / (2 * config.vocab_size * width))
-        positions = torch.full((MANY_ROWS,), _CONTEXTS[0], device="cuda", dtype=torch.int32)
-        return cls(config, made, [random(config.vocab_size, width) for _ in range(heads)], positions)
+        head, classes = random(config.vocab_size, width), random(1, width)
+        rotary = torch.rand(_TOKENS + 1, config.head_size // 2, 2, device=device)
+        weights = ModelWeights(head, classes, made, norm, head, rotary)
+        heads = [head, *(random(config.vocab_size, width) for _ in range(1 + int(100e6 / (2 * head.numel()))))]
+        batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
+        pages = max(_ROWS) * batch.shape.pages_per_row
+        # More rows than these share pages: only whether the kernels run matters then.
+        batch.page_table.copy_((torch.arange(batch.page_table.numel()) % pages).view_as(batch.page_table))
+        batch.positions.fill_(_CONTEXTS[0])
+        kv = (layers, 2, pages, config.n_head, _PAGE_SIZE, head_stride(config.head_size, 2))
+        return cls(config, weights, heads, random(*kv), batch)
 
     def layers_step(self, operations: Operations, rows: int) -> Callable[[], None]:
         """What runs one step through the layers, with its scratch memory."""
-        config = self.config
-        width, tokens = config.dim, _TOKENS
-
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, device="cuda", dtype=dtype)
-
-        first = self.layers[0]
-        chunks = operations.attention_chunks(tokens, 2)
-        mixed, stats = empty(rows, config.n_head, chunks, config.head_size), empty(rows, config.n_head, chunks, 2)
-        residual, gain = empty(rows, width), empty(width, dtype=torch.bfloat16) + 1
-        normed, joined = torch.randn(rows, width, device="cuda").bfloat16(), empty(rows, width, dtype=torch.bfloat16)
-        hidden = empty(rows, config.ffn_dim, dtype=torch.bfloat16)
-        rotary = torch.rand(tokens + 1, config.head_size // 2, 2, device="cuda")
-        positions = self.positions[:rows]
-        pages = first["keys"].shape[0]  # more rows than these share pages: only whether it runs matters then
-        table = (torch.arange(rows * (tokens // _PAGE_SIZE), device="cuda") % pages).int().view(rows, -1)
-
-        def attend(layer: dict[str, Tensor], qkv: Tensor) -> None:
-            operations.attention(qkv, rotary, layer["keys"], layer["values"], table, positions, mixed, stats, joined)
-
-        if (stream := operations.stream) is not None:
-            qkv = empty(stream.linear_splits(first["qkv"]), rows, 3 * width)
-            squares, ffn_squares = (empty(stream.project_blocks(first[name]), rows) for name in ("down", "output"))
-
-            def run_streamed() -> None:
-                for layer in self.layers:
-                    stream.linear(normed, squares, layer["qkv"], qkv, eps=1e-5)
-                    attend(layer, qkv)
-                    stream.project(joined, layer["output"], residual, gain, normed, ffn_squares)
-                    stream.swiglu(normed, ffn_squares, layer["gate_up"], hidden, eps=1e-5)
-                    stream.project(hidden, layer["down"], residual, gain, normed, squares)
-
-            return run_streamed
-        splits = {name: operations.linear_splits(first[name], rows) for name in ("qkv", "output", "down")}
-        qkv, projected, down = (empty(splits[name], rows, first[name].shape[0]) for name in splits)
+        layers = self._layers(operations, rows)
 
         def run() -> None:
-            for layer in self.layers:
-                operations.linear(normed, layer["qkv"], qkv)
-                attend(layer, qkv)
-                operations.linear(joined, layer["output"], projected)
-                operations.add_norm(residual, projected, gain, normed, eps=1e-5)
-                operations.swiglu(normed, layer["gate_up"], hidden)
-                operations.linear(hidden, layer["down"], down)
-                operations.add_norm(residual, down, gain, normed, eps=1e-5)
+            for layer, next_norm, pages in zip(self.weights.layers, self.weights.next_norms, self.kv_pages, strict=True):
+                layers.layer(layer, next_norm, pages, self.weights.rotary, self.batch)
 
         return run
 
     def heads_step(self, operations: Operations, rows: int) -> Callable[[], None]:
         """What runs the last product, several times."""
-        normed = torch.randn(rows, self.config.dim, device="cuda").bfloat16()
-        logits = torch.zeros(rows, self.config.vocab_size, device="cuda")
-        squares = torch.ones(1, rows, device="cuda")
+        layers = self._layers(operations, rows)
 
         def run() -> None:
             for head in self.heads:
-                if operations.stream is not None:
-                    operations.stream.head(normed, squares, head, logits, eps=1e-5)
-                else:
-                    operations.whole_linear(normed, head, logits)
+                layers.head(head)
 
         return run
+
+    def _layers(self, operations: Operations, rows: int) -> Layers:
+        def filled(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.ones(dims, dtype=dtype, device="cuda")
+
+        layers = LayersFactory(self.config, torch.bfloat16, operations, library=False).make(rows, filled)
+        layers.normed.normal_()
+        return layers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -159,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = replace(table_so_far(path), shared_memory=rules.shared_memory)
     for name in arguments.models:
         shape = GPT_SHAPES[name]
-        config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
+        config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head, block_size=_TOKENS)
         kernels = Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0))
         table = tune(config, table, kernels, name, arguments.sections)
         write_table(table, path, torch.cuda.get_device_name())
@@ -189,7 +162,7 @@ class Stage:
     @property
     def of_head(self) -> bool:
         """Whether it is the last product's, which no layer has."""
-        return self.section in ("whole_linear", "stream_head")
+        return self.section in ("whole_linear", "fused_head")
 
 
 def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
@@ -199,13 +172,13 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
     attention = Stage("attention", (config.n_head, config.head_size), candidates)
     if kernels.hopper:
         layer = [
-            Stage("stream_project", (width, ffn), list(stream_candidates(width, ffn, most_splits=8))),
-            Stage("stream_project", (width, width), list(stream_candidates(width, width, most_splits=8))),
-            Stage("stream_swiglu", (ffn, width), list(stream_swiglu_candidates(width))),
-            Stage("stream_linear", (3 * width, width), list(stream_candidates(3 * width, width, most_splits=6))),
+            Stage("fused_project", (width, ffn), list(fused_candidates(width, ffn, most_splits=8))),
+            Stage("fused_project", (width, width), list(fused_candidates(width, width, most_splits=8))),
+            Stage("fused_swiglu", (ffn, width), list(fused_swiglu_candidates(width))),
+            Stage("fused_linear", (3 * width, width), list(fused_candidates(3 * width, width, most_splits=6))),
             attention,
         ]
-        return [*layer, *layer, Stage("stream_head", (vocabulary, width), list(stream_head_candidates(width)))]
+        return [*layer, *layer, Stage("fused_head", (vocabulary, width), list(fused_head_candidates(width)))]
     return [
         attention,
         Stage("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
@@ -219,7 +192,7 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
 
 def sections_of(hopper: bool) -> list[str]:
     """The sections of the table that a GPU uses for the weights that are tuned here."""
-    return [section for section in SECTIONS if section == "attention" or section.startswith("stream_") == hopper]
+    return [section for section in SECTIONS if section == "attention" or section.startswith("fused_") == hopper]
 
 
 def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str, sections: Sequence[str]) -> TileTable:
@@ -250,7 +223,7 @@ def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str, secti
 def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list[float]:
     """Microseconds of a layer, the mean over the contexts, or of the head, at each number of rows."""
     operations = kernels.operations(table, chain.config)
-    prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.layers))
+    prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.weights.layers))
     if not kernels.hopper:  # whose programs hold fewer tiles then
         prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
@@ -264,8 +237,8 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
         contexts = _CONTEXTS[:1] if heads else _CONTEXTS
         medians = []
         for context in contexts:
-            chain.positions.fill_(context)
-            medians.append(median_seconds(graph.replay, chain.positions.device, repeats=9))
+            chain.batch.positions.fill_(context)
+            medians.append(median_seconds(graph.replay, chain.batch.positions.device, repeats=9))
         times.append(sum(medians) / len(medians) / repeats * 1e6)
     return times
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +25,8 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
+
+from autoregressive.serve.engine.batch import Batch
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"
@@ -103,6 +105,13 @@ def launches_of(capability: int) -> Iterator[list[Build]]:
         torch.no_grad(),
     ):
         yield builds
+
+
+def without_memory(batch: Batch) -> Batch:
+    """The tensors of a batch that was made outside `launches_of`, anew within it."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    made = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in tensors.items()}
+    return cast(Batch, SimpleNamespace(**made))
 
 
 def machine_code(kernel: CompiledKernel) -> list[str]:

@@ -9,19 +9,19 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, WorkspaceFactory
+from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from kernels.attention import AttentionTiles, attention, attention_reference, combine, combine_reference, head_stride
 from kernels.configs import TileTable
-from kernels.dispatch import triton_operations
+from kernels.dispatch import Operations, triton_operations
 from kernels.hopper_attention import hopper_attention
 from kernels.hopper_products import (
-    StreamTiles,
-    stream_linear,
-    stream_linear_reference,
-    stream_project,
-    stream_project_reference,
-    stream_swiglu,
-    stream_swiglu_reference,
+    FusedTiles,
+    fused_linear,
+    fused_linear_reference,
+    fused_project,
+    fused_project_reference,
+    fused_swiglu,
+    fused_swiglu_reference,
 )
 from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
@@ -100,38 +100,38 @@ def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
     assert relative_error(normed, wanted) < place.tolerance
 
 
-def check_stream_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: StreamTiles) -> None:
+def check_fused_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: FusedTiles) -> None:
     """Guards splits, tails along every axis, and the division that is left to the product."""
     x, weight = place.random(rows, inputs, seed=1), place.random(outputs, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * inputs
     out = place.poisoned(tiles.splits, rows, outputs, dtype=torch.float32)
-    stream_linear(x, squares, weight, out, tiles, eps=1e-5)
+    fused_linear(x, squares, weight, out, tiles, eps=1e-5)
     wanted = torch.empty_like(out)
-    stream_linear_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
+    fused_linear_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
     assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
 
 
-def check_stream_project(place: Place, rows: int, width: int, inputs: int, tiles: StreamTiles) -> None:
+def check_fused_project(place: Place, rows: int, width: int, inputs: int, tiles: FusedTiles) -> None:
     """Guards the cluster's sum, what each of its programs writes, and the blocks of squares."""
     x, weight = place.random(rows, inputs, seed=1) * inputs**-0.5, place.random(width, inputs, seed=2)
     residual, gain = place.random(rows, width, seed=3, dtype=torch.float32), place.random(width, seed=4)
     normed, squares = place.poisoned(rows, width), place.poisoned(-(-width // tiles.outputs), rows, dtype=torch.float32)
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.empty_like(squares)
-    stream_project(x, weight, residual, gain, normed, squares, tiles)
-    stream_project_reference(x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares)
+    fused_project(x, weight, residual, gain, normed, squares, tiles)
+    fused_project_reference(x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares)
     assert relative_error(residual, wanted_residual) < place.tolerance
     assert relative_error(normed, wanted) < place.tolerance
     assert relative_error(squares.sum(0), wanted_squares.sum(0)) < place.tolerance
 
 
-def check_stream_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: StreamTiles) -> None:
+def check_fused_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: FusedTiles) -> None:
     """Guards which rows of the weights belong together, and the division that is left to the product."""
     x, weight = place.random(rows, inputs, seed=1), place.random(2 * hidden, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * 4096 * inputs**2
     out, wanted = place.poisoned(rows, hidden), torch.empty(rows, hidden, device=place.device)
-    stream_swiglu(x, squares, weight, out, tiles, eps=1e-5)
-    stream_swiglu_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
+    fused_swiglu(x, squares, weight, out, tiles, eps=1e-5)
+    fused_swiglu_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
     assert relative_error(out, wanted) < place.tolerance
 
 
@@ -248,7 +248,10 @@ class LargeTilesRunner(ModelRunner):
     """The real runner on Triton's kernels, cut up by `large_tiles`."""
 
     def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig, pieces: int = 1) -> None:
+        self._pieces = pieces
         super().__init__(gpt, shape, num_pages, config)
+
+    def make_operations(self, gpt: Transformer) -> Operations:
+        """As the tiles say."""
         model = gpt.config
-        self.operations = triton_operations(large_tiles(model, pieces), model.n_head, model.head_size, launch_pdl=False)
-        self.workspaces = WorkspaceFactory(self)
+        return triton_operations(large_tiles(model, self._pieces), model.n_head, model.head_size, launch_pdl=False)

@@ -11,11 +11,11 @@ from kernel_cases import (
     check_add_norm,
     check_attention,
     check_embed,
+    check_fused_linear,
+    check_fused_project,
+    check_fused_swiglu,
     check_gate,
     check_linear,
-    check_stream_linear,
-    check_stream_project,
-    check_stream_swiglu,
     check_swiglu,
 )
 from sampling_cases import mixed_case
@@ -23,7 +23,7 @@ from sampling_cases import mixed_case
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import AttentionTiles
 from kernels.configs import default_linear_tiles, default_swiglu_tiles
-from kernels.hopper_products import StreamTiles
+from kernels.hopper_products import FusedTiles
 from kernels.sampling import draw_tokens
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
@@ -40,7 +40,7 @@ def main() -> None:
         check_embed(place, 9, 200, blocks=5)
         check_attention(place, [0, 63, 64, -1, 130], 2, 100, 16, AttentionTiles(32, 1))
     if capability == (9, 0):
-        _streamed(Place(device, torch.bfloat16, launch_pdl=True))
+        _fused(Place(device, torch.bfloat16, launch_pdl=True))
     mixed_case(6, 16384, seed=3).copy("cuda").drawn_by(draw_tokens)
     vq = VQModel(VQConfig(ch_mult=(1, 1), num_res_blocks=1)).eval().cuda()
     VQForward(vq, grid=4)(torch.randint(0, 16384, (2, 16), device=device))
@@ -48,12 +48,12 @@ def main() -> None:
     print("every kernel has run")
 
 
-def _streamed(place: Place) -> None:
+def _fused(place: Place) -> None:
     for splits in (1, 4):
-        check_stream_linear(place, 17, 200, 328, StreamTiles(64, 64, splits, 2, 4))
-        check_stream_project(place, 17, 200, 328, StreamTiles(64, 64, splits, 2, 4))
-    check_stream_project(place, 64, 200, 1336, StreamTiles(128, 128, 8, 8, 8))
-    check_stream_swiglu(place, 17, 72, 328, StreamTiles(32, 64, 1, 2, 4))
+        check_fused_linear(place, 17, 200, 328, FusedTiles(64, 64, splits, 2, 4))
+        check_fused_project(place, 17, 200, 328, FusedTiles(64, 64, splits, 2, 4))
+    check_fused_project(place, 64, 200, 1336, FusedTiles(128, 128, 8, 8, 8))
+    check_fused_swiglu(place, 17, 72, 328, FusedTiles(32, 64, 1, 2, 4))
     check_attention(place, [0, 63, 64, -1, 130], 2, 100, 16, AttentionTiles(64, 1), hopper=True)
     check_attention(place, [5, 70], 2, 64, 7, AttentionTiles(32, 1), hopper=True)
 

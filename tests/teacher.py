@@ -54,7 +54,7 @@ class TeacherForced:
         """
         self.batch.positions[: self.rows].view(-1, 2).T[:] = position
         self.runner.run(self.batch, self.rows, self.rows, 1)
-        return self.runner.workspaces.for_rows(self.rows).logits.view(self.rows // 2, 2, -1).clone()
+        return self.runner.layers_for(self.rows).logits.view(self.rows // 2, 2, -1).clone()
 
     def guided_logits(self, position: int | Tensor, scale: float) -> Tensor:
         """Float32 [images, vocab_size]."""

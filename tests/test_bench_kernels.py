@@ -10,16 +10,18 @@ import bench_kernel_cases
 import bench_kernels
 import pytest
 import torch
-from bench_kernel_cases import Case, Setting, cases, reference_stream, relative_error
-from compiled import Build, launches_of
+from bench_kernel_cases import Case, Setting, cases, reference_products, relative_error
+from compiled import Build, launches_of, without_memory
 from step_times import PRODUCTS
 from torch import Tensor
 
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
+from autoregressive.serve.engine.batch import Batch, BatchShape
+from autoregressive.serve.engine.layers import FusedLayers
 from autoregressive.serve.floor import Ceilings, Floor
 from kernels.attention import AttentionTiles, combine, combine_reference
-from kernels.dispatch import MANY_ROWS, StreamProducts, torch_operations
+from kernels.dispatch import MANY_ROWS, FusedProducts, torch_operations
 
 CONFIG = GPTConfig(dim=200, n_layer=3, n_head=2, vocab_size=300, block_size=64, num_classes=5)  # heads of 100
 TILES = AttentionTiles(chunk=10, warps=1)  # four chunks of seven are live
@@ -39,11 +41,11 @@ def plain(rows: int = 4) -> Setting:
     return Setting(CONFIG, rows, 33, torch.device("cpu"), torch.float32, torch_operations(), 10**6, TILES)
 
 
-def streamed(rows: int = 4, products: StreamProducts | None = None) -> Setting:
+def fused(rows: int = 4, products: FusedProducts | None = None) -> Setting:
     """As on compute capability 9.0, cut up otherwise than the references."""
-    whole = products or reference_stream()
-    cut = replace(whole, linear_splits=lambda weight: 3, project_blocks=lambda weight: weight.shape[1] // 50)
-    return replace(plain(rows), operations=replace(torch_operations(), stream=cut))
+    whole = products or reference_products()
+    cut = replace(whole, linear_splits=lambda outputs, inputs: 3, project_blocks=lambda outputs, inputs: inputs // 50)
+    return replace(plain(rows), operations=replace(torch_operations(), fused=cut))
 
 
 def measured_settings(
@@ -65,7 +67,7 @@ def measured_settings(
     return settings
 
 
-@pytest.fixture(params=[plain, streamed], ids=lambda make: make.__name__)
+@pytest.fixture(params=[plain, fused], ids=lambda make: make.__name__)
 def setting(request: pytest.FixtureRequest) -> Setting:
     return request.param()
 
@@ -79,11 +81,11 @@ def test_every_operation_is_compared_and_runs_on_every_copy(setting: Setting) ->
         for run in (case.run, case.library):
             if run is not None:
                 run(case.copies - 1)
-    norm = [] if setting.stream else ["add_norm"]
+    norm = [] if isinstance(setting.layers, FusedLayers) else ["add_norm"]
     assert sorted(names) == sorted([*PRODUCTS, *norm, "embed", "attention", "combine", "draw"])
 
 
-@pytest.mark.parametrize("make", [plain, streamed])
+@pytest.mark.parametrize("make", [plain, fused])
 def test_the_gate_is_measured_where_a_step_runs_it(make: Callable[[int], Setting]) -> None:
     """Fails if the kernel that only steps with many rows run is left out, compared with something else, or timed for few rows."""
     assert "gate" not in [case.operation for case in cases(make(MANY_ROWS))]
@@ -132,6 +134,8 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
 ) -> None:
     """Fails if `combine` is timed for other chunks, or launched otherwise, than within `attention`."""
     launched: dict[tuple[str, int], list[Build]] = {}
+    shapes = [BatchShape.of(rows, bench_kernels.config_of("GPT-B").block_size, 16) for rows in (2, MANY_ROWS + 2)]
+    batches = {shape: Batch(shape, torch.device("cpu")) for shape in shapes}
     with launches_of(capability) as builds:
 
         def written_down(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> bench_kernels.Result:
@@ -142,6 +146,7 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
             return bench_kernels.Result(model, setting.rows, case.operation, case.shape, 0.0, False, 1.0, 1.0, None)
 
         monkeypatch.setattr(bench_kernel_cases, "combine", combine)
+        monkeypatch.setattr(bench_kernel_cases, "Batch", lambda shape, device: without_memory(batches[shape]))
         monkeypatch.setattr(bench_kernels, "measure", written_down)
         monkeypatch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
@@ -153,42 +158,42 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
     assert [build.name for build in launched["gate", MANY_ROWS + 2]] == ["_gate_kernel"]
 
 
-def test_streamed_products_are_measured_where_a_step_runs_them() -> None:
+def test_fused_products_are_measured_where_a_step_runs_them() -> None:
     """Fails if a kernel is timed that no step runs, or one that it runs is not called."""
     called: list[str] = []
 
     def counted(name: str) -> Callable[..., None]:
         def run(*tensors: Tensor, **options: float) -> None:
             called.append(name)
-            getattr(reference_stream(), name)(*tensors, **options)
+            getattr(reference_products(), name)(*tensors, **options)
 
         return run
 
     counting: dict[str, Any] = {name: counted(name) for name in ("linear", "project", "swiglu", "head")}
-    products = replace(reference_stream(), **counting)
-    for case in cases(streamed(MANY_ROWS, products)):
+    products = replace(reference_products(), **counting)
+    for case in cases(fused(MANY_ROWS, products)):
         case.run(0)
     assert called == ["linear", "project", "swiglu", "project", "head"]
-    assert "add_norm" in [case.operation for case in cases(streamed(MANY_ROWS + 2, products))]
+    assert "add_norm" in [case.operation for case in cases(fused(MANY_ROWS + 2, products))]
     assert len(called) == 5
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "streams"),
+    ("capability", "dtype", "fuses"),
     [((9, 0), torch.bfloat16, True), ((9, 0), torch.float32, False), ((8, 0), torch.bfloat16, False)],
     ids=str,
 )
 def test_kernels_are_those_that_the_engine_selects(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, streams: bool
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, fuses: bool
 ) -> None:
     """Fails if the benchmark makes its own choice of kernels, and times others than a step on that GPU runs."""
     settings = measured_settings(monkeypatch, capability, dtype, [MANY_ROWS, MANY_ROWS + 2])
-    assert [setting.stream is not None for setting in settings] == [streams, False]
+    assert [setting.factory.kind(setting.rows) is FusedLayers for setting in settings] == [fuses, False]
 
 
 def norms_by_one_block(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
     """A product that takes the first block of squares for all."""
-    reference_stream().linear(x, squares[:1], weight, out, eps=eps)
+    reference_products().linear(x, squares[:1], weight, out, eps=eps)
 
 
 def leaves_undone(index: int) -> Callable[..., None]:
@@ -196,7 +201,7 @@ def leaves_undone(index: int) -> Callable[..., None]:
 
     def project(x: Tensor, weight: Tensor, *changed: Tensor) -> None:
         kept = changed[index].clone()
-        reference_stream().project(x, weight, *changed)
+        reference_products().project(x, weight, *changed)
         changed[index].copy_(kept if index == 0 else torch.full_like(kept, math.nan))
 
     return project
@@ -213,11 +218,11 @@ def leaves_undone(index: int) -> Callable[..., None]:
         ("head", {"head": lambda x, squares, weight, out, *, eps: out.fill_(math.nan)}),
     ],
 )
-def test_a_wrong_streamed_product_is_found(operation: str, wrong: dict[str, Any]) -> None:
+def test_a_wrong_fused_product_is_found(operation: str, wrong: dict[str, Any]) -> None:
     """Fails if a case looks at only some of what a product writes, or NaN in one result passes beside another that is right."""
     found = [
         case.operation
-        for case in cases(streamed(products=replace(reference_stream(), **wrong)))
+        for case in cases(fused(products=replace(reference_products(), **wrong)))
         if bench_kernels.is_wrong(case, case.error(), torch.bfloat16)
     ]
     assert operation in found

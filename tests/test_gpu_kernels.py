@@ -9,11 +9,11 @@ from kernel_cases import (
     check_attention,
     check_combine,
     check_embed,
+    check_fused_linear,
+    check_fused_project,
+    check_fused_swiglu,
     check_gate,
     check_linear,
-    check_stream_linear,
-    check_stream_project,
-    check_stream_swiglu,
     check_swiglu,
 )
 from test_model_runner import TINY, engine_codes
@@ -21,7 +21,7 @@ from test_model_runner import TINY, engine_codes
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.configs import TileTable, default_attention_tiles, tile_table
-from kernels.hopper_products import StreamTiles
+from kernels.hopper_products import FusedTiles
 
 pytestmark = pytest.mark.gpu
 
@@ -61,29 +61,29 @@ def hopper(request: pytest.FixtureRequest) -> Place:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("rows", [2, 16, 24, 70])  # a tile of 16 rows, of 32, of 64
 @pytest.mark.parametrize("measured", [True, False], ids=["table", "rules"])
-def test_streamed_products(hopper: Place, model: str, rows: int, measured: bool) -> None:
+def test_fused_products(hopper: Place, model: str, rows: int, measured: bool) -> None:
     """The tiles that the table, and the rules, choose for the models' shapes."""
     shape = GPT_SHAPES[model]
     config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
     table = tile_table((9, 0), hopper.dtype) if measured else TileTable()
     width, ffn = config.dim, config.ffn_dim
-    check_stream_linear(hopper, rows, 3 * width, width, table.stream_linear_tiles(3 * width, width))
-    check_stream_linear(hopper, rows, 16384, width, table.stream_head_tiles(16384, width))
-    check_stream_swiglu(hopper, rows, ffn, width, table.stream_swiglu_tiles(ffn, width))
+    check_fused_linear(hopper, rows, 3 * width, width, table.fused_linear_tiles(3 * width, width))
+    check_fused_linear(hopper, rows, 16384, width, table.fused_head_tiles(16384, width))
+    check_fused_swiglu(hopper, rows, ffn, width, table.fused_swiglu_tiles(ffn, width))
     for inputs in (width, ffn):
-        check_stream_project(hopper, rows, width, inputs, table.stream_project_tiles(width, inputs))
+        check_fused_project(hopper, rows, width, inputs, table.fused_project_tiles(width, inputs))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 17, 33, 64])
-def test_streamed_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> None:
+def test_fused_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> None:
     """Guards tails along every axis, more programs than tiles, and tiles that must wait for room."""
-    for tiles in (StreamTiles(64, 64, splits, 2, 4), StreamTiles(128, 128, splits, 8, 8)):
-        check_stream_linear(hopper, rows, 200, 328, tiles)
-        check_stream_project(hopper, rows, 200, 328, tiles)
-        check_stream_project(hopper, rows, 48, 1336, tiles)
-    check_stream_swiglu(hopper, rows, 72, 328, StreamTiles(32, 64, 1, 2, 4))
-    check_stream_swiglu(hopper, rows, 40, 1000, StreamTiles(64, 128, 1, 3, 8))
+    for tiles in (FusedTiles(64, 64, splits, 2, 4), FusedTiles(128, 128, splits, 8, 8)):
+        check_fused_linear(hopper, rows, 200, 328, tiles)
+        check_fused_project(hopper, rows, 200, 328, tiles)
+        check_fused_project(hopper, rows, 48, 1336, tiles)
+    check_fused_swiglu(hopper, rows, 72, 328, FusedTiles(32, 64, 1, 2, 4))
+    check_fused_swiglu(hopper, rows, 40, 1000, FusedTiles(64, 128, 1, 3, 8))
 
 
 def test_embed(place: Place) -> None:

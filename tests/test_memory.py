@@ -34,9 +34,8 @@ def gpt_on_a_gpu(dtype: torch.dtype, capability: int = 90) -> Iterator[Transform
 
 
 def held_bytes(runner: ModelRunner, row_counts: Iterable[int]) -> int:
-    """Memory of the workspaces for these numbers of rows together; what they share counts once."""
-    spaces = [runner.workspaces.for_rows(rows) for rows in row_counts]
-    held = [value for space in spaces for value in (*vars(space).values(), *vars(space.scratch).values())]
+    """Scratch memory of the layers for these numbers of rows together; what they share counts once."""
+    held = [value for rows in row_counts for value in vars(runner.layers_for(rows)).values()]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
 
@@ -50,7 +49,7 @@ def test_what_steps_take_is_known_before(dtype: torch.dtype, rows: int, config: 
     with gpt_on_a_gpu(dtype) as gpt:
         forecast = StepBytes.of(gpt, shape, config)
         counts = range(1, rows + 1) if config.enforce_eager else row_buckets(rows)
-        assert held_bytes(ModelRunner(gpt, shape, 1, config), counts) == forecast.workspaces
+        assert held_bytes(ModelRunner(gpt, shape, 1, config), counts) == forecast.scratch
         assert forecast.gathered == 0  # the kernel runs
 
 
@@ -60,7 +59,7 @@ def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
     config = EngineConfig(max_num_seqs=4096, deterministic=True)
     shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.float32) as gpt:
-        steps_bytes = StepBytes.of(gpt, shape, config.runner).workspaces
+        steps_bytes = StepBytes.of(gpt, shape, config.runner).scratch
         pages_bytes = pool_pages(gpt, shape, config) * page_bytes(gpt, shape.page_size)
         assert steps_bytes > 3 * GIB
         assert 34 * GIB - page_bytes(gpt, 16) < pages_bytes + steps_bytes <= 34 * GIB  # of 36, two are for graphs and libraries

@@ -9,12 +9,11 @@ from teacher import reference_model
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, WorkspaceFactory, row_buckets
+from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.request import SamplingParams
-from kernels.dispatch import StreamProducts
-from kernels.hopper_products import HEADROOM, stream_linear_reference, stream_project_reference, stream_swiglu_reference
+from kernels.dispatch import FusedProducts, Operations
+from kernels.hopper_products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
@@ -38,32 +37,30 @@ def test_greedy_tokens_are_llamagens(name: str) -> None:
     assert np.array_equal(codes, expected)
 
 
-def streamed_references() -> StreamProducts:
+def fused_references() -> FusedProducts:
     """Hopper's products in torch, with partial sums and blocks of squares as there."""
-    return StreamProducts(
-        linear=stream_linear_reference,
-        linear_splits=lambda weight: 3,
-        project=stream_project_reference,
-        project_blocks=lambda weight: 5,
-        swiglu=stream_swiglu_reference,
-        head=lambda x, squares, weight, out, *, eps: stream_linear_reference(x, squares, weight, out[None], eps=eps),
+    return FusedProducts(
+        linear=fused_linear_reference,
+        linear_splits=lambda outputs, inputs: 3,
+        project=fused_project_reference,
+        project_blocks=lambda outputs, inputs: 5,
+        swiglu=fused_swiglu_reference,
+        head=lambda x, squares, weight, out, *, eps: fused_linear_reference(x, squares, weight, out[None], eps=eps),
         headroom=HEADROOM,
     )
 
 
-class StreamedRunner(ModelRunner):
-    """The real runner on `streamed_references`."""
+class FusedRunner(ModelRunner):
+    """The real runner on `fused_references`."""
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
-        super().__init__(gpt, shape, num_pages, config)
-        self.operations = replace(self.operations, stream=streamed_references())
-        self.workspaces = WorkspaceFactory(self)
+    def make_operations(self, gpt: Transformer) -> Operations:
+        return replace(super().make_operations(gpt), fused=fused_references())
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_streamed_layer_draws_llamagens_tokens(name: str) -> None:
+def test_a_fused_layer_draws_llamagens_tokens(name: str) -> None:
     """Guards what else only a GPU of compute capability 9.0 runs: who adds to the residual stream, whose gain, whose squares."""
-    codes, expected = engine_codes(name, torch.device("cpu"), "torch", StreamedRunner)
+    codes, expected = engine_codes(name, torch.device("cpu"), "torch", FusedRunner)
     assert np.array_equal(codes, expected)
 
 
@@ -76,8 +73,8 @@ def test_headroom_keeps_fp16_products_whole(size: float) -> None:
     squares = residual.square().sum(dim=1)[None]
     got, wanted = (torch.empty(1, 4, 64) for _ in range(2))
     x = residual * gain * HEADROOM
-    stream_linear_reference(x, squares, weight, wanted, eps=1e-5)
-    stream_linear_reference(x.half().float(), squares, weight, got, eps=1e-5)
+    fused_linear_reference(x, squares, weight, wanted, eps=1e-5)
+    fused_linear_reference(x.half().float(), squares, weight, got, eps=1e-5)
     assert (got - wanted).norm() < 1e-3 * wanted.norm()
 
 
@@ -86,10 +83,15 @@ def test_float32_products_are_ieee_whatever_the_process_allows() -> None:
     seen = set()
 
     class Watched(ModelRunner):
-        def _linear(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
-            on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-            seen.add((torch.backends.cuda.matmul.fp32_precision, on_cpu.fp32_precision))
-            super()._linear(x, weight, out)
+        def make_operations(self, gpt: Transformer) -> Operations:
+            operations = super().make_operations(gpt)
+
+            def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+                on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+                seen.add((torch.backends.cuda.matmul.fp32_precision, on_cpu.fp32_precision))
+                operations.linear(x, weight, out)
+
+            return replace(operations, linear=linear)
 
     torch.set_float32_matmul_precision("medium")
     try:

@@ -16,18 +16,18 @@ STEP = ["embed", *LAYER, *LAYER, "head", "draw"]
 
 
 # A step whose products norm their inputs and add themselves: kernel and operation.
-STREAMED_LAYER = [
-    (hopper_products._stream_linear_kernel.__name__, "qkv product"),
+FUSED_LAYER = [
+    (hopper_products._fused_linear_kernel.__name__, "qkv product"),
     (hopper_attention._hopper_attention_kernel.__name__, "attention"),
     (attention._combine_kernel.__name__, "combine"),
-    (hopper_products._stream_project_kernel.__name__, "output product"),
-    (hopper_products._stream_swiglu_kernel.__name__, "swiglu"),
-    (hopper_products._stream_project_kernel.__name__, "down product"),
+    (hopper_products._fused_project_kernel.__name__, "output product"),
+    (hopper_products._fused_swiglu_kernel.__name__, "swiglu"),
+    (hopper_products._fused_project_kernel.__name__, "down product"),
 ]
-STREAMED_STEP = [
+FUSED_STEP = [
     (norm._embed_kernel.__name__, "embed"),
-    *STREAMED_LAYER * 2,
-    (hopper_products._stream_linear_kernel.__name__, "head"),
+    *FUSED_LAYER * 2,
+    (hopper_products._fused_linear_kernel.__name__, "head"),
     (sampling._draw_kernel.__name__, "draw"),
 ]
 
@@ -42,9 +42,9 @@ def test_products_are_told_apart_by_their_place() -> None:
     assert operations_of([kernel_of(operation) for operation in STEP * 2], layers=2) == STEP * 2
 
 
-def test_streamed_products_are_told_apart_by_their_place() -> None:
+def test_fused_products_are_told_apart_by_their_place() -> None:
     """Fails if the profile knows a kernel by another name, or charges it to another operation for want of an `add_norm`."""
-    names, operations = zip(*STREAMED_STEP * 2, strict=True)
+    names, operations = zip(*FUSED_STEP * 2, strict=True)
     assert operations_of(names, layers=2) == list(operations)
 
 
@@ -79,7 +79,7 @@ def test_what_operations_add_is_the_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [[kernel_of(operation) for operation in STEP], [name for name, _ in STREAMED_STEP]], ids=["plain", "streamed"]
+    "names", [[kernel_of(operation) for operation in STEP], [name for name, _ in FUSED_STEP]], ids=["plain", "fused"]
 )
 def test_the_operations_floors_are_the_steps(names: list[str]) -> None:
     """Fails if an operation's bytes are left out of its share, or counted for two."""

@@ -347,7 +347,7 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatc
     stages = tune_kernels.stages_of(GPTConfig(dim=1024, n_layer=1, n_head=16), tune_kernels.Kernels(launch_pdl=True, hopper=True))
     assert asked[0] == ["attention"]
     assert set(asked[1]) == {stage.section for stage in stages}
-    with pytest.raises(UserError, match="--sections linear: this GPU uses attention, stream_linear"):
+    with pytest.raises(UserError, match="--sections linear: this GPU uses attention, fused_linear"):
         run("tune_kernels", *words, "--sections", "attention,linear")
 
 

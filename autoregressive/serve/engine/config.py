@@ -16,7 +16,7 @@ from autoregressive.serve.engine.page_pool import pages_that_fit
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from kernels.dispatch import BACKENDS
 
-_RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and workspaces: captured graphs, libraries, decoding
+_RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
 _CPU_SHARE = 0.25  # of the memory, for pages
 _CONTAINER_LIMITS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))  # version 2, 1
 # Rows are an axis of the kernels' grids; page numbers are int32.
@@ -68,11 +68,11 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     steps = StepBytes.of(gpt, shape, config.runner)
     there = f"{device} has {_readable(free_bytes)} of {_readable(total_bytes)} free"
     page = f"a page of {shape.page_size} tokens takes {_readable(bytes_of_page)}"
-    if steps.workspaces > free_bytes:
-        needed = f"steps of so many rows take {_readable(steps.workspaces)}, and {there}"
+    if steps.scratch > free_bytes:
+        needed = f"steps of so many rows take {_readable(steps.scratch)}, and {there}"
         raise ValueError(f"max_num_seqs {shape.max_rows}: {needed}: lower max_num_seqs or use a smaller model")
     if config.num_pages is not None:
-        fitting = (free_bytes - steps.workspaces) // bytes_of_page
+        fitting = (free_bytes - steps.scratch) // bytes_of_page
         if config.num_pages > fitting:
             fewer = [f"lower num_pages to {fitting} or less"]
             ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"])
@@ -80,7 +80,7 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
         return config.num_pages
     share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
-        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps.workspaces + steps.gathered
+        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps.scratch + steps.gathered
     most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:

@@ -1,0 +1,346 @@
+"""The ways to carry out a step's layers: one class each, for one number of rows.
+
+`LayersFactory.kind` chooses the class, and nothing else asks which one it is. A new way to carry out a step
+is one more class here and one line there. The engine, the tuner and the benchmarks run the same objects.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import Transformer, TransformerBlock
+from autoregressive.serve.engine.batch import Batch
+from kernels.dispatch import MANY_ROWS, FusedProducts, Operations
+
+Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's parameters: the model's own memory, as the operations take it."""
+
+    attention_norm: Tensor  # [width]
+    qkv: Tensor  # [3 * width, width]
+    output: Tensor  # [width, width]
+    ffn_norm: Tensor  # [width]
+    gate_up: Tensor  # [2 * ffn width, width]: w1 above w3
+    down: Tensor  # [width, ffn width]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, block: TransformerBlock) -> "LayerWeights":
+        """A block's parameters.
+
+        w1 and w3 move into one tensor and become views of it, so that nothing is held twice.
+        """
+        attention, feed_forward = block.attention, block.feed_forward
+        gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
+        feed_forward.w1.weight.data, feed_forward.w3.weight.data = gate_up.chunk(2)
+        return cls(
+            attention_norm=block.attention_norm.weight,
+            qkv=attention.wqkv.weight,
+            output=attention.wo.weight,
+            ffn_norm=block.ffn_norm.weight,
+            gate_up=gate_up,
+            down=feed_forward.w2.weight,
+        )
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """A transformer's parameters as the operations take them."""
+
+    token_embedding: Tensor  # [vocabulary, width]
+    class_embedding: Tensor  # [classes + 1, width]
+    layers: list[LayerWeights]
+    final_norm: Tensor  # [width]
+    head: Tensor  # [vocabulary, width]
+    rotary: Tensor  # float32 [tokens + 1, head_size / 2, 2]
+
+    @classmethod
+    def of(cls, gpt: Transformer) -> "ModelWeights":
+        """A model's parameters; see `LayerWeights.of`."""
+        return cls(
+            token_embedding=gpt.tok_embeddings.weight,
+            class_embedding=gpt.cls_embedding.embedding_table.weight,
+            layers=[LayerWeights.of(block) for block in gpt.layers if isinstance(block, TransformerBlock)],
+            final_norm=gpt.norm.weight,
+            head=gpt.output.weight,
+            rotary=gpt.freqs_cis,
+        )
+
+    @property
+    def next_norms(self) -> list[Tensor]:
+        """For each layer the weight of the norm that follows it."""
+        return [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+
+
+class Empty(Protocol):
+    """Gives memory for a tensor of a name; tensors of one name and dtype may share it."""
+
+    def __call__(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
+        """A tensor of whatever was there."""
+        ...
+
+
+class Layers(ABC):
+    """A step from its embeddings to its logits, for one number of rows.
+
+    Args:
+        config: the model's shape.
+        dtype: of its weights.
+        operations: what the device runs.
+        empty: gives the scratch memory; a constructor asks for all that its steps need.
+    """
+
+    qkv: Tensor  # [splits, rows, 3 * width]
+
+    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+        self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
+        self._empty = empty
+        width, heads = config.dim, config.n_head
+        chunks = operations.attention_chunks(config.block_size, dtype.itemsize)
+        self.residual = empty("residual", (rows, width), torch.float32)
+        self.normed = empty("normed", (rows, width), dtype)
+        self.attention_chunks = empty("attention_chunks", (rows, heads, chunks, config.head_size), torch.float32)
+        self.chunk_stats = empty("chunk_stats", (rows, heads, chunks, 2), torch.float32)
+        self.attention_out = empty("attention_out", (rows, width), dtype)
+        self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
+        self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
+
+    def run(self, weights: ModelWeights, kv_pages: Tensor, batch: Batch) -> Tensor:
+        """Feeds each row's newest token.
+
+        Args:
+            kv_pages: [layers, 2, pages, heads, page_size, stride of a head].
+
+        Returns:
+            Float32 [rows, vocabulary]: `self.logits`, overwritten by the next step.
+        """
+        self.embed(weights.token_embedding, weights.class_embedding, weights.layers[0].attention_norm, batch)
+        for layer, next_norm, pages in zip(weights.layers, weights.next_norms, kv_pages, strict=True):
+            self.layer(layer, next_norm, pages, weights.rotary, batch)
+        self.head(weights.head)
+        return self.logits
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
+        """Starts the residual stream, and prepares the first layer's input.
+
+        Args:
+            tokens: [vocabulary, width], the embedding of codes.
+            classes: [classes + 1, width], the embedding of labels.
+            next_norm: [width], the weight of the norm that follows.
+        """
+
+    @abstractmethod
+    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+        """Adds one layer to the residual stream, and prepares the next one's input.
+
+        Args:
+            next_norm: [width], the weight of the norm that follows.
+            kv_pages: [2, pages, heads, page_size, stride of a head], of this layer.
+        """
+
+    @abstractmethod
+    def head(self, head: Tensor) -> None:
+        """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
+
+    def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+        """Writes the newest keys and values to their pages, and `attention_out`."""
+        key_pages, value_pages = kv_pages
+        self.operations.attention(
+            self.qkv,
+            rotary,
+            key_pages,
+            value_pages,
+            batch.page_table[: self.rows],
+            batch.positions[: self.rows],
+            self.attention_chunks,
+            self.chunk_stats,
+            self.attention_out,
+        )
+
+    def _embed(
+        self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch, squares: Tensor | None, headroom: float
+    ) -> None:
+        self.operations.embed(
+            batch.codes,
+            batch.row_slots[: self.rows],
+            batch.positions[: self.rows],
+            batch.labels[: self.rows],
+            tokens,
+            classes,
+            next_norm,
+            self.residual,
+            self.normed,
+            squares,
+            eps=self.config.norm_eps,
+            headroom=headroom,
+        )
+
+
+class PlainLayers(Layers):
+    """Kernels that run everywhere: products leave partial sums, which norms with kernels of their own add up."""
+
+    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+        super().__init__(config, dtype, operations, rows, empty)
+        width = config.dim
+        self.qkv = self._partials("qkv", 3 * width, width)
+        self.projected = self._partials("projected", width, width)
+        self.down = self._partials("down", width, config.ffn_dim)
+
+    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
+        """As of `Layers`."""
+        self._embed(tokens, classes, next_norm, batch, squares=None, headroom=1.0)
+
+    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+        """As of `Layers`."""
+        add_norm, eps = self.operations.add_norm, self.config.norm_eps
+        self.product(self.normed, layer.qkv, self.qkv)
+        self.attend(kv_pages, rotary, batch)
+        self.product(self.attention_out, layer.output, self.projected)
+        add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
+        self.gated_product(layer.gate_up)
+        self.product(self.hidden, layer.down, self.down)
+        add_norm(self.residual, self.down, next_norm, self.normed, eps=eps)
+
+    def head(self, head: Tensor) -> None:
+        """As of `Layers`."""
+        self.operations.whole_linear(self.normed, head, self.logits)
+
+    def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Writes x W^T as partial sums [splits, rows, outputs]."""
+        self.operations.linear(x, weight, out)
+
+    def gated_product(self, gate_up: Tensor) -> None:
+        """Writes `hidden` from `normed`."""
+        self.operations.swiglu(self.normed, gate_up, self.hidden)
+
+    def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
+        splits = self.operations.linear_splits(outputs, inputs, self.dtype.itemsize)
+        return self._empty(name, (splits, self.rows, outputs), torch.float32)
+
+
+class LibraryLayers(PlainLayers):
+    """The same with cuBLAS's products, which are the fastest for many rows."""
+
+    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+        super().__init__(config, dtype, operations, rows, empty)
+        self.gate_up = empty("gate_up", (rows, 2 * config.ffn_dim), dtype)
+
+    def head(self, head: Tensor) -> None:
+        """As of `Layers`."""
+        torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
+
+    def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Writes x W^T [1, rows, outputs]."""
+        torch.mm(x, weight.t(), out=out[0])
+
+    def gated_product(self, gate_up: Tensor) -> None:
+        """Writes `hidden` from `normed`."""
+        torch.mm(self.normed, gate_up.t(), out=self.gate_up)
+        self.operations.gate(self.gate_up, self.hidden)
+
+    def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
+        return self._empty(name, (1, self.rows, outputs), self.dtype)
+
+
+class FusedLayers(Layers):
+    """Products that norm their inputs and add themselves to the residual stream: two links less in a layer's chain.
+
+    See kernels/hopper_products.py.
+    """
+
+    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+        super().__init__(config, dtype, operations, rows, empty)
+        assert operations.fused is not None
+        self.products: FusedProducts = operations.fused
+        width, ffn = config.dim, config.ffn_dim
+        self.qkv = empty("qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32)
+        # Sums of the residual stream's squares, for a layer's attention and for its feed-forward half.
+        self.squares = empty("squares", (self.products.project_blocks(width, ffn), rows), torch.float32)
+        self.ffn_squares = empty("ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32)
+
+    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
+        """As of `Layers`."""
+        self._embed(tokens, classes, next_norm, batch, self.squares, self.products.headroom)
+
+    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+        """As of `Layers`."""
+        products, eps = self.products, self.config.norm_eps
+        products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
+        self.attend(kv_pages, rotary, batch)
+        products.project(self.attention_out, layer.output, self.residual, layer.ffn_norm, self.normed, self.ffn_squares)
+        products.swiglu(self.normed, self.ffn_squares, layer.gate_up, self.hidden, eps=eps)
+        products.project(self.hidden, layer.down, self.residual, next_norm, self.normed, self.squares)
+
+    def head(self, head: Tensor) -> None:
+        """As of `Layers`."""
+        self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
+
+
+class Scratch:
+    """Memory that the layers for all numbers of rows share: only one step runs at a time."""
+
+    def __init__(self, elements: dict[tuple[str, torch.dtype], int], device: torch.device) -> None:
+        self._memory = {
+            (name, dtype): torch.empty(size, dtype=dtype, device=device) for (name, dtype), size in elements.items()
+        }
+
+    def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
+        """The start of a name's memory; see `Empty`."""
+        return self._memory[name, dtype][: prod(dims)].view(dims)
+
+
+class ScratchPlan:
+    """Counts the memory that layers ask for before any is taken."""
+
+    def __init__(self) -> None:
+        self.elements: dict[tuple[str, torch.dtype], int] = {}  # the most of any number of rows
+
+    def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
+        """A tensor without memory; see `Empty`."""
+        self.elements[name, dtype] = max(self.elements.get((name, dtype), 0), prod(dims))
+        return torch.empty(dims, dtype=dtype, device="meta")
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(elements * dtype.itemsize for (_, dtype), elements in self.elements.items())
+
+
+@dataclass(frozen=True)
+class LayersFactory:
+    """Makes the layers for any number of rows.
+
+    Args:
+        library: products of many rows may be a library's.
+    """
+
+    config: GPTConfig
+    dtype: torch.dtype
+    operations: Operations
+    library: bool
+
+    def kind(self, rows: int) -> type[Layers]:
+        """How a step of so many rows is carried out. This is the one place where it is decided."""
+        if self.library and rows > MANY_ROWS:
+            return LibraryLayers
+        return PlainLayers if self.operations.fused is None else FusedLayers
+
+    def make(self, rows: int, empty: Empty) -> Layers:
+        """The layers for so many rows, in memory that `empty` gives."""
+        return self.kind(rows)(self.config, self.dtype, self.operations, rows, empty)
+
+    def plan(self, row_counts: list[int]) -> ScratchPlan:
+        """The memory that the layers for all of these numbers of rows share."""
+        plan = ScratchPlan()
+        for rows in row_counts:
+            self.make(rows, plan.empty)
+        return plan
