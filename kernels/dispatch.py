@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention import HEAD_SIZES, attention, attention_reference
-from kernels.configs import TileTable, tile_table
 from kernels.group_norm import (
     GroupStatistics,
     add_with_statistics,
@@ -23,13 +22,14 @@ from kernels.group_norm import (
     normalize_reference,
     supports,
 )
-from kernels.hopper_attention import hopper_attention
-from kernels.hopper_products import HEADROOM, fused_linear, fused_project, fused_swiglu
+from kernels.hopper.attention import hopper_attention
+from kernels.hopper.products import HEADROOM, fused_linear, fused_project, fused_swiglu
 from kernels.linear import linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.sampling import draw_tokens
 from kernels.sampling_reference import draw_tokens as draw_tokens_reference
 from kernels.swiglu import gate, gate_reference, swiglu, swiglu_reference
+from kernels.tiles import TileTable, tile_table
 
 BACKENDS = ("auto", "triton", "torch")
 MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
@@ -54,7 +54,7 @@ class Operations:
 
 @dataclass(frozen=True)
 class FusedProducts:
-    """A layer's products where each norms its own input and adds itself to the residual stream; see kernels/hopper_products.py."""
+    """A layer's products where each norms its own input and adds itself to the residual stream; see kernels/hopper/products.py."""
 
     linear: Callable[..., None]  # x, squares, weight, partial sums
     linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`

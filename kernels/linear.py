@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a product is cut up; from the measured table, or `configs.default_linear_tiles`."""
+    """How a product is cut up; from the measured table, or `kernels.tiles.default_linear_tiles`."""
 
     outputs: int  # outputs of a program
     inputs: int  # inputs of one tile

@@ -90,7 +90,7 @@ def embed(
         token_embedding: [vocabulary, width]; class_embedding: [classes, width]; gain: [width].
         residual: float32 [rows, width], written.
         normed: [rows, width], written: the first layer's input, rms-normed times gain.
-        squares: float32 [blocks, rows]; if given, the norm is left to the first product (kernels/hopper_products.py): `normed` is
+        squares: float32 [blocks, rows]; if given, the norm is left to the first product (kernels/hopper/products.py): `normed` is
             residual * gain * headroom, and the residual's sum of squares is written here, in the first block.
     """
     rows, width = residual.shape

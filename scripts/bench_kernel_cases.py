@@ -20,7 +20,7 @@ from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.layers import FusedLayers, Layers, LayersFactory, LibraryLayers, PlainLayers
 from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
 from kernels.dispatch import FusedProducts, Operations, torch_operations
-from kernels.hopper_products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
+from kernels.hopper.products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches

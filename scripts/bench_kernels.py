@@ -6,7 +6,7 @@ First each kernel's result is compared with the torch reference in float32; one 
 each other in a CUDA graph, with programmatic dependent launch where the GPU has it, as they do in a step, over so many copies of
 weights and KV pages that none is in the second-level cache. Times are medians of 11. The floor is the bytes that must be moved over
 the read bandwidth, or the operations over the rate of a large matrix product if that is more; both are measured in the same run.
-Kernels are those of a step with so many rows on this GPU, in tiles of kernels/configs.py; above 64 rows, where a step leaves
+Kernels are those of a step with so many rows on this GPU, in tiles of kernels/tiles.py; above 64 rows, where a step leaves
 products to the library, the plain ones, and `gate`, which follows the library's. `attention` includes `combine`, the kernel that
 weighs its chunks, which is also timed alone. cuBLAS's times are of the products alone: our `swiglu` also gates, and up to 64 rows
 of 16-bit weights on compute capability 9.0 our products also norm their inputs or add themselves to the residual stream, so that
@@ -30,8 +30,8 @@ with slow_imports(__name__):
     from autoregressive.common.settings import PRECISIONS
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
     from kernels.attention import attention_reference
-    from kernels.configs import tile_table
     from kernels.dispatch import select_operations, triton_runs_on
+    from kernels.tiles import tile_table
 
 REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count

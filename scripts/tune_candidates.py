@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from kernels.attention import AttentionTiles
-from kernels.hopper_products import FusedTiles
+from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 

@@ -37,10 +37,10 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.batch import Batch, BatchShape
     from autoregressive.serve.engine.layers import Layers, LayersFactory, LayerWeights, ModelWeights
     from autoregressive.serve.floor import median_seconds
-    from kernels import configs
+    from kernels import tiles as tile_tables
     from kernels.attention import head_stride
-    from kernels.configs import SECTIONS, TileTable, key_names, read_table, tile_table
     from kernels.dispatch import MANY_ROWS, Operations, triton_operations
+    from kernels.tiles import SECTIONS, TileTable, key_names, read_table, tile_table
 
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
@@ -325,7 +325,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--sections {','.join(unused)}: this GPU uses {', '.join(used)}")
     if typed.output is None:
         major, minor = torch.cuda.get_device_capability()
-        typed.output = Path(configs.__file__).parent / f"tiles_sm{major}{minor}.json"
+        typed.output = Path(tile_tables.__file__).parent / f"tiles_sm{major}{minor}.json"
         check_output(typed.output)
     return typed
 

@@ -11,10 +11,9 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from kernels.attention import AttentionTiles, attention, attention_reference, combine, combine_reference, head_stride
-from kernels.configs import TileTable
 from kernels.dispatch import Operations, triton_operations
-from kernels.hopper_attention import hopper_attention
-from kernels.hopper_products import (
+from kernels.hopper.attention import hopper_attention
+from kernels.hopper.products import (
     FusedTiles,
     fused_linear,
     fused_linear_reference,
@@ -26,6 +25,7 @@ from kernels.hopper_products import (
 from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
+from kernels.tiles import TileTable
 
 POISON = float("nan")
 

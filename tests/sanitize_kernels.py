@@ -22,9 +22,9 @@ from sampling_cases import mixed_case
 
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import AttentionTiles
-from kernels.configs import default_linear_tiles, default_swiglu_tiles
-from kernels.hopper_products import FusedTiles
+from kernels.hopper.products import FusedTiles
 from kernels.sampling import draw_tokens
+from kernels.tiles import default_linear_tiles, default_swiglu_tiles
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 

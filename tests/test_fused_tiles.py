@@ -9,15 +9,15 @@ from bench_models import PAPER_MODELS
 from tune_kernels import Kernels, stages_of, write_table
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from kernels import configs
+from kernels import tiles as tile_tables
 from kernels.attention import AttentionTiles
-from kernels.configs import SECTIONS, TileTable, default_attention_tiles, default_fused_tiles, read_table, tile_table
 from kernels.dispatch import MANY_ROWS
-from kernels.hopper_products import FusedTiles
+from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, row_tile
 from kernels.swiglu import SwigluTiles
+from kernels.tiles import SECTIONS, TileTable, default_attention_tiles, default_fused_tiles, read_table, tile_table
 
-MEASURED = Path(configs.__file__).parent / "tiles_sm90.json"
+MEASURED = Path(tile_tables.__file__).parent / "tiles_sm90.json"
 PROGRAM_BYTES = 227 * 1024  # shared memory of a program on compute capability 9.0
 CLUSTERS = (1, 2, 4, 8)
 FUSED_SECTIONS = ("fused_linear", "fused_project", "fused_swiglu", "fused_head")

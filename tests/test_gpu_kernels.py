@@ -20,8 +20,8 @@ from test_model_runner import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels.attention import HEAD_SIZES, AttentionTiles
-from kernels.configs import TileTable, default_attention_tiles, tile_table
-from kernels.hopper_products import FusedTiles
+from kernels.hopper.products import FusedTiles
+from kernels.tiles import TileTable, default_attention_tiles, tile_table
 
 pytestmark = pytest.mark.gpu
 

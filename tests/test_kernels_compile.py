@@ -22,7 +22,7 @@ from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import HEAD_SIZES
-from kernels.hopper_cluster import exchange_bytes
+from kernels.hopper.cluster import exchange_bytes
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig, VQModel
 
 TOKENIZERS = {"VQ-16": VQ_CONFIGS["VQ-16"], "VQ-16 cut short": VQConfig(ch_mult=(1, 1), num_res_blocks=1)}

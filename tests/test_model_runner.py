@@ -13,7 +13,7 @@ from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFacto
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.request import SamplingParams
 from kernels.dispatch import FusedProducts, Operations
-from kernels.hopper_products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
+from kernels.hopper.products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 

@@ -9,7 +9,9 @@ from step_times import ORDER, PRODUCTS, Kernel, operations_of, summed, with_floo
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.floor import Ceilings, Floor
-from kernels import attention, hopper_attention, hopper_products, norm, sampling
+from kernels import attention, norm, sampling
+from kernels.hopper import attention as hopper_attention
+from kernels.hopper import products as hopper_products
 
 LAYER = ["qkv product", "attention", "combine", "output product", "add_norm", "swiglu", "down product", "add_norm"]
 STEP = ["embed", *LAYER, *LAYER, "head", "draw"]

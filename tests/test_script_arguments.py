@@ -33,7 +33,7 @@ from bench_models import PAPER_MODELS
 from autoregressive.common.errors import UserError
 from autoregressive.models.config import GPTConfig
 from kernels.attention import AttentionTiles
-from kernels.configs import TileTable
+from kernels.tiles import TileTable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -274,7 +274,7 @@ def test_what_needs_a_gpu_writes_where_it_was_told(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("hopper")
 def test_the_tuners_own_table_must_be_writable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the default place is looked at only once the tuning is done."""
-    monkeypatch.setattr(tune_kernels.configs, "__file__", str(tmp_path / "missing" / "configs.py"))
+    monkeypatch.setattr(tune_kernels.tile_tables, "__file__", str(tmp_path / "missing" / "tiles.py"))
     with pytest.raises(UserError, match="--output: there is no folder"):
         run("tune_kernels")
 

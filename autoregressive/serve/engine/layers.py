@@ -254,7 +254,7 @@ class LibraryLayers(PlainLayers):
 class FusedLayers(Layers):
     """Products that norm their inputs and add themselves to the residual stream: two links less in a layer's chain.
 
-    See kernels/hopper_products.py.
+    See kernels/hopper/products.py.
     """
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernels.attention import AttentionTiles
-from kernels.hopper_products import FusedTiles
+from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles
 from kernels.swiglu import SwigluTiles
 
@@ -30,7 +30,7 @@ class TileTable:
     whole_linear: dict[tuple[int, int], LinearTiles] = field(default_factory=dict)  # the same in one piece
     swiglu: dict[tuple[int, int], SwigluTiles] = field(default_factory=dict)  # (hidden, inputs)
     attention: dict[tuple[int, int], AttentionTiles] = field(default_factory=dict)  # (heads, head size)
-    # Of Hopper's products (kernels/hopper_products.py), as above.
+    # Of Hopper's products (kernels/hopper/products.py), as above.
     fused_linear: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
     fused_project: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)
     fused_swiglu: dict[tuple[int, int], FusedTiles] = field(default_factory=dict)

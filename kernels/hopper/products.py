@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper_cluster import cluster_sum, exchange_bytes, launch_clustered, meet, open_exchange
+from kernels.hopper.cluster import cluster_sum, exchange_bytes, launch_clustered, meet, open_exchange
 from kernels.linear import row_tile
 
 # What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16: up to half a million. A smaller
@@ -30,7 +30,7 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @dataclass(frozen=True)
 class FusedTiles:
-    """How a product is cut up; from the measured table, or `configs.default_fused_tiles`."""
+    """How a product is cut up; from the measured table, or `kernels.tiles.default_fused_tiles`."""
 
     outputs: int  # outputs of a program; of the gated product, of each half
     inputs: int  # inputs of a tile
