@@ -108,8 +108,8 @@ def step_builds(width: int, heads: int, capability: int, dtype: torch.dtype, row
 
 def all_kernels() -> set[str]:
     """The names of the kernels in `kernels`."""
-    found = pkgutil.walk_packages(kernels.__path__, "kernels.")
-    modules = [importlib.import_module(module.name) for module in found]
+    names = [module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels.")]
+    modules = [importlib.import_module(name) for name in names]
     found = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
     return {name for name in found if name.endswith("_kernel")}
 
