@@ -1,8 +1,8 @@
 """Looks up known vulnerabilities of the packages in requirements.lock with pip-audit.
 
-pip-audit is installed into an environment of its own, so that the project's stays as locked. The exit
-status is 1 if a locked package has a known vulnerability. It is 0 if none has, and also if the database
-of vulnerabilities cannot be reached, which the last line then says.
+pip-audit is installed into an environment of its own, so that the project's stays as locked. The
+exit status is 1 if a locked package has a known vulnerability. It is 0 if none has, and also if the
+database of vulnerabilities cannot be reached, which the last line then says.
 """
 
 import contextlib
@@ -23,7 +23,14 @@ def main() -> int:
     """Runs pip-audit and sums up what it found in a few lines."""
     try:
         lines, status = summary(run_pip_audit())
-    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        subprocess.SubprocessError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         # The last three come from an answer of another form than pip-audit's.
         lines = [f"pip-audit could not run, so nothing was looked up ({type(error).__name__})"]
         status = 0
@@ -40,12 +47,16 @@ def summary(audited: list[dict[str, Any]]) -> tuple[list[str], int]:
     for package in vulnerable:
         for found in package["vulns"]:
             fixed = ", ".join(found["fix_versions"]) or "none"
-            lines.append(f"{package['name']} {package['version']}: {found['id']} (fixed in: {fixed})")
+            lines.append(
+                f"{package['name']} {package['version']}: {found['id']} (fixed in: {fixed})"
+            )
     if len(unknown) == len(audited):
         lines.append("the database of vulnerabilities cannot be reached, so nothing was looked up")
     else:
         known = len(audited) - len(unknown)
-        lines.append(f"{known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable")
+        lines.append(
+            f"{known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable"
+        )
     return lines, 1 if vulnerable else 0
 
 
@@ -58,7 +69,15 @@ def run_pip_audit() -> list[dict[str, Any]]:
     """
     python = ENVIRONMENT / "bin" / "python"
     make_environment(python)
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PIP_AUDIT]
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        PIP_AUDIT,
+    ]
     subprocess.run(install, check=True, timeout=SECONDS)
     flags = ["--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     command = [str(python), "-m", "pip_audit", "-r", str(ROOT / "requirements.lock"), *flags]
@@ -75,7 +94,12 @@ def make_environment(python: Path) -> None:
     An interrupted start, or a system without ensurepip, leaves an environment without pip.
     """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        subprocess.run([str(python), "-m", "pip", "--version"], check=True, capture_output=True, timeout=SECONDS)
+        subprocess.run(
+            [str(python), "-m", "pip", "--version"],
+            check=True,
+            capture_output=True,
+            timeout=SECONDS,
+        )
         return
     venv.create(ENVIRONMENT, with_pip=True, clear=True)
 

@@ -1,8 +1,10 @@
-"""Which implementation carries out each operation of a step, and of the pixel decoder: Triton where it can, else torch. One place.
+"""Which implementation carries out each operation of a step, and of the pixel decoder: Triton where
+it can, else torch. One place.
 
-Every operation takes the same tensors in both. Triton needs compute capability 8.0; its attention the head sizes in
-`HEAD_SIZES`; programmatic dependent launch 9.0. On 9.0 (Hopper) 16-bit weights have products and an attention of their own. With
-TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly; Hopper's do not.
+Every operation takes the same tensors in both. Triton needs compute capability 8.0; its attention
+the head sizes in `HEAD_SIZES`; programmatic dependent launch 9.0. On 9.0 (Hopper) 16-bit weights
+have products and an attention of their own. With TRITON_INTERPRET=1 the Triton kernels run on a
+CPU, slowly; Hopper's do not.
 """
 
 import os
@@ -37,29 +39,38 @@ MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading th
 
 @dataclass(frozen=True)
 class Operations:
-    """What a decode step is made of; the arguments are those of the torch references beside each kernel."""
+    """What a decode step is made of; the arguments are those of the torch references beside each
+    kernel.
+    """
 
     embed: Callable[..., None]
     linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, partial sums
-    linear_splits: Callable[[int, int, int], int]  # outputs, inputs, bytes of an element -> partial sums of `linear`
+    # outputs, inputs, bytes of an element -> partial sums of `linear`
+    linear_splits: Callable[[int, int, int], int]
     whole_linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, product [rows, outputs]
     swiglu: Callable[[Tensor, Tensor, Tensor], None]
     gate: Callable[[Tensor, Tensor], None]
     attention: Callable[..., None]
-    attention_chunks: Callable[[int, int], int]  # tokens, bytes of an element -> chunks of its scratch tensors
+    # tokens, bytes of an element -> chunks of its scratch tensors
+    attention_chunks: Callable[[int, int], int]
     add_norm: Callable[..., None]
     draw_tokens: Callable[..., None]
-    fused: "FusedProducts | None" = None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
+    fused: "FusedProducts | None" = (
+        None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
+    )
 
 
 @dataclass(frozen=True)
 class FusedProducts:
-    """A layer's products where each norms its own input and adds itself to the residual stream; see kernels/hopper/products.py."""
+    """A layer's products where each norms its own input and adds itself to the residual stream; see
+    kernels/hopper/products.py.
+    """
 
     linear: Callable[..., None]  # x, squares, weight, partial sums
     linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
     project: Callable[..., None]
-    project_blocks: Callable[[int, int], int]  # outputs, inputs -> blocks of squares that `project` writes
+    # outputs, inputs -> blocks of squares that `project` writes
+    project_blocks: Callable[[int, int], int]
     swiglu: Callable[..., None]  # x, squares, weight, out
     head: Callable[..., None]  # x, squares, weight, logits
     headroom: float  # factor of every x
@@ -67,16 +78,24 @@ class FusedProducts:
 
 @dataclass(frozen=True)
 class GroupNormOperations:
-    """The pixel decoder's two fused operations; the arguments are those of the torch references in kernels/group_norm.py."""
+    """The pixel decoder's two fused operations; the arguments are those of the torch references in
+    kernels/group_norm.py.
+    """
 
     add: Callable[..., tuple[Tensor | None, GroupStatistics]]
     normalize: Callable[..., Tensor]
 
 
 def select_group_norm(
-    device: torch.device, widths: Sequence[int], groups: int, backend: str, *, tell: Callable[[str], None]
+    device: torch.device,
+    widths: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    tell: Callable[[str], None],
 ) -> GroupNormOperations:
-    """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless torch is asked for.
+    """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless
+    torch is asked for.
 
     Args:
         widths: channels of every norm.
@@ -87,19 +106,30 @@ def select_group_norm(
     if device.type == "cuda" and triton_runs_on(device) and backend != "torch":
         if all(supports(width, groups) for width in widths):
             return GroupNormOperations(add_with_statistics, normalize)
-        tell(f"a tokenizer of {', '.join(map(str, widths))} channels has no Triton group norm: torch's takes its place")
+        tell(
+            f"a tokenizer of {', '.join(map(str, widths))} channels has no Triton group norm: "
+            "torch's takes its place"
+        )
     return GroupNormOperations(add_with_statistics_reference, normalize_reference)
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: a GPU of compute capability 8.0 and above, or the interpreter."""
+    """Whether Triton's kernels run there: a GPU of compute capability 8.0 and above, or the
+    interpreter.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def select_operations(
-    device: torch.device, dtype: torch.dtype, heads: int, head_size: int, backend: str, *, tell: Callable[[str], None]
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_size: int,
+    backend: str,
+    *,
+    tell: Callable[[str], None],
 ) -> Operations:
     """The operations for a model's shape on a device.
 
@@ -113,19 +143,34 @@ def select_operations(
     assert backend in BACKENDS
     runs = triton_runs_on(device)
     if backend == "triton" and not runs:
-        raise ValueError(f"attention_backend triton: {device} is no GPU of compute capability 8.0 or above; use auto or torch")
+        raise ValueError(
+            f"attention_backend triton: {device} is no GPU of compute capability 8.0 or above; use "
+            "auto or torch"
+        )
     if backend == "torch" or not runs:
         if backend == "auto" and device.type == "cuda":
-            tell("this GPU's compute capability is below 8.0: torch's operations take the place of the Triton kernels")
+            tell(
+                "this GPU's compute capability is below 8.0: torch's operations take the place of "
+                "the Triton kernels"
+            )
         return torch_operations()
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     hopper = capability == (9, 0) and dtype.itemsize == 2
     table = tile_table(capability, dtype)
-    operations = triton_operations(table, heads, head_size, launch_pdl=capability >= (9, 0), hopper=hopper)
+    operations = triton_operations(
+        table, heads, head_size, launch_pdl=capability >= (9, 0), hopper=hopper
+    )
     if head_size in HEAD_SIZES:
         return operations
-    tell(f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): torch's takes its place")
-    return replace(operations, attention=attention_reference, attention_chunks=torch_operations().attention_chunks)
+    tell(
+        f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): "
+        "torch's takes its place"
+    )
+    return replace(
+        operations,
+        attention=attention_reference,
+        attention_chunks=torch_operations().attention_chunks,
+    )
 
 
 def torch_operations() -> Operations:
@@ -144,7 +189,9 @@ def torch_operations() -> Operations:
     )
 
 
-def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False) -> Operations:
+def triton_operations(
+    table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False
+) -> Operations:
     """The fused kernels, cut up as the table says.
 
     Args:
@@ -152,7 +199,13 @@ def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pd
     """
 
     def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        linear(x, weight, out, table.linear_tiles(*weight.shape, weight.element_size()), launch_pdl=launch_pdl)
+        linear(
+            x,
+            weight,
+            out,
+            table.linear_tiles(*weight.shape, weight.element_size()),
+            launch_pdl=launch_pdl,
+        )
 
     def whole_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
         tiles = table.whole_linear_tiles(*weight.shape, weight.element_size())
@@ -172,14 +225,19 @@ def triton_operations(table: TileTable, heads: int, head_size: int, *, launch_pd
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
         linear=split_linear,
-        linear_splits=lambda outputs, inputs, itemsize: table.linear_tiles(outputs, inputs, itemsize).splits(inputs),
+        linear_splits=lambda outputs, inputs, itemsize: table.linear_tiles(
+            outputs, inputs, itemsize
+        ).splits(inputs),
         whole_linear=whole_linear,
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=attend,
-        attention_chunks=lambda tokens, itemsize: table.attention_tiles(heads, head_size, itemsize).chunks(tokens),
+        attention_chunks=lambda tokens, itemsize: table.attention_tiles(
+            heads, head_size, itemsize
+        ).chunks(tokens),
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
-        # Positions are of an earlier step: every step starts after the one before it has ended (see `embed`).
+        # Positions are of an earlier step: every step starts after the one before it has ended (see
+        # `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),
         fused=fused_products(table) if hopper else None,
     )
@@ -191,21 +249,29 @@ def fused_products(table: TileTable) -> FusedProducts:
     def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
         fused_linear(x, squares, weight, out, table.fused_linear_tiles(*weight.shape), eps=eps)
 
-    def project(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
-        fused_project(x, weight, residual, gain, normed, squares, table.fused_project_tiles(*weight.shape))
+    def project(
+        x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor
+    ) -> None:
+        fused_project(
+            x, weight, residual, gain, normed, squares, table.fused_project_tiles(*weight.shape)
+        )
 
     def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
         tiles = table.fused_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
         fused_swiglu(x, squares, weight, out, tiles, eps=eps)
 
     def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        fused_linear(x, squares, weight, logits[None], table.fused_head_tiles(*weight.shape), eps=eps)
+        fused_linear(
+            x, squares, weight, logits[None], table.fused_head_tiles(*weight.shape), eps=eps
+        )
 
     return FusedProducts(
         linear=linear,
         linear_splits=lambda outputs, inputs: table.fused_linear_tiles(outputs, inputs).splits,
         project=project,
-        project_blocks=lambda outputs, inputs: -(-outputs // table.fused_project_tiles(outputs, inputs).outputs),
+        project_blocks=lambda outputs, inputs: (
+            -(-outputs // table.fused_project_tiles(outputs, inputs).outputs)
+        ),
         swiglu=swiglu,
         head=head,
         headroom=HEADROOM,

@@ -1,10 +1,12 @@
-"""Group norm with SiLU for images whose channels lie together (channels last), in two memory-bound passes.
+"""Group norm with SiLU for images whose channels lie together (channels last), in two memory-bound
+passes.
 
-`add_with_statistics` makes the tensor that is to be normalised (convolution + its bias + shortcut) and measures it on the way;
-`normalize` applies norm and SiLU. torch's own group norm first copies channels-last images into the other layout. Statistics are
-float32 means and squared deviations of small chunks, merged by Chan's formula around a pivot near the mean, so that a large mean
-does not swallow the variance. The order of every sum depends on the shape alone. Each function stands beside a torch reference of
-the same signature, which any device runs.
+`add_with_statistics` makes the tensor that is to be normalised (convolution + its bias + shortcut)
+and measures it on the way; `normalize` applies norm and SiLU. torch's own group norm first copies
+channels-last images into the other layout. Statistics are float32 means and squared deviations of
+small chunks, merged by Chan's formula around a pivot near the mean, so that a large mean does not
+swallow the variance. The order of every sum depends on the shape alone. Each function stands beside
+a torch reference of the same signature, which any device runs.
 
 Images are [images, height, width, channels] here, contiguous.
 """
@@ -59,7 +61,9 @@ def add_with_statistics_reference(
     out = None if out_dtype is None else total.to(out_dtype)
     images, height, width, channels = total.shape
     positions = height * width
-    values = (total if out is None else out.float()).reshape(images, 1, positions, groups, channels // groups)
+    values = (total if out is None else out.float()).reshape(
+        images, 1, positions, groups, channels // groups
+    )
     means = values.mean(dim=(2, 4))
     squares = (values - means[:, :, None, :, None]).square().sum(dim=(2, 4))
     return out, GroupStatistics(means, squares, positions, positions)
@@ -79,10 +83,15 @@ def normalize_reference(
     """See `normalize`."""
     chunks, groups = statistics.means.shape[1:]
     starts = torch.arange(chunks, device=x.device) * statistics.chunk_positions
-    lengths = (statistics.positions - starts).clamp(max=statistics.chunk_positions).float()[:, None]  # [chunks, 1]
+    # [chunks, 1]
+    lengths = (statistics.positions - starts).clamp(max=statistics.chunk_positions).float()[:, None]
     group_size = x.shape[-1] // groups
-    mean = (statistics.means * lengths).sum(dim=1, keepdim=True) / statistics.positions  # [images, 1, groups]
-    squares = (statistics.squares + group_size * lengths * (statistics.means - mean).square()).sum(dim=1)
+    mean = (statistics.means * lengths).sum(
+        dim=1, keepdim=True
+    ) / statistics.positions  # [images, 1, groups]
+    squares = (statistics.squares + group_size * lengths * (statistics.means - mean).square()).sum(
+        dim=1
+    )
     deviation = torch.rsqrt(squares / (statistics.positions * group_size) + eps)  # [images, groups]
     scale = deviation.repeat_interleave(group_size, dim=1) * gain  # [images, channels]
     offset = shift - mean[:, 0].repeat_interleave(group_size, dim=1) * scale
@@ -96,17 +105,21 @@ def interleave(x: Tensor) -> Tensor:
     """Four phases side by side -> an image of twice the size.
 
     Args:
-        x: [images, height + 1, width + 1, 4 * channels]: the channels of phase (0, 0), (0, 1), (1, 0) and (1, 1).
+        x: [images, height + 1, width + 1, 4 * channels]: the channels of phase (0, 0), (0, 1), (1,
+            0) and (1, 1).
 
     Returns:
-        [images, 2 * height, 2 * width, channels]: pixel (2 i + a, 2 j + b) is phase (a, b) at (i + a, j + b).
+        [images, 2 * height, 2 * width, channels]: pixel (2 i + a, 2 j + b) is phase (a, b) at (i +
+        a, j + b).
     """
     images, height, width, channels = x.shape[0], x.shape[1] - 1, x.shape[2] - 1, x.shape[3] // 4
     out = x.new_empty(images, height, 2, width, 2, channels)
     for a in (0, 1):
         for b in (0, 1):
             phase = 2 * a + b
-            out[:, :, a, :, b] = x[:, a : a + height, b : b + width, phase * channels : (phase + 1) * channels]
+            out[:, :, a, :, b] = x[
+                :, a : a + height, b : b + width, phase * channels : (phase + 1) * channels
+            ]
     return out.view(images, 2 * height, 2 * width, channels)
 
 
@@ -122,11 +135,13 @@ def add_with_statistics(
     """x + bias (+ residual), and what a group norm of it needs to know.
 
     Args:
-        x: [images, height, width, channels]; with `interleaved`, the four phases that `interleave` takes.
+        x: [images, height, width, channels]; with `interleaved`, the four phases that `interleave`
+            takes.
         bias: float32 [channels]
         residual: of the sum's shape and any dtype, or None.
         groups: of the norm.
-        out_dtype: of the sum, which is measured after rounding; None: it is measured (unrounded) but not stored.
+        out_dtype: of the sum, which is measured after rounding; None: it is measured (unrounded)
+            but not stored.
 
     Returns:
         The sum [images, height, width, channels] or None, and its statistics.
@@ -142,7 +157,9 @@ def add_with_statistics(
     chunks = triton.cdiv(positions, chunk_positions)
     means = x.new_empty(images, chunks, groups, dtype=torch.float32)
     squares = torch.empty_like(means)
-    out = None if out_dtype is None else x.new_empty(images, height, width, channels, dtype=out_dtype)
+    out = (
+        None if out_dtype is None else x.new_empty(images, height, width, channels, dtype=out_dtype)
+    )
     _add_with_statistics_kernel[(chunks, images)](
         x,
         bias,
@@ -182,7 +199,8 @@ def normalize(
         gain: float32 [channels], the norm's weight.
         shift: float32 [channels], the norm's bias.
         eps: added to the variance.
-        bias: float32 [channels], added to x first: the bias of a convolution whose sum was not stored.
+        bias: float32 [channels], added to x first: the bias of a convolution whose sum was not
+            stored.
         silu: False leaves it at the norm.
         out_dtype: of the result, which has x's shape.
     """
@@ -214,7 +232,15 @@ def normalize(
     out = torch.empty_like(x, dtype=out_dtype)
     tile_positions = max(chunk_positions_for(channels, positions) // 2, 1)
     _apply_kernel[(triton.cdiv(positions, tile_positions), images)](
-        x, scale, offset, out, positions, CHANNELS=channels, TILE=tile_positions, SILU=silu, num_warps=_WARPS
+        x,
+        scale,
+        offset,
+        out,
+        positions,
+        CHANNELS=channels,
+        TILE=tile_positions,
+        SILU=silu,
+        num_warps=_WARPS,
     )
     return out
 
@@ -242,7 +268,8 @@ def _add_with_statistics_kernel(
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     valid = (position < positions)[:, None]
     # 64 bits: sixteen images of 1024 x 1024 with 128 channels have 2**31 elements.
-    place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]  # [CHUNK, CHANNELS]
+    # [CHUNK, CHANNELS]
+    place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]
     source = place
     if INTERLEAVED:
         row, column = position // width, position % width
@@ -252,7 +279,10 @@ def _add_with_statistics_kernel(
         low_positions = (positions // width // 2 + 1) * low_width
         low = image.to(tl.int64) * low_positions + low_row * low_width + low_column
         source = (low * 4 + phase)[:, None] * CHANNELS + channel[None, :]
-    total = tl.load(x_ptr + source, mask=valid, other=0.0).to(tl.float32) + tl.load(bias_ptr + channel)[None, :]
+    total = (
+        tl.load(x_ptr + source, mask=valid, other=0.0).to(tl.float32)
+        + tl.load(bias_ptr + channel)[None, :]
+    )
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + place, mask=valid, other=0.0).to(tl.float32)
     if STORES:
@@ -295,7 +325,8 @@ def _merge_statistics_kernel(
 ):
     first_group, image = tl.program_id(0) * GROUPS_AT_ONCE, tl.program_id(1)
     group = first_group + tl.arange(0, GROUPS_AT_ONCE)
-    pivot = tl.load(means_ptr + image * chunks * GROUPS + group)  # near the mean, so that the sums below stay small
+    # near the mean, so that the sums below stay small
+    pivot = tl.load(means_ptr + image * chunks * GROUPS + group)
     # Sums of each lane of chunks, reduced once at the end: [CHUNKS_AT_ONCE, GROUPS_AT_ONCE].
     weighted = tl.zeros((CHUNKS_AT_ONCE, GROUPS_AT_ONCE), tl.float32)
     spread = tl.zeros((CHUNKS_AT_ONCE, GROUPS_AT_ONCE), tl.float32)
@@ -303,8 +334,13 @@ def _merge_statistics_kernel(
         chunk = start + tl.arange(0, CHUNKS_AT_ONCE)
         valid = (chunk < chunks)[:, None]
         slot = (image * chunks + chunk)[:, None] * GROUPS + group[None, :]
-        count = tl.minimum(positions - chunk * chunk_positions, chunk_positions).to(tl.float32)[:, None] * GROUP_SIZE
-        distance = tl.where(valid, tl.load(means_ptr + slot, mask=valid, other=0.0) - pivot[None, :], 0.0)
+        count = (
+            tl.minimum(positions - chunk * chunk_positions, chunk_positions).to(tl.float32)[:, None]
+            * GROUP_SIZE
+        )
+        distance = tl.where(
+            valid, tl.load(means_ptr + slot, mask=valid, other=0.0) - pivot[None, :], 0.0
+        )
         weighted += count * distance
         spread += tl.load(squares_ptr + slot, mask=valid, other=0.0) + count * distance * distance
     total = (positions * GROUP_SIZE).to(tl.float32)
@@ -313,7 +349,8 @@ def _merge_statistics_kernel(
     variance = tl.maximum(tl.sum(spread, axis=0) / total - shifted * shifted, 0.0)
     deviation = tl.rsqrt(variance + eps)
 
-    channel = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [GROUPS_AT_ONCE, GROUP_SIZE]
+    # [GROUPS_AT_ONCE, GROUP_SIZE]
+    channel = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
     scale = deviation[:, None] * tl.load(gain_ptr + channel)
     offset = tl.load(shift_ptr + channel) - mean[:, None] * scale
     if HAS_BIAS:
@@ -338,7 +375,8 @@ def _apply_kernel(
     channel = tl.arange(0, CHANNELS)
     position = tile * TILE + tl.arange(0, TILE)
     valid = (position < positions)[:, None]
-    place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]  # [TILE, CHANNELS]
+    # [TILE, CHANNELS]
+    place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]
     scale = tl.load(scale_ptr + image * CHANNELS + channel)[None, :]
     offset = tl.load(offset_ptr + image * CHANNELS + channel)[None, :]
     y = tl.load(x_ptr + place, mask=valid, other=0.0).to(tl.float32) * scale + offset

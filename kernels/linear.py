@@ -1,9 +1,11 @@
 """Matrix products of few rows with many weights: y = x W^T, cut along the inputs into partial sums.
 
-A decode step multiplies a handful of rows with every weight once, so the time is that of streaming the weights. Three things
-make the stream dense: the weights are the wide operand (y^T = W x^T), a program's weights are on their way before it waits for
-the kernel that computes x (programmatic dependent launch), and the inputs are cut into splits so that there are enough programs.
-The splits' partial sums are stored apart and added in order by whoever reads them: a sum's order depends on shapes only.
+A decode step multiplies a handful of rows with every weight once, so the time is that of streaming
+the weights. Three things make the stream dense: the weights are the wide operand (y^T = W x^T), a
+program's weights are on their way before it waits for the kernel that computes x (programmatic
+dependent launch), and the inputs are cut into splits so that there are enough programs. The splits'
+partial sums are stored apart and added in order by whoever reads them: a sum's order depends on
+shapes only.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ class LinearTiles:
     outputs: int  # outputs of a program
     inputs: int  # inputs of one tile
     tiles: int  # tiles of a program, one after the other along the inputs
-    early: int  # tiles whose weights are loaded before the wait; the rest is streamed through a pipeline
+    # tiles whose weights are loaded before the wait; the rest is streamed through a pipeline
+    early: int
     stages: int  # depth of that pipeline
     warps: int
 
@@ -61,19 +64,25 @@ def _linear_kernel(
     early_weights = ()
     for tile in tl.static_range(EARLY):
         column = first_input + tile * INPUT_TILE + lane
-        early_weights = early_weights + (_load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE),)
+        early_weights = early_weights + (
+            _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE),
+        )
     if LAUNCH_PDL:
         gdc_wait()  # only now is x valid
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         column = first_input + tile * INPUT_TILE + lane
         weights = _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE)
-        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        values = tl.load(
+            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+        )
         total = tl.dot(weights, values, total, input_precision="ieee")
     early_values = ()
     for tile in tl.static_range(EARLY):
         column = first_input + tile * INPUT_TILE + lane
-        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        values = tl.load(
+            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+        )
         early_values = early_values + (values,)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
@@ -82,8 +91,17 @@ def _linear_kernel(
 
 
 @triton.jit
-def _load_weights(weight_rows, column, live_output, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_TILE: tl.constexpr):
-    """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's outputs exist."""
+def _load_weights(
+    weight_rows,
+    column,
+    live_output,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUTPUT_TILE: tl.constexpr,
+):
+    """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's
+    outputs exist.
+    """
     live = (column < INPUTS)[None, :]
     if OUTPUTS % OUTPUT_TILE != 0:
         live = live & live_output[:, None]
@@ -101,7 +119,8 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
     Args:
         x: [rows, inputs], the weights' dtype; a multiple of 8 inputs.
         weight: [outputs, inputs], contiguous.
-        out: float32 [tiles.splits(inputs), rows, outputs]; their sum over the first dimension is the product.
+        out: float32 [tiles.splits(inputs), rows, outputs]; their sum over the first dimension is
+            the product.
     """
     rows, inputs = x.shape
     outputs = weight.shape[0]
@@ -128,7 +147,9 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
 
 
 def pdl_option(launch_pdl: bool) -> dict[str, bool]:
-    """The launch option of programmatic dependent launch; none where it is off (older GPUs do not know it)."""
+    """The launch option of programmatic dependent launch; none where it is off (older GPUs do not
+    know it).
+    """
     return {"launch_pdl": True} if launch_pdl else {}
 
 

@@ -1,4 +1,5 @@
-"""The residual stream: its start (a row's embedding) and its growth (partial sums of a product), each with the norm that follows.
+"""The residual stream: its start (a row's embedding) and its growth (partial sums of a product),
+each with the norm that follows.
 
 The residual stream is float32; what is normalised goes to the next product in the weights' dtype.
 """
@@ -49,12 +50,18 @@ def _embed_kernel(
     # Clamped: whatever a damaged model drew, no address outside the tables is read.
     token = tl.minimum(tl.maximum(token, 0), vocabulary - 1).to(tl.int64)
     label = tl.minimum(tl.maximum(label, 0), classes - 1).to(tl.int64)
-    x = tl.load(token_embedding + token * WIDTH + lane, mask=live & (position > 0), other=0.0).to(tl.float32)
-    x += tl.load(class_embedding + label * WIDTH + lane, mask=live & (position <= 0), other=0.0).to(tl.float32)
+    x = tl.load(token_embedding + token * WIDTH + lane, mask=live & (position > 0), other=0.0).to(
+        tl.float32
+    )
+    x += tl.load(class_embedding + label * WIDTH + lane, mask=live & (position <= 0), other=0.0).to(
+        tl.float32
+    )
     total = tl.sum(x * x, 0)
     if BLOCKS > 0:  # the next product divides
         block = tl.arange(0, BLOCKS_TILE)
-        tl.store(squares + block * rows + row, tl.where(block == 0, total, 0.0), mask=block < BLOCKS)
+        tl.store(
+            squares + block * rows + row, tl.where(block == 0, total, 0.0), mask=block < BLOCKS
+        )
         scale = HEADROOM
     else:
         scale = tl.rsqrt(total / WIDTH + EPS)
@@ -79,19 +86,23 @@ def embed(
     headroom: float = 1.0,
     launch_pdl: bool,
 ) -> None:
-    """Starts the residual stream of every row: its class at position 0, else the token drawn last; and norms it.
+    """Starts the residual stream of every row: its class at position 0, else the token drawn last;
+    and norms it.
 
-    The first kernel of a step. It is launched without the programmatic attribute, so that every kernel of earlier steps is
-    complete before any kernel of this step starts: what these may load early is complete by that.
+    The first kernel of a step. It is launched without the programmatic attribute, so that every
+    kernel of earlier steps is complete before any kernel of this step starts: what these may load
+    early is complete by that.
 
     Args:
         codes: int32 [slots, cells], tokens of the images.
-        row_slots, positions, labels: int32 [rows]; positions below 0 are padding (any finite values come out).
+        row_slots, positions, labels: int32 [rows]; positions below 0 are padding (any finite values
+            come out).
         token_embedding: [vocabulary, width]; class_embedding: [classes, width]; gain: [width].
         residual: float32 [rows, width], written.
         normed: [rows, width], written: the first layer's input, rms-normed times gain.
-        squares: float32 [blocks, rows]; if given, the norm is left to the first product (kernels/hopper/products.py): `normed` is
-            residual * gain * headroom, and the residual's sum of squares is written here, in the first block.
+        squares: float32 [blocks, rows]; if given, the norm is left to the first product
+            (kernels/hopper/products.py): `normed` is residual * gain * headroom, and the residual's
+            sum of squares is written here, in the first block.
     """
     rows, width = residual.shape
     tile = triton.next_power_of_2(width)
@@ -174,7 +185,9 @@ def _add_norm_kernel(
     x = tl.load(residual + at, mask=live, other=0.0)
     parts = ()
     for split in tl.static_range(SPLITS):  # all on their way before the first is added
-        parts = parts + (tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0),)
+        parts = parts + (
+            tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0),
+        )
     for split in tl.static_range(SPLITS):
         x += parts[split].to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
@@ -182,8 +195,17 @@ def _add_norm_kernel(
     tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
 
 
-def add_norm(residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float, launch_pdl: bool) -> None:
-    """Adds a product's partial sums to the residual stream, in order, and norms the result for the next product.
+def add_norm(
+    residual: Tensor,
+    partials: Tensor,
+    gain: Tensor,
+    normed: Tensor,
+    *,
+    eps: float,
+    launch_pdl: bool,
+) -> None:
+    """Adds a product's partial sums to the residual stream, in order, and norms the result for the
+    next product.
 
     Args:
         residual: float32 [rows, width], updated.
@@ -209,7 +231,9 @@ def add_norm(residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *
     )
 
 
-def add_norm_reference(residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float) -> None:
+def add_norm_reference(
+    residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float
+) -> None:
     """The same in torch."""
     for partial in partials:
         residual += partial

@@ -1,8 +1,10 @@
-"""The last kernel of a step: guidance, temperature, top-k, top-p, the draw, the hand-over to the next step; no sort.
+"""The last kernel of a step: guidance, temperature, top-k, top-p, the draw, the hand-over to the
+next step; no sort.
 
-One program draws one image with the whole vocabulary in registers. Drawing from the kept tokens by Gumbel-max is the same as trying
-all tokens in order of their perturbed scores until one is in the kept set; whether one is, a count and a mass tell. If it is not,
-neither is any token ranked after it, so a round rules out many, and one to three rounds are usual.
+One program draws one image with the whole vocabulary in registers. Drawing from the kept tokens by
+Gumbel-max is the same as trying all tokens in order of their perturbed scores until one is in the
+kept set; whether one is, a count and a mass tell. If it is not, neither is any token ranked after
+it, so a round rules out many, and one to three rounds are usual.
 """
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# Values a thread holds of each tile. A vocabulary of 16,384 then takes 16 warps, each thread up to 128 registers: no spills
-# (32 warps leave 64 registers a thread, and spill a dozen).
+# Values a thread holds of each tile. A vocabulary of 16,384 then takes 16 warps, each thread up to
+# 128 registers: no spills (32 warps leave 64 registers a thread, and spill a dozen).
 _VALUES_PER_THREAD = 32
 _MOST_WARPS = 32
 _LARGEST_VOCABULARY = 2**16
@@ -21,7 +23,9 @@ _LARGEST_VOCABULARY = 2**16
 
 @triton.jit
 def _log(x, FAST: tl.constexpr):
-    """Within 2^-22 of log(x) in (1/2, 2), relatively elsewhere; the accurate one takes ten times as many instructions."""
+    """Within 2^-22 of log(x) in (1/2, 2), relatively elsewhere; the accurate one takes ten times as
+    many instructions.
+    """
     if FAST:
         return libdevice.fast_logf(x)
     else:
@@ -33,8 +37,8 @@ def _gumbel(bits, FAST: tl.constexpr):
     """-log(-log(u)), u = (top 24 bits + 1/2) / 2^24."""
     whole = (bits >> 8).to(tl.int32)
     uniform = (whole.to(tl.float32) + 0.5) * (2.0**-24)
-    # Near 1, where float32 is too coarse for u (and rounds the last one to 1), 1 - u is exact, and the series of -log(1 - x) is
-    # within a relative 1e-7.
+    # Near 1, where float32 is too coarse for u (and rounds the last one to 1), 1 - u is exact, and
+    # the series of -log(1 - x) is within a relative 1e-7.
     below_one = ((0xFFFFFF - whole).to(tl.float32) + 0.5) * (2.0**-24)
     series = tl.full(below_one.shape, 1.0 / 7.0, tl.float32)
     for power in tl.static_range(6, 0, -1):
@@ -56,7 +60,8 @@ def _gumbel_noise(seed, position, image_index, BLOCK: tl.constexpr, FAST: tl.con
 
 @triton.jit
 def _computed_here(x0, x1, x2, x3):
-    """The four tensors, computed by this point: the assembler moves arithmetic past the wait, to where it is used, but no trap.
+    """The four tensors, computed by this point: the assembler moves arithmetic past the wait, to
+    where it is used, but no trap.
 
     The trap is on NaN, which noise never is.
     """
@@ -85,12 +90,24 @@ def _computed_here(x0, x1, x2, x3):
 
 
 @triton.jit
-def _scaled_logits(logits_pointer, row, unconditional_row, guidance_scale, inverse_temperature, tokens, VOCAB: tl.constexpr):
-    """Guided logits over the temperature; -inf beyond the vocabulary. Used for all tokens and for one: equal bits."""
+def _scaled_logits(
+    logits_pointer,
+    row,
+    unconditional_row,
+    guidance_scale,
+    inverse_temperature,
+    tokens,
+    VOCAB: tl.constexpr,
+):
+    """Guided logits over the temperature; -inf beyond the vocabulary. Used for all tokens and for
+    one: equal bits.
+    """
     real = tokens < VOCAB
     guided = unconditional_row >= 0
     own = tl.load(logits_pointer + (row * VOCAB + tokens), mask=real, other=0.0)
-    free = tl.load(logits_pointer + (unconditional_row * VOCAB + tokens), mask=real & guided, other=0.0)
+    free = tl.load(
+        logits_pointer + (unconditional_row * VOCAB + tokens), mask=real & guided, other=0.0
+    )
     mixed = tl.where(guided, free + (own - free) * guidance_scale, own)
     return tl.where(real, mixed * inverse_temperature, float("-inf"))
 
@@ -110,14 +127,17 @@ def _key_of(value):
 
 @triton.jit
 def _top_k_threshold(scaled, highest, top_k):
-    """A value that exactly the tokens kept by top-k reach: bisection over float32's order, at most 32 counts."""
+    """A value that exactly the tokens kept by top-k reach: bisection over float32's order, at most
+    32 counts.
+    """
     low = _key_of(tl.full((), float("-inf"), tl.float32))
     high = _key_of(highest) + 1
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
         reaching = tl.sum((scaled >= _float_of(middle)).to(tl.int32), axis=0)
         low = tl.where(reaching >= top_k, middle, low)
-        # When exactly k tokens reach the middle, it separates them from the rest and the search ends.
+        # When exactly k tokens reach the middle, it separates them from the rest and the search
+        # ends.
         high = tl.where(reaching > top_k, high, tl.where(reaching == top_k, middle + 1, middle))
     return _float_of(low)
 
@@ -152,49 +172,71 @@ def _draw_kernel(
     image = tl.program_id(0)
     conditional_row = tl.load(conditional_rows_pointer + image)
     row = tl.maximum(conditional_row, 0)
-    # Past the L1 cache, which a kernel before may have filled on this multiprocessor when positions were read early.
+    # Past the L1 cache, which a kernel before may have filled on this multiprocessor when positions
+    # were read early.
     position = tl.load(positions_pointer + row, cache_modifier=".cg")
     seed = tl.load(seeds_pointer + image)
     image_index = tl.load(image_indices_pointer + image)
-    noise0, noise1, noise2, noise3 = _gumbel_noise(seed, position, image_index, BLOCK=BLOCK, FAST=FAST)
+    noise0, noise1, noise2, noise3 = _gumbel_noise(
+        seed, position, image_index, BLOCK=BLOCK, FAST=FAST
+    )
     if LAUNCH_PDL and EARLY_POSITIONS:
         noise0, noise1, noise2, noise3 = _computed_here(noise0, noise1, noise2, noise3)
         gdc_wait()
 
-    # An image that is left alone goes through with no round and no store. It waits like the rest: the next kernel relies on it.
+    # An image that is left alone goes through with no round and no store. It waits like the rest:
+    # the next kernel relies on it.
     active = (conditional_row >= 0) & (position >= 0) & (position < TOKENS)
     unconditional_row = tl.load(unconditional_rows_pointer + image)
     guidance_scale = tl.load(guidance_scales_pointer + image)
     temperature = tl.load(temperatures_pointer + image)
     top_k = tl.load(top_ks_pointer + image)
     top_p = tl.load(top_ps_pointer + image)
-    inverse_temperature = tl.where(temperature == 0.0, 1.0, tl.div_rn(1.0, tl.maximum(temperature, 1e-5)))
+    inverse_temperature = tl.where(
+        temperature == 0.0, 1.0, tl.div_rn(1.0, tl.maximum(temperature, 1e-5))
+    )
 
     tokens = tl.arange(0, BLOCK)
-    scaled = _scaled_logits(logits_pointer, row, unconditional_row, guidance_scale, inverse_temperature, tokens, VOCAB)
+    scaled = _scaled_logits(
+        logits_pointer, row, unconditional_row, guidance_scale, inverse_temperature, tokens, VOCAB
+    )
     noise = tl.interleave(tl.interleave(noise0, noise2), tl.interleave(noise1, noise3))
     noise = tl.where(temperature == 0.0, 0.0, noise)
     # NaN and +inf win the first round, so that its winner tells of them: no reduction of their own.
     perturbed = tl.where(scaled < float("inf"), scaled + noise, float("inf"))
 
     highest = 0.0
-    largest_mass = float("inf")  # that the tokens ranked before a kept one may have, in units of the first one's
+    # that the tokens ranked before a kept one may have, in units of the first one's
+    largest_mass = float("inf")
     if top_p < 1.0:
         highest = tl.max(scaled, axis=0)
         threshold = float("-inf")
         if top_k > 0:
             threshold = _top_k_threshold(scaled, highest, top_k)
-        largest_mass = top_p * tl.sum(tl.where(scaled >= threshold, tl.exp(scaled - highest), 0.0), axis=0)
+        largest_mass = top_p * tl.sum(
+            tl.where(scaled >= threshold, tl.exp(scaled - highest), 0.0), axis=0
+        )
 
     token = 0
     best = 0.0
-    limit = float("-inf")  # tokens ranked at or after (limit, limit_token) are ruled out; at first none
+    # tokens ranked at or after (limit, limit_token) are ruled out; at first none
+    limit = float("-inf")
     limit_token = BLOCK
     searching = active
     while searching:
         ruled_out = (scaled < limit) | ((scaled == limit) & (tokens >= limit_token))
-        best, token = tl.max(tl.where(ruled_out, float("-inf"), perturbed), axis=0, return_indices=True)
-        value = _scaled_logits(logits_pointer, row, unconditional_row, guidance_scale, inverse_temperature, token, VOCAB)
+        best, token = tl.max(
+            tl.where(ruled_out, float("-inf"), perturbed), axis=0, return_indices=True
+        )
+        value = _scaled_logits(
+            logits_pointer,
+            row,
+            unconditional_row,
+            guidance_scale,
+            inverse_temperature,
+            token,
+            VOCAB,
+        )
         larger = tl.sum((scaled > value).to(tl.int32), axis=0)
         in_top_k = (top_k <= 0) | (larger < top_k)
         crossed_before = False
@@ -205,7 +247,8 @@ def _draw_kernel(
         finite = (best < float("inf")) & (best > float("-inf"))
         searching = finite & ((in_top_k == 0) | crossed_before)
         limit = value
-        limit_token = tl.where(in_top_k, token, 0)  # tokens that tie are kept or ruled out by top-k together
+        # tokens that tie are kept or ruled out by top-k together
+        limit_token = tl.where(in_top_k, token, 0)
 
     broken = (best == float("inf")) | (best == float("-inf"))
     slot = tl.load(image_slots_pointer + image)
@@ -242,28 +285,41 @@ def draw_tokens(
     early_positions: bool = False,
     num_warps: int | None = None,
 ) -> None:
-    """Draws one token for each of the first `images` images; arguments and result are those of `sampling_reference.draw_tokens`.
+    """Draws one token for each of the first `images` images; arguments and result are those of
+    `sampling_reference.draw_tokens`.
 
-    The random bits are the reference's; the noise may differ from its in the last bits, so that another token can win only where
-    two perturbed scores are within 1e-5, or a token's mass is at top-p to float32's rounding.
+    The random bits are the reference's; the noise may differ from its in the last bits, so that
+    another token can win only where two perturbed scores are within 1e-5, or a token's mass is at
+    top-p to float32's rounding.
 
     Args:
-        early_positions: `positions` and `conditional_rows` may be read, and the noise made, before the kernels before this one
-            have ended. True only if it is certain that the previous draw has ended by then.
+        early_positions: `positions` and `conditional_rows` may be read, and the noise made, before
+            the kernels before this one have ended. True only if it is certain that the previous
+            draw has ended by then.
         num_warps: of a program; None takes what keeps the vocabulary in registers.
 
     Raises:
-        ValueError: the vocabulary or the logits are larger than a program holds or addresses, or a tensor is not contiguous.
+        ValueError: the vocabulary or the logits are larger than a program holds or addresses, or a
+            tensor is not contiguous.
     """
     if images == 0:
         return
     vocab_size = logits.shape[1]
     if vocab_size > _LARGEST_VOCABULARY:
-        raise ValueError(f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use the torch reference")
+        raise ValueError(
+            f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use "
+            "the torch reference"
+        )
     if logits.numel() >= 2**31:
-        raise ValueError(f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw addresses: use fewer rows")
+        raise ValueError(
+            f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw "
+            "addresses: use fewer rows"
+        )
     if not (logits.is_contiguous() and codes.is_contiguous()):
-        raise ValueError("the Triton draw takes logits and codes whose rows follow each other in memory: make them contiguous")
+        raise ValueError(
+            "the Triton draw takes logits and codes whose rows follow each other in memory: make "
+            "them contiguous"
+        )
     block = max(16, triton.next_power_of_2(vocab_size))
     launch_pdl = logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (9, 0)
     _draw_kernel[(images,)](
@@ -288,6 +344,7 @@ def draw_tokens(
         EARLY_POSITIONS=early_positions,
         num_warps=num_warps or warps_for(block),
         launch_pdl=launch_pdl,
-        # A fused multiply-add would round guided logits otherwise than torch does, and break or make ties.
+        # A fused multiply-add would round guided logits otherwise than torch does, and break or
+        # make ties.
         enable_fp_fusion=False,
     )

@@ -1,13 +1,16 @@
-"""The last operation of a step, in torch: guidance, temperature, top-k, top-p, the draw, the hand-over to the next step.
+"""The last operation of a step, in torch: guidance, temperature, top-k, top-p, the draw, the
+hand-over to the next step.
 
-Draws are keyed, not sequential: a token depends on its logits and on (seed, index of the image within its request, position), so
-an image is the same wherever it stands in a batch. Nothing here waits for the device.
+Draws are keyed, not sequential: a token depends on its logits and on (seed, index of the image
+within its request, position), so an image is the same wherever it stands in a batch. Nothing here
+waits for the device.
 """
 
 import torch
 from torch import Tensor
 
-# Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), and their Random123 library.
+# Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), and their Random123
+# library.
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
@@ -15,7 +18,9 @@ _WORD = 0xFFFFFFFF
 _COLDEST = 1e-5
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10: four random words for each counter and key.
 
     Args:
@@ -28,7 +33,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     word0, word1, word2, word3 = counter
     key0, key1 = key
     for _ in range(_PHILOX_ROUNDS):
-        # The products wrap around in int64; their 64 bits are right all the same. Bits above 32 are cleared before they matter.
+        # The products wrap around in int64; their 64 bits are right all the same. Bits above 32 are
+        # cleared before they matter.
         even = word0 * _PHILOX_MULTIPLIERS[0]
         odd = word2 * _PHILOX_MULTIPLIERS[1]
         word0 = ((odd >> 32) ^ word1 ^ key0) & _WORD
@@ -39,16 +45,21 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def gumbel(words: Tensor) -> Tensor:
-    """-log(-log(u)) as float32, u = (top 24 bits of a 32-bit word + 1/2) / 2^24, which is neither 0 nor 1."""
+    """-log(-log(u)) as float32, u = (top 24 bits of a 32-bit word + 1/2) / 2^24, which is neither 0
+    nor 1.
+    """
     # 2^24 - 1/2 is no float32, and u must not round to 1: hence float64.
     uniform = (words >> 8).double().add_(0.5).mul_(2.0**-24)
     return uniform.log_().neg_().log_().neg_().float()
 
 
-def gumbel_noise(seeds: Tensor, image_indices: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(
+    seeds: Tensor, image_indices: Tensor, positions: Tensor, vocab_size: int
+) -> Tensor:
     """Standard Gumbel noise of every token.
 
-    Token t takes word t % 4 of counter (t // 4, position, image index, 0) under the seed as key (low word first).
+    Token t takes word t % 4 of counter (t // 4, position, image index, 0) under the seed as key
+    (low word first).
 
     Args:
         seeds: int64 [images], all 64 bits count
@@ -59,17 +70,21 @@ def gumbel_noise(seeds: Tensor, image_indices: Tensor, positions: Tensor, vocab_
         float32 [images, vocab_size]
     """
     quads = torch.arange((vocab_size + 3) // 4, device=seeds.device)
-    seeds, image_indices, positions = (words.long()[:, None] for words in (seeds, image_indices, positions))
+    seeds, image_indices, positions = (
+        words.long()[:, None] for words in (seeds, image_indices, positions)
+    )
     counter = (quads[None], positions & _WORD, image_indices & _WORD, torch.zeros_like(quads)[None])
-    words = torch.stack(philox4x32(counter, (seeds & _WORD, (seeds >> 32) & _WORD)), dim=-1)  # [images, quads, 4]
+    # [images, quads, 4]
+    words = torch.stack(philox4x32(counter, (seeds & _WORD, (seeds >> 32) & _WORD)), dim=-1)
     return gumbel(words.flatten(1)[:, :vocab_size])
 
 
 def kept_tokens(scaled: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
     """Which tokens top-k, then top-p leave to draw from.
 
-    Top-k keeps a token if fewer than k logits are strictly larger (so ties stay); top-p keeps it if the mass, under the softmax
-    over what top-k kept, of the tokens ranked before it is at most p (equal logits are ranked by lowest id).
+    Top-k keeps a token if fewer than k logits are strictly larger (so ties stay); top-p keeps it if
+    the mass, under the softmax over what top-k kept, of the tokens ranked before it is at most p
+    (equal logits are ranked by lowest id).
 
     Args:
         scaled: float32 [images, vocab_size], logits divided by the temperature
@@ -89,7 +104,9 @@ def kept_tokens(scaled: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
     mass = weights.double().cumsum(dim=-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=-1).float()
     crossed_before = before > top_ps[:, None] * mass[:, -1:].float()
-    in_top_p = (top_ps >= 1)[:, None] | ~torch.empty_like(in_top_k).scatter_(-1, order, crossed_before)
+    in_top_p = (top_ps >= 1)[:, None] | ~torch.empty_like(in_top_k).scatter_(
+        -1, order, crossed_before
+    )
     return in_top_k & in_top_p
 
 
@@ -110,15 +127,18 @@ def draw_tokens(
     *,
     images: int,
 ) -> None:
-    """Draws one token for each of the first `images` images, stores it, and moves their rows to the next position.
+    """Draws one token for each of the first `images` images, stores it, and moves their rows to the
+    next position.
 
-    The draw is Gumbel-max over the kept tokens (the largest of logit / temperature + noise, lowest id on equal), which follows
-    their softmax; at temperature 0 the largest guided logit, lowest id on equal.
+    The draw is Gumbel-max over the kept tokens (the largest of logit / temperature + noise, lowest
+    id on equal), which follows their softmax; at temperature 0 the largest guided logit, lowest id
+    on equal.
 
     Args:
         logits: float32 [rows, vocab_size]; rows of no image may hold anything.
         positions: int32 [rows], the step; one is added for the rows of each image drawn.
-        conditional_rows: int32 [images or more]; negative: no image here, nothing is read or written for it.
+        conditional_rows: int32 [images or more]; negative: no image here, nothing is read or
+            written for it.
         unconditional_rows: int32; negative: no guidance.
         image_slots: int32, the image's row in `codes` and `failed`; no two images share one.
         guidance_scales: float32; guided = unconditional + (conditional - unconditional) * scale.
@@ -127,9 +147,10 @@ def draw_tokens(
         top_ps: float32, 1 keeps all
         seeds: int64
         image_indices: int32, index of the image within its request
-        codes: int32 [slots, tokens]; codes[slot, position] is written. At a position that it does not have, an image is left alone.
-        failed: int32 [slots]; becomes 1 where a logit (guided, divided by the temperature) is NaN or +inf, or all are -inf; then
-            the token is 0.
+        codes: int32 [slots, tokens]; codes[slot, position] is written. At a position that it does
+            not have, an image is left alone.
+        failed: int32 [slots]; becomes 1 where a logit (guided, divided by the temperature) is NaN
+            or +inf, or all are -inf; then the token is 0.
         images: how many leading entries are in use
     """
     rows = conditional_rows[:images].long().clamp(min=0)
@@ -142,17 +163,22 @@ def draw_tokens(
     guided = unconditional + (conditional - unconditional) * guidance_scales[:images, None]
     guided = torch.where((pairs >= 0)[:, None], guided, conditional)
     greedy = (temperatures[:images] == 0)[:, None]
-    scaled = torch.where(greedy, guided, guided * (1.0 / temperatures[:images, None].clamp(min=_COLDEST)))
+    scaled = torch.where(
+        greedy, guided, guided * (1.0 / temperatures[:images, None].clamp(min=_COLDEST))
+    )
 
     noise = gumbel_noise(seeds[:images], image_indices[:images], steps, logits.shape[1])
     kept = kept_tokens(scaled, top_ks[:images], top_ps[:images])
     # argmax does not promise the lowest id on equal: the first of the largest does.
     perturbed = torch.where(kept, scaled + noise.masked_fill(greedy, 0.0), -torch.inf)
     tokens = (perturbed == perturbed.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
-    broken = (scaled.isnan() | (scaled == torch.inf)).any(dim=-1) | (scaled == -torch.inf).all(dim=-1)
+    broken = (scaled.isnan() | (scaled == torch.inf)).any(dim=-1) | (scaled == -torch.inf).all(
+        dim=-1
+    )
     tokens = tokens.masked_fill(broken, 0).clamp(0, logits.shape[1] - 1)
 
-    # Images left alone add zeros somewhere: a mask that picks entries would wait for the device to count them.
+    # Images left alone add zeros somewhere: a mask that picks entries would wait for the device to
+    # count them.
     cells = (slots, steps.clamp(0, codes.shape[1] - 1))
     codes.index_put_(cells, torch.where(active, tokens.int() - codes[cells], 0), accumulate=True)
     failed.index_put_((slots,), (active & broken & (failed[slots] == 0)).int(), accumulate=True)

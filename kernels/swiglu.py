@@ -1,7 +1,8 @@
 """The gated half of the feed-forward layer: silu(W1 x) * (W3 x), with W1 and W3 in one matrix.
 
-For few rows one kernel does all: a program takes the same outputs of both halves over all inputs, so that nothing needs a second
-pass. For many rows the product is a library's, and `gate` does the rest.
+For few rows one kernel does all: a program takes the same outputs of both halves over all inputs,
+so that nothing needs a second pass. For many rows the product is a library's, and `gate` does the
+rest.
 """
 
 from dataclasses import dataclass
@@ -54,26 +55,37 @@ def _swiglu_kernel(
     early_weights = ()
     for tile in tl.static_range(EARLY):
         column = tile * INPUT_TILE + lane
-        early_weights = early_weights + (tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0),)
+        early_weights = early_weights + (
+            tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0),
+        )
     if LAUNCH_PDL:
         gdc_wait()
     total = tl.zeros([2 * HALF, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, (INPUTS + INPUT_TILE - 1) // INPUT_TILE, num_stages=STAGES):
         column = tile * INPUT_TILE + lane
         weights = tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0)
-        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        values = tl.load(
+            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+        )
         total = tl.dot(weights, values, total, input_precision="ieee")
     early_values = ()
     for tile in tl.static_range(EARLY):
         column = tile * INPUT_TILE + lane
-        values = tl.load(x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0)
+        values = tl.load(
+            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+        )
         early_values = early_values + (values,)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
-    gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, ROW_TILE]), [1, 2, 0]))  # [HALF, ROW_TILE] each
+    # [HALF, ROW_TILE] each
+    gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, ROW_TILE]), [1, 2, 0]))
     hidden = gate / (1 + tl.exp(-gate)) * up
     column = block * HALF + tl.arange(0, HALF)
-    tl.store(out + row[None, :] * HIDDEN + column[:, None], hidden.to(out.dtype.element_ty), mask=live_row[None, :])
+    tl.store(
+        out + row[None, :] * HIDDEN + column[:, None],
+        hidden.to(out.dtype.element_ty),
+        mask=live_row[None, :],
+    )
 
 
 def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch_pdl: bool) -> None:
@@ -86,7 +98,9 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
     """
     rows, inputs = x.shape
     hidden = weight.shape[0] // 2
-    assert hidden % tiles.outputs == 0 and tiles.early * tiles.inputs <= inputs + tiles.inputs - 1, (hidden, tiles)
+    assert (
+        hidden % tiles.outputs == 0 and tiles.early * tiles.inputs <= inputs + tiles.inputs - 1
+    ), (hidden, tiles)
     row_block = row_tile(rows)
     _swiglu_kernel[(hidden // tiles.outputs, triton.cdiv(rows, row_block))](
         x,
@@ -136,7 +150,13 @@ def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:
     """
     rows, hidden = out.shape
     _gate_kernel[(triton.cdiv(hidden, 1024), rows)](
-        products, out, HIDDEN=hidden, TILE=1024, LAUNCH_PDL=launch_pdl, num_warps=4, **pdl_option(launch_pdl)
+        products,
+        out,
+        HIDDEN=hidden,
+        TILE=1024,
+        LAUNCH_PDL=launch_pdl,
+        num_warps=4,
+        **pdl_option(launch_pdl),
     )
 
 

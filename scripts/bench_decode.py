@@ -1,13 +1,17 @@
-"""Times the engine's steps: milliseconds a step and share of the memory floor, for each model and number of rows. Ends in JSON.
+"""Times the engine's steps: milliseconds a step and share of the memory floor, for each model and
+number of rows. Ends in JSON.
 
     python scripts/bench_decode.py --models GPT-B,GPT-XL --rows 2,16,512
-    python scripts/bench_decode.py --models GPT-XL --rows 512 --image-size 256 --images 1024 --pixels
+    python scripts/bench_decode.py --models GPT-XL --rows 512 --image-size 256 --images 1024
+    --pixels
 
-Guided images with random weights, from class token to last token, so over all contexts; sampling included. Two rows are one image.
-Times are medians of the repeats, after each engine has drawn one image. The floor is that of autoregressive/serve/floor.py; both
-ceilings, read bandwidth and rate of a matrix product, are measured in the same run, before each model, and the highest so far
-counts. With --pixels, decoding goes on beside the steps, and ms/step, share and images/s count it. On a CPU the demo model shows
-that it works; there is no floor then. Exit status 1 if a model failed; the others are measured all the same.
+Guided images with random weights, from class token to last token, so over all contexts; sampling
+included. Two rows are one image. Times are medians of the repeats, after each engine has drawn one
+image. The floor is that of autoregressive/serve/floor.py; both ceilings, read bandwidth and rate of
+a matrix product, are measured in the same run, before each model, and the highest so far counts.
+With --pixels, decoding goes on beside the steps, and ms/step, share and images/s count it. On a CPU
+the demo model shows that it works; there is no floor then. Exit status 1 if a model failed; the
+others are measured all the same.
 """
 
 import argparse
@@ -90,8 +94,13 @@ class Result:
     def line(self) -> str:
         """Of the table."""
         share = "-" if self.share is None else f"{self.share:.1%}"
-        floor = "-" if self.floor_seconds is None else f"{self.floor_seconds / self.steps * 1e3:.3f}"
-        return f"{self.model:<9} {self.rows:>5} {self.step_ms:>9.3f} {floor:>9} {share:>7} {self.images / self.seconds:>9.2f}"
+        floor = (
+            "-" if self.floor_seconds is None else f"{self.floor_seconds / self.steps * 1e3:.3f}"
+        )
+        return (
+            f"{self.model:<9} {self.rows:>5} {self.step_ms:>9.3f} {floor:>9} {share:>7} "
+            f"{self.images / self.seconds:>9.2f}"
+        )
 
 
 def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
@@ -113,7 +122,9 @@ def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)
     floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
-    config = EngineConfig(max(options.rows), deterministic=options.deterministic, enforce_eager=options.enforce_eager)
+    config = EngineConfig(
+        max(options.rows), deterministic=options.deterministic, enforce_eager=options.enforce_eager
+    )
     began = now(device)
     engine = Engine(gpt, vq, config)
     start_seconds = now(device) - began
@@ -129,9 +140,15 @@ def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str
             times.append(now(device) - began)
         job = job_floor(floor, engine.scheduler.limits, [params] * images)
         floor_seconds = None if ceilings is None else job.seconds
-        results.append(Result(model, rows, images, job.steps, statistics.median(times), times, floor_seconds))
+        results.append(
+            Result(model, rows, images, job.steps, statistics.median(times), times, floor_seconds)
+        )
         print(results[-1].line(), flush=True)
-    report: dict[str, object] = {"model": model, "start_seconds": start_seconds, "results": [with_rates(each) for each in results]}
+    report: dict[str, object] = {
+        "model": model,
+        "start_seconds": start_seconds,
+        "results": [with_rates(each) for each in results],
+    }
     if ceilings is not None:
         report["ceilings"] = asdict(ceilings)
         report["memory_gib"] = memory_gib(engine, gpt)
@@ -139,7 +156,9 @@ def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str
 
 
 def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
-    """The peak of what torch has taken from the GPU, and what of it is neither weights nor pages."""
+    """The peak of what torch has taken from the GPU, and what of it is neither weights
+    nor pages.
+    """
     limits = engine.scheduler.limits
     peak = torch.cuda.max_memory_reserved(engine.device)
     weights = sum(parameter.nbytes for parameter in gpt.parameters())
@@ -150,11 +169,17 @@ def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
 
 def with_rates(result: Result) -> dict[str, object]:
     """Ready for JSON."""
-    return asdict(result) | {"step_ms": result.step_ms, "share": result.share, "images_per_second": result.images / result.seconds}
+    return asdict(result) | {
+        "step_ms": result.step_ms,
+        "share": result.share,
+        "images_per_second": result.images / result.seconds,
+    }
 
 
 def measure_all(models: Sequence[str], options: Options) -> Iterator[dict[str, object]]:
-    """One after the other; the ceilings are measured three times before the first, while the GPU is cool, and before each."""
+    """One after the other; the ceilings are measured three times before the first, while the GPU is
+    cool, and before each.
+    """
     ceilings = None
     for number, model in enumerate(models):
         for _ in range(0 if options.device.type != "cuda" else 3 if number == 0 else 1):
@@ -163,7 +188,9 @@ def measure_all(models: Sequence[str], options: Options) -> Iterator[dict[str, o
         yield measure_or_say_why(model, options, ceilings)
 
 
-def measure_or_say_why(model: str, options: Options, ceilings: Ceilings | None) -> dict[str, object]:
+def measure_or_say_why(
+    model: str, options: Options, ceilings: Ceilings | None
+) -> dict[str, object]:
     """A model that fails does not cost the others."""
     try:
         return measure(model, options, ceilings)
@@ -179,15 +206,38 @@ def measure_or_say_why(model: str, options: Options, ceilings: Ceilings | None) 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_models(parser)
-    rows_help = f"rows that run at once: even numbers, with commas between them (default: {_ROWS}{on_cpu(_CPU_ROWS)})"
+    rows_help = (
+        "rows that run at once: even numbers, with commas between them (default: "
+        f"{_ROWS}{on_cpu(_CPU_ROWS)})"
+    )
     parser.add_argument("--rows", type=row_counts, metavar="NUMBERS", help=rows_help)
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="256, 384 or 512 (default: 384); GPT-demo: 128")
-    images_help = "also more than run at once; goes with one number of --rows (default: as many as run at once)"
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="256, 384 or 512 (default: 384); GPT-demo: 128",
+    )
+    images_help = (
+        "also more than run at once; goes with one number of --rows (default: as many as "
+        "run at once)"
+    )
     parser.add_argument("--images", type=at_least(1), metavar="N", help=images_help)
-    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="timed runs (default: %(default)s)")
-    parser.add_argument("--pixels", action="store_true", help="decode the images' pixels too (default: tokens alone)")
+    parser.add_argument(
+        "--repeats",
+        type=at_least(1),
+        default=3,
+        metavar="N",
+        help="timed runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pixels",
+        action="store_true",
+        help="decode the images' pixels too (default: tokens alone)",
+    )
     parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
     parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
     add_device(parser)

@@ -1,9 +1,10 @@
-"""What bench_kernels.py measures: each operation of a step on random inputs of a model's shapes, beside its reference.
+"""What bench_kernels.py measures: each operation of a step on random inputs of a model's shapes,
+beside its reference.
 
-The operations are called by the objects that carry out a step's layers (engine/layers.py), in their scratch memory.
-Weights and KV pages come in as many copies as no cache holds. Bytes of products and attention are the weights' and
-the KV cache's alone, as in serve/floor.py: activations stay in the cache. The other operations have nothing else
-to move, so theirs are all that they read and write.
+The operations are called by the objects that carry out a step's layers (engine/layers.py), in their
+scratch memory. Weights and KV pages come in as many copies as no cache holds. Bytes of products and
+attention are the weights' and the KV cache's alone, as in serve/floor.py: activations stay in the
+cache. The other operations have nothing else to move, so theirs are all that they read and write.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +18,21 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table_2d
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.layers import FusedLayers, Layers, LayersFactory, LibraryLayers, PlainLayers
+from autoregressive.serve.engine.layers import (
+    FusedLayers,
+    Layers,
+    LayersFactory,
+    LibraryLayers,
+    PlainLayers,
+)
 from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
 from kernels.dispatch import FusedProducts, Operations, torch_operations
-from kernels.hopper.products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
+from kernels.hopper.products import (
+    HEADROOM,
+    fused_linear_reference,
+    fused_project_reference,
+    fused_swiglu_reference,
+)
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -38,7 +50,9 @@ class Setting:
     dtype: torch.dtype
     operations: Operations
     cold_bytes: int  # so much between two uses of the same memory leaves no cache warm
-    attention_tiles: AttentionTiles | None = None  # of the operations' attention; None: torch's, which has no chunks to combine
+    attention_tiles: AttentionTiles | None = (
+        None  # of the operations' attention; None: torch's, which has no chunks to combine
+    )
     launch_pdl: bool = False
 
     @property
@@ -49,7 +63,9 @@ class Setting:
     @cached_property
     def layers(self) -> Layers:
         """What carries out a step of so many rows, in memory of its own."""
-        return self.factory.make(self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype))
+        return self.factory.make(
+            self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype)
+        )
 
     @cached_property
     def batch(self) -> Batch:
@@ -92,7 +108,8 @@ class Case:
     copies: int
     run: Callable[[int], object]  # on a copy
     library: Callable[[int], object] | None  # cuBLAS's product on a copy
-    error: Callable[[], float]  # relative, against the torch reference in float32; of the draw the share of other tokens
+    # relative, against the torch reference in float32; of the draw the share of other tokens
+    error: Callable[[], float]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -121,15 +138,29 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
 
 
 def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
-    """A layer whose products norm their inputs and add themselves to the residual stream, and the head."""
+    """A layer whose products norm their inputs and add themselves to the residual stream, and the
+    head.
+    """
     dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
     products, reference, squares = layers.products, reference_products(), layers.squares
-    yield norming_case(setting, "qkv product", 3 * dim, squares, layers.qkv, products.linear, reference.linear)
+    yield norming_case(
+        setting, "qkv product", 3 * dim, squares, layers.qkv, products.linear, reference.linear
+    )
     yield from attention_cases(setting)
     yield project_case(setting, layers, "output product", dim, layers.ffn_squares)
-    yield norming_case(setting, "swiglu", 2 * ffn, layers.ffn_squares, layers.hidden, products.swiglu, reference.swiglu)
+    yield norming_case(
+        setting,
+        "swiglu",
+        2 * ffn,
+        layers.ffn_squares,
+        layers.hidden,
+        products.swiglu,
+        reference.swiglu,
+    )
     yield project_case(setting, layers, "down product", ffn, squares)
-    yield norming_case(setting, "head", vocab, squares, layers.logits, products.head, reference.head)
+    yield norming_case(
+        setting, "head", vocab, squares, layers.logits, products.head, reference.head
+    )
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
@@ -188,7 +219,9 @@ def head_case(setting: Setting, layers: PlainLayers) -> Case:
         layers.head(weights[0])
         return relative_error(layers.logits, _product(x, weights[0]))
 
-    return _product_case(setting, "head", weights, x, lambda copy: layers.head(weights[copy]), error)
+    return _product_case(
+        setting, "head", weights, x, lambda copy: layers.head(weights[copy]), error
+    )
 
 
 def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
@@ -201,7 +234,9 @@ def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
         torch_operations().swiglu(x.float(), weights[0].float(), wanted)
         return relative_error(layers.hidden, wanted)
 
-    return _product_case(setting, "swiglu", weights, x, lambda copy: layers.gated_product(weights[copy]), error)
+    return _product_case(
+        setting, "swiglu", weights, x, lambda copy: layers.gated_product(weights[copy]), error
+    )
 
 
 def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
@@ -217,7 +252,9 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
         torch_operations().gate(products.float(), wanted)
         return relative_error(out, wanted)
 
-    return Case("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, 0, 1, run, None, error)
+    return Case(
+        "gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, 0, 1, run, None, error
+    )
 
 
 def norming_case(
@@ -238,10 +275,17 @@ def norming_case(
         product, reference: of x, squares, weight and out.
     """
     dim = setting.config.dim
-    weights, residual = _weights(setting, outputs, dim), setting.random(setting.rows, dim, dtype=torch.float32)
+    weights, residual = (
+        _weights(setting, outputs, dim),
+        setting.random(setting.rows, dim, dtype=torch.float32),
+    )
     gain = setting.random(dim).mul_(dim**-0.5)
     x = (residual * gain * HEADROOM).to(setting.dtype)
-    squares.copy_(torch.stack([block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]))
+    squares.copy_(
+        torch.stack(
+            [block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]
+        )
+    )
 
     def run(copy: int) -> None:
         product(x, squares, weights[copy], out, eps=_EPS)
@@ -250,13 +294,19 @@ def norming_case(
         run(0)
         wanted = torch.empty_like(out, dtype=torch.float32)
         reference(x.float(), squares, weights[0].float(), wanted, eps=_EPS)
-        return relative_error(*(each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted)))
+        return relative_error(
+            *(each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
+        )
 
     return _product_case(setting, name, weights, x, run, error)
 
 
-def project_case(setting: Setting, layers: FusedLayers, name: str, inputs: int, squares: Tensor) -> Case:
-    """A product that adds itself to the residual stream, and prepares the next one's input; the library's only multiplies."""
+def project_case(
+    setting: Setting, layers: FusedLayers, name: str, inputs: int, squares: Tensor
+) -> Case:
+    """A product that adds itself to the residual stream, and prepares the next one's input; the
+    library's only multiplies.
+    """
     dim, normed = setting.config.dim, layers.normed
     weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
     residual, gain = layers.residual.normal_(), setting.random(dim)
@@ -265,7 +315,11 @@ def project_case(setting: Setting, layers: FusedLayers, name: str, inputs: int, 
         layers.products.project(x, weights[copy], residual, gain, normed, squares)
 
     def error() -> float:
-        own, wanted, sums = residual.clone(), torch.empty_like(normed, dtype=torch.float32), torch.empty_like(squares)
+        own, wanted, sums = (
+            residual.clone(),
+            torch.empty_like(normed, dtype=torch.float32),
+            torch.empty_like(squares),
+        )
         run(0)
         fused_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
@@ -276,7 +330,13 @@ def project_case(setting: Setting, layers: FusedLayers, name: str, inputs: int, 
 
 def attention_case(setting: Setting) -> Case:
     """Attention and its combining kernel, over pages in random order."""
-    config, rows, itemsize, layers, batch = setting.config, setting.rows, setting.dtype.itemsize, setting.layers, setting.batch
+    config, rows, itemsize, layers, batch = (
+        setting.config,
+        setting.rows,
+        setting.dtype.itemsize,
+        setting.layers,
+        setting.batch,
+    )
     heads, size = config.n_head, config.head_size
     pages = (2, rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
     kv = setting.random(setting.copies(prod(pages) * itemsize), *pages)
@@ -291,19 +351,36 @@ def attention_case(setting: Setting) -> Case:
         run(0)
         wanted = torch.empty_like(layers.attention_out, dtype=torch.float32)
         scratch = layers.attention_chunks, layers.chunk_stats
-        torch_operations().attention(layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted)
+        torch_operations().attention(
+            layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted
+        )
         return relative_error(layers.attention_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
-    return Case("attention", f"{heads} x {size}, {setting.context} tokens", kv_bytes, 0, len(kv), run, None, error)
+    return Case(
+        "attention",
+        f"{heads} x {size}, {setting.context} tokens",
+        kv_bytes,
+        0,
+        len(kv),
+        run,
+        None,
+        error,
+    )
 
 
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
     """The chunks' results, where those beyond the context are NaN."""
     config, rows = setting.config, setting.rows
-    heads, size, chunks, live = config.n_head, config.head_size, tiles.chunks(config.block_size), tiles.chunks(setting.context)
+    heads, size, chunks, live = (
+        config.n_head,
+        config.head_size,
+        tiles.chunks(config.block_size),
+        tiles.chunks(setting.context),
+    )
     mixed = setting.random(rows, heads, chunks, size, dtype=torch.float32)
-    stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)  # largest score, sum of weights
+    # largest score, sum of weights
+    stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)
     stats[..., 1].abs_().add_(1)
     for unwritten in (mixed, stats):
         unwritten[:, :, live:] = torch.nan
@@ -345,7 +422,10 @@ def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
 def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
     config, layers, batch = setting.config, setting.layers, setting.batch
-    tables = setting.random(config.vocab_size, config.dim), setting.random(config.num_classes + 1, config.dim)
+    tables = (
+        setting.random(config.vocab_size, config.dim),
+        setting.random(config.num_classes + 1, config.dim),
+    )
     gain = setting.random(config.dim)
     written = [layers.residual, layers.normed]
     headroom = 1.0
@@ -363,7 +443,10 @@ def embed_case(setting: Setting) -> Case:
         torch_operations().embed(*fed, *tables, gain, *wanted, eps=_EPS, headroom=headroom)
         return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
-    moved = sum(each.nbytes for each in written) + (setting.rows + 1) * config.dim * setting.dtype.itemsize
+    moved = (
+        sum(each.nbytes for each in written)
+        + (setting.rows + 1) * config.dim * setting.dtype.itemsize
+    )
     return Case("embed", f"{config.dim}", moved, 0, 1, run, None, error)
 
 
@@ -395,12 +478,23 @@ def draw_case(setting: Setting) -> Case:
         draw(torch_operations(), wanted)
         return float((got[1][:, 0] != wanted[1][:, 0]).double().mean())
 
-    return Case("draw", f"{vocab}", logits.nbytes, 0, 1, lambda _: draw(setting.operations, own), None, error)
+    return Case(
+        "draw",
+        f"{vocab}",
+        logits.nbytes,
+        0,
+        1,
+        lambda _: draw(setting.operations, own),
+        None,
+        error,
+    )
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
     """Copies [copies, outputs, inputs]."""
-    return setting.random(setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs)
+    return setting.random(
+        setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs
+    )
 
 
 def _input(setting: Setting, inputs: int) -> Tensor:
@@ -421,7 +515,12 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product_case(
-    setting: Setting, name: str, weights: Tensor, x: Tensor, run: Callable[[int], object], error: Callable[[], float]
+    setting: Setting,
+    name: str,
+    weights: Tensor,
+    x: Tensor,
+    run: Callable[[int], object],
+    error: Callable[[], float],
 ) -> Case:
     copies, outputs, inputs = weights.shape
     product = setting.empty(setting.rows, outputs)
@@ -430,4 +529,13 @@ def _product_case(
         torch.mm(x, weights[copy].t(), out=product)
 
     size = outputs * inputs * setting.dtype.itemsize
-    return Case(name, f"{outputs} x {inputs}", size, outputs * inputs * setting.rows, copies, run, library, error)
+    return Case(
+        name,
+        f"{outputs} x {inputs}",
+        size,
+        outputs * inputs * setting.rows,
+        copies,
+        run,
+        library,
+        error,
+    )

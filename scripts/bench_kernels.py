@@ -1,17 +1,21 @@
-"""Times every kernel of a step alone: against its floor, and the matrix products against cuBLAS. Ends in JSON.
+"""Times every kernel of a step alone: against its floor, and the matrix products against cuBLAS.
+Ends in JSON.
 
     python scripts/bench_kernels.py --models GPT-B,GPT-XL --rows 2,16,64 --context 288
 
-First each kernel's result is compared with the torch reference in float32; one that is wrong is not timed. Then launches follow
-each other in a CUDA graph, with programmatic dependent launch where the GPU has it, as they do in a step, over so many copies of
-weights and KV pages that none is in the second-level cache. Times are medians of 11. The floor is the bytes that must be moved over
-the read bandwidth, or the operations over the rate of a large matrix product if that is more; both are measured in the same run.
-Kernels are those of a step with so many rows on this GPU, in tiles of kernels/tiles.py; above 64 rows, where a step leaves
-products to the library, the plain ones, and `gate`, which follows the library's. `attention` includes `combine`, the kernel that
-weighs its chunks, which is also timed alone. cuBLAS's times are of the products alone: our `swiglu` also gates, and up to 64 rows
-of 16-bit weights on compute capability 9.0 our products also norm their inputs or add themselves to the residual stream, so that
-there is no `add_norm`. The pixel decoder, whose kernels no step runs, is measured as a whole: scripts/bench_pixels.py. Needs a GPU
-of compute capability 8.0 or above; exit status 2 if a kernel is wrong.
+First each kernel's result is compared with the torch reference in float32; one that is wrong is not
+timed. Then launches follow each other in a CUDA graph, with programmatic dependent launch where the
+GPU has it, as they do in a step, over so many copies of weights and KV pages that none is in the
+second-level cache. Times are medians of 11. The floor is the bytes that must be moved over the read
+bandwidth, or the operations over the rate of a large matrix product if that is more; both are
+measured in the same run. Kernels are those of a step with so many rows on this GPU, in tiles of
+kernels/tiles.py; above 64 rows, where a step leaves products to the library, the plain ones, and
+`gate`, which follows the library's. `attention` includes `combine`, the kernel that weighs its
+chunks, which is also timed alone. cuBLAS's times are of the products alone: our `swiglu` also
+gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm their
+inputs or add themselves to the residual stream, so that there is no `add_norm`. The pixel decoder,
+whose kernels no step runs, is measured as a whole: scripts/bench_pixels.py. Needs a GPU of compute
+capability 8.0 or above; exit status 2 if a kernel is wrong.
 """
 
 import argparse
@@ -37,7 +41,9 @@ REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
 CACHES = 4  # copies fill the second-level cache so many times
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_OTHER_TOKENS = 0.1  # share of draws that may differ from the reference's: ties within the noise's precision
+_OTHER_TOKENS = (
+    0.1  # share of draws that may differ from the reference's: ties within the noise's precision
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,17 @@ class Result:
 
     def line(self) -> str:
         """Of the table."""
-        name = f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} {self.error:>8.1e}"
+        name = (
+            f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} "
+            f"{self.error:>8.1e}"
+        )
         if self.us is None or self.share is None:
             return f"{name}  WRONG: not timed"
-        library = f"{self.library_us:>10.2f} {self.library_us / self.us:>8.2f}x" if self.library_us is not None else ""
+        library = (
+            f"{self.library_us:>10.2f} {self.library_us / self.us:>8.2f}x"
+            if self.library_us is not None
+            else ""
+        )
         return f"{name} {self.us:>8.2f} {self.floor_us:>9.2f} {self.share:>7.1%}{library}"
 
 
@@ -104,25 +117,47 @@ def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Res
     us = library_us = None
     if not wrong:
         us = launch_us(case.run, case.copies, setting.device)
-        library_us = launch_us(case.library, case.copies, setting.device) if case.library is not None else None
+        library_us = (
+            launch_us(case.library, case.copies, setting.device)
+            if case.library is not None
+            else None
+        )
     floor_us = floor_seconds(case, ceilings) * 1e6
-    return Result(model, setting.rows, case.operation, case.shape, error, wrong, us, floor_us, library_us)
+    return Result(
+        model, setting.rows, case.operation, case.shape, error, wrong, us, floor_us, library_us
+    )
 
 
 @torch.no_grad()
-def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device) -> list[Result]:
+def measure_model(
+    model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device
+) -> list[Result]:
     """Prints a line for each kernel and number of rows."""
     config = config_of(model)
-    operations = select_operations(device, dtype, config.n_head, config.head_size, "triton", tell=tell)
+    operations = select_operations(
+        device, dtype, config.n_head, config.head_size, "triton", tell=tell
+    )
     capability = torch.cuda.get_device_capability(device)
-    tiles = tile_table(capability, dtype).attention_tiles(config.n_head, config.head_size, dtype.itemsize)
+    tiles = tile_table(capability, dtype).attention_tiles(
+        config.n_head, config.head_size, dtype.itemsize
+    )
     attention_tiles = None if operations.attention is attention_reference else tiles
     launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)
     cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     results = []
     for rows in row_counts:
-        setting = Setting(config, rows, context, device, dtype, operations, cold_bytes, attention_tiles, launch_pdl)
+        setting = Setting(
+            config,
+            rows,
+            context,
+            device,
+            dtype,
+            operations,
+            cold_bytes,
+            attention_tiles,
+            launch_pdl,
+        )
         torch.manual_seed(0)
         for case in cases(setting):
             results.append(measure(case, setting, model, ceilings))
@@ -132,24 +167,37 @@ def measure_model(model: str, row_counts: list[int], context: int, dtype: torch.
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_models(parser, gpu_only=True)
     rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
-    parser.add_argument("--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help)
+    parser.add_argument(
+        "--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help
+    )
     context_help = "tokens that attention reads of each row (default: %(default)s)"
     parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
     precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help)
-    parser.add_argument("--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help
+    )
+    parser.add_argument(
+        "--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)"
+    )
     add_output(parser)
     typed = parser.parse_args(argv)
     for model in typed.models:
         if not 1 <= typed.context <= config_of(model).block_size:
-            raise UserError(f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the tokens of {model}'s image")
+            raise UserError(
+                f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the "
+                f"tokens of {model}'s image"
+            )
     check_output(typed.output)
     device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda" or not triton_runs_on(device):
-        raise UserError("a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run")
+        raise UserError(
+            "a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run"
+        )
     typed.device = device
     return typed
 
@@ -165,12 +213,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in typed.models:
         results += measure_model(model, typed.rows, typed.context, dtype, typed.device)
     figures = [asdict(result) | {"share": result.share} for result in results]
-    about = {"benchmark": "kernels", "device": device_name, "torch": torch.__version__, "precision": typed.precision}
+    about = {
+        "benchmark": "kernels",
+        "device": device_name,
+        "torch": torch.__version__,
+        "precision": typed.precision,
+    }
     report = about | {"context": typed.context, "repeats": REPEATS, "results": figures}
     give_figures(report, typed.output)
     wrong = sum(result.wrong for result in results)
     if wrong:
-        raise UserError(f"{wrong} of {len(results)} kernels differ from their references: see the lines above")
+        raise UserError(
+            f"{wrong} of {len(results)} kernels differ from their references: see the lines above"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Measures how much anonymous host memory loading a checkpoint takes, for each kind, against the limit.
+"""Measures how much anonymous host memory loading a checkpoint takes, for each kind, against the
+limit.
 
     python scripts/bench_loading.py --gpt-model GPT-XL --kinds "flat .pt" sharded
 
-The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs in a fresh process; memory
-is RssAnon of /proc/self/status above its value before the load, sampled every few milliseconds. Weights are float32 in the
-file and bfloat16 in the model. Ends in JSON; exit status 1 if a kind is over the limit.
+The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs
+in a fresh process; memory is RssAnon of /proc/self/status above its value before the load, sampled
+every few milliseconds. Weights are float32 in the file and bfloat16 in the model. Ends in JSON;
+exit status 1 if a kind is over the limit.
 """
 
 import argparse
@@ -76,7 +78,10 @@ def random_weights(name: str) -> dict[str, Tensor]:
     """Float32 weights of that model, each with memory of its own."""
     generator = torch.Generator().manual_seed(0)
     shapes = {key: tensor.shape for key, tensor in build_on_meta(name).state_dict().items()}
-    return {key: torch.empty(shape).uniform_(-1, 1, generator=generator) for key, shape in shapes.items()}
+    return {
+        key: torch.empty(shape).uniform_(-1, 1, generator=generator)
+        for key, shape in shapes.items()
+    }
 
 
 def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
@@ -97,7 +102,10 @@ def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
     else:
         path = folder / "training.pt"
         copies = [[tensor + 1 for tensor in weights.values()] for _ in range(3)]
-        moments = {i: {"exp_avg": m, "exp_avg_sq": v} for i, (m, v) in enumerate(zip(*copies[:2], strict=True))}
+        moments = {
+            i: {"exp_avg": m, "exp_avg_sq": v}
+            for i, (m, v) in enumerate(zip(*copies[:2], strict=True))
+        }
         content = {
             "model": weights,
             "ema": dict(zip(weights, copies[2], strict=True)),
@@ -114,7 +122,10 @@ def write_shards(rank: int, port: int, name: str, folder: str) -> None:
     address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     mesh = distributed.init_device_mesh("cpu", (RANKS,))
-    sharded = {key: distribute_tensor(tensor, mesh, [Shard(0)]) for key, tensor in random_weights(name).items()}
+    sharded = {
+        key: distribute_tensor(tensor, mesh, [Shard(0)])
+        for key, tensor in random_weights(name).items()
+    }
     dcp.save({"model": sharded}, checkpoint_id=folder)
     distributed.barrier()
     distributed.destroy_process_group()
@@ -173,7 +184,16 @@ def measure(kind: str, name: str, folder: Path, device: str) -> Measurement:
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         path = write_checkpoint(kind, name, place)
-        command = [sys.executable, __file__, "--measure", kind, "--path", str(path), "--gpt-model", name]
+        command = [
+            sys.executable,
+            __file__,
+            "--measure",
+            kind,
+            "--path",
+            str(path),
+            "--gpt-model",
+            name,
+        ]
         done = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise UserError(f"the process that loads {kind} failed; its message is above")
@@ -184,23 +204,39 @@ def measure(kind: str, name: str, folder: Path, device: str) -> Measurement:
 
 def print_table(measurements: list[Measurement]) -> None:
     """Sizes in MB (10^6 bytes)."""
-    print(f"{'kind':<13} {'on disk':>8} {'target':>8} {'peak':>8} {'limit':>8} {'seconds':>8}  MB above the start")
+    print(
+        f"{'kind':<13} {'on disk':>8} {'target':>8} {'peak':>8} {'limit':>8} {'seconds':>8}  MB "
+        "above the start"
+    )
     for m in measurements:
-        sizes = [size / 1e6 for size in (m.on_disk_bytes, m.target_bytes, m.peak_bytes, m.limit_bytes)]
+        sizes = [
+            size / 1e6 for size in (m.on_disk_bytes, m.target_bytes, m.peak_bytes, m.limit_bytes)
+        ]
         columns = " ".join(f"{size:>8.0f}" for size in sizes)
-        print(f"{m.kind:<13} {columns} {m.seconds:>8.2f}  {'ok' if m.within_limit else 'OVER THE LIMIT'}")
+        print(
+            f"{m.kind:<13} {columns} {m.seconds:>8.2f}  "
+            f"{'ok' if m.within_limit else 'OVER THE LIMIT'}"
+        )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     model_help = f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)"
-    parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help)
+    parser.add_argument(
+        "--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help
+    )
     kinds_help = f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)"
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help
+    )
     device_help = "where the model goes: cpu, cuda or cuda:N (default: %(default)s)"
     parser.add_argument("--device", default="cpu", metavar="D", help=device_help)
-    folder_help = "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    folder_help = (
+        "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    )
     parser.add_argument("--folder", type=Path, metavar="DIR", help=folder_help)
     add_output(parser)
     parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
@@ -219,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     name: str = arguments.gpt_model
     if arguments.measure is not None:
-        here = measure_here(arguments.measure, name, arguments.path, resolve_device(arguments.device))
+        here = measure_here(
+            arguments.measure, name, arguments.path, resolve_device(arguments.device)
+        )
         print(json.dumps(asdict(here)))
         return
     measurements = []
@@ -233,7 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": arguments.device,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "measurements": [asdict(m) | {"limit_bytes": m.limit_bytes, "within_limit": m.within_limit} for m in measurements],
+        "measurements": [
+            asdict(m) | {"limit_bytes": m.limit_bytes, "within_limit": m.within_limit}
+            for m in measurements
+        ],
     }
     give_figures(report, arguments.output)
     if not all(m.within_limit for m in measurements):

@@ -20,7 +20,9 @@ def empty_transformer(name: str, image_size: int | None) -> Transformer:
     tokenizer = VQ_CONFIGS[defaults.vq_model]
     grid = (image_size or defaults.image_size) // tokenizer.downsample_size
     with torch.device("meta"):
-        return GPT_models[name](vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes)
+        return GPT_models[name](
+            vocab_size=tokenizer.codebook_size, block_size=grid**2, num_classes=defaults.num_classes
+        )
 
 
 def config_of(name: str) -> GPTConfig:
@@ -28,7 +30,9 @@ def config_of(name: str) -> GPTConfig:
     return empty_transformer(name, None).config
 
 
-def random_transformer(name: str, image_size: int | None, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_transformer(
+    name: str, image_size: int | None, device: torch.device, dtype: torch.dtype
+) -> Transformer:
     """In eval mode on the device, its weights drawn from seed 0."""
     gpt = empty_transformer(name, image_size).to(dtype).to_empty(device=device)
     gpt.init_weights(torch.Generator(device).manual_seed(0))

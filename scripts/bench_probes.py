@@ -1,9 +1,11 @@
-"""How soon a busy service answers its supervisor: /health and /metrics, asked in turn while scripts/bench_serve.py keeps it busy.
+"""How soon a busy service answers its supervisor: /health and /metrics, asked in turn while
+scripts/bench_serve.py keeps it busy.
 
     python scripts/bench_probes.py --url http://127.0.0.1:8000 --seconds 30
 
-From a process of its own, so that what the load generator does is not counted; each on a connection of its own, as a
-supervisor's. The service's key, if it has one, is taken from LLAMAGEN_API_KEY. Ends in JSON.
+From a process of its own, so that what the load generator does is not counted; each on a connection
+of its own, as a supervisor's. The service's key, if it has one, is taken from LLAMAGEN_API_KEY.
+Ends in JSON.
 """
 
 import argparse
@@ -46,7 +48,9 @@ def probe(url: str, key: str | None, seconds: float) -> dict[str, list[float]]:
                         raise UserError(f"--url {url}: {path} answers {status}, not 200")
                     time.sleep(max(0.0, asked + _EVERY_SECONDS - time.monotonic()))
     except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise UserError(f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first") from error
+        raise UserError(
+            f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first"
+        ) from error
     return took
 
 
@@ -56,13 +60,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: see `probe`.
     """
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})")
-    parser.add_argument("--seconds", type=at_least(1), default=30, metavar="S", help="to ask for (default: 30)")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})"
+    )
+    parser.add_argument(
+        "--seconds", type=at_least(1), default=30, metavar="S", help="to ask for (default: 30)"
+    )
     arguments = parser.parse_args(argv)
     took = probe(arguments.url.rstrip("/"), service_key(os.environ), arguments.seconds)
     results: dict[str, dict[str, Any]] = {
-        path: {"answers": len(seconds), "seconds": percentiles(seconds) or {}} for path, seconds in took.items()
+        path: {"answers": len(seconds), "seconds": percentiles(seconds) or {}}
+        for path, seconds in took.items()
     }
     for path, result in results.items():
         times = " / ".join(f"{value:.4f}" for value in result["seconds"].values())

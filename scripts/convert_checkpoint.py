@@ -9,7 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from autoregressive.common.errors import OneLineParser, UserError, on_terminal, run_command, slow_imports
+from autoregressive.common.errors import (
+    OneLineParser,
+    UserError,
+    on_terminal,
+    run_command,
+    slow_imports,
+)
 
 with slow_imports(__name__):
     import torch
@@ -25,20 +31,23 @@ with slow_imports(__name__):
 
 EXAMPLES = """\
 examples:
-  python scripts/convert_checkpoint.py pretrained_models/c2i_B_256.pt c2i_B_256.safetensors --dtype bfloat16
+  python scripts/convert_checkpoint.py c2i_B_256.pt c2i_B_256.safetensors --dtype bfloat16
   python scripts/convert_checkpoint.py results/vq/0400000.pt vq_averaged.safetensors --ema
   python scripts/convert_checkpoint.py cloud/gpt/0250000/ gpt.safetensors
 
-Read are .pt and .pth files (weights alone, or under model, module or state_dict), .safetensors, directories with
-consolidated.pth, sharded directories of torch.distributed.checkpoint (in both of its formats), and Hugging Face folders with
-model.safetensors or its parts and their index. A converted file is loaded like the original, and faster.
+The command reads .pt and .pth files (weights alone, or under model, module or state_dict),
+.safetensors, directories with consolidated.pth, sharded directories of torch.distributed.checkpoint
+(in both of its formats), and Hugging Face folders with model.safetensors or its parts and their
+index. A converted file is loaded like the original, and faster.
 """
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The codes of the safetensors format; sorted by size in the file, so that each tensor is aligned.
 FORMAT_CODES = {
-    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
 HEADER_ALIGNMENT_BYTES = 8
 LEAST_SHARED = 0.5  # of a known model's weights, by which a part of it is recognised
@@ -47,11 +56,23 @@ MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an out
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, metavar="IN", help="the checkpoint: a file or a directory")
-    parser.add_argument("output", type=Path, metavar="OUT", help="the file to write, NAME.safetensors")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights that training kept beside the others")
-    parser.add_argument("--dtype", choices=DTYPES, help="convert the numbers (default: keep them as they are)")
+    parser = OneLineParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "input", type=Path, metavar="IN", help="the checkpoint: a file or a directory"
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="the file to write, NAME.safetensors"
+    )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the averaged weights that training kept beside the others",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="convert the numbers (default: keep them as they are)"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     return parser.parse_args()
 
@@ -71,11 +92,18 @@ def check_output(path: Path, force: bool) -> None:
     except UnicodeEncodeError as error:
         raise UserError(f"{path}: the name is not UTF-8; choose another") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another name") from error
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; choose another name"
+        ) from error
     if not is_file_name:
-        raise UserError(f"{path}: is a directory, or its folder does not exist; name a file in an existing folder")
+        raise UserError(
+            f"{path}: is a directory, or its folder does not exist; name a file in an existing "
+            "folder"
+        )
     if exists and not force:
-        raise UserError(f"{path}: exists already; choose another name, or give --force to replace it")
+        raise UserError(
+            f"{path}: exists already; choose another name, or give --force to replace it"
+        )
 
 
 def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> int:
@@ -88,7 +116,8 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
         Bytes written.
 
     Raises:
-        UserError: the source is damaged or holds something the format has no code for, or the disk is full.
+        UserError: the source is damaged or holds something the format has no code for, or the disk
+            is full.
     """
     dtypes = {
         name: dtype if dtype is not None and stored.is_floating_point else stored
@@ -101,7 +130,9 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
     if unknown:
         kind = dtypes[unknown[0]]
         way = "give --dtype, or use another file" if kind.is_floating_point else "use another file"
-        raise CheckpointError(source.path, f"{unknown[0]} is {kind}, which is not written here; {way}")
+        raise CheckpointError(
+            source.path, f"{unknown[0]} is {kind}, which is not written here; {way}"
+        )
     check_size(source, dtypes)
 
     def write(part: Path) -> None:
@@ -114,12 +145,17 @@ def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> in
 
 
 def check_size(source: WeightSource, names: Iterable[str]) -> None:
-    """A few stored numbers can stand for any number of weights, which would fill the memory and the disk.
+    """A few stored numbers can stand for any number of weights, which would fill the memory and the
+    disk.
 
     Raises:
         CheckpointError: the weights are many times larger than what is stored.
     """
-    files = [source.path] if source.path.is_file() else [path for path in source.path.iterdir() if path.is_file()]
+    files = (
+        [source.path]
+        if source.path.is_file()
+        else [path for path in source.path.iterdir() if path.is_file()]
+    )
     stored = sum(file.stat().st_size for file in files)
     claimed = sum(source.shapes[name].numel() * source.dtypes[name].itemsize for name in names)
     if claimed > MOST_REPEATS * stored:
@@ -139,16 +175,24 @@ def check_complete(source: WeightSource) -> None:
             known[name] = {key: tensor.shape for key, tensor in build().state_dict().items()}
     if any(find_incomplete(wanted, found) is None for wanted in known.values()):
         return
-    shared = {name: len(wanted.items() & found.items()) / len(wanted) for name, wanted in known.items()}
+    shared = {
+        name: len(wanted.items() & found.items()) / len(wanted) for name, wanted in known.items()
+    }
     nearest = identify(found) or max(known, key=lambda name: shared[name])
     if nearest != identify(found) and shared[nearest] < LEAST_SHARED:
         return
     incomplete = find_incomplete(known[nearest], found)
-    raise CheckpointError(source.path, f"is no complete {nearest} ({incomplete}); copy all of it again")
+    raise CheckpointError(
+        source.path, f"is no complete {nearest} ({incomplete}); copy all of it again"
+    )
 
 
-def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO) -> None:
-    """Header, then tensor after tensor. The library's `save_file` would need all of them in memory at once."""
+def write_safetensors(
+    source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO
+) -> None:
+    """Header, then tensor after tensor. The library's `save_file` would need all of them in memory
+    at once.
+    """
     order = sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -159,7 +203,9 @@ def write_safetensors(source: WeightSource, dtypes: dict[str, torch.dtype], stre
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with tqdm(total=end, unit="B", unit_scale=True, disable=not on_terminal(), leave=False) as progress:
+    with tqdm(
+        total=end, unit="B", unit_scale=True, disable=not on_terminal(), leave=False
+    ) as progress:
         for name in order:
             tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
             source.read_into(name, tensor)
@@ -176,11 +222,15 @@ def check_written(path: Path, source: WeightSource, dtypes: dict[str, torch.dtyp
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            agree = names == dtypes.keys() and all(file.get_slice(name).get_shape() == list(source.shapes[name]) for name in names)
+            agree = names == dtypes.keys() and all(
+                file.get_slice(name).get_shape() == list(source.shapes[name]) for name in names
+            )
     except SafetensorError as error:
         raise UserError(f"{path}: came out damaged ({error}); is the disk full?") from error
     if not agree:
-        raise UserError(f"{path}: came out with other tensors than {source.path} holds; nothing was left behind")
+        raise UserError(
+            f"{path}: came out with other tensors than {source.path} holds; nothing was left behind"
+        )
 
 
 def main() -> None:
@@ -191,8 +241,13 @@ def main() -> None:
     check_complete(source)
     size_bytes = convert(source, arguments.output, DTYPES.get(arguments.dtype))
     model = identify(source.shapes) or "a model that is not known here"
-    parameters = sum(shape.numel() for name, shape in source.shapes.items() if name not in COMPUTED_HERE)
-    print(f"{arguments.output}: {model}, {parameters / 1e6:.1f} million numbers, {size_bytes / 1e6:.1f} MB")
+    parameters = sum(
+        shape.numel() for name, shape in source.shapes.items() if name not in COMPUTED_HERE
+    )
+    print(
+        f"{arguments.output}: {model}, {parameters / 1e6:.1f} million numbers, "
+        f"{size_bytes / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The stages of the demo model's training, tokenizer and transformer: steps that depend on (seed, step) and their state alone."""
+"""The stages of the demo model's training, tokenizer and transformer: steps that depend on (seed,
+step) and their state alone.
+"""
 
 import hashlib
 import math
@@ -28,12 +30,16 @@ class Plan:
     """The hyperparameters of both stages. Defaults are those of the shipped weights."""
 
     seed: int = _told(0, "of the first weights, the renderings and the dropout")
-    ema_decay: float = _told(0.999, "what the averaged weights, which are shipped, keep of themselves at each step")
+    ema_decay: float = _told(
+        0.999, "what the averaged weights, which are shipped, keep of themselves at each step"
+    )
     tokenizer_steps: int = _told(12_000, "of the tokenizer's training")
     tokenizer_batch: int = _told(64, "renderings of a step")
     tokenizer_rate: float = _told(6e-4, "peak learning rate")
     edge_weight: float = _told(1.0, "weight of the loss on image gradients, at full and half size")
-    revive_every: int = _told(100, "steps between replacements of codebook entries that nothing used")
+    revive_every: int = _told(
+        100, "steps between replacements of codebook entries that nothing used"
+    )
     gpt_steps: int = _told(14_000, "of the transformer's training")
     gpt_batch: int = _told(192, "renderings of a step")
     gpt_rate: float = _told(1e-3, "peak learning rate")
@@ -75,7 +81,9 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute difference of horizontal and vertical image gradients, at full and at half size."""
+    """Mean absolute difference of horizontal and vertical image gradients, at full and at half
+    size.
+    """
     total = made.new_zeros(())
     for _ in range(2):
         difference = made - wanted
@@ -91,7 +99,9 @@ def channels_last(model: VQModel) -> VQModel:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Products in bf16 on a GPU; in float32 on a CPU, where torch's bf16 convolutions can be fifteen times slower (no AVX-512)."""
+    """Products in bf16 on a GPU; in float32 on a CPU, where torch's bf16 convolutions can be
+    fifteen times slower (no AVX-512).
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -106,7 +116,9 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Moves towards the parameters as they are now."""
-        torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - self.decay)
+        torch._foreach_lerp_(
+            list(self.values.values()), list(self.parameters.values()), 1 - self.decay
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name."""
@@ -119,13 +131,16 @@ class Average:
 
 
 class Update:
-    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the host's launches take longer.
+    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the
+    host's launches take longer.
 
-    The first calls run as they are, then one is captured (which does not execute it), and from then on the graph is replayed on
-    copies of the inputs. The function must not wait for the device.
+    The first calls run as they are, then one is captured (which does not execute it), and from then
+    on the graph is replayed on copies of the inputs. The function must not wait for the device.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], device: torch.device, warm_up: int = 3) -> None:
+    def __init__(
+        self, function: Callable[..., dict[str, Tensor]], device: torch.device, warm_up: int = 3
+    ) -> None:
         self.function = function
         self.remaining = warm_up if device.type == "cuda" else -1
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
@@ -160,7 +175,9 @@ def adamw(groups: Any, device: torch.device) -> torch.optim.AdamW:
     """AdamW whose rate is a tensor on the device, so that a captured step sees it change."""
     on_gpu = device.type == "cuda"
     rate = torch.zeros((), device=device)
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu)
+    return torch.optim.AdamW(
+        groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu
+    )
 
 
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
@@ -186,15 +203,21 @@ class TokenizerStage:
         self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
         self.optimizer = adamw(self.model.parameters(), self.device)
         self.average = Average(self.model, plan.ema_decay)
-        self.used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool, device=self.device)
-        self.encode = compiled(lambda pixels: self.model.quant_conv(self.model.encoder(pixels)), self.device)
+        self.used = torch.zeros(
+            self.model.config.codebook_size, dtype=torch.bool, device=self.device
+        )
+        self.encode = compiled(
+            lambda pixels: self.model.quant_conv(self.model.encoder(pixels)), self.device
+        )
         self.decode = compiled(self.model.decode, self.device)
         self.update = Update(self._update, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `Stage`."""
         set_rate(self.optimizer, learning_rate(self.plan.tokenizer_rate, step, self.steps))
-        pixels, _ = render_batch(self.sprites, self.plan.tokenizer_batch, self.plan.seed, "tokenizer", step)
+        pixels, _ = render_batch(
+            self.sprites, self.plan.tokenizer_batch, self.plan.seed, "tokenizer", step
+        )
         figures = dict(self.update(pixels.contiguous(memory_format=torch.channels_last)))
         vectors, codes = figures.pop("vectors"), figures.pop("codes")
         self.used[codes] = True
@@ -228,16 +251,22 @@ class TokenizerStage:
     def _revive_unused(self, step: int, vectors: Tensor) -> None:
         """Moves entries that nothing chose since the last time onto features of this batch."""
         generator = step_generator(self.plan.seed, "revive", step, self.device)
-        chosen = torch.randint(len(vectors), (len(self.used),), generator=generator, device=self.device)
+        chosen = torch.randint(
+            len(vectors), (len(self.used),), generator=generator, device=self.device
+        )
         embedding = self.model.quantize.embedding.weight
-        embedding.copy_(torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1)))
+        embedding.copy_(
+            torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1))
+        )
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stage`."""
-        return {name: part.state_dict() for name, part in self._parts().items()} | {"used": self.used}
+        return {name: part.state_dict() for name, part in self._parts().items()} | {
+            "used": self.used
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Stage`."""
@@ -251,26 +280,36 @@ class TokenizerStage:
 
 
 class GPTStage:
-    """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance works."""
+    """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance
+    works.
+    """
 
     def __init__(self, plan: Plan, sprites: Tensor, tokenizer_path: Path) -> None:
         self.plan, self.sprites, self.device = plan, sprites, sprites.device
         self.steps = plan.gpt_steps
-        self.made_with = asdict(plan) | {"tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()}
+        self.made_with = asdict(plan) | {
+            "tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+        }
         tokenizer = load_tokenizer(tokenizer_path, self.device)
         grid = IMAGE_SIZE // tokenizer.config.downsample_size
         model = GPT_models["GPT-demo"](
             vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites)
         )
-        # In eval mode the model's own dropout is off: pictures never repeat, so there is nothing to overfit.
+        # In eval mode the model's own dropout is off: pictures never repeat, so there is nothing to
+        # overfit.
         self.model = model.to(self.device).eval()
         self.model.init_weights(step_generator(plan.seed, "gpt weights", 0, self.device))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         gains = [p for p in self.model.parameters() if p.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": plan.gpt_weight_decay}, {"params": gains, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": plan.gpt_weight_decay},
+            {"params": gains, "weight_decay": 0.0},
+        ]
         self.optimizer = adamw(groups, self.device)
         self.average = Average(self.model, plan.ema_decay)
-        self.encode = compiled(lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device)
+        self.encode = compiled(
+            lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device
+        )
         self.loss = compiled(self._loss, self.device)
         self.update = Update(self._update, self.device)
 
@@ -280,12 +319,17 @@ class GPTStage:
         set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
         pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)
         generator = step_generator(plan.seed, "class dropout", step, self.device)
-        dropped = torch.rand(labels.shape, generator=generator, device=self.device) < plan.class_dropout
+        dropped = (
+            torch.rand(labels.shape, generator=generator, device=self.device) < plan.class_dropout
+        )
         labels = torch.where(dropped, len(self.sprites), labels)
         return self.update(pixels.contiguous(memory_format=torch.channels_last), labels)
 
     def _update(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        with mixed_precision(self.device), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        with (
+            mixed_precision(self.device),
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        ):
             with torch.no_grad():
                 codes = self.encode(pixels)
             loss = self.loss(codes, labels)
@@ -302,7 +346,9 @@ class GPTStage:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stage`."""
-        return {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        return {
+            name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Stage`."""

@@ -1,4 +1,6 @@
-"""Fetches LlamaGen's published checkpoints into pretrained_models/, where the commands look for them."""
+"""Fetches LlamaGen's published checkpoints into pretrained_models/, where the commands look for
+them.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +10,12 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 with slow_imports(__name__):
     from autoregressive.common.folders import pretrained_folder
     from autoregressive.common.hub import fetch
-    from autoregressive.common.published import HUB_REPOSITORY, PUBLISHED_FILES, UNPUBLISHED, PublishedFile
+    from autoregressive.common.published import (
+        HUB_REPOSITORY,
+        PUBLISHED_FILES,
+        UNPUBLISHED,
+        PublishedFile,
+    )
 
 EXAMPLES = f"""\
 examples:
@@ -17,20 +24,46 @@ examples:
   python scripts/download_models.py c2i_XL_384.pt vq_ds16_c2i.pt
 
 The files come from the hub repository {HUB_REPOSITORY}. A download that broke off goes on where it
-stopped, each file's SHA-256 is checked, and what is there is not fetched again. Not everything exists:
-{UNPUBLISHED}.
+stopped, each file's SHA-256 is checked, and what is there is not fetched again. Not everything
+exists: {UNPUBLISHED}.
 """
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a model (GPT-B, VQ-16, ...) or a file (c2i_B_256.pt, ...)")
-    parser.add_argument("--image-size", type=int, choices=[256, 384, 512], help="of a model given by name (default: all)")
+    parser = OneLineParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a model (GPT-B, VQ-16, ...) or a file (c2i_B_256.pt, ...)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        choices=[256, 384, 512],
+        help="of a model given by name (default: all)",
+    )
     parser.add_argument("--all", action="store_true", help="fetch everything that is published")
-    parser.add_argument("--list", action="store_true", help="show what is published and what is there, fetch nothing")
-    parser.add_argument("--folder", type=Path, default=pretrained_folder(), metavar="DIR", help="where to (default: %(default)s)")
-    parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (default: the hub, or what HF_ENDPOINT says)")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="show what is published and what is there, fetch nothing",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=pretrained_folder(),
+        metavar="DIR",
+        help="where to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="a mirror of the hub (default: the hub, or what HF_ENDPOINT says)",
+    )
     arguments = parser.parse_args()
     if not (arguments.names or arguments.all or arguments.list):
         parser.error("name a model or a file, or give --all or --list")
@@ -49,11 +82,14 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
         by_model = [
             file
             for file in PUBLISHED_FILES
-            if file.model.lower() == name.lower() and (image_size is None or file.image_size in (image_size, None))
+            if file.model.lower() == name.lower()
+            and (image_size is None or file.image_size in (image_size, None))
         ]
         if not by_file and not by_model:
             size = f" for {image_size} px" if image_size is not None else ""
-            raise UserError(f"nothing is published as {name}{size}: {UNPUBLISHED}; --list shows what there is")
+            raise UserError(
+                f"nothing is published as {name}{size}: {UNPUBLISHED}; --list shows what there is"
+            )
         chosen.update(dict.fromkeys(by_file or by_model))
     return list(chosen)
 
@@ -66,7 +102,9 @@ def check_folder(folder: Path) -> None:
     except UnicodeEncodeError as error:
         raise UserError(f"{folder}: the name is not UTF-8; choose another --folder") from error
     except OSError as error:
-        raise UserError(f"{folder}: cannot be used: {error.strerror}; choose another --folder") from error
+        raise UserError(
+            f"{folder}: cannot be used: {error.strerror}; choose another --folder"
+        ) from error
     if there and not folder.is_dir():
         raise UserError(f"{folder}: is no folder; choose another --folder")
 
@@ -87,11 +125,16 @@ def main() -> None:
     if arguments.list:
         print_list(arguments.folder)
         return
-    files = list(PUBLISHED_FILES) if arguments.all else choose(arguments.names, arguments.image_size)
+    files = (
+        list(PUBLISHED_FILES) if arguments.all else choose(arguments.names, arguments.image_size)
+    )
     for file in files:
         there = (arguments.folder / file.file_name).exists()
         path = fetch(file, arguments.folder, endpoint=arguments.endpoint)
-        print(f"{path}: {'was there, and is' if there else 'fetched, and is'} the published file (SHA-256 checked)")
+        print(
+            f"{path}: {'was there, and is' if there else 'fetched, and is'} the published file "
+            "(SHA-256 checked)"
+        )
 
 
 if __name__ == "__main__":

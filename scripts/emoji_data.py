@@ -1,8 +1,10 @@
-"""The demo model's data: 64 emoji rendered from the font Noto Color Emoji, each picture varied at random, on any device.
+"""The demo model's data: 64 emoji rendered from the font Noto Color Emoji, each picture varied at
+random, on any device.
 
-The font (SIL Open Font License 1.1) is not part of this repository; Debian and Ubuntu have it in `fonts-noto-color-emoji`. Pictures
-are made on the fly from (seed, stream, step): nothing is stored, and the streams and steps of the default plans share no picture
-(a step's generator is seeded with a 32-bit checksum; the default plans were checked for collisions).
+The font (SIL Open Font License 1.1) is not part of this repository; Debian and Ubuntu have it in
+`fonts-noto-color-emoji`. Pictures are made on the fly from (seed, stream, step): nothing is stored,
+and the streams and steps of the default plans share no picture (a step's generator is seeded with a
+32-bit checksum; the default plans were checked for collisions).
 """
 
 import zlib
@@ -41,7 +43,8 @@ def load_sprites(font_path: Path) -> Tensor:
         font = ImageFont.truetype(str(font_path), _FONT_PIXELS)
     except OSError as error:
         raise UserError(
-            f"cannot read the font {font_path} ({error}): install Debian's package fonts-noto-color-emoji or pass --font"
+            f"cannot read the font {font_path} ({error}): install Debian's package "
+            "fonts-noto-color-emoji or pass --font"
         ) from error
     sprites = []
     for name, emoji in DEMO_EMOJI:
@@ -50,14 +53,18 @@ def load_sprites(font_path: Path) -> Tensor:
         corner = ((SPRITE_SIZE - right - left) / 2, (SPRITE_SIZE - bottom - top) / 2)
         ImageDraw.Draw(canvas).text(corner, emoji, font=font, embedded_color=True)
         if canvas.getbbox() is None:
-            raise UserError(f"the font {font_path} draws nothing for {name}: it is not Noto Color Emoji")
+            raise UserError(
+                f"the font {font_path} draws nothing for {name}: it is not Noto Color Emoji"
+            )
         sprites.append(torch.from_numpy(np.asarray(canvas, dtype=np.float32) / 255))
     rgba = torch.stack(sprites).permute(0, 3, 1, 2)
     return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1).contiguous()
 
 
 def step_generator(seed: int, stream: str, step: int, device: torch.device) -> torch.Generator:
-    """A generator that depends on nothing but (seed, stream, step), so that a resumed run draws what an unbroken one would."""
+    """A generator that depends on nothing but (seed, stream, step), so that a resumed run draws
+    what an unbroken one would.
+    """
     key = zlib.crc32(f"{seed}/{stream}/{step}".encode())
     return torch.Generator(device=device).manual_seed(seed * 2**32 + key)
 
@@ -75,12 +82,15 @@ def _hue_matrices(turns: Tensor) -> Tensor:
     to_yiq = torch.tensor(_RGB_TO_YIQ, device=turns.device)
     cosine, sine = (2 * torch.pi * turns).cos(), (2 * torch.pi * turns).sin()
     zero, one = torch.zeros_like(turns), torch.ones_like(turns)
-    rotation = torch.stack([one, zero, zero, zero, cosine, -sine, zero, sine, cosine], dim=-1).view(-1, 3, 3)
+    rotation = torch.stack([one, zero, zero, zero, cosine, -sine, zero, sine, cosine], dim=-1).view(
+        -1, 3, 3
+    )
     return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
 
 
 def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws one varied picture for each label: background, hue, scale, rotation, flip and place all differ.
+    """Draws one varied picture for each label: background, hue, scale, rotation, flip and place all
+    differ.
 
     Args:
         sprites: what `load_sprites` gives, on the device to draw on.
@@ -101,11 +111,18 @@ def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     shift_x, shift_y = uniform(-1, 1) * (1.04 - scale), uniform(-1, 1) * (1.04 - scale)
     cosine, sine = angle.cos() / scale, angle.sin() / scale
-    # From picture to sprite coordinates, both -1..1: undo the shift, the rotation, the scale, then the flip.
-    first = torch.stack([cosine * flip, sine * flip, -(cosine * shift_x + sine * shift_y) * flip], dim=-1)
+    # From picture to sprite coordinates, both -1..1: undo the shift, the rotation, the scale, then
+    # the flip.
+    first = torch.stack(
+        [cosine * flip, sine * flip, -(cosine * shift_x + sine * shift_y) * flip], dim=-1
+    )
     second = torch.stack([-sine, cosine, sine * shift_x - cosine * shift_y], dim=-1)
-    grid = F.affine_grid(torch.stack([first, second], dim=1), [count, 4, size, size], align_corners=False)
-    drawn = F.grid_sample(sprites[labels], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    grid = F.affine_grid(
+        torch.stack([first, second], dim=1), [count, 4, size, size], align_corners=False
+    )
+    drawn = F.grid_sample(
+        sprites[labels], grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
     colours, opacity = drawn[:, :3], drawn[:, 3:]
     matrices = _hue_matrices(uniform(-0.04, 0.04)) * uniform(0.9, 1.05)[:, None, None]
     colours = torch.einsum("nij,njhw->nihw", matrices, colours)
@@ -113,10 +130,15 @@ def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
     hue, saturation, value = uniform(0, 1), uniform(0.1, 0.55), uniform(0.7, 1.0)
     from_colour = _hsv_to_rgb(hue, saturation, value)
     hue = (hue + uniform(-0.12, 0.12)) % 1
-    to_colour = _hsv_to_rgb(hue, saturation * uniform(0.5, 1), (value * uniform(0.85, 1.15)).clamp(0, 1))
+    to_colour = _hsv_to_rgb(
+        hue, saturation * uniform(0.5, 1), (value * uniform(0.85, 1.15)).clamp(0, 1)
+    )
     direction = uniform(0, 2 * torch.pi)
     axis = torch.linspace(-1, 1, size, device=device)
-    along = direction.cos()[:, None, None] * axis[None, None, :] + direction.sin()[:, None, None] * axis[None, :, None]
+    along = (
+        direction.cos()[:, None, None] * axis[None, None, :]
+        + direction.sin()[:, None, None] * axis[None, :, None]
+    )
     mix = ((along / 2**0.5 + 1) / 2)[:, None]  # [n, 1, size, size] in 0..1
     background = from_colour[:, :, None, None] * (1 - mix) + to_colour[:, :, None, None] * mix
 
@@ -124,7 +146,9 @@ def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
     return picture.clamp(0, 1) * 2 - 1
 
 
-def render_batch(sprites: Tensor, count: int, seed: int, stream: str, step: int) -> tuple[Tensor, Tensor]:
+def render_batch(
+    sprites: Tensor, count: int, seed: int, stream: str, step: int
+) -> tuple[Tensor, Tensor]:
     """`count` pictures of random classes: (pixels as `render` gives them, labels int64 [count])."""
     generator = step_generator(seed, stream, step, sprites.device)
     labels = torch.randint(len(sprites), (count,), generator=generator, device=sprites.device)

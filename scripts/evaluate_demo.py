@@ -1,10 +1,13 @@
-"""Measures the demo model: are its pictures recognised, do they differ, how good is its tokenizer? Minutes on one GPU.
+"""Measures the demo model: are its pictures recognised, do they differ, how good is its tokenizer?
+Minutes on one GPU.
 
-    mkdir -p runs && python scripts/evaluate_demo.py --output runs/evaluation.json --grid runs/evaluation.png
+    mkdir -p runs && python scripts/evaluate_demo.py --output runs/evaluation.json --grid
+    runs/evaluation.png
 
-The judge is a ResNet-18 trained here on emoji renderings, never on model output, and tested on renderings from another random
-stream. It has one class more than there are emoji, for pictures blurred to about a quarter of their size, so that a blurred picture
-does not count as recognised; a Gaussian blur, which it never saw, tests that.
+The judge is a ResNet-18 trained here on emoji renderings, never on model output, and tested on
+renderings from another random stream. It has one class more than there are emoji, for pictures
+blurred to about a quarter of their size, so that a blurred picture does not count as recognised; a
+Gaussian blur, which it never saw, tests that.
 """
 
 import argparse
@@ -23,7 +26,16 @@ with slow_imports(__name__):
     import torchvision
     from bench_arguments import add_device, at_least, check_output
     from demo_stages import load_tokenizer
-    from emoji_data import DEFAULT_FONT, FONT_HELP, IMAGE_SIZE, LARGEST_SEED, load_sprites, render, render_batch, step_generator
+    from emoji_data import (
+        DEFAULT_FONT,
+        FONT_HELP,
+        IMAGE_SIZE,
+        LARGEST_SEED,
+        load_sprites,
+        render,
+        render_batch,
+        step_generator,
+    )
     from torch import Tensor, nn
     from torchvision.transforms.v2.functional import gaussian_blur
     from torchvision.utils import make_grid, save_image
@@ -50,7 +62,9 @@ class SampleFigures:
 
     cfg_scale: float
     recognised: float  # share of pictures in which the classifier sees the class asked for
-    distance: float  # mean over classes of the mean pairwise distance of a class's pictures (root mean square of pixels)
+    # mean over classes of the mean pairwise distance of a class's pictures (root mean square of
+    # pixels)
+    distance: float
     distance_of_data: float  # the same of as many renderings
     weakest: dict[str, float]  # the share recognised of the three classes recognised least
 
@@ -102,7 +116,9 @@ def share_right(classifier: nn.Module, pixels: Tensor, labels: Tensor) -> float:
 
 
 def mean_pairwise_distance(pixels: Tensor) -> float:
-    """Pixels [classes, pictures, 3, height, width] -> mean over classes and pairs of the root-mean-square difference."""
+    """Pixels [classes, pictures, 3, height, width] -> mean over classes and pairs of the
+    root-mean-square difference.
+    """
     distances = []
     for pictures in pixels.flatten(2).float():
         count, values = pictures.shape
@@ -113,8 +129,12 @@ def mean_pairwise_distance(pixels: Tensor) -> float:
 
 
 @torch.no_grad()
-def draw(gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_scale: float, batch: int) -> Tensor:
-    """One picture a label [n] with the demo model's default sampling and this guidance: [n, 3, height, width] in -1..1."""
+def draw(
+    gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_scale: float, batch: int
+) -> Tensor:
+    """One picture a label [n] with the demo model's default sampling and this guidance: [n, 3,
+    height, width] in -1..1.
+    """
     defaults = model_defaults("GPT-demo")
     grid, dim = gpt.config.grid, tokenizer.config.codebook_embed_dim
 
@@ -128,8 +148,12 @@ def draw(gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_scale: float,
     return in_batches(draw_some, labels, batch)
 
 
-def draw_with_engine(gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_scale: float, batch: int, seed: int) -> Tensor:
-    """As `draw`, with the engine: each picture by its own random numbers, `batch` guided pictures at a time."""
+def draw_with_engine(
+    gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_scale: float, batch: int, seed: int
+) -> Tensor:
+    """As `draw`, with the engine: each picture by its own random numbers, `batch` guided pictures
+    at a time.
+    """
     defaults = model_defaults("GPT-demo")
     params = SamplingParams(
         cfg_scale=cfg_scale, cfg_interval=defaults.cfg_interval,
@@ -140,9 +164,16 @@ def draw_with_engine(gpt: Transformer, tokenizer: VQModel, labels: Tensor, cfg_s
 
 
 def judge(
-    classifier: nn.Module, pixels: Tensor, labels: Tensor, names: tuple[str, ...], cfg_scale: float, data_distance: float
+    classifier: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    names: tuple[str, ...],
+    cfg_scale: float,
+    data_distance: float,
 ) -> SampleFigures:
-    """The figures of pictures [n, 3, height, width] whose labels [n] run through the classes one after another."""
+    """The figures of pictures [n, 3, height, width] whose labels [n] run through the classes one
+    after another.
+    """
     by_class = recognised(classifier, pixels, labels).view(len(names), -1).mean(dim=1)
     weakest = {names[int(i)]: round(by_class[i].item(), 3) for i in by_class.argsort()[:3]}
     distance = mean_pairwise_distance(pixels.view(len(names), -1, *pixels.shape[1:]))
@@ -151,27 +182,49 @@ def judge(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     pretrained = ROOT / "pretrained_models"
     weights_help = "where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)"
-    parser.add_argument("--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help)
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
+    parser.add_argument(
+        "--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help
+    )
+    parser.add_argument(
+        "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
+    )
     add_device(parser)
     scales = [model_defaults("GPT-demo").cfg_scale, 1.0]
     scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
-    parser.add_argument("--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help)
+    parser.add_argument(
+        "--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help
+    )
     samples_help = "pictures of each class (default: %(default)s)"
     parser.add_argument("--samples", type=at_least(2), default=16, metavar="N", help=samples_help)
     batch_help = "pictures drawn at a time (default: %(default)s)"
     parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help=batch_help)
-    parser.add_argument("--engine", action="store_true", help="draw with the engine (default: with the naive loop)")
-    steps_help, at_once_help = "that the judge is trained for (default: %(default)s)", "renderings of a step (default: %(default)s)"
-    parser.add_argument("--classifier-steps", type=at_least(1), default=2000, metavar="STEPS", help=steps_help)
-    parser.add_argument("--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help)
+    parser.add_argument(
+        "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
+    )
+    steps_help, at_once_help = (
+        "that the judge is trained for (default: %(default)s)",
+        "renderings of a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classifier-steps", type=at_least(1), default=2000, metavar="STEPS", help=steps_help
+    )
+    parser.add_argument(
+        "--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help
+    )
     seed_help = "of the judge, the renderings and the pictures (default: %(default)s)"
     parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help=seed_help)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write the first scale's pictures here, a class a row")
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        metavar="FILE.png",
+        help="write the first scale's pictures here, a class a row",
+    )
     typed = parser.parse_args(argv)
     if typed.seed > LARGEST_SEED:
         raise UserError(f"--seed {typed.seed}: must be 0 to {LARGEST_SEED}")
@@ -205,17 +258,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpt, tokenizer = load_models(arguments.weights_dir, device)
     names = model_defaults("GPT-demo").classes.names
 
-    classifier = train_classifier(sprites, arguments.classifier_steps, arguments.classifier_batch, arguments.seed)
+    classifier = train_classifier(
+        sprites, arguments.classifier_steps, arguments.classifier_batch, arguments.seed
+    )
     test_labels = torch.arange(len(sprites), device=device).repeat_interleave(64)
-    clean = render(sprites, test_labels, step_generator(arguments.seed, "classifier test", 0, device))
+    clean = render(
+        sprites, test_labels, step_generator(arguments.seed, "classifier test", 0, device)
+    )
     rebuilt = in_batches(lambda part: tokenizer(part)[0].clamp(-1, 1), clean)
     smoothed = gaussian_blur(clean, kernel_size=[13, 13], sigma=[2.0, 2.0])
     error = (rebuilt - clean).square().mean(dim=(1, 2, 3))
     figures = {
         "renderings recognised": share_right(classifier, clean, test_labels),
-        "renderings recognised when blurred to a quarter": share_right(classifier, blurred(clean), test_labels),
-        "renderings recognised under a Gaussian blur of 2 pixels": share_right(classifier, smoothed, test_labels),
-        "renderings recognised when encoded and decoded": share_right(classifier, rebuilt, test_labels),
+        "renderings recognised when blurred to a quarter": share_right(
+            classifier, blurred(clean), test_labels
+        ),
+        "renderings recognised under a Gaussian blur of 2 pixels": share_right(
+            classifier, smoothed, test_labels
+        ),
+        "renderings recognised when encoded and decoded": share_right(
+            classifier, rebuilt, test_labels
+        ),
         "tokenizer PSNR in dB": (10 * torch.log10(4 / error)).mean().item(),
     }
     for name, value in figures.items():
@@ -227,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = []
     for cfg_scale in arguments.cfg_scale:
         if arguments.engine:
-            pixels = draw_with_engine(gpt, tokenizer, labels, cfg_scale, arguments.batch, arguments.seed)
+            pixels = draw_with_engine(
+                gpt, tokenizer, labels, cfg_scale, arguments.batch, arguments.seed
+            )
         else:
             torch.manual_seed(arguments.seed)
             pixels = draw(gpt, tokenizer, labels, cfg_scale, arguments.batch)
@@ -237,7 +302,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             grid = make_grid(pixels, nrow=arguments.samples, normalize=True, value_range=(-1, 1))
             write_whole(arguments.grid, partial(save_image, grid, format="png"))
     if arguments.output:
-        text = json.dumps(figures | {"engine": arguments.engine, "samples": [asdict(result) for result in results]}, indent=2)
+        text = json.dumps(
+            figures
+            | {"engine": arguments.engine, "samples": [asdict(result) for result in results]},
+            indent=2,
+        )
         write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
 
 

@@ -1,15 +1,20 @@
-"""Where one step's microseconds go: each operation's launches, time, bytes and share of the floor. Ends in JSON.
+"""Where one step's microseconds go: each operation's launches, time, bytes and share of the floor.
+Ends in JSON.
 
     python scripts/profile_step.py --gpt-model GPT-XL --rows 16 --context 288
 
-Runs a span of steps through the engine's runner, guided rows of random weights at about that context, and asks torch's profiler for
-every kernel's start and end. Two times of each operation are shown, both in microseconds a step:
-  busy   from the kernels' start to their end. Kernels overlap (programmatic dependent launch: the next one's weights are on their
-         way while the one before it ends), so these sum to more than the step.
-  adds   from the end of the kernel before to the own end: by how much the step is longer. These sum to the step.
-Bytes are those that must come from memory, weights and KV cache, as in autoregressive/serve/floor.py; the share is floor / adds.
-The step itself is timed without the profiler, which makes kernels a little slower. On a CPU, operations are timed by the host's
-clock, attention and combine are one, and there is no floor.
+Runs a span of steps through the engine's runner, guided rows of random weights at about that
+context, and asks torch's profiler for every kernel's start and end. Two times of each operation are
+shown, both in microseconds a step:
+  busy   from the kernels' start to their end. Kernels overlap (programmatic dependent launch: the
+         next one's weights are on their way while the one before it ends), so these sum to more
+         than the step.
+  adds   from the end of the kernel before to the own end: by how much the step is longer. These sum
+         to the step.
+Bytes are those that must come from memory, weights and KV cache, as in
+autoregressive/serve/floor.py; the share is floor / adds. The step itself is timed without the
+profiler, which makes kernels a little slower. On a CPU, operations are timed by the host's clock,
+attention and combine are one, and there is no floor.
 """
 
 import argparse
@@ -23,7 +28,15 @@ from autoregressive.common.errors import OneLineParser, UserError, run_command, 
 
 with slow_imports(__name__):
     import torch
-    from bench_arguments import DETERMINISTIC_HELP, ENFORCE_EAGER_HELP, add_device, add_output, check_output, give_figures, on_cpu
+    from bench_arguments import (
+        DETERMINISTIC_HELP,
+        ENFORCE_EAGER_HELP,
+        add_device,
+        add_output,
+        check_output,
+        give_figures,
+        on_cpu,
+    )
     from bench_models import config_of, random_transformer
     from step_times import HEADER, ORDER, Kernel, OperationTime, summed, with_floor
     from torch.autograd import DeviceType
@@ -59,15 +72,32 @@ class Case:
 
 
 class TimedRunner(ModelRunner):
-    """Times each operation by the host's clock: only on a CPU, where a call returns when its work is done."""
+    """Times each operation by the host's clock: only on a CPU, where a call returns when its work
+    is done.
+    """
 
     def make_operations(self, gpt: Transformer) -> Operations:
         """The model's, each with a watch."""
         operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
         self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
-        self._products = {(3 * width, width): "qkv product", (width, width): "output product", (width, ffn): "down product"}
-        names = ("embed", "linear", "whole_linear", "swiglu", "gate", "attention", "add_norm", "draw_tokens")
-        timed: dict[str, Any] = {name: self._timed(name, getattr(operations, name)) for name in names}
+        self._products = {
+            (3 * width, width): "qkv product",
+            (width, width): "output product",
+            (width, ffn): "down product",
+        }
+        names = (
+            "embed",
+            "linear",
+            "whole_linear",
+            "swiglu",
+            "gate",
+            "attention",
+            "add_norm",
+            "draw_tokens",
+        )
+        timed: dict[str, Any] = {
+            name: self._timed(name, getattr(operations, name)) for name in names
+        }
         return replace(operations, **timed)
 
     def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +107,9 @@ class TimedRunner(ModelRunner):
             began = time.perf_counter()
             result = operation(*tensors, **options)
             seconds = time.perf_counter() - began
-            self.seconds.setdefault(self._products[tensors[1].shape] if name == "linear" else title, []).append(seconds)
+            self.seconds.setdefault(
+                self._products[tensors[1].shape] if name == "linear" else title, []
+            ).append(seconds)
             return result
 
         return run
@@ -97,21 +129,32 @@ class Span:
         self.steps = min(STEPS, shape.tokens)
         self.first = min(max(0, context - 1 - self.steps // 2), shape.tokens - self.steps)
         self.mean_context = self.first + (self.steps + 1) / 2
-        order = torch.randperm(rows * shape.pages_per_row, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(
+            rows * shape.pages_per_row, generator=torch.Generator().manual_seed(0)
+        )
         self._pages = order.view(rows, -1).tolist()
         self.batch = Batch(shape, runner.device)
         runner.prepare(self.batch)
-        for pages in runner.kv_pages:  # a layer at a time, for memory's sake; zeros would run faster
+        for (
+            pages
+        ) in runner.kv_pages:  # a layer at a time, for memory's sake; zeros would run faster
             pages.normal_()
         self.batch.codes.random_(0, runner.model.vocab_size)
 
     def rewind(self) -> None:
         """Puts every row at the span's first position."""
         model = self.runner.model
-        labels = [row % 2 and model.num_classes for row in range(self.rows)]  # class 0 and no class in turn
-        rows = [RowState(label, row // 2, self.first, self._pages[row]) for row, label in enumerate(labels)]
+        # class 0 and no class in turn
+        labels = [row % 2 and model.num_classes for row in range(self.rows)]
+        rows = [
+            RowState(label, row // 2, self.first, self._pages[row])
+            for row, label in enumerate(labels)
+        ]
         params = SamplingParams(top_k=min(TOP_K, model.vocab_size))
-        images = [ImageState(params, image, image, rows[2 * image], rows[2 * image + 1]) for image in range(self.images)]
+        images = [
+            ImageState(params, image, image, rows[2 * image], rows[2 * image + 1])
+            for image in range(self.images)
+        ]
         self.batch.load(rows, images)
 
     def run(self) -> None:
@@ -128,7 +171,11 @@ def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             span.run()
             torch.cuda.synchronize(device)
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
     kernels = [Kernel(event.name, event.time_range.start, event.time_range.end) for event in events]
     return summed(kernels, layers, span.steps)
 
@@ -144,7 +191,9 @@ def profile_on_cpu(span: Span) -> tuple[list[OperationTime], float]:
         span.run()
         seconds = (time.perf_counter() - began) / span.steps
     calls = span.runner.seconds
-    times = {name: (len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6) for name in calls}
+    times = {
+        name: (len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6) for name in calls
+    }
     return [OperationTime(name, *times[name], None) for name in ORDER if name in times], seconds
 
 
@@ -157,7 +206,9 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     shape = BatchShape.of(case.rows, gpt.config.block_size, PAGE_SIZE)
     config = RunnerConfig(enforce_eager=case.enforce_eager, deterministic=case.deterministic)
     make_runner = ModelRunner if on_gpu else TimedRunner
-    span = Span(make_runner(gpt, shape, case.rows * shape.pages_per_row, config), case.rows, case.context)
+    span = Span(
+        make_runner(gpt, shape, case.rows * shape.pages_per_row, config), case.rows, case.context
+    )
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
     floor_us = None
     with threads_that_pay(gpt.config, device):
@@ -165,10 +216,18 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
             times, step_seconds = profile_on_cpu(span)
         else:
             floor = Floor(gpt.config, dtype.itemsize, ceilings)
-            times = with_floor(profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context)
-            step_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
+            times = with_floor(
+                profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context
+            )
+            step_seconds = (
+                median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
+            )
             floor_us = floor.step_seconds(case.rows, case.rows * span.mean_context) * 1e6
-            report |= {"floor_us": floor_us, "share": floor_us / (step_seconds * 1e6), "ceilings": asdict(ceilings)}
+            report |= {
+                "floor_us": floor_us,
+                "share": floor_us / (step_seconds * 1e6),
+                "ceilings": asdict(ceilings),
+            }
     show(times, step_seconds * 1e6, floor_us)
     operations = [asdict(each) | {"mean_us": each.mean_us, "share": each.share} for each in times]
     return report | {"step_us": step_seconds * 1e6, "operations": operations}
@@ -179,20 +238,40 @@ def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> 
     print(HEADER)
     for each in times:
         print(each.line())
-    busy, adds = sum(each.busy_us for each in times), [each.adds_us for each in times if each.adds_us is not None]
+    busy, adds = (
+        sum(each.busy_us for each in times),
+        [each.adds_us for each in times if each.adds_us is not None],
+    )
     if adds:
         print(f"under the profiler: {sum(adds):.1f} us, or {busy:.1f} with overlaps counted twice")
-    share = "" if floor_us is None else f": {floor_us / step_us:.1%} of the floor, which is {floor_us:.1f} us"
+    share = (
+        ""
+        if floor_us is None
+        else f": {floor_us / step_us:.1%} of the floor, which is {floor_us:.1f} us"
+    )
     print(f"the step: {step_us:.1f} us{share}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     model_help = f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})"
     parser.add_argument("--gpt-model", choices=list(GPT_models), metavar="NAME", help=model_help)
-    parser.add_argument("--rows", type=int, default=16, metavar="N", help="an even number: guided pairs (default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="that each row attends to (default: half of an image's)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="an even number: guided pairs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="that each row attends to (default: half of an image's)",
+    )
     precision_help = f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})"
     parser.add_argument("--precision", choices=list(PRECISIONS), metavar="P", help=precision_help)
     parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
@@ -210,7 +289,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
         raise UserError(f"--context {context}: must be 1 to {tokens}, the tokens of an image")
     check_output(typed.output)
     if device.type == "cuda" and not triton_runs_on(device):
-        raise UserError("this GPU runs torch's operations, whose kernels' names do not tell what they are of: use --device cpu")
+        raise UserError(
+            "this GPU runs torch's operations, whose kernels' names do not tell what they are of: "
+            "use --device cpu"
+        )
     precision = typed.precision or ("bf16" if device.type == "cuda" else "none")
     case = Case(model, typed.rows, context, precision, typed.enforce_eager, typed.deterministic)
     return case, device, typed.output
@@ -223,12 +305,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    print(f"{case.model} on {device_name}: one step of {case.rows} rows at context {case.context}, precision {case.precision}")
+    print(
+        f"{case.model} on {device_name}: one step of {case.rows} rows at context {case.context}, "
+        f"precision {case.precision}"
+    )
     try:
         measured = measure(case, device)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{device} has too little free memory: fewer --rows, or a smaller --gpt-model") from error
-    report = {"benchmark": "profile_step", "device": device_name, "torch": torch.__version__, **asdict(case), **measured}
+        raise UserError(
+            f"{device} has too little free memory: fewer --rows, or a smaller --gpt-model"
+        ) from error
+    report = {
+        "benchmark": "profile_step",
+        "device": device_name,
+        "torch": torch.__version__,
+        **asdict(case),
+        **measured,
+    }
     give_figures(report, output)
 
 

@@ -1,10 +1,12 @@
-"""The service as a Ray Serve deployment: as many replicas, on as many machines, as docs/ray_serve.yaml says.
+"""The service as a Ray Serve deployment: as many replicas, on as many machines, as
+docs/ray_serve.yaml says.
 
     .venv/bin/pip install "ray[serve]==2.60.0"
     serve run docs/ray_serve.yaml
 
-Each replica is one whole service with its own engine, its own queue and its own metrics; Ray's proxy spreads requests over them and
-replaces a replica whose engine is lost. The flags come from the environment (LLAMAGEN_GPT_MODEL=GPT-XL), which the YAML file sets.
+Each replica is one whole service with its own engine, its own queue and its own metrics; Ray's
+proxy spreads requests over them and replaces a replica whose engine is lost. The flags come from
+the environment (LLAMAGEN_GPT_MODEL=GPT-XL), which the YAML file sets.
 """
 
 import os
@@ -23,7 +25,9 @@ _Message = MutableMapping[str, Any]
 
 
 class ReplicaApp:
-    """An ASGI application whose engine starts with the first thing that the server's loop asks of it."""
+    """An ASGI application whose engine starts with the first thing that the server's loop asks of
+    it.
+    """
 
     def __init__(self) -> None:
         self._service: Service | None = None
@@ -36,16 +40,24 @@ class ReplicaApp:
         return self._service.dispatcher.failure or self._service.dispatcher.unable
 
     async def __call__(
-        self, scope: _Message, receive: Callable[[], Awaitable[_Message]], send: Callable[[_Message], Awaitable[None]]
+        self,
+        scope: _Message,
+        receive: Callable[[], Awaitable[_Message]],
+        send: Callable[[_Message], Awaitable[None]],
     ) -> None:
         """One request, or the server's start and end."""
         if self._service is None:
             settings = resolve_server_settings(read_arguments([], os.environ))
             if settings.fronts > 1:
-                raise UserError("LLAMAGEN_API_SERVER_COUNT: a replica is one process that answers HTTP; raise num_replicas instead")
+                raise UserError(
+                    "LLAMAGEN_API_SERVER_COUNT: a replica is one process that answers HTTP; raise "
+                    "num_replicas instead"
+                )
             log_our_loggers(settings.log_level)
             model, recipe = prepare(settings)
-            self._service = start_service(settings, model, recipe, settings.public_url or "http://127.0.0.1:8000")
+            self._service = start_service(
+                settings, model, recipe, settings.public_url or "http://127.0.0.1:8000"
+            )
         if scope["type"] != "lifespan":
             await self._service.app(scope, receive, send)
             return

@@ -6,9 +6,24 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 METHODS = ("naive", "compile", "paged")
-_COLUMNS = ("Method", "params", "baseline(s)", "compile(s)", "paged(s)", "speed-up", "over compile", "floor(s)", "share")
+_COLUMNS = (
+    "Method",
+    "params",
+    "baseline(s)",
+    "compile(s)",
+    "paged(s)",
+    "speed-up",
+    "over compile",
+    "floor(s)",
+    "share",
+)
 _LONGEST_REASON = 100
-_COLOURS = {"naive": (150, 150, 150), "compile": (90, 140, 200), "paged": (220, 110, 40), "floor": (70, 70, 70)}
+_COLOURS = {
+    "naive": (150, 150, 150),
+    "compile": (90, 140, 200),
+    "paged": (220, 110, 40),
+    "floor": (70, 70, 70),
+}
 _LABELS = {"naive": "plain loop", "compile": "compiled", "paged": "engine", "floor": "memory floor"}
 _WIDTH, _LEFT, _RIGHT, _TOP, _BAR, _GAP = 900, 110, 80, 60, 18, 16
 
@@ -25,7 +40,9 @@ class ModelRow:
 
 
 def markdown(rows: list[ModelRow]) -> str:
-    """One line a model; a method that failed says why in its cell, one that was not run is a dash."""
+    """One line a model; a method that failed says why in its cell, one that was not run
+    is a dash.
+    """
     lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
     lines += [_line(_cells(row)) for row in rows]
     return "\n".join(lines) + "\n"
@@ -40,7 +57,9 @@ def _cells(row: ModelRow) -> list[str]:
     paged = row.seconds.get("paged")
     gains = [_ratio(row.seconds.get(method), paged) for method in ("naive", "compile")]
     floor = "-" if row.floor_seconds is None else f"{row.floor_seconds:.3f}"
-    share = "-" if row.floor_seconds is None or paged is None else f"{row.floor_seconds / paged:.0%}"
+    share = (
+        "-" if row.floor_seconds is None or paged is None else f"{row.floor_seconds / paged:.0%}"
+    )
     return [row.model, _in_words(row.parameters), *times, *gains, floor, share]
 
 
@@ -67,8 +86,17 @@ def chart(rows: list[ModelRow], device_name: str) -> Image.Image:
     bars = [(row, _bars_of(row)) for row in rows]
     height = _TOP + sum(len(found) * _BAR + _GAP for _, found in bars) + 60
     image = Image.new("RGB", (_WIDTH, height), "white")
-    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(size=15), ImageFont.load_default(size=12)
-    draw.text((_LEFT, 12), f"Seconds for the tokens of one job, {device_name} (logarithmic)", fill="black", font=font)
+    draw, font, small = (
+        ImageDraw.Draw(image),
+        ImageFont.load_default(size=15),
+        ImageFont.load_default(size=12),
+    )
+    draw.text(
+        (_LEFT, 12),
+        f"Seconds for the tokens of one job, {device_name} (logarithmic)",
+        fill="black",
+        font=font,
+    )
     values = [seconds for _, found in bars for _, seconds in found] or [1.0]
     low, high = math.floor(math.log10(min(values) / 1.5)), math.ceil(math.log10(max(values) * 1.2))
 
@@ -81,10 +109,22 @@ def chart(rows: list[ModelRow], device_name: str) -> Image.Image:
         draw.text((at, _TOP - 10), f"{10.0**power:g}", fill=(90, 90, 90), font=small, anchor="ms")
     y = _TOP
     for row, found in bars:
-        draw.text((_LEFT - 10, y + max(len(found), 1) * _BAR / 2), row.model, fill="black", font=font, anchor="rm")
+        draw.text(
+            (_LEFT - 10, y + max(len(found), 1) * _BAR / 2),
+            row.model,
+            fill="black",
+            font=font,
+            anchor="rm",
+        )
         for kind, seconds in found:
             draw.rectangle([(_LEFT, y + 2), (x(seconds), y + _BAR - 2)], fill=_COLOURS[kind])
-            draw.text((x(seconds) + 5, y + _BAR / 2), f"{seconds:.3g}", fill="black", font=small, anchor="lm")
+            draw.text(
+                (x(seconds) + 5, y + _BAR / 2),
+                f"{seconds:.3g}",
+                fill="black",
+                font=small,
+                anchor="lm",
+            )
             y += _BAR
         y += _GAP
     _draw_legend(draw, small, height - 28)
@@ -96,7 +136,9 @@ def _bars_of(row: ModelRow) -> list[tuple[str, float]]:
     return found if row.floor_seconds is None else [*found, ("floor", row.floor_seconds)]
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, y: int) -> None:
+def _draw_legend(
+    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, y: int
+) -> None:
     x = _LEFT
     for kind, label in _LABELS.items():
         draw.rectangle([(x, y), (x + 12, y + 12)], fill=_COLOURS[kind])

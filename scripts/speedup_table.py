@@ -1,13 +1,16 @@
-"""How much faster the engine is: for each model LlamaGen's plain loop, the same compiled, and the engine. A table, a chart, JSON.
+"""How much faster the engine is: for each model LlamaGen's plain loop, the same compiled, and the
+engine. A table, a chart, JSON.
 
     python scripts/speedup_table.py --models GPT-B,GPT-L,GPT-XL,GPT-XXL,GPT-3B --image-size 384
 
-The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's defaults; bf16 on a GPU. Weights
-are random where none are found: speed does not depend on them. Each model runs in a fresh process; times are medians after one
-warm-up (16 tokens of the plain loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
-its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models' processes have measured. The table
-goes to speedup.md in --output-dir, the chart to speedup.png. What is finished is kept in speedup.json there: a run that was broken
-off, or in which something failed (exit status 1), goes on where it was. On a CPU the demo model takes the others' place.
+The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's
+defaults; bf16 on a GPU. Weights are random where none are found: speed does not depend on them.
+Each model runs in a fresh process; times are medians after one warm-up (16 tokens of the plain
+loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
+its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models'
+processes have measured. The table goes to speedup.md in --output-dir, the chart to speedup.png.
+What is finished is kept in speedup.json there: a run that was broken off, or in which something
+failed (exit status 1), goes on where it was. On a CPU the demo model takes the others' place.
 """
 
 import argparse
@@ -58,13 +61,18 @@ class Job:
     device: str
     device_name: str
     torch: str
-    code: str  # of the product's sources: what was measured before a change is not what is measured after it
+    # of the product's sources: what was measured before a change is not what is measured after it
+    code: str
     repeats: int
     naive_repeats: int  # of the plain loop
 
     def medians_of(self) -> str:
         """What the table's figures are."""
-        plain = f" (the plain loop: of {self.naive_repeats})" if self.naive_repeats != self.repeats else ""
+        plain = (
+            f" (the plain loop: of {self.naive_repeats})"
+            if self.naive_repeats != self.repeats
+            else ""
+        )
         return f"Each time is the median of {self.repeats} after one warm-up{plain}."
 
 
@@ -89,7 +97,9 @@ def settings_for(model: str, job: Job, folder: Path) -> Settings:
         typed += ["--image-size", str(job.image_size)]
     settings = resolve_settings(build_parser("", "scripts/speedup_table.py").parse_args(typed))
     if job.images is not None and job.images > len(settings.labels):
-        raise UserError(f"--images {job.images}: must be 1 to {len(settings.labels)}, the labels of {model}")
+        raise UserError(
+            f"--images {job.images}: must be 1 to {len(settings.labels)}, the labels of {model}"
+        )
     return replace(settings, labels=settings.labels[: job.images])
 
 
@@ -100,7 +110,11 @@ def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
     gpt = load_models(settings.model, found).gpt
     if compiled:
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
-    device, tokens, sampling = settings.model.device, settings.model.tokens_per_image, settings.sampling
+    device, tokens, sampling = (
+        settings.model.device,
+        settings.model.tokens_per_image,
+        settings.sampling,
+    )
     labels = torch.tensor(settings.labels, device=device)
 
     def run(steps: int = tokens) -> None:
@@ -156,7 +170,9 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def work(arguments: argparse.Namespace, job: Job) -> None:
-    """In the fresh process: times one model's methods in turn, a line of JSON each; the first failure is the last line."""
+    """In the fresh process: times one model's methods in turn, a line of JSON each; the first
+    failure is the last line.
+    """
     (model,) = arguments.models
     for method in arguments.methods:
         try:
@@ -164,7 +180,11 @@ def work(arguments: argparse.Namespace, job: Job) -> None:
             if method == "paged":
                 timing = time_paged(settings, job.repeats)
             else:
-                timing = time_naive(settings, job.naive_repeats if method == "naive" else job.repeats, method == "compile")
+                timing = time_naive(
+                    settings,
+                    job.naive_repeats if method == "naive" else job.repeats,
+                    method == "compile",
+                )
         except Exception as error:  # whatever it is, it goes into the table, and the others go on
             print(json.dumps({"method": method, "error": first_line(error)}), flush=True)
             raise
@@ -177,18 +197,32 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def run_model(model: str, methods: Sequence[str], options: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Runs the worker, again in a fresh process after each failure; yields each method's timing or error as it comes.
+def run_model(
+    model: str, methods: Sequence[str], options: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Runs the worker, again in a fresh process after each failure; yields each method's timing or
+    error as it comes.
 
-    The compiler's caches are the worker's own: it times kernels to choose among them, and what it once chose on a busy GPU would be
-    taken over, and be slow, for ever.
+    The compiler's caches are the worker's own: it times kernels to choose among them, and what it
+    once chose on a busy GPU would be taken over, and be slow, for ever.
     """
     left = list(methods)
     while left:
-        command = [sys.executable, __file__, "--worker", "--models", model, "--methods", ",".join(left), *options]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            "--models",
+            model,
+            "--methods",
+            ",".join(left),
+            *options,
+        ]
         with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as caches:
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            ) as process:
                 assert process.stdout is not None
                 failed = False
                 try:
@@ -199,16 +233,23 @@ def run_model(model: str, methods: Sequence[str], options: Sequence[str]) -> Ite
                         left.remove(outcome["method"])
                         failed = failed or "error" in outcome
                         yield outcome.pop("method"), outcome
-                except BaseException:  # Ctrl-C, which the worker need not have heard: it would go on using the GPU
+                except (
+                    BaseException
+                ):  # Ctrl-C, which the worker need not have heard: it would go on using the GPU
                     process.kill()
                     raise
             errors.seek(0)
             said = errors.read().strip()
         if failed:
             print(said, file=sys.stderr)
-        elif process.returncode != 0 and left:  # it died without a word, as after a crash of the driver
+        elif (
+            process.returncode != 0 and left
+        ):  # it died without a word, as after a crash of the driver
             reason = said.splitlines()[-1] if said else "no message"
-            yield left.pop(0), {"error": f"the process ended with status {process.returncode}: {reason}"}
+            yield (
+                left.pop(0),
+                {"error": f"the process ended with status {process.returncode}: {reason}"},
+            )
 
 
 class Results:
@@ -216,19 +257,30 @@ class Results:
 
     def __init__(self, path: Path, job: Job) -> None:
         self._path, self._job = path, asdict(job)
-        self.timings: dict[str, dict[str, dict[str, Any]]] = {}  # model -> method -> Timing or error
+        self.timings: dict[
+            str, dict[str, dict[str, Any]]
+        ] = {}  # model -> method -> Timing or error
         if path.exists():
             try:
                 kept = json.loads(path.read_text())
                 kept_job, self.timings = kept["job"], dict(kept["results"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} is no file of this script's: remove it, or choose another --output-dir") from error
+                raise UserError(
+                    f"{path} is no file of this script's: remove it, or choose another --output-dir"
+                ) from error
             if kept_job != self._job:
-                raise UserError(f"{path} holds the results of another job ({kept_job}): choose another --output-dir")
+                raise UserError(
+                    f"{path} holds the results of another job ({kept_job}): choose another "
+                    "--output-dir"
+                )
 
     def missing(self, model: str, methods: Sequence[str]) -> list[str]:
         """Methods that have not finished; failed ones are tried again."""
-        return [method for method in methods if "timing" not in self.timings.get(model, {}).get(method, {})]
+        return [
+            method
+            for method in methods
+            if "timing" not in self.timings.get(model, {}).get(method, {})
+        ]
 
     def keep(self, model: str, method: str, outcome: dict[str, Any]) -> None:
         """Adds one, and writes the file."""
@@ -251,31 +303,65 @@ class Results:
         }
 
     def _highest_bandwidth(self) -> float | None:
-        """Of all models' processes, bytes a second: the same GPU, which measures less when it is hot. None: not measured."""
+        """Of all models' processes, bytes a second: the same GPU, which measures less when it is
+        hot. None: not measured.
+        """
         timings = (methods.get("paged", {}).get("timing", {}) for methods in self.timings.values())
-        return max((timing["read_bytes_per_second"] for timing in timings if timing.get("read_bytes_per_second")), default=None)
+        return max(
+            (
+                timing["read_bytes_per_second"]
+                for timing in timings
+                if timing.get("read_bytes_per_second")
+            ),
+            default=None,
+        )
 
     def _floor_seconds(self, model: str) -> float | None:
-        """At the highest bandwidth; eight pictures' rows are too few for arithmetic to bound a product."""
-        timing, highest = self.timings.get(model, {}).get("paged", {}).get("timing", {}), self._highest_bandwidth()
+        """At the highest bandwidth; eight pictures' rows are too few for arithmetic to bound a
+        product.
+        """
+        timing, highest = (
+            self.timings.get(model, {}).get("paged", {}).get("timing", {}),
+            self._highest_bandwidth(),
+        )
         if highest is None or timing.get("floor_seconds") is None:
             return None
         return timing["floor_seconds"] * timing["read_bytes_per_second"] / highest
 
     def row(self, model: str, methods: Sequence[str]) -> ModelRow:
         """A model's line of the table."""
-        outcomes = {method: outcome for method, outcome in self.timings.get(model, {}).items() if method in methods}
-        seconds = {method: outcome["timing"]["seconds"] for method, outcome in outcomes.items() if "timing" in outcome}
-        errors = {method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome}
+        outcomes = {
+            method: outcome
+            for method, outcome in self.timings.get(model, {}).items()
+            if method in methods
+        }
+        seconds = {
+            method: outcome["timing"]["seconds"]
+            for method, outcome in outcomes.items()
+            if "timing" in outcome
+        }
+        errors = {
+            method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome
+        }
         floor = self._floor_seconds(model) if "paged" in outcomes else None
-        return ModelRow(model, parameters_of(model, self._job["image_size"]), seconds, errors, floor)
+        return ModelRow(
+            model, parameters_of(model, self._job["image_size"]), seconds, errors, floor
+        )
 
 
 def code_version() -> str:
-    """A digest of what is timed and of what times it: models, engine, kernels and their tables, this script, Triton."""
+    """A digest of what is timed and of what times it: models, engine, kernels and their tables,
+    this script, Triton.
+    """
     digest = hashlib.sha256(triton.__version__.encode())
-    folders = [ROOT / "autoregressive" / "models", ROOT / "autoregressive" / "serve" / "engine", ROOT / "kernels"]
-    sources = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json")]
+    folders = [
+        ROOT / "autoregressive" / "models",
+        ROOT / "autoregressive" / "serve" / "engine",
+        ROOT / "kernels",
+    ]
+    sources = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json")
+    ]
     for path in sorted([*sources, ROOT / "scripts" / "speedup_table.py"]):
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())
@@ -290,25 +376,47 @@ def parameters_of(model: str, image_size: int | None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
     count = at_least(1)
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_models(parser)
-    methods_help = "of naive (the plain loop), compile (the same compiled) and paged (the engine), with commas (default: all)"
-    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help=methods_help)
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="256, 384 or 512 (default: 384); GPT-demo: 128")
-    parser.add_argument("--images", type=count, metavar="N", help="how many of the eight labels (default: all)")
+    methods_help = (
+        "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
+        "with commas (default: all)"
+    )
+    parser.add_argument(
+        "--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help=methods_help
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="256, 384 or 512 (default: 384); GPT-demo: 128",
+    )
+    parser.add_argument(
+        "--images", type=count, metavar="N", help="how many of the eight labels (default: all)"
+    )
     repeats_help = "timed runs, after one warm-up (default: %(default)s)"
     parser.add_argument("--repeats", type=count, default=3, metavar="N", help=repeats_help)
     naive_help = "the same of the plain loop, which takes long (default: as --repeats)"
     parser.add_argument("--naive-repeats", type=count, metavar="N", help=naive_help)
     add_device(parser)
-    output_help = "where the table, the chart and the JSON go; made if need be (default: %(default)s)"
-    parser.add_argument("--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # in the fresh process
+    output_help = (
+        "where the table, the chart and the JSON go; made if need be (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help
+    )
+    # in the fresh process
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device, typed_models = resolve_device(arguments.device), arguments.models
     arguments.models = models_for(typed_models, device)
     if typed_models is None and device.type != "cuda" and arguments.image_size is not None:
-        tell(f"without a GPU the demo model takes the others' place, at its size: --image-size {arguments.image_size} is left out")
+        tell(
+            "without a GPU the demo model takes the others' place, at its size: --image-size "
+            f"{arguments.image_size} is left out"
+        )
         arguments.image_size = None
     return arguments
 
@@ -319,7 +427,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = resolve_device(arguments.device)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
-    job = Job(arguments.image_size, arguments.images, arguments.device, device_name, torch.__version__, code_version(), *repeats)
+    job = Job(
+        arguments.image_size,
+        arguments.images,
+        arguments.device,
+        device_name,
+        torch.__version__,
+        code_version(),
+        *repeats,
+    )
     if arguments.worker:
         work(arguments, job)
         return
@@ -331,7 +447,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("speedup.json", "speedup.md", "speedup.png"):
         check_file("--output-dir", folder / name, Path(name).suffix)
     results = Results(folder / "speedup.json", job)
-    options = ["--repeats", str(arguments.repeats), "--device", arguments.device, "--output-dir", str(folder)]
+    options = [
+        "--repeats",
+        str(arguments.repeats),
+        "--device",
+        arguments.device,
+        "--output-dir",
+        str(folder),
+    ]
     for flag in ("image_size", "images", "naive_repeats"):
         if getattr(arguments, flag) is not None:
             options += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
@@ -340,10 +463,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = [method for method in arguments.methods if method not in missing]
         if kept:
             source = folder / "speedup.json"
-            print(f"{model}, {', '.join(kept)}: kept from {source}; another --output-dir measures again", flush=True)
+            print(
+                f"{model}, {', '.join(kept)}: kept from {source}; another --output-dir measures "
+                "again",
+                flush=True,
+            )
         for method, outcome in run_model(model, missing, options):
             results.keep(model, method, outcome)
-            told = f"{outcome['timing']['seconds']:.3f} s" if "timing" in outcome else f"failed: {outcome['error']}"
+            told = (
+                f"{outcome['timing']['seconds']:.3f} s"
+                if "timing" in outcome
+                else f"failed: {outcome['error']}"
+            )
             print(f"{model}, {method}: {told}", flush=True)
     results.save()
     rows = [results.row(model, arguments.methods) for model in arguments.models]

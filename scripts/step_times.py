@@ -1,4 +1,6 @@
-"""Which operation each kernel of a step belongs to, and how long it takes: the arithmetic of profile_step.py."""
+"""Which operation each kernel of a step belongs to, and how long it takes: the arithmetic of
+profile_step.py.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,14 +10,19 @@ from autoregressive.serve.floor import Floor, products
 
 # As `floor.products` lists them.
 PRODUCTS = ("qkv product", "output product", "swiglu", "down product", "head")
-# In the order of a step. Where a library does the products of many rows, `swiglu` is the product and `gate` what follows it.
+# In the order of a step. Where a library does the products of many rows, `swiglu` is the product
+# and `gate` what follows it.
 _ATTENTION_HALF = ("embed", "qkv product", "attention", "combine", "output product", "add_norm")
 ORDER = (*_ATTENTION_HALF, "swiglu", "gate", "down product", "head", "draw")
 
-_KERNELS = {f"_{name}_kernel": name for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")}
+_KERNELS = {
+    f"_{name}_kernel": name
+    for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")
+}
 _KERNELS |= {"_hopper_attention_kernel": "attention", "_fused_swiglu_kernel": "swiglu"}
 _ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
-# Every other kernel is of a product: the one that is due after these. After `add_norm` it depends on the product before.
+# Every other kernel is of a product: the one that is due after these. After `add_norm` it depends
+# on the product before.
 _NEXT_PRODUCT = {"embed": "qkv product", "attention": "output product", "combine": "output product"}
 _NEXT_PRODUCT |= {"swiglu": "down product", "gate": "down product"}
 
@@ -36,8 +43,11 @@ class OperationTime:
     operation: str
     launches: float
     busy_us: float  # from start to end
-    adds_us: float | None  # from the end of the kernel before to the own end; None: nothing overlaps
-    bytes: int | None = None  # that must come from memory; None: none but activations, which stay in the cache
+    # from the end of the kernel before to the own end; None: nothing overlaps
+    adds_us: float | None
+    bytes: int | None = (
+        None  # that must come from memory; None: none but activations, which stay in the cache
+    )
     floor_us: float | None = None
 
     @property
@@ -48,7 +58,11 @@ class OperationTime:
     @property
     def share(self) -> float | None:
         """Of the floor."""
-        return None if self.floor_us is None else self.floor_us / (self.busy_us if self.adds_us is None else self.adds_us)
+        return (
+            None
+            if self.floor_us is None
+            else self.floor_us / (self.busy_us if self.adds_us is None else self.adds_us)
+        )
 
     def line(self) -> str:
         """Of the table."""
@@ -60,7 +74,10 @@ class OperationTime:
         return f"{self.operation:<15} {times} {megabytes:>9} {floor:>9} {share:>7}"
 
 
-HEADER = f"{'operation':<15} {'launches':>8} {'busy us':>10} {'mean us':>9} {'adds us':>10} {'MB':>9} {'floor us':>9} {'share':>7}"
+HEADER = (
+    f"{'operation':<15} {'launches':>8} {'busy us':>10} {'mean us':>9} {'adds us':>10} "
+    f"{'MB':>9} {'floor us':>9} {'share':>7}"
+)
 
 
 def operations_of(names: Iterable[str], layers: int) -> list[str]:
@@ -73,7 +90,9 @@ def operations_of(names: Iterable[str], layers: int) -> list[str]:
     found: list[str] = []
     due, last_product, layer = "qkv product", "", 0
     for name in names:
-        own = next((operation for kernel, operation in _KERNELS.items() if name.startswith(kernel)), None)
+        own = next(
+            (operation for kernel, operation in _KERNELS.items() if name.startswith(kernel)), None
+        )
         operation = own or due
         found.append(operation)
         if operation in PRODUCTS:
@@ -82,7 +101,9 @@ def operations_of(names: Iterable[str], layers: int) -> list[str]:
             layer = 0
         if operation == "add_norm" and last_product == "output product":
             due = "swiglu"
-        elif operation == "add_norm" or (operation == "down product" and name.startswith(_ADDS_ITSELF)):
+        elif operation == "add_norm" or (
+            operation == "down product" and name.startswith(_ADDS_ITSELF)
+        ):
             layer += 1
             due = "qkv product" if layer < layers else "head"
         elif own is not None:
@@ -103,7 +124,9 @@ def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Operation
     labels = operations_of((kernel.name for kernel in kernels), layers)
     seen = labels.count("embed")
     if seen != steps or labels.count("draw") != steps:
-        raise UserError(f"the profiler saw {seen} of {steps} steps: try again, or with --enforce-eager")
+        raise UserError(
+            f"the profiler saw {seen} of {steps} steps: try again, or with --enforce-eager"
+        )
     launches, busy, adds = (dict.fromkeys(ORDER, 0.0) for _ in range(3))
     end_us = kernels[0].start_us
     for label, kernel in zip(labels, kernels, strict=True):
@@ -111,10 +134,16 @@ def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Operation
         busy[label] += (kernel.end_us - kernel.start_us) / steps
         adds[label] += max(0.0, kernel.end_us - end_us) / steps
         end_us = max(end_us, kernel.end_us)
-    return [OperationTime(label, launches[label], busy[label], adds[label]) for label in ORDER if launches[label]]
+    return [
+        OperationTime(label, launches[label], busy[label], adds[label])
+        for label in ORDER
+        if launches[label]
+    ]
 
 
-def with_floor(times: list[OperationTime], floor: Floor, rows: int, context: float) -> list[OperationTime]:
+def with_floor(
+    times: list[OperationTime], floor: Floor, rows: int, context: float
+) -> list[OperationTime]:
     """The same with each operation's bytes and least time.
 
     Args:
@@ -125,6 +154,8 @@ def with_floor(times: list[OperationTime], floor: Floor, rows: int, context: flo
     for name, product in zip(PRODUCTS, products(floor.config), strict=True):
         known[name] = (product.elements * floor.element_bytes, floor.product_seconds(product, rows))
     return [
-        replace(each, bytes=known[each.operation][0], floor_us=known[each.operation][1] * 1e6) if each.operation in known else each
+        replace(each, bytes=known[each.operation][0], floor_us=known[each.operation][1] * 1e6)
+        if each.operation in known
+        else each
         for each in times
     ]

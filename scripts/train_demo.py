@@ -1,10 +1,11 @@
-"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly. Minutes on one GPU, hours on a CPU.
+"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly.
+Minutes on one GPU, hours on a CPU.
 
     python scripts/train_demo.py                  # both stages; resumes what it finds in --run-dir
     python scripts/train_demo.py --minutes 9      # stops in time, to be resumed by the same command
 
-Every step depends on nothing but the state it starts from and (seed, step), so that an interrupted run ends with the very weights
-of an unbroken one on the same machine and versions.
+Every step depends on nothing but the state it starts from and (seed, step), so that an interrupted
+run ends with the very weights of an unbroken one on the same machine and versions.
 """
 
 import argparse
@@ -49,9 +50,14 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
     step = 0
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
-        different = [key for key, value in stage.made_with.items() if state["made_with"].get(key) != value]
+        different = [
+            key for key, value in stage.made_with.items() if state["made_with"].get(key) != value
+        ]
         if different:
-            raise UserError(f"{state_path} was made with another {', '.join(different)}: use the same values or another --run-dir")
+            raise UserError(
+                f"{state_path} was made with another {', '.join(different)}: use the same values "
+                "or another --run-dir"
+            )
         stage.load_state_dict(state["stage"])
         step = state["step"]
         print(f"{name}: resuming at step {step}", flush=True)
@@ -59,10 +65,16 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
 
     def save(path: Path) -> None:
         content = io.BytesIO()  # a full disk is an OSError only to Python's own writing
-        torch.save({"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, content)
+        torch.save(
+            {"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, content
+        )
         path.write_bytes(content.getbuffer())
 
-    while step < stage.steps and step - first < limits.stop_after and time.monotonic() < limits.deadline:
+    while (
+        step < stage.steps
+        and step - first < limits.stop_after
+        and time.monotonic() < limits.deadline
+    ):
         figures = stage.step(step)
         step += 1
         if step % 200 == 0 or step == stage.steps:
@@ -79,36 +91,76 @@ def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: 
 
 def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     """Writes weights in float16 as safetensors, whole or not at all."""
-    tensors = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in weights.items()}
-    # One entry only: safetensors writes several in random order, and equal weights would make unequal files.
-    metadata = {"description": f"{description}; data rendered from Noto Color Emoji (SIL Open Font License 1.1)"}
-    # The library's save_file writes a temporary file of its own, which would stay if the process were killed.
+    tensors = {
+        key: value.detach().to("cpu", torch.float16).contiguous() for key, value in weights.items()
+    }
+    # One entry only: safetensors writes several in random order, and equal weights would make
+    # unequal files.
+    metadata = {
+        "description": f"{description}; data rendered from Noto Color Emoji (SIL Open Font License "
+        "1.1)"
+    }
+    # The library's save_file writes a temporary file of its own, which would stay if the process
+    # were killed.
     write_whole(path, lambda temporary: temporary.write_bytes(safetensors_bytes(tensors, metadata)))
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
-    parser.add_argument("--stage", choices=["all", "tokenizer", "gpt"], default="all", metavar="STAGE", help=stage_help)
-    parser.add_argument("--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP)
-    run_help, output_help = (
-        f"{what}; made if need be (default: %(default)s)" for what in ("states to resume from, and logs", "weights")
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help)
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "pretrained_models", metavar="DIR", help=output_help)
+    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
+    parser.add_argument(
+        "--stage",
+        choices=["all", "tokenizer", "gpt"],
+        default="all",
+        metavar="STAGE",
+        help=stage_help,
+    )
+    parser.add_argument(
+        "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
+    )
+    run_help, output_help = (
+        f"{what}; made if need be (default: %(default)s)"
+        for what in ("states to resume from, and logs", "weights")
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=ROOT / "pretrained_models",
+        metavar="DIR",
+        help=output_help,
+    )
     add_device(parser)
     stop = "then the same command resumes (default: no limit)"
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help=f"stop after so long; {stop}")
-    parser.add_argument("--stop-after", type=at_least(1), default=10**9, metavar="STEPS", help=f"of a stage in this run; {stop}")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help=f"stop after so long; {stop}"
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=at_least(1),
+        default=10**9,
+        metavar="STEPS",
+        help=f"of a stage in this run; {stop}",
+    )
     save_help = "between savings of the state (default: %(default)s)"
-    parser.add_argument("--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help)
-    plan = parser.add_argument_group("plan", "what the weights depend on; the defaults are those of the weights that ship")
+    parser.add_argument(
+        "--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help
+    )
+    plan = parser.add_argument_group(
+        "plan", "what the weights depend on; the defaults are those of the weights that ship"
+    )
     for field in fields(Plan):
         flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
         told = f"{field.metadata['help']} (default: %(default)s)"
-        plan.add_argument(flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told)
+        plan.add_argument(
+            flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told
+        )
     typed = parser.parse_args(argv)
     if not typed.minutes >= 0:  # nor NaN
         raise UserError(f"--minutes {typed.minutes}: must be 0 or more")
@@ -123,7 +175,10 @@ def check_plan(plan: Plan) -> None:
         "class_dropout": (0 <= plan.class_dropout <= 1, "0 to 1"),
     }
     for field, value in asdict(plan).items():
-        count, number = (value >= 1, "1 or more"), (0 <= value < math.inf, "a finite number, 0 or more")
+        count, number = (
+            (value >= 1, "1 or more"),
+            (0 <= value < math.inf, "a finite number, 0 or more"),
+        )
         holds, what = allowed.get(field, count if isinstance(value, int) else number)
         if not holds:
             raise UserError(f"--{field.replace('_', '-')} {value}: must be {what}")
@@ -135,23 +190,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
     check_plan(plan)
     device = resolve_device(arguments.device)
-    limits = Limits(time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every)
+    limits = Limits(
+        time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every
+    )
     for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(flag, folder)
     emoji = load_sprites(arguments.font)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch._inductor.config.deterministic = True  # else reductions are tuned by timing, and the last bits vary
+    torch._inductor.config.deterministic = (
+        True  # else reductions are tuned by timing, and the last bits vary
+    )
     torch.set_float32_matmul_precision("high")
     sprites = emoji.to(device)
-    vq_path, gpt_path = arguments.output_dir / "demo_vq.safetensors", arguments.output_dir / "demo_gpt.safetensors"
+    vq_path, gpt_path = (
+        arguments.output_dir / "demo_vq.safetensors",
+        arguments.output_dir / "demo_gpt.safetensors",
+    )
     if arguments.stage in ("all", "tokenizer"):
         tokenizer_stage = TokenizerStage(plan, sprites)
         if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, limits):
             print("tokenizer: stopped; the same command goes on")
             return
-        export(tokenizer_stage.weights(), vq_path, f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}")
+        export(
+            tokenizer_stage.weights(),
+            vq_path,
+            f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}",
+        )
     if arguments.stage in ("all", "gpt"):
         if not vq_path.exists():
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")

@@ -1,4 +1,6 @@
-"""What tune_kernels.py tries: for each product and for the attention, the ways to cut it up that may pay."""
+"""What tune_kernels.py tries: for each product and for the attention, the ways to cut it up that
+may pay.
+"""
 
 from collections.abc import Iterator
 
@@ -13,7 +15,14 @@ _ROWS = 16  # of a program, where shared memory is reckoned
 
 def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTiles]:
     """Chunks of 16 to 128 tokens."""
-    for chunk, warps in ((64, 1), (32, 1), (64, 2), (128, 2), (128, 4), (128, 1) if hopper else (16, 1)):
+    for chunk, warps in (
+        (64, 1),
+        (32, 1),
+        (64, 2),
+        (128, 2),
+        (128, 4),
+        (128, 1) if hopper else (16, 1),
+    ):
         if hopper or chunk * head_size <= 64 * 128 * warps:
             yield AttentionTiles(chunk, warps)
             if warps == 1 and not hopper:
@@ -21,12 +30,17 @@ def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTile
 
 
 def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[FusedTiles]:
-    """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a program on their way."""
+    """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a
+    program on their way.
+    """
     for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
         for tile in (64, 128, 256):
             for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
                 tiles = -(-inputs // (tile * splits))
-                if 20 <= outputs // tile_outputs * splits <= 420 and tiles * tile * splits <= 1.25 * inputs:
+                if (
+                    20 <= outputs // tile_outputs * splits <= 420
+                    and tiles * tile * splits <= 1.25 * inputs
+                ):
                     for stages in _stages(tiles, tile_outputs, tile):
                         yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
@@ -50,12 +64,23 @@ def fused_head_candidates(inputs: int) -> Iterator[FusedTiles]:
 def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
     """Tiles on their way at once that are worth a try."""
     tile_bytes = (outputs + _ROWS) * tile * 2
-    return sorted({min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0})
+    return sorted(
+        {min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0}
+    )
 
 
 def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
-    """Splits that give each multiprocessor one to six programs; all weights early, or a few and a pipeline."""
-    for tile, tiles, warps in ((256, 1, 4), (256, 2, 4), (512, 1, 8), (128, 2, 4), (128, 3, 4), (128, 5, 4)):
+    """Splits that give each multiprocessor one to six programs; all weights early, or a few and a
+    pipeline.
+    """
+    for tile, tiles, warps in (
+        (256, 1, 4),
+        (256, 2, 4),
+        (512, 1, 8),
+        (128, 2, 4),
+        (128, 3, 4),
+        (128, 5, 4),
+    ):
         if 24 <= outputs / 64 * -(-inputs // (tile * tiles)) <= 1200:
             yield LinearTiles(64, tile, tiles, early=tiles, stages=1, warps=warps)
     for tile, tiles, warps in ((256, 1, 8), (256, 1, 4), (128, 2, 8), (128, 3, 8), (256, 2, 8)):
@@ -64,7 +89,14 @@ def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
     for splits in (1, 2, 3, 4, 5, 7):
         if not 48 <= outputs / 64 * splits <= 400:
             continue
-        for tile, early, stages in ((64, 2, 5), (64, 4, 4), (128, 2, 3), (128, 1, 3), (64, 0, 6), (128, 3, 3)):
+        for tile, early, stages in (
+            (64, 2, 5),
+            (64, 4, 4),
+            (128, 2, 3),
+            (128, 1, 3),
+            (64, 0, 6),
+            (128, 3, 3),
+        ):
             tiles = -(-inputs // (tile * splits))
             if tiles > early + 1:
                 yield LinearTiles(64, tile, tiles, early, stages, warps=4)
@@ -74,15 +106,37 @@ def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
     """Few or many tiles early."""
     for tile in (256, 128, 64):
         whole = -(-inputs // tile)
-        for early, stages in ((whole, 1), (4, 3), (6, 3), (2, 5), (3, 4), (0, 3), (0, 5), (1, 4), (8, 3)):
+        for early, stages in (
+            (whole, 1),
+            (4, 3),
+            (6, 3),
+            (2, 5),
+            (3, 4),
+            (0, 3),
+            (0, 5),
+            (1, 4),
+            (8, 3),
+        ):
             held = 64 * tile * 2 * (early + (stages if early < whole else 0))
-            if early <= whole and held <= _SHARED_MEMORY * 0.8 and not (0 < whole - early < stages - 1):
+            if (
+                early <= whole
+                and held <= _SHARED_MEMORY * 0.8
+                and not (0 < whole - early < stages - 1)
+            ):
                 yield SwigluTiles(32, tile, early, stages, warps=4)
 
 
 def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
     """The head: whole inputs, so a pipeline."""
-    for tile, early, stages in ((256, 1, 3), (128, 2, 4), (128, 0, 5), (64, 4, 5), (64, 0, 8), (128, 4, 3), (64, 2, 5)):
+    for tile, early, stages in (
+        (256, 1, 3),
+        (128, 2, 4),
+        (128, 0, 5),
+        (64, 4, 5),
+        (64, 0, 8),
+        (128, 4, 3),
+        (64, 2, 5),
+    ):
         tiles = -(-inputs // tile)
         if tiles > early:
             yield LinearTiles(64, tile, tiles, early, stages, warps=4)

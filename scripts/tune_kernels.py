@@ -1,10 +1,13 @@
-"""Measures how each product and the attention are best cut up on this GPU, and writes the table that the engine reads.
+"""Measures how each product and the attention are best cut up on this GPU, and writes the table
+that the engine reads.
 
     python scripts/tune_kernels.py --models GPT-B,GPT-XL
 
-Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's candidates are tried while the others
-keep the best found so far, in turn. Settings depend neither on the number of rows nor on the context, so the mean of 16 rows and 2,
-and of three contexts, decides. What the table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or above.
+Kernels of a step overlap, so a setting is judged by the time of whole layers: one operation's
+candidates are tried while the others keep the best found so far, in turn. Settings depend neither
+on the number of rows nor on the context, so the mean of 16 rows and 2, and of three contexts,
+decides. What the table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or
+above.
 """
 
 import argparse
@@ -44,7 +47,12 @@ with slow_imports(__name__):
 
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
-_CONTEXTS = (96, 288, 480)  # their mean is a whole image's; at one alone, tiles win that lose at the others
+# their mean is a whole image's; at one alone, tiles win that lose at the others
+_CONTEXTS = (
+    96,
+    288,
+    480,
+)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 
 
@@ -81,11 +89,16 @@ class Chain:
         head, classes = random(config.vocab_size, width), random(1, width)
         rotary = torch.rand(_TOKENS + 1, config.head_size // 2, 2, device=device)
         weights = ModelWeights(head, classes, made, norm, head, rotary)
-        heads = [head, *(random(config.vocab_size, width) for _ in range(1 + int(100e6 / (2 * head.numel()))))]
+        heads = [
+            head,
+            *(random(config.vocab_size, width) for _ in range(1 + int(100e6 / (2 * head.numel())))),
+        ]
         batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
         pages = max(_ROWS) * batch.shape.pages_per_row
         # More rows than these share pages: only whether the kernels run matters then.
-        batch.page_table.copy_((torch.arange(batch.page_table.numel()) % pages).view_as(batch.page_table))
+        batch.page_table.copy_(
+            (torch.arange(batch.page_table.numel()) % pages).view_as(batch.page_table)
+        )
         batch.positions.fill_(_CONTEXTS[0])
         kv = (layers, 2, pages, config.n_head, _PAGE_SIZE, head_stride(config.head_size, 2))
         return cls(config, weights, heads, random(*kv), batch)
@@ -95,7 +108,9 @@ class Chain:
         layers = self._layers(operations, rows)
 
         def run() -> None:
-            for layer, next_norm, pages in zip(self.weights.layers, self.weights.next_norms, self.kv_pages, strict=True):
+            for layer, next_norm, pages in zip(
+                self.weights.layers, self.weights.next_norms, self.kv_pages, strict=True
+            ):
                 layers.layer(layer, next_norm, pages, self.weights.rotary, self.batch)
 
         return run
@@ -114,7 +129,9 @@ class Chain:
         def filled(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.ones(dims, dtype=dtype, device="cuda")
 
-        layers = LayersFactory(self.config, torch.bfloat16, operations, library=False).make(rows, filled)
+        layers = LayersFactory(self.config, torch.bfloat16, operations, library=False).make(
+            rows, filled
+        )
         layers.normed.normal_()
         return layers
 
@@ -148,7 +165,9 @@ class Kernels:
 
     def operations(self, table: TileTable, config: GPTConfig) -> Operations:
         """Cut up as the table says."""
-        return triton_operations(table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper)
+        return triton_operations(
+            table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper
+        )
 
 
 @dataclass(frozen=True)
@@ -173,12 +192,22 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
     if kernels.hopper:
         layer = [
             Stage("fused_project", (width, ffn), list(fused_candidates(width, ffn, most_splits=8))),
-            Stage("fused_project", (width, width), list(fused_candidates(width, width, most_splits=8))),
+            Stage(
+                "fused_project", (width, width), list(fused_candidates(width, width, most_splits=8))
+            ),
             Stage("fused_swiglu", (ffn, width), list(fused_swiglu_candidates(width))),
-            Stage("fused_linear", (3 * width, width), list(fused_candidates(3 * width, width, most_splits=6))),
+            Stage(
+                "fused_linear",
+                (3 * width, width),
+                list(fused_candidates(3 * width, width, most_splits=6)),
+            ),
             attention,
         ]
-        return [*layer, *layer, Stage("fused_head", (vocabulary, width), list(fused_head_candidates(width)))]
+        return [
+            *layer,
+            *layer,
+            Stage("fused_head", (vocabulary, width), list(fused_head_candidates(width))),
+        ]
     return [
         attention,
         Stage("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
@@ -192,11 +221,19 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
 
 def sections_of(hopper: bool) -> list[str]:
     """The sections of the table that a GPU uses for the weights that are tuned here."""
-    return [section for section in SECTIONS if section == "attention" or section.startswith("fused_") == hopper]
+    return [
+        section
+        for section in SECTIONS
+        if section == "attention" or section.startswith("fused_") == hopper
+    ]
 
 
-def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str, sections: Sequence[str]) -> TileTable:
-    """The table with the best settings found for one model, in these sections; the others keep theirs."""
+def tune(
+    config: GPTConfig, table: TileTable, kernels: Kernels, name: str, sections: Sequence[str]
+) -> TileTable:
+    """The table with the best settings found for one model, in these sections; the others keep
+    theirs.
+    """
     width, ffn = config.dim, config.ffn_dim
     stages = [stage for stage in stages_of(config, kernels) if stage.section in sections]
     compile_in_parallel(config, table, stages, kernels)
@@ -211,19 +248,32 @@ def tune(config: GPTConfig, table: TileTable, kernels: Kernels, name: str, secti
             except Exception as error:  # a setting that does not fit the GPU is no candidate
                 print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
         if not tried:
-            print(f"{name} {stage.section} {stage.key}: no candidate runs, the rule's tiles stay", flush=True)
+            print(
+                f"{name} {stage.section} {stage.key}: no candidate runs, the rule's tiles stay",
+                flush=True,
+            )
             continue
         best = min(tried, key=lambda candidate: sum(tried[candidate]))
         table = with_setting(table, stage, best)
-        times = ", ".join(f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True))
-        print(f"{name} {stage.section} {stage.key}, best of {len(tried)}: {best}, {times}", flush=True)
+        times = ", ".join(
+            f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True)
+        )
+        print(
+            f"{name} {stage.section} {stage.key}, best of {len(tried)}: {best}, {times}", flush=True
+        )
     return table
 
 
 def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list[float]:
-    """Microseconds of a layer, the mean over the contexts, or of the head, at each number of rows."""
+    """Microseconds of a layer, the mean over the contexts, or of the head, at each number
+    of rows.
+    """
     operations = kernels.operations(table, chain.config)
-    prepare, repeats = (chain.heads_step, len(chain.heads)) if heads else (chain.layers_step, len(chain.weights.layers))
+    prepare, repeats = (
+        (chain.heads_step, len(chain.heads))
+        if heads
+        else (chain.layers_step, len(chain.weights.layers))
+    )
     if not kernels.hopper:  # whose programs hold fewer tiles then
         prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
@@ -249,13 +299,22 @@ def with_setting(table: TileTable, stage: Stage, tiles: Any) -> TileTable:
     return replace(table, **changed)
 
 
-def compile_in_parallel(config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels) -> None:
+def compile_in_parallel(
+    config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels
+) -> None:
     """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
-    tried = {(stage.section, stage.key, tiles): stage for stage in stages for tiles in stage.candidates}
-    jobs = [(config, with_setting(table, stage, key[2]), kernels, stage.of_head) for key, stage in tried.items()]
+    tried = {
+        (stage.section, stage.key, tiles): stage for stage in stages for tiles in stage.candidates
+    }
+    jobs = [
+        (config, with_setting(table, stage, key[2]), kernels, stage.of_head)
+        for key, stage in tried.items()
+    ]
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(jobs), (os.cpu_count() or 1) - 1))
-    processes = [context.Process(target=_compile, args=(jobs[index::workers],)) for index in range(workers)]
+    processes = [
+        context.Process(target=_compile, args=(jobs[index::workers],)) for index in range(workers)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -281,9 +340,14 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
 
     def entries(section: str, settings: dict[Any, Any]) -> list[dict[str, Any]]:
         names = key_names(section)
-        return [dict(zip(names, key, strict=True)) | {"tiles": asdict(tiles)} for key, tiles in sorted(settings.items())]
+        return [
+            dict(zip(names, key, strict=True)) | {"tiles": asdict(tiles)}
+            for key, tiles in sorted(settings.items())
+        ]
 
-    parts = {name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))}
+    parts = {
+        name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))
+    }
     versions = f"torch {torch.__version__}"
     members = [f'  "measured_on": {json.dumps(f"{gpu}, {versions}")}']
     members += [f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items()]
@@ -292,7 +356,8 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
 
 
 def table_so_far(path: Path) -> TileTable:
-    """What is there already; shapes that are not tuned again keep their settings. Empty where nothing is.
+    """What is there already; shapes that are not tuned again keep their settings. Empty where
+    nothing is.
 
     Raises:
         UserError: something else is there.
@@ -300,19 +365,32 @@ def table_so_far(path: Path) -> TileTable:
     if not path.exists():
         return TileTable()
     try:
-        json.loads(path.read_text())["measured_on"]  # which another benchmark's figures have not, nor any section
+        # which another benchmark's figures have not, nor any section
+        json.loads(path.read_text())["measured_on"]
         return read_table(path)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no table of this script's: remove it, or choose another --output") from error
+        raise UserError(
+            f"{path} is no table of this script's: remove it, or choose another --output"
+        ) from error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with the path of the table; ends the process on a mistake."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_models(parser, gpu_only=True)
-    sections_help = f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
-    parser.add_argument("--sections", type=names(list(SECTIONS)), metavar="NAMES", help=sections_help)
-    output_help = "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
+    sections_help = (
+        f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+    )
+    parser.add_argument(
+        "--sections", type=names(list(SECTIONS)), metavar="NAMES", help=sections_help
+    )
+    output_help = (
+        "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
     typed = parser.parse_args(argv)
     check_output(typed.output)

@@ -1,8 +1,8 @@
 """Damages small good checkpoints and configurations in many ways, and checks how each ends.
 
-One process tries a number of cases of one kind, which its seed decides. Each case is written to a folder
-before it is tried, so that it is still there after a crash or a hang. `test_checkpoint_fuzz.py` starts
-such processes and counts.
+One process tries a number of cases of one kind, which its seed decides. Each case is written to a
+folder before it is tried, so that it is still there after a crash or a hang.
+`test_checkpoint_fuzz.py` starts such processes and counts.
 """
 
 import argparse
@@ -44,7 +44,10 @@ WEIGHTS = {
     "freqs_cis": torch.zeros(2),
 }
 CONTIGUOUS = {name: tensor.contiguous() for name, tensor in WEIGHTS.items()}
-CONFIG = "port: 8000\nmax-num-seqs: 64\ndisable-docs: true\nlog-level: &level info\nserved-model-name: *level\n"
+CONFIG = (
+    "port: 8000\nmax-num-seqs: 64\ndisable-docs: true\nlog-level: &level "
+    "info\nserved-model-name: *level\n"
+)
 
 Case = dict[str, bytes]  # file's name -> content; one file without a folder if its name is empty
 INTERESTING = [
@@ -62,7 +65,8 @@ INTERESTING = [
 JSON_VALUES = [
     None, True, -1, 0, 1, 2**31, 2**53, 2**63, 2**64, 10**400, 0.5, "", "F32", "BF16", "U8",
     "../x", "a" * 3000, [], [0], [0, 0], [0, 16],
-    [2**40, 2**40], [-1], [1] * 200, {}, {"a": 1}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+    [2**40, 2**40], [-1], [1] * 200, {}, {"a": 1}, {"dtype": "F32", "shape": [1],
+    "data_offsets": [0, 4]},
 ]  # fmt: skip
 
 
@@ -171,7 +175,9 @@ def damaged_pickle(content: bytes, chance: random.Random) -> bytes:
 
 
 def damaged_zip(content: bytes, chance: random.Random) -> bytes:
-    """A good archive around a damaged pickle, and now and then compressed or with members changed."""
+    """A good archive around a damaged pickle, and now and then compressed or with members
+    changed.
+    """
     result = io.BytesIO()
     compression = zipfile.ZIP_DEFLATED if chance.random() < 0.1 else zipfile.ZIP_STORED
     with (
@@ -203,7 +209,9 @@ def damaged_legacy(content: bytes, chance: random.Random) -> bytes:
 
 
 def damaged_json(text: str, chance: random.Random) -> str:
-    """A value somewhere is another, is gone, or has another name; text that is JSON itself is gone into."""
+    """A value somewhere is another, is gone, or has another name; text that is JSON itself is gone
+    into.
+    """
     value = json.loads(text)
     for _ in range(chance.choice((1, 1, 2, 4))):
         table: Any = value
@@ -222,7 +230,8 @@ def damaged_json(text: str, chance: random.Random) -> str:
                 case 1:
                     table[str(chance.choice(JSON_VALUES))] = inner
                 case _:
-                    # A copy: what a later damage puts into it must not reach other cases, or itself.
+                    # A copy: what a later damage puts into it must not reach other cases, or
+                    # itself.
                     table[key] = copy.deepcopy(chance.choice(JSON_VALUES))
             break
     return json.dumps(value)

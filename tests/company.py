@@ -1,4 +1,6 @@
-"""The same request alone and in several kinds of company: its codes must not tell the difference."""
+"""The same request alone and in several kinds of company: its codes must not tell the
+difference.
+"""
 
 from torch import Tensor
 
@@ -10,7 +12,9 @@ LABEL = 3
 
 def the_request(tokens: int) -> SamplingParams:
     """Guided for most of its way, so that its rows change places with others' more than once."""
-    return SamplingParams(cfg_scale=2.0, cfg_interval=2 * tokens // 3, top_k=0, top_p=0.97, seed=11, n=1)
+    return SamplingParams(
+        cfg_scale=2.0, cfg_interval=2 * tokens // 3, top_k=0, top_p=0.97, seed=11, n=1
+    )
 
 
 def others(rows: int, tokens: int) -> list[SamplingParams]:
@@ -31,7 +35,9 @@ def others(rows: int, tokens: int) -> list[SamplingParams]:
 
 
 def codes_in_every_company(engine: Engine, rows: int) -> dict[str, Tensor]:
-    """The request's codes [1, tokens] for each kind of company; `rows`, its own two included, run at most beside each other."""
+    """The request's codes [1, tokens] for each kind of company; `rows`, its own two included, run
+    at most beside each other.
+    """
     tokens = engine.shape.tokens
     params, many = the_request(tokens), others(rows - 2, tokens)
     drawn = {"alone": _finished(engine, engine.submit(LABEL, params))}
@@ -48,7 +54,9 @@ def codes_in_every_company(engine: Engine, rows: int) -> dict[str, Tensor]:
     drawn["submitted late"] = _finished(engine, engine.submit(LABEL, params))
 
     leaving, request = engine.submit(1, params), engine.submit(LABEL, params)
-    staying = [engine.submit(index % 7, other) for index, other in enumerate(many[: len(many) // 2])]
+    staying = [
+        engine.submit(index % 7, other) for index, other in enumerate(many[: len(many) // 2])
+    ]
     while request.steps < tokens // 2:
         engine.step()
     engine.cancel(leaving)

@@ -1,7 +1,8 @@
-"""Kernels compiled as their launchers would, without a GPU, and what the disassembler that comes with Triton says of the result.
+"""Kernels compiled as their launchers would, without a GPU, and what the disassembler that comes
+with Triton says of the result.
 
-The product's own code decides what is launched: it runs on tensors that have shape, dtype and device but no memory, and every
-launch is written down instead of carried out.
+The product's own code decides what is launched: it runs on tensors that have shape, dtype and
+device but no memory, and every launch is written down instead of carried out.
 """
 
 import re
@@ -29,7 +30,8 @@ from triton.runtime.jit import JITFunction
 from autoregressive.serve.engine.batch import Batch
 
 _TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
+    torch.int64: "i64"
 }  # fmt: skip
 _ALIGNMENT = 16  # bytes, or the divisor of a number, that Triton compiles for
 
@@ -45,21 +47,31 @@ class Build:
     options: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, kernel: JITFunction, positional: tuple[Any, ...], named: Mapping[str, Any]) -> "Build":
+    def of(
+        cls, kernel: JITFunction, positional: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> "Build":
         """Of a launch's arguments, as Triton specialises them."""
-        values = dict(zip(kernel.arg_names, positional, strict=False)) | {k: v for k, v in named.items() if k in kernel.arg_names}
+        values = dict(zip(kernel.arg_names, positional, strict=False)) | {
+            k: v for k, v in named.items() if k in kernel.arg_names
+        }
         types, constants, aligned = {}, {}, []
         for parameter in kernel.params:
             name, value = parameter.name, values[parameter.name]
             specialised = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (specialised and type(value) is int and value == 1)
+            ):
                 types[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 types[name] = f"*{_TYPES[value.dtype]}"
                 if value.storage_offset() * value.dtype.itemsize % _ALIGNMENT == 0:
                     aligned.append(name)
             elif isinstance(value, TensorDescriptor):
-                types[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+                types[name] = (
+                    f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+                )
             elif isinstance(value, float):
                 types[name] = "fp32"
             else:
@@ -67,7 +79,13 @@ class Build:
                 if specialised and value % _ALIGNMENT == 0:
                     aligned.append(name)
         options = {k: v for k, v in named.items() if k not in kernel.arg_names}
-        return cls(kernel, tuple(types.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items())))
+        return cls(
+            kernel,
+            tuple(types.items()),
+            tuple(constants.items()),
+            tuple(aligned),
+            tuple(sorted(options.items())),
+        )
 
     @property
     def name(self) -> str:
@@ -81,15 +99,21 @@ class Build:
         kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         constants = {(places[name],): value for name, value in self.constants}
         source = kind(self.kernel, dict(self.types), constexprs=constants, attrs=attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(self.options))
+        return triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=dict(self.options)
+        )
 
 
 @contextmanager
 def launches_of(capability: int) -> Iterator[list[Build]]:
-    """Within it, tensors are made on a GPU of that capability that is not there; what would be launched is collected, once each."""
+    """Within it, tensors are made on a GPU of that capability that is not there; what would be
+    launched is collected, once each.
+    """
     builds: list[Build] = []
 
-    def write_down(kernel: JITFunction, *positional: Any, grid: object, warmup: bool, **named: Any) -> SimpleNamespace:
+    def write_down(
+        kernel: JITFunction, *positional: Any, grid: object, warmup: bool, **named: Any
+    ) -> SimpleNamespace:
         if not warmup:  # the launch follows
             build = Build.of(kernel, positional, named)
             if build not in builds:
@@ -98,8 +122,11 @@ def launches_of(capability: int) -> Iterator[list[Build]]:
 
     with (
         patch.object(JITFunction, "run", write_down),
-        patch.object(TensorDescriptor, "__post_init__", lambda descriptor: None),  # looks at addresses, which are not there
-        patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
+        # looks at addresses, which are not there
+        patch.object(TensorDescriptor, "__post_init__", lambda descriptor: None),
+        patch.object(
+            torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)
+        ),
         FakeTensorMode(),
         torch.device("cuda"),
         torch.no_grad(),
@@ -117,7 +144,9 @@ def without_memory(batch: Batch) -> Batch:
 def machine_code(kernel: CompiledKernel) -> list[str]:
     """The opcodes of a compiled kernel."""
     text = _disassembled(kernel, "--dump-sass")
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE)
+    return re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE
+    )
 
 
 @dataclass(frozen=True)
@@ -143,4 +172,6 @@ def _disassembled(kernel: CompiledKernel, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([disassembler, flag, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [disassembler, flag, file.name], capture_output=True, text=True, check=True
+        ).stdout

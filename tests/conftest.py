@@ -1,4 +1,6 @@
-"""What several test files share: numerics, and the weights that the reference outputs were made with."""
+"""What several test files share: numerics, and the weights that the reference outputs were made
+with.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ REFERENCE = Path(__file__).parent / "reference"
 
 
 def pytest_configure() -> None:
-    """Where processes share the work (`pytest -n`), each and what it starts gets one thread: more would wait for each other."""
+    """Where processes share the work (`pytest -n`), each and what it starts gets one thread: more
+    would wait for each other.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -32,7 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def ieee_float32() -> Iterator[None]:
-    """TF32 can flip a greedy token; commands run in-process turn it on, so every test starts and ends without it."""
+    """TF32 can flip a greedy token; commands run in-process turn it on, so every test starts and
+    ends without it.
+    """
 
     def turn_off() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -44,12 +50,16 @@ def ieee_float32() -> Iterator[None]:
 
 
 def reference_weights(model: nn.Module, seed: int) -> None:
-    """Fills a model with the weights that tests/reference was made with (its recipe is in tests/reference/README.md)."""
+    """Fills a model with the weights that tests/reference was made with (its recipe is in
+    tests/reference/README.md).
+    """
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if key == "quantize.codebook_used":
                 continue
-            generator = torch.Generator().manual_seed((seed * 1000003 + zlib.crc32(key.encode())) % 2**63)
+            generator = torch.Generator().manual_seed(
+                (seed * 1000003 + zlib.crc32(key.encode())) % 2**63
+            )
             drawn = torch.randn(tensor.shape, generator=generator)
             if "embedding" in key:
                 tensor.copy_(drawn)

@@ -1,7 +1,8 @@
-"""A runner that keeps the promises of the real one at the cost of a hash, and checks the engine's as it goes.
+"""A runner that keeps the promises of the real one at the cost of a hash, and checks the engine's
+as it goes.
 
-A row "writes its KV" into its pages and "attends" to all of it, so that a page shared, lost or moved changes the codes. On the
-CPU only.
+A row "writes its KV" into its pages and "attends" to all of it, so that a page shared, lost or
+moved changes the codes. On the CPU only.
 """
 
 import time
@@ -23,7 +24,16 @@ VOCABULARY, CLASSES = 97, 10
 
 def tiny_gpt(tokens: int) -> Transformer:
     """A model for its sizes; nothing here runs it."""
-    return Transformer(GPTConfig(dim=8, n_layer=1, n_head=1, vocab_size=VOCABULARY, block_size=tokens, num_classes=CLASSES))
+    return Transformer(
+        GPTConfig(
+            dim=8,
+            n_layer=1,
+            n_head=1,
+            vocab_size=VOCABULARY,
+            block_size=tokens,
+            num_classes=CLASSES,
+        )
+    )
 
 
 def key_value(label: int, position: int, newest: int) -> int:
@@ -31,7 +41,12 @@ def key_value(label: int, position: int, newest: int) -> int:
     return hash((label, 0) if position == 0 else (newest, position))
 
 
-def drawn_code(params: tuple[float, ...], image_index: int, conditional: Sequence[int], unconditional: Sequence[int] | None) -> int:
+def drawn_code(
+    params: tuple[float, ...],
+    image_index: int,
+    conditional: Sequence[int],
+    unconditional: Sequence[int] | None,
+) -> int:
     """The next code of an image, from all that its rows attend to."""
     return hash((params, image_index, tuple(conditional), tuple(unconditional or ()))) % VOCABULARY
 
@@ -48,7 +63,9 @@ def expected_codes(request: Request, tokens: int) -> list[list[int]]:
             newest = codes[-1] if codes else -1
             conditional.append(key_value(request.class_label, position, newest))
             unconditional.append(key_value(CLASSES, position, newest))
-            guided = params.cfg_scale > 1 and (params.cfg_interval < 0 or position <= params.cfg_interval + 1)
+            guided = params.cfg_scale > 1 and (
+                params.cfg_interval < 0 or position <= params.cfg_interval + 1
+            )
             codes.append(drawn_code(numbers, index, conditional, unconditional if guided else None))
         images.append(codes)
     return images
@@ -56,19 +73,24 @@ def expected_codes(request: Request, tokens: int) -> list[list[int]]:
 
 def draw_numbers(params: SamplingParams) -> tuple[float, ...]:
     """The parameters of the draws as the device has them: float32."""
-    floats = np.array([params.cfg_scale, params.temperature, params.top_p], dtype=np.float32).tolist()
+    floats = np.array(
+        [params.cfg_scale, params.temperature, params.top_p], dtype=np.float32
+    ).tolist()
     return (*floats, params.top_k, params.seed)
 
 
 class FakeRunner:
     """Fulfils the `Runner` protocol; a factory of it is the class itself."""
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
+    def __init__(
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+    ) -> None:
         self.shape, self.config = shape, config
         self.pages = np.full((num_pages, shape.page_size), -12345, dtype=np.int64)  # poison
         self.spans: list[int] = []
         self.step_seconds = 0.0
-        self.fails: set[tuple[int, int, int]] = set()  # (seed, image index, step) whose logits are NaN
+        # (seed, image index, step) whose logits are NaN
+        self.fails: set[tuple[int, int, int]] = set()
         self.before_span: Callable[[int], None] = lambda steps: None
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
@@ -92,7 +114,9 @@ class FakeRunner:
         assert (batch.positions[:rows] >= 0).all()
         assert (batch.positions[rows:] == -1).all()
         assert (batch.conditional_rows[images:] == -1).all()
-        of_images = first_ints(batch.conditional_rows, images) + [r for r in first_ints(batch.unconditional_rows, images) if r >= 0]
+        of_images = first_ints(batch.conditional_rows, images) + [
+            r for r in first_ints(batch.unconditional_rows, images) if r >= 0
+        ]
         assert sorted(of_images) == list(range(rows)), "a row belongs to no image, or to two"
 
     def _check_pages(self, batch: Batch, rows: int) -> None:
@@ -101,7 +125,9 @@ class FakeRunner:
         assert all(0 <= page < len(self.pages) for page in held)
 
     def _pages_of(self, batch: Batch, row: int) -> list[int]:
-        return first_ints(batch.page_table[row], int(batch.positions[row]) // self.shape.page_size + 1)
+        return first_ints(
+            batch.page_table[row], int(batch.positions[row]) // self.shape.page_size + 1
+        )
 
     def _step(self, batch: Batch, rows: int, images: int) -> None:
         contexts = []
@@ -109,23 +135,36 @@ class FakeRunner:
             position = int(batch.positions[row])
             pages = self._pages_of(batch, row)
             newest = int(batch.codes[int(batch.row_slots[row]), position - 1]) if position else -1
-            self.pages[pages[-1], position % self.shape.page_size] = key_value(int(batch.labels[row]), position, newest)
+            self.pages[pages[-1], position % self.shape.page_size] = key_value(
+                int(batch.labels[row]), position, newest
+            )
             contexts.append(self.pages[pages].flatten()[: position + 1].tolist())
         for image in range(images):
-            conditional, unconditional = int(batch.conditional_rows[image]), int(batch.unconditional_rows[image])
+            conditional, unconditional = (
+                int(batch.conditional_rows[image]),
+                int(batch.unconditional_rows[image]),
+            )
             slot, position = int(batch.image_slots[image]), int(batch.positions[conditional])
             floats = (batch.guidance_scales, batch.temperatures, batch.top_ps)
-            numbers = (*(float(values[image]) for values in floats), int(batch.top_ks[image]), int(batch.seeds[image]))
+            numbers = (
+                *(float(values[image]) for values in floats),
+                int(batch.top_ks[image]),
+                int(batch.seeds[image]),
+            )
             index = int(batch.image_indices[image])
             if (int(batch.seeds[image]), index, position) in self.fails:
                 batch.failed[slot] = 1
             attended = contexts[unconditional] if unconditional >= 0 else None
-            batch.codes[slot, position] = drawn_code(numbers, index, contexts[conditional], attended)
+            batch.codes[slot, position] = drawn_code(
+                numbers, index, contexts[conditional], attended
+            )
         batch.positions[:rows] += 1
 
 
 class LateCopies:
-    """Stands in for `Batch.fetch`: copies arrive after `delay` questions, and read the device's memory as late as that."""
+    """Stands in for `Batch.fetch`: copies arrive after `delay` questions, and read the device's
+    memory as late as that.
+    """
 
     def __init__(self, batch: Batch, delay: int) -> None:
         self.batch, self.delay = batch, delay
@@ -157,4 +196,3 @@ def fake_engine(config: EngineConfig, tokens: int = 16) -> tuple[Engine, FakeRun
     engine = Engine(tiny_gpt(tokens), None, config, FakeRunner)
     assert isinstance(engine.runner, FakeRunner)
     return engine, engine.runner
-

@@ -1,7 +1,9 @@
-"""The service with an engine that costs nothing and fails when told to: `python tests/fake_service.py`, and `Service` to run it.
+"""The service with an engine that costs nothing and fails when told to: `python
+tests/fake_service.py`, and `Service` to run it.
 
-Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images have 8 x 8 tokens and 32 px.
-What is to go wrong is told by files in a folder, which the engine's process looks at before every span.
+Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images
+have 8 x 8 tokens and 32 px. What is to go wrong is told by files in a folder, which the engine's
+process looks at before every span.
 """
 
 import json
@@ -38,7 +40,9 @@ with signals_watched(__name__) as WATCH:
     from autoregressive.serve.worker.process import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
-LARGE_SIZE = 384  # with the environment variable LARGE: pictures of noise, which no format makes small
+LARGE_SIZE = (
+    384  # with the environment variable LARGE: pictures of noise, which no format makes small
+)
 LARGE = "FAKE_SERVICE_LARGE"
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
 FAULTS = "FAKE_SERVICE_FAULTS"  # the environment variable that names the folder
@@ -98,7 +102,11 @@ class FakeDecoder:
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
-        self._noise = torch.randint(256, (1, LARGE_SIZE, LARGE_SIZE, 3), dtype=torch.uint8) if LARGE in os.environ else None
+        self._noise = (
+            torch.randint(256, (1, LARGE_SIZE, LARGE_SIZE, 3), dtype=torch.uint8)
+            if LARGE in os.environ
+            else None
+        )
 
     def submit_to_host(self, codes: Tensor) -> PendingPictures:
         """As `PixelDecoder`'s."""
@@ -110,11 +118,18 @@ class FakeDecoder:
             return PendingPictures(self._noise.expand(images, -1, -1, -1), finite, None)
         pixels = torch.zeros(images, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
         side = IMAGE_SIZE // GRID
-        pixels[..., 0] = codes.view(images, GRID, GRID).repeat_interleave(side, 1).repeat_interleave(side, 2).to(torch.uint8)
+        pixels[..., 0] = (
+            codes.view(images, GRID, GRID)
+            .repeat_interleave(side, 1)
+            .repeat_interleave(side, 2)
+            .to(torch.uint8)
+        )
         return PendingPictures(pixels, finite, None)
 
 
-def make_engine(on_progress: Callable[[int, int], None], *, config: EngineConfig, folder: Path) -> Engine:
+def make_engine(
+    on_progress: Callable[[int, int], None], *, config: EngineConfig, folder: Path
+) -> Engine:
     """In the engine's process."""
     faults = Faults(folder)
     if (seconds := faults.get("slow_start")) is not None:
@@ -136,13 +151,25 @@ def fake_model(name: str) -> ServedModel:
     assert len(CLASS_NAMES) == CLASSES
     record: dict[str, object] = {"program": "llamagen-serve", "trained": True, "model": name}
     size = LARGE_SIZE if LARGE in os.environ else IMAGE_SIZE
-    return ServedModel(name, 1700000000, size, GRID, VOCABULARY, ClassNames(CLASS_NAMES), DEMO_DEFAULTS, True, record)
+    return ServedModel(
+        name,
+        1700000000,
+        size,
+        GRID,
+        VOCABULARY,
+        ClassNames(CLASS_NAMES),
+        DEMO_DEFAULTS,
+        True,
+        record,
+    )
 
 
 def main(watch: SignalWatch | None) -> int:
     """The service's flags, with a fake model."""
     settings = resolve_server_settings(read_arguments(sys.argv[1:], os.environ))
-    recipe: MakeEngine = partial(make_engine, config=settings.engine, folder=Path(os.environ[FAULTS]))
+    recipe: MakeEngine = partial(
+        make_engine, config=settings.engine, folder=Path(os.environ[FAULTS])
+    )
     settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
     with listen(settings) as listeners:
         return serve(settings, fake_model("fake"), lambda index: recipe, listeners, watch=watch)
@@ -159,7 +186,9 @@ def is_alive(pid: int) -> bool:
 class Service:
     """A running service, as others see it."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str, faults: Faults, log: Path) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[str]", url: str, faults: Faults, log: Path
+    ) -> None:
         self.process, self.url, self.faults, self._log = process, url, faults, log
         self.client = httpx2.Client(base_url=url, timeout=60)
 
@@ -171,7 +200,9 @@ class Service:
     def logged(self, number: str) -> dict[str, Any]:
         """The log's line of a request, which is written when its answer has been."""
         self.wait_for(lambda: f'"{number}"' in self.log and self.log.endswith("\n"), 5)
-        line: dict[str, Any] = next(json.loads(line) for line in self.log.splitlines() if f'"{number}"' in line)
+        line: dict[str, Any] = next(
+            json.loads(line) for line in self.log.splitlines() if f'"{number}"' in line
+        )
         return line
 
     @property
@@ -199,18 +230,28 @@ class Service:
     def gauges(self) -> dict[str, float]:
         """Metrics by name, without the prefix and without those that have labels of their own."""
         lines = self.client.get("/metrics").text.splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("llamagen:") and "le=" not in line)
+        pairs = (
+            line.rsplit(" ", 1)
+            for line in lines
+            if line.startswith("llamagen:") and "le=" not in line
+        )
         return {name.removeprefix("llamagen:"): float(value) for name, value in pairs}
 
     def holds(self, running: int, waiting: int) -> bool:
         """Whether so many requests run and wait, at one moment."""
         gauges = self.gauges()
-        return (gauges["num_requests_running"], gauges["num_requests_waiting"]) == (running, waiting)
+        return (gauges["num_requests_running"], gauges["num_requests_waiting"]) == (
+            running,
+            waiting,
+        )
 
     def is_empty(self) -> bool:
         """Whether it holds nothing for anybody."""
         gauges = self.gauges()
-        return all(gauges[name] == 0 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+        return all(
+            gauges[name] == 0
+            for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        )
 
     def terminate(self, timeout: float = 30) -> int:
         """SIGTERM; the status that it ends with."""
@@ -239,9 +280,17 @@ def running_service(
     if open_files is not None:
         command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
     variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | dict(environment)
-    with log.open("w") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, start_new_session=start_new_session
-    ) as process:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=variables,
+            start_new_session=start_new_session,
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -255,6 +304,7 @@ def running_service(
 
 
 if __name__ == "__main__":
-    import fake_service  # an engine's process imports what builds its engine, which so must not be of __main__
+    # an engine's process imports what builds its engine, which so must not be of __main__
+    import fake_service
 
     run_command(lambda: fake_service.main(WATCH))

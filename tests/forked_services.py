@@ -1,6 +1,8 @@
-"""Fake services that take a tenth of a second to start: they are forked from a process that has imported everything.
+"""Fake services that take a tenth of a second to start: they are forked from a process that has
+imported everything.
 
-`python tests/forked_services.py` reads a line of JSON for each service, and answers with its process id.
+`python tests/forked_services.py` reads a line of JSON for each service, and answers with its
+process id.
 """
 
 import atexit
@@ -108,7 +110,9 @@ def close_all_but(*kept: int) -> None:
 
 
 def fork_service(flags: Sequence[str], folder: Path) -> None:
-    """Starts a service, in a process of its parent's that says its process id and writes down its status."""
+    """Starts a service, in a process of its parent's that says its process id and writes down its
+    status.
+    """
     if os.fork() > 0:
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -122,7 +126,8 @@ def fork_service(flags: Sequence[str], folder: Path) -> None:
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            # The stream of before takes a pipe for the file that it was made for, and asks where it is in it.
+            # The stream of before takes a pipe for the file that it was made for, and asks where it
+            # is in it.
             setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
         close_all_but(0, 1, 2)
         os.environ[FAULTS] = str(folder)

@@ -1,4 +1,6 @@
-"""A stand-in of the hub on the loopback address: it describes one file, sends it, and breaks off when told to."""
+"""A stand-in of the hub on the loopback address: it describes one file, sends it, and breaks off
+when told to.
+"""
 
 import hashlib
 import re
@@ -30,10 +32,17 @@ class Hub:
 
     def describe(self, content: bytes) -> None:
         """States this file, whatever is sent."""
-        self.stated_etag, self.stated_size = f'"{hashlib.sha256(content).hexdigest()}"', len(content)
+        self.stated_etag, self.stated_size = (
+            f'"{hashlib.sha256(content).hexdigest()}"',
+            len(content),
+        )
 
     def downloads(self) -> list[str | None]:
-        return [asked for method, path, asked in self.requests if method == "GET" and path.startswith("/cdn/")]
+        return [
+            asked
+            for method, path, asked in self.requests
+            if method == "GET" and path.startswith("/cdn/")
+        ]
 
 
 def make_handler(hub: Hub, storage_address: list[str]) -> type[BaseHTTPRequestHandler]:
@@ -53,7 +62,8 @@ def make_handler(hub: Hub, storage_address: list[str]) -> type[BaseHTTPRequestHa
             asked = self.headers["Range"]
             hub.requests.append((self.command, self.path, asked))
             if self.path == f"/FoundationVision/LlamaGen/resolve/main/{FILE.file_name}":
-                # Large files: the hub describes them and sends the client elsewhere for the content.
+                # Large files: the hub describes them and sends the client elsewhere for the
+                # content.
                 self.send_response(302)
                 self.send_header("Location", f"{storage_address[0]}/cdn/content")
                 self.send_header("X-Repo-Commit", "0" * 40)
@@ -74,7 +84,9 @@ def make_handler(hub: Hub, storage_address: list[str]) -> type[BaseHTTPRequestHa
             first = int(match[1]) + hub.shift if match else 0
             self.send_response(206 if match else 200)
             if match:
-                self.send_header("Content-Range", f"bytes {first}-{len(hub.content) - 1}/{len(hub.content)}")
+                self.send_header(
+                    "Content-Range", f"bytes {first}-{len(hub.content) - 1}/{len(hub.content)}"
+                )
             self.send_header("Content-Length", str(len(hub.content) - first))
             self.end_headers()
             if with_content:
@@ -92,7 +104,9 @@ def running_hub(content: bytes = CONTENT) -> Iterator[Hub]:
     hub.describe(content)
     handler = make_handler(hub, storage_address)
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.endpoint, storage_address[0] = (f"http://127.0.0.1:{server.server_port}" for server in servers)
+    hub.endpoint, storage_address[0] = (
+        f"http://127.0.0.1:{server.server_port}" for server in servers
+    )
     threads = [threading.Thread(target=server.serve_forever, args=(0.01,)) for server in servers]
     for thread in threads:
         thread.start()

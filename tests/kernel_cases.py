@@ -1,4 +1,6 @@
-"""Random cases for the layer kernels, and how a kernel is compared with its torch reference: for the interpreter and for a GPU."""
+"""Random cases for the layer kernels, and how a kernel is compared with its torch reference: for
+the interpreter and for a GPU.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,14 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
-from kernels.attention import AttentionTiles, attention, attention_reference, combine, combine_reference, head_stride
+from kernels.attention import (
+    AttentionTiles,
+    attention,
+    attention_reference,
+    combine,
+    combine_reference,
+    head_stride,
+)
 from kernels.dispatch import Operations, triton_operations
 from kernels.hopper.attention import hopper_attention
 from kernels.hopper.products import (
@@ -71,7 +80,10 @@ def check_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: Line
 
 def check_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: SwigluTiles) -> None:
     """Guards which rows of the weights belong together."""
-    x, weight = place.random(rows, inputs, seed=1) * inputs**-0.5, place.random(2 * hidden, inputs, seed=2)
+    x, weight = (
+        place.random(rows, inputs, seed=1) * inputs**-0.5,
+        place.random(2 * hidden, inputs, seed=2),
+    )
     out = place.poisoned(rows, hidden)
     swiglu(x, weight, out, tiles, launch_pdl=place.launch_pdl)
     wanted = torch.empty(rows, hidden, device=place.device)
@@ -89,9 +101,14 @@ def check_gate(place: Place, rows: int, hidden: int) -> None:
 
 
 def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
-    """Guards widths that are no power of two, and the order of the partial sums (residuals equal bit for bit)."""
+    """Guards widths that are no power of two, and the order of the partial sums (residuals equal
+    bit for bit).
+    """
     residual = place.random(rows, width, seed=1, dtype=torch.float32)
-    partials, gain = place.random(splits, rows, width, seed=2, dtype=torch.float32), place.random(width, seed=3)
+    partials, gain = (
+        place.random(splits, rows, width, seed=2, dtype=torch.float32),
+        place.random(width, seed=3),
+    )
     normed, wanted_residual = place.poisoned(rows, width), residual.clone()
     wanted = torch.empty(rows, width, device=place.device)
     add_norm(residual, partials, gain, normed, eps=1e-5, launch_pdl=place.launch_pdl)
@@ -100,7 +117,9 @@ def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
     assert relative_error(normed, wanted) < place.tolerance
 
 
-def check_fused_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: FusedTiles) -> None:
+def check_fused_linear(
+    place: Place, rows: int, outputs: int, inputs: int, tiles: FusedTiles
+) -> None:
     """Guards splits, tails along every axis, and the division that is left to the product."""
     x, weight = place.random(rows, inputs, seed=1), place.random(outputs, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * inputs
@@ -111,22 +130,39 @@ def check_fused_linear(place: Place, rows: int, outputs: int, inputs: int, tiles
     assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
 
 
-def check_fused_project(place: Place, rows: int, width: int, inputs: int, tiles: FusedTiles) -> None:
+def check_fused_project(
+    place: Place, rows: int, width: int, inputs: int, tiles: FusedTiles
+) -> None:
     """Guards the cluster's sum, what each of its programs writes, and the blocks of squares."""
-    x, weight = place.random(rows, inputs, seed=1) * inputs**-0.5, place.random(width, inputs, seed=2)
-    residual, gain = place.random(rows, width, seed=3, dtype=torch.float32), place.random(width, seed=4)
-    normed, squares = place.poisoned(rows, width), place.poisoned(-(-width // tiles.outputs), rows, dtype=torch.float32)
+    x, weight = (
+        place.random(rows, inputs, seed=1) * inputs**-0.5,
+        place.random(width, inputs, seed=2),
+    )
+    residual, gain = (
+        place.random(rows, width, seed=3, dtype=torch.float32),
+        place.random(width, seed=4),
+    )
+    normed, squares = (
+        place.poisoned(rows, width),
+        place.poisoned(-(-width // tiles.outputs), rows, dtype=torch.float32),
+    )
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.empty_like(squares)
     fused_project(x, weight, residual, gain, normed, squares, tiles)
-    fused_project_reference(x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares)
+    fused_project_reference(
+        x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares
+    )
     assert relative_error(residual, wanted_residual) < place.tolerance
     assert relative_error(normed, wanted) < place.tolerance
     assert relative_error(squares.sum(0), wanted_squares.sum(0)) < place.tolerance
 
 
-def check_fused_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles: FusedTiles) -> None:
-    """Guards which rows of the weights belong together, and the division that is left to the product."""
+def check_fused_swiglu(
+    place: Place, rows: int, hidden: int, inputs: int, tiles: FusedTiles
+) -> None:
+    """Guards which rows of the weights belong together, and the division that is left to the
+    product.
+    """
     x, weight = place.random(rows, inputs, seed=1), place.random(2 * hidden, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * 4096 * inputs**2
     out, wanted = place.poisoned(rows, hidden), torch.empty(rows, hidden, device=place.device)
@@ -136,17 +172,28 @@ def check_fused_swiglu(place: Place, rows: int, hidden: int, inputs: int, tiles:
 
 
 def check_embed(place: Place, rows: int, width: int, blocks: int | None = None) -> None:
-    """Guards class against token, the slot, and ids outside the tables (clamped, not read); with blocks, the sums of squares."""
+    """Guards class against token, the slot, and ids outside the tables (clamped, not read); with
+    blocks, the sums of squares.
+    """
     codes = torch.arange(5 * 9, dtype=torch.int32, device=place.device).view(5, 9) - 3
     codes[1, 3] = 10**9
     slots = torch.arange(rows, dtype=torch.int32, device=place.device) % 5
     positions = torch.arange(rows, dtype=torch.int32, device=place.device) % 6 - 1
     labels = torch.arange(rows, dtype=torch.int32, device=place.device) * 3
-    tables = place.random(20, width, seed=1), place.random(7, width, seed=2), place.random(width, seed=3)
+    tables = (
+        place.random(20, width, seed=1),
+        place.random(7, width, seed=2),
+        place.random(width, seed=3),
+    )
     residual, normed = place.poisoned(rows, width, dtype=torch.float32), place.poisoned(rows, width)
-    wanted_residual, wanted = torch.empty_like(residual), torch.empty(rows, width, device=place.device)
+    wanted_residual, wanted = (
+        torch.empty_like(residual),
+        torch.empty(rows, width, device=place.device),
+    )
     squares, wanted_squares = (
-        (None, None) if blocks is None else [place.poisoned(blocks, rows, dtype=torch.float32) for _ in range(2)]
+        (None, None)
+        if blocks is None
+        else [place.poisoned(blocks, rows, dtype=torch.float32) for _ in range(2)]
     )
     sources = codes, slots, positions, labels, *tables
     embed(*sources, residual, normed, squares, eps=1e-5, headroom=0.25, launch_pdl=place.launch_pdl)
@@ -168,15 +215,21 @@ def check_attention(
     *,
     hopper: bool = False,
 ) -> None:
-    """Guards chunk borders, pages in any order, padding rows, and that nothing but a row's own context is read or written."""
+    """Guards chunk borders, pages in any order, padding rows, and that nothing but a row's own
+    context is read or written.
+    """
     rows, tokens = len(positions), max(*positions, 1) + 1
     pages_per_row = -(-tokens // page_size)
     pages, stride = rows * pages_per_row + 3, head_stride(head_size, place.dtype.itemsize)
-    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: rows * pages_per_row]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[
+        : rows * pages_per_row
+    ]
     table = order.to(torch.int32).view(rows, pages_per_row).to(place.device)
     keys, values = (place.poisoned(pages, heads, page_size, stride) for _ in range(2))
     for row, position in enumerate(positions):
-        for token in range(position):  # what earlier steps wrote, the padding of each token as zeros
+        for token in range(
+            position
+        ):  # what earlier steps wrote, the padding of each token as zeros
             page, offset = table[row, token // page_size], token % page_size
             for cache, seed in ((keys, 10), (values, 11)):
                 filled = place.random(heads, head_size, seed=seed + 1000 * row + 7 * token)
@@ -186,8 +239,13 @@ def check_attention(
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
     at = torch.tensor(positions, dtype=torch.int32, device=place.device)
     chunks = tiles.chunks(tokens)
-    mixed, stats = (place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2))
-    out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
+    mixed, stats = (
+        place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2)
+    )
+    out, wanted = (
+        place.poisoned(rows, heads * head_size),
+        place.poisoned(rows, heads * head_size, dtype=torch.float32),
+    )
     wanted_keys, wanted_values = keys.clone(), values.clone()
     tensors = qkv, rotary, keys, values, table, at, mixed, stats, out
     if hopper:
@@ -198,21 +256,39 @@ def check_attention(
     assert relative_error(out, wanted) < place.tolerance
     for got, expected in ((keys, wanted_keys), (values, wanted_values)):
         written = ~expected.isnan()
-        assert torch.equal(got.isnan(), expected.isnan()), "a page that is not the row's was written, or a token was not"
+        assert torch.equal(got.isnan(), expected.isnan()), (
+            "a page that is not the row's was written, or a token was not"
+        )
         assert relative_error(got[written], expected[written]) < place.tolerance
 
 
-def check_combine(place: Place, positions: list[int], heads: int, head_size: int, chunks: int, tiles: AttentionTiles) -> None:
-    """Guards the chunks' weights, padding rows, and that chunks beyond a row's position are not read."""
+def check_combine(
+    place: Place,
+    positions: list[int],
+    heads: int,
+    head_size: int,
+    chunks: int,
+    tiles: AttentionTiles,
+) -> None:
+    """Guards the chunks' weights, padding rows, and that chunks beyond a row's position are not
+    read.
+    """
     rows = len(positions)
     mixed = place.random(rows, heads, chunks, head_size, seed=1, dtype=torch.float32)
     largest = place.random(rows, heads, chunks, seed=2, dtype=torch.float32) * 4
-    stats = torch.stack([largest, place.random(rows, heads, chunks, seed=3, dtype=torch.float32).abs() + 1], dim=-1)
+    stats = torch.stack(
+        [largest, place.random(rows, heads, chunks, seed=3, dtype=torch.float32).abs() + 1], dim=-1
+    )
     for row, position in enumerate(positions):
         for unwritten in (mixed, stats):
-            unwritten[row, :, position // tiles.chunk + 1 :] = POISON  # all of it where the row is padding
+            unwritten[row, :, position // tiles.chunk + 1 :] = (
+                POISON  # all of it where the row is padding
+            )
     at = torch.tensor(positions, dtype=torch.int32, device=place.device)
-    out, wanted = place.poisoned(rows, heads * head_size), place.poisoned(rows, heads * head_size, dtype=torch.float32)
+    out, wanted = (
+        place.poisoned(rows, heads * head_size),
+        place.poisoned(rows, heads * head_size, dtype=torch.float32),
+    )
     combine(mixed, stats, at, out, tiles, launch_pdl=place.launch_pdl)
     combine_reference(mixed, stats, at, wanted, tiles.chunk)
     assert relative_error(out, wanted) < place.tolerance
@@ -221,7 +297,9 @@ def check_combine(place: Place, positions: list[int], heads: int, head_size: int
 
 
 def large_tiles(model: GPTConfig, pieces: int) -> TileTable:
-    """Tiles for the interpreter, where a program costs milliseconds whatever its size: `pieces` along the sums, else few."""
+    """Tiles for the interpreter, where a program costs milliseconds whatever its size: `pieces`
+    along the sums, else few.
+    """
     width, ffn = model.dim, model.ffn_dim
 
     def part_of(size: int) -> int:
@@ -229,29 +307,50 @@ def large_tiles(model: GPTConfig, pieces: int) -> TileTable:
 
     def product(outputs: int, inputs: int, *, whole: bool) -> LinearTiles:
         tiles = pieces if whole else 1
-        return LinearTiles(min(1024, triton.next_power_of_2(outputs)), part_of(inputs), tiles, early=1, stages=1, warps=4)
+        return LinearTiles(
+            min(1024, triton.next_power_of_2(outputs)),
+            part_of(inputs),
+            tiles,
+            early=1,
+            stages=1,
+            warps=4,
+        )
 
     largest_half = max(power for power in (64, 128, 256, 512, 1024) if ffn % power == 0)
     return TileTable(
         linear={
-            (3 * width, width): product(3 * width, width, whole=True),  # the many programs of the attention add the partial sums
+            # the many programs of the attention add the partial sums
+            (3 * width, width): product(3 * width, width, whole=True),
             (width, width): product(width, width, whole=False),
             (width, ffn): product(width, ffn, whole=False),
         },
         whole_linear={(model.vocab_size, width): product(model.vocab_size, width, whole=True)},
-        swiglu={(ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)},
-        attention={(model.n_head, model.head_size): AttentionTiles(part_of(model.block_size), warps=2)},
+        swiglu={
+            (ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)
+        },
+        attention={
+            (model.n_head, model.head_size): AttentionTiles(part_of(model.block_size), warps=2)
+        },
     )
 
 
 class LargeTilesRunner(ModelRunner):
     """The real runner on Triton's kernels, cut up by `large_tiles`."""
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig, pieces: int = 1) -> None:
+    def __init__(
+        self,
+        gpt: Transformer,
+        shape: BatchShape,
+        num_pages: int,
+        config: RunnerConfig,
+        pieces: int = 1,
+    ) -> None:
         self._pieces = pieces
         super().__init__(gpt, shape, num_pages, config)
 
     def make_operations(self, gpt: Transformer) -> Operations:
         """As the tiles say."""
         model = gpt.config
-        return triton_operations(large_tiles(model, self._pieces), model.n_head, model.head_size, launch_pdl=False)
+        return triton_operations(
+            large_tiles(model, self._pieces), model.n_head, model.head_size, launch_pdl=False
+        )

@@ -1,4 +1,6 @@
-"""A process whose memory test_gpu_engine.py measures: GPT-XL for 256 rows at 384 pixels, drawn and decoded. Prints JSON."""
+"""A process whose memory test_gpu_engine.py measures: GPT-XL for 256 rows at 384 pixels, drawn and
+decoded. Prints JSON.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""A stand-in of the HTTP service for the page's tests: the real page, and an API that draws, waits and fails as it is told."""
+"""A stand-in of the HTTP service for the page's tests: the real page, and an API that draws, waits
+and fails as it is told.
+"""
 
 import asyncio
 import base64
@@ -25,11 +27,19 @@ from autoregressive.common.demo_classes import DEMO_EMOJI
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "autoregressive" / "serve" / "web" / "static"
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; "
     "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 SIZE, GRID = 128, 16
-DEFAULTS = {"cfg_scale": 4.0, "cfg_interval": -1, "temperature": 1.0, "top_k": 20, "top_p": 1.0}  # not those of the page itself
+# not those of the page itself
+DEFAULTS = {
+    "cfg_scale": 4.0,
+    "cfg_interval": -1,
+    "temperature": 1.0,
+    "top_k": 20,
+    "top_p": 1.0,
+}
 
 
 @dataclass
@@ -71,7 +81,9 @@ def demo_pictures() -> list[Image.Image]:
     with Image.open(ROOT / "docs" / "images" / "classes.png") as opened:
         sheet = opened.convert("RGB")
     pitch = SIZE + 2
-    corners = [(2 + pitch * (label % 16), 2 + pitch * (label // 16)) for label in range(len(DEMO_EMOJI))]
+    corners = [
+        (2 + pitch * (label % 16), 2 + pitch * (label // 16)) for label in range(len(DEMO_EMOJI))
+    ]
     return [sheet.crop((left, top, left + SIZE, top + SIZE)) for left, top in corners]
 
 
@@ -119,7 +131,12 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str
     """The events of a request, all of whose pictures grow at once."""
     label, count, started = body["class_label"], body.get("n", 1), time.monotonic()
     tokens = count * GRID * GRID
-    facts = {"seed": body["seed"], "n": count, "class_label": label, "class_name": DEMO_EMOJI[label][0]}
+    facts = {
+        "seed": body["seed"],
+        "n": count,
+        "class_label": label,
+        "class_name": DEMO_EMOJI[label][0],
+    }
     yield event("queued", ahead=behaviour.ahead, **facts, size=f"{SIZE}x{SIZE}", grid=GRID)
     while behaviour.ahead:
         yield ": still there\n\n"
@@ -131,14 +148,26 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str
         yield event("progress", tokens_drawn=tokens * row // GRID, tokens=tokens, seconds_left=left)
         for index in range(count):
             content = base64.b64encode(preview_of(label, index, row)).decode()
-            yield event("preview", image_index=index, rows=row, grid=GRID, b64_json=content, output_format="webp")
+            yield event(
+                "preview",
+                image_index=index,
+                rows=row,
+                grid=GRID,
+                b64_json=content,
+                output_format="webp",
+            )
         while behaviour.hold_at_row is not None and row >= behaviour.hold_at_row:
             yield ": still there\n\n"
             await asyncio.sleep(0.01)
         if row == behaviour.cut_at_row:
             return
         if row == behaviour.fail_at_row:
-            failure = {"message": "logits were not finite", "type": "server_error", "param": None, "code": "failed"}
+            failure = {
+                "message": "logits were not finite",
+                "type": "server_error",
+                "param": None,
+                "code": "failed",
+            }
             yield event("error", error=failure)
             return
     for index in range(count):
@@ -148,7 +177,9 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str
         content_bytes = png_of(label, index, body)
         behaviour.sent.append(content_bytes)
         content = base64.b64encode(content_bytes).decode()
-        yield event("image", image_index=index, b64_json=content, output_format="png", seed=body["seed"])
+        yield event(
+            "image", image_index=index, b64_json=content, output_format="png", seed=body["seed"]
+        )
     yield event("done", seconds=time.monotonic() - started, usage={"total_tokens": tokens})
 
 
@@ -162,7 +193,10 @@ def build_app(behaviour: Behaviour) -> FastAPI:
         return response
 
     def refused(request: Request) -> Response | None:
-        if behaviour.key is not None and request.headers.get("Authorization") != f"Bearer {behaviour.key}":
+        if (
+            behaviour.key is not None
+            and request.headers.get("Authorization") != f"Bearer {behaviour.key}"
+        ):
             return error(401, "a key is needed", "authentication_error")
         return None
 
@@ -183,7 +217,12 @@ def build_app(behaviour: Behaviour) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         await facts()
-        model: dict[str, Any] = {"id": "GPT-demo", "object": "model", "created": 1700000000, "owned_by": "llamagen"}
+        model: dict[str, Any] = {
+            "id": "GPT-demo",
+            "object": "model",
+            "created": 1700000000,
+            "owned_by": "llamagen",
+        }
         model |= {
             "image_size": SIZE,
             "grid": GRID,
@@ -197,8 +236,14 @@ def build_app(behaviour: Behaviour) -> FastAPI:
     @app.get("/v1/classes")
     async def classes(request: Request, search: str = "", limit: int = 1000) -> Response:
         await facts()
-        found = [{"id": label, "name": name} for label, (name, _) in enumerate(DEMO_EMOJI) if search in name]
-        return refused(request) or JSONResponse({"object": "list", "data": found[:limit], "total": len(found)})
+        found = [
+            {"id": label, "name": name}
+            for label, (name, _) in enumerate(DEMO_EMOJI)
+            if search in name
+        ]
+        return refused(request) or JSONResponse(
+            {"object": "list", "data": found[:limit], "total": len(found)}
+        )
 
     @app.post("/v1/images/stream")
     async def stream(request: Request) -> Response:
@@ -210,7 +255,9 @@ def build_app(behaviour: Behaviour) -> FastAPI:
             if refusal.html:
                 return Response("<h1>Bad Gateway</h1>", refusal.status, media_type="text/html")
             kind = "invalid_request_error"
-            return error(refusal.status, refusal.message, kind, refusal.param, refusal.headers, refusal.code)
+            return error(
+                refusal.status, refusal.message, kind, refusal.param, refusal.headers, refusal.code
+            )
 
         async def watched() -> AsyncIterator[str]:
             try:
@@ -234,9 +281,13 @@ class StandIn:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
-        config = uvicorn.Config(build_app(self.behaviour), log_level="warning", timeout_graceful_shutdown=1, ws="none")
+        config = uvicorn.Config(
+            build_app(self.behaviour), log_level="warning", timeout_graceful_shutdown=1, ws="none"
+        )
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True
+        )
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)

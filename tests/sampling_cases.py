@@ -33,9 +33,16 @@ class DrawArguments:
     def copy(self, device: str | torch.device = "cpu", **changes: Tensor) -> "DrawArguments":
         """A copy of every tensor on a device."""
         changed = replace(self, **changes)
-        return DrawArguments(**{field.name: getattr(changed, field.name).to(device, copy=True) for field in fields(changed)})
+        return DrawArguments(
+            **{
+                field.name: getattr(changed, field.name).to(device, copy=True)
+                for field in fields(changed)
+            }
+        )
 
-    def drawn_by(self, draw: Callable[..., None], images: int | None = None, **options: object) -> "DrawArguments":
+    def drawn_by(
+        self, draw: Callable[..., None], images: int | None = None, **options: object
+    ) -> "DrawArguments":
         """What one call of `draw` leaves behind; these arguments stay as they are."""
         result = self.copy(self.logits.device)
         tensors = {field.name: getattr(result, field.name) for field in fields(result)}
@@ -44,11 +51,15 @@ class DrawArguments:
 
     def tokens(self, before: "DrawArguments") -> Tensor:
         """The token of each image, if `before` is what the draw was given."""
-        return self.codes[before.image_slots.long(), before.positions[before.conditional_rows.long()].long()].cpu()
+        return self.codes[
+            before.image_slots.long(), before.positions[before.conditional_rows.long()].long()
+        ].cpu()
 
 
 def plain_case(logits: Tensor, **changes: Tensor) -> DrawArguments:
-    """One unguided image for each row of `logits`, at temperature 1 and unfiltered, at positions 0, 1, ... 6, 0, ..."""
+    """One unguided image for each row of `logits`, at temperature 1 and unfiltered, at positions 0,
+    1, ... 6, 0, ...
+    """
     images = len(logits)
     numbers = torch.arange(images, dtype=torch.int32)
     case = DrawArguments(
@@ -70,16 +81,21 @@ def plain_case(logits: Tensor, **changes: Tensor) -> DrawArguments:
 
 
 def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
-    """Images with and without guidance, every filter and temperature, ties, rows and slots in no order, unused rows all NaN."""
+    """Images with and without guidance, every filter and temperature, ties, rows and slots in no
+    order, unused rows all NaN.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def pick(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype)[torch.randint(len(values), (images,), generator=generator)]
+        return torch.tensor(values, dtype=dtype)[
+            torch.randint(len(values), (images,), generator=generator)
+        ]
 
     rows = torch.randperm(2 * images + 3, generator=generator).int()
     conditional, unconditional = rows[:images], rows[images : 2 * images].clone()
     unguided = torch.rand(images, generator=generator) < 0.4
-    # Flat rows draw tokens at the filters' edges often enough for a token too many or too few to be seen.
+    # Flat rows draw tokens at the filters' edges often enough for a token too many or too few to be
+    # seen.
     spread = torch.tensor([0.3, 0.3, 3.0])[torch.randint(3, (len(rows), 1), generator=generator)]
     logits = torch.randn(len(rows), vocab_size, generator=generator) * spread
     tied = torch.rand(len(rows), generator=generator) < 0.5
@@ -111,7 +127,9 @@ def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
 def scaled_logits(case: DrawArguments) -> Tensor:
     """Guided logits over the temperature, image by image [images, vocab_size]."""
     rows = []
-    for image, (row, pair) in enumerate(zip(case.conditional_rows.tolist(), case.unconditional_rows.tolist(), strict=True)):
+    for image, (row, pair) in enumerate(
+        zip(case.conditional_rows.tolist(), case.unconditional_rows.tolist(), strict=True)
+    ):
         guided = case.logits[row]
         if pair >= 0:
             guided = case.logits[pair] + (guided - case.logits[pair]) * case.guidance_scales[image]
@@ -121,9 +139,11 @@ def scaled_logits(case: DrawArguments) -> Tensor:
 
 
 def assert_same_draws(case: DrawArguments, result: DrawArguments, expected: DrawArguments) -> int:
-    """Fails if two draws differ in anything but tokens that rounding may swap; returns how many tokens differ.
+    """Fails if two draws differ in anything but tokens that rounding may swap; returns how many
+    tokens differ.
 
-    It may swap tokens whose perturbed scores are within 1e-5, and it may keep or drop a token whose mass is within 1e-5 of top-p.
+    It may swap tokens whose perturbed scores are within 1e-5, and it may keep or drop a token whose
+    mass is within 1e-5 of top-p.
     """
     for name in ("positions", "failed"):
         assert torch.equal(getattr(result, name).cpu(), getattr(expected, name).cpu()), name
@@ -135,14 +155,20 @@ def assert_same_draws(case: DrawArguments, result: DrawArguments, expected: Draw
     steps = case.positions[case.conditional_rows.long()]
     for image in images.tolist():
         one = slice(image, image + 1)
-        noise = sampling_reference.gumbel_noise(case.seeds[one], case.image_indices[one], steps[one], scaled.shape[1])[0]
+        noise = sampling_reference.gumbel_noise(
+            case.seeds[one], case.image_indices[one], steps[one], scaled.shape[1]
+        )[0]
         row, pair = scaled[image], [int(ours[image]), int(theirs[image])]
         perturbed = row + noise * (case.temperatures[image] > 0)
         keeps = [
-            sampling_reference.kept_tokens(row[None], case.top_ks[one], case.top_ps[one] + shift)[0][pair].tolist()
+            sampling_reference.kept_tokens(row[None], case.top_ks[one], case.top_ps[one] + shift)[
+                0
+            ][pair].tolist()
             for shift in (-CLOSE, CLOSE)
         ]
-        assert keeps[0] != keeps[1] or abs(float(perturbed[pair[0]] - perturbed[pair[1]])) <= CLOSE, (image, pair)
+        assert (
+            keeps[0] != keeps[1] or abs(float(perturbed[pair[0]] - perturbed[pair[1]])) <= CLOSE
+        ), (image, pair)
     return len(images)
 
 
@@ -150,9 +176,11 @@ def chi_square_p_value(counts: Tensor, probabilities: Tensor, bins: int) -> floa
     """The chance of draws at least this far from the probabilities.
 
     Args:
-        counts: [vocab_size] how often each token was drawn; a token of probability 0 may not be among them.
+        counts: [vocab_size] how often each token was drawn; a token of probability 0 may not be
+            among them.
         probabilities: float64 [vocab_size]
-        bins: into about how many bins of like mass tokens are gathered in order of id; at least 100 must come of it.
+        bins: into about how many bins of like mass tokens are gathered in order of id; at least 100
+            must come of it.
     """
     assert counts[probabilities == 0].sum() == 0, "a token was drawn that the filter ruled out"
     total = int(counts.sum())
@@ -178,7 +206,9 @@ def tied_logits(vocab_size: int, seed: int) -> Tensor:
 
 
 def filtered_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The distribution that a draw should follow, by sorting, in float64 and independent of the kernels [vocab_size]."""
+    """The distribution that a draw should follow, by sorting, in float64 and independent of the
+    kernels [vocab_size].
+    """
     order = sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))
     values = logits.double()
     if top_k > 0:

@@ -1,8 +1,12 @@
-"""Every kernel once, on odd shapes, compared with its reference: small enough for compute-sanitizer. Needs a GPU.
+"""Every kernel once, on odd shapes, compared with its reference: small enough for
+compute-sanitizer. Needs a GPU.
 
-    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/sanitize_kernels.py     # or: --tool racecheck
+    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/sanitize_kernels.py
 
-Under racecheck cuDNN's own attention (the tokenizer's one block with attention) is reported; kernels of this project are not.
+`--tool racecheck` looks for races.
+
+Under racecheck cuDNN's own attention (the tokenizer's one block with attention) is reported;
+kernels of this project are not.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """Has one system call fail, or the process die at it: for tests of what is left on the disk.
 
-Calls are counted where Python makes them: in `os`, in `fcntl.flock`, and in the files that `open` gives. Counted are those of one
-thread, and only on paths below one folder and on descriptors of such paths, so that nothing else is disturbed.
+Calls are counted where Python makes them: in `os`, in `fcntl.flock`, and in the files that `open`
+gives. Counted are those of one thread, and only on paths below one folder and on descriptors of
+such paths, so that nothing else is disturbed.
 """
 
 import builtins
@@ -19,7 +20,8 @@ from typing import Any
 import pytest
 
 _CALLS = (
-    "open", "read", "write", "fsync", "fstat", "stat", "lstat", "statvfs", "replace", "rename", "unlink", "remove", "mkdir",
+    "open", "read", "write", "fsync", "fstat", "stat", "lstat", "statvfs", "replace", "rename",
+    "unlink", "remove", "mkdir",
     "rmdir", "ftruncate", "posix_fallocate", "scandir", "utime",
 )  # fmt: skip
 _MOST_CALLS = 1000  # of one piece of work; more means that it never ends
@@ -110,13 +112,16 @@ def counted(calls: SystemCalls) -> Iterator[SystemCalls]:
             yield calls
         finally:
             patch.undo()
-            for descriptor in calls._held:  # as the end of a process does, which also gives up its locks
+            for (
+                descriptor
+            ) in calls._held:  # as the end of a process does, which also gives up its locks
                 os.close(descriptor)
 
 
 def _closing(calls: SystemCalls, close: Callable[[int], None]) -> Callable[[int], None]:
     def call(descriptor: int) -> None:
-        close(descriptor)  # in any case: the system frees a descriptor also where it reports an error
+        # in any case: the system frees a descriptor also where it reports an error
+        close(descriptor)
         calls._held.discard(descriptor)
         if descriptor in calls._descriptors:
             calls.count("close", descriptor)
@@ -139,8 +144,14 @@ def _counting(calls: SystemCalls, name: str, function: Callable[..., Any]) -> Ca
 
 
 def _counting_open(calls: SystemCalls, original: Callable[..., Any]) -> Callable[..., Any]:
-    def open_file(file: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **keywords: Any) -> Any:
-        if isinstance(file, int) or not calls._counts(file) or threading.get_ident() != calls._thread:
+    def open_file(
+        file: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **keywords: Any
+    ) -> Any:
+        if (
+            isinstance(file, int)
+            or not calls._counts(file)
+            or threading.get_ident() != calls._thread
+        ):
             return original(file, mode, buffering, *arguments, **keywords)
         calls.count("open", file)
         raw = _CountedFile(file, mode.replace("b", "").replace("t", ""))
@@ -149,7 +160,11 @@ def _counting_open(calls: SystemCalls, original: Callable[..., Any]) -> Callable
         if buffering == 0:
             return raw
         buffered: Any = (
-            io.BufferedRandom(raw) if "+" in mode else io.BufferedReader(raw) if "r" in mode else io.BufferedWriter(raw)
+            io.BufferedRandom(raw)
+            if "+" in mode
+            else io.BufferedReader(raw)
+            if "r" in mode
+            else io.BufferedWriter(raw)
         )
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *arguments, **keywords)
 

@@ -1,4 +1,6 @@
-"""Steps of a runner along given codes, so that logits of every position can be compared whatever would have been drawn."""
+"""Steps of a runner along given codes, so that logits of every position can be compared whatever
+would have been drawn.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,9 @@ from autoregressive.serve.engine.model_runner import ModelRunner
 
 
 def reference_model(name: str) -> tuple[Transformer, dict[str, Any], dict[str, np.ndarray]]:
-    """The model of a file of tests/reference, float32 on the CPU, with the file's description and arrays."""
+    """The model of a file of tests/reference, float32 on the CPU, with the file's description and
+    arrays.
+    """
     meta, expected = load_reference(name)
     if "config" in meta:
         model = Transformer(GPTConfig(**meta["config"]))
@@ -28,7 +32,8 @@ def reference_model(name: str) -> tuple[Transformer, dict[str, Any], dict[str, n
 
 
 class TeacherForced:
-    """Guided images along given codes; each has a conditional row and an unconditional one. Nothing is drawn.
+    """Guided images along given codes; each has a conditional row and an unconditional one. Nothing
+    is drawn.
 
     Args:
         runner: without graphs, with at least two rows an image and the pages of all their tokens.
@@ -38,16 +43,22 @@ class TeacherForced:
 
     def __init__(self, runner: ModelRunner, codes: Tensor, labels: Sequence[int]) -> None:
         self.runner, self.rows = runner, 2 * len(labels)
-        self.batch = batch = Batch(runner.shape, runner.device)  # no image in use: the draw leaves all alone
+        # no image in use: the draw leaves all alone
+        self.batch = batch = Batch(runner.shape, runner.device)
         batch.codes[: len(labels)] = codes.to(runner.device)
-        of_rows = [label for image_label in labels for label in (image_label, runner.model.num_classes)]
+        of_rows = [
+            label for image_label in labels for label in (image_label, runner.model.num_classes)
+        ]
         batch.labels[: self.rows] = torch.tensor(of_rows, dtype=torch.int32)
         batch.row_slots[: self.rows] = torch.arange(self.rows) // 2
-        batch.page_table[: self.rows] = torch.arange(self.rows * runner.shape.pages_per_row).view(self.rows, -1)
+        batch.page_table[: self.rows] = torch.arange(self.rows * runner.shape.pages_per_row).view(
+            self.rows, -1
+        )
 
     @torch.no_grad()
     def logits(self, position: int | Tensor) -> Tensor:
-        """Float32 [images, 2, vocab_size], conditional and unconditional; the positions before must have been run.
+        """Float32 [images, 2, vocab_size], conditional and unconditional; the positions before must
+        have been run.
 
         Args:
             position: of all images, or [images], each one's own.
@@ -63,8 +74,12 @@ class TeacherForced:
 
 
 @torch.no_grad()
-def naive_logits(model: Transformer, codes: Tensor, labels: Sequence[int], positions: int) -> Tensor:
-    """The naive loop's logits along given codes, with its dense cache: float32 [images, 2, positions, vocab_size], as above."""
+def naive_logits(
+    model: Transformer, codes: Tensor, labels: Sequence[int], positions: int
+) -> Tensor:
+    """The naive loop's logits along given codes, with its dense cache: float32 [images, 2,
+    positions, vocab_size], as above.
+    """
     device, images = model.output.weight.device, len(labels)
     classes = torch.tensor([*labels, *[model.config.num_classes] * images], device=device)
     tokens = codes.to(device).long().repeat(2, 1)

@@ -1,4 +1,6 @@
-"""The kernels' host functions are typed: mypy cannot be asked to see to it where @triton.jit functions stand beside them."""
+"""The kernels' host functions are typed: mypy cannot be asked to see to it where @triton.jit
+functions stand beside them.
+"""
 
 import ast
 from pathlib import Path
@@ -9,7 +11,9 @@ KERNELS = sorted((Path(__file__).resolve().parents[1] / "kernels").glob("*.py"))
 
 
 def missing_annotations(source: str) -> list[str]:
-    """Functions of a module that lack an annotation; what @triton.jit and @gluon.jit compile is left out."""
+    """Functions of a module that lack an annotation; what @triton.jit and @gluon.jit compile is
+    left out.
+    """
     return [
         node.name
         for node in ast.walk(ast.parse(source))
@@ -19,18 +23,31 @@ def missing_annotations(source: str) -> list[str]:
 
 def _is_compiled(function: ast.FunctionDef) -> bool:
     compilers = ("triton.jit", "gluon.jit")
-    return any(name in ast.unparse(decorator) for decorator in function.decorator_list for name in compilers)
+    return any(
+        name in ast.unparse(decorator)
+        for decorator in function.decorator_list
+        for name in compilers
+    )
 
 
 def _is_annotated(function: ast.FunctionDef) -> bool:
     given = function.args
-    arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
-    return function.returns is not None and all(argument.annotation or argument.arg == "self" for argument in arguments)
+    arguments = [
+        *given.posonlyargs,
+        *given.args,
+        *given.kwonlyargs,
+        *filter(None, (given.vararg, given.kwarg)),
+    ]
+    return function.returns is not None and all(
+        argument.annotation or argument.arg == "self" for argument in arguments
+    )
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_host_functions_are_annotated(path: Path) -> None:
-    """Fails if a function that Python runs has an argument or a result without a type: mypy would pass over its body."""
+    """Fails if a function that Python runs has an argument or a result without a type: mypy would
+    pass over its body.
+    """
     assert missing_annotations(path.read_text()) == []
 
 

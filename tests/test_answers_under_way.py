@@ -1,4 +1,6 @@
-"""What an answer holds on its way, and what becomes of it if its request turns out to be no HTTP."""
+"""What an answer holds on its way, and what becomes of it if its request turns out to be
+no HTTP.
+"""
 
 import asyncio
 import json
@@ -47,7 +49,9 @@ class DrawnDesk:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
-    """Fails if pictures for a slow disk take memory that the byte budget does not see, or stay counted afterwards."""
+    """Fails if pictures for a slow disk take memory that the byte budget does not see, or stay
+    counted afterwards.
+    """
     desk, written = DrawnDesk(), threading.Event()
     held: list[int] = []
 
@@ -61,7 +65,9 @@ def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
     store = SimpleNamespace(most_of_a_request=10, check=lambda images: None, save=save)
 
     async def run() -> None:
-        studio = Studio(fake_model("fake"), cast(Any, desk), ThreadPoolExecutor(1), cast(Any, store))
+        studio = Studio(
+            fake_model("fake"), cast(Any, desk), ThreadPoolExecutor(1), cast(Any, store)
+        )
         app: Any = build_app(studio, version="0", docs=False, api_keys=())
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -81,8 +87,13 @@ def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
 
 
 def test_a_request_that_turns_out_to_be_no_http_is_one_line_of_the_log(tmp_path: Path) -> None:
-    """Fails if the answer that comes too late ends in a traceback, in a second line, or in the wrong outcome."""
-    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: elsewhere.example\r\nTransfer-Encoding: chunked\r\n\r\n"
+    """Fails if the answer that comes too late ends in a traceback, in a second line, or in the
+    wrong outcome.
+    """
+    head = (
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: elsewhere.example\r\nTransfer-Encoding: "
+        b"chunked\r\n\r\n"
+    )
     with running_service(tmp_path) as service:
         before = len(service.log.splitlines())
         port = int(service.url.rsplit(":", 1)[1])
@@ -92,5 +103,11 @@ def test_a_request_that_turns_out_to_be_no_http_is_one_line_of_the_log(tmp_path:
         assert status == b"400"
         service.wait_for(lambda: service.gauges().get('requests_total{outcome="invalid"}') == 1, 5)
         lines = [json.loads(line) for line in service.log.splitlines()[before:]]
-        lines = [line for line in lines if line.get("path") not in ("/metrics", "/ready") and line["logger"] != "uvicorn.error"]
-        assert [(line.get("status"), line.get("outcome"), line["level"]) for line in lines] == [(400, "invalid", "info")]
+        lines = [
+            line
+            for line in lines
+            if line.get("path") not in ("/metrics", "/ready") and line["logger"] != "uvicorn.error"
+        ]
+        assert [(line.get("status"), line.get("outcome"), line["level"]) for line in lines] == [
+            (400, "invalid", "info")
+        ]

@@ -1,4 +1,6 @@
-"""Flags: what was not typed follows the chosen model, what was typed is checked, and all that before any long work."""
+"""Flags: what was not typed follows the chosen model, what was typed is checked, and all that
+before any long work.
+"""
 
 import argparse
 import dataclasses
@@ -11,8 +13,19 @@ from autoregressive.common.arguments import build_parser
 from autoregressive.common.devices import resolve_device
 from autoregressive.common.errors import UserError
 from autoregressive.common.published import PublishedFile
-from autoregressive.common.settings import Settings, list_classes, resolve_settings, smaller_precision
-from autoregressive.common.weights import DEMO_GPT, DEMO_VQ, FoundWeights, find_weights, untrained_warning
+from autoregressive.common.settings import (
+    Settings,
+    list_classes,
+    resolve_settings,
+    smaller_precision,
+)
+from autoregressive.common.weights import (
+    DEMO_GPT,
+    DEMO_VQ,
+    FoundWeights,
+    find_weights,
+    untrained_warning,
+)
 
 
 def parsed(*typed: str) -> argparse.Namespace:
@@ -37,21 +50,34 @@ def test_nothing_typed_means_the_demo_model_where_gpt_b_is_not_there(folder: Pat
     """Fails if a fresh checkout does not run its own model with its own shapes."""
     settings = resolved(folder)
     model = settings.model
-    assert (model.gpt_model, model.vq_model, model.image_size, model.downsample_size) == ("GPT-demo", "VQ-demo", 128, 8)
+    assert (model.gpt_model, model.vq_model, model.image_size, model.downsample_size) == (
+        "GPT-demo",
+        "VQ-demo",
+        128,
+        8,
+    )
     assert (model.codebook_size, model.codebook_embed_dim, model.num_classes) == (1024, 8, 64)
     assert (model.grid, model.tokens_per_image) == (16, 256)
     assert settings.labels == tuple(range(8))
 
 
 def test_a_bare_checkpoint_name_may_be_in_the_folder_of_pretrained_models(folder: Path) -> None:
-    """Fails if what download_models.py fetched is not found under the name that it was fetched by."""
+    """Fails if what download_models.py fetched is not found under the name that it was
+    fetched by.
+    """
     (folder / "c2i_XL_384.pt").touch()
     typed = ["--gpt-model", "GPT-XL", "--gpt-ckpt", "c2i_XL_384.pt"]
     assert resolved(folder, *typed).model.gpt_ckpt == folder / "c2i_XL_384.pt"
     Path("c2i_XL_384.pt").touch()
-    assert resolved(folder, *typed).model.gpt_ckpt == Path("c2i_XL_384.pt"), "the current folder comes first"
+    assert resolved(folder, *typed).model.gpt_ckpt == Path("c2i_XL_384.pt"), (
+        "the current folder comes first"
+    )
     for missing in ("vq_ds16_c2i.pt", "elsewhere/c2i_XL_384.pt"):
-        with pytest.raises(UserError, match=f"no such file or folder.*; get it with .*download_models.py {Path(missing).name}"):
+        with pytest.raises(
+            UserError,
+            match="no such file or folder.*; get it with .*download_models.py "
+            f"{Path(missing).name}",
+        ):
             resolved(folder, "--gpt-model", "GPT-XL", "--vq-ckpt", missing)
     with pytest.raises(UserError, match=r"there is no such file or folder, nor in [^;]*$"):
         resolved(folder, "--gpt-model", "GPT-XL", "--gpt-ckpt", "mine.pt")
@@ -69,15 +95,24 @@ def test_defaults_are_llamagens_for_its_models(folder: Path) -> None:
     """Fails if LlamaGen's command without flags would draw something else."""
     settings = resolved(folder, "--gpt-model", "GPT-XL")
     model, sampling = settings.model, settings.sampling
-    assert (model.gpt_model, model.vq_model, model.image_size, model.downsample_size) == ("GPT-XL", "VQ-16", 384, 16)
+    assert (model.gpt_model, model.vq_model, model.image_size, model.downsample_size) == (
+        "GPT-XL",
+        "VQ-16",
+        384,
+        16,
+    )
     assert (model.codebook_size, model.codebook_embed_dim, model.num_classes) == (16384, 8, 1000)
     assert dataclasses.astuple(sampling) == (4.0, -1, 1.0, 2000, 1.0, 0)
     assert settings.labels == (207, 360, 387, 974, 88, 979, 417, 279)
     assert not settings.compile
 
 
-def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a CPU runs slow bf16 unasked, a GPU does not run LlamaGen's bf16, or the typed precision is ignored."""
+def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a CPU runs slow bf16 unasked, a GPU does not run LlamaGen's bf16, or the typed
+    precision is ignored.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -86,27 +121,41 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(folder: Pa
     assert resolved(folder).model.device == torch.device("cuda:0")
     assert resolved(folder, "--device", "cuda:1").model.device == torch.device("cuda:1")
     assert resolved(folder, "--device", "cpu").model.precision == torch.float32
-    assert resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
+    assert (
+        resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
+    )
     assert resolved(folder, "--precision", "none").model.precision == torch.float32
     with pytest.raises(UserError, match="cuda:0 to cuda:1"):
         resolved(folder, "--device", "cuda:2")
 
 
-def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if an older GPU, such as a T4, is given bf16, which it does not compute in, or changes to fp16 in silence."""
+def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if an older GPU, such as a T4, is given bf16, which it does not compute in, or changes
+    to fp16 in silence.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     settings = resolved(folder)
     assert settings.model.precision == torch.float16
-    assert settings.note == "cuda:0 has compute capability 7.5, and bf16 takes 8.0: the transformer runs in fp16"
+    assert (
+        settings.note
+        == "cuda:0 has compute capability 7.5, and bf16 takes 8.0: the transformer runs in fp16"
+    )
     for typed, precision in (("fp16", torch.float16), ("none", torch.float32)):
         settings = resolved(folder, "--precision", typed)
         assert (settings.model.precision, settings.note) == (precision, None)
     assert smaller_precision(settings.model) == ["use --precision fp16"]
-    with pytest.raises(UserError, match=r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$"):
+    with pytest.raises(
+        UserError,
+        match=r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$",
+    ):
         resolved(folder, "--precision", "bf16")
-    assert resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
+    assert (
+        resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +182,9 @@ def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(folder: Path, monkeypatch: 
 def test_model_and_size_follow_the_weights(
     folder: Path, there: list[str], typed: list[str], expected: tuple[str, int]
 ) -> None:
-    """Fails if weights that are there are not used, or are used at a size that they were not trained for."""
+    """Fails if weights that are there are not used, or are used at a size that they were not
+    trained for.
+    """
     for name in there:
         (folder / name).touch()
     if "--gpt-ckpt" in typed:
@@ -152,7 +203,9 @@ def test_model_and_size_follow_the_weights(
         (["--vq-model", "VQ-16", "--downsample-size", "16"], ("VQ-16", 16)),
     ],
 )
-def test_tokenizer_and_downsample_size_agree(folder: Path, typed: list[str], expected: tuple[str, int]) -> None:
+def test_tokenizer_and_downsample_size_agree(
+    folder: Path, typed: list[str], expected: tuple[str, int]
+) -> None:
     """Fails if the picture would come out larger or smaller than --image-size."""
     Path("vq_ds8_c2i.pt").touch()
     model = resolved(folder, "--gpt-model", "GPT-B", *typed).model
@@ -265,7 +318,9 @@ def test_checking_the_folder_of_single_pictures_leaves_nothing_behind(folder: Pa
 
 
 def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
-    """Fails if someone who wants ImageNet's classes is not told that the demo model was chosen, and how to change it."""
+    """Fails if someone who wants ImageNet's classes is not told that the demo model was chosen, and
+    how to change it.
+    """
     hint = "these are the classes of GPT-demo; --gpt-model GPT-B has ImageNet's"
     with pytest.raises(UserError, match=hint):
         resolved(folder, "--class-labels", "golden retriever")
@@ -276,8 +331,13 @@ def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
     assert hint not in str(caught.value)
 
 
-@pytest.mark.parametrize("typed", ["--precision fp8", "--gpt-model GPT-9", "--seed x", "--bogus", "--vq-model VQ-1", "--gpt 1"])
-def test_what_argparse_refuses_is_one_line_too(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "typed",
+    ["--precision fp8", "--gpt-model GPT-9", "--seed x", "--bogus", "--vq-model VQ-1", "--gpt 1"],
+)
+def test_what_argparse_refuses_is_one_line_too(
+    typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if a usage message hides the error, or an abbreviated flag is guessed at."""
     with pytest.raises(SystemExit) as caught:
         parsed(*typed.split())
@@ -286,7 +346,15 @@ def test_what_argparse_refuses_is_one_line_too(typed: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "typed", [f"--seed {2**63 - 1}", "--top-k 0", f"--top-k {2**31 - 1}", "--temperature 0", "--top-p 1", "--cfg-scale 0"]
+    "typed",
+    [
+        f"--seed {2**63 - 1}",
+        "--top-k 0",
+        f"--top-k {2**31 - 1}",
+        "--temperature 0",
+        "--top-p 1",
+        "--cfg-scale 0",
+    ],
 )
 def test_the_ends_of_the_ranges_are_allowed(folder: Path, typed: str) -> None:
     """Fails if a check is off by one, or the value is bent on the way."""
@@ -297,7 +365,9 @@ def test_the_ends_of_the_ranges_are_allowed(folder: Path, typed: str) -> None:
 
 def test_defaults_fit_a_smaller_data_set_and_codebook(folder: Path) -> None:
     """Fails if a default that was never typed is reported as the user's mistake."""
-    settings = resolved(folder, "--gpt-model", "GPT-B", "--num-classes", "5", "--codebook-size", "100")
+    settings = resolved(
+        folder, "--gpt-model", "GPT-B", "--num-classes", "5", "--codebook-size", "100"
+    )
     assert settings.labels == (0, 1, 2, 3, 4)
     assert settings.sampling.top_k == 2000  # which is all of them
 
@@ -311,7 +381,16 @@ def test_labels_may_be_many_and_mixed(folder: Path) -> None:
 
 def test_classes_are_listed_for_the_chosen_model() -> None:
     """Fails if --list-classes shows another data set, or needs a writable folder or a GPU."""
-    arguments = parsed("--gpt-model", "GPT-B", "--list-classes", "lesser", "--output", "missing/x.png", "--device", "cuda")
+    arguments = parsed(
+        "--gpt-model",
+        "GPT-B",
+        "--list-classes",
+        "lesser",
+        "--output",
+        "missing/x.png",
+        "--device",
+        "cuda",
+    )
     assert list_classes(arguments) == " 387  lesser panda"
     assert len(list_classes(parsed("--gpt-model", "GPT-demo", "--list-classes")).splitlines()) == 64
 
@@ -320,7 +399,14 @@ def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a flag has no help or its default is not stated."""
     parser = build_parser("purpose", "command.py")
     switches = (argparse._StoreTrueAction, argparse._HelpAction)
-    optional = {"--output", "--save-individual", "--save-codes", "--gpt-ckpt", "--vq-ckpt", "--list-classes"}
+    optional = {
+        "--output",
+        "--save-individual",
+        "--save-codes",
+        "--gpt-ckpt",
+        "--vq-ckpt",
+        "--list-classes",
+    }
     for action in parser._actions:
         assert action.help
         if not isinstance(action, switches) and not optional & set(action.option_strings):
@@ -333,7 +419,9 @@ def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_weights_are_found_in_order(folder: Path) -> None:
-    """Fails if a flag does not win, a file that is there is not used, or --random-weights uses one."""
+    """Fails if a flag does not win, a file that is there is not used, or --random-weights
+    uses one.
+    """
     (folder / DEMO_GPT).touch()
     (folder / DEMO_VQ).touch()
     Path("mine.pt").touch()
@@ -351,7 +439,9 @@ def test_one_untrained_model_makes_the_picture_untrained(folder: Path) -> None:
     assert not find_weights(resolved(folder).model).trained
 
 
-def test_download_fetches_what_is_published_and_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_fetches_what_is_published_and_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if --download fetches what is there, or nothing."""
     fetched: list[str] = []
 
@@ -366,13 +456,21 @@ def test_download_fetches_what_is_published_and_not_there(folder: Path, monkeypa
     found = find_weights(resolved(folder, "--gpt-model", "GPT-L", "--download").model)
     assert fetched == ["c2i_L_384.pt"]
     assert (found.gpt, found.vq) == (folder / "c2i_L_384.pt", folder / "vq_ds16_c2i.pt")
-    assert find_weights(resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256", "--download").model).gpt is None
+    assert (
+        find_weights(
+            resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256", "--download").model
+        ).gpt
+        is None
+    )
 
 
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("--gpt-model GPT-XL", "python scripts/download_models.py c2i_XL_384.pt vq_ds16_c2i.pt --folder "),
+        (
+            "--gpt-model GPT-XL",
+            "python scripts/download_models.py c2i_XL_384.pt vq_ds16_c2i.pt --folder ",
+        ),
         ("--gpt-model GPT-XL --image-size 256", "none are published for GPT-XL for 256 px"),
         ("--gpt-model GPT-B --downsample-size 8", "none are published for GPT-B"),
         ("--gpt-model GPT-demo", "python scripts/train_demo.py"),

@@ -1,4 +1,6 @@
-"""The look-up of known vulnerabilities: it says when it could not be done, and mends its own environment."""
+"""The look-up of known vulnerabilities: it says when it could not be done, and mends its own
+environment.
+"""
 
 import importlib.util
 import json
@@ -34,14 +36,28 @@ def answers(audit: ModuleType, monkeypatch: pytest.MonkeyPatch, output: str) -> 
     monkeypatch.setattr(audit.venv, "create", lambda *arguments, **options: None)
 
 
-UNEXPECTED: list[Any] = ["no JSON", [], {}, None, 7, {"dependencies": None}, {"dependencies": {}}, {"dependencies": ["torch"]}]
+UNEXPECTED: list[Any] = [
+    "no JSON",
+    [],
+    {},
+    None,
+    7,
+    {"dependencies": None},
+    {"dependencies": {}},
+    {"dependencies": ["torch"]},
+]
 UNDESCRIBED: list[Any] = [{}, "PYSEC-1", None]
-UNEXPECTED += [{"dependencies": [{"name": "a", "version": "1", "vulns": [found]}]} for found in UNDESCRIBED]
+UNEXPECTED += [
+    {"dependencies": [{"name": "a", "version": "1", "vulns": [found]}]} for found in UNDESCRIBED
+]
 
 
 @pytest.mark.parametrize("output", UNEXPECTED, ids=str)
 def test_an_answer_of_another_form_is_said(
-    audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], output: Any
+    audit: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: Any,
 ) -> None:
     """Fails if pip-audit's output ends in a traceback, or passes for a look-up."""
     answers(audit, monkeypatch, output if isinstance(output, str) else json.dumps(output))
@@ -54,7 +70,10 @@ def test_a_vulnerable_package_is_named(
 ) -> None:
     """Fails if a known vulnerability does not fail the command."""
     found = {"id": "PYSEC-1", "fix_versions": ["2.0"]}
-    packages = [{"name": "a", "version": "1.0", "vulns": [found]}, {"name": "b", "version": "1.0", "vulns": []}]
+    packages = [
+        {"name": "a", "version": "1.0", "vulns": [found]},
+        {"name": "b", "version": "1.0", "vulns": []},
+    ]
     answers(audit, monkeypatch, json.dumps({"dependencies": packages}))
     assert audit.main() == 1
     assert capsys.readouterr().out.splitlines() == [
@@ -67,14 +86,18 @@ def test_a_vulnerable_package_is_named(
 def test_an_environment_whose_pip_does_not_work_is_made_anew(
     audit: ModuleType, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    """Fails if an environment that was left half made is kept for ever, or one that works is made again."""
+    """Fails if an environment that was left half made is kept for ever, or one that works is made
+    again.
+    """
     python = audit.ENVIRONMENT / "bin" / "python"
     if state != "absent":
         python.parent.mkdir(parents=True)
         python.write_text("#!/bin/sh\n" + ("exit 0\n" if state == "working" else "exit 1\n"))
         python.chmod(0o644 if state == "not started" else 0o755)
     made: list[tuple[Path, dict[str, bool]]] = []
-    monkeypatch.setattr(audit.venv, "create", lambda place, **options: made.append((place, options)))
+    monkeypatch.setattr(
+        audit.venv, "create", lambda place, **options: made.append((place, options))
+    )
     audit.make_environment(python)
     wanted = [] if state == "working" else [(audit.ENVIRONMENT, {"with_pip": True, "clear": True})]
     assert made == wanted

@@ -21,7 +21,9 @@ READY = State(None, None, 0, 1, (), ())
 
 
 def test_time_in_which_this_process_stood_still_is_not_the_others_silence() -> None:
-    """Fails if a process that was stopped blames others, or if ordinary ticks are not counted in full."""
+    """Fails if a process that was stopped blames others, or if ordinary ticks are not counted in
+    full.
+    """
     moment = 100.0
     clock = AwakeClock(lambda: moment)
     heard_at = clock.now()
@@ -67,7 +69,9 @@ class Front:
 
 @pytest.mark.timing
 def test_a_front_judges_the_dispatcher_by_its_silence() -> None:
-    """Fails if it is ready or well while the dispatcher is stopped, or stays unwell when that goes on."""
+    """Fails if it is ready or well while the dispatcher is stopped, or stays unwell when that goes
+    on.
+    """
 
     async def go() -> None:
         front = Front(patience=60)
@@ -88,7 +92,9 @@ def test_a_front_judges_the_dispatcher_by_its_silence() -> None:
 
 
 def test_what_is_asked_of_the_dispatcher_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a request, or /metrics, waits for ever for a dispatcher that does not answer; a late answer harms nothing."""
+    """Fails if a request, or /metrics, waits for ever for a dispatcher that does not answer; a late
+    answer harms nothing.
+    """
     monkeypatch.setattr(front, "_REPLY_SECONDS", 0.1)
 
     async def go() -> None:

@@ -53,14 +53,20 @@ def taken(backlog: Backlog) -> list[object]:
 
 
 def check(heard: list[object]) -> None:
-    """What a reader gets that was far behind: bounded, the newest of all progress, and all of the rest."""
+    """What a reader gets that was far behind: bounded, the newest of all progress, and all of the
+    rest.
+    """
     assert len(heard) <= 64 + JOBS * (2 + IMAGES) + 3
     for job in range(JOBS):
         drawn = [one.tokens for one in heard if isinstance(one, Drawn) and one.job == job]
         assert drawn == sorted(drawn)
         assert drawn[-1] == ROUNDS - 1
         for image in range(IMAGES):
-            of_image = (one for one in heard if isinstance(one, Preview) and one.job == job and one.image == image)
+            of_image = (
+                one
+                for one in heard
+                if isinstance(one, Preview) and one.job == job and one.image == image
+            )
             rows = [one.rows for one in of_image]
             assert rows[-1] == ROUNDS - 1
     assert [one for one in heard if isinstance(one, LoopStats)][-1] == LoopStats(ROUNDS - 1)
@@ -72,7 +78,9 @@ def check(heard: list[object]) -> None:
 
 
 def test_progress_that_waits_is_superseded_and_nothing_else_is() -> None:
-    """Fails if a stopped reader costs memory with each step, or misses an image, an end, or the newest progress."""
+    """Fails if a stopped reader costs memory with each step, or misses an image, an end, or the
+    newest progress.
+    """
     backlog = Backlog()
     for message in rounds():
         backlog.put(message)
@@ -82,7 +90,9 @@ def test_progress_that_waits_is_superseded_and_nothing_else_is() -> None:
 
 
 def test_few_messages_all_arrive() -> None:
-    """Fails if a reader that keeps up misses progress: the first tells when the first token came."""
+    """Fails if a reader that keeps up misses progress: the first tells when the first
+    token came.
+    """
     backlog = Backlog()
     sent = [Drawn(1, step, float(step)) for step in range(64)]
     for message in sent:
@@ -160,7 +170,9 @@ def read_to_the_end(connection: socket.socket) -> list[object]:
 def test_a_stopped_front_for_which_too_much_waits_is_given_up(
     monkeypatch: pytest.MonkeyPatch, silent: float, waiting: int, hangs: bool
 ) -> None:
-    """Fails if pictures pile up for a front that does not respond until --step-timeout has passed."""
+    """Fails if pictures pile up for a front that does not respond until --step-timeout
+    has passed.
+    """
     monkeypatch.setattr(hub, "_MOST_BEHIND_BYTES", 2**20)
 
     async def go() -> None:
@@ -170,7 +182,9 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
         clock = SimpleNamespace(now=lambda: moment)
         dispatcher = SimpleNamespace(clock=clock, patience=SimpleNamespace(step=60.0))
         recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
-        front = FrontLink(recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None)
+        front = FrontLink(
+            recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
+        )
         front._take(Up(0, 0, 0, 0, 0))
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
         moment = silent

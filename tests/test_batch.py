@@ -15,11 +15,19 @@ PARAMS = SamplingParams(cfg_scale=2.5, temperature=0.5, top_k=7, top_p=0.75, see
 def guided_image(slot: int, position: int = 0) -> ImageState:
     conditional = RowState(3, slot, position, pages=[8, 1])
     unconditional = RowState(10, slot, position, pages=[2, 5, 7])
-    return ImageState(PARAMS, image_index=4, slot=slot, conditional=conditional, unconditional=unconditional)
+    return ImageState(
+        PARAMS, image_index=4, slot=slot, conditional=conditional, unconditional=unconditional
+    )
 
 
 def plain_image(slot: int, position: int = 0) -> ImageState:
-    return ImageState(SamplingParams(cfg_scale=1.0, top_k=0), 0, slot, RowState(6, slot, position, pages=[4]), None)
+    return ImageState(
+        SamplingParams(cfg_scale=1.0, top_k=0),
+        0,
+        slot,
+        RowState(6, slot, position, pages=[4]),
+        None,
+    )
 
 
 def loaded(*images: ImageState) -> Batch:
@@ -29,12 +37,16 @@ def loaded(*images: ImageState) -> Batch:
 
 
 def test_the_shape_follows_from_three_sizes() -> None:
-    """Fails if the last, partly filled page of a row is forgotten, or codes on their way to the host hold up new images."""
+    """Fails if the last, partly filled page of a row is forgotten, or codes on their way to the
+    host hold up new images.
+    """
     assert (SHAPE.max_images, SHAPE.pages_per_row, SHAPE.num_slots) == (5, 3, 10)
 
 
 def test_rows_and_images_are_where_the_kernels_look() -> None:
-    """Fails if a row gets another one's label, slot, position or pages, or an image another one's rows or parameters."""
+    """Fails if a row gets another one's label, slot, position or pages, or an image another one's
+    rows or parameters.
+    """
     batch = loaded(plain_image(slot=7, position=3), guided_image(slot=2, position=6))
     assert batch.labels[:3].tolist() == [6, 3, 10]
     assert batch.row_slots[:3].tolist() == [7, 2, 2]
@@ -59,7 +71,10 @@ def test_types_are_those_of_the_contract() -> None:
     assert (batch.seeds.dtype, batch.seeds.shape) == (torch.int64, (5,))
     for name in ("guidance_scales", "temperatures", "top_ps"):
         assert (getattr(batch, name).dtype, getattr(batch, name).shape) == (torch.float32, (5,))
-    of_rows, of_images = ("labels", "row_slots", "positions"), ("conditional_rows", "unconditional_rows", "image_slots")
+    of_rows, of_images = (
+        ("labels", "row_slots", "positions"),
+        ("conditional_rows", "unconditional_rows", "image_slots"),
+    )
     for name in (*of_rows, *of_images, "image_indices", "top_ks"):
         assert (getattr(batch, name).dtype, getattr(batch, name).shape) == (torch.int32, (5,))
     assert (batch.page_table.dtype, batch.page_table.shape) == (torch.int32, (5, 3))
@@ -68,7 +83,9 @@ def test_types_are_those_of_the_contract() -> None:
 
 
 def test_padding_is_marked_and_departed_rows_become_padding() -> None:
-    """Fails if a row that left still runs, as part of a larger bucket, and writes to pages that are another's by now."""
+    """Fails if a row that left still runs, as part of a larger bucket, and writes to pages that are
+    another's by now.
+    """
     first, second = guided_image(slot=2), plain_image(slot=0)
     batch = loaded(first, second)
     batch.load(second.rows, [second])
@@ -80,10 +97,15 @@ def test_padding_is_marked_and_departed_rows_become_padding() -> None:
 
 
 def test_a_load_is_no_work_for_other_threads() -> None:
-    """Fails if torch's CPU threads are woken to copy a large batch, and spin after it while others want the cores."""
+    """Fails if torch's CPU threads are woken to copy a large batch, and spin after it while others
+    want the cores.
+    """
     batch = Batch(BatchShape.of(max_rows=512, tokens=576, page_size=16), CPU)
     pages = list(range(batch.shape.pages_per_row))
-    images = [ImageState(PARAMS, 0, slot, RowState(3, slot, 0, pages), RowState(10, slot, 0, pages)) for slot in range(256)]
+    images = [
+        ImageState(PARAMS, 0, slot, RowState(3, slot, 0, pages), RowState(10, slot, 0, pages))
+        for slot in range(256)
+    ]
     rows = [row for image in images for row in image.rows]
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -101,9 +123,15 @@ def test_a_load_is_no_work_for_other_threads() -> None:
 
 
 def test_addresses_stay_and_are_aligned() -> None:
-    """Fails if a load moves a tensor that a captured graph has the address of, or a tensor starts off a 16-byte boundary."""
+    """Fails if a load moves a tensor that a captured graph has the address of, or a tensor starts
+    off a 16-byte boundary.
+    """
     batch = Batch(SHAPE, CPU)
-    names = [name for name in vars(batch) if isinstance(getattr(batch, name), torch.Tensor) and not name.startswith("_")]
+    names = [
+        name
+        for name in vars(batch)
+        if isinstance(getattr(batch, name), torch.Tensor) and not name.startswith("_")
+    ]
     assert {"seeds", "page_table", "codes", "failed"} <= set(names)
     before = {name: getattr(batch, name).data_ptr() for name in names}
     image = guided_image(slot=1)
@@ -113,7 +141,9 @@ def test_addresses_stay_and_are_aligned() -> None:
 
 
 def test_a_load_leaves_codes_alone_and_clears_failures_of_newcomers_only() -> None:
-    """Fails if an image inherits the failure of the one before it in its slot, or a failure is forgotten when others join."""
+    """Fails if an image inherits the failure of the one before it in its slot, or a failure is
+    forgotten when others join.
+    """
     batch = Batch(SHAPE, CPU)
     batch.codes.fill_(9)
     batch.failed.fill_(1)

@@ -9,7 +9,9 @@ from fake_service import running_service
 from autoregressive.common.errors import UserError
 
 
-def test_the_counters_are_asked_for_with_the_first_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_counters_are_asked_for_with_the_first_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if no key is sent, all keys are sent as one, or a refusal ends in a traceback."""
     keys = "first-key-of-two, second-key-of-two"
     with running_service(tmp_path, environment={"LLAMAGEN_API_KEY": keys}) as service:

@@ -20,7 +20,9 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service"), "--max-num-seqs", "8", "--max-queue-size", "4") as service:
+    with running_service(
+        tmp_path_factory.mktemp("service"), "--max-num-seqs", "8", "--max-queue-size", "4"
+    ) as service:
         service.faults.set("step_seconds", "0.001")
         yield service
 
@@ -34,7 +36,18 @@ def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
     """Fails if requests, images or refusals are miscounted, or a file is not what was printed."""
     plot, output = tmp_path / "plot.png", tmp_path / "figures.json"
     before = service.gauges().get("images_total", 0)
-    flags = ("--rates", "5,200", "--seconds", "1.5", "--n", "2", "--plot", str(plot), "--output", str(output))
+    flags = (
+        "--rates",
+        "5,200",
+        "--seconds",
+        "1.5",
+        "--n",
+        "2",
+        "--plot",
+        str(plot),
+        "--output",
+        str(output),
+    )
     done = bench("--url", service.url, *flags)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -47,7 +60,12 @@ def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
     assert harsh["images"] == 2 * (harsh["requests"] - harsh["failures"]["429"])
     assert gentle["images"] + harsh["images"] == service.gauges()["images_total"] - before
     for result in (gentle, harsh):
-        assert 0 < result["image_seconds"]["p50"] <= result["image_seconds"]["p90"] <= result["image_seconds"]["p99"]
+        assert (
+            0
+            < result["image_seconds"]["p50"]
+            <= result["image_seconds"]["p90"]
+            <= result["image_seconds"]["p99"]
+        )
 
 
 @pytest.mark.parametrize("most", [0.0, 0.003, 0.9, 1.0, 1.87, 5.0, 5.1, 9.99, 140.0, 1000.0])
@@ -88,11 +106,18 @@ def test_a_saturated_service_is_counted_without_its_first_wave(service: Service)
 BEGUN = 1000.0  # by the clock
 
 
-@pytest.mark.parametrize(("until", "close"), [(20.0, 2e-3), (20.2, 2e-3), (20.5, 2e-3), (20.9, 2e-3), (10.1, 0.01), (9.1, 0.02)])
+@pytest.mark.parametrize(
+    ("until", "close"),
+    [(20.0, 2e-3), (20.2, 2e-3), (20.5, 2e-3), (20.9, 2e-3), (10.1, 0.01), (9.1, 0.02)],
+)
 def test_the_pace_of_waves_is_theirs_whenever_they_are_cut_off(until: float, close: float) -> None:
-    """Fails if it depends on when the clock is stopped, or on how the images of a wave follow each other."""
+    """Fails if it depends on when the clock is stopped, or on how the images of a wave follow each
+    other.
+    """
     for spread in (0.0, 0.4, 1.0):  # of a wave, in its second
-        moments = [BEGUN + wave + spread * image / 100 for wave in range(1, 41) for image in range(100)]
+        moments = [
+            BEGUN + wave + spread * image / 100 for wave in range(1, 41) for image in range(100)
+        ]
         images, seconds, pace = steady_rate(reversed(moments), 200, BEGUN, BEGUN + until)
         assert images == sum(BEGUN + 3 <= moment <= BEGUN + until for moment in moments)
         assert until - 4 < seconds < until - 2.99
@@ -122,7 +147,9 @@ def test_images_after_the_last_question_do_not_count() -> None:
 def test_a_wave_or_two_have_no_pace(moments: list[float]) -> None:
     """Fails if a few images that ended together pass for a rate."""
     assert steady_rate((BEGUN + moment for moment in moments), 1, BEGUN, BEGUN + 5) == (0, 0.0, 0.0)
-    assert steady_rate((BEGUN + moment for moment in (1.6, 2, 3, 4, 5)), 1, BEGUN, BEGUN + 5)[2] == pytest.approx(1)
+    assert steady_rate((BEGUN + moment for moment in (1.6, 2, 3, 4, 5)), 1, BEGUN, BEGUN + 5)[
+        2
+    ] == pytest.approx(1)
 
 
 def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,15 +170,25 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_overhead, "last_json", ended_in)
     asked: list[tuple[int, float, float]] = []
 
-    def noted(moments: list[float], first: int, begun: float, until: float) -> tuple[int, float, float]:
+    def noted(
+        moments: list[float], first: int, begun: float, until: float
+    ) -> tuple[int, float, float]:
         asked.append((first, begun, until))
         return steady_rate(moments, first, begun, until)
 
     monkeypatch.setattr(bench_overhead, "steady_rate", noted)
     result = bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
     assert asked == [(20, BEGUN + 1, BEGUN + 10)]
-    assert result == {"images_per_second": pytest.approx(20), "failures": [{"429": 1}, {}], "probes": "as they were"}
-    assert all(command[command.index("--saturate") + 1] == "10" for command in commands if "--saturate" in command)
+    assert result == {
+        "images_per_second": pytest.approx(20),
+        "failures": [{"429": 1}, {}],
+        "probes": "as they were",
+    }
+    assert all(
+        command[command.index("--saturate") + 1] == "10"
+        for command in commands
+        if "--saturate" in command
+    )
     with pytest.raises(UserError, match="more than a third"):
         bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
 
@@ -174,7 +211,9 @@ def test_a_run_too_short_to_count_is_no_result(service: Service) -> None:
 
 
 def test_probes_are_counted_and_timed(service: Service) -> None:
-    """Fails if a path is not asked about twenty times a second with the other, or what is printed is not what is in the JSON."""
+    """Fails if a path is not asked about twenty times a second with the other, or what is printed
+    is not what is in the JSON.
+    """
     done = bench("--url", service.url, "--seconds", "2", script="bench_probes")
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
@@ -189,8 +228,19 @@ def test_probes_are_counted_and_timed(service: Service) -> None:
 
 @pytest.mark.timing
 def test_http_alone_is_measured() -> None:
-    """Fails if images are lost, or come sooner than such engines can give them, or a process is left out."""
-    flags = ("--data-parallel-size", "2", "--places", "4", "--seconds-per-image", "0.2", "--seconds", "6")
+    """Fails if images are lost, or come sooner than such engines can give them, or a process is
+    left out.
+    """
+    flags = (
+        "--data-parallel-size",
+        "2",
+        "--places",
+        "4",
+        "--seconds-per-image",
+        "0.2",
+        "--seconds",
+        "6",
+    )
     done = bench(*flags, script="bench_http")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -205,7 +255,11 @@ def test_http_alone_is_measured() -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [
-        ("bench_probes", ("--url", "http://127.0.0.1:1"), "start autoregressive/serve/api_server.py first"),
+        (
+            "bench_probes",
+            ("--url", "http://127.0.0.1:1"),
+            "start autoregressive/serve/api_server.py first",
+        ),
         ("bench_probes", ("--url", "nonsense"), "no service answers there"),
         ("bench_probes", ("--seconds", "0"), "1 or more"),
         ("bench_serve", ("--output-format", "bmp"), "choose from"),
@@ -219,7 +273,9 @@ def test_http_alone_is_measured() -> None:
         ("bench_overhead", ("--image-size", "big"), "whole number"),
     ],
 )
-def test_mistakes_of_the_others_are_one_line(script: str, flags: tuple[str, ...], word: str) -> None:
+def test_mistakes_of_the_others_are_one_line(
+    script: str, flags: tuple[str, ...], word: str
+) -> None:
     done = bench(*flags, script=script)
     assert done.returncode == 2
     assert word in done.stderr
@@ -246,6 +302,10 @@ def test_mistakes_are_one_line(flags: tuple[str, ...], word: str) -> None:
 
 def test_percentiles_are_of_nearest_rank() -> None:
     """Fails if a percentile is interpolated or off by one."""
-    assert percentiles([float(value) for value in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert percentiles([float(value) for value in range(1, 101)]) == {
+        "p50": 50.0,
+        "p90": 90.0,
+        "p99": 99.0,
+    }
     assert percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
     assert percentiles([]) is None

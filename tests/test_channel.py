@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.serve.web.channel import Channel
-from autoregressive.serve.worker.messages import KINDS, Cancel, Ended, Image, LoopStats, Preview, Stop, encode, receive
+from autoregressive.serve.worker.messages import (
+    KINDS,
+    Cancel,
+    Ended,
+    Image,
+    LoopStats,
+    Preview,
+    Stop,
+    encode,
+    receive,
+)
 from autoregressive.serve.worker.process import connect
 
 LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
@@ -29,7 +39,9 @@ class Heard:
         self.other.settimeout(20)  # a test that waits in vain fails
         self.messages: list[Any] = []
         self.gone_after: list[int] = []  # how many messages
-        self.channel = Channel(ours, KINDS, self._take, lambda: self.gone_after.append(len(self.messages)))
+        self.channel = Channel(
+            ours, KINDS, self._take, lambda: self.gone_after.append(len(self.messages))
+        )
         self.number = ours.fileno()
 
     def _take(self, message: Any) -> None:
@@ -50,7 +62,9 @@ class Heard:
 
 
 def test_what_is_put_arrives_in_order_and_shares_frames() -> None:
-    """Fails if messages are lost or turned round, or each goes alone, or a frame holds more than sixteen."""
+    """Fails if messages are lost or turned round, or each goes alone, or a frame holds more than
+    sixteen.
+    """
 
     async def go() -> None:
         heard = Heard()
@@ -78,7 +92,12 @@ def test_what_is_urgent_goes_before_what_waits() -> None:
         heard.channel.put(LoopStats(3), urgent=True)
         heard.channel.put(LoopStats(4), urgent=True)
         await heard.channel.drain(5)
-        assert receive(heard.other) + receive(heard.other) == [LoopStats(3), LoopStats(4), LoopStats(1), LoopStats(2)]
+        assert receive(heard.other) + receive(heard.other) == [
+            LoopStats(3),
+            LoopStats(4),
+            LoopStats(1),
+            LoopStats(2),
+        ]
         heard.close()
 
     asyncio.run(go())
@@ -95,7 +114,9 @@ def test_a_slow_reader_holds_up_nobody() -> None:
         await heard.channel.drain(0.2)
         assert 0.2 <= time.monotonic() - begun < 2
         assert heard.channel._unsent
-        reading = asyncio.create_task(asyncio.to_thread(lambda: [receive(heard.other), receive(heard.other)]))
+        reading = asyncio.create_task(
+            asyncio.to_thread(lambda: [receive(heard.other), receive(heard.other)])
+        )
         await heard.channel.drain(10)
         assert heard.channel._unsent.obj == b""  # a picture that is written is not kept
         heard.channel.put(LoopStats(1))
@@ -110,7 +131,9 @@ def test_a_slow_reader_holds_up_nobody() -> None:
 
 
 def test_flush_writes_before_the_loop_goes_on() -> None:
-    """Fails if an engine is not told to stop, because the loop that is to write it waits for the engine's end."""
+    """Fails if an engine is not told to stop, because the loop that is to write it waits for the
+    engine's end.
+    """
 
     async def go() -> None:
         heard = Heard()
@@ -132,7 +155,11 @@ def test_flush_writes_before_the_loop_goes_on() -> None:
 @given(cuts=st.lists(st.integers(1, 200), max_size=12))
 def test_frames_may_come_in_pieces(cuts: list[int]) -> None:
     """Fails if a head or a body that arrives in parts is misread."""
-    sent = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b"\x00\xff")]
+    sent = [
+        Image(1, 0, 1.0, 0.5, b"first"),
+        Ended(1, "finished", 2.0),
+        Preview(2, 0, 7, b"\x00\xff"),
+    ]
     stream = encode(sent[:2]) + encode(sent[2:])
 
     async def go() -> None:
@@ -151,7 +178,9 @@ def test_frames_may_come_in_pieces(cuts: list[int]) -> None:
 
 
 def test_the_end_is_told_once_and_after_the_last_message() -> None:
-    """Fails if what an engine said before it died is lost, or its death is told twice or not at all."""
+    """Fails if what an engine said before it died is lost, or its death is told twice or not at
+    all.
+    """
 
     async def go() -> None:
         heard = Heard()
@@ -172,8 +201,13 @@ def test_the_end_is_told_once_and_after_the_last_message() -> None:
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("garbage", [b"\x02\x00\x00\x00\x00\x00\x00\x00[{", encode([LoopStats(1)]).replace(b"Loop", b"Loup")])
-def test_whoever_sends_what_it_should_not_has_gone(garbage: bytes, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\x02\x00\x00\x00\x00\x00\x00\x00[{", encode([LoopStats(1)]).replace(b"Loop", b"Loup")],
+)
+def test_whoever_sends_what_it_should_not_has_gone(
+    garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     """Fails if a connection out of step is read on."""
 
     async def go() -> None:
@@ -216,14 +250,17 @@ def test_much_to_read_leaves_turns_to_others() -> None:
             await asyncio.sleep(0)
             seen.append(len(heard.messages))
         steps = [after - before for before, after in pairwise(seen)]
-        assert max(steps) == 8  # and not one: an answer that is waited for may be behind many pictures
+        # and not one: an answer that is waited for may be behind many pictures
+        assert max(steps) == 8
         heard.close()
 
     asyncio.run(go())
 
 
 def test_nothing_is_done_after_close() -> None:
-    """Fails if messages are taken, or the loop looks at a connection, once nobody is there for them."""
+    """Fails if messages are taken, or the loop looks at a connection, once nobody is there for
+    them.
+    """
 
     async def go() -> None:
         heard = Heard()
@@ -242,7 +279,9 @@ def test_nothing_is_done_after_close() -> None:
 
 
 def test_whoever_is_not_listened_to_any_more_need_not_wait() -> None:
-    """Fails if an engine that is to end cannot, because it has pictures left to send that nobody reads."""
+    """Fails if an engine that is to end cannot, because it has pictures left to send that nobody
+    reads.
+    """
 
     async def go() -> None:
         heard = Heard()
@@ -250,7 +289,8 @@ def test_whoever_is_not_listened_to_any_more_need_not_wait() -> None:
         writing = asyncio.create_task(asyncio.to_thread(heard.other.sendall, encode([LARGE])))
         heard.channel._read = lambda: None  # type: ignore[method-assign]
         asyncio.get_running_loop().remove_reader(heard.number)
-        asyncio.get_running_loop().add_reader(heard.number, heard.channel._read)  # the loop is busy elsewhere
+        # the loop is busy elsewhere
+        asyncio.get_running_loop().add_reader(heard.number, heard.channel._read)
         await asyncio.sleep(0.2)
         assert not writing.done()
         heard.channel.put(LoopStats(1))
@@ -274,7 +314,11 @@ def test_a_message_that_cannot_be_sent_costs_no_other(caplog: pytest.LogCaptureF
         await heard.channel.drain(5)
         heard.channel.put(LoopStats(3))
         await heard.channel.drain(5)
-        assert [receive(heard.other) for _ in range(3)] == [[LoopStats(1)], [LoopStats(2)], [LoopStats(3)]]
+        assert [receive(heard.other) for _ in range(3)] == [
+            [LoopStats(1)],
+            [LoopStats(2)],
+            [LoopStats(3)],
+        ]
         heard.close()
 
     asyncio.run(go())
@@ -312,13 +356,16 @@ def test_a_connection_that_cannot_be_written_to_is_lost(caplog: pytest.LogCaptur
 
 
 def test_a_frame_of_pictures_is_written_at_once() -> None:
-    """Fails if the two ends hold no more than by default, where the system allows more: each piece would wake both sides."""
+    """Fails if the two ends hold no more than by default, where the system allows more: each piece
+    would wake both sides.
+    """
     most = int(Path("/proc/sys/net/core/wmem_max").read_text())
     plain = socket.socketpair()
     wide = connect()
     for end, default in zip(wide, plain, strict=True):
         size = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        assert size == 2 * min(most, 2**22)  # the system doubles what it is asked for, for what it keeps beside
+        # the system doubles what it is asked for, for what it keeps beside
+        assert size == 2 * min(most, 2**22)
         assert size >= default.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     for end in (*plain, *wide):
         end.close()

@@ -1,4 +1,6 @@
-"""Checkpoint files: every kind loads exactly, and whatever is damaged, hostile or another model's ends in one line."""
+"""Checkpoint files: every kind loads exactly, and whatever is damaged, hostile or another model's
+ends in one line.
+"""
 
 import argparse
 import os
@@ -39,7 +41,13 @@ def tiny_gpt(**changes: int) -> Transformer:
 
 
 def tiny_vq(**changes: int) -> VQModel:
-    sizes = {"codebook_size": 32, "codebook_embed_dim": 4, "ch": 32, "num_res_blocks": 1, "z_channels": 32}
+    sizes = {
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "ch": 32,
+        "num_res_blocks": 1,
+        "z_channels": 32,
+    }
     return VQModel(VQConfig(ch_mult=(1, 1), **{**sizes, **changes}))
 
 
@@ -75,9 +83,16 @@ def assert_loads(
     return model
 
 
-def error_of(path: Path, build: Callable[[], nn.Module] = tiny_gpt, ema: bool = False, from_fsdp: bool = False) -> str:
+def error_of(
+    path: Path,
+    build: Callable[[], nn.Module] = tiny_gpt,
+    ema: bool = False,
+    from_fsdp: bool = False,
+) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_weights(on_meta(build), path, device=CPU, dtype=torch.float32, ema=ema, from_fsdp=from_fsdp)
+        load_weights(
+            on_meta(build), path, device=CPU, dtype=torch.float32, ema=ema, from_fsdp=from_fsdp
+        )
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -88,8 +103,12 @@ def error_of(path: Path, build: Callable[[], nn.Module] = tiny_gpt, ema: bool = 
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."])
-def test_wrappers_and_prefixes_change_no_weight(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."]
+)
+def test_wrappers_and_prefixes_change_no_weight(
+    tmp_path: Path, wrapper: str | None, prefix: str
+) -> None:
     weights = drawn_weights(tiny_gpt())
     prefixed = {prefix + name: tensor for name, tensor in weights.items()}
     path = tmp_path / "weights.pt"
@@ -99,7 +118,10 @@ def test_wrappers_and_prefixes_change_no_weight(tmp_path: Path, wrapper: str | N
 
 def test_marks_of_wrapped_submodules_are_removed_inside_names_too(tmp_path: Path) -> None:
     weights = drawn_weights(tiny_gpt())
-    marked = {name.replace("layers.0.", "layers.0._fsdp_wrapped_module._orig_mod."): x for name, x in weights.items()}
+    marked = {
+        name.replace("layers.0.", "layers.0._fsdp_wrapped_module._orig_mod."): x
+        for name, x in weights.items()
+    }
     torch.save(marked, tmp_path / "weights.pt")
     assert_loads(tmp_path / "weights.pt", weights)
 
@@ -111,7 +133,9 @@ def test_two_names_for_one_weight_are_refused_rather_than_one_chosen(tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_arrive_in_the_dtype_asked_for_and_the_rotary_table_stays_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_arrive_in_the_dtype_asked_for_and_the_rotary_table_stays_float32(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     torch.save(drawn_weights(tiny_gpt()), tmp_path / "weights.pt")
     model = assert_loads(tmp_path / "weights.pt", drawn_weights(tiny_gpt()), dtype=dtype)
     assert isinstance(model, Transformer)
@@ -153,21 +177,27 @@ def llamagen_training_file(path: Path) -> tuple[Weights, Weights]:
             "discriminator": {"main.0.weight": torch.zeros(2)},
             "optimizer_disc": {"state": {}, "param_groups": []},
             "steps": 5000,
-            "args": argparse.Namespace(vq_model="VQ-16", lr=1e-4, betas=[0.9, 0.95], ema=True, vq_ckpt=None),
+            "args": argparse.Namespace(
+                vq_model="VQ-16", lr=1e-4, betas=[0.9, 0.95], ema=True, vq_ckpt=None
+            ),
         },
         path,
     )
     return weights, averaged
 
 
-def test_training_checkpoint_gives_its_weights_and_with_ema_the_averaged_ones(tmp_path: Path) -> None:
+def test_training_checkpoint_gives_its_weights_and_with_ema_the_averaged_ones(
+    tmp_path: Path,
+) -> None:
     weights, averaged = llamagen_training_file(tmp_path / "0005000.pt")
     assert_loads(tmp_path / "0005000.pt", weights, tiny_vq)
     assert_loads(tmp_path / "0005000.pt", averaged, tiny_vq, ema=True)
 
 
 @pytest.mark.parametrize("kind", ["flat", "wrapped", "safetensors"])
-def test_ema_is_an_error_where_there_is_none_and_never_the_plain_weights(tmp_path: Path, kind: str) -> None:
+def test_ema_is_an_error_where_there_is_none_and_never_the_plain_weights(
+    tmp_path: Path, kind: str
+) -> None:
     weights, path = drawn_weights(tiny_gpt()), tmp_path / "weights"
     if kind == "safetensors":
         save_file(weights, path)
@@ -176,7 +206,9 @@ def test_ema_is_an_error_where_there_is_none_and_never_the_plain_weights(tmp_pat
     assert "leave --ema out" in error_of(path, ema=True)
 
 
-def test_from_fsdp_is_accepted_for_flat_weights_and_refused_for_wrapped_ones(tmp_path: Path) -> None:
+def test_from_fsdp_is_accepted_for_flat_weights_and_refused_for_wrapped_ones(
+    tmp_path: Path,
+) -> None:
     weights = drawn_weights(tiny_gpt())
     torch.save(weights, tmp_path / "flat.pt")
     torch.save({"model": weights}, tmp_path / "wrapped.pt")
@@ -191,7 +223,9 @@ def test_from_fsdp_is_accepted_for_safetensors_which_cannot_tell(tmp_path: Path)
 
 
 def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
-    """Same dtype, same device: a mapped tensor kept as the parameter would follow later writes to the file."""
+    """Same dtype, same device: a mapped tensor kept as the parameter would follow later writes to
+    the file.
+    """
     weights, path = drawn_weights(tiny_gpt()), tmp_path / "weights.pt"
     torch.save(weights, path)
     model = assert_loads(path, weights)
@@ -205,7 +239,10 @@ def test_loaded_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
 
 def test_tables_that_are_computed_here_and_a_missing_code_log_are_tolerated(tmp_path: Path) -> None:
     gpt, vq = drawn_weights(tiny_gpt()), drawn_weights(tiny_vq())
-    torch.save({**gpt, "freqs_cis": torch.zeros(3), "causal_mask": torch.ones(2, 2, dtype=torch.bool)}, tmp_path / "g.pt")
+    torch.save(
+        {**gpt, "freqs_cis": torch.zeros(3), "causal_mask": torch.ones(2, 2, dtype=torch.bool)},
+        tmp_path / "g.pt",
+    )
     assert_loads(tmp_path / "g.pt", gpt)
     del vq["quantize.codebook_used"]
     torch.save({"model": vq}, tmp_path / "v.pt")
@@ -249,30 +286,52 @@ def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path) -> None:
 
 def hollow(model: nn.Module) -> Weights:
     """Weights of the right shapes that take no room on disk."""
-    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {
+        name: torch.zeros(()).expand(tensor.shape) for name, tensor in model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
     ("there", "asked", "message"),
     [
-        ("GPT-B", "GPT-L", "this is GPT-B (12 layers, width 768); you asked for GPT-L: use --gpt-model GPT-B"),
-        ("GPT-XL", "GPT-B", "this is GPT-XL (36 layers, width 1280); you asked for GPT-B: use --gpt-model GPT-XL"),
+        (
+            "GPT-B",
+            "GPT-L",
+            "this is GPT-B (12 layers, width 768); you asked for GPT-L: use --gpt-model GPT-B",
+        ),
+        (
+            "GPT-XL",
+            "GPT-B",
+            "this is GPT-XL (36 layers, width 1280); you asked for GPT-B: use --gpt-model GPT-XL",
+        ),
         ("GPT-demo", "GPT-B", "this is GPT-demo (8 layers, width 256); you asked for GPT-B"),
         (
             "VQ-16",
             "VQ-8",
-            "this is VQ-16 (a tokenizer of 16 x 16 pixels a code); you asked for VQ-8: use --vq-model VQ-16",
+            "this is VQ-16 (a tokenizer of 16 x 16 pixels a code); you asked for VQ-8: use "
+            "--vq-model VQ-16",
         ),
         (
             "VQ-8",
             "VQ-16",
-            "this is VQ-8 (a tokenizer of 8 x 8 pixels a code); you asked for VQ-16: use --vq-model VQ-8",
+            "this is VQ-8 (a tokenizer of 8 x 8 pixels a code); you asked for VQ-16: use "
+            "--vq-model VQ-8",
         ),
-        ("VQ-16", "GPT-B", "you asked for GPT-B: --vq-ckpt is the flag for this file, --gpt-ckpt takes another"),
-        ("GPT-B", "VQ-16", "you asked for VQ-16: --gpt-ckpt is the flag for this file, --vq-ckpt takes another"),
+        (
+            "VQ-16",
+            "GPT-B",
+            "you asked for GPT-B: --vq-ckpt is the flag for this file, --gpt-ckpt takes another",
+        ),
+        (
+            "GPT-B",
+            "VQ-16",
+            "you asked for VQ-16: --gpt-ckpt is the flag for this file, --vq-ckpt takes another",
+        ),
     ],
 )
-def test_weights_of_another_model_say_whose_they_are(tmp_path: Path, there: str, asked: str, message: str) -> None:
+def test_weights_of_another_model_say_whose_they_are(
+    tmp_path: Path, there: str, asked: str, message: str
+) -> None:
     builders: dict[str, Callable[..., nn.Module]] = {**GPT_models, **VQ_models}
     torch.save({"model": hollow(on_meta(builders[there]))}, tmp_path / "weights.pt")
     assert message in error_of(tmp_path / "weights.pt", builders[asked])
@@ -286,7 +345,9 @@ def test_weights_of_another_model_say_whose_they_are(tmp_path: Path, there: str,
         ({"num_classes": 7, "vocab_size": 24}, "use --num-classes 7 --codebook-size 24"),
     ],
 )
-def test_transformers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dict[str, int], flags: str) -> None:
+def test_transformers_of_other_sizes_name_the_flags(
+    tmp_path: Path, changes: dict[str, int], flags: str
+) -> None:
     torch.save(drawn_weights(tiny_gpt(**changes)), tmp_path / "weights.pt")
     assert error_of(tmp_path / "weights.pt").endswith(flags)
 
@@ -296,10 +357,15 @@ def test_transformers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dic
     [
         ({"codebook_size": 16}, "use --codebook-size 16"),
         ({"codebook_embed_dim": 8}, "use --codebook-embed-dim 8"),
-        ({"codebook_size": 16, "codebook_embed_dim": 8}, "use --codebook-size 16 --codebook-embed-dim 8"),
+        (
+            {"codebook_size": 16, "codebook_embed_dim": 8},
+            "use --codebook-size 16 --codebook-embed-dim 8",
+        ),
     ],
 )
-def test_tokenizers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dict[str, int], flags: str) -> None:
+def test_tokenizers_of_other_sizes_name_the_flags(
+    tmp_path: Path, changes: dict[str, int], flags: str
+) -> None:
     torch.save(drawn_weights(tiny_vq(**changes)), tmp_path / "weights.pt")
     assert error_of(tmp_path / "weights.pt", tiny_vq).endswith(flags)
 
@@ -312,7 +378,9 @@ def test_tokenizers_of_other_sizes_name_the_flags(tmp_path: Path, changes: dict[
         ("tok_embeddings.weight", (0, 32)),
     ],
 )
-def test_sizes_that_no_model_has_are_not_advised_as_flags(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+def test_sizes_that_no_model_has_are_not_advised_as_flags(
+    tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
     torch.save({**drawn_weights(tiny_gpt()), name: torch.zeros(shape)}, tmp_path / "weights.pt")
     message = error_of(tmp_path / "weights.pt")
     assert f"{name} is {list(shape)} and should be" in message
@@ -332,9 +400,13 @@ def test_text_to_image_weights_are_refused_in_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_torchscript_program_is_not_run_and_no_careless_loading_is_advised(tmp_path: Path) -> None:
+def test_a_torchscript_program_is_not_run_and_no_careless_loading_is_advised(
+    tmp_path: Path,
+) -> None:
     torch.jit.save(torch.jit.trace(nn.Identity(), torch.zeros(1)), tmp_path / "program.pt")
-    assert error_of(tmp_path / "program.pt").endswith("is a TorchScript program, which is code; a file of weights is needed")
+    assert error_of(tmp_path / "program.pt").endswith(
+        "is a TorchScript program, which is code; a file of weights is needed"
+    )
 
 
 def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -356,7 +428,9 @@ def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
         (pickle.dumps([1, 2, 3]), "is damaged"),
     ],
 )
-def test_other_files_are_told_from_checkpoints(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_files_are_told_from_checkpoints(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "weights.pt").write_bytes(content)
     assert message in error_of(tmp_path / "weights.pt")
 
@@ -431,7 +505,8 @@ with torch.device("meta"):
     model = GPT_models["GPT-demo"]()
 for path in sys.argv[1:]:
     try:
-        run_command(lambda: load_weights(model, Path(path), device=torch.device("cpu"), dtype=torch.float32))
+        cpu = torch.device("cpu")
+        run_command(lambda: load_weights(model, Path(path), device=cpu, dtype=torch.float32))
     except SystemExit as ended:
         print(ended.code)
 """

@@ -1,4 +1,6 @@
-"""Checkpoints at the edges of what is read: rare dtypes, hidden files, odd keys, failures while a weight is read."""
+"""Checkpoints at the edges of what is read: rare dtypes, hidden files, odd keys, failures while a
+weight is read.
+"""
 
 import json
 import shutil
@@ -48,7 +50,9 @@ def test_each_dtype_is_read_or_refused(tmp_path: Path, kind: str) -> None:
 def test_a_failure_while_a_weight_is_read_is_one_line_unless_memory_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, raised: type[Exception]
 ) -> None:
-    """Fails if what no check foresaw is a traceback, or if too little memory is called a damaged file."""
+    """Fails if what no check foresaw is a traceback, or if too little memory is called a damaged
+    file.
+    """
     torch.save(drawn_weights(tiny_gpt()), tmp_path / "weights.pt")
 
     def fail(self: StoredTensor, target: Tensor) -> None:
@@ -56,9 +60,7 @@ def test_a_failure_while_a_weight_is_read_is_one_line_unless_memory_is_short(
 
     monkeypatch.setattr(StoredTensor, "read_into", fail)
     with pytest.raises(raised) as caught:
-        load_weights(
-            on_meta(tiny_gpt), tmp_path / "weights.pt", device=CPU, dtype=torch.float32
-        )
+        load_weights(on_meta(tiny_gpt), tmp_path / "weights.pt", device=CPU, dtype=torch.float32)
     assert isinstance(caught.value, CheckpointError) == (raised is CheckpointError)
 
 
@@ -82,7 +84,9 @@ def test_a_view_that_is_larger_than_memory_is_one_line(
 
 
 def test_hidden_files_are_no_parts_of_a_folder(tmp_path: Path) -> None:
-    """Fails if an unfinished file of a killed process, or macOS's note on a file, is taken for weights."""
+    """Fails if an unfinished file of a killed process, or macOS's note on a file, is taken for
+    weights.
+    """
     weights = drawn_weights(tiny_gpt())
     for folder in (tmp_path / "one", tmp_path / "parts"):
         if folder.name == "one":
@@ -104,7 +108,9 @@ def test_a_folder_of_hidden_files_has_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_files_that_the_index_does_not_name_are_left_alone(tmp_path: Path) -> None:
-    """Fails if a folder with the weights in two formats, as some repositories have it, is refused."""
+    """Fails if a folder with the weights in two formats, as some repositories have it, is
+    refused.
+    """
     folder = hugging_face(tmp_path / "folder")
     (folder / "consolidated.safetensors").write_bytes(b"another format")
     assert_loads(folder, drawn_weights(tiny_gpt()))
@@ -120,7 +126,9 @@ def test_metadata_of_null_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [with_key((1,) * 9), with_key(nested(3)), deep_key(3)])
-def test_keys_that_no_checkpoint_needs_are_not_called_damage(tmp_path: Path, pickled: bytes) -> None:
+def test_keys_that_no_checkpoint_needs_are_not_called_damage(
+    tmp_path: Path, pickled: bytes
+) -> None:
     """Fails if the user is sent to download a file again that is as it was saved."""
     message = error_of(torch_zip(tmp_path / "weights.pt", pickled))
     assert "has a key that no checkpoint needs" in message
@@ -137,7 +145,9 @@ def test_a_long_path_is_cut_in_its_middle(tmp_path: Path) -> None:
 
 
 def test_a_process_that_held_nothing_leaves_no_file(tmp_path: Path) -> None:
-    """Fails if a folder is refused for a number that torch left out: it writes no file for a rank without weights."""
+    """Fails if a folder is refused for a number that torch left out: it writes no file for a rank
+    without weights.
+    """
     weights = drawn_weights(tiny_gpt())
     info = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in weights.items()}
     name = "shard-00002-model-00001-of-00001.safetensors"
@@ -149,7 +159,9 @@ def test_a_process_that_held_nothing_leaves_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_an_empty_part_of_a_view_is_no_damage(tmp_path: Path, zipped: bool) -> None:
-    """Fails if an empty tensor that begins behind the end of its storage is refused; torch.load takes it."""
+    """Fails if an empty tensor that begins behind the end of its storage is refused; torch.load
+    takes it.
+    """
     tensors = {"empty": torch.empty(0, 5)[:, 2:], "rest": torch.ones(3)[3:], "whole": torch.ones(3)}
     torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     shapes = open_checkpoint(tmp_path / "x.pt").shapes
@@ -205,7 +217,9 @@ def test_a_folder_of_large_headers_is_refused_early(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(safetensors_file, "read_safetensors", counted)
         patch.setattr(safetensors_file, "_MOST_FOLDER_JSON_BYTES", 100_000)
-        with pytest.raises(CheckpointError, match="describes its tensors in more than 100,000 bytes"):
+        with pytest.raises(
+            CheckpointError, match="describes its tensors in more than 100,000 bytes"
+        ):
             open_checkpoint(tmp_path)
     assert read == ["0.safetensors", "1.safetensors"]
 

@@ -9,7 +9,16 @@ from autoregressive.common.errors import UserError
 
 def test_llamagens_eight_are_the_classes_that_it_means() -> None:
     """Fails if the thousand names are in another order than ImageNet's ids."""
-    expected = ["golden retriever", "otter", "lesser panda", "geyser", "macaw", "valley", "balloon", "Arctic fox"]
+    expected = [
+        "golden retriever",
+        "otter",
+        "lesser panda",
+        "geyser",
+        "macaw",
+        "valley",
+        "balloon",
+        "Arctic fox",
+    ]
     assert [IMAGENET[label] for label in LLAMAGEN_DEFAULTS.class_labels] == expected
     assert len(IMAGENET) == 1000
 
@@ -35,7 +44,10 @@ def test_every_class_is_reached_by_its_exact_name_and_its_id(classes: ClassNames
         assert classes.resolve(str(label)) == label
 
 
-@pytest.mark.parametrize("typed", ["golden retriever", "GOLDEN Retriever", " golden  retriever ", "golden_retriever", "207"])
+@pytest.mark.parametrize(
+    "typed",
+    ["golden retriever", "GOLDEN Retriever", " golden  retriever ", "golden_retriever", "207"],
+)
 def test_case_spaces_and_underscores_do_not_matter(typed: str) -> None:
     """Fails if a natural spelling is refused."""
     assert IMAGENET.resolve(typed) == 207

@@ -1,4 +1,6 @@
-"""The naive command end to end: what it prints, writes and refuses. The demo architecture on the CPU."""
+"""The naive command end to end: what it prints, writes and refuses. The demo architecture on the
+CPU.
+"""
 
 import contextlib
 import io
@@ -29,7 +31,9 @@ COMMAND = "autoregressive/sample/sample_c2i.py"
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; the process's switches are put back afterwards, for other tests need IEEE float32."""
+    """An empty current folder; the process's switches are put back afterwards, for other tests need
+    IEEE float32.
+    """
     monkeypatch.chdir(tmp_path)
     switches = [
         (torch.backends.cuda.matmul, "allow_tf32"),
@@ -39,7 +43,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ]
     before = [getattr(owner, name) for owner, name in switches]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other make small steps 30 times slower
+    # on a busy machine, threads that wait for each other make small steps 30 times slower
+    torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
     for (owner, name), value in zip(switches, before, strict=True):
@@ -47,8 +52,12 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def draw(*typed: str) -> None:
-    """Runs the command in this process on the CPU, without weights unless the flags say otherwise."""
-    sample_c2i.main(["--gpt-model", "GPT-demo", "--device", "cpu", "--pretrained-dir", "pretrained", *typed])
+    """Runs the command in this process on the CPU, without weights unless the flags say
+    otherwise.
+    """
+    sample_c2i.main(
+        ["--gpt-model", "GPT-demo", "--device", "cpu", "--pretrained-dir", "pretrained", *typed]
+    )
 
 
 def record_of(path: Path) -> dict[str, object]:
@@ -65,13 +74,37 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
-    """Fails if the command needs a PYTHONPATH, a terminal or weights, or hides that there were none."""
-    typed = ["--gpt-model", "GPT-demo", "--random-weights", "--device", "cpu", "--class-labels", "otter", "62"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    files = ["--output", str(tmp_path / "x.png"), "--save-codes", str(tmp_path / "codes.npy"), "--captions"]
+    """Fails if the command needs a PYTHONPATH, a terminal or weights, or hides that there were
+    none.
+    """
+    typed = [
+        "--gpt-model",
+        "GPT-demo",
+        "--random-weights",
+        "--device",
+        "cpu",
+        "--class-labels",
+        "otter",
+        "62",
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    files = [
+        "--output",
+        str(tmp_path / "x.png"),
+        "--save-codes",
+        str(tmp_path / "codes.npy"),
+        "--captions",
+    ]
     files += ["--save-individual", str(tmp_path / "each")]
     done = subprocess.run(
-        [sys.executable, COMMAND, *typed, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, COMMAND, *typed, *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -104,7 +137,18 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
 def test_same_seed_same_picture_other_seed_other_tokens(work: Path) -> None:
     """Fails if a picture cannot be made again, or the seed does nothing."""
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
-        draw("--class-labels", "3", "--cfg-scale", "1", "--seed", seed, "--output", f"{name}.png", "--save-codes", f"{name}.npy")
+        draw(
+            "--class-labels",
+            "3",
+            "--cfg-scale",
+            "1",
+            "--seed",
+            seed,
+            "--output",
+            f"{name}.png",
+            "--save-codes",
+            f"{name}.npy",
+        )
     codes = {name: np.load(f"{name}.npy") for name in "abc"}
     assert np.array_equal(codes["a"], codes["b"])
     assert np.array_equal(pixels_of(work / "a.png"), pixels_of(work / "b.png"))
@@ -112,8 +156,12 @@ def test_same_seed_same_picture_other_seed_other_tokens(work: Path) -> None:
     assert record_of(work / "c.png")["seed"] == 8
 
 
-def test_the_default_file_says_whether_the_weights_are_trained(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if noise is saved under the name of a picture, or trained weights are reported as missing."""
+def test_the_default_file_says_whether_the_weights_are_trained(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if noise is saved under the name of a picture, or trained weights are reported as
+    missing.
+    """
     draw("--class-labels", "0", "--cfg-scale", "1")
     assert sorted(path.name for path in work.iterdir()) == ["sample_c2i_untrained.png"]
     assert "UNTRAINED" in capsys.readouterr().err
@@ -127,7 +175,10 @@ def test_the_default_file_says_whether_the_weights_are_trained(work: Path, capsy
     assert capsys.readouterr().err == ""
     record = record_of(work / "sample_c2i.png")
     assert record["trained"] is True
-    assert (record["weights"], record["tokenizer_weights"]) == ("demo_gpt.safetensors", "demo_vq.safetensors")
+    assert (record["weights"], record["tokenizer_weights"]) == (
+        "demo_gpt.safetensors",
+        "demo_vq.safetensors",
+    )
 
 
 @pytest.mark.parametrize("damaged", ["gpt", "vq"])
@@ -139,7 +190,16 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
     {"gpt": gpt["norm.weight"], "vq": vq["decoder.conv_out.bias"]}[damaged].fill_(torch.nan)
     save_file(gpt, "gpt.safetensors")
     save_file(vq, "vq.safetensors")
-    flags = ["--gpt-ckpt", "gpt.safetensors", "--vq-ckpt", "vq.safetensors", "--class-labels", "0", "--cfg-scale", "1"]
+    flags = [
+        "--gpt-ckpt",
+        "gpt.safetensors",
+        "--vq-ckpt",
+        "vq.safetensors",
+        "--class-labels",
+        "0",
+        "--cfg-scale",
+        "1",
+    ]
     with pytest.raises(UserError, match="NaN"):
         draw(*flags, "--output", "x.png")
     assert (work / "x.png").read_bytes() == b"old"
@@ -158,7 +218,9 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         ["--temperature", "nan"],
     ],
 )
-def test_a_mistake_leaves_the_existing_picture(work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str]) -> None:
+def test_a_mistake_leaves_the_existing_picture(
+    work: Path, monkeypatch: pytest.MonkeyPatch, typed: list[str]
+) -> None:
     """Fails if sampling starts in spite of a mistake, or the picture of the run before is lost."""
     (work / "x.png").write_bytes(b"old")
 
@@ -175,15 +237,22 @@ def test_a_mistake_leaves_the_existing_picture(work: Path, monkeypatch: pytest.M
 def test_a_mistake_is_one_line_with_status_2() -> None:
     """Fails if the user sees a traceback."""
     typed = ["--gpt-model", "GPT-B", "--class-labels", "golden retreiver"]
-    done = subprocess.run([sys.executable, COMMAND, *typed], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, COMMAND, *typed], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "golden retriever (207)" in done.stderr
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")])
-def test_too_little_memory_is_one_line(work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't")],
+)
+def test_too_little_memory_is_one_line(
+    work: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     """Fails if running out of memory ends in a traceback, or does not say what to do."""
 
     def exhausted(*_: object, **__: object) -> None:
@@ -216,14 +285,20 @@ def test_the_flags_reach_the_loop(work: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(sample_c2i, "generate", fake)
     expected = {"cfg_scale": 3.0, "cfg_interval": 5, "temperature": 0.5, "top_k": 9, "top_p": 0.25}
-    flags = [word for name, value in expected.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        word
+        for name, value in expected.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     draw(*flags, "--class-labels", "fox", "1")
     seen.pop("on_token")
     assert seen.pop("sample_logits") is True
     assert seen == expected | {"labels": [7, 1], "tokens": 256}
 
 
-def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_are_listed_and_nothing_is_drawn(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if --list-classes draws, or shows nothing."""
     draw("--list-classes", "ion")
     assert capsys.readouterr().out.splitlines() == ["   9  lion"]
@@ -231,12 +306,25 @@ def test_classes_are_listed_and_nothing_is_drawn(work: Path, capsys: pytest.Capt
 
 
 def test_a_reader_that_left_does_not_cost_the_picture(tmp_path: Path) -> None:
-    """Fails if the command prints before it saves, so that `| head` or a closed window loses the work."""
-    words = [sys.executable, "-u", COMMAND, "--gpt-model", "GPT-demo", "--random-weights", "--device", "cpu"]
+    """Fails if the command prints before it saves, so that `| head` or a closed window loses the
+    work.
+    """
+    words = [
+        sys.executable,
+        "-u",
+        COMMAND,
+        "--gpt-model",
+        "GPT-demo",
+        "--random-weights",
+        "--device",
+        "cpu",
+    ]
     words += ["--class-labels", "0", "--cfg-scale", "1", "--output", str(tmp_path / "x.png")]
     line = f"set -o pipefail; {shlex.join(words)} | true"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert pixels_of(tmp_path / "x.png").shape == (128, 128, 3)
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
@@ -244,7 +332,9 @@ def test_a_reader_that_left_does_not_cost_the_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_stdout_that_is_full_does_not_cost_the_picture(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stdout_that_is_full_does_not_cost_the_picture(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a line that cannot be printed loses the work."""
     with open("/dev/full", "wb", buffering=0) as full:
         stdout = io.TextIOWrapper(full, write_through=True)
@@ -255,7 +345,9 @@ def test_a_stdout_that_is_full_does_not_cost_the_picture(work: Path, monkeypatch
     assert pixels_of(work / "x.png").shape == (128, 128, 3)
 
 
-def test_without_stderr_nothing_is_said(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_stderr_nothing_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if a closed stderr ends the command, or sends its warnings to stdout."""
     monkeypatch.setattr(sys, "stderr", None)
     draw("--class-labels", "0", "--cfg-scale", "1", "--output", "x.png")
@@ -284,7 +376,13 @@ run_command(main)
         ("pass", "2> /dev/full", 0, "a line\n", []),
         ("raise UserError('mend this')", "", 2, "a line\n", ["a note", "-c: error: mend this"]),
         ("raise UserError('mend this')", "2>&-", 2, "a line\n", []),
-        ("open('missing')", "", 2, "a line\n", ["a note", "-c: error: [Errno 2] No such file or directory: 'missing'"]),
+        (
+            "open('missing')",
+            "",
+            2,
+            "a line\n",
+            ["a note", "-c: error: [Errno 2] No such file or directory: 'missing'"],
+        ),
         ("raise KeyboardInterrupt", "", 130, "a line\n", ["a note", "", "-c: interrupted"]),
     ],
 )
@@ -292,19 +390,44 @@ run_command(main)
 def test_every_end_has_its_status_and_at_most_one_line(
     end: str, streams: str, status: int, out: str, errors: list[str], flag: str
 ) -> None:
-    """Fails if an end shows a traceback, a false status, or a promise that is not true of every command."""
+    """Fails if an end shows a traceback, a false status, or a promise that is not true of every
+    command.
+    """
     sleep = "sleep 0.3; " if streams == "| true" else ""  # until the reader has left
     program = shlex.join([sys.executable, flag, "-c", BRIEF_COMMAND.format(end=end)])
     line = f"unset PYTHONUNBUFFERED; set -o pipefail; {{ {sleep}{program}; }} {streams}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (status, out, errors)
 
 
 def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
-    """Fails if the picture cannot be made again from its record, or every single one carries the whole batch's labels."""
-    draw("--class-labels", "0", "7", "--cfg-scale", "1", "--num-classes", "9", "--output", "x.png", "--save-individual", "each")
+    """Fails if the picture cannot be made again from its record, or every single one carries the
+    whole batch's labels.
+    """
+    draw(
+        "--class-labels",
+        "0",
+        "7",
+        "--cfg-scale",
+        "1",
+        "--num-classes",
+        "9",
+        "--output",
+        "x.png",
+        "--save-individual",
+        "each",
+    )
     whole = record_of(work / "x.png")
-    sizes = {"loop": "naive", "ema": False, "codebook_size": 1024, "codebook_embed_dim": 8, "num_classes": 9, "downsample_size": 8}
+    sizes = {
+        "loop": "naive",
+        "ema": False,
+        "codebook_size": 1024,
+        "codebook_embed_dim": 8,
+        "num_classes": 9,
+        "downsample_size": 8,
+    }
     assert sizes.items() <= whole.items()
     assert whole["labels"] == [0, 7]
     record = record_of(work / "each" / "0001_7_class_7_untrained.png")
@@ -320,9 +443,22 @@ def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
 def test_a_terminal_sees_a_bar_even_one_that_states_no_size(tmp_path: Path, script: str) -> None:
     """tqdm alone draws nothing on a terminal of 0 columns, such as one made by a remote shell."""
     terminal, end = os.openpty()
-    command = [sys.executable, script, "--device", "cpu", "--class-labels", "fox", "--output", str(tmp_path / "x.png")]
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end, env=environment) as process:
+    command = [
+        sys.executable,
+        script,
+        "--device",
+        "cpu",
+        "--class-labels",
+        "fox",
+        "--output",
+        str(tmp_path / "x.png"),
+    ]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")
+    }
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=end, env=environment
+    ) as process:
         os.close(end)
         shown = ""
         with contextlib.suppress(OSError):  # how the end of a terminal's output is read

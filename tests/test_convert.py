@@ -1,4 +1,6 @@
-"""The conversion to safetensors: the same weights under plain names, written whole or not at all."""
+"""The conversion to safetensors: the same weights under plain names, written whole or not
+at all.
+"""
 
 import argparse
 import os
@@ -19,17 +21,27 @@ from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def convert(*arguments: object, file_limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+def convert(
+    *arguments: object, file_limit_bytes: int | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/convert_checkpoint.py", *map(str, arguments)]
     if file_limit_bytes is not None:
-        command = ["bash", "-c", 'ulimit -f "$0"; trap "" XFSZ; exec "$@"', str(file_limit_bytes // 1024), *command]
+        command = [
+            "bash",
+            "-c",
+            'ulimit -f "$0"; trap "" XFSZ; exec "$@"',
+            str(file_limit_bytes // 1024),
+            *command,
+        ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 def drawn(factor: float = 1.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = {"norm.weight": (5,), "output.weight": (7, 5), "scale": (), "odd.weight": (3, 1, 2)}
-    return {name: torch.randn(shape, generator=generator) * factor for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator) * factor for name, shape in shapes.items()
+    }
 
 
 def write(kind: str, folder: Path) -> Path:
@@ -37,12 +49,20 @@ def write(kind: str, folder: Path) -> Path:
     if kind == "flat with prefixes":
         torch.save({f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}, path)
     elif kind == "training":
-        torch.save({"model": weights, "ema": drawn(2), "args": argparse.Namespace(lr=1), "optimizer": {}}, path)
+        torch.save(
+            {"model": weights, "ema": drawn(2), "args": argparse.Namespace(lr=1), "optimizer": {}},
+            path,
+        )
     elif kind == "views of one storage":
         buffer = torch.cat([tensor.reshape(-1) for tensor in weights.values()])
         sizes = [tensor.numel() for tensor in weights.values()]
-        views = [part.view(like.shape) for part, like in zip(buffer.split(sizes), weights.values(), strict=True)]
-        torch.save({"model": {**dict(zip(weights, views, strict=True)), "freqs_cis": torch.zeros(3)}}, path)
+        views = [
+            part.view(like.shape)
+            for part, like in zip(buffer.split(sizes), weights.values(), strict=True)
+        ]
+        torch.save(
+            {"model": {**dict(zip(weights, views, strict=True)), "freqs_cis": torch.zeros(3)}}, path
+        )
     elif kind == "transposed":
         turned = {**weights, "output.weight": weights["output.weight"].T.contiguous().T}
         assert not turned["output.weight"].is_contiguous()
@@ -62,7 +82,8 @@ def write(kind: str, folder: Path) -> Path:
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KINDS = [
-    "flat with prefixes", "training", "views of one storage", "transposed", "safetensors", "consolidated", "sharded",
+    "flat with prefixes", "training", "views of one storage", "transposed", "safetensors",
+    "consolidated", "sharded",
 ]  # fmt: skip
 
 
@@ -81,7 +102,9 @@ def test_every_kind_becomes_the_same_weights_under_plain_names(kind: str, tmp_pa
 
 
 def test_averaged_weights_and_another_dtype(tmp_path: Path) -> None:
-    done = convert(write("training", tmp_path), tmp_path / "out.safetensors", "--ema", "--dtype", "bfloat16")
+    done = convert(
+        write("training", tmp_path), tmp_path / "out.safetensors", "--ema", "--dtype", "bfloat16"
+    )
     assert done.returncode == 0, done.stderr
     for name, tensor in load_file(tmp_path / "out.safetensors").items():
         assert tensor.dtype == torch.bfloat16
@@ -119,7 +142,9 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
         (os.fsdecode(b"\xff.safetensors"), "is not UTF-8"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_any_work(output: str, told: str, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_is_refused_before_any_work(
+    output: str, told: str, tmp_path: Path
+) -> None:
     done = convert(write("training", tmp_path), tmp_path / output)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -154,14 +179,23 @@ def test_advice_about_a_dtype_helps(tmp_path: Path, kind: torch.dtype, told: str
     """Fails if --dtype is advised for numbers that it does not convert."""
     torch.save({"a": torch.zeros(3, dtype=kind)}, tmp_path / "in.pt")
     with pytest.raises(CheckpointError, match=told):
-        convert_checkpoint.convert(open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None)
+        convert_checkpoint.convert(
+            open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None
+        )
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_closed_stderr_does_not_cost_the_file(tmp_path: Path) -> None:
     """Fails if the progress bar, which nobody can see, ends the command."""
     torch.save(drawn(), tmp_path / "in.pt")
-    typed = [sys.executable, "scripts/convert_checkpoint.py", str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]
-    done = subprocess.run(["bash", "-c", 'exec "$0" "$@" 2>&-', *typed], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    typed = [
+        sys.executable,
+        "scripts/convert_checkpoint.py",
+        str(tmp_path / "in.pt"),
+        str(tmp_path / "out.safetensors"),
+    ]
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$0" "$@" 2>&-', *typed], cwd=ROOT, stdout=subprocess.PIPE, timeout=60
+    )
     assert done.returncode == 0
     assert load_file(tmp_path / "out.safetensors").keys() == drawn().keys()

@@ -1,4 +1,6 @@
-"""When nearly all connections are busy: whose place a new one gets, and how long one keeps its own."""
+"""When nearly all connections are busy: whose place a new one gets, and how long one
+keeps its own.
+"""
 
 from collections.abc import Callable
 

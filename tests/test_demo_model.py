@@ -1,4 +1,6 @@
-"""The demo model: its data, its training (on made-up sprites, so that no font is needed) and the weights that ship."""
+"""The demo model: its data, its training (on made-up sprites, so that no font is needed) and the
+weights that ship.
+"""
 
 import json
 import subprocess
@@ -10,7 +12,15 @@ import pytest
 import torch
 from conftest import load_reference
 from demo_stages import GPTStage, Plan, Stage, TokenizerStage
-from emoji_data import DEFAULT_FONT, IMAGE_SIZE, SPRITE_SIZE, load_sprites, render, render_batch, step_generator
+from emoji_data import (
+    DEFAULT_FONT,
+    IMAGE_SIZE,
+    SPRITE_SIZE,
+    load_sprites,
+    render,
+    render_batch,
+    step_generator,
+)
 from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
 from safetensors import safe_open
 from train_demo import Limits, export, train
@@ -24,8 +34,12 @@ from autoregressive.serve.engine.request import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-SMALL = replace(Plan(), tokenizer_steps=3, tokenizer_batch=2, revive_every=2, gpt_steps=3, gpt_batch=2)
-needs_font = pytest.mark.skipif(not DEFAULT_FONT.exists(), reason="needs Debian's package fonts-noto-color-emoji")
+SMALL = replace(
+    Plan(), tokenizer_steps=3, tokenizer_batch=2, revive_every=2, gpt_steps=3, gpt_batch=2
+)
+needs_font = pytest.mark.skipif(
+    not DEFAULT_FONT.exists(), reason="needs Debian's package fonts-noto-color-emoji"
+)
 
 
 def made_up_sprites() -> torch.Tensor:
@@ -54,8 +68,12 @@ def trained(name: str, folder: Path, steps_at_a_time: int) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "gpt"])
-def test_an_interrupted_training_ends_with_the_weights_of_an_unbroken_one(name: str, tmp_path: Path) -> None:
-    """A part of the state that is not saved (averages, moments, used codes, random numbers) would show in the weights."""
+def test_an_interrupted_training_ends_with_the_weights_of_an_unbroken_one(
+    name: str, tmp_path: Path
+) -> None:
+    """A part of the state that is not saved (averages, moments, used codes, random numbers) would
+    show in the weights.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         whole = trained(name, tmp_path / "whole", steps_at_a_time=3)
@@ -77,11 +95,20 @@ def test_a_state_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_no_two_steps_of_the_default_plans_draw_the_same_pictures() -> None:
-    """A checksum of 32 bits may collide: then a picture would be trained on twice, or tested after training."""
+    """A checksum of 32 bits may collide: then a picture would be trained on twice, or tested after
+    training.
+    """
     plan = Plan()
     streams = {"tokenizer": plan.tokenizer_steps, "gpt": plan.gpt_steps}
-    keys = [step_generator(0, name, step, CPU).initial_seed() for name, steps in streams.items() for step in range(steps)]
-    judge = [("classifier training", step) for step in range(2000)] + [("classifier test", 0), ("distance", 0)]
+    keys = [
+        step_generator(0, name, step, CPU).initial_seed()
+        for name, steps in streams.items()
+        for step in range(steps)
+    ]
+    judge = [("classifier training", step) for step in range(2000)] + [
+        ("classifier test", 0),
+        ("distance", 0),
+    ]
     keys += [step_generator(1, name, step, CPU).initial_seed() for name, step in judge]
     assert len(set(keys)) == len(keys)
 
@@ -102,7 +129,9 @@ def test_pictures_depend_on_seed_stream_and_step_alone() -> None:
 
 def test_two_pictures_of_a_class_differ() -> None:
     """A model of pictures that never vary would pass every other test of variety."""
-    pictures = render(made_up_sprites(), torch.zeros(8, dtype=torch.int64), step_generator(0, "x", 0, CPU))
+    pictures = render(
+        made_up_sprites(), torch.zeros(8, dtype=torch.int64), step_generator(0, "x", 0, CPU)
+    )
     assert mean_pairwise_distance(pictures[None]) > 0.2
     assert mean_pairwise_distance(pictures[:1].expand(8, -1, -1, -1)[None]) == 0
 
@@ -130,7 +159,8 @@ def test_the_engine_draws_pictures_to_judge() -> None:
 def test_a_missing_or_wrong_font_is_one_line(tmp_path: Path) -> None:
     """PIL's own error names neither the font nor the package."""
     done = subprocess.run(
-        [sys.executable, "scripts/train_demo.py", "--font", str(tmp_path / "no.ttf"), "--run-dir", str(tmp_path / "run")],
+        [sys.executable, "scripts/train_demo.py", "--font", str(tmp_path / "no.ttf"), "--run-dir",
+        str(tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -159,13 +189,19 @@ def test_equal_weights_make_equal_files(tmp_path: Path) -> None:
 
 
 def recorded_pictures() -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures of the data that were rendered once, so that no font is needed: ([8, 3, 128, 128] in -1..1, labels [8])."""
+    """Pictures of the data that were rendered once, so that no font is needed: ([8, 3, 128, 128] in
+    -1..1, labels [8]).
+    """
     _, arrays = load_reference("demo_pictures")
-    return torch.from_numpy(arrays["pixels"]).float() / 127.5 - 1, torch.from_numpy(arrays["labels"])
+    return torch.from_numpy(arrays["pixels"]).float() / 127.5 - 1, torch.from_numpy(
+        arrays["labels"]
+    )
 
 
 def test_the_shipped_tokenizer_keeps_what_it_encodes() -> None:
-    """The wrong weights, or a decoder that no longer fits them, would blur or scramble every picture."""
+    """The wrong weights, or a decoder that no longer fits them, would blur or scramble every
+    picture.
+    """
     _, tokenizer = load_models(ROOT / "pretrained_models", CPU)
     pictures, _ = recorded_pictures()
     with torch.no_grad():
@@ -174,7 +210,9 @@ def test_the_shipped_tokenizer_keeps_what_it_encodes() -> None:
 
 
 def test_the_shipped_transformer_knows_the_classes() -> None:
-    """Codes of a picture must be likelier under its own class than under another; "no class" lies between, for guidance."""
+    """Codes of a picture must be likelier under its own class than under another; "no class" lies
+    between, for guidance.
+    """
     gpt, tokenizer = load_models(ROOT / "pretrained_models", CPU)
     pictures, labels = recorded_pictures()
     with torch.no_grad():
@@ -182,9 +220,15 @@ def test_the_shipped_transformer_knows_the_classes() -> None:
 
         def surprise(given: torch.Tensor) -> torch.Tensor:
             logits = gpt(idx=codes[:, :-1], cond_idx=given)
-            return torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(dim=1)
+            return torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), codes, reduction="none"
+            ).mean(dim=1)
 
-        right, wrong, none = surprise(labels), surprise((labels + 7) % 64), surprise(torch.full_like(labels, 64))
+        right, wrong, none = (
+            surprise(labels),
+            surprise((labels + 7) % 64),
+            surprise(torch.full_like(labels, 64)),
+        )
     assert (right < wrong).all()
     assert right.mean() < none.mean() < wrong.mean()
 
@@ -199,12 +243,16 @@ def test_the_font_still_draws_the_recorded_pictures() -> None:
 
 
 def test_the_engines_greedy_tokens_are_the_naive_loops() -> None:
-    """Fails if the engine draws another picture than the naive loop where nothing is left to chance, with the weights that ship."""
+    """Fails if the engine draws another picture than the naive loop where nothing is left to
+    chance, with the weights that ship.
+    """
     gpt, _ = load_models(ROOT / "pretrained_models", CPU)
     labels = [6, 9, 22, 25]  # whose likeliest pictures are more than background
     naive = generate(gpt, torch.tensor(labels), 256, cfg_scale=2.0, sample_logits=False)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=8))
-    codes = engine.generate(labels, SamplingParams(cfg_scale=2.0, temperature=0, top_k=0), decode=False)
+    codes = engine.generate(
+        labels, SamplingParams(cfg_scale=2.0, temperature=0, top_k=0), decode=False
+    )
     assert torch.equal(codes, naive)
     assert min(len(picture.unique()) for picture in codes) >= 100
 

@@ -22,19 +22,33 @@ def several_threads() -> Iterator[int]:
 
 @pytest.mark.parametrize(
     ("model", "device", "threads"),
-    [("GPT-XL", "cuda", 1), ("GPT-demo", "cuda:1", 1), ("GPT-demo", "cpu", 1), ("GPT-B", "cpu", 3), ("GPT-XL", "cpu", 3)],
+    [
+        ("GPT-XL", "cuda", 1),
+        ("GPT-demo", "cuda:1", 1),
+        ("GPT-demo", "cpu", 1),
+        ("GPT-B", "cpu", 3),
+        ("GPT-XL", "cpu", 3),
+    ],
 )
-def test_threads_are_used_where_there_is_something_to_share(several_threads: int, model: str, device: str, threads: int) -> None:
+def test_threads_are_used_where_there_is_something_to_share(
+    several_threads: int, model: str, device: str, threads: int
+) -> None:
     """Fails if threads spin beside a GPU, or a wide model on a CPU has but one."""
     with threads_that_pay(GPTConfig(**vars(GPT_SHAPES[model])), torch.device(device)):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == several_threads
 
 
-def test_an_engines_process_uses_the_threads_that_pay(several_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if an engine of the service is built with a thread for every core, whatever it runs on."""
+def test_an_engines_process_uses_the_threads_that_pay(
+    several_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if an engine of the service is built with a thread for every core, whatever
+    it runs on.
+    """
     monkeypatch.setattr(process, "settle_heap", lambda: None)  # this process goes on
-    _, recipe = api_server.prepare(resolve_server_settings(read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {})))
+    _, recipe = api_server.prepare(
+        resolve_server_settings(read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {}))
+    )
     assert torch.get_num_threads() == several_threads
     recipe(0)(lambda done, total: None)
     assert torch.get_num_threads() == 1

@@ -1,4 +1,6 @@
-"""Which operations a step gets where Triton's kernels do not run or have no such head size, and what the user is told."""
+"""Which operations a step gets where Triton's kernels do not run or have no such head size, and
+what the user is told.
+"""
 
 from dataclasses import replace
 
@@ -20,36 +22,53 @@ ATTENTION = {"_attention_kernel", "_hopper_attention_kernel", "_combine_kernel"}
 
 
 def step_kernels(capability: int, dtype: torch.dtype, heads: int) -> set[str]:
-    """The Triton kernels that a step launches on a GPU of that capability, backend auto, once the engine has counted its bytes."""
+    """The Triton kernels that a step launches on a GPU of that capability, backend auto, once the
+    engine has counted its bytes.
+    """
     shape = BatchShape.of(2, 64, 16)
     real = Batch(shape, torch.device("cpu"))
     with launches_of(capability) as builds:
         torch.set_default_dtype(dtype)  # tensors that are not there cannot be converted
         try:
-            gpt = Transformer(GPTConfig(dim=WIDTH, n_layer=2, n_head=heads, vocab_size=512, block_size=shape.tokens)).eval()
+            gpt = Transformer(
+                GPTConfig(
+                    dim=WIDTH, n_layer=2, n_head=heads, vocab_size=512, block_size=shape.tokens
+                )
+            ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         StepBytes.of(gpt, shape, RunnerConfig())
         runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, RunnerConfig())
-        rotary = torch.empty_like(runner.weights.rotary, device=CUDA)  # made on the host, whatever the default
+        # made on the host, whatever the default
+        rotary = torch.empty_like(runner.weights.rotary, device=CUDA)
         runner.weights = replace(runner.weights, rotary=rotary)
         runner._step(without_memory(real), 2)
     return {build.name for build in builds}
 
 
-def test_a_gpu_below_8_0_runs_torchs_operations_and_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails if an older GPU is given a Triton kernel, or its user is told nothing, or again by every layer and every count."""
+def test_a_gpu_below_8_0_runs_torchs_operations_and_is_told_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fails if an older GPU is given a Triton kernel, or its user is told nothing, or again by
+    every layer and every count.
+    """
     assert step_kernels(75, torch.float16, heads=3) == set()
     told = capsys.readouterr().err
     assert told.count("compute capability is below 8.0") == 1, told
     assert len(told.splitlines()) == 1, told
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float32), (80, torch.bfloat16), (90, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(80, torch.float32), (80, torch.bfloat16), (90, torch.float16)],
+    ids=str,
+)
 def test_a_head_size_without_a_kernel_has_torchs_attention_and_nothing_else(
     capsys: pytest.CaptureFixture[str], capability: int, dtype: torch.dtype
 ) -> None:
-    """Fails if head size 72 is given a kernel that does not fit it, loses its other kernels too, or falls back in silence."""
+    """Fails if head size 72 is given a kernel that does not fit it, loses its other kernels too, or
+    falls back in silence.
+    """
     kernels = step_kernels(capability, dtype, heads=3)
     assert capsys.readouterr().err == ""
     assert len(kernels & ATTENTION) == 2
@@ -61,7 +80,9 @@ def test_a_head_size_without_a_kernel_has_torchs_attention_and_nothing_else(
 
 
 def test_torchs_attention_is_not_given_the_kernels_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if memory is taken for chunks that nothing writes, or the engine overlooks what torch's attention gathers."""
+    """Fails if memory is taken for chunks that nothing writes, or the engine overlooks what torch's
+    attention gathers.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     told: list[str] = []
     operations = select_operations(CUDA, torch.bfloat16, 4, 72, "auto", tell=told.append)
@@ -74,20 +95,33 @@ def test_torchs_attention_is_not_given_the_kernels_chunks(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_backend_that_was_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Fails if `triton` becomes torch in silence where it does not run, or `torch`, which was asked for, is explained."""
+def test_a_backend_that_was_asked_for_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Fails if `triton` becomes torch in silence where it does not run, or `torch`, which was asked
+    for, is explained.
+    """
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     told: list[str] = []
-    with pytest.raises(ValueError, match=rf"{device} is no GPU of compute capability 8\.0 or above; use auto or torch"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{device} is no GPU of compute capability 8\.0 or above; use auto or torch",
+    ):
         select_operations(torch.device(device), torch.float16, 4, 64, "triton", tell=told.append)
-    operations = select_operations(torch.device(device), torch.float16, 4, 64, "torch", tell=told.append)
+    operations = select_operations(
+        torch.device(device), torch.float16, 4, 64, "torch", tell=told.append
+    )
     assert operations.attention is attention_reference
     assert told == []
 
 
-def test_the_pixel_decoders_group_norms_are_triton_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if --attention-backend does not hold for them, or a width without a kernel is passed over in silence."""
+def test_the_pixel_decoders_group_norms_are_triton_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if --attention-backend does not hold for them, or a width without a kernel is passed
+    over in silence.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     told: list[str] = []
 
@@ -95,7 +129,13 @@ def test_the_pixel_decoders_group_norms_are_triton_where_they_fit(monkeypatch: p
         return select_group_norm(device, widths, 32, backend, tell=told.append).normalize
 
     assert chosen(CUDA, [128, 512], "auto") is chosen(CUDA, [128, 512], "triton") is normalize
-    assert chosen(CUDA, [128, 512], "torch") is chosen(torch.device("cpu"), [128, 512], "auto") is normalize_reference
+    assert (
+        chosen(CUDA, [128, 512], "torch")
+        is chosen(torch.device("cpu"), [128, 512], "auto")
+        is normalize_reference
+    )
     assert told == []
     assert chosen(CUDA, [96, 192], "triton") is normalize_reference
-    assert told == ["a tokenizer of 96, 192 channels has no Triton group norm: torch's takes its place"]
+    assert told == [
+        "a tokenizer of 96, 192 channels has no Triton group norm: torch's takes its place"
+    ]

@@ -1,4 +1,6 @@
-"""Downloads against a stand-in of the hub on loopback: nothing damaged or partial ever gets a file's name."""
+"""Downloads against a stand-in of the hub on loopback: nothing damaged or partial ever gets a
+file's name.
+"""
 
 import hashlib
 import os
@@ -36,14 +38,18 @@ def error_of(hub: Hub, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_fetched_file_is_the_published_one_and_nothing_else_is_left(hub: Hub, tmp_path: Path) -> None:
+def test_a_fetched_file_is_the_published_one_and_nothing_else_is_left(
+    hub: Hub, tmp_path: Path
+) -> None:
     path = fetch(FILE, tmp_path / "new folder", endpoint=hub.endpoint)
     assert path == tmp_path / "new folder" / FILE.file_name
     assert path.read_bytes() == CONTENT
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_closed_stderr_does_not_cost_the_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stderr_does_not_cost_the_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the progress bar, which nobody can see, ends the download."""
     monkeypatch.setattr(sys, "stderr", None)
     assert fetch(FILE, tmp_path, endpoint=hub.endpoint).read_bytes() == CONTENT
@@ -78,7 +84,9 @@ def test_a_part_is_dropped_when_the_server_knows_no_ranges(hub: Hub, tmp_path: P
 
 
 @pytest.mark.parametrize("size", [len(CONTENT), len(CONTENT) + 5])
-def test_a_part_as_long_as_the_file_or_longer_is_no_dead_end(hub: Hub, tmp_path: Path, size: int) -> None:
+def test_a_part_as_long_as_the_file_or_longer_is_no_dead_end(
+    hub: Hub, tmp_path: Path, size: int
+) -> None:
     part_of(tmp_path).write_bytes((CONTENT + bytes(5))[:size])
     assert fetch(FILE, tmp_path, endpoint=hub.endpoint).read_bytes() == CONTENT
 
@@ -109,9 +117,14 @@ def test_a_file_without_a_stated_digest_is_not_fetched(hub: Hub, tmp_path: Path)
 
 
 def test_two_processes_do_not_write_one_part(hub: Hub, tmp_path: Path) -> None:
-    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print(flush=True); input()"
+    )
     command = [sys.executable, "-c", code, str(part_of(tmp_path))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         other.stdout.readline()
         assert "by another process" in error_of(hub, tmp_path)
@@ -122,7 +135,9 @@ def test_two_processes_do_not_write_one_part(hub: Hub, tmp_path: Path) -> None:
 def test_no_hub_and_an_unknown_file_are_one_line(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="404"):
         fetch(PUBLISHED_FILES[1], tmp_path, endpoint=hub.endpoint)
-    with pytest.raises(DownloadError, match=r"the download failed \(.*\) from http://127\.0\.0\.1:9/"):
+    with pytest.raises(
+        DownloadError, match=r"the download failed \(.*\) from http://127\.0\.0\.1:9/"
+    ):
         fetch(FILE, tmp_path, endpoint="http://127.0.0.1:9")
     assert list(tmp_path.iterdir()) == []
 
@@ -153,7 +168,10 @@ def test_published_names_are_those_of_the_hub() -> None:
         assert found.file_name == f"c2i_{model}_384.pt"
         assert (published_gpt(f"GPT-{model}", 256) is None) == (model not in ("B", "L"))
         assert published_gpt(f"GPT-{model}", 512) is None
-    assert [f.file_name for f in map(published_vq, ("VQ-16", "VQ-8")) if f] == ["vq_ds16_c2i.pt", "vq_ds8_c2i.pt"]
+    assert [f.file_name for f in map(published_vq, ("VQ-16", "VQ-8")) if f] == [
+        "vq_ds16_c2i.pt",
+        "vq_ds8_c2i.pt",
+    ]
     assert published_vq("VQ-demo") is None
 
 
@@ -163,12 +181,16 @@ def test_published_names_are_those_of_the_hub() -> None:
 def download(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/download_models.py", *arguments]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+    )
 
 
 def test_command_fetches_once_and_says_what_it_did(hub: Hub, tmp_path: Path) -> None:
     for told in ("fetched, and is", "was there, and is"):
-        done = download("vq-16", FILE.file_name, "--folder", str(tmp_path), "--endpoint", hub.endpoint)
+        done = download(
+            "vq-16", FILE.file_name, "--folder", str(tmp_path), "--endpoint", hub.endpoint
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.count("\n") == 1  # one file, though named twice
         assert told in done.stdout
@@ -185,7 +207,9 @@ def test_command_fetches_once_and_says_what_it_did(hub: Hub, tmp_path: Path) -> 
         (["VQ-16", "--endpoint", "http://127.0.0.1:9"], "the download failed"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_status_2(
+    arguments: list[str], told: str, tmp_path: Path
+) -> None:
     done = download(*arguments, "--folder", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -196,16 +220,25 @@ def test_mistakes_are_one_line_and_status_2(arguments: list[str], told: str, tmp
 def test_list_shows_every_file_and_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "c2i_B_256.pt").touch()
     done = download("--list", "--folder", str(tmp_path))
-    rows = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:] if line.strip()}
+    rows = {
+        line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:] if line.strip()
+    }
     assert {file.file_name for file in PUBLISHED_FILES} <= rows.keys()
     assert (rows["c2i_B_256.pt"], rows["c2i_L_256.pt"]) == ("yes", "no")
 
 
 @pytest.mark.parametrize(
-    ("folder", "told"), [("long" * 100, "File name too long"), ("file", "is no folder"), (os.fsdecode(b"\xff"), "is not UTF-8")]
+    ("folder", "told"),
+    [
+        ("long" * 100, "File name too long"),
+        ("file", "is no folder"),
+        (os.fsdecode(b"\xff"), "is not UTF-8"),
+    ],
 )
 @pytest.mark.parametrize("what", ["--list", "VQ-16"])
-def test_an_impossible_folder_is_one_line_and_status_2(what: str, folder: str, told: str, tmp_path: Path) -> None:
+def test_an_impossible_folder_is_one_line_and_status_2(
+    what: str, folder: str, told: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     done = download(what, "--folder", str(tmp_path / folder), "--endpoint", "http://127.0.0.1:9")
     assert (done.returncode, done.stdout) == (2, "")

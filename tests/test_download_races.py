@@ -24,7 +24,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def before_the_first_lock(module: str, monkeypatch: pytest.MonkeyPatch, other: Callable[[], None]) -> None:
+def before_the_first_lock(
+    module: str, monkeypatch: pytest.MonkeyPatch, other: Callable[[], None]
+) -> None:
     """Has another process do something between a module's `open` and its first `flock`."""
     to_do = [other]
 
@@ -33,10 +35,15 @@ def before_the_first_lock(module: str, monkeypatch: pytest.MonkeyPatch, other: C
             to_do.pop()()
         fcntl.flock(stream, operation)
 
-    monkeypatch.setattr(f"{module}.fcntl", SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    monkeypatch.setattr(
+        f"{module}.fcntl",
+        SimpleNamespace(flock=flock, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB),
+    )
 
 
-def test_a_file_that_another_process_finishes_is_taken(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_another_process_finishes_is_taken(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the finished file is fetched again, or its part is missed under the old name."""
 
     def finish() -> None:
@@ -49,7 +56,9 @@ def test_a_file_that_another_process_finishes_is_taken(hub: Hub, tmp_path: Path,
     assert os.listdir(tmp_path) == [FILE.file_name]
 
 
-def test_a_part_that_another_process_throws_away_is_begun_anew(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_another_process_throws_away_is_begun_anew(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the download goes on in a file that has no name any more."""
     (tmp_path / PART).write_bytes(b"damaged")
     before_the_first_lock("autoregressive.common.hub", monkeypatch, (tmp_path / PART).unlink)
@@ -58,8 +67,12 @@ def test_a_part_that_another_process_throws_away_is_begun_anew(hub: Hub, tmp_pat
     assert os.listdir(tmp_path) == [FILE.file_name]
 
 
-def test_another_file_that_comes_meanwhile_stays(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a file that appears during the start is overwritten, or passes without a look at its digest."""
+def test_another_file_that_comes_meanwhile_stays(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a file that appears during the start is overwritten, or passes without a look at its
+    digest.
+    """
 
     def put_by_hand() -> None:
         (tmp_path / FILE.file_name).write_text("mine")
@@ -71,8 +84,12 @@ def test_another_file_that_comes_meanwhile_stays(hub: Hub, tmp_path: Path, monke
     assert (tmp_path / FILE.file_name).read_text() == "mine"
 
 
-def test_tidying_up_leaves_a_part_that_another_process_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the lock of a finished part is taken for the right to remove the next part of that name."""
+def test_tidying_up_leaves_a_part_that_another_process_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the lock of a finished part is taken for the right to remove the next part of that
+    name.
+    """
     (tmp_path / PART).write_bytes(b"finished")
 
     def finish_and_begin() -> None:

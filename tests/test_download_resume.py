@@ -1,4 +1,6 @@
-"""Downloads go on from any byte, through any proxy, and whatever fails is one line; the network is the loopback address."""
+"""Downloads go on from any byte, through any proxy, and whatever fails is one line; the network is
+the loopback address.
+"""
 
 import hashlib
 import os
@@ -128,11 +130,15 @@ def test_a_file_longer_than_stated_does_not_fill_the_disk(hub: Hub, tmp_path: Pa
 # Failing system calls
 
 
-@pytest.mark.parametrize("error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error))
+@pytest.mark.parametrize(
+    "error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error)
+)
 def test_a_download_is_whole_or_absent_whichever_call_fails(
     tmp_path: Path, error: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if a failing call, or death at it, leaves a file that is not whole, or something that the next try does not remove."""
+    """Fails if a failing call, or death at it, leaves a file that is not whole, or something that
+    the next try does not remove.
+    """
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     content = CONTENT[:1000]
     with running_hub(content) as hub:
@@ -143,15 +149,25 @@ def test_a_download_is_whole_or_absent_whichever_call_fails(
 
         (tmp_path / "first").mkdir()
         made = calls_of(tmp_path, lambda: get(tmp_path / "first"))
-        assert {"open", "write", "read", "fsync", "replace", "scandir", "unlink", "flock"} <= set(made)
+        assert {"open", "write", "read", "fsync", "replace", "scandir", "unlink", "flock"} <= set(
+            made
+        )
         for at in range(len(made)):
             folder = tmp_path / str(at)
             folder.mkdir()
-            with counted(SystemCalls(folder, at, error)), suppress(Killed if error is None else DownloadError):
+            with (
+                counted(SystemCalls(folder, at, error)),
+                suppress(Killed if error is None else DownloadError),
+            ):
                 fetch(FILE, folder, endpoint=hub.endpoint)
-            assert not (folder / FILE.file_name).exists() or (folder / FILE.file_name).read_bytes() == content
+            assert (
+                not (folder / FILE.file_name).exists()
+                or (folder / FILE.file_name).read_bytes() == content
+            )
             assert get(folder).read_bytes() == content
-            assert os.listdir(folder) == [FILE.file_name], f"left by a failure of call {at}, {made[at]}"
+            assert os.listdir(folder) == [FILE.file_name], (
+                f"left by a failure of call {at}, {made[at]}"
+            )
 
 
 # Proxies and other variables
@@ -168,7 +184,11 @@ class _Socks(socketserver.BaseRequestHandler):
         client.recv(methods)
         client.sendall(b"\x05\x00")
         kind = client.recv(4)[3]
-        host = socket.inet_ntoa(client.recv(4)) if kind == 1 else client.recv(client.recv(1)[0]).decode()
+        host = (
+            socket.inet_ntoa(client.recv(4))
+            if kind == 1
+            else client.recv(client.recv(1)[0]).decode()
+        )
         port = int.from_bytes(client.recv(2), "big")
         with socket.create_connection((host, port)) as server:
             client.sendall(b"\x05\x00\x00\x01" + bytes(6))
@@ -200,16 +220,29 @@ NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 def download(folder: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command, with these variables and no other proxy."""
     names = {*NAMES, *(name.upper() for name in NAMES)}
-    environment = {name: value for name, value in os.environ.items() if name not in names} | variables
-    command = [sys.executable, "scripts/download_models.py", "VQ-16", "--folder", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in names
+    } | variables
+    command = [
+        sys.executable,
+        "scripts/download_models.py",
+        "VQ-16",
+        "--folder",
+        str(folder),
+        *flags,
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+    )
 
 
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
 def test_a_download_goes_through_a_socks_proxy(tmp_path: Path, scheme: str) -> None:
     """Fails if the package that speaks SOCKS is no dependency, or the proxy is gone round."""
     with running_hub() as hub, socks_proxy() as (port, reached):
-        done = download(tmp_path, "--endpoint", hub.endpoint, ALL_PROXY=f"{scheme}://127.0.0.1:{port}")
+        done = download(
+            tmp_path, "--endpoint", hub.endpoint, ALL_PROXY=f"{scheme}://127.0.0.1:{port}"
+        )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / FILE.file_name).read_bytes() == CONTENT
     assert len(set(reached)) == 2  # the hub, and where it keeps content
@@ -239,20 +272,34 @@ BAD_VARIABLES = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VARIABLES, ids=lambda text: ascii(text[:50]))
-def test_a_variable_that_cannot_be_used_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if it ends in a traceback, or in a line from which nobody learns what to change; or if a password is shown."""
+def test_a_variable_that_cannot_be_used_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if it ends in a traceback, or in a line from which nobody learns what to change; or if
+    a password is shown.
+    """
     for proxy in NAMES:
         monkeypatch.delenv(proxy, raising=False)
         monkeypatch.delenv(proxy.upper(), raising=False)
     monkeypatch.setenv(name, value)
-    with pytest.raises(DownloadError, match=rf"^{FILE.file_name}: cannot be fetched: {name}: ") as caught:
+    with pytest.raises(
+        DownloadError, match=rf"^{FILE.file_name}: cannot be fetched: {name}: "
+    ) as caught:
         fetch(FILE, tmp_path)
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("value", ["127.0.0.1:3128", "http://user:pass@proxy:3128", "https://[::1]:3128", "socks5h://127.0.0.1:1080"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "127.0.0.1:3128",
+        "http://user:pass@proxy:3128",
+        "https://[::1]:3128",
+        "socks5h://127.0.0.1:1080",
+    ],
+)
 def test_proxies_that_can_be_used_pass(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a proxy is refused that works; the lower-case name counts, as for the library."""
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1080")
@@ -262,23 +309,39 @@ def test_proxies_that_can_be_used_pass(value: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("pattern", ["{}:/nowhere", "/nowhere:{}", "{}:", "{}"])
-def test_one_folder_of_certificates_is_enough(pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_folder_of_certificates_is_enough(
+    pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Fails if a list of folders is refused that OpenSSL takes."""
     monkeypatch.setenv("SSL_CERT_DIR", pattern.format(tmp_path))
     assert unusable_variable(None) is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://["), ("ALL_PROXY", "socks://x")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://["), ("ALL_PROXY", "socks://x")],
+)
 def test_a_command_that_downloads_nothing_does_not_mind(name: str, value: str) -> None:
     """Fails if an import reads the variables of what is not used."""
     command = [sys.executable, "scripts/download_models.py", "--list"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, name: value})
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, name: value},
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_malformed_variable_ends_the_command_with_status_2(tmp_path: Path) -> None:
     """Fails if something reads the variables before they are checked."""
-    for name, value in (("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://["), ("ALL_PROXY", "socks://127.0.0.1:1")):
+    for name, value in (
+        ("HF_HUB_ETAG_TIMEOUT", "ten"),
+        ("HF_ENDPOINT", "http://["),
+        ("ALL_PROXY", "socks://127.0.0.1:1"),
+    ):
         done = download(tmp_path, **{name: value})
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1

@@ -29,14 +29,31 @@ def run(*command: str, folder: Path, **variables: str) -> subprocess.CompletedPr
     """A command of the project that has ended, its output as bytes."""
     path, *typed = command
     return subprocess.run(
-        [sys.executable, str(ROOT / path), *typed], cwd=folder, env=ASCII | variables, capture_output=True, check=False
+        [sys.executable, str(ROOT / path), *typed],
+        cwd=folder,
+        env=ASCII | variables,
+        capture_output=True,
+        check=False,
     )
 
 
 @pytest.mark.parametrize("name", ["ü.png", "模型.webp", "\udcff.png"])
 def test_a_saved_picture_is_a_success_whatever_its_name(tmp_path: Path, name: str) -> None:
-    """Fails if the line that says where the picture is ends the command; the last name is no text at all."""
-    typed = ["--gpt-model", "GPT-demo", "--device", "cpu", "--cfg-scale", "1", "--class-labels", "fox", "--output", name]
+    """Fails if the line that says where the picture is ends the command; the last name is no text
+    at all.
+    """
+    typed = [
+        "--gpt-model",
+        "GPT-demo",
+        "--device",
+        "cpu",
+        "--cfg-scale",
+        "1",
+        "--class-labels",
+        "fox",
+        "--output",
+        name,
+    ]
     done = run("autoregressive/serve/sample_c2i.py", *typed, folder=tmp_path, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr.decode()
     assert b"image is saved to " + name.encode("ascii", "backslashreplace") in done.stdout
@@ -45,13 +62,18 @@ def test_a_saved_picture_is_a_success_whatever_its_name(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_weights_behind_a_link_may_have_any_name(tmp_path: Path, suffix: str) -> None:
-    """Fails if the name in a picture's record costs the picture: the weights' own name is no text."""
+    """Fails if the name in a picture's record costs the picture: the weights' own name is
+    no text.
+    """
     (tmp_path / os.fsdecode(b"\xff.safetensors")).write_bytes(b"")
     link = tmp_path / "link.safetensors"
     link.symlink_to(os.fsdecode(b"\xff.safetensors"))
     typed = ["--gpt-model", "GPT-demo", "--vq-ckpt", str(link), "--device", "cpu"]
     model = resolve_settings(build_parser("", "").parse_args(typed)).model
-    record = generation_record(model, FoundWeights(None, link), "naive") | {"label": 0, "class_name": "x"}
+    record = generation_record(model, FoundWeights(None, link), "naive") | {
+        "label": 0,
+        "class_name": "x",
+    }
     assert record["tokenizer_weights"] == r"\xff.safetensors"
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     save_picture(tmp_path / f"x{suffix}", picture, readable(record), record)
@@ -60,7 +82,13 @@ def test_weights_behind_a_link_may_have_any_name(tmp_path: Path, suffix: str) ->
 
 def test_an_error_names_a_file_that_cannot_be_shown(tmp_path: Path) -> None:
     """Fails if a message about such a name is lost, or becomes a traceback."""
-    done = run("scripts/convert_checkpoint.py", "模型.pt", "out.safetensors", folder=tmp_path, HOME=str(tmp_path))
+    done = run(
+        "scripts/convert_checkpoint.py",
+        "模型.pt",
+        "out.safetensors",
+        folder=tmp_path,
+        HOME=str(tmp_path),
+    )
     assert done.returncode == 2
     assert done.stderr.startswith(rb"convert_checkpoint.py: error: \u6a21\u578b.pt: ")
     assert done.stderr.count(b"\n") == 1
@@ -68,17 +96,37 @@ def test_an_error_names_a_file_that_cannot_be_shown(tmp_path: Path) -> None:
 
 def test_help_with_a_folder_that_cannot_be_shown(tmp_path: Path) -> None:
     """Fails if argparse's own output, here a default with the user's home in it, is not written."""
-    done = run("scripts/download_models.py", "--folder", "ü", "--list", folder=tmp_path, HOME=str(tmp_path / "ü"))
+    done = run(
+        "scripts/download_models.py",
+        "--folder",
+        "ü",
+        "--list",
+        folder=tmp_path,
+        HOME=str(tmp_path / "ü"),
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert rb"in \xfc" in done.stdout
 
 
 def test_the_service_starts_under_a_name_that_cannot_be_shown(tmp_path: Path) -> None:
-    """Fails if a model's name ends the service at its first line, at the line that says it is ready, or in its log."""
-    command = [sys.executable, "autoregressive/serve/api_server.py", "--gpt-model", "GPT-demo", "--device", "cpu", "--port", "0"]
+    """Fails if a model's name ends the service at its first line, at the line that says it is
+    ready, or in its log.
+    """
+    command = [
+        sys.executable,
+        "autoregressive/serve/api_server.py",
+        "--gpt-model",
+        "GPT-demo",
+        "--device",
+        "cpu",
+        "--port",
+        "0",
+    ]
     command += ["--served-model-name", "模型"]
     variables = ASCII | {"HOME": str(tmp_path)}
-    with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as service:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as service:
         assert service.stdout is not None
         try:
             assert service.stdout.readline().startswith(rb"\u6a21\u578b is being loaded")
@@ -96,6 +144,13 @@ def test_the_configuration_file_is_utf_8_whatever_the_locale(tmp_path: Path) -> 
         "from autoregressive.serve.web.settings import read_arguments\n"
         "print(ascii(read_arguments(['--config', 'service.yaml'], {}).served_model_name))"
     )
-    variables = ASCII | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, check=False)
+    variables = ASCII | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, check=False
+    )
     assert done.stdout == rb"'\u6a21\u578b'" + b"\n", done.stderr.decode()

@@ -1,4 +1,6 @@
-"""The engine around a fake runner: requests come, go, fail and are cancelled; threads; spans; offline use."""
+"""The engine around a fake runner: requests come, go, fail and are cancelled; threads; spans;
+offline use.
+"""
 
 import threading
 import time
@@ -32,7 +34,9 @@ def run_out(engine: Engine, most_steps: int = 200) -> list[Request]:
 
 
 def test_a_mixed_batch_draws_what_each_would_alone() -> None:
-    """Fails if guidance, an interval, n, a filter or a seed of one request reaches another, or rows mix up their pages."""
+    """Fails if guidance, an interval, n, a filter or a seed of one request reaches another, or rows
+    mix up their pages.
+    """
     engine, _ = fake_engine(SMALL)
     wanted = [
         GUIDED,
@@ -51,7 +55,9 @@ def test_a_mixed_batch_draws_what_each_would_alone() -> None:
 
 
 def test_late_requests_join_those_that_run() -> None:
-    """Fails if a request waits for the batch before it to end although there is room, or joining disturbs those that run."""
+    """Fails if a request waits for the batch before it to end although there is room, or joining
+    disturbs those that run.
+    """
     engine, runner = fake_engine(SMALL, tokens=64)
     first = engine.submit(1, GUIDED)
     engine.step()
@@ -66,7 +72,9 @@ def test_late_requests_join_those_that_run() -> None:
 
 
 def test_a_cancelled_request_leaves_at_the_next_step() -> None:
-    """Fails if a cancelled request runs on, holds pages, is reported twice or not at all, or others change."""
+    """Fails if a cancelled request runs on, holds pages, is reported twice or not at all, or others
+    change.
+    """
     engine, _ = fake_engine(SMALL)
     running, other = engine.submit(1, GUIDED), engine.submit(2, GUIDED)
     waiting = engine.submit(3, SamplingParams(n=4, top_k=5))
@@ -79,7 +87,11 @@ def test_a_cancelled_request_leaves_at_the_next_step() -> None:
         assert set(engine.step()) == {running, waiting}
     assert engine.scheduler.pool.used_pages == used // 2
     assert run_out(engine) == [other]
-    assert (running.state, waiting.state, running.steps) == (RequestState.CANCELLED, RequestState.CANCELLED, steps)
+    assert (running.state, waiting.state, running.steps) == (
+        RequestState.CANCELLED,
+        RequestState.CANCELLED,
+        steps,
+    )
     assert other.codes is not None
     assert other.codes.tolist() == expected_codes(other, 16)
     engine.cancel(other)
@@ -88,10 +100,15 @@ def test_a_cancelled_request_leaves_at_the_next_step() -> None:
 
 
 def test_nan_fails_its_request_and_no_other() -> None:
-    """Fails if NaN logits end the process, spoil a neighbour, pass for a picture, or haunt the next image in that slot."""
+    """Fails if NaN logits end the process, spoil a neighbour, pass for a picture, or haunt the next
+    image in that slot.
+    """
     engine, runner = fake_engine(EngineConfig(max_num_seqs=4, page_size=4))
     runner.fails = {(6, 1, 3)}
-    bad, good = engine.submit(1, SamplingParams(cfg_scale=1.0, top_k=0, n=2, seed=6)), engine.submit(1, GUIDED)
+    bad, good = (
+        engine.submit(1, SamplingParams(cfg_scale=1.0, top_k=0, n=2, seed=6)),
+        engine.submit(1, GUIDED),
+    )
     run_out(engine)
     assert (bad.state, good.state) == (RequestState.FAILED, RequestState.FINISHED)
     assert bad.codes is None
@@ -108,7 +125,9 @@ def test_nan_fails_its_request_and_no_other() -> None:
 
 @pytest.mark.parametrize("delay", [0, 1, 3, 1000])
 def test_a_slot_is_not_reused_before_its_codes_arrive(delay: int) -> None:
-    """Fails if an image begins in a slot whose codes are still being copied, or a late copy stops the engine."""
+    """Fails if an image begins in a slot whose codes are still being copied, or a late copy stops
+    the engine.
+    """
     engine, _ = fake_engine(EngineConfig(max_num_seqs=2, page_size=4), tokens=4)
     with patch.object(engine.batch, "fetch", LateCopies(engine.batch, delay).fetch):
         requests = [engine.submit(label, GUIDED) for label in range(8)]
@@ -126,7 +145,9 @@ def test_a_slot_is_not_reused_before_its_codes_arrive(delay: int) -> None:
         (1, SamplingParams(n=5, top_k=0), "10 rows .* and max_num_seqs is 8"),
     ],
 )
-def test_what_cannot_run_is_refused_at_once(label: int, params: SamplingParams, message: str) -> None:
+def test_what_cannot_run_is_refused_at_once(
+    label: int, params: SamplingParams, message: str
+) -> None:
     """Fails if a bad request gets into the queue."""
     engine, _ = fake_engine(SMALL)
     with pytest.raises(ValueError, match=message):
@@ -158,27 +179,39 @@ def test_what_cannot_run_is_refused_at_once(label: int, params: SamplingParams, 
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[[], object]) -> None:
-    """Fails if a value that no kernel expects is taken, or the message is not one line that says what is allowed."""
+    """Fails if a value that no kernel expects is taken, or the message is not one line that says
+    what is allowed.
+    """
     with pytest.raises(ValueError, match=r"^\w+ .*: must be [^\n]*$"):
         make()
 
 
 def test_generate_keeps_the_order_of_labels() -> None:
-    """Fails if images come back in the order in which they ended, or equal labels give equal images."""
+    """Fails if images come back in the order in which they ended, or equal labels give equal
+    images.
+    """
     engine, _ = fake_engine(SMALL)
     labels = [3, 1, 3, 0, 9, 3]
     codes = engine.generate(labels, GUIDED)
-    alone = [expected_codes(Request(0, label, GUIDED, first_image=index), 16)[0] for index, label in enumerate(labels)]
+    alone = [
+        expected_codes(Request(0, label, GUIDED, first_image=index), 16)[0]
+        for index, label in enumerate(labels)
+    ]
     assert codes.tolist() == alone
     assert codes[0].tolist() != codes[2].tolist()
-    assert engine.generate([3], SamplingParams(top_k=5, n=3))[2].tolist() == engine.generate([3] * 3, GUIDED)[2].tolist()
+    assert (
+        engine.generate([3], SamplingParams(top_k=5, n=3))[2].tolist()
+        == engine.generate([3] * 3, GUIDED)[2].tolist()
+    )
     each = engine.generate([3, 1], [PLAIN, SamplingParams(top_k=5, n=2, cfg_interval=2)])
     assert each.shape == (3, 16)
     assert each[0].tolist() == expected_codes(Request(0, 3, PLAIN), 16)[0]
 
 
 def test_generate_leaves_nothing_behind_when_it_stops(capfd: pytest.CaptureFixture[str]) -> None:
-    """Fails if requests of a refused or interrupted call stay in the engine, and run with the next one."""
+    """Fails if requests of a refused or interrupted call stay in the engine, and run with the next
+    one.
+    """
     engine, runner = fake_engine(SMALL)
     with pytest.raises(ValueError, match="class label 99"):
         engine.generate([1, 99], GUIDED)
@@ -192,14 +225,19 @@ def test_generate_leaves_nothing_behind_when_it_stops(capfd: pytest.CaptureFixtu
 
     with patch.object(runner, "before_span", interrupt), pytest.raises(KeyboardInterrupt):
         engine.generate([1, 2], GUIDED)
-    assert {request.state for request in run_out(engine)} <= {RequestState.FAILED, RequestState.CANCELLED}
+    assert {request.state for request in run_out(engine)} <= {
+        RequestState.FAILED,
+        RequestState.CANCELLED,
+    }
     assert engine.scheduler.pool.used_pages == 0
     assert engine.generate([1], GUIDED, progress=True).shape == (1, 16)
     assert "16/16" in capfd.readouterr().err
 
 
 def test_spans_are_short_enough_for_a_cancel() -> None:
-    """Fails if a cancel could have to wait for more than 16 steps, or for more than 0.25 s of slow ones."""
+    """Fails if a cancel could have to wait for more than 16 steps, or for more than 0.25 s of slow
+    ones.
+    """
     quick, runner = fake_engine(EngineConfig(max_num_seqs=2, page_size=64), tokens=64)
     quick.generate([1, 1], PLAIN)
     assert max(runner.spans) == 16
@@ -211,7 +249,9 @@ def test_spans_are_short_enough_for_a_cancel() -> None:
 
 
 def test_threads_may_submit_and_cancel() -> None:
-    """Fails if a request from another thread is lost or gets another's id, or the owner is not woken for it."""
+    """Fails if a request from another thread is lost or gets another's id, or the owner is not
+    woken for it.
+    """
     engine, _ = fake_engine(EngineConfig(max_num_seqs=8, page_size=4), tokens=4)
     requests: list[Request] = []
     stop = threading.Event()
@@ -252,7 +292,9 @@ def test_threads_may_submit_and_cancel() -> None:
 
 
 def test_the_pool_holds_a_full_batch_where_memory_allows() -> None:
-    """Fails if the default pool is smaller than the batch on a machine with room, or larger than can be of use."""
+    """Fails if the default pool is smaller than the batch on a machine with room, or larger than
+    can be of use.
+    """
     engine, runner = fake_engine(SMALL)
     assert engine.scheduler.pool.num_pages == len(runner.pages) == 8 * 4
     fixed, _ = fake_engine(EngineConfig(num_pages=5))
@@ -270,13 +312,16 @@ def test_the_pool_holds_a_full_batch_where_memory_allows() -> None:
         (EngineConfig(num_pages=9), "raise num_pages", "lower num_pages"),
         (
             EngineConfig(page_size=64),
-            "lower page_size, raise gpu_memory_utilization, lower max_num_seqs or use a smaller model",
+            "lower page_size, raise gpu_memory_utilization, lower max_num_seqs or use a smaller "
+            "model",
             "lower gpu_memory_utilization",
         ),
     ],
 )
 def test_advice_about_a_gpus_memory_is_of_use(config: EngineConfig, more: str, less: str) -> None:
-    """Fails if it names a setting that the one that was set overrides: then following it changes nothing."""
+    """Fails if it names a setting that the one that was set overrides: then following it changes
+    nothing.
+    """
     cuda = torch.device("cuda")
     assert ways_to_more_pages(config, cuda) == more
     assert ways_to_less_memory(config, cuda)[0] == less
@@ -295,7 +340,9 @@ def test_an_idle_owner_is_woken() -> None:
 
 
 def test_generate_decodes_each_image_where_it_belongs() -> None:
-    """Fails if pixels come back in the order in which codes were finished, or belong to other codes."""
+    """Fails if pixels come back in the order in which codes were finished, or belong to other
+    codes.
+    """
     torch.manual_seed(0)
     vq = VQ_models["VQ-demo"](codebook_size=VOCABULARY).eval()
     engine = Engine(tiny_gpt(4), vq, EngineConfig(max_num_seqs=4, page_size=4), FakeRunner)
@@ -303,14 +350,24 @@ def test_generate_decodes_each_image_where_it_belongs() -> None:
     pixels = engine.generate([1, 2, 3], params)
     codes = engine.generate([1, 2, 3], params, decode=False)
     with torch.no_grad():
-        expected = torch.cat([vq.decode_code(one[None], [1, vq.config.codebook_embed_dim, 2, 2]) for one in codes])
+        expected = torch.cat(
+            [vq.decode_code(one[None], [1, vq.config.codebook_embed_dim, 2, 2]) for one in codes]
+        )
     assert pixels.shape == (4, 3, 16, 16)
     assert torch.allclose(pixels, expected, atol=1e-4)
 
 
 def test_the_runner_gets_what_the_engine_was_built_with() -> None:
-    """Fails if the runner's tensors could have other sizes than the batch, or its switches are lost."""
-    config = EngineConfig(max_num_seqs=3, page_size=5, enforce_eager=True, attention_backend="torch", deterministic=True)
+    """Fails if the runner's tensors could have other sizes than the batch, or its switches are
+    lost.
+    """
+    config = EngineConfig(
+        max_num_seqs=3,
+        page_size=5,
+        enforce_eager=True,
+        attention_backend="torch",
+        deterministic=True,
+    )
     engine, runner = fake_engine(config)
     assert isinstance(runner, FakeRunner)
     assert runner.shape == engine.shape == engine.batch.shape

@@ -1,4 +1,6 @@
-"""An engine that dies while it loads: the service ends with status 2, so that a supervisor does not start it for ever."""
+"""An engine that dies while it loads: the service ends with status 2, so that a supervisor does not
+start it for ever.
+"""
 
 import os
 import signal
@@ -13,8 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
-def test_an_engine_that_dies_while_it_loads_is_status_2(tmp_path: Path, number: signal.Signals) -> None:
-    """Fails if the status is 1, which asks a supervisor to try again, or if the line does not say how the engine died."""
+def test_an_engine_that_dies_while_it_loads_is_status_2(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Fails if the status is 1, which asks a supervisor to try again, or if the line does not say
+    how the engine died.
+    """
     (tmp_path / "die_while_loading").write_text(str(int(number)))
     with running_service(tmp_path, ready=False) as service:
         assert service.process.wait(30) == 2
@@ -33,14 +39,30 @@ def test_an_engine_that_dies_later_is_status_1(tmp_path: Path) -> None:
 
 
 def test_a_hostile_checkpoint_is_one_line_of_the_service(tmp_path: Path) -> None:
-    """Fails if the whole way, from the file through the engine's process to the exit status, loses the error."""
+    """Fails if the whole way, from the file through the engine's process to the exit status, loses
+    the error.
+    """
     from test_hostile_checkpoints import deep_key, torch_zip
 
     path = torch_zip(tmp_path / "weights.pt", deep_key(3_000_000))
-    command = [sys.executable, "autoregressive/serve/api_server.py", "--gpt-model", "GPT-demo", "--gpt-ckpt", str(path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMAGEN_")}
+    command = [
+        sys.executable,
+        "autoregressive/serve/api_server.py",
+        "--gpt-model",
+        "GPT-demo",
+        "--gpt-ckpt",
+        str(path),
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("LLAMAGEN_")
+    }
     done = subprocess.run(
-        [*command, "--device", "cpu", "--port", "0"], cwd=ROOT, capture_output=True, text=True, timeout=180, env=environment
+        [*command, "--device", "cpu", "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
     )
     assert done.returncode == 2, done.stderr
     assert str(path) in done.stderr.splitlines()[-1]

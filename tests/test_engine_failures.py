@@ -1,4 +1,6 @@
-"""What the engine does when a span cannot be run: the requests concerned fail, nothing leaks, and it goes on."""
+"""What the engine does when a span cannot be run: the requests concerned fail, nothing leaks, and
+it goes on.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ TOKENS = 64
 
 
 def make_engine() -> tuple[Engine, FakeRunner]:
-    engine = Engine(tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=64), FakeRunner)
+    engine = Engine(
+        tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=64), FakeRunner
+    )
     assert isinstance(engine.runner, FakeRunner)
     return engine, engine.runner
 
@@ -33,7 +37,9 @@ def until_ended(engine: Engine, requests: list[Request]) -> list[Request]:
 
 @pytest.mark.parametrize("spans_before", [0, 1, 2])
 def test_running_requests_fail_and_waiting_ones_go_on(spans_before: int) -> None:
-    """Out of memory in a step: its requests are told, their pages and slots come back, and the queue is served."""
+    """Out of memory in a step: its requests are told, their pages and slots come back, and the
+    queue is served.
+    """
     engine, runner = make_engine()
     params = [SamplingParams(seed=seed, top_k=0, n=2) for seed in range(2)]
     running, waiting = (engine.submit(3, one) for one in params)
@@ -60,7 +66,9 @@ def test_running_requests_fail_and_waiting_ones_go_on(spans_before: int) -> None
     assert not engine.wait_for_work(timeout=0)
 
 
-def test_a_copy_that_cannot_be_made_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_cannot_be_made_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Fails if a neighbour in the middle of its image dies of another's copy."""
     engine, _ = make_engine()
     request = engine.submit(3, SamplingParams(top_k=0))
@@ -80,8 +88,12 @@ def test_a_copy_that_cannot_be_made_fails_its_request_alone(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("method", ["arrived", "wait"])
-def test_a_copy_that_fails_on_its_way_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """A kernel's error may show only when the codes arrive: the request would be running for ever, and its slot lost."""
+def test_a_copy_that_fails_on_its_way_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A kernel's error may show only when the codes arrive: the request would be running for ever,
+    and its slot lost.
+    """
     engine, _ = make_engine()
     request = engine.submit(3, SamplingParams(top_k=0))
     for _ in range(3):
@@ -102,10 +114,16 @@ def test_a_copy_that_fails_on_its_way_fails_its_request_alone(monkeypatch: pytes
     assert not engine.wait_for_work(timeout=0)
 
 
-def test_of_two_requests_in_a_copy_the_finished_one_stays_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory runs out while the second request is given its codes: neither may be lost, nor a slot."""
+def test_of_two_requests_in_a_copy_the_finished_one_stays_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out while the second request is given its codes: neither may be lost,
+    nor a slot.
+    """
     engine, _ = make_engine()
-    first, second = (engine.submit(label, SamplingParams(top_k=0, cfg_scale=1.0)) for label in (3, 4))
+    first, second = (
+        engine.submit(label, SamplingParams(top_k=0, cfg_scale=1.0)) for label in (3, 4)
+    )
     finish = engine_module._finish
 
     def out_of_memory_at_the_second(request: Request, codes: Tensor, failed: Tensor) -> None:
@@ -123,8 +141,12 @@ def test_of_two_requests_in_a_copy_the_finished_one_stays_finished(monkeypatch: 
     assert not engine.wait_for_work(timeout=0)
 
 
-def test_a_request_interrupted_while_it_starts_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between its start and its leaving the queue: it would fail, and then run all the same."""
+def test_a_request_interrupted_while_it_starts_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C between its start and its leaving the queue: it would fail, and then run all
+    the same.
+    """
     engine, _ = make_engine()
     request = engine.submit(3, SamplingParams(top_k=0))
     start = engine.scheduler._start
@@ -145,7 +167,10 @@ def test_a_request_interrupted_while_it_starts_is_not_started_again(monkeypatch:
 def test_cancels_are_returned_also_when_their_step_fails() -> None:
     """A client that waits for its cancelled request would wait for ever."""
     engine, runner = make_engine()
-    other, cancelled = engine.submit(3, SamplingParams(top_k=0)), engine.submit(4, SamplingParams(top_k=0))
+    other, cancelled = (
+        engine.submit(3, SamplingParams(top_k=0)),
+        engine.submit(4, SamplingParams(top_k=0)),
+    )
     engine.step()
     engine.cancel(cancelled)
 
@@ -180,7 +205,9 @@ def test_a_request_cancelled_under_generate_is_an_error() -> None:
 
 def test_a_pool_of_billions_of_pages_costs_nothing() -> None:
     """A typo in --num-pages must not fill the host's memory before it is refused."""
-    engine = Engine(tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=64), FakeRunner)
+    engine = Engine(
+        tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=64), FakeRunner
+    )
     pool = type(engine.scheduler.pool)(2**31 - 1)
     assert pool.allocate(3) == [0, 1, 2]
     with pytest.raises(ValueError, match="max_num_seqs"):

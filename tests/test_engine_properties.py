@@ -1,4 +1,6 @@
-"""Whatever arrives, in whatever order, is cancelled, or does not fit: nothing is lost, nobody overtakes, no page goes astray."""
+"""Whatever arrives, in whatever order, is cancelled, or does not fit: nothing is lost, nobody
+overtakes, no page goes astray.
+"""
 
 from dataclasses import dataclass, field
 from unittest.mock import patch
@@ -73,7 +75,9 @@ class Record:
         self.ended += self.engine.step()
         self.engine.audit()
         scheduler = self.engine.scheduler
-        assert scheduler.pool.used_pages == sum(len(row.pages) for running in scheduler.running for row in running.rows)
+        assert scheduler.pool.used_pages == sum(
+            len(row.pages) for running in scheduler.running for row in running.rows
+        )
         assert scheduler.pool.used_pages + scheduler.pool.free_pages == self.engine.config.num_pages
         here = [request for request in self.asked if request.state is not RequestState.CANCELLED]
         waits = [request.state is RequestState.WAITING for request in here]
@@ -82,7 +86,9 @@ class Record:
     def check_forecast(self, steps: int) -> None:
         """Called with the pages of a span allocated, before it runs."""
         scheduler = self.engine.scheduler
-        in_use = {page for running in scheduler.running for row in running.rows for page in row.pages}
+        in_use = {
+            page for running in scheduler.running for row in running.rows for page in row.pages
+        }
         assert len(in_use) == scheduler.pool.used_pages == scheduler.forecast[steps - 1]
         assert (scheduler.forecast <= scheduler.pool.num_pages).all()
 
@@ -92,7 +98,9 @@ def never_fits(params: SamplingParams, config: EngineConfig) -> bool:
     assert config.num_pages is not None
     peak = 0
     for step in range(TOKENS):
-        guided = params.cfg_scale > 1 and (params.cfg_interval < 0 or step <= params.cfg_interval + 1)
+        guided = params.cfg_scale > 1 and (
+            params.cfg_interval < 0 or step <= params.cfg_interval + 1
+        )
         pages_of_a_row = len({position // config.page_size for position in range(step + 1)})
         peak = max(peak, params.n * (2 if guided else 1) * pages_of_a_row)
     rows = params.n * (2 if params.cfg_scale > 1 else 1)
@@ -100,9 +108,18 @@ def never_fits(params: SamplingParams, config: EngineConfig) -> bool:
 
 
 @settings(max_examples=150, deadline=None, print_blob=True, derandomize=True)
-@given(config=configs, script=st.lists(moments, max_size=8), delay=st.integers(0, 3), longest_span=st.integers(1, 16))
-def test_every_request_ends_as_it_should(config: EngineConfig, script: list[Moment], delay: int, longest_span: int) -> None:
-    """Fails if a request is lost, never ends, is overtaken, ends twice, draws other codes than alone, or if a page is lost."""
+@given(
+    config=configs,
+    script=st.lists(moments, max_size=8),
+    delay=st.integers(0, 3),
+    longest_span=st.integers(1, 16),
+)
+def test_every_request_ends_as_it_should(
+    config: EngineConfig, script: list[Moment], delay: int, longest_span: int
+) -> None:
+    """Fails if a request is lost, never ends, is overtaken, ends twice, draws other codes than
+    alone, or if a page is lost.
+    """
     engine, runner = fake_engine(config, tokens=TOKENS)
     record = Record(engine, runner)
     late_copies = LateCopies(engine.batch, delay)
@@ -120,7 +137,9 @@ def test_every_request_ends_as_it_should(config: EngineConfig, script: list[Mome
             record.step()
     assert not engine.wait_for_work(timeout=0), "the engine does not come to an end"
 
-    assert sorted(request.id for request in record.ended) == [request.id for request in record.asked]
+    assert sorted(request.id for request in record.ended) == [
+        request.id for request in record.asked
+    ]
     for request in record.asked:
         if request.state is RequestState.CANCELLED:
             assert request in record.cancelled

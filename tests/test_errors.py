@@ -13,10 +13,16 @@ from test_imports import ROOT, source_files
 
 from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
 
-COMMANDS = [path for path in source_files() if "run_command(" in (text := path.read_text()) and 'if __name__ == "__main__"' in text]
+COMMANDS = [
+    path
+    for path in source_files()
+    if "run_command(" in (text := path.read_text()) and 'if __name__ == "__main__"' in text
+]
 
 
-def ending(capsys: pytest.CaptureFixture[str], error: BaseException | None) -> tuple[int | str | None, str]:
+def ending(
+    capsys: pytest.CaptureFixture[str], error: BaseException | None
+) -> tuple[int | str | None, str]:
     """Exit status and stderr of a command whose main function raises that."""
 
     def main() -> None:
@@ -49,9 +55,16 @@ def test_a_mistake_in_the_flags_is_one_printable_line(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(None, 0), (OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)],
+    [
+        (None, 0),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(), 141),
+    ],
 )
-def test_the_status_says_how_it_ended(capsys: pytest.CaptureFixture[str], error: BaseException | None, status: int) -> None:
+def test_the_status_says_how_it_ended(
+    capsys: pytest.CaptureFixture[str], error: BaseException | None, status: int
+) -> None:
     """Scripts tell a mistake, an interruption and a reader that left from success."""
     ended, printed = ending(capsys, error)
     assert ended == status
@@ -74,15 +87,21 @@ def test_a_value_that_looks_like_a_flag_is_explained(capsys: pytest.CaptureFixtu
 
 
 def hear_interrupts() -> None:
-    """What a shell starts in the background, this suite perhaps, ignores them, and so does what that starts."""
+    """What a shell starts in the background, this suite perhaps, ignores them, and so does what
+    that starts.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, path: Path) -> None:
-    """Fails if Ctrl-C in a command's first seconds prints a traceback; imports that never end stand in for slow ones."""
+    """Fails if Ctrl-C in a command's first seconds prints a traceback; imports that never end stand
+    in for slow ones.
+    """
     for name in ("torch", "httpx2"):
-        (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+        (tmp_path / f"{name}.py").write_text(
+            "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+        )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(path)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -95,8 +114,13 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, p
 
 
 def test_no_library_is_loaded_while_the_plain_loop_makes_its_model() -> None:
-    """Fails if `import triton`, during which Ctrl-C is lost, comes after the imports that it ends."""
-    code = "import sys; from autoregressive.sample import sample_c2i; assert 'triton._C.libtriton' in sys.modules"
+    """Fails if `import triton`, during which Ctrl-C is lost, comes after the imports that
+    it ends.
+    """
+    code = (
+        "import sys; from autoregressive.sample import sample_c2i; assert 'triton._C.libtriton' "
+        "in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -107,12 +131,16 @@ def test_there_are_commands_to_interrupt() -> None:
 
 @pytest.mark.parametrize("module", ["__main__", "autoregressive.sample.sample_c2i"])
 def test_whoever_imports_a_command_keeps_its_interrupts(module: str) -> None:
-    """Fails if importing a command's module changes what Ctrl-C does in the importer's process, then or later."""
+    """Fails if importing a command's module changes what Ctrl-C does in the importer's process,
+    then or later.
+    """
     found = signal.getsignal(signal.SIGINT)
     hear_interrupts()
     try:
         with slow_imports(module):
-            assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == (module != "__main__")
+            assert (signal.getsignal(signal.SIGINT) is signal.default_int_handler) == (
+                module != "__main__"
+            )
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, found)

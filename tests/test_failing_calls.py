@@ -1,4 +1,6 @@
-"""Each system call of saving and storing fails once, or is the last of a process that is killed: files are whole or absent."""
+"""Each system call of saving and storing fails once, or is the last of a process that is killed:
+files are whole or absent.
+"""
 
 import io
 import json
@@ -65,11 +67,17 @@ def check_outcome(path: Path, *, old: bool, is_whole: Callable[[bytes], bool]) -
     assert (old and content == OLD) or is_whole(content)
 
 
-@pytest.mark.parametrize("error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error))
+@pytest.mark.parametrize(
+    "error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error)
+)
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_file_is_whole_or_absent_whichever_call_fails(tmp_path: Path, saver: str, old: bool, error: int | None) -> None:
-    """Fails if a call's failure, or death at it, leaves half a file, loses the old one, or leaves rubbish after the next save."""
+def test_a_file_is_whole_or_absent_whichever_call_fails(
+    tmp_path: Path, saver: str, old: bool, error: int | None
+) -> None:
+    """Fails if a call's failure, or death at it, leaves half a file, loses the old one, or leaves
+    rubbish after the next save.
+    """
     name, save, is_whole = SAVERS[saver]
     made = calls_of(tmp_path, partial(save, tmp_path / name))
     assert {"open", "write", "fsync", "replace", "scandir", "unlink", "flock"} <= set(made)
@@ -88,9 +96,15 @@ def test_a_file_is_whole_or_absent_whichever_call_fails(tmp_path: Path, saver: s
         assert os.listdir(folder) == [name], f"left by a failure of call {at}, {made[at]}"
 
 
-@pytest.mark.parametrize("error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error))
-def test_a_check_before_the_work_leaves_nothing_whichever_call_fails(tmp_path: Path, error: int | None) -> None:
-    """Fails if a failing check ends in a traceback, touches the picture, or leaves a probe after the next check."""
+@pytest.mark.parametrize(
+    "error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error)
+)
+def test_a_check_before_the_work_leaves_nothing_whichever_call_fails(
+    tmp_path: Path, error: int | None
+) -> None:
+    """Fails if a failing check ends in a traceback, touches the picture, or leaves a probe after
+    the next check.
+    """
     (tmp_path / "x.png").write_bytes(OLD)
 
     def check() -> None:

@@ -1,4 +1,6 @@
-"""The floor's arithmetic, against the figures that docs and issues quote, and against sums written out."""
+"""The floor's arithmetic, against the figures that docs and issues quote, and against sums written
+out.
+"""
 
 import pytest
 
@@ -17,10 +19,18 @@ def floor_of(name: str, ceilings: Ceilings = H200) -> Floor:
 
 @pytest.mark.parametrize(
     ("name", "weights_mb", "seconds"),
-    [("GPT-B", 195, 0.050), ("GPT-L", 650, 0.150), ("GPT-XL", 1505, 0.320), ("GPT-XXL", 2768, 0.561), ("GPT-3B", 6082, 1.019)],
+    [
+        ("GPT-B", 195, 0.050),
+        ("GPT-L", 650, 0.150),
+        ("GPT-XL", 1505, 0.320),
+        ("GPT-XXL", 2768, 0.561),
+        ("GPT-3B", 6082, 1.019),
+    ],
 )
 def test_the_floor_of_the_headline_job(name: str, weights_mb: int, seconds: float) -> None:
-    """Fails if a product is forgotten or counted twice: 16 rows of 576 tokens on an H200, computed by hand before."""
+    """Fails if a product is forgotten or counted twice: 16 rows of 576 tokens on an H200, computed
+    by hand before.
+    """
     floor = floor_of(name)
     assert floor.weight_bytes / 1e6 == pytest.approx(weights_mb, rel=0.005)
     assert floor.image_seconds(16, 576) == pytest.approx(seconds, rel=0.01)
@@ -38,16 +48,26 @@ def test_many_rows_are_bound_by_arithmetic() -> None:
 
 def written_out(floor: Floor, rows_of_steps: list[list[int]]) -> float:
     """The sum over steps, each with its rows' positions."""
-    return sum(floor.step_seconds(len(positions), sum(position + 1 for position in positions)) for positions in rows_of_steps)
+    return sum(
+        floor.step_seconds(len(positions), sum(position + 1 for position in positions))
+        for positions in rows_of_steps
+    )
 
 
 def test_a_job_is_the_sum_of_its_steps() -> None:
-    """Fails if unconditional rows that leave early, or pictures that wait for others, are charged wrongly."""
+    """Fails if unconditional rows that leave early, or pictures that wait for others, are charged
+    wrongly.
+    """
     floor = floor_of("GPT-B")
     limits = Limits(tokens=4, page_size=2, max_rows=3, num_pages=6, num_slots=6, num_classes=1000)
-    guided, plain = SamplingParams(cfg_interval=0), SamplingParams(cfg_scale=1.0)  # guided for 2 steps
+    # guided for 2 steps
+    guided, plain = (
+        SamplingParams(cfg_interval=0),
+        SamplingParams(cfg_scale=1.0),
+    )
     found = job_floor(floor, limits, [guided, plain, plain, plain])
-    # The first two start together; when the unconditional row has left, the third fits; the fourth follows the first two.
+    # The first two start together; when the unconditional row has left, the third fits; the fourth
+    # follows the first two.
     steps = [[0, 0, 0], [1, 1, 1], [2, 2, 0], [3, 3, 1], [2, 0], [3, 1], [2], [3]]
     assert found.steps == len(steps)
     assert found.seconds == pytest.approx(written_out(floor, steps))

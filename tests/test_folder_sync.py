@@ -1,4 +1,6 @@
-"""A folder whose names cannot be forced to the disk takes files all the same; a file's own content must reach it."""
+"""A folder whose names cannot be forced to the disk takes files all the same; a file's own content
+must reach it.
+"""
 
 import errno
 import os
@@ -15,7 +17,9 @@ PASSED_OVER = [errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP]
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, call: str, number: int, *, folders: bool) -> list[str]:
-    """Has `os.open` or `os.fsync` fail for folders, or for files that are open to be read; what has failed."""
+    """Has `os.open` or `os.fsync` fail for folders, or for files that are open to be read; what has
+    failed.
+    """
     original, failed = getattr(os, call), []
 
     def failing(place: str | Path | int, *arguments: int) -> object:
@@ -34,7 +38,9 @@ def fail(monkeypatch: pytest.MonkeyPatch, call: str, number: int, *, folders: bo
 def test_a_folder_that_cannot_be_synced_takes_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
-    """Fails if a file is in place and the command says that it cannot be written, as in a folder of mode 0300."""
+    """Fails if a file is in place and the command says that it cannot be written, as in a folder of
+    mode 0300.
+    """
     failed = fail(monkeypatch, call, number, folders=True)
     write_whole(tmp_path / "x.png", lambda file: file.write_bytes(b"new"))
     assert (tmp_path / "x.png").read_bytes() == b"new"
@@ -43,7 +49,9 @@ def test_a_folder_that_cannot_be_synced_takes_a_file(
 
 @pytest.mark.parametrize("call", ["open", "fsync"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE], ids=os.strerror)
-def test_an_error_of_the_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+def test_an_error_of_the_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
     """Fails if a disk that has lost the folder's names is passed over."""
     fail(monkeypatch, call, number, folders=True)
     with pytest.raises(UserError, match="cannot write"):
@@ -63,8 +71,12 @@ def test_a_file_that_cannot_be_synced_does_not_replace_another(
     assert os.listdir(tmp_path) == ["x.png"]
 
 
-def test_the_store_treats_folders_and_files_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the store refuses pictures for a folder that cannot be synced, or passes over a file that cannot."""
+def test_the_store_treats_folders_and_files_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the store refuses pictures for a folder that cannot be synced, or passes over a file
+    that cannot.
+    """
     store = Store(tmp_path, 10, "http://localhost")
     with monkeypatch.context() as patch:
         failed = fail(patch, "fsync", errno.EINVAL, folders=True)

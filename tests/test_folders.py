@@ -1,4 +1,6 @@
-"""Folders outside of the project: none is needed to draw, and an installed copy keeps its weights in the user's own."""
+"""Folders outside of the project: none is needed to draw, and an installed copy keeps its weights
+in the user's own.
+"""
 
 import os
 import shutil
@@ -16,7 +18,8 @@ from autoregressive.common.folders import can_be_written, prepare_compilers, pre
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = (
-    "HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR", "TEMP", "TMP",
+    "HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR",
+    "TEMP", "TMP",
     "TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "TRITON_CACHE_DIR",
 )  # fmt: skip
 UNUSABLE = "/dev/null"  # a folder in it cannot be made, by the superuser either
@@ -25,7 +28,8 @@ UNUSABLE = "/dev/null"  # a folder in it cannot be made, by the superuser either
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """An environment that says nothing; variables that are set in it are unset again."""
-    assert tmp_path.is_dir()  # made before the temporary folder is forgotten, and not asked for again
+    # made before the temporary folder is forgotten, and not asked for again
+    assert tmp_path.is_dir()
     for name in VARIABLES:
         monkeypatch.setenv(name, "")  # so that it is put back even if it is not set now
         monkeypatch.delenv(name)
@@ -45,7 +49,9 @@ def below(folder: Path) -> tuple[str, str]:
 
 
 def test_the_standard_cache_folder_is_first(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if XDG_CACHE_HOME does not count before ~/.cache, if either is told of, or if a folder is made already."""
+    """Fails if XDG_CACHE_HOME does not count before ~/.cache, if either is told of, or if a folder
+    is made already.
+    """
     nobody.setenv("HOME", str(tmp_path / "home"))
     nobody.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert prepare_compilers() is None
@@ -54,8 +60,12 @@ def test_the_standard_cache_folder_is_first(nobody: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize("xdg", [None, "", "relative"])
-def test_the_home_folder_is_next(nobody: pytest.MonkeyPatch, tmp_path: Path, xdg: str | None) -> None:
-    """Fails if the usual case, without XDG_CACHE_HOME, is told of; a relative one is to be ignored."""
+def test_the_home_folder_is_next(
+    nobody: pytest.MonkeyPatch, tmp_path: Path, xdg: str | None
+) -> None:
+    """Fails if the usual case, without XDG_CACHE_HOME, is told of; a relative one is to
+    be ignored.
+    """
     nobody.setenv("HOME", str(tmp_path))
     if xdg is not None:
         nobody.setenv("XDG_CACHE_HOME", xdg)
@@ -63,23 +73,30 @@ def test_the_home_folder_is_next(nobody: pytest.MonkeyPatch, tmp_path: Path, xdg
     assert chosen() == below(tmp_path / ".cache" / "llamagen")
 
 
-def test_a_standard_folder_that_cannot_be_used_is_told_of(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_standard_folder_that_cannot_be_used_is_told_of(
+    nobody: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Fails if the user's choice is passed over silently."""
     nobody.setenv("HOME", str(tmp_path))
     nobody.setenv("XDG_CACHE_HOME", UNUSABLE)
     note = prepare_compilers()
     assert note is not None
-    assert note.startswith(f"{UNUSABLE}/llamagen cannot be used: compiled kernels go to {tmp_path}/.cache/llamagen;")
+    assert note.startswith(
+        f"{UNUSABLE}/llamagen cannot be used: compiled kernels go to {tmp_path}/.cache/llamagen;"
+    )
     assert prepare_compilers() is None  # once
 
 
 def test_a_private_temporary_folder_is_next(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if it is readable by others, differs from one command to the next, or is not told of in one line."""
+    """Fails if it is readable by others, differs from one command to the next, or is not told of in
+    one line.
+    """
     nobody.setenv("TMPDIR", str(tmp_path))
     note = prepare_compilers()
     private = tmp_path / f"llamagen-{os.geteuid()}"
     assert note == (
-        f"/dev/null/.cache/llamagen cannot be used: compiled kernels go to {private}; XDG_CACHE_HOME names another folder"
+        f"/dev/null/.cache/llamagen cannot be used: compiled kernels go to {private}; "
+        "XDG_CACHE_HOME names another folder"
     )
     assert chosen() == below(private)
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
@@ -109,8 +126,12 @@ def test_a_temporary_folder_that_is_not_private_is_not_used(
     assert prepare_compilers() is None
 
 
-def test_without_a_temporary_folder_the_cache_has_one(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if Triton and the compiler, which need both, find no temporary folder though there is a cache folder."""
+def test_without_a_temporary_folder_the_cache_has_one(
+    nobody: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Fails if Triton and the compiler, which need both, find no temporary folder though there is a
+    cache folder.
+    """
     nobody.setattr(tempfile, "_candidate_tempdir_list", lambda: [UNUSABLE])
     nobody.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert prepare_compilers() is None
@@ -119,7 +140,9 @@ def test_without_a_temporary_folder_the_cache_has_one(nobody: pytest.MonkeyPatch
 
 
 def test_triton_keeps_its_kernels_there(nobody: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Fails if Triton stops reading the variable, so that its kernels go to the home folder, or to nowhere."""
+    """Fails if Triton stops reading the variable, so that its kernels go to the home folder, or to
+    nowhere.
+    """
     knobs = pytest.importorskip("triton.knobs")
     nobody.setenv("XDG_CACHE_HOME", str(tmp_path))
     prepare_compilers()
@@ -139,8 +162,12 @@ def test_what_the_user_has_chosen_stays(nobody: pytest.MonkeyPatch, tmp_path: Pa
 
 
 @pytest.mark.parametrize("error", [KeyError, OSError])
-def test_a_user_without_a_name_gets_one(nobody: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]) -> None:
-    """Fails if a user id that has no entry in /etc/passwd ends the compiler, which asks for the name; 3.13 raises OSError."""
+def test_a_user_without_a_name_gets_one(
+    nobody: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
+) -> None:
+    """Fails if a user id that has no entry in /etc/passwd ends the compiler, which asks for the
+    name; 3.13 raises OSError.
+    """
 
     def nameless(_: int) -> None:
         raise error
@@ -163,7 +190,10 @@ def test_the_checkout_keeps_its_weights() -> None:
     ("variables", "expected"),
     [
         ({"XDG_DATA_HOME": "/data", "HOME": "/home/me"}, "/data/llamagen/pretrained_models"),
-        ({"XDG_DATA_HOME": "data", "HOME": "/home/me"}, "/home/me/.local/share/llamagen/pretrained_models"),
+        (
+            {"XDG_DATA_HOME": "data", "HOME": "/home/me"},
+            "/home/me/.local/share/llamagen/pretrained_models",
+        ),
         ({"HOME": "/"}, "/.local/share/llamagen/pretrained_models"),
         ({"HOME": "relative"}, "/.local/share/llamagen/pretrained_models"),
     ],
@@ -171,15 +201,21 @@ def test_the_checkout_keeps_its_weights() -> None:
 def test_an_installed_copy_keeps_weights_with_the_user(
     nobody: pytest.MonkeyPatch, variables: dict[str, str], expected: str
 ) -> None:
-    """Fails if weights could go to site-packages, or to the current folder where there is no home."""
+    """Fails if weights could go to site-packages, or to the current folder where there is
+    no home.
+    """
     nobody.setattr(folders, "in_checkout", lambda: False)
     for name, value in variables.items():
         nobody.setenv(name, value)
     assert pretrained_folder() == Path(expected)
 
 
-def test_a_folder_that_does_not_exist_yet_can_be_written_where_its_parent_can(tmp_path: Path) -> None:
-    """Fails if a folder is refused because it is to be made, or allowed where a file stands in the way."""
+def test_a_folder_that_does_not_exist_yet_can_be_written_where_its_parent_can(
+    tmp_path: Path,
+) -> None:
+    """Fails if a folder is refused because it is to be made, or allowed where a file stands in the
+    way.
+    """
     assert can_be_written(tmp_path / "a" / "b")
     assert not can_be_written(Path(UNUSABLE) / "a" / "b")
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +242,9 @@ print([str(path) for path in touched if str(path) != os.devnull])
 
 
 def test_importing_the_package_touches_nothing(tmp_path: Path) -> None:
-    """Fails if an import of ours makes a file or a folder, or asks for the user's name, as a compiler's import does."""
+    """Fails if an import of ours makes a file or a folder, or asks for the user's name, as a
+    compiler's import does.
+    """
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for package in ("autoregressive", "kernels", "tokenizer")
@@ -214,9 +252,16 @@ def test_importing_the_package_touches_nothing(tmp_path: Path) -> None:
         if path.name != "__init__.py"
     ]
     assert len(modules) > 50
-    environment = {"PATH": os.environ["PATH"], "HOME": UNUSABLE, "TMPDIR": UNUSABLE, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": UNUSABLE,
+        "TMPDIR": UNUSABLE,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "-c", WATCH, *modules]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr[-2000:]
 
 
@@ -234,28 +279,53 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_bare(temporary: str, command: str, *typed: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_bare(
+    temporary: str, command: str, *typed: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
     """A command's end in such a container; `temporary`: "nothing", or what TMPDIR is."""
-    environment = {"PATH": os.environ["PATH"], "HOME": UNUSABLE, "TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": UNUSABLE,
+        "TMPDIR": temporary,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     arguments = [sys.executable, "-c", BARE, temporary, str(ROOT / command), *typed]
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_picture_is_drawn_without_name_home_and_temporary_folder(tmp_path: Path) -> None:
-    """Fails if a user id without a passwd entry, or a system that cannot be written, ends a command; it says where caches go."""
-    typed = ["--gpt-model", "GPT-demo", "--device", "cpu", "--class-labels", "fox", "--cfg-scale", "1"]
+    """Fails if a user id without a passwd entry, or a system that cannot be written, ends a
+    command; it says where caches go.
+    """
+    typed = [
+        "--gpt-model",
+        "GPT-demo",
+        "--device",
+        "cpu",
+        "--class-labels",
+        "fox",
+        "--cfg-scale",
+        "1",
+    ]
     done = run_bare("nothing", "autoregressive/sample/sample_c2i.py", *typed, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr == (
-        "sample_c2i.py: /dev/null/.cache/llamagen cannot be used: compiled kernels have no place, and what must be compiled "
+        "sample_c2i.py: /dev/null/.cache/llamagen cannot be used: compiled kernels have no place, "
+        "and what must be compiled "
         "fails; XDG_CACHE_HOME names another folder\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["sample_c2i.png"]
 
 
 @pytest.mark.parametrize("script", ["evaluate_demo.py", "train_demo.py", "convert_checkpoint.py"])
-def test_a_script_that_imports_a_compiler_starts_for_a_user_without_a_name(tmp_path: Path, script: str) -> None:
-    """Fails if the folders are chosen only after the imports: those of the first two ask for the name and make a folder."""
+def test_a_script_that_imports_a_compiler_starts_for_a_user_without_a_name(
+    tmp_path: Path, script: str
+) -> None:
+    """Fails if the folders are chosen only after the imports: those of the first two ask for the
+    name and make a folder.
+    """
     done = run_bare(str(tmp_path), f"scripts/{script}", "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr.count("\n") == 1
@@ -266,22 +336,34 @@ def _setpriv() -> str | None:
     return shutil.which("setpriv") if os.geteuid() == 0 else None
 
 
-@pytest.mark.skipif(_setpriv() is None, reason="takes the superuser, and setpriv, to become another user")
+@pytest.mark.skipif(
+    _setpriv() is None, reason="takes the superuser, and setpriv, to become another user"
+)
 def test_a_real_user_without_a_passwd_entry_draws() -> None:
     """Fails if the commands ask the system for more than the tests above imitate."""
     command = [
         "setpriv", "--reuid=12345", "--regid=12345", "--clear-groups",
-        "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",  # the interpreter may lie in the superuser's home
-        sys.executable, str(ROOT / "autoregressive/serve/sample_c2i.py"), "--class-labels", "fox", "--cfg-scale", "1",
+        # the interpreter may lie in the superuser's home
+        "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search",
+        sys.executable, str(ROOT / "autoregressive/serve/sample_c2i.py"), "--class-labels", "fox",
+        "--cfg-scale", "1",
         "--gpt-model", "GPT-demo", "--device", "cpu",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to other users
         os.chown(outside, 12345, 12345)
-        environment = {"PATH": os.environ["PATH"], "HOME": "/", "TMPDIR": outside, "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True, check=False)
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": "/",
+            "TMPDIR": outside,
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        done = subprocess.run(
+            command, cwd=outside, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stderr.splitlines() == [
-            f"sample_c2i.py: /.cache/llamagen cannot be used: compiled kernels go to {outside}/llamagen-12345; "
+            "sample_c2i.py: /.cache/llamagen cannot be used: compiled kernels go to "
+            f"{outside}/llamagen-12345; "
             "XDG_CACHE_HOME names another folder"
         ]
 
@@ -303,7 +385,9 @@ def site_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def run_installed(site: Path, home: Path, module: str, *typed: str) -> subprocess.CompletedProcess[str]:
+def run_installed(
+    site: Path, home: Path, module: str, *typed: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a module of the installed copy, from a folder that has nothing to do with it."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -313,19 +397,36 @@ def run_installed(site: Path, home: Path, module: str, *typed: str) -> subproces
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-P", "-m", module, *typed]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, check=False
+    )
 
 
-def test_an_installed_copy_draws_and_gives_advice_that_fits(site_packages: Path, tmp_path: Path) -> None:
-    """Fails if it looks for weights in site-packages, advises scripts that were not installed, or lacks a file of its own."""
+def test_an_installed_copy_draws_and_gives_advice_that_fits(
+    site_packages: Path, tmp_path: Path
+) -> None:
+    """Fails if it looks for weights in site-packages, advises scripts that were not installed, or
+    lacks a file of its own.
+    """
     weights = tmp_path / ".local" / "share" / "llamagen" / "pretrained_models"
     before = sorted(site_packages.rglob("*"))
-    command = ["autoregressive.serve.sample_c2i", "--gpt-model", "GPT-demo", "--device", "cpu", "--class-labels", "fox"]
+    command = [
+        "autoregressive.serve.sample_c2i",
+        "--gpt-model",
+        "GPT-demo",
+        "--device",
+        "cpu",
+        "--class-labels",
+        "fox",
+    ]
     command += ["--cfg-scale", "1"]
     done = run_installed(site_packages, tmp_path, *command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "sample_c2i_untrained.png").is_file()
-    advice = "copy demo_gpt.safetensors and demo_vq.safetensors from the repository's pretrained_models into"
+    advice = (
+        "copy demo_gpt.safetensors and demo_vq.safetensors from the repository's "
+        "pretrained_models into"
+    )
     assert f"{advice} {weights}" in done.stderr
     weights.mkdir(parents=True)
     for name in ("demo_gpt.safetensors", "demo_vq.safetensors"):
@@ -338,12 +439,24 @@ def test_an_installed_copy_draws_and_gives_advice_that_fits(site_packages: Path,
 
 def test_an_installed_services_advice_and_help_fit(site_packages: Path, tmp_path: Path) -> None:
     """Fails if a user without the repository is told to run a file of it."""
-    done = run_installed(site_packages, tmp_path, "autoregressive.serve.api_server", "--gpt-model", "GPT-B", "--port", "0")
+    done = run_installed(
+        site_packages,
+        tmp_path,
+        "autoregressive.serve.api_server",
+        "--gpt-model",
+        "GPT-B",
+        "--port",
+        "0",
+    )
     weights = tmp_path / ".local" / "share" / "llamagen" / "pretrained_models"
     assert done.returncode == 2
-    assert f"add --download, which puts c2i_B_384.pt and vq_ds16_c2i.pt into {weights}" in done.stderr
+    assert (
+        f"add --download, which puts c2i_B_384.pt and vq_ds16_c2i.pt into {weights}" in done.stderr
+    )
     assert "scripts/" not in done.stderr
-    shown = run_installed(site_packages, tmp_path, "autoregressive.serve.sample_c2i", "--help").stdout
+    shown = run_installed(
+        site_packages, tmp_path, "autoregressive.serve.sample_c2i", "--help"
+    ).stdout
     assert "usage: python -m autoregressive.serve.sample_c2i [flags]" in shown
     assert ".local/share/llamagen/pretrained_models" in "".join(shown.split())
     assert ".py" not in shown.replace("autoregressive/sample/sample_c2i.py", "")

@@ -1,4 +1,6 @@
-"""How Hopper's products are cut up: the measured table, the rules beside it, and the file that holds the table."""
+"""How Hopper's products are cut up: the measured table, the rules beside it, and the file that
+holds the table.
+"""
 
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +17,14 @@ from kernels.dispatch import MANY_ROWS
 from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, row_tile
 from kernels.swiglu import SwigluTiles
-from kernels.tiles import SECTIONS, TileTable, default_attention_tiles, default_fused_tiles, read_table, tile_table
+from kernels.tiles import (
+    SECTIONS,
+    TileTable,
+    default_attention_tiles,
+    default_fused_tiles,
+    read_table,
+    tile_table,
+)
 
 MEASURED = Path(tile_tables.__file__).parent / "tiles_sm90.json"
 PROGRAM_BYTES = 227 * 1024  # shared memory of a program on compute capability 9.0
@@ -58,7 +67,9 @@ def check_runs(section: str, inputs: int, tiles: FusedTiles) -> None:
 
 
 def test_every_measured_setting_runs() -> None:
-    """Fails if an entry of the table does not fit the kernel that it is for, at 64 rows: the tuner tries 2 and 16."""
+    """Fails if an entry of the table does not fit the kernel that it is for, at 64 rows: the tuner
+    tries 2 and 16.
+    """
     table, seen = read_table(MEASURED), 0
     for section in FUSED_SECTIONS:
         for (_, inputs), tiles in getattr(table, section).items():
@@ -76,19 +87,25 @@ def test_the_rules_settings_run(model: str) -> None:
 
 @pytest.mark.parametrize("model", PAPER_MODELS)
 def test_measured_settings_are_found(model: str) -> None:
-    """Fails if a step asks by another key than the tuner writes: it would run by the rules, and nothing would say so."""
+    """Fails if a step asks by another key than the tuner writes: it would run by the rules, and
+    nothing would say so.
+    """
     table, config = tile_table((9, 0), torch.bfloat16), config_of(model)
     found = asked(table, config)
     for (section, outputs, inputs), tiles in found.items():
         assert tiles is getattr(table, section)[outputs, inputs]
     stages = stages_of(config, Kernels(launch_pdl=True, hopper=True))
-    assert {(stage.section, *stage.key) for stage in stages if stage.section in FUSED_SECTIONS} == set(found)
+    assert {
+        (stage.section, *stage.key) for stage in stages if stage.section in FUSED_SECTIONS
+    } == set(found)
 
 
 @pytest.mark.parametrize("outputs", [64, 200, 768, 1280, 3200, 9600, 16384])
 @pytest.mark.parametrize("inputs", [64, 200, 256, 512, 768, 1336, 3200, 8704])
 def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None:
-    """Fails if no cluster has such a size, or inputs are split below two tiles a program or though programs are many."""
+    """Fails if no cluster has such a size, or inputs are split below two tiles a program or though
+    programs are many.
+    """
     tiles = default_fused_tiles(outputs, inputs)
     check_runs("fused_project", inputs, tiles)
     if tiles.splits > 1:
@@ -97,15 +114,23 @@ def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
-    """Fails if a section is written and not read, or read and not written, or a setting ends up under another shape."""
+    """Fails if a section is written and not read, or read and not written, or a setting ends up
+    under another shape.
+    """
     assert set(SECTIONS) == {each.name for each in fields(TileTable)} - {"shared_memory"}
     table = TileTable(
         linear={(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)},
         whole_linear={(100, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=8)},
         swiglu={(64, 32): SwigluTiles(32, 64, early=1, stages=3, warps=4)},
-        attention={(12, 64): AttentionTiles(64, 1), (32, 100): AttentionTiles(32, 1, registers=128)},
+        attention={
+            (12, 64): AttentionTiles(64, 1),
+            (32, 100): AttentionTiles(32, 1, registers=128),
+        },
         fused_linear={(96, 32): FusedTiles(64, 64, 3, 2, 4), (32, 96): FusedTiles(64, 64, 5, 2, 4)},
-        fused_project={(32, 32): FusedTiles(64, 128, 4, 3, 4), (32, 64): FusedTiles(128, 64, 8, 1, 8)},
+        fused_project={
+            (32, 32): FusedTiles(64, 128, 4, 3, 4),
+            (32, 64): FusedTiles(128, 64, 8, 1, 8),
+        },
         fused_swiglu={(64, 32): FusedTiles(32, 64, 1, 8, 4)},
         fused_head={(100, 32): FusedTiles(64, 64, 1, 7, 4)},
     )
@@ -114,10 +139,16 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_tuning_run_keeps_what_it_does_not_tune(tmp_path: Path) -> None:
-    """Fails if the shipped table comes back changed when another model's settings are added to it."""
+    """Fails if the shipped table comes back changed when another model's settings are
+    added to it.
+    """
     write_table(read_table(MEASURED), tmp_path / "table.json", "a GPU")
-    written, shipped = (path.read_text().splitlines() for path in (tmp_path / "table.json", MEASURED))
-    assert [line for line in written if "measured_on" not in line] == [line for line in shipped if "measured_on" not in line]
+    written, shipped = (
+        path.read_text().splitlines() for path in (tmp_path / "table.json", MEASURED)
+    )
+    assert [line for line in written if "measured_on" not in line] == [
+        line for line in shipped if "measured_on" not in line
+    ]
 
 
 def test_a_table_without_fused_products_leaves_them_to_the_rules(tmp_path: Path) -> None:
@@ -132,12 +163,24 @@ def test_a_table_without_fused_products_leaves_them_to_the_rules(tmp_path: Path)
 def test_tables_are_of_16_bit_weights() -> None:
     """Fails if float32 weights, twice as large, are cut up as measured for others."""
     assert tile_table((9, 0), torch.float32).fused_project == {}
-    assert tile_table((9, 0), torch.float16) == tile_table((9, 0), torch.bfloat16) == read_table(MEASURED)
+    assert (
+        tile_table((9, 0), torch.float16)
+        == tile_table((9, 0), torch.bfloat16)
+        == read_table(MEASURED)
+    )
 
 
 def test_attention_is_cut_up_as_with_the_nearest_number_of_heads() -> None:
-    """Fails if a model that was not measured, of a head size that was, gets the rule's tiles, or those of the farther model."""
+    """Fails if a model that was not measured, of a head size that was, gets the rule's tiles, or
+    those of the farther model.
+    """
     few, many = AttentionTiles(64, 1), AttentionTiles(128, 2)
     table = TileTable(attention={(12, 64): few, (24, 64): many, (32, 100): AttentionTiles(32, 1)})
-    assert [table.attention_tiles(heads, 64, 2) for heads in (3, 12, 18, 19, 40)] == [few, few, few, many, many]
+    assert [table.attention_tiles(heads, 64, 2) for heads in (3, 12, 18, 19, 40)] == [
+        few,
+        few,
+        few,
+        many,
+        many,
+    ]
     assert table.attention_tiles(12, 128, 2) == default_attention_tiles(128, 2)

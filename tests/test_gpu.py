@@ -1,4 +1,6 @@
-"""What needs a GPU, beyond the reference outputs: `pytest -m gpu`. The commands run as users type them."""
+"""What needs a GPU, beyond the reference outputs: `pytest -m gpu`. The commands run as users type
+them.
+"""
 
 import json
 import re
@@ -36,7 +38,9 @@ def demo_gpt() -> Transformer:
 
 
 def test_the_demo_draws_the_same_picture_twice(tmp_path: Path) -> None:
-    """Same seed, same machine, same picture; and the codes are those of trained weights, not noise."""
+    """Same seed, same machine, same picture; and the codes are those of trained weights,
+    not noise.
+    """
     for name in ("a", "b"):
         done = run_command("--gpt-model", "GPT-demo", "--output", str(tmp_path / f"{name}.png"))
         assert done.returncode == 0, done.stderr
@@ -52,7 +56,14 @@ def test_every_precision_draws(precision: str, tmp_path: Path) -> None:
     """A dtype mismatch between cache, table and weights shows at the first step."""
     codes = tmp_path / "codes.npy"
     done = run_command(
-        "--gpt-model", "GPT-demo", "--precision", precision, "--output", str(tmp_path / "x.png"), "--save-codes", str(codes)
+        "--gpt-model",
+        "GPT-demo",
+        "--precision",
+        precision,
+        "--output",
+        str(tmp_path / "x.png"),
+        "--save-codes",
+        str(codes),
     )
     assert done.returncode == 0, done.stderr
     drawn = np.load(codes)
@@ -63,7 +74,9 @@ def test_every_precision_draws(precision: str, tmp_path: Path) -> None:
 
 
 def test_compile_draws_the_eager_loops_tokens() -> None:
-    """CUDA graphs that read a stale position or cache would change greedy tokens (float32, untied weights)."""
+    """CUDA graphs that read a stale position or cache would change greedy tokens (float32, untied
+    weights).
+    """
     model, labels = demo_gpt().to(CUDA), torch.tensor([0, 5, 9], device=CUDA)
     eager = generate(model, labels, 256, cfg_scale=2.0, top_k=1)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
@@ -73,7 +86,9 @@ def test_compile_draws_the_eager_loops_tokens() -> None:
 
 
 def test_non_finite_logits_leave_the_gpu_usable() -> None:
-    """Drawing from NaN trips an assertion on the device, after which every call of the process fails."""
+    """Drawing from NaN trips an assertion on the device, after which every call of the process
+    fails.
+    """
     model = demo_gpt().to(CUDA)
     with torch.no_grad():
         model.output.weight[3, 5] = float("nan")
@@ -116,7 +131,9 @@ def test_the_tokenizer_gives_the_cpus_pixels() -> None:
 def test_too_large_a_batch_is_one_line(tmp_path: Path) -> None:
     """Out of memory is the user's to mend: fewer pictures."""
     labels = ["--class-labels", *["7"] * 60_000]
-    done = run_command("--gpt-model", "GPT-B", "--random-weights", *labels, "--output", str(tmp_path / "x.png"))
+    done = run_command(
+        "--gpt-model", "GPT-B", "--random-weights", *labels, "--output", str(tmp_path / "x.png")
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].count("too little free memory") == 1
     assert "Traceback" not in done.stderr
@@ -125,7 +142,15 @@ def test_too_large_a_batch_is_one_line(tmp_path: Path) -> None:
 
 def test_untrained_gpt_b_runs_and_says_so(tmp_path: Path) -> None:
     """The mission's command must run without weights, and own up to it."""
-    done = run_command("--gpt-model", "GPT-B", "--random-weights", "--image-size", "256", "--output", str(tmp_path / "x.png"))
+    done = run_command(
+        "--gpt-model",
+        "GPT-B",
+        "--random-weights",
+        "--image-size",
+        "256",
+        "--output",
+        str(tmp_path / "x.png"),
+    )
     assert done.returncode == 0, done.stderr
     assert "noise" in done.stderr
     with Image.open(tmp_path / "x.png") as image:

@@ -1,4 +1,6 @@
-"""An image's codes depend on its request alone, in bf16 on a GPU: whatever the batch, with and without CUDA graphs."""
+"""An image's codes depend on its request alone, in bf16 on a GPU: whatever the batch, with and
+without CUDA graphs.
+"""
 
 import pytest
 import torch
@@ -15,16 +17,25 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
-@pytest.mark.parametrize(("rows", "deterministic"), [(MANY_ROWS, False), (128, True)], ids=["few-rows", "many-rows"])
-def test_a_request_draws_the_same_in_any_company(model: str, rows: int, deterministic: bool) -> None:
-    """Fails if the order of a sum depends on the batch: up to MANY_ROWS rows by default, and in any batch when asked for."""
+@pytest.mark.parametrize(
+    ("rows", "deterministic"), [(MANY_ROWS, False), (128, True)], ids=["few-rows", "many-rows"]
+)
+def test_a_request_draws_the_same_in_any_company(
+    model: str, rows: int, deterministic: bool
+) -> None:
+    """Fails if the order of a sum depends on the batch: up to MANY_ROWS rows by default, and in any
+    batch when asked for.
+    """
     shape = GPT_SHAPES[model]
     gpt = Transformer(GPTConfig(dim=shape.dim, n_layer=4, n_head=shape.n_head))
     reference_weights(gpt, 7)
     gpt = gpt.eval().requires_grad_(False).to("cuda", torch.bfloat16)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=rows, deterministic=deterministic))
     drawn = codes_in_every_company(engine, rows)
-    drawn |= {f"{company}, without graphs": codes for company, codes in _without_graphs(gpt, rows, deterministic).items()}
+    drawn |= {
+        f"{company}, without graphs": codes
+        for company, codes in _without_graphs(gpt, rows, deterministic).items()
+    }
     alone = drawn.pop("alone")
     assert len(alone.unique()) > 100
     assert [company for company, codes in drawn.items() if not torch.equal(codes, alone)] == []
@@ -32,5 +43,7 @@ def test_a_request_draws_the_same_in_any_company(model: str, rows: int, determin
 
 def _without_graphs(gpt: Transformer, rows: int, deterministic: bool) -> dict[str, torch.Tensor]:
     """Without graphs a step has exactly the rows in use, not the next bucket's."""
-    config = EngineConfig(max_num_seqs=rows, deterministic=deterministic, enforce_eager=True, num_pages=rows * 16)
+    config = EngineConfig(
+        max_num_seqs=rows, deterministic=deterministic, enforce_eager=True, num_pages=rows * 16
+    )
     return codes_in_every_company(Engine(gpt, None, config), rows)

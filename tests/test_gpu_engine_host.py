@@ -1,4 +1,6 @@
-"""The engine's host side on a GPU, around a small runner: where it waits, how far it runs ahead, whether it mixes anything up."""
+"""The engine's host side on a GPU, around a small runner: where it waits, how far it runs ahead,
+whether it mixes anything up.
+"""
 
 import random
 import time
@@ -23,9 +25,13 @@ TOKENS = 64
 
 
 class ArithmeticRunner:
-    """Draws codes from sums over what a row has written into its pages; on any device, without waiting for it."""
+    """Draws codes from sums over what a row has written into its pages; on any device, without
+    waiting for it.
+    """
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
+    def __init__(
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+    ) -> None:
         self.page_size = shape.page_size
         device = gpt.tok_embeddings.weight.device
         self.pages = torch.full((num_pages, shape.page_size), 10**9, device=device)  # poison
@@ -40,7 +46,9 @@ class ArithmeticRunner:
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
         """As the protocol says."""
-        self.most_in_flight = max(self.most_in_flight, 1 + sum(not span.query() for span in self.spans))
+        self.most_in_flight = max(
+            self.most_in_flight, 1 + sum(not span.query() for span in self.spans)
+        )
         self.steps.append(steps)
         for _ in range(steps):
             if self.sleep_cycles:
@@ -64,9 +72,14 @@ class ArithmeticRunner:
         batch.positions[:rows] += 1
 
     def _draw(self, batch: Batch, images: int, positions: Tensor, sums: Tensor) -> None:
-        conditional, unconditional = batch.conditional_rows[:images].long(), batch.unconditional_rows[:images].long()
+        conditional, unconditional = (
+            batch.conditional_rows[:images].long(),
+            batch.unconditional_rows[:images].long(),
+        )
         other = torch.where(unconditional >= 0, 3 * sums[unconditional.clamp(min=0)], 0)
-        keys = batch.seeds[:images] % 1009 + 17 * batch.image_indices[:images] + batch.top_ks[:images]
+        keys = (
+            batch.seeds[:images] % 1009 + 17 * batch.image_indices[:images] + batch.top_ks[:images]
+        )
         drawn = (sums[conditional] + other + keys) % VOCABULARY
         batch.codes[batch.image_slots[:images].long(), positions[conditional]] = drawn.int()
 
@@ -88,7 +101,9 @@ def make_engine(config: EngineConfig, device: str = "cuda") -> tuple[Engine, Ari
 
 
 def test_codes_are_those_of_each_request_alone_on_a_cpu() -> None:
-    """Fails if pages or slots are reused too early, an upload is overwritten on its way, or a step waits for the device."""
+    """Fails if pages or slots are reused too early, an upload is overwritten on its way, or a step
+    waits for the device.
+    """
     engine, runner = make_engine(EngineConfig(max_num_seqs=12, page_size=4, num_pages=120))
     runner.sleep_cycles = 1_900_000  # a step of a millisecond or more: the host is well ahead
     alone, _ = make_engine(EngineConfig(max_num_seqs=12, page_size=4), "cpu")
@@ -96,7 +111,11 @@ def test_codes_are_those_of_each_request_alone_on_a_cpu() -> None:
     requests: list[Request] = []
     for _ in range(60):
         scale, interval = generator.choice([1.0, 4.0]), generator.choice([-1, 0, 7, 30])
-        top_k, seed, n = generator.randint(0, 9), generator.randrange(2**63), generator.randint(1, 2)
+        top_k, seed, n = (
+            generator.randint(0, 9),
+            generator.randrange(2**63),
+            generator.randint(1, 2),
+        )
         params = SamplingParams(scale, interval, top_k=top_k, seed=seed, n=n)
         requests.append(engine.submit(generator.randrange(10), params))
         with no_hidden_waits():
@@ -122,11 +141,16 @@ def test_codes_are_those_of_each_request_alone_on_a_cpu() -> None:
 
 
 def test_a_cancel_takes_effect_soon() -> None:
-    """Fails if the host runs so far ahead that a cancelled request is computed for more than 16 steps or 0.25 s."""
+    """Fails if the host runs so far ahead that a cancelled request is computed for more than 16
+    steps or 0.25 s.
+    """
     for step_ms in (1, 40):
         engine, runner = make_engine(EngineConfig(max_num_seqs=4))
         runner.sleep_cycles = step_ms * 1_900_000  # about 1.9 GHz
-        first, _ = engine.submit(1, SamplingParams(top_k=5)), engine.submit(2, SamplingParams(top_k=5))
+        first, _ = (
+            engine.submit(1, SamplingParams(top_k=5)),
+            engine.submit(2, SamplingParams(top_k=5)),
+        )
         while first.steps < 20:
             engine.step()
         on_device = first.steps
@@ -135,7 +159,10 @@ def test_a_cancel_takes_effect_soon() -> None:
         while not first.ended:
             engine.step()
         torch.cuda.synchronize()
-        print(f"steps of {step_ms} ms: spans of {max(runner.steps)}; cancelled after {time.monotonic() - start:.3f} s")
+        print(
+            f"steps of {step_ms} ms: spans of {max(runner.steps)}; cancelled after "
+            f"{time.monotonic() - start:.3f} s"
+        )
         assert first.state is RequestState.CANCELLED
         assert first.steps == on_device
         assert runner.most_in_flight == 2
@@ -155,7 +182,9 @@ def test_a_failed_image_fails_its_request() -> None:
 
 
 def test_the_host_is_quick_enough_for_small_steps() -> None:
-    """Says what a span costs the host; fails if one of 16 rows, without the runner's own work, takes a millisecond."""
+    """Says what a span costs the host; fails if one of 16 rows, without the runner's own work,
+    takes a millisecond.
+    """
 
     class IdleRunner(ArithmeticRunner):
         def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:

@@ -77,7 +77,9 @@ def test_fused_products(hopper: Place, model: str, rows: int, measured: bool) ->
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 17, 33, 64])
 def test_fused_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> None:
-    """Guards tails along every axis, more programs than tiles, and tiles that must wait for room."""
+    """Guards tails along every axis, more programs than tiles, and tiles that must wait
+    for room.
+    """
     for tiles in (FusedTiles(64, 64, splits, 2, 4), FusedTiles(128, 128, splits, 8, 8)):
         check_fused_linear(hopper, rows, 200, 328, tiles)
         check_fused_project(hopper, rows, 200, 328, tiles)
@@ -94,9 +96,13 @@ def test_embed(place: Place) -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
 def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
-    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(3, head_size, place.dtype.itemsize)
+    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(
+        3, head_size, place.dtype.itemsize
+    )
     check_attention(place, positions, 3, head_size, 16, tiles)
-    check_attention(place, positions, 3, head_size, 7, default_attention_tiles(head_size, place.dtype.itemsize))
+    check_attention(
+        place, positions, 3, head_size, 7, default_attention_tiles(head_size, place.dtype.itemsize)
+    )
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -104,18 +110,33 @@ def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
 def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -> None:
     tiles = tile_table((9, 0), hopper.dtype).attention_tiles(3, head_size, 2)
     check_attention(hopper, positions, 3, head_size, 16, tiles, hopper=True)
-    check_attention(hopper, positions, 3, head_size, 7, default_attention_tiles(head_size, 2), splits=1, hopper=True)
+    check_attention(
+        hopper,
+        positions,
+        3,
+        head_size,
+        7,
+        default_attention_tiles(head_size, 2),
+        splits=1,
+        hopper=True,
+    )
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-@pytest.mark.parametrize(("positions", "chunks"), [([0, 63, 64, -1, 200, 319], 5), ([-1, 1023, 1], 16), ([7], 1)])
+@pytest.mark.parametrize(
+    ("positions", "chunks"), [([0, 63, 64, -1, 200, 319], 5), ([-1, 1023, 1], 16), ([7], 1)]
+)
 def test_combine(place: Place, head_size: int, positions: list[int], chunks: int) -> None:
     check_combine(place, positions, 3, head_size, chunks, AttentionTiles(chunk=64, warps=2))
 
 
 @pytest.mark.parametrize("name", [*TINY, "gpt_b_256"])
-@pytest.mark.parametrize(("backend", "eager"), [("triton", False), ("triton", True), ("torch", True), ("torch", False)])
+@pytest.mark.parametrize(
+    ("backend", "eager"), [("triton", False), ("triton", True), ("torch", True), ("torch", False)]
+)
 def test_engine_tokens_are_llamagens(name: str, backend: str, eager: bool) -> None:
-    """IEEE float32 on the GPU, with and without graphs, on the kernels and on torch's operations."""
+    """IEEE float32 on the GPU, with and without graphs, on the kernels and on torch's
+    operations.
+    """
     codes, expected = engine_codes(name, CUDA, backend, enforce_eager=eager)
     assert np.array_equal(codes, expected)

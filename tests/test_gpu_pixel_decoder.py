@@ -12,9 +12,15 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize(("name", "grid", "expected"), [("VQ-demo", 16, 55.0), ("VQ-16", 16, 45.0), ("VQ-16", 24, 45.0)])
-def test_pixels_are_within_the_promise_at_every_batch(name: str, grid: int, expected: float) -> None:
-    """Fails if padding, splitting or a graph's stale addresses show, or the precision falls below 45 dB."""
+@pytest.mark.parametrize(
+    ("name", "grid", "expected"), [("VQ-demo", 16, 55.0), ("VQ-16", 16, 45.0), ("VQ-16", 24, 45.0)]
+)
+def test_pixels_are_within_the_promise_at_every_batch(
+    name: str, grid: int, expected: float
+) -> None:
+    """Fails if padding, splitting or a graph's stale addresses show, or the precision falls below
+    45 dB.
+    """
     model = tokenizer(name).to(CUDA)
     decoder = PixelDecoder(model, grid, CUDA)
     codes = random_codes(model, 11, grid).to(CUDA)
@@ -27,7 +33,9 @@ def test_pixels_are_within_the_promise_at_every_batch(name: str, grid: int, expe
 
 
 def test_pixels_outlive_the_next_decoding_and_codes_may_change() -> None:
-    """Fails if a result is a view of a graph's memory, or the codes are read after the caller has moved on."""
+    """Fails if a result is a view of a graph's memory, or the codes are read after the caller has
+    moved on.
+    """
     model = tokenizer("VQ-demo").to(CUDA)
     decoder = PixelDecoder(model, 16, CUDA)
     first, second = random_codes(model, 2, 16).to(CUDA), random_codes(model, 2, 16, seed=7).to(CUDA)
@@ -48,7 +56,9 @@ def test_without_graphs_the_same_pixels() -> None:
     codes = random_codes(model, 4, 16).to(CUDA)
     switches = ("benchmark", "deterministic", "allow_tf32", "enabled")
     before = [getattr(torch.backends.cudnn, name) for name in switches]
-    captured, eager = (PixelDecoder(model, 16, CUDA, cuda_graphs=graphs).decode(codes) for graphs in (True, False))
+    captured, eager = (
+        PixelDecoder(model, 16, CUDA, cuda_graphs=graphs).decode(codes) for graphs in (True, False)
+    )
     assert torch.equal(captured, eager)
     assert [getattr(torch.backends.cudnn, name) for name in switches] == before
 
@@ -58,5 +68,6 @@ def test_kernels_and_references_agree() -> None:
     model = tokenizer("VQ-16").to(CUDA)
     codes = random_codes(model, 2, 16).to(CUDA)
     fast, reference = (VQForward(model, 16, backend)(codes) for backend in ("triton", "torch"))
-    # Both round to bf16, in other places; each is some 46 dB from float32. A wrong norm is below 30. Measured: 46.7.
+    # Both round to bf16, in other places; each is some 46 dB from float32. A wrong norm is below
+    # 30. Measured: 46.7.
     assert decibels(fast, reference) > 45

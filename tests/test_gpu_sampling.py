@@ -1,4 +1,6 @@
-"""The draw's Triton kernel on a GPU: against its torch reference at full size, its distribution, and inside a CUDA graph."""
+"""The draw's Triton kernel on a GPU: against its torch reference at full size, its distribution,
+and inside a CUDA graph.
+"""
 
 from collections.abc import Callable
 
@@ -22,7 +24,9 @@ VOCAB = 16384
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 16000, 1000, 1024, 64, 5])
 def test_draws_equal_the_references(vocab_size: int) -> None:
-    """Fails if any mixture of guidance, temperature and filters draws otherwise than the reference, rounding aside."""
+    """Fails if any mixture of guidance, temperature and filters draws otherwise than the reference,
+    rounding aside.
+    """
     case = mixed_case(256, vocab_size, seed=vocab_size)
     expected = case.drawn_by(sampling_reference.draw_tokens)
     result = case.copy("cuda").drawn_by(sampling.draw_tokens).copy("cpu")
@@ -49,8 +53,12 @@ def test_both_ways_of_waiting_draw_the_same(early_positions: bool) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2000, 1.0), (0, 0.9), (4000, 0.9)])
-@pytest.mark.parametrize("draw", [sampling.draw_tokens, sampling_reference.draw_tokens], ids=["triton", "torch"])
-def test_draws_follow_the_filtered_probabilities(draw: Callable[..., None], top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    "draw", [sampling.draw_tokens, sampling_reference.draw_tokens], ids=["triton", "torch"]
+)
+def test_draws_follow_the_filtered_probabilities(
+    draw: Callable[..., None], top_k: int, top_p: float
+) -> None:
     """Fails if the draw is biased: chi-square of 102,400 draws of 16,384 tokens with ties."""
     logits = tied_logits(VOCAB, seed=0)
     images, calls = 512, 200
@@ -67,12 +75,16 @@ def test_draws_follow_the_filtered_probabilities(draw: Callable[..., None], top_
         draw(**vars(case), images=images)
         counts += case.codes[:, call % 5].long().bincount(minlength=VOCAB)
     assert not case.failed.any()
-    p_value = chi_square_p_value(counts.cpu(), filtered_probabilities(logits, top_k, top_p), bins=500)
+    p_value = chi_square_p_value(
+        counts.cpu(), filtered_probabilities(logits, top_k, top_p), bins=500
+    )
     assert p_value > 0.001
 
 
 def test_broken_logits_fail_their_image_alone() -> None:
-    """Fails if NaN, +inf or all -inf is not marked and answered by token 0, hangs the search, or reaches another image."""
+    """Fails if NaN, +inf or all -inf is not marked and answered by token 0, hangs the search, or
+    reaches another image.
+    """
     clean = mixed_case(32, VOCAB, seed=3)
     clean.unconditional_rows.fill_(-1)
     damaged = clean.copy()
@@ -87,10 +99,13 @@ def test_broken_logits_fail_their_image_alone() -> None:
 
 
 def test_the_draw_replays_in_a_graph() -> None:
-    """Fails if the launch synchronises (capture refuses that), or a replay does not take the next step's position and noise."""
+    """Fails if the launch synchronises (capture refuses that), or a replay does not take the next
+    step's position and noise.
+    """
     images, steps = 8, 5
     case = plain_case(
-        torch.randn(images, VOCAB, generator=torch.Generator().manual_seed(5)), positions=torch.zeros(images, dtype=torch.int32)
+        torch.randn(images, VOCAB, generator=torch.Generator().manual_seed(5)),
+        positions=torch.zeros(images, dtype=torch.int32),
     )
     expected = case.copy()
     for _ in range(steps):

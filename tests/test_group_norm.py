@@ -1,4 +1,6 @@
-"""Group norm with SiLU: the references against torch. The kernels against the references: tests/interpreted."""
+"""Group norm with SiLU: the references against torch. The kernels against the references:
+tests/interpreted.
+"""
 
 import pytest
 import torch
@@ -16,13 +18,24 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0, offset: float = 0.0) -
 
 @pytest.mark.parametrize("silu", [True, False])
 def test_the_references_are_torchs_group_norm(silu: bool) -> None:
-    """Fails if bias, gain, shift, groups or SiLU are applied in another order than the tokenizer's."""
-    x, bias, gain, shift = drawn(2, 6, 6, 32), drawn(32, seed=1), drawn(32, seed=2), drawn(32, seed=3)
-    expected = F.group_norm((x + bias).permute(0, 3, 1, 2), GROUPS, gain, shift, EPS).permute(0, 2, 3, 1)
+    """Fails if bias, gain, shift, groups or SiLU are applied in another order than the
+    tokenizer's.
+    """
+    x, bias, gain, shift = (
+        drawn(2, 6, 6, 32),
+        drawn(32, seed=1),
+        drawn(32, seed=2),
+        drawn(32, seed=3),
+    )
+    expected = F.group_norm((x + bias).permute(0, 3, 1, 2), GROUPS, gain, shift, EPS).permute(
+        0, 2, 3, 1
+    )
     expected = F.silu(expected) if silu else expected
     nothing, statistics = add_with_statistics_reference(x, bias, None, GROUPS, None)
     assert nothing is None
-    found = normalize_reference(x, statistics, gain, shift, EPS, bias=bias, silu=silu, out_dtype=torch.float32)
+    found = normalize_reference(
+        x, statistics, gain, shift, EPS, bias=bias, silu=silu, out_dtype=torch.float32
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -34,4 +47,6 @@ def test_interleaved_phases_are_an_upsampled_convolution() -> None:
     for row, column in ((0, 0), (0, 3), (3, 0), (5, 2), (4, 1)):
         a, b = row % 2, column % 2
         phase = (2 * a + b) * 5
-        assert torch.equal(image[:, row, column], phases[:, row // 2 + a, column // 2 + b, phase : phase + 5])
+        assert torch.equal(
+            image[:, row, column], phases[:, row // 2 + a, column // 2 + b, phase : phase + 5]
+        )

@@ -24,7 +24,12 @@ def head(headers: int) -> bytes:
         (head(100), 200),
         (head(101), 431),
         (head(8000), 431),
-        (b"POST /2 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"a:\r\n" * 200 + b"\r\n", 431),
+        (
+            b"POST /2 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+            + b"a:\r\n" * 200
+            + b"\r\n",
+            431,
+        ),
     ],
 )
 def test_a_request_has_a_hundred_headers_at_most(sent: bytes, status: int) -> None:

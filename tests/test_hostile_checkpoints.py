@@ -1,6 +1,8 @@
-"""Checkpoints made to hang, to crash, to fill memory or to flood a terminal: each ends in one short line, soon, with status 2.
+"""Checkpoints made to hang, to crash, to fill memory or to flood a terminal: each ends in one short
+line, soon, with status 2.
 
-Each file is loaded in a process of its own, which measures its memory and has a limit of time, as its worst is to kill the process.
+Each file is loaded in a process of its own, which measures its memory and has a limit of time, as
+its worst is to kill the process.
 """
 
 import io
@@ -43,7 +45,8 @@ from autoregressive.common.checkpoint import open_checkpoint
 from autoregressive.common.errors import run_command
 
 def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    lines = open("/proc/self/status")
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 def read():
     source = open_checkpoint(Path(sys.argv[1]))
@@ -104,7 +107,9 @@ def torch_zip(
 
 
 def nested(levels: int) -> object:
-    """A tuple of the same two tuples, of the same two tuples: its hash visits 2 ** levels of them, and so does its repr."""
+    """A tuple of the same two tuples, of the same two tuples: its hash visits 2 ** levels of them,
+    and so does its repr.
+    """
     value: object = ()
     for _ in range(levels):
         value = (value, value)
@@ -196,7 +201,9 @@ def error_in_time(path: Path) -> str:
     ["key of 60 levels", "key of 26 levels", "key of 3,000,000 levels", "a million dictionaries"],
 )
 def test_the_worst_pickles_keep_within_time_and_memory(tmp_path: Path, kind: str) -> None:
-    """Fails if one takes more than 10 s or the file's size and 256 MiB, or kills the process that reads it."""
+    """Fails if one takes more than 10 s or the file's size and 256 MiB, or kills the process that
+    reads it.
+    """
     assert_refused(torch_zip(tmp_path / "weights.pt", HOSTILE_PICKLES[kind]()))
 
 
@@ -208,9 +215,13 @@ def text(value: str) -> bytes:
 
 
 def shared_tensor(dimensions: int, wrappers: int, more_arguments: int = 0) -> bytes:
-    """A tensor of one element as pickle instructions, wrapped as a parameter so many times; it becomes memo 2."""
+    """A tensor of one element as pickle instructions, wrapped as a parameter so many times; it
+    becomes memo 2.
+    """
     sides = b"(" + b"K\x01" * dimensions + b"t"
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
+    )
     arguments = storage + b"K\x00" + sides + sides + b"\x89N" + b"N" * more_arguments
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
     wrapper = b"ctorch._utils\n_rebuild_parameter\n"
@@ -242,7 +253,9 @@ def sharded_directory(
     return path
 
 
-def one_list_of_chunks(path: Path, count: int, names: int, chunk_size: int = 4, size: int = 4) -> Path:
+def one_list_of_chunks(
+    path: Path, count: int, names: int, chunk_size: int = 4, size: int = 4
+) -> Path:
     """All tensors share one list, which has the same chunk so many times."""
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([chunk_size]))
     parts = [chunk] * count
@@ -252,7 +265,9 @@ def one_list_of_chunks(path: Path, count: int, names: int, chunk_size: int = 4, 
 
 
 def pieces(path: Path, piece: bytes, count: int, shared: bool) -> Path:
-    """One tensor in so many chunks of one element; each is the whole archive `piece`, shared or repeated."""
+    """One tensor in so many chunks of one element; each is the whole archive `piece`, shared or
+    repeated.
+    """
     chunks = [ChunkStorageMetadata(torch.Size([n]), torch.Size([1])) for n in range(count)]
     places = {
         MetadataIndex("w", torch.Size([n])): _StorageInfo(
@@ -294,9 +309,7 @@ WORST_FILES: dict[str, Callable[[Path], Path]] = {
         path, shared_tensor(1, 0), 450_000
     ),
     "one list of 20,000 chunks": lambda path: one_list_of_chunks(path, 20_000, 60),
-    "one list of 300,000 empty chunks": lambda path: one_list_of_chunks(
-        path, 300_000, 60, 0, 0
-    ),
+    "one list of 300,000 empty chunks": lambda path: one_list_of_chunks(path, 300_000, 60, 0, 0),
     "15,000 places with one state of 50,000 fields": lambda path: one_state_of_places(path, 50_000),
     "100 chunks that are one large piece": lambda path: pieces(
         path, large_piece(path, 900_000, 30_000), 100, shared=True
@@ -313,7 +326,9 @@ WORST_FILES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.timing
 @pytest.mark.parametrize("kind", WORST_FILES)
 def test_the_worst_files_keep_within_time_and_memory(tmp_path: Path, kind: str) -> None:
-    """Fails if what a file says once and refers to often is work each time, for seconds or hundreds of megabytes."""
+    """Fails if what a file says once and refers to often is work each time, for seconds or hundreds
+    of megabytes.
+    """
     assert_refused(WORST_FILES[kind](tmp_path))
 
 
@@ -322,9 +337,7 @@ def test_small_files_of_these_kinds_load(tmp_path: Path) -> None:
     small = {
         "wrapped": shared_by_names(made(tmp_path / "1"), shared_tensor(1, 2), 10),
         "of 8 dimensions": shared_by_names(made(tmp_path / "2"), shared_tensor(8, 0), 10),
-        "in pieces": pieces(
-            made(tmp_path / "3"), large_piece(tmp_path, 1, 5), 30, shared=False
-        ),
+        "in pieces": pieces(made(tmp_path / "3"), large_piece(tmp_path, 1, 5), 30, shared=False),
         "of one list": one_list_of_chunks(made(tmp_path / "4"), 1, 1),
         "empty": one_list_of_chunks(made(tmp_path / "5"), 30, 3, 0, 0),
     }
@@ -484,7 +497,9 @@ def test_a_conversion_does_not_write_more_than_is_there(tmp_path: Path) -> None:
 def test_a_file_that_changes_between_opening_and_reading_is_one_line(
     tmp_path: Path, kind: str, change: str
 ) -> None:
-    """Fails if a file that becomes shorter kills the process, or if weights of two versions are mixed."""
+    """Fails if a file that becomes shorter kills the process, or if weights of two versions are
+    mixed.
+    """
     path = written(tmp_path, kind)
     source = open_checkpoint(path)
     file = path if path.is_file() else max(path.iterdir(), key=lambda file: file.stat().st_size)
@@ -499,7 +514,9 @@ def test_a_file_that_changes_between_opening_and_reading_is_one_line(
 def test_a_file_that_becomes_shorter_during_one_read_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the end of a file in the middle of a tensor is waited for, or leaves uninitialised memory."""
+    """Fails if the end of a file in the middle of a tensor is waited for, or leaves uninitialised
+    memory.
+    """
     path = written(tmp_path, "safetensors")
     source = open_checkpoint(path)
     source_identity = stored_file._identity(path.stat())
@@ -622,7 +639,9 @@ def test_scalars_and_empty_tensors_of_safetensors_load(tmp_path: Path) -> None:
 
 
 def test_what_torch_saves_beside_weights_loads(tmp_path: Path) -> None:
-    """Fails if a file is refused for the kinds of values that training keeps in its arguments and states."""
+    """Fails if a file is refused for the kinds of values that training keeps in its arguments and
+    states.
+    """
     import argparse
     from collections import Counter, OrderedDict
 
@@ -630,8 +649,10 @@ def test_what_torch_saves_beside_weights_loads(tmp_path: Path) -> None:
     state = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     kept = argparse.Namespace(
-        size=torch.Size([2]), dtype=torch.bfloat16, device=torch.device("cpu"), names={"a", "b"}, raw=b"bytes", ratio=1e-4,
-        large=2**70, nested={"betas": (0.9, 0.95), 3: None, (1, "x"): True}, seen=Counter("aab"), text="ü模型", z=1 + 2j,
+        size=torch.Size([2]), dtype=torch.bfloat16, device=torch.device("cpu"), names={"a", "b"},
+        raw=b"bytes", ratio=1e-4,
+        large=2**70, nested={"betas": (0.9, 0.95), 3: None, (1, "x"): True}, seen=Counter("aab"),
+        text="ü模型", z=1 + 2j,
     )  # fmt: skip
     for new_format in (True, False):
         torch.save(
@@ -673,7 +694,9 @@ def test_numbers_are_converted_piece_by_piece(
 
 
 def test_other_dtypes_load(tmp_path: Path) -> None:
-    """Fails if float8, which torch saves in another way than the others, or float64 is read wrong."""
+    """Fails if float8, which torch saves in another way than the others, or float64 is
+    read wrong.
+    """
     for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
         weights = {name: tensor.to(dtype) for name, tensor in drawn_weights(tiny_gpt()).items()}
         torch.save(weights, tmp_path / "w.pt")

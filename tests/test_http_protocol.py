@@ -1,4 +1,6 @@
-"""How long a connection lasts whose client sends or reads too slowly; the limits are made short here."""
+"""How long a connection lasts whose client sends or reads too slowly; the limits are made short
+here.
+"""
 
 import asyncio
 import contextlib
@@ -26,14 +28,22 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
-    """As many bytes as the path says, once the body is there; a path that begins with "slow" takes a second."""
+    """As many bytes as the path says, once the body is there; a path that begins with "slow" takes
+    a second.
+    """
     while (await receive()).get("more_body"):
         pass
     path = scope["path"][1:]
     if path.startswith("slow"):
         await asyncio.sleep(1)
     body = b"x" * int(path.removeprefix("slow") or 2)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(body)).encode())]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-length", str(len(body)).encode())],
+        }
+    )
     await send({"type": "http.response.body", "body": body})
 
 
@@ -45,11 +55,17 @@ def on_a_server(
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_config": None, "timeout_graceful_shutdown": 1}
+            options: dict[str, Any] = {
+                "ws": "none",
+                "lifespan": "off",
+                "log_config": None,
+                "timeout_graceful_shutdown": 1,
+            }
             connections = Connections(most=2**20, most_bytes=2**40)
             options["http"] = partial(http_protocol.PatientProtocol, connections=connections)
             server = uvicorn.Server(uvicorn.Config(app, **options))
-            serving = asyncio.create_task(server._serve([listener]))  # `serve` would take the signals, too
+            # `serve` would take the signals, too
+            serving = asyncio.create_task(server._serve([listener]))
             while not server.started:
                 await asyncio.sleep(0.01)
             try:
@@ -70,7 +86,9 @@ async def until_empty(server: uvicorn.Server, seconds: float) -> None:
 
 @pytest.mark.parametrize("size", [30_000, 2_000_000])
 def test_who_does_not_read_is_dropped_however_little_is_left(size: int) -> None:
-    """Fails if a connection stays open for ever because what is left of its answer is too little to pause the writing."""
+    """Fails if a connection stays open for ever because what is left of its answer is too little to
+    pause the writing.
+    """
 
     async def visit(port: int, server: uvicorn.Server) -> None:
         with socket.socket() as client:
@@ -220,7 +238,9 @@ def test_who_lingers_does_not_hold_up_the_end() -> None:
 
 
 def test_a_stream_that_breaks_off_says_so() -> None:
-    """Fails if a bug of ours looks like a connection that was lost: the reader gets an error event, and the job ends."""
+    """Fails if a bug of ours looks like a connection that was lost: the reader gets an error event,
+    and the job ends.
+    """
 
     async def broken() -> AsyncIterator[bytes]:
         yield b"event: queued\ndata: {}\n\n"

@@ -12,7 +12,14 @@ from PIL import Image, ImageFont
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import check_file, check_folder, write_whole
-from autoregressive.common.images import JSON_KEY, fitted_text, individual_file, picture_grid, save_codes, save_picture
+from autoregressive.common.images import (
+    JSON_KEY,
+    fitted_text,
+    individual_file,
+    picture_grid,
+    save_codes,
+    save_picture,
+)
 
 
 def constant_images(*values: float, side: int = 8) -> torch.Tensor:
@@ -21,7 +28,9 @@ def constant_images(*values: float, side: int = 8) -> torch.Tensor:
 
 
 def test_the_grid_has_four_a_row_and_llamagens_two_black_pixels_between() -> None:
-    """Fails if images are out of order, or the layout is not that of LlamaGen's save_image(nrow=4)."""
+    """Fails if images are out of order, or the layout is not that of LlamaGen's
+    save_image(nrow=4).
+    """
     values = (-1.0, -0.5, 0.0, 0.5, 1.0)
     grid = picture_grid(constant_images(*values))
     assert grid.shape == (3, 2 + 2 * 10, 2 + 4 * 10)
@@ -87,9 +96,15 @@ def test_codes_are_int32_rows(tmp_path: Path) -> None:
     assert loaded.tolist() == codes.tolist()
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ValueError("bug"), KeyboardInterrupt()])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
-    """Fails if an error, a full disk or Ctrl-C half-way destroys an existing picture or leaves rubbish."""
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), ValueError("bug"), KeyboardInterrupt()]
+)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, failure: BaseException
+) -> None:
+    """Fails if an error, a full disk or Ctrl-C half-way destroys an existing picture or leaves
+    rubbish.
+    """
     path = tmp_path / "x.png"
     path.write_bytes(b"old")
 
@@ -128,7 +143,9 @@ def test_a_link_stays_a_link_and_the_file_is_readable_by_others(tmp_path: Path) 
         ("n" * 300 + ".png", "too long"),
     ],
 )
-def test_an_unwritable_output_is_found_before_the_work(tmp_path: Path, name: str, complaint: str) -> None:
+def test_an_unwritable_output_is_found_before_the_work(
+    tmp_path: Path, name: str, complaint: str
+) -> None:
     """Fails if minutes of sampling could end in an error that was there from the start."""
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
@@ -172,8 +189,13 @@ def test_the_check_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_individual_files_are_told_apart_and_own_up_to_noise(tmp_path: Path) -> None:
-    """Fails if two images share a file, a name escapes the folder, or noise is not called untrained."""
-    files = {individual_file(tmp_path, image, 0, "dog", trained=True, suffix=".png") for image in range(3)}
+    """Fails if two images share a file, a name escapes the folder, or noise is not called
+    untrained.
+    """
+    files = {
+        individual_file(tmp_path, image, 0, "dog", trained=True, suffix=".png")
+        for image in range(3)
+    }
     assert len(files) == 3
     odd = individual_file(tmp_path, 0, 5, "../a/b c", trained=False, suffix=".png")
     assert odd == tmp_path / "0000_5_a_b_c_untrained.png"

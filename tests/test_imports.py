@@ -1,4 +1,6 @@
-"""The house's rules about imports, read from the source: one direction, no cycles, no names that shadow others."""
+"""The house's rules about imports, read from the source: one direction, no cycles, no names that
+shadow others.
+"""
 
 import ast
 import sys
@@ -53,7 +55,9 @@ def imported_names(path: Path, source: str | None = None) -> set[str]:
 
 def part_of(module: str) -> str | None:
     """Which part of the house a module belongs to; None if it is not ours."""
-    fitting = [part for part in (*ALLOWED, "tests") if module == part or module.startswith(part + ".")]
+    fitting = [
+        part for part in (*ALLOWED, "tests") if module == part or module.startswith(part + ".")
+    ]
     return max(fitting, key=len, default=None)
 
 
@@ -67,7 +71,11 @@ def import_graph() -> dict[str, set[str]]:
     """Each module of ours and those of ours that it imports."""
     known = {module_name(path): path for path in source_files()}
     return {
-        module: {found for name in imported_names(path) if (found := resolved(name, path, known)) and found != module}
+        module: {
+            found
+            for name in imported_names(path)
+            if (found := resolved(name, path, known)) and found != module
+        }
         for module, path in known.items()
     }
 
@@ -88,7 +96,9 @@ def test_the_reader_sees_every_kind_of_import() -> None:
 
 
 def test_the_graph_is_not_empty() -> None:
-    """Fails if files or imports of ours are no longer found, so that every rule holds for nothing."""
+    """Fails if files or imports of ours are no longer found, so that every rule holds for
+    nothing.
+    """
     graph = import_graph()
     assert "autoregressive.models.generate" in graph
     assert "autoregressive.common.weights" in graph["autoregressive.sample.sample_c2i"]
@@ -96,7 +106,9 @@ def test_the_graph_is_not_empty() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """Fails if a leaf learns of another, common of a command, one command of the other, or anything of scripts or tests."""
+    """Fails if a leaf learns of another, common of a command, one command of the other, or anything
+    of scripts or tests.
+    """
     wrong = []
     for path in source_files():
         module = module_name(path)
@@ -120,11 +132,27 @@ def test_no_import_cycles() -> None:
 
 
 def test_nothing_beside_a_command_shadows_another_module() -> None:
-    """Fails if a file beside a command is named like a module of Python or of a dependency: its folder is first on the path."""
-    taken = set(sys.stdlib_module_names) | set(packages_distributions()) | {"torch", "numpy", "PIL", "tqdm"}
+    """Fails if a file beside a command is named like a module of Python or of a dependency: its
+    folder is first on the path.
+    """
+    taken = (
+        set(sys.stdlib_module_names)
+        | set(packages_distributions())
+        | {"torch", "numpy", "PIL", "tqdm"}
+    )
     taken |= set(OURS)
-    beside = [ROOT / "autoregressive" / "sample", ROOT / "autoregressive" / "serve", ROOT / "scripts"]
-    names = {path.stem if path.is_file() else path.name: path for folder in beside for path in folder.glob("*")}
+    beside = [
+        ROOT / "autoregressive" / "sample",
+        ROOT / "autoregressive" / "serve",
+        ROOT / "scripts",
+    ]
+    names = {
+        path.stem if path.is_file() else path.name: path
+        for folder in beside
+        for path in folder.glob("*")
+    }
     names.pop("__pycache__", None)
     assert "sample_c2i" in names
-    assert not {name: path for name, path in names.items() if name in taken and path.suffix != ".md"}
+    assert not {
+        name: path for name, path in names.items() if name in taken and path.suffix != ".md"
+    }

@@ -1,4 +1,6 @@
-"""Runs tests/interpreted, the kernels in Triton's interpreter, in processes that have it switched on."""
+"""Runs tests/interpreted, the kernels in Triton's interpreter, in processes that have it switched
+on.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,9 @@ FILES = {path.name for path in (TESTS / "interpreted").glob("test_*.py")}
 LONG = {"test_gpt_b.py", "test_engine_tokens.py"}
 SHARES = {**{name: [name] for name in sorted(LONG)}, "rest": sorted(FILES - LONG)}
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets kernels already")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets kernels already"
+)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -22,7 +26,13 @@ def test_the_kernels_in_the_interpreter(share: str) -> None:
     files = [f"tests/interpreted/{file}" for file in SHARES[share]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
-        command, cwd=TESTS.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=TESTS.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         pytest.fail(f"exit status {done.returncode}\n{done.stdout}", pytrace=False)

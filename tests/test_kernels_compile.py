@@ -1,5 +1,6 @@
-"""Every Triton kernel compiled for each architecture as the engine launches it, without a GPU: for the published models, and
-the attention for every head size that it is said to have."""
+"""Every Triton kernel compiled for each architecture as the engine launches it, without a GPU: for
+the published models, and the attention for every head size that it is said to have.
+"""
 
 import importlib
 import pkgutil
@@ -25,11 +26,25 @@ from kernels.attention import HEAD_SIZES
 from kernels.hopper.cluster import exchange_bytes
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig, VQModel
 
-TOKENIZERS = {"VQ-16": VQ_CONFIGS["VQ-16"], "VQ-16 cut short": VQConfig(ch_mult=(1, 1), num_res_blocks=1)}
-FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS = 2, 64, 128  # the smallest tile of rows, the largest, and products by a library
+TOKENIZERS = {
+    "VQ-16": VQ_CONFIGS["VQ-16"],
+    "VQ-16 cut short": VQConfig(ch_mult=(1, 1), num_res_blocks=1),
+}
+# the smallest tile of rows, the largest, and products by a library
+FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS = (
+    2,
+    64,
+    128,
+)
 
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+# bytes that a program may have
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,11 @@ class AttentionCase:
 CASES = [
     *(Case(model, 90, rows=(FEW_ROWS, MOST_OWN_ROWS)) for model in ("GPT-L", "GPT-XL", "GPT-XXL")),
     *(Case(model, 90, rows=(FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS)) for model in ("GPT-B", "GPT-3B")),
-    *(Case(model, capability, rows=(FEW_ROWS, MANY_ROWS)) for model in ("GPT-B", "GPT-3B") for capability in (80, 100)),
+    *(
+        Case(model, capability, rows=(FEW_ROWS, MANY_ROWS))
+        for model in ("GPT-B", "GPT-3B")
+        for capability in (80, 100)
+    ),
     Case("GPT-B", 86, rows=(FEW_ROWS, MOST_OWN_ROWS)),  # as 8.9 and 12.0: little shared memory
     Case("GPT-B", 90, torch.float16),
     Case("GPT-B", 90, torch.float32),
@@ -85,22 +104,32 @@ def builds_of(case: Case) -> list[Build]:
         shape = GPT_SHAPES[case.model]
         return step_builds(shape.dim, shape.n_head, case.capability, case.dtype, case.rows)
     with launches_of(case.capability) as builds:
-        VQForward(VQModel(TOKENIZERS[case.model]).eval(), grid=24)(torch.zeros(8, 576, dtype=torch.int32))
+        VQForward(VQModel(TOKENIZERS[case.model]).eval(), grid=24)(
+            torch.zeros(8, 576, dtype=torch.int32)
+        )
     return builds
 
 
-def step_builds(width: int, heads: int, capability: int, dtype: torch.dtype, row_counts: tuple[int, ...]) -> list[Build]:
+def step_builds(
+    width: int, heads: int, capability: int, dtype: torch.dtype, row_counts: tuple[int, ...]
+) -> list[Build]:
     """What steps of one layer launch."""
     shape = BatchShape.of(max(row_counts), 576, 16)
     real = vars(Batch(shape, torch.device("cpu")))
     with launches_of(capability) as builds:
         torch.set_default_dtype(dtype)  # tensors that are not there cannot be converted
         try:
-            gpt = Transformer(GPTConfig(dim=width, n_layer=1, n_head=heads, block_size=shape.tokens)).eval()
+            gpt = Transformer(
+                GPTConfig(dim=width, n_layer=1, n_head=heads, block_size=shape.tokens)
+            ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, RunnerConfig())
-        batch = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in real.items() if isinstance(value, Tensor)}
+        batch = {
+            name: torch.zeros(value.shape, dtype=value.dtype)
+            for name, value in real.items()
+            if isinstance(value, Tensor)
+        }
         for rows in row_counts:
             runner._step(cast(Batch, SimpleNamespace(**batch)), rows)
     return builds
@@ -110,22 +139,36 @@ def all_kernels() -> set[str]:
     """The names of the kernels in `kernels`."""
     names = [module.name for module in pkgutil.walk_packages(kernels.__path__, "kernels.")]
     modules = [importlib.import_module(name) for name in names]
-    found = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    found = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
     return {name for name in found if name.endswith("_kernel")}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_has_a_case(capability: int) -> None:
-    """Fails if a kernel was added that no case launches: nobody would know whether it compiles for that architecture."""
-    launched = {build.name for case in CASES if case.capability == capability for build in builds_of(case)}
+    """Fails if a kernel was added that no case launches: nobody would know whether it compiles for
+    that architecture.
+    """
+    launched = {
+        build.name for case in CASES if case.capability == capability for build in builds_of(case)
+    }
     # Hopper has its own beside those that it runs in float32.
-    expected = {name for name in all_kernels() if capability == 90 or not name.startswith(("_fused_", "_hopper_"))}
+    expected = {
+        name
+        for name in all_kernels()
+        if capability == 90 or not name.startswith(("_fused_", "_hopper_"))
+    }
     assert launched == expected
     assert len(launched) >= 10
 
 
 def check_compiles(build: Build, capability: int, *, waits: bool) -> CompiledKernel:
-    """Guards against what an architecture refuses, tiles too large for a GPU, and dependent launch where there is none.
+    """Guards against what an architecture refuses, tiles too large for a GPU, and dependent launch
+    where there is none.
 
     Args:
         waits: whether kernels launched like this one wait for the one before them.
@@ -133,7 +176,11 @@ def check_compiles(build: Build, capability: int, *, waits: bool) -> CompiledKer
     compiled = build.compiled(capability)
     assert f"sm_{capability}" in compiled.asm["ptx"]
     size = dict(build.constants)
-    exchange = exchange_bytes(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"]) if "CLUSTER" in size else 0
+    exchange = (
+        exchange_bytes(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"])
+        if "CLUSTER" in size
+        else 0
+    )
     assert exchange <= 48 * 1024, build  # more a program cannot have beside what Triton asks for
     assert compiled.metadata.shared + exchange <= SHARED_MEMORY[capability], build
     assert ("griddepcontrol" in compiled.asm["ptx"]) == waits, build
@@ -143,34 +190,48 @@ def check_compiles(build: Build, capability: int, *, waits: bool) -> CompiledKer
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_launched_compiles(case: Case) -> None:
-    """Fails if an architecture refuses a kernel, dependent launch reaches one that has none, or a tile is too large for a GPU."""
+    """Fails if an architecture refuses a kernel, dependent launch reaches one that has none, or a
+    tile is too large for a GPU.
+    """
     builds = builds_of(case)
     assert builds
     for build in builds:
-        compiled = check_compiles(build, case.capability, waits=case.capability >= 90 and case.model in GPT_SHAPES)
+        compiled = check_compiles(
+            build, case.capability, waits=case.capability >= 90 and case.model in GPT_SHAPES
+        )
         if case.capability == 90 and case.dtype == torch.bfloat16:
             # The draw's rounds keep a few scalars in memory, next to no time; no tile is there.
-            assert resources(compiled).local_bytes <= (8 if build.name == "_draw_kernel" else 0), build
+            assert resources(compiled).local_bytes <= (8 if build.name == "_draw_kernel" else 0), (
+                build
+            )
 
 
 def test_no_head_size_is_dropped() -> None:
-    """Fails if a head size loses its kernels, and with them its cases below: torch's attention would take their place."""
+    """Fails if a head size loses its kernels, and with them its cases below: torch's attention
+    would take their place.
+    """
     assert HEAD_SIZES == (64, 80, 96, 100, 112, 128, 256)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_the_attention_of_every_head_size_compiles(case: AttentionCase) -> None:
-    """Fails if a head size is promised that an architecture refuses, or whose keys and values do not fit a program's registers."""
+    """Fails if a head size is promised that an architecture refuses, or whose keys and values do
+    not fit a program's registers.
+    """
     heads = 4
     builds = step_builds(heads * case.head_size, heads, case.capability, case.dtype, (FEW_ROWS,))
     builds = [build for build in builds if build.name in ATTENTION_KERNELS]
     hopper = case.capability == 90 and case.dtype.itemsize == 2
-    assert {build.name for build in builds} == {"_hopper_attention_kernel" if hopper else "_attention_kernel", "_combine_kernel"}
+    assert {build.name for build in builds} == {
+        "_hopper_attention_kernel" if hopper else "_attention_kernel",
+        "_combine_kernel",
+    }
     assert len(builds) == 2
     for build in builds:
         assert dict(build.constants)["HEAD_SIZE"] == case.head_size
         compiled = check_compiles(build, case.capability, waits=case.capability >= 90)
-        # A thread's share of a chunk's keys is 256 bytes: below, it is scalars that lie in memory. (Not so in float32 from head
-        # size 80 on, nor, for the chunks' results that are combined, at 256.)
+        # A thread's share of a chunk's keys is 256 bytes: below, it is scalars that lie in memory.
+        # (Not so in float32 from head size 80 on, nor, for the chunks' results that are combined,
+        # at 256.)
         if case.dtype.itemsize == 2 and build.name != "_combine_kernel":
             assert resources(compiled).local_bytes <= 64, build

@@ -19,7 +19,8 @@ from autoregressive.serve.web.schema import ImageRequest
 from autoregressive.serve.web.strict_route import StrictRoute, read_fields
 
 REQUESTS = 12
-MOST_GROWTH_BYTES = 150 * 2**20  # of which 24 MiB are the bodies, and most of the rest is reading one
+# of which 24 MiB are the bodies, and most of the rest is reading one
+MOST_GROWTH_BYTES = 150 * 2**20
 # 340,000 lists, which take 25 MB when they are read.
 LARGE = b'{"prompt":"cat","n":1,"user":[%b]}' % b",".join([b"[]"] * 340_000)
 

@@ -1,4 +1,6 @@
-"""The lock file: what `make` installs is what the project asks for, and every file of it is known by its hash."""
+"""The lock file: what `make` installs is what the project asks for, and every file of it is known
+by its hash.
+"""
 
 import re
 import tomllib
@@ -25,7 +27,9 @@ def test_lock_has_every_requirement() -> None:
 
 
 def test_lock_has_every_dependency_of_the_package() -> None:
-    """Fails if the installed package would ask for another version than `make` installs, or for one more package."""
+    """Fails if the installed package would ask for another version than `make` installs, or for one
+    more package.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = _pins("\n".join(project["dependencies"]))
     assert len(wanted) == len(project["dependencies"])

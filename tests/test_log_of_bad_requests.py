@@ -9,7 +9,8 @@ import pytest
 from fake_service import Service, running_service
 
 WEBSOCKET = (
-    b"GET /no-such-page HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET /no-such-page HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: "
+    b"websocket\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 BAD = {

@@ -1,4 +1,6 @@
-"""A record that a picture's file cannot hold is refused before the drawing; one that fits is written whole."""
+"""A record that a picture's file cannot hold is refused before the drawing; one that fits is
+written whole.
+"""
 
 import json
 from dataclasses import replace
@@ -16,7 +18,15 @@ from autoregressive.common.settings import Settings, resolve_settings
 from autoregressive.common.weights import FoundWeights
 
 LONGEST_NAME = "\u00fc" * 127  # of a file: 254 bytes, each letter six characters of JSON
-COMMAND = ["--gpt-model", "GPT-demo", "--random-weights", "--device", "cpu", "--seed", str(2**63 - 1)]
+COMMAND = [
+    "--gpt-model",
+    "GPT-demo",
+    "--random-weights",
+    "--device",
+    "cpu",
+    "--seed",
+    str(2**63 - 1),
+]
 
 
 def settings_of(images: int, path: Path) -> Settings:
@@ -65,16 +75,22 @@ def test_other_formats_hold_a_long_record(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG"])
-def test_a_record_that_does_not_fit_is_refused_before_the_drawing(tmp_path: Path, suffix: str) -> None:
+def test_a_record_that_does_not_fit_is_refused_before_the_drawing(
+    tmp_path: Path, suffix: str
+) -> None:
     """Fails if the pictures are drawn, and lost to a traceback."""
     labels = list(range(10_000))
-    with pytest.raises(UserError, match=r"^--output .*: .*10000 images.*use \.png or \.webp, or draw fewer$"):
+    with pytest.raises(
+        UserError, match=r"^--output .*: .*10000 images.*use \.png or \.webp, or draw fewer$"
+    ):
         check_record_fits("--output", tmp_path / f"x{suffix}", labels, ["dog"] * len(labels))
 
 
 def test_a_command_looks_at_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the settings are taken although the record of so many images does not fit."""
-    monkeypatch.setattr("autoregressive.common.settings.check_grid_fits", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        "autoregressive.common.settings.check_grid_fits", lambda *arguments, **options: None
+    )
     with pytest.raises(UserError, match="--output"):
         settings_of(10_000, tmp_path / "x.jpg")
     settings_of(10_000, tmp_path / "x.webp")
@@ -84,7 +100,9 @@ def test_a_record_that_passes_the_check_can_be_written(tmp_path: Path) -> None:
     """Fails if what a record holds besides its classes is more than the check allows for."""
     settings = settings_of(1, tmp_path / "x.jpg")
     path = tmp_path / "x.jpg"
-    fitting = max(images for images in range(0, 10_000, 50) if fits(path, images, settings.classes[0]))
+    fitting = max(
+        images for images in range(0, 10_000, 50) if fits(path, images, settings.classes[0])
+    )
     labels = [0] * fitting
     weights = tmp_path / LONGEST_NAME
     settings = replace(settings, labels=tuple(labels))

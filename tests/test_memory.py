@@ -1,4 +1,6 @@
-"""What steps take of a GPU beside weights and pages is known before the pages are made; on a GPU that is not there."""
+"""What steps take of a GPU beside weights and pages is known before the pages are made; on a GPU
+that is not there.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,13 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine import config as engine_config
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig, pool_pages
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, StepBytes, page_bytes, row_buckets
+from autoregressive.serve.engine.model_runner import (
+    ModelRunner,
+    RunnerConfig,
+    StepBytes,
+    page_bytes,
+    row_buckets,
+)
 
 GIB = 2**30
 
@@ -27,24 +35,39 @@ def gpt_on_a_gpu(dtype: torch.dtype, capability: int = 90) -> Iterator[Transform
     with launches_of(capability):
         torch.set_default_dtype(dtype)
         try:
-            gpt = Transformer(GPTConfig(dim=shape.dim, n_layer=2, n_head=shape.n_head, block_size=576)).eval()
+            gpt = Transformer(
+                GPTConfig(dim=shape.dim, n_layer=2, n_head=shape.n_head, block_size=576)
+            ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         yield gpt
 
 
 def held_bytes(runner: ModelRunner, row_counts: Iterable[int]) -> int:
-    """Scratch memory of the layers for these numbers of rows together; what they share counts once."""
+    """Scratch memory of the layers for these numbers of rows together; what they share
+    counts once.
+    """
     held = [value for rows in row_counts for value in vars(runner.layers_for(rows)).values()]
     tensors = [value for value in held if isinstance(value, torch.Tensor)]
-    return sum({storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}.values())
+    return sum(
+        {
+            storage._cdata: storage.nbytes()
+            for storage in (tensor.untyped_storage() for tensor in tensors)
+        }.values()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [2, 200])
-@pytest.mark.parametrize("config", [RunnerConfig(), RunnerConfig(deterministic=True), RunnerConfig(enforce_eager=True)])
-def test_what_steps_take_is_known_before(dtype: torch.dtype, rows: int, config: RunnerConfig) -> None:
-    """Fails if a tensor of a step is allocated that the forecast leaves out or counts otherwise, or is allocated twice."""
+@pytest.mark.parametrize(
+    "config", [RunnerConfig(), RunnerConfig(deterministic=True), RunnerConfig(enforce_eager=True)]
+)
+def test_what_steps_take_is_known_before(
+    dtype: torch.dtype, rows: int, config: RunnerConfig
+) -> None:
+    """Fails if a tensor of a step is allocated that the forecast leaves out or counts otherwise, or
+    is allocated twice.
+    """
     shape = BatchShape.of(rows, tokens=576, page_size=16)
     with gpt_on_a_gpu(dtype) as gpt:
         forecast = StepBytes.of(gpt, shape, config)
@@ -54,7 +77,9 @@ def test_what_steps_take_is_known_before(dtype: torch.dtype, rows: int, config: 
 
 
 def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if pages take the memory that steps of many rows need: several GiB in float32, deterministic."""
+    """Fails if pages take the memory that steps of many rows need: several GiB in float32,
+    deterministic.
+    """
     monkeypatch.setattr(engine_config, "memory_of", lambda device: (40 * GIB, 40 * GIB))
     config = EngineConfig(max_num_seqs=4096, deterministic=True)
     shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
@@ -62,30 +87,40 @@ def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
         steps_bytes = StepBytes.of(gpt, shape, config.runner).scratch
         pages_bytes = pool_pages(gpt, shape, config) * page_bytes(gpt, shape.page_size)
         assert steps_bytes > 3 * GIB
-        assert 34 * GIB - page_bytes(gpt, 16) < pages_bytes + steps_bytes <= 34 * GIB  # of 36, two are for graphs and libraries
+        # of 36, two are for graphs and libraries
+        assert 34 * GIB - page_bytes(gpt, 16) < pages_bytes + steps_bytes <= 34 * GIB
         with pytest.raises(ValueError, match="lower num_pages to"):
             pool_pages(gpt, shape, replace(config, num_pages=40 * GIB // page_bytes(gpt, 16)))
 
 
 def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if an engine starts with an empty pool, or the line does not say how much is missing and what to do."""
+    """Fails if an engine starts with an empty pool, or the line does not say how much is missing
+    and what to do.
+    """
     config = EngineConfig(max_num_seqs=64, gpu_memory_utilization=0.5)
     shape = BatchShape.of(64, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.bfloat16) as gpt:
         monkeypatch.setattr(engine_config, "memory_of", lambda device: (5 * GIB, 16 * GIB))
         expected = (
-            "no memory for the KV cache: cuda:0 has 5.0 GiB of 16.0 GiB free, gpu_memory_utilization is 0.5, 2.0 GiB are kept "
-            "for graphs and steps of 64 rows, a page of 16 tokens takes 0.2 MiB: raise gpu_memory_utilization, lower max_num_"
+            "no memory for the KV cache: cuda:0 has 5.0 GiB of 16.0 GiB free, "
+            "gpu_memory_utilization is 0.5, 2.0 GiB are kept "
+            "for graphs and steps of 64 rows, a page of 16 tokens takes 0.2 MiB: raise "
+            "gpu_memory_utilization, lower max_num_"
         )
         with pytest.raises(ValueError, match=re.escape(expected)):
             pool_pages(gpt, shape, config)
         monkeypatch.setattr(engine_config, "memory_of", lambda device: (2**20, 16 * GIB))
-        with pytest.raises(ValueError, match=r"^max_num_seqs 64: steps of so many rows take .* lower max_num_seqs or"):
+        with pytest.raises(
+            ValueError,
+            match=r"^max_num_seqs 64: steps of so many rows take .* lower max_num_seqs or",
+        ):
             pool_pages(gpt, shape, config)
 
 
 def test_torchs_attention_is_reckoned_with() -> None:
-    """Fails if a GPU without Triton, where attention gathers every row's keys and values, fills that memory with pages."""
+    """Fails if a GPU without Triton, where attention gathers every row's keys and values, fills
+    that memory with pages.
+    """
     shape = BatchShape.of(64, tokens=576, page_size=16)
     least = 64 * 576 * GPT_SHAPES["GPT-XL"].dim * 2 * 4  # keys and values in float32, of one layer
     with gpt_on_a_gpu(torch.float16, capability=75) as gpt:
@@ -93,12 +128,15 @@ def test_torchs_attention_is_reckoned_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "limited"), [("1073741824\n", True), ("max\n", False), ("9223372036854771712\n", False), (None, False)]
+    ("word", "limited"),
+    [("1073741824\n", True), ("max\n", False), ("9223372036854771712\n", False), (None, False)],
 )
 def test_a_containers_limit_bounds_the_pages_of_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str | None, limited: bool
 ) -> None:
-    """Fails if an engine in a container takes its share of the whole machine's memory, and is killed for it."""
+    """Fails if an engine in a container takes its share of the whole machine's memory, and is
+    killed for it.
+    """
     path = tmp_path / "memory.max"
     if word is not None:
         path.write_text(word)

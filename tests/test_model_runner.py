@@ -13,19 +13,30 @@ from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFacto
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.request import SamplingParams
 from kernels.dispatch import FusedProducts, Operations
-from kernels.hopper.products import HEADROOM, fused_linear_reference, fused_project_reference, fused_swiglu_reference
+from kernels.hopper.products import (
+    HEADROOM,
+    fused_linear_reference,
+    fused_project_reference,
+    fused_swiglu_reference,
+)
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
 
 def engine_codes(
-    name: str, device: torch.device, backend: str, make_runner: RunnerFactory = ModelRunner, **engine: object
+    name: str,
+    device: torch.device,
+    backend: str,
+    make_runner: RunnerFactory = ModelRunner,
+    **engine: object,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy codes of the engine for a reference file, and the file's own."""
     model, meta, expected = reference_model(name)
     model.to(device)
     config = EngineConfig(max_num_seqs=8, page_size=4, attention_backend=backend, **engine)  # type: ignore[arg-type]
-    params = SamplingParams(cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0)
+    params = SamplingParams(
+        cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0
+    )
     codes = Engine(model, None, config, make_runner).generate(meta["labels"], params, decode=False)
     return codes.numpy(), expected["tokens"]
 
@@ -45,7 +56,9 @@ def fused_references() -> FusedProducts:
         project=fused_project_reference,
         project_blocks=lambda outputs, inputs: 5,
         swiglu=fused_swiglu_reference,
-        head=lambda x, squares, weight, out, *, eps: fused_linear_reference(x, squares, weight, out[None], eps=eps),
+        head=lambda x, squares, weight, out, *, eps: fused_linear_reference(
+            x, squares, weight, out[None], eps=eps
+        ),
         headroom=HEADROOM,
     )
 
@@ -59,16 +72,23 @@ class FusedRunner(ModelRunner):
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_fused_layer_draws_llamagens_tokens(name: str) -> None:
-    """Guards what else only a GPU of compute capability 9.0 runs: who adds to the residual stream, whose gain, whose squares."""
+    """Guards what else only a GPU of compute capability 9.0 runs: who adds to the residual stream,
+    whose gain, whose squares.
+    """
     codes, expected = engine_codes(name, torch.device("cpu"), "torch", FusedRunner)
     assert np.array_equal(codes, expected)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 3e4])
 def test_headroom_keeps_fp16_products_whole(size: float) -> None:
-    """Fails if a large residual stream overflows before it is normed, or a small one is lost among fp16's subnormal numbers."""
+    """Fails if a large residual stream overflows before it is normed, or a small one is lost among
+    fp16's subnormal numbers.
+    """
     drawn = torch.Generator().manual_seed(0)
-    residual, weight = torch.randn(4, 512, generator=drawn) * size, torch.randn(64, 512, generator=drawn)
+    residual, weight = (
+        torch.randn(4, 512, generator=drawn) * size,
+        torch.randn(64, 512, generator=drawn),
+    )
     gain = torch.rand(512, generator=drawn) * 0.5 + 0.5
     squares = residual.square().sum(dim=1)[None]
     got, wanted = (torch.empty(1, 4, 64) for _ in range(2))
@@ -79,7 +99,9 @@ def test_headroom_keeps_fp16_products_whole(size: float) -> None:
 
 
 def test_float32_products_are_ieee_whatever_the_process_allows() -> None:
-    """Fails if --precision none computes in TF32 because someone allowed it, or if what was allowed is not again afterwards."""
+    """Fails if --precision none computes in TF32 because someone allowed it, or if what was allowed
+    is not again afterwards.
+    """
     seen = set()
 
     class Watched(ModelRunner):

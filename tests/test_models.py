@@ -57,22 +57,35 @@ def test_guidance_at_one_and_below_has_no_unconditional_rows() -> None:
     model, labels = tiny_model(), torch.tensor([3])
     recorded: list[torch.Tensor] = []
     for scale in (0.5, 1.0):
-        generate(model, labels, 1, cfg_scale=scale, on_logits=lambda _, logits: recorded.append(logits))
+        generate(
+            model, labels, 1, cfg_scale=scale, on_logits=lambda _, logits: recorded.append(logits)
+        )
         assert [cache.k_cache.shape[0] for cache in caches(model)] == [1, 1]
     assert torch.equal(recorded[0], recorded[1])
 
 
 @pytest.mark.parametrize(("interval", "guided_tokens"), [(-1, 16), (0, 2), (5, 7), (100, 16)])
-def test_the_guidance_interval_guides_two_tokens_more_than_its_number(interval: int, guided_tokens: int) -> None:
+def test_the_guidance_interval_guides_two_tokens_more_than_its_number(
+    interval: int, guided_tokens: int
+) -> None:
     """LlamaGen counts decode steps from 0 and always guides the first token."""
     model, labels = tiny_model(), torch.tensor([3, 4])
     guided: list[torch.Tensor] = []
     codes = generate(
-        model, labels, 16, cfg_scale=3.0, cfg_interval=interval, top_k=1, on_logits=lambda _, logits: guided.append(logits)
+        model,
+        labels,
+        16,
+        cfg_scale=3.0,
+        cfg_interval=interval,
+        top_k=1,
+        on_logits=lambda _, logits: guided.append(logits),
     )
     with torch.no_grad():
         conditional = model(idx=codes[:, :-1].long(), cond_idx=labels)
-    equal = [torch.allclose(logits, conditional[:, step], atol=1e-4) for step, logits in enumerate(guided)]
+    equal = [
+        torch.allclose(logits, conditional[:, step], atol=1e-4)
+        for step, logits in enumerate(guided)
+    ]
     assert equal == [step >= guided_tokens for step in range(16)]
 
 
@@ -117,7 +130,9 @@ def test_a_token_count_outside_the_model_is_refused(tokens: int) -> None:
 
 
 def test_the_class_token_is_not_turned_but_erased() -> None:
-    """Its rotary entry is all zeros, cosine included: LlamaGen's query and key of the class token are zero."""
+    """Its rotary entry is all zeros, cosine included: LlamaGen's query and key of the class token
+    are zero.
+    """
     table = rotary_table_2d(grid=4, head_size=64)
     assert table.shape == (17, 32, 2)
     assert table[0].abs().max() == 0
@@ -130,8 +145,10 @@ def test_rotary_turns_with_row_then_column_and_keeps_lengths() -> None:
     table = rotary_table_2d(grid=4, head_size=100)
     assert table.shape == (17, 50, 2)
     first_row, second_row = table[1:5], table[5:9]
-    assert torch.equal(first_row[0, :25], first_row[3, :25])  # the row's half does not change within a row
-    assert torch.equal(first_row[2, 25:], second_row[2, 25:])  # the column's half does not change within a column
+    # the row's half does not change within a row
+    assert torch.equal(first_row[0, :25], first_row[3, :25])
+    # the column's half does not change within a column
+    assert torch.equal(first_row[2, 25:], second_row[2, 25:])
     assert not torch.equal(first_row[0, 25:], first_row[3, 25:])
     x = torch.randn(2, 16, 3, 100)
     torch.testing.assert_close(apply_rotary(x, table[1:]).norm(dim=-1), x.norm(dim=-1))
@@ -146,11 +163,23 @@ def test_the_rotary_table_stays_float32_in_a_bf16_model() -> None:
 
 def test_class_dropout_works_in_training_only() -> None:
     """Guidance needs the "no class" row trained; sampling must never drop a label."""
-    model = Transformer(GPTConfig(dim=128, n_layer=1, n_head=2, vocab_size=8, block_size=4, num_classes=2, class_dropout_prob=0.5))
+    model = Transformer(
+        GPTConfig(
+            dim=128,
+            n_layer=1,
+            n_head=2,
+            vocab_size=8,
+            block_size=4,
+            num_classes=2,
+            class_dropout_prob=0.5,
+        )
+    )
     labels = torch.zeros(2000, dtype=torch.int64)
     no_class = model.cls_embedding.embedding_table.weight[2]
     torch.manual_seed(0)
-    dropped = (model.train().cls_embedding(labels)[:, 0] == no_class).all(dim=-1).float().mean().item()
+    dropped = (
+        (model.train().cls_embedding(labels)[:, 0] == no_class).all(dim=-1).float().mean().item()
+    )
     assert 0.45 < dropped < 0.55
     assert not (model.eval().cls_embedding(labels)[:, 0] == no_class).all(dim=-1).any()
 
@@ -192,9 +221,12 @@ def test_encode_and_decode_round_trip_shapes_and_codes(name: str) -> None:
         quantized = model.encode(pixels)
         assert quantized.codes.shape == (1, 4, 4)
         whole = model.decode(quantized.vectors)
-        from_codes = model.decode_code(quantized.codes.flatten(1), [1, model.config.codebook_embed_dim, 4, 4])
+        from_codes = model.decode_code(
+            quantized.codes.flatten(1), [1, model.config.codebook_embed_dim, 4, 4]
+        )
     assert whole.shape == pixels.shape
-    # The straight-through sum rounds the entries, by how much depends on the CPU; another order would differ by some 0.1.
+    # The straight-through sum rounds the entries, by how much depends on the CPU; another order
+    # would differ by some 0.1.
     torch.testing.assert_close(from_codes, whole, atol=2e-4, rtol=0)
 
 

@@ -32,8 +32,12 @@ def test_the_first_span_is_one_step() -> None:
     assert Pacer(CPU).span_limit(8) == 1
 
 
-def test_a_batch_that_has_just_grown_gets_shorter_spans(measured: Callable[[float, int], Pacer]) -> None:
-    """Fails if spans are planned by the smaller batch's steps: a request to cancel would wait longer than 0.25 s."""
+def test_a_batch_that_has_just_grown_gets_shorter_spans(
+    measured: Callable[[float, int], Pacer],
+) -> None:
+    """Fails if spans are planned by the smaller batch's steps: a request to cancel would wait
+    longer than 0.25 s.
+    """
     pacer = measured(1 / 32, 8)
     assert pacer.span_limit(8) == 8  # of 0.25 s
     assert pacer.span_limit(16) == 4
@@ -41,13 +45,19 @@ def test_a_batch_that_has_just_grown_gets_shorter_spans(measured: Callable[[floa
     assert pacer.span_limit(800) == 1
 
 
-def test_a_batch_that_has_shrunk_is_not_taken_for_a_faster_one(measured: Callable[[float, int], Pacer]) -> None:
+def test_a_batch_that_has_shrunk_is_not_taken_for_a_faster_one(
+    measured: Callable[[float, int], Pacer],
+) -> None:
     """Fails if time is taken to shrink with the rows: few rows read all weights just the same."""
     assert measured(1 / 32, 8).span_limit(2) == 8
 
 
-def test_a_span_is_never_longer_than_the_steps_that_a_cancel_may_wait_for(measured: Callable[[float, int], Pacer]) -> None:
-    """Fails if fast steps make a span that only its duration limits, or a clock that stands still ends in a division by zero."""
+def test_a_span_is_never_longer_than_the_steps_that_a_cancel_may_wait_for(
+    measured: Callable[[float, int], Pacer],
+) -> None:
+    """Fails if fast steps make a span that only its duration limits, or a clock that stands still
+    ends in a division by zero.
+    """
     assert measured(1e-4, 8).span_limit(8) == 16
     assert measured(0.0, 8).span_limit(8) == 16
     assert measured(3.0, 8).span_limit(8) == 1

@@ -59,10 +59,13 @@ def test_the_audit_sees_a_lost_page() -> None:
 
 
 def test_pages_fill_what_utilization_leaves() -> None:
-    """Fails if what others use, the reserve or the unused share is handed out, or memory that is left is not."""
+    """Fails if what others use, the reserve or the unused share is handed out, or memory that is
+    left is not.
+    """
     # 0.9 of 100 GiB, of which 30 are taken and 2 reserved: 58 for pages of half a GiB
     assert pages_that_fit(100 * GIB, 70 * GIB, 0.9, 2 * GIB, GIB // 2, most=1000) == 116
-    assert pages_that_fit(100 * GIB, 70 * GIB, 0.9, 2 * GIB, GIB // 2, most=50) == 50  # more would never be used
+    # more would never be used
+    assert pages_that_fit(100 * GIB, 70 * GIB, 0.9, 2 * GIB, GIB // 2, most=50) == 50
 
 
 def test_no_memory_for_a_page_is_no_page() -> None:

@@ -11,7 +11,9 @@ from autoregressive.serve.web.schema import ImageData, ImagesAnswer, Usage
 
 
 def test_the_answer_is_the_models_and_is_let_go_of_as_it_is_sent() -> None:
-    """Fails if a picture goes in at the wrong place, or one that is sent is still counted, or held."""
+    """Fails if a picture goes in at the wrong place, or one that is sent is still
+    counted, or held.
+    """
     pictures = [b64encode(bytes([index]) * 3000) for index in range(3)]
     fields: dict[str, Any] = {"created": 1, "size": "32x32", "output_format": "png", "seed": 7}
     fields |= {"usage": Usage.of(3, 64), "model": 'a "b64_json":"" \\ ü'}

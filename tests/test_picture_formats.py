@@ -1,4 +1,6 @@
-"""Pictures in every format that the commands write: the format follows the name, and the record is inside."""
+"""Pictures in every format that the commands write: the format follows the name, and the record is
+inside.
+"""
 
 import json
 from pathlib import Path
@@ -10,13 +12,28 @@ from PIL import Image
 
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import check_file
-from autoregressive.common.images import JSON_KEY, PICTURE_FORMATS, check_grid_fits, picture_grid, save_picture
+from autoregressive.common.images import (
+    JSON_KEY,
+    PICTURE_FORMATS,
+    check_grid_fits,
+    picture_grid,
+    save_picture,
+)
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i as fast
 
 ROOT = Path(__file__).resolve().parents[1]
 _DESCRIPTION = 0x010E
-TWO_IMAGES = ["--class-labels", "0", "fox", "--device", "cpu", "--random-weights", "--gpt-model", "GPT-demo"]
+TWO_IMAGES = [
+    "--class-labels",
+    "0",
+    "fox",
+    "--device",
+    "cpu",
+    "--random-weights",
+    "--gpt-model",
+    "GPT-demo",
+]
 
 
 def record_in(path: Path) -> dict[str, object]:
@@ -30,7 +47,9 @@ def record_in(path: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("images", [1, 2, 4, 5, 9])
 def test_the_grid_is_that_of_torchvision(images: int) -> None:
-    """Fails if a pixel of the grid differs from what torchvision's make_grid, which LlamaGen uses, gives."""
+    """Fails if a pixel of the grid differs from what torchvision's make_grid, which LlamaGen uses,
+    gives.
+    """
     utils = pytest.importorskip("torchvision.utils", exc_type=ImportError)
     pixels = torch.randn(images, 3, 7, 5, generator=torch.Generator().manual_seed(images))
     expected = utils.make_grid(pixels, nrow=4, normalize=True, value_range=(-1, 1))
@@ -39,10 +58,13 @@ def test_the_grid_is_that_of_torchvision(images: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "format_name"), [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")]
+    ("suffix", "format_name"),
+    [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")],
 )
 def test_the_suffix_decides_the_format(tmp_path: Path, suffix: str, format_name: str) -> None:
-    """Fails if a file is not what its name says, if its record is lost, or if its pixels are others."""
+    """Fails if a file is not what its name says, if its record is lost, or if its pixels are
+    others.
+    """
     record: dict[str, object] = {"model": "GPT-demo", "labels": [0, 1], "name": "Hündin 犬"}
     path = tmp_path / f"x{suffix}"
     save_picture(path, picture_grid(torch.full((1, 3, 32, 32), 0.5)), "for people", record)
@@ -57,7 +79,9 @@ def test_the_suffix_decides_the_format(tmp_path: Path, suffix: str, format_name:
 def test_a_command_writes_the_format_that_the_output_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: object
 ) -> None:
-    """Fails if --output x.webp gives another format, or single pictures another format than the grid."""
+    """Fails if --output x.webp gives another format, or single pictures another format than the
+    grid.
+    """
     monkeypatch.chdir(tmp_path)
     command.main([*TWO_IMAGES, "--output", "grid.webp", "--save-individual", "single"])  # type: ignore[attr-defined]
     single = sorted(path.name for path in (tmp_path / "single").iterdir())
@@ -71,7 +95,9 @@ def test_a_command_writes_the_format_that_the_output_names(
 
 @pytest.mark.parametrize("name", ["x.gif", "x", "x.png.tmp"])
 def test_another_suffix_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
-    """Fails if a format that is not written is found out only after the drawing, or not all formats are listed."""
+    """Fails if a format that is not written is found out only after the drawing, or not all formats
+    are listed.
+    """
     with pytest.raises(UserError, match=r"must end in \.png, \.jpg, \.jpeg or \.webp$"):
         check_file("--output", tmp_path / name, *PICTURE_FORMATS)
 
@@ -92,7 +118,9 @@ def test_a_grid_that_the_format_does_not_hold_is_refused_before_the_work(
 
 @pytest.mark.parametrize("suffix", PICTURE_FORMATS)
 def test_the_largest_grid_of_a_format_is_written(tmp_path: Path, suffix: str) -> None:
-    """Fails if a grid that passes the check ends in the encoder's error: as high as can be, with the longest record."""
+    """Fails if a grid that passes the check ends in the encoder's error: as high as can be, with
+    the longest record.
+    """
     images = 0
     for images in range(4, 2400, 4):  # the smallest images that a model makes give the most of them
         try:

@@ -23,7 +23,8 @@ def tokenizer(name: str) -> VQModel:
     """With reference weights; the demo's has its own."""
     model = VQ_models[name]()
     if name == "VQ-demo":
-        model.load_state_dict(load_file(pretrained_folder() / DEMO_VQ), strict=False)  # the log of used codes is not shipped
+        # the log of used codes is not shipped
+        model.load_state_dict(load_file(pretrained_folder() / DEMO_VQ), strict=False)
     else:
         reference_weights(model, 6)
     return model.eval().requires_grad_(False)
@@ -31,7 +32,9 @@ def tokenizer(name: str) -> VQModel:
 
 def random_codes(model: VQModel, images: int, grid: int, seed: int = 6) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.codebook_size, (images, grid * grid), generator=generator, dtype=torch.int32)
+    return torch.randint(
+        0, model.config.codebook_size, (images, grid * grid), generator=generator, dtype=torch.int32
+    )
 
 
 def plain(model: VQModel, codes: Tensor, grid: int) -> Tensor:
@@ -62,7 +65,9 @@ def test_a_batch_larger_than_the_largest_is_split_and_keeps_its_order() -> None:
 
 
 def test_wild_codes_are_clamped() -> None:
-    """Fails if the id that a damaged step wrote reads beyond the codebook, which on a GPU loses the process."""
+    """Fails if the id that a damaged step wrote reads beyond the codebook, which on a GPU loses the
+    process.
+    """
     model = tokenizer("VQ-demo")
     wild, clamped = torch.tensor([[-5, 3, 1 << 30, 7]]), torch.tensor([[0, 3, 1023, 7]])
     decoder = PixelDecoder(model, 2, CPU)
@@ -73,15 +78,22 @@ def test_wild_codes_are_clamped() -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(128, 16), (256, 8), (384, 4), (512, 2), (2048, 1)])
 def test_large_images_are_decoded_in_small_batches(size: int, expected: int) -> None:
-    """Fails if decoding's memory grows with the size of the images, or a size is left without any batch."""
+    """Fails if decoding's memory grows with the size of the images, or a size is left without any
+    batch.
+    """
     assert batch_sizes(size)[-1] == expected
     assert batch_sizes(size)[0] == 1
 
 
-# What the bf16 path reaches in its torch form, less a margin for other CPUs; the promise is 45. All in bf16, VQ-16 has 45.5.
-@pytest.mark.parametrize(("name", "grid", "expected"), [("VQ-demo", 16, 57.0), ("VQ-16", 4, 46.0), ("VQ-8", 4, 46.0)])
+# What the bf16 path reaches in its torch form, less a margin for other CPUs; the promise is 45. All
+# in bf16, VQ-16 has 45.5.
+@pytest.mark.parametrize(
+    ("name", "grid", "expected"), [("VQ-demo", 16, 57.0), ("VQ-16", 4, 46.0), ("VQ-8", 4, 46.0)]
+)
 def test_the_fast_path_keeps_the_pixels(name: str, grid: int, expected: float) -> None:
-    """Fails if the fast path computes something else, or loses more precision than bf16 products must."""
+    """Fails if the fast path computes something else, or loses more precision than bf16 products
+    must.
+    """
     model = tokenizer(name)
     codes = random_codes(model, 1, grid)
     pixels = VQForward(model, grid)(codes)

@@ -23,7 +23,9 @@ def test_images_that_are_to_come_count_until_they_are_here() -> None:
 
 
 def test_what_is_promised_bounds_what_is_accepted() -> None:
-    """Fails if a burst between two looks is not counted, or an image of exactly the budget is refused."""
+    """Fails if a burst between two looks is not counted, or an image of exactly the budget is
+    refused.
+    """
     connections = Connections(most=10, most_bytes=1000)
     assert connections.has_room_for(1000, "a")
     connections.promise(600, "a")
@@ -34,7 +36,9 @@ def test_what_is_promised_bounds_what_is_accepted() -> None:
 
 
 def test_a_hog_leaves_room_for_others() -> None:
-    """Fails if one client that asks for images without end keeps another one out, or two do a third."""
+    """Fails if one client that asks for images without end keeps another one out, or two do a
+    third.
+    """
     for clients, newcomer in ((["a"], "b"), (["a", "b"], "c")):
         connections = Connections(most=10, most_bytes=1000)
         for client in clients * 200:
@@ -45,11 +49,15 @@ def test_a_hog_leaves_room_for_others() -> None:
 
 
 def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_path: Path) -> None:
-    """Fails if an engine that is faster than the encoders can fill memory with what was accepted."""
+    """Fails if an engine that is faster than the encoders can fill memory with what was
+    accepted.
+    """
     flags = ("--max-buffered-mib", "16", "--step-timeout", "600")
     of_a_request = 10 * 3 * LARGE_SIZE**2
     fitting = 0
-    while fitting == 0 or (fitting + 1) * of_a_request <= 4 * (16 * 2**20 - (fitting + 1) * of_a_request):
+    while fitting == 0 or (fitting + 1) * of_a_request <= 4 * (
+        16 * 2**20 - (fitting + 1) * of_a_request
+    ):
         fitting += 1
     assert 2 <= fitting <= 4
     with running_service(tmp_path, *flags, environment={LARGE: "1"}) as service:
@@ -58,12 +66,20 @@ def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_
 
         def draw() -> None:
             body = {"prompt": CLASS_NAMES[0], "n": 10}
-            answers.append(httpx2.post(f"{service.url}/v1/images/generations", json=body, timeout=60).status_code)
+            answers.append(
+                httpx2.post(
+                    f"{service.url}/v1/images/generations", json=body, timeout=60
+                ).status_code
+            )
 
         callers = [threading.Thread(target=draw, daemon=True) for _ in range(fitting)]
         for number, caller in enumerate(callers, 1):
             caller.start()
-            service.wait_for(lambda there=number: service.holds(0, there) or service.holds(1, there - 1), 10)  # type: ignore[misc]
+
+            def all_in(there: int = number) -> bool:
+                return service.holds(0, there) or service.holds(1, there - 1)
+
+            service.wait_for(all_in, 10)
         refused = service.draw(n=10)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "overloaded"
@@ -73,5 +89,3 @@ def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_
             caller.join(60)
         assert answers == [200] * fitting
         service.wait_for(lambda: service.draw(n=10).status_code == 200, 10)
-
-

@@ -1,4 +1,6 @@
-"""The promise to LlamaGen's users, end to end: files of the published form in, LlamaGen's tokens out."""
+"""The promise to LlamaGen's users, end to end: files of the published form in, LlamaGen's tokens
+out.
+"""
 
 import argparse
 from functools import partial
@@ -18,12 +20,18 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if finding, unwrapping or loading weights, the defaults, or the loop with its logits differ from LlamaGen's."""
+    """Fails if finding, unwrapping or loading weights, the defaults, or the loop with its logits
+    differ from LlamaGen's.
+    """
     meta, expected = load_reference("gpt_b_256")
     gpt, vq = GPT_models["GPT-B"](block_size=meta["block_size"]), VQ_models["VQ-16"]()
     reference_weights(gpt, meta["seed"])
     reference_weights(vq, 6)
-    training = {"optimizer": {"state": {}}, "steps": 300_000, "args": argparse.Namespace(epochs=300)}
+    training = {
+        "optimizer": {"state": {}},
+        "steps": 300_000,
+        "args": argparse.Namespace(epochs=300),
+    }
     torch.save({"model": gpt.state_dict(), **training}, tmp_path / "c2i_B_256.pt")
     torch.save({"model": vq.state_dict()}, tmp_path / "vq_ds16_c2i.pt")
     deterministic = torch.backends.cudnn.deterministic
@@ -35,8 +43,10 @@ def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_fo
     monkeypatch.setattr(sample_c2i, "generate", partial(sample_c2i.generate, on_logits=record))
     sample_c2i.main(
         [
-            "--pretrained-dir", str(tmp_path), "--device", "cpu", "--top-k", "1", "--output", str(tmp_path / "x.png"),
-            "--class-labels", *map(str, meta["labels"]), "--save-codes", str(tmp_path / "codes.npy"),
+            "--pretrained-dir", str(tmp_path), "--device", "cpu", "--top-k", "1", "--output",
+            str(tmp_path / "x.png"),
+            "--class-labels", *map(str, meta["labels"]), "--save-codes",
+            str(tmp_path / "codes.npy"),
         ]
     )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""The README and the engine's page are true: their Python examples run, their flags and files exist."""
+"""The README and the engine's page are true: their Python examples run, their flags and files
+exist.
+"""
 
 import argparse
 import json
@@ -23,33 +25,65 @@ def test_the_python_example_draws_a_picture(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     code = code.replace('"dog_and_fox.png"', repr(str(tmp_path / "x.png")))
     one_thread = "import torch\ntorch.set_num_threads(1)\n"
-    done = subprocess.run([sys.executable, "-c", one_thread + code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", one_thread + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "x.png") as image:
         assert image.size == (262, 132)
 
 
 def test_make_demo_draws_the_readmes_picture_with_the_engine(tmp_path: Path) -> None:
-    """Fails if the demo's command ends in an error, is not the engine's, or draws anything but what the README shows."""
-    (line,) = re.findall(r"^\t\$\(VENV\)/bin/python (.* --output demo.png)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    command = [sys.executable, *shlex.split(line), "--output", str(tmp_path / "x.png"), "--device", "cpu"]
+    """Fails if the demo's command ends in an error, is not the engine's, or draws anything but what
+    the README shows.
+    """
+    (line,) = re.findall(
+        r"^\t\$\(VENV\)/bin/python (.* --output demo.png)$",
+        (ROOT / "Makefile").read_text(),
+        flags=re.MULTILINE,
+    )
+    command = [
+        sys.executable,
+        *shlex.split(line),
+        "--output",
+        str(tmp_path / "x.png"),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "x.png") as drawn, Image.open(ROOT / "docs" / "images" / "demo.png") as shown:
+    with (
+        Image.open(tmp_path / "x.png") as drawn,
+        Image.open(ROOT / "docs" / "images" / "demo.png") as shown,
+    ):
         assert drawn.size == shown.size
         made, promised = (json.loads(image.text[JSON_KEY]) for image in (drawn, shown))  # type: ignore[attr-defined]
-    assert made.pop("torch").split("+")[0] == promised.pop("torch").split("+")[0]  # cpu and cuda builds of one version
+    # cpu and cuda builds of one version
+    assert made.pop("torch").split("+")[0] == promised.pop("torch").split("+")[0]
     assert made == promised
     assert made["loop"] == "paged"
 
 
 def test_the_engines_example_runs() -> None:
-    """Fails if the engine's own example names something that is gone, or does not come to an end."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "engine.md").read_text(), flags=re.DOTALL)
-    small = code.replace("block_size=256", "block_size=16")  # the weights fit any number of tokens: 16 are quick to draw
+    """Fails if the engine's own example names something that is gone, or does not come to
+    an end.
+    """
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "engine.md").read_text(), flags=re.DOTALL
+    )
+    # the weights fit any number of tokens: 16 are quick to draw
+    small = code.replace("block_size=256", "block_size=16")
     assert small != code
     done = subprocess.run(
-        [sys.executable, "-c", f"import torch\ntorch.set_num_threads(1)\n{small}\nprint(pixels.shape)"],
+        [
+            sys.executable,
+            "-c",
+            f"import torch\ntorch.set_num_threads(1)\n{small}\nprint(pixels.shape)",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -58,14 +92,20 @@ def test_the_engines_example_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert any(line.startswith("2 finished") for line in lines)  # requests 0 and 1 were of `generate`
+    # requests 0 and 1 were of `generate`
+    assert any(line.startswith("2 finished") for line in lines)
     assert any(line.startswith(("3 finished", "3 cancelled")) for line in lines)
     assert lines[-1] == "torch.Size([2, 3, 32, 32])"
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """All long flags but --help."""
-    return {text for action in parser._actions for text in action.option_strings if text.startswith("--")} - {"--help"}
+    return {
+        text
+        for action in parser._actions
+        for text in action.option_strings
+        if text.startswith("--")
+    } - {"--help"}
 
 
 def flags_in(table: str) -> set[str]:
@@ -76,15 +116,26 @@ def flags_in(table: str) -> set[str]:
 
 def test_every_flag_is_in_its_table_and_every_row_is_a_flag() -> None:
     """A flag that was added, renamed or removed must not leave the README behind."""
-    both, engines = README.split("### Of both commands")[1].split("## From Python")[0].split("### Of the engine's command")
+    both, engines = (
+        README.split("### Of both commands")[1]
+        .split("## From Python")[0]
+        .split("### Of the engine's command")
+    )
     naive = flags_of(build_parser("purpose", "command.py"))
     assert flags_in(both) == naive
-    assert flags_in(engines) == flags_of(build_engine_parser()) - naive | {"--precision", "--compile"}
+    assert flags_in(engines) == flags_of(build_engine_parser()) - naive | {
+        "--precision",
+        "--compile",
+    }
 
 
 def test_every_file_that_the_docs_name_exists() -> None:
     """A link or command that leads nowhere."""
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "pretrained_models" / "README.md"]:
+    for document in [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "pretrained_models" / "README.md",
+    ]:
         text = document.read_text()
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):

@@ -17,8 +17,12 @@ SHAPES = json.loads((REFERENCE / "state_dict_shapes.json").read_text())
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
 
-def run_greedily(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict[str, np.ndarray]]:
-    """Greedy codes [images, tokens] and guided logits [images, recorded steps, vocab] of our loop, and the reference's arrays."""
+def run_greedily(
+    name: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, np.ndarray]]:
+    """Greedy codes [images, tokens] and guided logits [images, recorded steps, vocab] of our loop,
+    and the reference's arrays.
+    """
     meta, expected = load_reference(name)
     if "config" in meta:
         model = Transformer(GPTConfig(**meta["config"]))
@@ -48,7 +52,11 @@ def run_greedily(name: str, device: torch.device) -> tuple[torch.Tensor, torch.T
 
 def assert_equal_to_reference(name: str, device: torch.device) -> None:
     codes, logits, expected = run_greedily(name, device)
-    wanted = expected["guided_logits"] if "guided_logits" in expected else expected["guided_logits_at_positions"]
+    wanted = (
+        expected["guided_logits"]
+        if "guided_logits" in expected
+        else expected["guided_logits_at_positions"]
+    )
     assert codes.dtype == torch.int32
     assert np.array_equal(codes.numpy(), expected["tokens"])
     assert np.abs(logits.numpy() - wanted).max() < 1e-3
@@ -56,7 +64,8 @@ def assert_equal_to_reference(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_greedy_tokens_and_logits_are_llamagens(name: str) -> None:
-    """Guards rotary table, norms, cache positions, guidance and its interval, head size 100, and no guidance.
+    """Guards rotary table, norms, cache positions, guidance and its interval, head size 100, and no
+    guidance.
 
     GPT-B's are compared in tests/test_published_checkpoints.py.
     """
@@ -68,12 +77,16 @@ def test_the_comparison_notices_a_wrong_model() -> None:
     meta, expected = load_reference("gpt_tiny_head64")
     model = Transformer(GPTConfig(**meta["config"]))
     reference_weights(model, meta["seed"] + 1)
-    codes = generate(model.eval(), torch.tensor(meta["labels"]), 16, cfg_scale=meta["cfg_scale"], top_k=1)
+    codes = generate(
+        model.eval(), torch.tensor(meta["labels"]), 16, cfg_scale=meta["cfg_scale"], top_k=1
+    )
     assert not np.array_equal(codes.numpy(), expected["tokens"])
 
 
 def test_attention_may_take_the_paths_that_llamagen_leaves_it() -> None:
-    """One path fewer made the compiled baseline twice as slow on a GPU, and the engine look twice as good."""
+    """One path fewer made the compiled baseline twice as slow on a GPU, and the engine look twice
+    as good.
+    """
 
     def enabled() -> list[bool]:
         switches = torch.backends.cuda
@@ -86,7 +99,9 @@ def test_attention_may_take_the_paths_that_llamagen_leaves_it() -> None:
 
     with (
         pytest.warns(FutureWarning, match="deprecated"),
-        torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True),
+        torch.backends.cuda.sdp_kernel(
+            enable_flash=False, enable_mem_efficient=False, enable_math=True
+        ),
     ):
         llamagens = enabled()
     with sdpa_kernel(ATTENTION_BACKENDS):
@@ -99,13 +114,17 @@ def test_vq16_pixels_are_llamagens() -> None:
     model = VQ_models[meta["model"]](codebook_size=16384, codebook_embed_dim=8)
     reference_weights(model, meta["seed"])
     with torch.no_grad():
-        pixels = model.eval().decode_code(torch.from_numpy(expected["codes"]), [2, 8, meta["grid"], meta["grid"]])
+        pixels = model.eval().decode_code(
+            torch.from_numpy(expected["codes"]), [2, 8, meta["grid"], meta["grid"]]
+        )
     assert np.abs(pixels.numpy() - expected["pixels"].astype(np.float32)).max() < 1e-2
 
 
 @pytest.mark.parametrize("case", range(6))
 def test_filtered_probabilities_are_llamagens(case: int) -> None:
-    """Guards temperature, top-k with ties kept, top-p keeping the first token over the threshold, and their order."""
+    """Guards temperature, top-k with ties kept, top-p keeping the first token over the threshold,
+    and their order.
+    """
     _, expected = load_reference("sampling_filter")
     top_k, top_p, temperature = expected[f"case{case}_params"]
     logits = torch.from_numpy(expected["logits"]) / float(temperature)

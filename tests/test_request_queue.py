@@ -1,4 +1,6 @@
-"""In which order requests start: first come, first served, or an equal share for each client that waits."""
+"""In which order requests start: first come, first served, or an equal share for each client that
+waits.
+"""
 
 import random
 import time
@@ -10,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.serve.engine.request import Request, SamplingParams
-from autoregressive.serve.engine.request_queue import FairRequestQueue, FCFSRequestQueue, RequestQueue, create_request_queue
+from autoregressive.serve.engine.request_queue import (
+    FairRequestQueue,
+    FCFSRequestQueue,
+    RequestQueue,
+    create_request_queue,
+)
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
 TOKENS = 16
@@ -18,7 +25,10 @@ QUANTUM = 2 * TOKENS
 GUIDED, PLAIN = SamplingParams(), SamplingParams(cfg_scale=1.0)
 CLIENTS = ("a", "b", "c", "d")
 sampling = st.builds(
-    SamplingParams, cfg_scale=st.sampled_from([1.0, 4.0]), cfg_interval=st.integers(-1, TOKENS), n=st.just(1)
+    SamplingParams,
+    cfg_scale=st.sampled_from([1.0, 4.0]),
+    cfg_interval=st.integers(-1, TOKENS),
+    n=st.just(1),
 )
 
 
@@ -56,7 +66,9 @@ def test_clients_take_turns_however_much_they_ask_for() -> None:
 
 
 def test_what_is_shared_is_rows_and_steps() -> None:
-    """Fails if an image of one row counts as much as a guided one, which takes the device twice as long."""
+    """Fails if an image of one row counts as much as a guided one, which takes the device twice as
+    long.
+    """
     queue = FairRequestQueue(TOKENS)
     for number in range(12):
         queue.add_request(request(number, "a", GUIDED))
@@ -65,7 +77,9 @@ def test_what_is_shared_is_rows_and_steps() -> None:
 
 
 def test_who_comes_back_has_saved_nothing() -> None:
-    """Fails if a client that was away is served ahead of those that waited, to make up for what it did not use."""
+    """Fails if a client that was away is served ahead of those that waited, to make up for what it
+    did not use.
+    """
     queue = FairRequestQueue(TOKENS)
     filled(queue, "aaaaaaaa")
     for _ in range(4):
@@ -75,7 +89,9 @@ def test_who_comes_back_has_saved_nothing() -> None:
 
 
 def test_a_request_of_many_images_saves_up_for_its_start() -> None:
-    """Fails if a request that costs more than a turn never starts, or starts at the price of one turn."""
+    """Fails if a request that costs more than a turn never starts, or starts at the price of one
+    turn.
+    """
     queue = FairRequestQueue(TOKENS)
     queue.add_request(request(0, "a", SamplingParams(n=3)))
     for number in range(1, 8):
@@ -84,7 +100,9 @@ def test_a_request_of_many_images_saves_up_for_its_start() -> None:
 
 
 def test_an_endless_stream_of_new_clients_starves_nobody() -> None:
-    """Fails if a client can be passed by others that come after it again and again, each under a new name."""
+    """Fails if a client can be passed by others that come after it again and again, each under a
+    new name.
+    """
     queue = FairRequestQueue(TOKENS)
     filled(queue, "aaa")
     queue.pop_request()
@@ -94,7 +112,9 @@ def test_an_endless_stream_of_new_clients_starves_nobody() -> None:
             queue.add_request(request(number, f"new {number} {twin}"))
         started.append(queue.pop_request().client)
     assert started.count("a") == 2
-    assert queue._flows.keys() == {one.client for flow in queue._flows.values() for one in flow.requests}
+    assert queue._flows.keys() == {
+        one.client for flow in queue._flows.values() for one in flow.requests
+    }
 
 
 actions = st.lists(
@@ -110,15 +130,19 @@ actions = st.lists(
 @settings(max_examples=300)
 @given(actions=actions)
 def test_whatever_comes_and_goes_the_shares_are_equal(actions: list[tuple[object, ...]]) -> None:
-    """Over any interval in which two clients wait, what they start differs by one quantum and two requests at most.
+    """Over any interval in which two clients wait, what they start differs by one quantum and two
+    requests at most.
 
-    Fails also if a client's requests do not start in the order in which they came, one is lost or starts twice, the length is
-    wrong, the head changes while it waits, or a client is remembered that does not wait.
+    Fails also if a client's requests do not start in the order in which they came, one is lost or
+    starts twice, the length is wrong, the head changes while it waits, or a client is remembered
+    that does not wait.
     """
     queue = FairRequestQueue(TOKENS)
     waiting: dict[str, list[Request]] = defaultdict(list)
     started: list[Request] = []
-    backlogged: list[set[str]] = []  # clients that wait before each start, from the first to the last of an interval
+    backlogged: list[
+        set[str]
+    ] = []  # clients that wait before each start, from the first to the last of an interval
     head: Request | None = None
     for number, action in enumerate(actions):
         match action:
@@ -168,7 +192,8 @@ def test_whatever_comes_and_goes_the_shares_are_equal(actions: list[tuple[object
 def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bool) -> None:
     """Fails if the scheduler leaves rows idle with one order that it fills with the other.
 
-    Images that cost the same take exactly as many steps in either order; others are packed differently, not worse.
+    Images that cost the same take exactly as many steps in either order; others are packed
+    differently, not worse.
     """
     generator = random.Random(seed)
     kinds = [GUIDED, SamplingParams(cfg_interval=6)] if mixed else [GUIDED]
@@ -181,7 +206,9 @@ def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bo
         steps = 0
         while scheduler.waiting or scheduler.running:
             scheduler.admit()
-            assert scheduler.num_rows >= 7 or scheduler.forecast.max() > 24 or not scheduler.waiting, "rows idle"
+            assert (
+                scheduler.num_rows >= 7 or scheduler.forecast.max() > 24 or not scheduler.waiting
+            ), "rows idle"
             span = scheduler.plan_span(8)
             scheduler.allocate(span)
             for ended in scheduler.advance(span):
@@ -195,7 +222,9 @@ def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bo
 
 
 def test_the_next_request_is_found_quickly() -> None:
-    """Fails if hundreds of clients that wait make a start take more than 0.1 ms (a few microseconds are usual)."""
+    """Fails if hundreds of clients that wait make a start take more than 0.1 ms (a few microseconds
+    are usual).
+    """
     queue = FairRequestQueue(256)
     for number in range(2560):
         queue.add_request(request(number, str(number % 512), PLAIN if number % 3 else GUIDED))

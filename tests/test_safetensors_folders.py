@@ -1,4 +1,6 @@
-"""Folders of .safetensors files: Hugging Face's with an index, and what torch.distributed.checkpoint writes in that format."""
+"""Folders of .safetensors files: Hugging Face's with an index, and what
+torch.distributed.checkpoint writes in that format.
+"""
 
 import json
 import os
@@ -36,7 +38,9 @@ def in_two_files() -> dict[str, int]:
 
 
 def write_with_two_ranks(rank: int, port: int, folder: str) -> None:
-    """One of two processes, which hold each weight's rows between them: 10 classes and 11 embeddings, uneven."""
+    """One of two processes, which hold each weight's rows between them: 10 classes and 11
+    embeddings, uneven.
+    """
     from torch.distributed.tensor import Shard, distribute_tensor
 
     address = f"tcp://127.0.0.1:{port}"
@@ -82,7 +86,9 @@ KINDS = ["shards", "shards_of_two_files", "consolidated", "nested", "rank_0"]
 def test_what_torch_writes_in_this_format_loads(
     written: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    """Fails if a kind of folder that torch's HuggingFaceStorageWriter leaves is not recognised, or a weight differs."""
+    """Fails if a kind of folder that torch's HuggingFaceStorageWriter leaves is not recognised, or
+    a weight differs.
+    """
     files = {file.name for file in (written / kind).glob("*.safetensors")}
     assert (written / kind / INDEX).exists() == (kind in ("consolidated", "rank_0"))
     assert any(name.startswith("shard-00002-model-") for name in files) == (
@@ -161,7 +167,9 @@ def test_parts_with_an_index_load(tmp_path: Path) -> None:
 
 
 def test_parts_may_be_links_as_the_hub_stores_them(tmp_path: Path) -> None:
-    """Fails if a snapshot in the hub's cache, whose files are links out of the folder, is refused."""
+    """Fails if a snapshot in the hub's cache, whose files are links out of the folder, is
+    refused.
+    """
     folder, blobs = hugging_face(tmp_path / "folder"), tmp_path / "blobs"
     blobs.mkdir()
     for number, part in enumerate(folder.glob("*.safetensors")):
@@ -308,7 +316,11 @@ def whole_tensors_in_shards(folder: Path, weights: dict[str, Tensor], count: int
     """Shards as torch writes them where each process keeps some of the weights that all have."""
     folder.mkdir()
     for number in range(count):
-        held = {name: tensor for place, (name, tensor) in enumerate(weights.items()) if place % count == number}
+        held = {
+            name: tensor
+            for place, (name, tensor) in enumerate(weights.items())
+            if place % count == number
+        }
         places = {name: {"saved_offsets": [0] * tensor.ndim} for name, tensor in held.items()}
         extra = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(places)}
         save_file(held, folder / f"shard-0000{number + 1}-model-00001-of-00001.safetensors", extra)
@@ -317,19 +329,25 @@ def whole_tensors_in_shards(folder: Path, weights: dict[str, Tensor], count: int
 
 @pytest.mark.parametrize("model", ["gpt", "vq"])
 def test_conversion_notices_that_a_known_model_lacks_weights(tmp_path: Path, model: str) -> None:
-    """Fails if a shard is missing and the rest is converted as if it were all: no shard tells how many there are."""
+    """Fails if a shard is missing and the rest is converted as if it were all: no shard tells how
+    many there are.
+    """
     weights = load_file(ROOT / f"pretrained_models/demo_{model}.safetensors")
     folder = whole_tensors_in_shards(tmp_path / "folder", weights, 3)
     check_complete(open_checkpoint(folder))
     for shard in sorted(folder.iterdir()):
         moved = shard.rename(tmp_path / "moved")
-        with pytest.raises(CheckpointError, match=rf"is no complete {model.upper()}-demo \(\d+ of \d+ weights"):
+        with pytest.raises(
+            CheckpointError, match=rf"is no complete {model.upper()}-demo \(\d+ of \d+ weights"
+        ):
             check_complete(open_checkpoint(folder))
         moved.rename(shard)
 
 
 def test_conversion_notices_that_rows_of_a_known_model_are_missing(tmp_path: Path) -> None:
-    """Fails if the last rows of all weights, which only the missing last shard had, are left out."""
+    """Fails if the last rows of all weights, which only the missing last shard had, are
+    left out.
+    """
     weights = load_file(ROOT / "pretrained_models/demo_gpt.safetensors")
     first_half = {name: tensor[: len(tensor) // 2].clone() for name, tensor in weights.items()}
     folder = whole_tensors_in_shards(tmp_path / "folder", first_half, 1)
@@ -343,7 +361,10 @@ def test_conversion_takes_models_of_other_sizes_and_unknown_ones(tmp_path: Path)
     check_complete(open_checkpoint(tmp_path / "unknown"))
     with torch.device("meta"):
         shapes = GPT_models["GPT-demo"](vocab_size=9, num_classes=3).state_dict()
-    save_file({name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}, tmp_path / "other_sizes")
+    save_file(
+        {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()},
+        tmp_path / "other_sizes",
+    )
     check_complete(open_checkpoint(tmp_path / "other_sizes"))
 
 
@@ -407,7 +428,9 @@ def test_shards_of_several_kinds_are_refused(shards: Path) -> None:
 def test_weights_are_found_below_the_folders_that_training_uses(
     tmp_path: Path, folder: str, kind: str
 ) -> None:
-    """Fails if {"app": AppState(...)}, as torch's examples save it, or another usual nesting is not read."""
+    """Fails if {"app": AppState(...)}, as torch's examples save it, or another usual nesting is not
+    read.
+    """
     weights = drawn_weights(tiny_gpt())
     below = {f"{folder}{name}": tensor for name, tensor in weights.items()}
     state = folder.replace("model.", "").replace("module.", "")

@@ -1,4 +1,6 @@
-"""What stands in one place only, read from the source: helpers, tables of names, names of classes."""
+"""What stands in one place only, read from the source: helpers, tables of names, names of
+classes.
+"""
 
 import ast
 from collections import defaultdict
@@ -18,13 +20,17 @@ _LIKENESS = 2  # statements of a function, below which two alike are no copy
 
 
 def said(source: str) -> Iterator[tuple[str, str]]:
-    """What a module defines at its top level that another could repeat: its name, and what it says."""
+    """What a module defines at its top level that another could repeat: its name, and
+    what it says.
+    """
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if len(body) >= _LIKENESS:
                 yield node.name, "\n".join(map(ast.dump, body))
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.List | ast.Dict):
+        elif isinstance(node, ast.Assign) and isinstance(
+            node.value, ast.Tuple | ast.List | ast.Dict
+        ):
             yield ast.unparse(node.targets[0]), ast.dump(node.value)
 
 
@@ -70,20 +76,28 @@ def test_a_copy_is_found() -> None:
     table = "{} = ('a', 'b')\n"
     first, second = function.format("now", "'''Seconds.'''\n    "), function.format("_now", "")
     assert said_twice({"x.py": first, "y.py": second}) == [["x.py: now", "y.py: _now"]]
-    assert said_twice({"x.py": table.format("NAMES"), "y.py": table.format("ALSO")}) == [["x.py: NAMES", "y.py: ALSO"]]
+    assert said_twice({"x.py": table.format("NAMES"), "y.py": table.format("ALSO")}) == [
+        ["x.py: NAMES", "y.py: ALSO"]
+    ]
     assert not said_twice({"x.py": "NAMES = ('a', 'b')\n", "y.py": "NAMES = ('a', 'c')\n"})
 
 
 def test_no_two_classes_of_the_product_share_a_name(sources: dict[str, str]) -> None:
-    """Fails if two modules that scripts and tests import together mean different things by one name."""
+    """Fails if two modules that scripts and tests import together mean different things by one
+    name.
+    """
     product = {file: source for file, source in sources.items() if not file.startswith("scripts/")}
     shared = {name: files for name, files in public_classes(product).items() if len(files) > 1}
     assert not shared
     assert "EngineConfig" in public_classes(product)
 
 
-def test_the_benchmark_counts_pages_as_the_engine_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the benchmark's report of memory goes by another size of page than the one that is allocated."""
+def test_the_benchmark_counts_pages_as_the_engine_makes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if the benchmark's report of memory goes by another size of page than the one that is
+    allocated.
+    """
     gpt = tiny_gpt(64)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=7))
     assert isinstance(engine.runner, ModelRunner)

@@ -1,4 +1,6 @@
-"""The commands, the engine and the service take the same sampling parameters, and they mean the same."""
+"""The commands, the engine and the service take the same sampling parameters, and they mean the
+same.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,28 +29,41 @@ def shipped() -> tuple[ModelSettings, LoadedModels]:
     return model, load_models(model, find_weights(model))
 
 
-def test_the_default_sampling_parameters_suit_the_shipped_model(shipped: tuple[ModelSettings, LoadedModels]) -> None:
-    """Fails if `SamplingParams()` is refused, or if a top-k beyond the codebook is anything but all tokens."""
+def test_the_default_sampling_parameters_suit_the_shipped_model(
+    shipped: tuple[ModelSettings, LoadedModels],
+) -> None:
+    """Fails if `SamplingParams()` is refused, or if a top-k beyond the codebook is anything but all
+    tokens.
+    """
     model, models = shipped
     assert SamplingParams().top_k > model.codebook_size
     engine = Engine(models.gpt, None, EngineConfig(max_num_seqs=4))
     unguided = SamplingParams(cfg_scale=1.0)
-    drawn = [engine.generate([6], replace(unguided, top_k=k), decode=False) for k in (0, 1024, 2000, 2**31 - 1)]
+    drawn = [
+        engine.generate([6], replace(unguided, top_k=k), decode=False)
+        for k in (0, 1024, 2000, 2**31 - 1)
+    ]
     assert all(torch.equal(codes, drawn[0]) for codes in drawn[1:])
-    assert not torch.equal(engine.generate([6], SamplingParams(cfg_scale=1.0, top_k=5), decode=False), drawn[0])
+    assert not torch.equal(
+        engine.generate([6], SamplingParams(cfg_scale=1.0, top_k=5), decode=False), drawn[0]
+    )
 
 
 def test_temperature_0_takes_the_likeliest_token_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: tuple[ModelSettings, LoadedModels]
 ) -> None:
-    """Fails if a command refuses it, draws at random, or takes other tokens than the engine or than --top-k 1."""
+    """Fails if a command refuses it, draws at random, or takes other tokens than the engine or than
+    --top-k 1.
+    """
     monkeypatch.chdir(tmp_path)
     for name, command in (("naive", naive), ("fast", fast)):
         for flag, value in (("--temperature", "0"), ("--top-k", "1")):
             files = ["--save-codes", f"{name}{flag}.npy", "--output", f"{name}{flag}.png"]
             command.main([*FLAGS, "--class-labels", *map(str, LABELS), flag, value, *files])
     engine = Engine(shipped[1].gpt, None, EngineConfig(max_num_seqs=4))
-    expected = engine.generate(LABELS, SamplingParams(cfg_scale=2.0, temperature=0), decode=False).numpy()
+    expected = engine.generate(
+        LABELS, SamplingParams(cfg_scale=2.0, temperature=0), decode=False
+    ).numpy()
     for path in tmp_path.glob("*.npy"):
         assert np.array_equal(np.load(path), expected), path.name
     assert len(list(tmp_path.glob("*.npy"))) == 4

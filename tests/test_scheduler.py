@@ -1,4 +1,6 @@
-"""Admission by forecast, spans, and what becomes of pages and slots; compared with a simulation that goes step by step."""
+"""Admission by forecast, spans, and what becomes of pages and slots; compared with a simulation
+that goes step by step.
+"""
 
 import random
 import time
@@ -11,7 +13,13 @@ from autoregressive.serve.engine.request import Request, RequestState, SamplingP
 from autoregressive.serve.engine.scheduler import Limits, Scheduler, page_profile
 
 
-def limits(tokens: int = 16, page_size: int = 4, max_rows: int = 8, num_pages: int = 64, num_slots: int = 16) -> Limits:
+def limits(
+    tokens: int = 16,
+    page_size: int = 4,
+    max_rows: int = 8,
+    num_pages: int = 64,
+    num_slots: int = 16,
+) -> Limits:
     return Limits(tokens, page_size, max_rows, num_pages, num_slots, num_classes=10)
 
 
@@ -33,9 +41,13 @@ def run_span(scheduler: Scheduler, limit: int) -> int:
 
 
 def pages_at(params: SamplingParams, step: int, page_size: int) -> int:
-    """Pages at one step, said once more and differently: every row has a page for each position that it has begun."""
+    """Pages at one step, said once more and differently: every row has a page for each position
+    that it has begun.
+    """
     conditional = len({position // page_size for position in range(step + 1)})
-    in_interval = params.cfg_scale > 1 and (params.cfg_interval < 0 or step <= params.cfg_interval + 1)
+    in_interval = params.cfg_scale > 1 and (
+        params.cfg_interval < 0 or step <= params.cfg_interval + 1
+    )
     return params.n * conditional * (2 if in_interval else 1)
 
 
@@ -44,15 +56,27 @@ GUIDED, PLAIN = SamplingParams(), SamplingParams(cfg_scale=1.0)
 
 @pytest.mark.parametrize("page_size", [1, 3, 4, 16, 100])
 @pytest.mark.parametrize(
-    "params", [GUIDED, PLAIN, SamplingParams(n=3), *(SamplingParams(cfg_interval=interval) for interval in (0, 1, 5, 14, 99))]
+    "params",
+    [
+        GUIDED,
+        PLAIN,
+        SamplingParams(n=3),
+        *(SamplingParams(cfg_interval=interval) for interval in (0, 1, 5, 14, 99)),
+    ],
 )
 def test_the_profile_is_what_the_rows_will_hold(params: SamplingParams, page_size: int) -> None:
-    """Fails if the forecast of one request is wrong at any step, at the end of its guidance above all."""
-    assert page_profile(params, 16, page_size).tolist() == [pages_at(params, step, page_size) for step in range(16)]
+    """Fails if the forecast of one request is wrong at any step, at the end of its guidance above
+    all.
+    """
+    assert page_profile(params, 16, page_size).tolist() == [
+        pages_at(params, step, page_size) for step in range(16)
+    ]
 
 
 def test_a_pair_is_never_split() -> None:
-    """Fails if a guided image starts with one of its rows, or some images of a request start without the others."""
+    """Fails if a guided image starts with one of its rows, or some images of a request start
+    without the others.
+    """
     scheduler = Scheduler(limits(max_rows=3))
     first, second = submitted(scheduler, PLAIN, SamplingParams(n=2, cfg_scale=1.0))
     third = Request(2, 1, GUIDED)
@@ -65,7 +89,9 @@ def test_a_pair_is_never_split() -> None:
 
 
 def test_nobody_overtakes() -> None:
-    """Fails if a small request starts before a large one that came first: large ones would starve."""
+    """Fails if a small request starts before a large one that came first: large ones
+    would starve.
+    """
     scheduler = Scheduler(limits(max_rows=4))
     small, large, late = submitted(scheduler, PLAIN, SamplingParams(n=2), PLAIN)
     assert scheduler.admit() == [small]
@@ -78,8 +104,11 @@ def test_nobody_overtakes() -> None:
 
 
 def test_admission_waits_for_the_peak_and_no_longer() -> None:
-    """Fails if admission looks at the present alone (the pool would run dry) or reserves each request's peak (too few run)."""
-    # Four pages at the last step of either. Together they fit in 7 pages only if they end at different steps.
+    """Fails if admission looks at the present alone (the pool would run dry) or reserves each
+    request's peak (too few run).
+    """
+    # Four pages at the last step of either. Together they fit in 7 pages only if they end at
+    # different steps.
     scheduler = Scheduler(limits(num_pages=7))
     first, second = submitted(scheduler, PLAIN, PLAIN)
     assert scheduler.admit() == [first]
@@ -87,11 +116,14 @@ def test_admission_waits_for_the_peak_and_no_longer() -> None:
         assert scheduler.admit() == []
         run_span(scheduler, 1)
         assert scheduler.running[0].position == position
-    assert scheduler.admit() == [second]  # the first one's last page meets the second one's third: 7
+    # the first one's last page meets the second one's third: 7
+    assert scheduler.admit() == [second]
 
 
 def test_an_unconditional_row_leaves_after_its_interval() -> None:
-    """Fails if the unconditional row stays on, leaves before its last guided step, or keeps its pages."""
+    """Fails if the unconditional row stays on, leaves before its last guided step, or keeps its
+    pages.
+    """
     scheduler = Scheduler(limits())
     submitted(scheduler, SamplingParams(cfg_interval=3))
     scheduler.admit()
@@ -114,23 +146,33 @@ def test_an_unconditional_row_leaves_after_its_interval() -> None:
     ],
 )
 def test_what_never_fits_is_refused_with_the_sizes(params: SamplingParams, message: str) -> None:
-    """Fails if a request that can never run is queued: it would block everyone behind it for ever."""
+    """Fails if a request that can never run is queued: it would block everyone behind it
+    for ever.
+    """
     with pytest.raises(ValueError, match=message):
         Scheduler(limits(num_pages=15)).check_fits(params)
 
 
 def test_what_just_fits_is_not_refused() -> None:
     """Fails if a request is refused although it could run alone."""
-    for params in (SamplingParams(n=2, cfg_interval=9), SamplingParams(n=3, cfg_scale=1.0), SamplingParams(n=1)):
+    for params in (
+        SamplingParams(n=2, cfg_interval=9),
+        SamplingParams(n=3, cfg_scale=1.0),
+        SamplingParams(n=1),
+    ):
         scheduler = Scheduler(limits(num_pages=12))
         (request,) = submitted(scheduler, params)
         assert scheduler.admit() == [request]
 
 
 def test_a_cancelled_request_leaves_nothing_behind() -> None:
-    """Fails if pages, slots, rows or forecast pages of a cancelled request stay taken, or a waiting one still starts."""
+    """Fails if pages, slots, rows or forecast pages of a cancelled request stay taken, or a waiting
+    one still starts.
+    """
     scheduler = Scheduler(limits(max_rows=4))
-    first, second, third = submitted(scheduler, SamplingParams(cfg_interval=4), SamplingParams(n=2, cfg_scale=1.0), GUIDED)
+    first, second, third = submitted(
+        scheduler, SamplingParams(cfg_interval=4), SamplingParams(n=2, cfg_scale=1.0), GUIDED
+    )
     scheduler.admit()
     run_span(scheduler, 7)
     assert scheduler.cancel(third)
@@ -159,14 +201,19 @@ def test_slots_wait_for_their_codes() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_forecast_equals_use_and_nobody_waits_in_vain(seed: int) -> None:
-    """Fails if the forecast is off at any future step, or a request that fits by a step-by-step simulation is not admitted."""
+    """Fails if the forecast is off at any future step, or a request that fits by a step-by-step
+    simulation is not admitted.
+    """
     generator = random.Random(seed)
     page_size, num_pages = generator.randint(1, 6), generator.randint(32, 60)
     scheduler = Scheduler(limits(page_size=page_size, num_pages=num_pages))
     future: list[int] = [0] * 2000  # pages at each step from the start of the test on
     now = 0
     for number in range(12):
-        scale, interval = generator.choice([1.0, 3.0]), generator.choice([-1, generator.randint(0, 15)])
+        scale, interval = (
+            generator.choice([1.0, 3.0]),
+            generator.choice([-1, generator.randint(0, 15)]),
+        )
         request = Request(number, 1, SamplingParams(cfg_scale=scale, cfg_interval=interval))
         scheduler.add(request)
         while True:
@@ -182,7 +229,9 @@ def test_forecast_equals_use_and_nobody_waits_in_vain(seed: int) -> None:
                 break
             steps = scheduler.plan_span(generator.randint(1, 5))
             scheduler.allocate(steps)
-            held_pages = sum(len(row.pages) for running in scheduler.running for row in running.rows)
+            held_pages = sum(
+                len(row.pages) for running in scheduler.running for row in running.rows
+            )
             assert scheduler.pool.used_pages == held_pages == future[now + steps - 1]
             for ended in scheduler.advance(steps):
                 scheduler.release_slots(ended.slots)
@@ -201,8 +250,19 @@ def test_the_audit_sees_a_wrong_forecast() -> None:
 
 
 def test_admission_is_quick() -> None:
-    """Fails if admitting to a batch of 512 rows of 576 tokens takes the host more than 2 ms (about 0.1 ms is usual)."""
-    scheduler = Scheduler(Limits(tokens=576, page_size=16, max_rows=512, num_pages=512 * 36, num_slots=1024, num_classes=1000))
+    """Fails if admitting to a batch of 512 rows of 576 tokens takes the host more than 2 ms (about
+    0.1 ms is usual).
+    """
+    scheduler = Scheduler(
+        Limits(
+            tokens=576,
+            page_size=16,
+            max_rows=512,
+            num_pages=512 * 36,
+            num_slots=1024,
+            num_classes=1000,
+        )
+    )
     seconds = []
     for number in range(256):
         scheduler.add(Request(number, 1, SamplingParams(cfg_interval=number)))

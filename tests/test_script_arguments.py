@@ -37,7 +37,8 @@ from kernels.tiles import TileTable
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Script -> where its long work begins; flags that it needs here, so that nothing but the case's own mistake is one.
+# Script -> where its long work begins; flags that it needs here, so that nothing but the case's own
+# mistake is one.
 BEGINS = {
     "bench_decode": ("measure_or_say_why", ["--models", "GPT-demo"]),
     "bench_kernels": ("measure_model", []),
@@ -50,7 +51,14 @@ BEGINS = {
     "tune_kernels": ("tune", []),
 }
 # Tests of their own have their mistakes.
-WITHOUT_WORK = {"bench_http", "bench_overhead", "bench_probes", "bench_serve", "convert_checkpoint", "download_models"}
+WITHOUT_WORK = {
+    "bench_http",
+    "bench_overhead",
+    "bench_probes",
+    "bench_serve",
+    "convert_checkpoint",
+    "download_models",
+}
 
 TILES = AttentionTiles(64, 1)
 NEEDS_A_GPU = {"bench_kernels", "tune_kernels"}
@@ -65,7 +73,9 @@ def run(script: str, *typed: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work that begins is a failure of the test, not minutes of waiting; threads are as before afterwards."""
+    """Work that begins is a failure of the test, not minutes of waiting; threads are as before
+    afterwards.
+    """
 
     def begin(*_: object, **__: object) -> NoReturn:
         raise AssertionError("work began")
@@ -79,7 +89,11 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_every_script_is_known() -> None:
     """Fails if a script is added whose mistakes no test refuses."""
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py") if "run_command(main)" in path.read_text()}
+    scripts = {
+        path.stem
+        for path in (ROOT / "scripts").glob("*.py")
+        if "run_command(main)" in path.read_text()
+    }
     assert scripts == set(BEGINS) | WITHOUT_WORK
 
 
@@ -89,7 +103,14 @@ def test_without_a_mistake_the_work_begins(script: str, tmp_path: Path) -> None:
     folders = {"train_demo": ["--run-dir", "--output-dir"], "speedup_table": ["--output-dir"]}
     flags = folders.get(script, ["--output"])
     with pytest.raises(AssertionError, match="work began"):
-        run(script, *[word for flag in flags for word in (flag, str(tmp_path / ("x.json" if flag == "--output" else "folder")))])
+        run(
+            script,
+            *[
+                word
+                for flag in flags
+                for word in (flag, str(tmp_path / ("x.json" if flag == "--output" else "folder")))
+            ],
+        )
     assert not (tmp_path / "x.json").exists()
 
 
@@ -104,7 +125,9 @@ def test_steps_are_measured_with_one_cpu_thread() -> None:
 @pytest.mark.parametrize("script", WRITE_FIGURES)
 @pytest.mark.parametrize("name", ["missing/x.json", "folder.json", "x.txt"])
 def test_a_file_that_cannot_be_written_is_refused(script: str, name: str, tmp_path: Path) -> None:
-    """Fails if the figures of minutes are lost because there was no place for them from the start."""
+    """Fails if the figures of minutes are lost because there was no place for them from
+    the start.
+    """
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match="--output"):
         run(script, "--output", str(tmp_path / name))
@@ -113,11 +136,19 @@ def test_a_file_that_cannot_be_written_is_refused(script: str, name: str, tmp_pa
 
 MISTAKES = [
     ("bench_decode", ["--image-size", "100"], "must be 128 for GPT-demo"),
-    ("bench_decode", ["--models", "GPT-demo,GPT-B", "--image-size", "128"], "must be 256, 384 or 512 for GPT-B"),
+    (
+        "bench_decode",
+        ["--models", "GPT-demo,GPT-B", "--image-size", "128"],
+        "must be 256, 384 or 512 for GPT-B",
+    ),
     ("bench_decode", ["--image-size", "0"], "--image-size 0"),
     ("bench_decode", ["--rows", "2,4", "--images", "8"], "one number of --rows"),
     ("bench_pixels", ["--image-size", "128", "100"], "--image-size 100: must be a multiple of 8"),
-    ("bench_pixels", ["--vq-model", "VQ-16", "--image-size", "8"], "--image-size 8: must be a multiple of 16"),
+    (
+        "bench_pixels",
+        ["--vq-model", "VQ-16", "--image-size", "8"],
+        "--image-size 8: must be a multiple of 16",
+    ),
     ("bench_pixels", ["--image-size", "0"], "--image-size 0"),
     ("bench_loading", ["--folder", "/there/is/none"], "--folder: there is no folder"),
     ("bench_loading", ["--device", "gpu"], "--device gpu"),
@@ -135,10 +166,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("script", "typed", "told"), MISTAKES, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+    ("script", "typed", "told"),
+    MISTAKES,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_value_that_cannot_be_used_is_refused(script: str, typed: list[str], told: str) -> None:
-    """Fails if a picture that no model draws, or a number that nothing can be done with, is found out halfway or not at all."""
+    """Fails if a picture that no model draws, or a number that nothing can be done with, is found
+    out halfway or not at all.
+    """
     with pytest.raises(UserError, match=re.escape(told)):
         run(script, *typed)
 
@@ -161,7 +196,9 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(("script", "flag", "least"), COUNTS)
-def test_a_count_that_is_too_small_is_refused(script: str, flag: str, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_count_that_is_too_small_is_refused(
+    script: str, flag: str, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if nothing is measured, or a division by zero ends the run."""
     with pytest.raises(SystemExit, match="2"):
         run(script, flag, str(least - 1))
@@ -170,9 +207,13 @@ def test_a_count_that_is_too_small_is_refused(script: str, flag: str, least: int
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["bench_decode", "bench_kernels", "speedup_table", "tune_kernels"])
+@pytest.mark.parametrize(
+    "script", ["bench_decode", "bench_kernels", "speedup_table", "tune_kernels"]
+)
 @pytest.mark.parametrize("typed", ["GPT-C", "GPT-B,GPT-C", ","])
-def test_a_model_that_is_not_is_refused(script: str, typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_is_refused(
+    script: str, typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if a slip of the keyboard costs the models before it."""
     with pytest.raises(SystemExit, match="2"):
         run(script, "--models", typed)
@@ -180,7 +221,9 @@ def test_a_model_that_is_not_is_refused(script: str, typed: str, capsys: pytest.
 
 
 def test_speedups_images_are_at_most_the_labels(tmp_path: Path) -> None:
-    """Fails if nine images are asked for, eight are timed, and the table is kept as that of nine."""
+    """Fails if nine images are asked for, eight are timed, and the table is kept as that
+    of nine.
+    """
     with pytest.raises(UserError, match="--images 9: must be 1 to 8, the labels of GPT-demo"):
         run("speedup_table", "--images", "9", "--output-dir", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
@@ -195,10 +238,14 @@ def test_speedups_files_are_looked_at_before_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 @pytest.mark.parametrize("flag", ["--run-dir", "--output-dir"])
-def test_a_folder_that_cannot_be_written_is_refused_before_training(flag: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    flag: str, tmp_path: Path
+) -> None:
     """Fails if a training's weights are lost at its end."""
     (tmp_path / "locked").mkdir(mode=0o555)
-    folders = {"--run-dir": tmp_path / "run", "--output-dir": tmp_path / "out"} | {flag: tmp_path / "locked"}
+    folders = {"--run-dir": tmp_path / "run", "--output-dir": tmp_path / "out"} | {
+        flag: tmp_path / "locked"
+    }
     with pytest.raises(UserError, match=f"{flag}: cannot write"):
         run("train_demo", *[word for pair in folders.items() for word in map(str, pair)])
 
@@ -207,7 +254,12 @@ def test_the_tuner_does_not_write_over_what_is_no_table(tmp_path: Path) -> None:
     """Fails if another benchmark's figures are taken for an empty table, and replaced."""
     path = tmp_path / "x.json"
     assert tune_kernels.table_so_far(path) == tune_kernels.TileTable()
-    for content in ("", "[]", '{"benchmark": "decode"}', '{"measured_on": "a GPU", "linear": [{}]}'):
+    for content in (
+        "",
+        "[]",
+        '{"benchmark": "decode"}',
+        '{"measured_on": "a GPU", "linear": [{}]}',
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match="no table"):
             tune_kernels.table_so_far(path)
@@ -229,11 +281,15 @@ def test_help_tells_of_every_flag(script: str, monkeypatch: pytest.MonkeyPatch) 
             continue
         assert action.help, action
         assert action.nargs == 0 or action.metavar or action.choices, action
-        assert action.nargs == 0 or action.default in (None, []) or "(default: " in action.help, action
+        assert action.nargs == 0 or action.default in (None, []) or "(default: " in action.help, (
+            action
+        )
 
 
 def test_defaults_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if --device cpu beside a GPU begins with hours of models that a CPU is not meant for."""
+    """Fails if --device cpu beside a GPU begins with hours of models that a CPU is not
+    meant for.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     models, options, _ = bench_decode.parse_arguments(["--device", "cpu"])
     assert (models, options.rows) == (["GPT-demo"], [2])
@@ -254,27 +310,49 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_what_needs_a_gpu_writes_where_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the scripts that only a GPU runs lose their way between the flags and the file, where no other test would see."""
+def test_what_needs_a_gpu_writes_where_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the scripts that only a GPU runs lose their way between the flags and the file,
+    where no other test would see.
+    """
     path = tmp_path / "table.json"
 
     def tune(config: GPTConfig, table: TileTable, *_: object) -> TileTable:
-        return replace(table, attention=table.attention | {(config.n_head, config.head_size): TILES})
+        return replace(
+            table, attention=table.attention | {(config.n_head, config.head_size): TILES}
+        )
 
     monkeypatch.setattr(tune_kernels, "tune", tune)
     for model in ("GPT-B", "GPT-3B"):
         run("tune_kernels", "--models", model, "--output", str(path))
     kept = tune_kernels.table_so_far(path).attention
-    assert kept == {(12, 64): TILES, (32, 100): TILES}, "the second run starts from the first one's table"
-    monkeypatch.setattr(bench_kernels, "measure_model", lambda model, rows, context, dtype, device: [])
-    run("bench_kernels", "--models", "GPT-B", "--rows", "2", "--output", str(tmp_path / "kernels.json"))
+    assert kept == {(12, 64): TILES, (32, 100): TILES}, (
+        "the second run starts from the first one's table"
+    )
+    monkeypatch.setattr(
+        bench_kernels, "measure_model", lambda model, rows, context, dtype, device: []
+    )
+    run(
+        "bench_kernels",
+        "--models",
+        "GPT-B",
+        "--rows",
+        "2",
+        "--output",
+        str(tmp_path / "kernels.json"),
+    )
     assert json.loads((tmp_path / "kernels.json").read_text())["benchmark"] == "kernels"
 
 
 @pytest.mark.usefixtures("hopper")
-def test_the_tuners_own_table_must_be_writable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuners_own_table_must_be_writable_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the default place is looked at only once the tuning is done."""
-    monkeypatch.setattr(tune_kernels.tile_tables, "__file__", str(tmp_path / "missing" / "tiles.py"))
+    monkeypatch.setattr(
+        tune_kernels.tile_tables, "__file__", str(tmp_path / "missing" / "tiles.py")
+    )
     with pytest.raises(UserError, match="--output: there is no folder"):
         run("tune_kernels")
 
@@ -287,14 +365,24 @@ def test_without_a_gpu_the_tuner_says_so() -> None:
 
 
 def test_as_typed_it_is_one_line_and_status_2(tmp_path: Path) -> None:
-    """Fails if what the tests above see as an exception is a traceback, or another status, on the command line."""
-    words = ["--models", "GPT-demo", "--device", "cpu", "--output", str(tmp_path / "missing" / "x.json")]
+    """Fails if what the tests above see as an exception is a traceback, or another status, on the
+    command line.
+    """
+    words = [
+        "--models",
+        "GPT-demo",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "missing" / "x.json"),
+    ]
     command = [sys.executable, "scripts/bench_decode.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == f"bench_decode.py: error: --output: there is no folder {tmp_path / 'missing'}; make it first, or choose another\n"
+        == f"bench_decode.py: error: --output: there is no folder {tmp_path / 'missing'}; make it "
+        "first, or choose another\n"
     )
 
 
@@ -313,14 +401,18 @@ def test_what_is_typed_is_what_is_meant() -> None:
 
 
 def test_of_several_keys_a_script_sends_one() -> None:
-    """Fails if the variable that gives the service its keys is sent whole, which the service would refuse."""
+    """Fails if the variable that gives the service its keys is sent whole, which the service would
+    refuse.
+    """
     assert service_key({"LLAMAGEN_API_KEY": "old, new"}) == "old"
     assert service_key({"LLAMAGEN_API_KEY": "only"}) == "only"
     assert service_key({}) is None
     assert service_key({"LLAMAGEN_API_KEY": ""}) is None
 
 
-def test_the_figures_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_figures_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if the last line is no JSON, or the file says anything else."""
     figures, path = {"benchmark": "x", "results": [1.5, None]}, tmp_path / "x.json"
     check_output(path)
@@ -332,11 +424,17 @@ def test_the_figures_are_printed_and_written(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("hopper")
-def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a section's settings cannot be measured alone, or one that this GPU never reads is tuned."""
+def test_the_tuner_tunes_the_sections_that_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a section's settings cannot be measured alone, or one that this GPU never reads is
+    tuned.
+    """
     asked: list[list[str]] = []
 
-    def tune(config: GPTConfig, table: TileTable, kernels: object, name: str, sections: list[str]) -> TileTable:
+    def tune(
+        config: GPTConfig, table: TileTable, kernels: object, name: str, sections: list[str]
+    ) -> TileTable:
         asked.append(sections)
         return table
 
@@ -344,7 +442,10 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatc
     words = ["--models", "GPT-L", "--output", str(tmp_path / "table.json")]
     run("tune_kernels", *words, "--sections", "attention")
     run("tune_kernels", *words)
-    stages = tune_kernels.stages_of(GPTConfig(dim=1024, n_layer=1, n_head=16), tune_kernels.Kernels(launch_pdl=True, hopper=True))
+    stages = tune_kernels.stages_of(
+        GPTConfig(dim=1024, n_layer=1, n_head=16),
+        tune_kernels.Kernels(launch_pdl=True, hopper=True),
+    )
     assert asked[0] == ["attention"]
     assert set(asked[1]) == {stage.section for stage in stages}
     with pytest.raises(UserError, match="--sections linear: this GPU uses attention, fused_linear"):
@@ -354,7 +455,9 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(tmp_path: Path, monkeypatc
 def test_a_model_that_cannot_be_timed_costs_neither_the_others_nor_the_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a compiler's error, which is of no common kind, ends the run, or a run with a failure passes for a whole one."""
+    """Fails if a compiler's error, which is of no common kind, ends the run, or a run with a
+    failure passes for a whole one.
+    """
     monkeypatch.undo()  # the work is to begin
 
     def measure(model: str, *_: object) -> dict[str, object]:
@@ -364,7 +467,12 @@ def test_a_model_that_cannot_be_timed_costs_neither_the_others_nor_the_status(
 
     monkeypatch.setattr(bench_decode, "measure", measure)
     with pytest.raises(SystemExit, match="1"):
-        bench_decode.main(["--models", "GPT-B,GPT-L", "--device", "cpu", "--output", str(tmp_path / "x.json")])
+        bench_decode.main(
+            ["--models", "GPT-B,GPT-L", "--device", "cpu", "--output", str(tmp_path / "x.json")]
+        )
     assert "failed: out of resource: shared memory\n" in capsys.readouterr().out
     kept = json.loads((tmp_path / "x.json").read_text())["models"]
-    assert kept == [{"model": "GPT-B", "error": "out of resource: shared memory"}, {"model": "GPT-L"}]
+    assert kept == [
+        {"model": "GPT-B", "error": "out of resource: shared memory"},
+        {"model": "GPT-L"},
+    ]

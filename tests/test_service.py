@@ -1,4 +1,6 @@
-"""What the service answers: OpenAI's shapes, the facts, errors. The engine behind it is a fake; its process and loop are real."""
+"""What the service answers: OpenAI's shapes, the facts, errors. The engine behind it is a fake; its
+process and loop are real.
+"""
 
 import base64
 import io
@@ -52,19 +54,33 @@ def error_of(response: Any) -> dict[str, Any]:
 
 def test_openais_client_gets_the_images_it_asked_for(client: openai.OpenAI) -> None:
     """Fails if images are of another class or seed, out of order, or not in OpenAI's shape."""
-    answer = client.images.generate(prompt="fox", n=3, model="fake", size="auto", extra_body={"seed": 11, "cfg_scale": 1.5})
+    answer = client.images.generate(
+        prompt="fox", n=3, model="fake", size="auto", extra_body={"seed": 11, "cfg_scale": 1.5}
+    )
     assert answer.data is not None
     pictures = [base64.b64decode(one.b64_json or "") for one in answer.data]
     assert [codes_of(picture) for picture in pictures] == wanted(5, n=3, seed=11, cfg_scale=1.5)
     assert answer.usage is not None
-    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (3, 3 * TOKENS, 3 + 3 * TOKENS)
+    assert (answer.usage.input_tokens, answer.usage.output_tokens, answer.usage.total_tokens) == (
+        3,
+        3 * TOKENS,
+        3 + 3 * TOKENS,
+    )
     assert answer.output_format == "png"
 
 
-def test_openais_client_gets_a_stream_of_previews_and_images(client: openai.OpenAI, service: Service) -> None:
-    """Previews show what is drawn so far, of the right image; each image ends in one completed event."""
+def test_openais_client_gets_a_stream_of_previews_and_images(
+    client: openai.OpenAI, service: Service
+) -> None:
+    """Previews show what is drawn so far, of the right image; each image ends in one completed
+    event.
+    """
     service.faults.set("step_seconds", "0.03")
-    events = list(client.images.generate(prompt="fox", n=2, stream=True, partial_images=3, extra_body={"seed": 3}))
+    events = list(
+        client.images.generate(
+            prompt="fox", n=2, stream=True, partial_images=3, extra_body={"seed": 3}
+        )
+    )
     service.faults.clear("step_seconds")
     final = wanted(5, n=2, seed=3)
     partial = [event for event in events if event.type == "image_generation.partial_image"]
@@ -73,7 +89,9 @@ def test_openais_client_gets_a_stream_of_previews_and_images(client: openai.Open
     for event in partial:
         image = event.model_dump()["image_index"]
         rows = (2, 4, 6)[event.partial_image_index]
-        assert codes_of(base64.b64decode(event.b64_json))[: rows * GRID] == final[image][: rows * GRID]
+        assert (
+            codes_of(base64.b64decode(event.b64_json))[: rows * GRID] == final[image][: rows * GRID]
+        )
     for done in completed:
         assert codes_of(base64.b64decode(done.b64_json)) == final[done.model_dump()["image_index"]]
     assert sorted(done.model_dump()["image_index"] for done in completed) == [0, 1]
@@ -125,7 +143,14 @@ def test_pictures_say_how_they_were_made(service: Service, output_format: str) -
             assert picture.info["parameters"].startswith("dog (3)")
         else:
             record = json.loads(picture.getexif()[0x010E])["llamagen"]
-        expected = {"seed": 5, "image": index, "label": 3, "class_name": "dog", "top_p": 0.5, "images": 2}
+        expected = {
+            "seed": 5,
+            "image": index,
+            "label": 3,
+            "class_name": "dog",
+            "top_p": 0.5,
+            "images": 2,
+        }
         assert record.items() >= expected.items()
 
 
@@ -140,10 +165,22 @@ def test_one_seed_gives_one_image_and_no_seed_gives_others(service: Service) -> 
 
 def test_codes_are_the_engines(service: Service) -> None:
     """Fails if codes are cut, reordered, or drawn otherwise than asked for."""
-    params: dict[str, Any] = {"n": 2, "seed": 1, "cfg_scale": 3.0, "cfg_interval": 4, "temperature": 0.5, "top_k": 9, "top_p": 0.75}
+    params: dict[str, Any] = {
+        "n": 2,
+        "seed": 1,
+        "cfg_scale": 3.0,
+        "cfg_interval": 4,
+        "temperature": 0.5,
+        "top_k": 9,
+        "top_p": 0.75,
+    }
     answer = service.client.post("/v1/codes", json={"class_label": 2} | params).json()
     assert [one["codes"] for one in answer["data"]] == wanted(2, **params)
-    assert (answer["grid"], answer["codebook_size"], answer["usage"]["output_tokens"]) == (GRID, 97, 2 * TOKENS)
+    assert (answer["grid"], answer["codebook_size"], answer["usage"]["output_tokens"]) == (
+        GRID,
+        97,
+        2 * TOKENS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +214,9 @@ def test_codes_are_the_engines(service: Service) -> None:
         ({"steps": 3}, "steps"),
     ],
 )
-def test_what_is_out_of_range_is_a_400_that_names_the_field(service: Service, body: dict[str, Any], param: str) -> None:
+def test_what_is_out_of_range_is_a_400_that_names_the_field(
+    service: Service, body: dict[str, Any], param: str
+) -> None:
     """Fails if a wrong value is drawn, clamped, a 500, or blamed on another field."""
     response = service.draw(**body)
     assert response.status_code == 400
@@ -186,26 +225,42 @@ def test_what_is_out_of_range_is_a_400_that_names_the_field(service: Service, bo
     assert param in error["message"] or "class" in error["message"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'"x"', b"\xff\xfe", b'{"top_p": NaN}', b'{"top_p": 1e999}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"null", b'"x"', b"\xff\xfe", b'{"top_p": NaN}', b'{"top_p": 1e999}'],
+)
 def test_a_body_that_is_no_request_is_a_400(service: Service, content: bytes) -> None:
     """Fails if it is a 500, or accepted."""
-    response = service.client.post("/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+    response = service.client.post(
+        "/v1/images/generations", content=content, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 400
     error_of(response)
 
 
 def test_a_body_of_another_type_is_a_415(service: Service) -> None:
-    """Forms of other sites can send text, but not JSON: what is not declared as JSON is not read."""
-    response = service.client.post("/v1/codes", content=b'{"prompt": "cat"}', headers={"Content-Type": "text/plain"})
+    """Forms of other sites can send text, but not JSON: what is not declared as JSON is
+    not read.
+    """
+    response = service.client.post(
+        "/v1/codes", content=b'{"prompt": "cat"}', headers={"Content-Type": "text/plain"}
+    )
     assert response.status_code == 415
     assert "Content-Type: application/json" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("GET", "/v1/codes", 405), ("POST", "/health", 405), ("GET", "/static/../app.py", 404)],
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/codes", 405),
+        ("POST", "/health", 405),
+        ("GET", "/static/../app.py", 404),
+    ],
 )
-def test_what_is_not_there_is_told_in_the_same_shape(service: Service, method: str, path: str, status: int) -> None:
+def test_what_is_not_there_is_told_in_the_same_shape(
+    service: Service, method: str, path: str, status: int
+) -> None:
     """Fails if an error is the framework's own."""
     response = service.client.request(method, path)
     assert response.status_code == status
@@ -225,13 +280,17 @@ def test_classes_can_be_searched(service: Service) -> None:
     """By part of a name, by id, and with a limit."""
 
     def found(**query: Any) -> list[str]:
-        return [one["name"] for one in service.client.get("/v1/classes", params=query).json()["data"]]
+        return [
+            one["name"] for one in service.client.get("/v1/classes", params=query).json()["data"]
+        ]
 
     assert found() == list(CLASS_NAMES)
     assert found(search="E") == ["eel", "bee", "hen"]
     assert found(search="7") == ["hen"]
     assert found(limit=2) == ["ant", "bee"]
-    assert service.client.get("/v1/classes", params={"search": "e", "limit": 1}).json()["total"] == 3
+    assert (
+        service.client.get("/v1/classes", params={"search": "e", "limit": 1}).json()["total"] == 3
+    )
     assert error_of(service.client.get("/v1/classes", params={"limit": 0}))["param"] == "limit"
 
 
@@ -242,19 +301,30 @@ def test_the_pages_stream_tells_everything_in_order(service: Service) -> None:
     events = []
     with service.client.stream("POST", "/v1/images/stream", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line.startswith("data: ")]
+        events = [
+            json.loads(line.removeprefix("data: "))
+            for line in response.iter_lines()
+            if line.startswith("data: ")
+        ]
     service.faults.clear("step_seconds")
     kinds = [event["type"] for event in events]
     assert kinds[0] == "queued"
     assert kinds[-1] == "done"
-    assert events[0].items() >= {"ahead": 0, "seed": 4, "class_label": 6, "class_name": "gnu", "grid": GRID}.items()
+    assert (
+        events[0].items()
+        >= {"ahead": 0, "seed": 4, "class_label": 6, "class_name": "gnu", "grid": GRID}.items()
+    )
     drawn = [event["tokens_drawn"] for event in events if event["type"] == "progress"]
     assert drawn == sorted(drawn)
     assert drawn[-1] == 2 * TOKENS
     final = wanted(6, n=2, seed=4)
     images = {event["image_index"]: event for event in events if event["type"] == "image"}
     assert [codes_of(base64.b64decode(images[index]["b64_json"])) for index in (0, 1)] == final
-    rows = [event["rows"] for event in events if event["type"] == "preview" and event["image_index"] == 0]
+    rows = [
+        event["rows"]
+        for event in events
+        if event["type"] == "preview" and event["image_index"] == 0
+    ]
     assert rows == sorted(rows)
     assert len(rows) >= 2
 
@@ -268,7 +338,11 @@ def test_the_documentation_needs_no_other_host(service: Service) -> None:
         assert service.client.get(f"/docs-assets/{name}").status_code == 200
     document = service.client.get("/openapi.json").json()
     assert "/v1/images/generations" in document["paths"]
-    assert not any("422" in operation["responses"] for path in document["paths"].values() for operation in path.values())
+    assert not any(
+        "422" in operation["responses"]
+        for path in document["paths"].values()
+        for operation in path.values()
+    )
 
 
 def test_without_documentation_there_is_none(tmp_path: Path) -> None:
@@ -276,9 +350,17 @@ def test_without_documentation_there_is_none(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
     (folder / "mine.txt").write_text("x")
-    with running_service(tmp_path, "--disable-docs", "--store-dir", str(folder), "--store-images", "2") as service:
-        assert {service.client.get(path).status_code for path in ("/docs", "/openapi.json", "/docs-assets/swagger-ui.css")} == {404}
-        urls = [service.draw(response_format="url", seed=seed).json()["data"][0]["url"] for seed in range(3)]
+    with running_service(
+        tmp_path, "--disable-docs", "--store-dir", str(folder), "--store-images", "2"
+    ) as service:
+        assert {
+            service.client.get(path).status_code
+            for path in ("/docs", "/openapi.json", "/docs-assets/swagger-ui.css")
+        } == {404}
+        urls = [
+            service.draw(response_format="url", seed=seed).json()["data"][0]["url"]
+            for seed in range(3)
+        ]
         assert [service.client.get(url).status_code for url in urls] == [404, 200, 200]
         assert codes_of(service.client.get(urls[2]).content) == wanted(2, seed=2)[0]
         assert len(list(folder.glob("*.png"))) == 2

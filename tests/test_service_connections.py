@@ -234,7 +234,8 @@ def test_drawings_do_not_take_all_connections(tmp_path: Path) -> None:
                 statuses[client.post("/v1/codes", json=body).status_code] += 1
 
         callers = [threading.Thread(target=draw, daemon=True) for _ in range(17)]
-        # One after the other: a connection that has not sent its request yet may be shed for a new one.
+        # One after the other: a connection that has not sent its request yet may be shed for a new
+        # one.
         for number, caller in enumerate(callers, 1):
             caller.start()
             service.wait_for(lambda there=number: accepted(service) == there, 10)  # type: ignore[misc]
@@ -281,7 +282,9 @@ def test_unread_pictures_are_bounded_in_all(service: Service, stream: bool) -> N
         refused = service.draw()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         if not stream:  # an answer as a whole is 6 MB of text, so that three are too much
-            service.wait_for(lambda: service.gauges()["http_connections_dropped_total"] > dropped, 20)
+            service.wait_for(
+                lambda: service.gauges()["http_connections_dropped_total"] > dropped, 20
+            )
         service.wait_for(lambda: buffered(service) <= 16 * 2**20, 5)
     service.wait_for(lambda: buffered(service) == 0, 10)
     assert service.draw().status_code == 200
@@ -566,7 +569,8 @@ def test_the_soft_limit_is_raised_and_the_log_says_so() -> None:
     code = (
         "import resource; from autoregressive.serve import logs;"
         "from autoregressive.serve.web import descriptors;"
-        "writer = logs.log_everything(2, 'info'); descriptors.raise_descriptor_limit(); writer.flush(5);"
+        "writer = logs.log_everything(2, 'info'); descriptors.raise_descriptor_limit(); "
+        "writer.flush(5);"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     command = [

@@ -175,7 +175,9 @@ def test_what_the_page_fills_in_works(browser: Any, service: Service) -> None:
 
 
 def test_with_a_key_the_page_asks_for_it(browser: Any, locked: Service) -> None:
-    """Fails if /docs cannot be opened without the key, or does not send the key that is typed in."""
+    """Fails if /docs cannot be opened without the key, or does not send the key that is
+    typed in.
+    """
     tab = Tab(browser)
     tab.page.goto(f"{locked.url}/docs")
     assert tab.execute("tell_version_version_get") == 401

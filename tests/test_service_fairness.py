@@ -1,4 +1,6 @@
-"""One client cannot keep the others out: shares of the queue and of the engine, and by what a client is told from another."""
+"""One client cannot keep the others out: shares of the queue and of the engine, and by what a
+client is told from another.
+"""
 
 import asyncio
 import contextlib
@@ -14,7 +16,13 @@ import pytest
 from fake_service import Service, running_service
 
 pytestmark = pytest.mark.timing
-HOG, OTHER, THIRD, PROXY = "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"  # all of 127.0.0.0/8 is this machine
+# all of 127.0.0.0/8 is this machine
+HOG, OTHER, THIRD, PROXY = (
+    "127.0.0.2",
+    "127.0.0.3",
+    "127.0.0.4",
+    "127.0.0.5",
+)
 FLAGS = ("--max-num-seqs", "4", "--max-queue-size", "8")
 _RETRY_SECONDS = 0.1  # the hog does not care for Retry-After
 
@@ -46,7 +54,9 @@ class Clients:
                 self.images[address] += line == "event: image_generation.completed"
 
     async def keep_drawing(self, address: str, connections: int, n: int) -> None:
-        """Asks again and again over so many connections, whatever the answer, until it is cancelled."""
+        """Asks again and again over so many connections, whatever the answer, until it is
+        cancelled.
+        """
 
         async def ask() -> None:
             while True:
@@ -57,8 +67,12 @@ class Clients:
                 group.create_task(ask())
 
     @asynccontextmanager
-    async def drawing(self, addresses: Sequence[str], connections: int = 10, n: int = 10) -> AsyncIterator[None]:
-        """Clients that draw without a pause, each of which already has as many places as it can get."""
+    async def drawing(
+        self, addresses: Sequence[str], connections: int = 10, n: int = 10
+    ) -> AsyncIterator[None]:
+        """Clients that draw without a pause, each of which already has as many places as it can
+        get.
+        """
         tasks = []
         try:
             for address in addresses:
@@ -85,9 +99,16 @@ class Clients:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two fronts"])
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """Two guided images at a time; behind a proxy, and another one in front of that."""
-    flags = ("--api-server-count", str(request.param), "--forwarded-allow-ips", f"{PROXY},10.9.0.0/16")
+    flags = (
+        "--api-server-count",
+        str(request.param),
+        "--forwarded-allow-ips",
+        f"{PROXY},10.9.0.0/16",
+    )
     with running_service(tmp_path_factory.mktemp("service"), *FLAGS, *flags) as service:
         yield service
 
@@ -102,7 +123,9 @@ def service(shared: Service) -> Iterator[Service]:
 
 
 def test_beside_a_hog_another_client_is_never_refused(service: Service) -> None:
-    """Fails if a client that keeps the queue full takes the place of one that asks for an image at a time."""
+    """Fails if a client that keeps the queue full takes the place of one that asks for an image at
+    a time.
+    """
 
     async def go() -> Clients:
         clients = Clients(service)
@@ -114,12 +137,18 @@ def test_beside_a_hog_another_client_is_never_refused(service: Service) -> None:
     clients = asyncio.run(go())
     assert clients.statuses[HOG, 429] > 0
     assert clients.statuses[OTHER, 200] == 20, clients.statuses
-    assert any("which is your share now" in message for message in clients.messages), clients.messages
+    assert any("which is your share now" in message for message in clients.messages), (
+        clients.messages
+    )
 
 
 @pytest.mark.parametrize("others", [[OTHER], [OTHER, THIRD]], ids=["two clients", "three clients"])
-def test_clients_that_wait_get_equal_shares_of_the_engine(service: Service, others: list[str]) -> None:
-    """Fails if one that asks for more images over more connections gets more of them, whichever process it asks."""
+def test_clients_that_wait_get_equal_shares_of_the_engine(
+    service: Service, others: list[str]
+) -> None:
+    """Fails if one that asks for more images over more connections gets more of them, whichever
+    process it asks.
+    """
 
     async def go() -> list[int]:
         clients = Clients(service)
@@ -131,13 +160,21 @@ def test_clients_that_wait_get_equal_shares_of_the_engine(service: Service, othe
 
 
 def test_a_client_is_not_told_apart_by_what_it_says_itself(service: Service) -> None:
-    """Fails if a header that is not a trusted proxy's, or a key where none is wanted, makes one client many."""
+    """Fails if a header that is not a trusted proxy's, or a key where none is wanted, makes one
+    client many.
+    """
 
     async def go() -> list[httpx2.Response]:
         clients = Clients(service)
         async with clients.drawing([HOG]), clients.client(HOG) as client:
-            headers = [{"X-Forwarded-For": f"10.0.0.{index}", "Authorization": f"Bearer {index}"} for index in range(8)]
-            return [await client.post("/v1/codes", json={"prompt": "cat"}, headers=one) for one in headers]
+            headers = [
+                {"X-Forwarded-For": f"10.0.0.{index}", "Authorization": f"Bearer {index}"}
+                for index in range(8)
+            ]
+            return [
+                await client.post("/v1/codes", json={"prompt": "cat"}, headers=one)
+                for one in headers
+            ]
 
     service.faults.set("step_seconds", "0.01")
     answers = asyncio.run(go())
@@ -148,7 +185,8 @@ def test_a_client_is_not_told_apart_by_what_it_says_itself(service: Service) -> 
 
 
 def test_behind_a_trusted_proxy_clients_are_those_that_it_names(service: Service) -> None:
-    """Fails if the clients of a proxy share one share, or the log names the proxy instead of the client.
+    """Fails if the clients of a proxy share one share, or the log names the proxy instead of the
+    client.
 
     What a client wrote into the header before its proxy added to it does not count.
     """
@@ -157,9 +195,14 @@ def test_behind_a_trusted_proxy_clients_are_those_that_it_names(service: Service
         async with Clients(service).client(PROXY) as proxy:
 
             async def draw(forwarded: str) -> httpx2.Response:
-                return await proxy.post("/v1/codes", json={"prompt": "cat"}, headers={"X-Forwarded-For": forwarded})
+                return await proxy.post(
+                    "/v1/codes", json={"prompt": "cat"}, headers={"X-Forwarded-For": forwarded}
+                )
 
-            hog = [asyncio.create_task(draw(f"198.51.100.{index}, 203.0.113.1, 10.9.0.1")) for index in range(20)]
+            hog = [
+                asyncio.create_task(draw(f"198.51.100.{index}, 203.0.113.1, 10.9.0.1"))
+                for index in range(20)
+            ]
             async with asyncio.timeout(20):
                 while sum(task.done() for task in hog) < 20 - 2 - 8:
                     await asyncio.sleep(0.01)
@@ -170,16 +213,24 @@ def test_behind_a_trusted_proxy_clients_are_those_that_it_names(service: Service
     assert Counter(answer.status_code for answer in hog)[429] >= 20 - 2 - 8
     assert other.status_code == 200
     assert service.logged(other.headers["x-request-id"])["client"] == "203.0.113.2"
-    assert {service.logged(answer.headers["x-request-id"])["client"] for answer in hog} == {"203.0.113.1"}
+    assert {service.logged(answer.headers["x-request-id"])["client"] for answer in hog} == {
+        "203.0.113.1"
+    }
 
 
 def test_a_reader_is_told_how_many_start_before_it(service: Service) -> None:
-    """Fails if a client is told to wait for all of a hog's requests, or for fewer than those that start before its own."""
+    """Fails if a client is told to wait for all of a hog's requests, or for fewer than those that
+    start before its own.
+    """
 
     async def go() -> list[list[int]]:
         clients = Clients(service)
         body = {"prompt": "cat", "n": 2}  # takes all rows
-        async with clients.client(HOG) as hog, clients.client(OTHER) as other, asyncio.TaskGroup() as group:
+        async with (
+            clients.client(HOG) as hog,
+            clients.client(OTHER) as other,
+            asyncio.TaskGroup() as group,
+        ):
 
             async def places(client: httpx2.AsyncClient) -> list[int]:
                 async with client.stream("POST", "/v1/images/stream", json=body) as answer:
@@ -203,13 +254,17 @@ def test_a_reader_is_told_how_many_start_before_it(service: Service) -> None:
 
 
 def test_first_come_first_served_knows_no_shares(tmp_path: Path) -> None:
-    """Fails if the flag does not turn shares off: the hog fills every place, and others are refused as before."""
+    """Fails if the flag does not turn shares off: the hog fills every place, and others are refused
+    as before.
+    """
 
     async def go(service: Service) -> list[httpx2.Response]:
         clients = Clients(service)
         async with clients.drawing([HOG]), clients.client(OTHER) as other:
             answers = [await other.post("/v1/codes", json={"prompt": "cat"}) for _ in range(8)]
-        assert clients.messages == {"8 requests are waiting, and no more are taken: try again later"}
+        assert clients.messages == {
+            "8 requests are waiting, and no more are taken: try again later"
+        }
         return answers
 
     with running_service(tmp_path, *FLAGS, "--scheduling-policy", "fcfs") as service:

@@ -1,4 +1,6 @@
-"""Several processes that answer HTTP for one dispatcher: what holds with one holds with them, whichever a client meets."""
+"""Several processes that answer HTTP for one dispatcher: what holds with one holds with them,
+whichever a client meets.
+"""
 
 import asyncio
 import base64
@@ -43,7 +45,16 @@ from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Submit, e
 from autoregressive.serve.worker.process import connect
 
 pytestmark = pytest.mark.timing
-FLAGS = ("--api-server-count", "2", "--max-num-seqs", "4", "--max-queue-size", "8", "--step-timeout", "3")
+FLAGS = (
+    "--api-server-count",
+    "2",
+    "--max-num-seqs",
+    "4",
+    "--max-queue-size",
+    "8",
+    "--step-timeout",
+    "3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,9 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 def draw(service: Service, **body: Any) -> httpx2.Response:
     """On a connection of its own, so that any front may get it."""
-    return httpx2.post(f"{service.url}/v1/images/generations", json={"prompt": "cat"} | body, timeout=60)
+    return httpx2.post(
+        f"{service.url}/v1/images/generations", json={"prompt": "cat"} | body, timeout=60
+    )
 
 
 def fronts_met(service: Service, requests: int = 40) -> set[int]:
@@ -78,7 +91,11 @@ def fronts_met(service: Service, requests: int = 40) -> set[int]:
     clients = [httpx2.Client(base_url=service.url) for _ in range(requests)]
     for client in clients:
         client.get("/health").raise_for_status()
-    met = {pid for pid in service.children if len(os.listdir(f"/proc/{pid}/fd")) > len(clients) // 10 + 8}
+    met = {
+        pid
+        for pid in service.children
+        if len(os.listdir(f"/proc/{pid}/fd")) > len(clients) // 10 + 8
+    }
     for client in clients:
         client.close()
     return met
@@ -110,9 +127,16 @@ def test_a_stream_has_its_events_in_order(lasting: Service) -> None:
 def test_waiting_readers_are_told_of_their_place(lasting: Service) -> None:
     """Fails if the queue's order does not reach the front that a waiting reader is at."""
     before = [send(lasting, n=2) for _ in range(3)]
-    lasting.wait_for(lambda: lasting.gauges().items() >= {("num_requests_running", 1), ("num_requests_waiting", 2)}, 5)
+    lasting.wait_for(
+        lambda: (
+            lasting.gauges().items() >= {("num_requests_running", 1), ("num_requests_waiting", 2)}
+        ),
+        5,
+    )
     places = []
-    with httpx2.stream("POST", f"{lasting.url}/v1/images/stream", json={"prompt": "fox"}, timeout=60) as answer:
+    with httpx2.stream(
+        "POST", f"{lasting.url}/v1/images/stream", json={"prompt": "fox"}, timeout=60
+    ) as answer:
         for line in answer.iter_lines():
             if '"ahead": ' in line:
                 places.append(int(line.split('"ahead": ')[1].split(",")[0]))
@@ -123,7 +147,8 @@ def test_waiting_readers_are_told_of_their_place(lasting: Service) -> None:
 
 
 def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
-    """A burst of ten times the queue admits what runs and what may wait, and no accepted request is dropped.
+    """A burst of ten times the queue admits what runs and what may wait, and no accepted request is
+    dropped.
 
     All are one client's, which may have 6 of the 8 places.
     """
@@ -132,8 +157,12 @@ def test_the_queue_is_one_for_all_fronts(service: Service) -> None:
     assert set(statuses) == {200, 429}
     assert 6 + 2 <= statuses[200] <= 6 + 2 + 2
     assert all(int(headers["retry-after"]) >= 1 for status, _, headers in outcomes if status == 429)
-    service.wait_for(lambda: service.gauges()['requests_total{outcome="rejected"}'] == statuses[429], 2)
-    service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == statuses[200], 2)
+    service.wait_for(
+        lambda: service.gauges()['requests_total{outcome="rejected"}'] == statuses[429], 2
+    )
+    service.wait_for(
+        lambda: service.gauges()['requests_total{outcome="success"}'] == statuses[200], 2
+    )
     assert service.gauges()["images_total"] == statuses[200]
     assert service.is_empty()
 
@@ -142,15 +171,23 @@ def test_counters_are_the_same_wherever_they_are_asked_for(service: Service) -> 
     """Fails if a front counts for itself."""
     service.faults.set("step_seconds", "0")
     with ThreadPoolExecutor(8) as pool:
-        bodies: list[dict[str, Any]] = [{}, {"n": 2}, {"top_p": 7}, {"prompt": "no such thing"}] * 20
-        statuses = Counter(answer.status_code for answer in pool.map(lambda body: draw(service, **body), bodies))
+        bodies: list[dict[str, Any]] = [
+            {},
+            {"n": 2},
+            {"top_p": 7},
+            {"prompt": "no such thing"},
+        ] * 20
+        statuses = Counter(
+            answer.status_code for answer in pool.map(lambda body: draw(service, **body), bodies)
+        )
     assert statuses == {200: 40, 400: 40}
     service.wait_for(lambda: service.gauges()['requests_total{outcome="invalid"}'] == 40, 2)
     service.wait_for(lambda: service.gauges()['requests_total{outcome="success"}'] == 40, 2)
     texts = set()
     for _ in range(12):
         lines = httpx2.get(f"{service.url}/metrics").text.splitlines()
-        # The connection that asks is one of those that are counted, and a front tells of it a moment later.
+        # The connection that asks is one of those that are counted, and a front tells of it a
+        # moment later.
         texts.add("\n".join(line for line in lines if not line.startswith("llamagen:http_")))
     assert len(texts) == 1
     gauges = service.gauges()
@@ -162,7 +199,12 @@ def test_counters_are_the_same_wherever_they_are_asked_for(service: Service) -> 
 def test_a_client_that_leaves_frees_its_pages(lasting: Service, path: str) -> None:
     """Within a second, though the engine is two processes away."""
     connections = [send(lasting, path, n=2) for _ in range(3)]
-    lasting.wait_for(lambda: lasting.gauges().items() >= {("num_requests_running", 1), ("num_requests_waiting", 2)}, 5)
+    lasting.wait_for(
+        lambda: (
+            lasting.gauges().items() >= {("num_requests_running", 1), ("num_requests_waiting", 2)}
+        ),
+        5,
+    )
     for connection in connections:
         connection.close()
     lasting.wait_for(lasting.is_empty, 1)
@@ -199,7 +241,9 @@ def test_a_second_signal_ends_it_at_once(service: Service) -> None:
 
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_while_it_starts_it_can_be_ended(tmp_path: Path, whole_group: bool) -> None:
-    """Fails if a front that starts, or an engine that loads, is waited for, or takes a signal to the group for its own."""
+    """Fails if a front that starts, or an engine that loads, is waited for, or takes a signal to
+    the group for its own.
+    """
     (tmp_path / "slow_start").write_text("30")
     with running_service(tmp_path, *FLAGS, ready=False, start_new_session=True) as service:
         time.sleep(0.5)
@@ -223,13 +267,19 @@ def test_a_lost_engine_is_told_of_by_every_front(service: Service) -> None:
         service.wait_for(lambda: service.client.get("/health").status_code == 503, 2)
         assert {httpx2.get(f"{service.url}/health").status_code for _ in range(12)} == {503}
         answers = [caller.result(max(0.1, lost + 5 - time.monotonic())) for caller in callers]
-    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {(503, "engine_lost")}
+    assert {(answer.status_code, answer.json()["error"]["code"]) for answer in answers} == {
+        (503, "engine_lost")
+    }
     assert service.process.wait(10) == 1
 
 
-@pytest.mark.parametrize(("number", "why"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not been heard of")])
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not been heard of")]
+)
 def test_a_lost_front_ends_the_service(service: Service, number: signal.Signals, why: str) -> None:
-    """Fails if the service goes on with fewer processes than it was started with, or leaves some, or drops others' work."""
+    """Fails if the service goes on with fewer processes than it was started with, or leaves some,
+    or drops others' work.
+    """
     service.faults.set("step_seconds", "0")
     children = service.children
     fronts = fronts_met(service)
@@ -247,10 +297,14 @@ def test_no_front_outlives_a_service_that_is_killed(service: Service) -> None:
 
 
 def test_a_stored_picture_is_there_for_every_front(tmp_path: Path) -> None:
-    """Fails if only the front that stored a picture can lend it, or more are kept than were asked for."""
+    """Fails if only the front that stored a picture can lend it, or more are kept than were asked
+    for.
+    """
     folder = tmp_path / "store"
     folder.mkdir()
-    with running_service(tmp_path, "--api-server-count", "2", "--store-dir", str(folder), "--store-images", "6") as service:
+    with running_service(
+        tmp_path, "--api-server-count", "2", "--store-dir", str(folder), "--store-images", "6"
+    ) as service:
         urls = [draw(service, response_format="url").json()["data"][0]["url"] for _ in range(3)]
         for url in urls:
             for _ in range(6):
@@ -264,10 +318,17 @@ def test_a_stored_picture_is_there_for_every_front(tmp_path: Path) -> None:
 
 def test_the_key_is_wanted_by_every_front(tmp_path: Path) -> None:
     """Fails if a front is open."""
-    with running_service(tmp_path, "--api-server-count", "2", environment={"LLAMAGEN_API_KEY": "secret-key"}) as service:
+    with running_service(
+        tmp_path, "--api-server-count", "2", environment={"LLAMAGEN_API_KEY": "secret-key"}
+    ) as service:
         assert {draw(service).status_code for _ in range(12)} == {401}
         headers = {"Authorization": "Bearer secret-key"}
-        data = httpx2.post(f"{service.url}/v1/images/generations", json={"prompt": "cat"}, headers=headers, timeout=30).json()
+        data = httpx2.post(
+            f"{service.url}/v1/images/generations",
+            json={"prompt": "cat"},
+            headers=headers,
+            timeout=30,
+        ).json()
         base64.b64decode(data["data"][0]["b64_json"], validate=True)
         assert "secret-key" not in service.log
 
@@ -276,7 +337,10 @@ def test_an_address_that_is_taken_is_refused(lasting: Service, tmp_path: Path) -
     """Fails if two services share an address without noticing."""
     folder, flags = tmp_path / "second", (*FLAGS, "--port", lasting.url.rsplit(":", 1)[1])
     folder.mkdir()
-    with pytest.raises(AssertionError, match="address already in use"), running_service(folder, *flags):
+    with (
+        pytest.raises(AssertionError, match="address already in use"),
+        running_service(folder, *flags),
+    ):
         pass
 
 
@@ -294,6 +358,7 @@ def test_pictures_are_shared_out_by_their_names(tmp_path: Path) -> None:
 
 def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
     """A client's request that ends before the dispatcher has answered is cancelled there."""
+
     async def go() -> None:
         ours, theirs = connect()
         finished: list[bool] = []
@@ -318,7 +383,9 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         assert desk._ahead == {}
         heard: list[type] = []
         while len(heard) < 2:
-            heard += [type(message) for message in receive(theirs, KINDS) if not isinstance(message, Up)]
+            heard += [
+                type(message) for message in receive(theirs, KINDS) if not isinstance(message, Up)
+            ]
         assert heard == [Submit, Cancel]
         theirs.sendall(encode([Finish(at_once=True)]))
         await asyncio.sleep(0.05)
@@ -327,26 +394,36 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         await desk.close()
         counted: list[FrontMessage] = []
         while not counted:
-            counted += [message for message in receive(theirs, KINDS) if not isinstance(message, Up)]
+            counted += [
+                message for message in receive(theirs, KINDS) if not isinstance(message, Up)
+            ]
         assert counted == [Count("success", 1)]
         theirs.close()
 
     asyncio.run(go())
 
 
-def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a supervisor, or a client for whom there is no room, waits until hundreds of pictures have been passed on."""
+def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if a supervisor, or a client for whom there is no room, waits until hundreds of
+    pictures have been passed on.
+    """
 
     def refuse(order: Submit, forward: object) -> None:
         raise ApiError(429, "the queue is full", "queue_full", None, 3)
 
     async def go() -> list[FrontMessage | Drawn]:
         ours, theirs = connect()
-        monkeypatch.setattr("autoregressive.serve.web.hub.start_child", lambda recipe, name, listener: (None, ours))
+        monkeypatch.setattr(
+            "autoregressive.serve.web.hub.start_child", lambda recipe, name, listener: (None, ours)
+        )
         metrics = SimpleNamespace(text=lambda: b"all is well")
         dispatcher = SimpleNamespace(admit=refuse, metrics=metrics, clock=AwakeClock())
         recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
-        front = FrontLink(recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None)
+        front = FrontLink(
+            recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
+        )
         for number in range(3):
             front._forward(number, Drawn(99, number, 1.0))
         front._take(AskMetrics(5))

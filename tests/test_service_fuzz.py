@@ -1,4 +1,6 @@
-"""The service against its own description: generated requests, right and wrong ones, and every answer is checked."""
+"""The service against its own description: generated requests, right and wrong ones, and every
+answer is checked.
+"""
 
 import json
 import math
@@ -20,10 +22,20 @@ from schemathesis.core.transport import DEFAULT_MAX_STREAM_EVENTS
 
 load_all_checks()
 FEW, MANY = 300, 10_000
-# Left out: what a schema cannot say of a request (which classes there are, that partial_images goes with stream), and what
-# needs several operations on one resource, of which there are none.
-NAMES = ["not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance"]
-NAMES += ["response_schema_conformance", "unsupported_method", "allow_header_conformance", "negative_data_rejection"]
+# Left out: what a schema cannot say of a request (which classes there are, that partial_images goes
+# with stream), and what needs several operations on one resource, of which there are none.
+NAMES = [
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+]
+NAMES += [
+    "response_schema_conformance",
+    "unsupported_method",
+    "allow_header_conformance",
+    "negative_data_rejection",
+]
 CHECKED = CHECKS.get_by_names(NAMES)
 
 
@@ -31,7 +43,9 @@ CHECKED = CHECKS.get_by_names(NAMES)
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "store").mkdir()
-    with running_service(folder, "--store-dir", str(folder / "store"), "--store-images", "50") as service:
+    with running_service(
+        folder, "--store-dir", str(folder / "store"), "--store-images", "50"
+    ) as service:
         yield service
 
 
@@ -43,21 +57,31 @@ def check_event_stream(text: str) -> None:
         assert name.removeprefix("event: ") == json.loads(data.removeprefix("data: "))["type"]
     if len(events) >= DEFAULT_MAX_STREAM_EVENTS:  # schemathesis does not read on
         return
-    assert events[-1].split("\n")[0] in ("event: done", "event: image_generation.completed", "event: error")
+    assert events[-1].split("\n")[0] in (
+        "event: done",
+        "event: image_generation.completed",
+        "event: error",
+    )
 
 
 def sensible(case: Any, stored: str) -> Any:
-    """A right request is mostly for a class, a model or an image that there is not; this one is for those that there are."""
+    """A right request is mostly for a class, a model or an image that there is not; this one is for
+    those that there are.
+    """
     if isinstance(case.body, dict):
         wrong = ("model", "size", "class_label", "partial_images", "response_format")
-        case.body = {name: value for name, value in case.body.items() if name not in wrong} | {"prompt": "cat"}
+        case.body = {name: value for name, value in case.body.items() if name not in wrong} | {
+            "prompt": "cat"
+        }
     if "name" in case.path_parameters:
         case.path_parameters["name"] = stored
     return case
 
 
 def fuzz(service: Service, requests: int) -> Counter[tuple[str, int]]:
-    """Sends generated requests to every operation; how many answers of each status each has given."""
+    """Sends generated requests to every operation; how many answers of each status each
+    has given.
+    """
     schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
     assert len(operations) == 11
@@ -85,14 +109,18 @@ def fuzz(service: Service, requests: int) -> Counter[tuple[str, int]]:
             if streamed:
                 check_event_stream(response.text)
             left_out = CHECKS.get_by_names(["response_schema_conformance"]) if streamed else []
-            case.validate_response(response, checks=[check for check in CHECKED if check not in left_out])
+            case.validate_response(
+                response, checks=[check for check in CHECKED if check not in left_out]
+            )
 
         send()
     return seen
 
 
 def check(service: Service, seen: Counter[tuple[str, int]], requests: int) -> None:
-    """That so many were sent, that right ones were among them, and that the service is as it was."""
+    """That so many were sent, that right ones were among them, and that the service is as
+    it was.
+    """
     assert sum(seen.values()) >= requests
     for path in ("/v1/images/generations", "/v1/images/stream", "/v1/codes"):
         assert {status for label, status in seen if label == f"POST {path}"} >= {200, 400}
@@ -104,7 +132,9 @@ def check(service: Service, seen: Counter[tuple[str, int]], requests: int) -> No
 
 
 def test_the_description_is_kept(service: Service) -> None:
-    """Fails if a request makes a 5xx, or an answer has a status, a type or a shape that /openapi.json does not have."""
+    """Fails if a request makes a 5xx, or an answer has a status, a type or a shape that
+    /openapi.json does not have.
+    """
     check(service, fuzz(service, FEW), FEW)
 
 
@@ -117,7 +147,9 @@ def test_the_description_is_kept_for_long(service: Service) -> None:
 
 
 def test_what_is_described_is_what_there_is(service: Service) -> None:
-    """Fails if a route has no description, or promises less than every request can meet: limits of size, a missing key."""
+    """Fails if a route has no description, or promises less than every request can meet: limits of
+    size, a missing key.
+    """
     document = service.client.get("/openapi.json").json()
     paths = document["paths"]
     assert set(paths) == {
@@ -151,7 +183,11 @@ def test_openais_description_of_a_request_is_followed(service: Service) -> None:
     schemas = service.client.get("/openapi.json").json()["components"]["schemas"]
     fields = schemas["ImageRequest"]["properties"]
     assert schemas["ImageRequest"]["additionalProperties"] is False
-    for name, limits in (("n", (1, 10)), ("output_compression", (0, 100)), ("partial_images", (0, 3))):
+    for name, limits in (
+        ("n", (1, 10)),
+        ("output_compression", (0, 100)),
+        ("partial_images", (0, 3)),
+    ):
         described = fields[name]["anyOf"][0]
         assert (described["minimum"], described["maximum"]) == limits
         for value in (limits[0] - 1, limits[1] + 1):

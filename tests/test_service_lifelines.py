@@ -1,7 +1,8 @@
-"""Each process of the service, in each phase, is stopped and killed: probes say so within two seconds.
+"""Each process of the service, in each phase, is stopped and killed: probes say so within two
+seconds.
 
-A stopped process is what a hung one looks like from outside. The services are fakes that are forked from one process, so that forty
-of them fit into a minute.
+A stopped process is what a hung one looks like from outside. The services are fakes that are forked
+from one process, so that forty of them fit into a minute.
 """
 
 import itertools
@@ -54,13 +55,16 @@ class Outcome:
     last_200: (
         float  # seconds from the signal until the last probe that was answered by 200 was sent
     )
-    drawing: int | None  # what a drawing gets at once meanwhile; None: nobody may be there to answer
+    # what a drawing gets at once meanwhile; None: nobody may be there to answer
+    drawing: int | None
     recovered: bool  # a stopped process that goes on is well again
     log: str
 
 
 def enter(phase: str, service: Service) -> "socket.socket | None":
-    """Brings a service to a phase; the connection of the client that waits for a drawing, which takes six seconds or more."""
+    """Brings a service to a phase; the connection of the client that waits for a drawing, which
+    takes six seconds or more.
+    """
     if phase == "loading":
         return None
     service.wait_until_ready()
@@ -77,7 +81,9 @@ def enter(phase: str, service: Service) -> "socket.socket | None":
 
 
 def status(service: Service, path: str, timeout: float = 0.3) -> int:
-    """On a connection of its own, so that any process that answers HTTP may get it; 0: there is no answer."""
+    """On a connection of its own, so that any process that answers HTTP may get it; 0: there is no
+    answer.
+    """
     try:
         return httpx2.get(service.url + path, timeout=timeout).status_code
     except httpx2.TransportError:
@@ -95,7 +101,8 @@ def drawing_status(service: Service, timeout: float = 1.0) -> int:
 
 def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
     folder = folders.mktemp("service")
-    # One that is killed must not be ready meanwhile; one that is stopped would be ready soon, if it were not stopped.
+    # One that is killed must not be ready meanwhile; one that is stopped would be ready soon, if it
+    # were not stopped.
     (folder / "slow_start").write_text("30" if case.number == signal.SIGKILL else "1")
     if case.phase != "loading":
         (folder / "slow_start").unlink()
@@ -161,7 +168,8 @@ def outcomes(
 def test_a_process_that_stops_or_dies_shows(
     outcomes: dict[Case, "Future[Outcome]"], case: Case
 ) -> None:
-    """Fails if a probe says that all is well when a process has not run for two seconds, or when it runs again, that it is not.
+    """Fails if a probe says that all is well when a process has not run for two seconds, or when it
+    runs again, that it is not.
 
     A drawing that is asked for meanwhile gets 503 at once.
     """

@@ -34,7 +34,9 @@ def read_lines(descriptor: int, count: int) -> list[bytes]:
 
 
 def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a writer waits, keeps lines without end, or does not say later how many are missing."""
+    """Fails if a writer waits, keeps lines without end, or does not say later how many
+    are missing.
+    """
     monkeypatch.setattr(logs, "_WAITING_BYTES", 10_000)
     source, sink = os.pipe()
     writer = LineWriter(sink, lambda count: b"%d dropped\n" % count)
@@ -127,7 +129,9 @@ def run_script(what: str, end: str = "") -> tuple[int, str, list[str]]:
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_what_breaks_in_the_services_process_is_json(what: str) -> None:
-    """Fails if a line is no JSON object, or what was said is lost; afterwards, messages are for people."""
+    """Fails if a line is no JSON object, or what was said is lost; afterwards, messages are for
+    people.
+    """
     status, stdout, lines = run_script(BREAKS[what])
     assert (status, stdout) == (0, "for people\n")
     assert lines[-1] == "plain"
@@ -167,9 +171,8 @@ def test_the_last_words_of_an_engine_are_json(
 def test_a_service_whose_log_nobody_reads_serves_and_ends(forge: Forge, tmp_path: Path) -> None:
     """Fails if the service, or its end, waits for a full pipe."""
     os.mkfifo(tmp_path / "stderr")
-    reader = os.open(
-        tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK
-    )  # it is open, and that is all
+    # it is open, and that is all
+    reader = os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK)
     with forge.service(tmp_path) as service:
         service.wait_until_ready()
         path = f"/{'x' * 190}"

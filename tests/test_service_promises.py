@@ -1,4 +1,6 @@
-"""What the service promises to hold under load and under faults. The engine is a fake; its process, loop and pages are real."""
+"""What the service promises to hold under load and under faults. The engine is a fake; its process,
+loop and pages are real.
+"""
 
 import asyncio
 import contextlib
@@ -28,7 +30,9 @@ pytestmark = pytest.mark.timing
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[Service]:
     """A service of 4 rows, so of two guided images at a time, each of which takes 1.3 s or more."""
-    with running_service(tmp_path, "--max-num-seqs", "4", "--max-queue-size", "8", "--step-timeout", "3") as service:
+    with running_service(
+        tmp_path, "--max-num-seqs", "4", "--max-queue-size", "8", "--step-timeout", "3"
+    ) as service:
         service.faults.set("step_seconds", "0.02")
         yield service
 
@@ -37,7 +41,10 @@ def send(service: Service, path: str = "/v1/images/generations", **body: Any) ->
     """A request on a connection of its own, of which nothing is read."""
     host, port = urlsplit(service.url).netloc.split(":")
     content = json.dumps({"prompt": "cat"} | body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
     connection = socket.create_connection((host, int(port)), timeout=60)
     connection.sendall(head.encode() + content)
     return connection
@@ -49,7 +56,9 @@ def status_of(connection: socket.socket) -> int:
         return int(answer.readline().split()[1])
 
 
-async def burst(service: Service, bodies: list[dict[str, Any]]) -> list[tuple[int, float, httpx2.Headers]]:
+async def burst(
+    service: Service, bodies: list[dict[str, Any]]
+) -> list[tuple[int, float, httpx2.Headers]]:
     """All at once: of each its status, how long its answer took, and the answer's headers."""
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=service.url, timeout=120, limits=limits) as client:
@@ -69,7 +78,10 @@ def in_background(service: Service, **body: Any) -> "threading.Thread":
         answer: httpx2.Response | None = None
 
         def run(self) -> None:
-            with contextlib.suppress(httpx2.TransportError), httpx2.Client(base_url=service.url, timeout=60) as client:
+            with (
+                contextlib.suppress(httpx2.TransportError),
+                httpx2.Client(base_url=service.url, timeout=60) as client,
+            ):
                 self.answer = client.post("/v1/images/generations", json={"prompt": "cat"} | body)
 
     caller = Caller(daemon=True)
@@ -97,7 +109,9 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(slow: Service, pat
 
 
 def test_a_client_that_leaves_is_noticed_behind_its_next_request(slow: Service) -> None:
-    """Fails if the server stops reading because of a request that is not its turn yet, and so does not see the end."""
+    """Fails if the server stops reading because of a request that is not its turn yet, and so does
+    not see the end.
+    """
     connection = send(slow, n=2)
     slow.wait_for(lambda: slow.gauges()["kv_cache_usage_perc"] > 0, 5)
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -107,7 +121,9 @@ def test_a_client_that_leaves_is_noticed_behind_its_next_request(slow: Service) 
 
 
 def test_two_hundred_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
-    """They leave after half a second; the next request is served within 5 s of its turn, and every gauge ends at 0."""
+    """They leave after half a second; the next request is served within 5 s of its turn, and every
+    gauge ends at 0.
+    """
     with running_service(tmp_path, "--max-num-seqs", "16") as service:
         service.faults.set("step_seconds", "0.02")
         paths = ("/v1/images/generations", "/v1/images/stream")
@@ -126,14 +142,16 @@ def test_two_hundred_clients_that_leave_are_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_burst_is_admitted_up_to_the_limit_and_the_rest_refused_at_once(slow: Service) -> None:
-    """Fails if more than the queue and the running rows are let in, if a refusal waits, or if anybody let in is dropped.
+    """Fails if more than the queue and the running rows are let in, if a refusal waits, or if
+    anybody let in is dropped.
 
     All are one client's, which may have 6 of the 8 places.
     """
     outcomes = asyncio.run(burst(slow, [{} for _ in range(80)]))
     statuses = Counter(status for status, _, _ in outcomes)
     assert set(statuses) == {200, 429}
-    assert 6 + 2 <= statuses[200] <= 6 + 2 + 2  # those that wait, those that find rows free, and those that start meanwhile
+    # those that wait, those that find rows free, and those that start meanwhile
+    assert 6 + 2 <= statuses[200] <= 6 + 2 + 2
     refused = [(seconds, headers) for status, seconds, headers in outcomes if status == 429]
     assert max(seconds for seconds, _ in refused) < 1
     assert all(int(headers["retry-after"]) >= 1 for _, headers in refused)
@@ -145,15 +163,21 @@ def test_without_a_queue_free_rows_are_still_used(tmp_path: Path) -> None:
     """`--max-queue-size 0` counts waiting requests only: whoever finds rows free runs."""
     with running_service(tmp_path, "--max-num-seqs", "4", "--max-queue-size", "0") as service:
         service.faults.set("step_seconds", "0.02")
-        statuses = Counter(status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(6)])))
+        statuses = Counter(
+            status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(6)]))
+        )
         assert statuses == {200: 2, 429: 4}
 
 
 def test_where_pages_are_scarce_they_count_too(tmp_path: Path) -> None:
     """Fails if a request that finds rows free, but no pages, waits in a queue that has no place."""
-    with running_service(tmp_path, "--max-num-seqs", "64", "--num-pages", "8", "--max-queue-size", "0") as service:
+    with running_service(
+        tmp_path, "--max-num-seqs", "64", "--num-pages", "8", "--max-queue-size", "0"
+    ) as service:
         service.faults.set("step_seconds", "0.02")
-        statuses = Counter(status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(8)])))
+        statuses = Counter(
+            status for status, _, _ in asyncio.run(burst(service, [{} for _ in range(8)]))
+        )
         assert statuses == {200: 1, 429: 7}
 
 
@@ -161,7 +185,9 @@ def test_where_pages_are_scarce_they_count_too(tmp_path: Path) -> None:
 
 
 def test_while_the_model_is_loaded_it_says_so(tmp_path: Path) -> None:
-    """503 with Retry-After, on /ready and wherever something is drawn; /health is alive meanwhile."""
+    """503 with Retry-After, on /ready and wherever something is drawn; /health is alive
+    meanwhile.
+    """
     (tmp_path / "slow_start").write_text("4")
     with running_service(tmp_path, ready=False) as service:
         for answer in (service.client.get("/ready"), service.draw()):
@@ -266,8 +292,11 @@ def test_without_work_sigterm_ends_it_soon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fault", "limit"), [("die", 0.0), ("raise", 0.0), ("hang", 3.0)])
-def test_an_engine_that_is_lost_is_noticed_and_ends_the_service(slow: Service, fault: str, limit: float) -> None:
-    """/health says 503 within 2 s of it, waiting clients get an error within 5 s, and the status is not 0.
+def test_an_engine_that_is_lost_is_noticed_and_ends_the_service(
+    slow: Service, fault: str, limit: float
+) -> None:
+    """/health says 503 within 2 s of it, waiting clients get an error within 5 s, and the status is
+    not 0.
 
     A hanging step is lost once the watchdog's limit (here 3 s) has passed.
     """
@@ -292,7 +321,9 @@ def test_an_engine_killed_from_outside_ends_the_service(slow: Service) -> None:
 
 
 def test_a_service_that_stood_still_does_not_blame_its_engine(slow: Service) -> None:
-    """Ctrl-Z and fg, or a machine that was frozen: fails if what was not read meanwhile passes for silence."""
+    """Ctrl-Z and fg, or a machine that was frozen: fails if what was not read meanwhile passes for
+    silence.
+    """
     assert slow.draw().status_code == 200
     slow.process.send_signal(signal.SIGSTOP)
     time.sleep(4)
@@ -309,7 +340,8 @@ def test_an_engine_does_not_outlive_a_service_that_is_killed(tmp_path: Path) -> 
         service.wait_for(lambda: len(service.children) >= 1, 10)
         children = service.children
         service.process.kill()
-        service.wait_for(lambda: not any(map(is_alive, children)), 20)  # sooner than the engine is loaded
+        # sooner than the engine is loaded
+        service.wait_for(lambda: not any(map(is_alive, children)), 20)
 
 
 def test_an_engine_that_cannot_be_built_says_why(tmp_path: Path) -> None:
@@ -317,13 +349,17 @@ def test_an_engine_that_cannot_be_built_says_why(tmp_path: Path) -> None:
     (tmp_path / "unable").write_text("the checkpoint is damaged: fetch it again")
     with running_service(tmp_path, ready=False) as service:
         assert service.process.wait(30) == 2
-        assert service.log.splitlines()[-1].endswith("error: the checkpoint is damaged: fetch it again")
+        assert service.log.splitlines()[-1].endswith(
+            "error: the checkpoint is damaged: fetch it again"
+        )
         assert "Traceback" not in service.log
 
 
 @pytest.mark.parametrize("fault", ["out_of_memory", "out_of_memory_in_pixels"])
 def test_running_out_of_memory_costs_only_the_requests_concerned(slow: Service, fault: str) -> None:
-    """Those get 503, those that wait go on, the next succeeds; nothing is left over after 100 times."""
+    """Those get 503, those that wait go on, the next succeeds; nothing is left over after 100
+    times.
+    """
     slow.faults.set("step_seconds", "0.0005")
     for repeat in range(100):
         callers = [in_background(slow, seed=seed) for seed in range(4)]
@@ -333,7 +369,9 @@ def test_running_out_of_memory_costs_only_the_requests_concerned(slow: Service, 
         statuses = Counter(answer.status_code for answer in answers if answer is not None)
         assert statuses.total() == 4
         assert set(statuses) <= {200, 503}, statuses
-        assert 1 <= statuses[503] <= (2 if fault == "out_of_memory" else 4), f"{statuses} at repeat {repeat}"
+        assert 1 <= statuses[503] <= (2 if fault == "out_of_memory" else 4), (
+            f"{statuses} at repeat {repeat}"
+        )
         for answer in answers:
             assert answer is not None
             if answer.status_code == 503:
@@ -358,12 +396,21 @@ def test_nan_fails_its_own_request_only(slow: Service) -> None:
 
 
 def test_a_small_pool_serves_everybody_in_order(tmp_path: Path) -> None:
-    """A quarter of the pages that the rows could use, 1,000 requests of one client: all complete, first come, first served.
+    """A quarter of the pages that the rows could use, 1,000 requests of one client: all complete,
+    first come, first served.
 
-    The longest wait is at most 1.2 times that of the same requests through the scheduler alone, at the measured time of a step.
+    The longest wait is at most 1.2 times that of the same requests through the scheduler alone, at
+    the measured time of a step.
     """
     requests, rows, pages = 1000, 32, 32
-    flags = ("--max-num-seqs", str(rows), "--num-pages", str(pages), "--max-queue-size", str(2 * requests))
+    flags = (
+        "--max-num-seqs",
+        str(rows),
+        "--num-pages",
+        str(pages),
+        "--max-queue-size",
+        str(2 * requests),
+    )
     with running_service(tmp_path, *flags) as service:
         service.faults.set("step_seconds", "0.002")
         begun = time.monotonic()
@@ -374,27 +421,37 @@ def test_a_small_pool_serves_everybody_in_order(tmp_path: Path) -> None:
             if status_of(connection) == 200:
                 ended[index] = time.monotonic() - begun
 
-        threads = [threading.Thread(target=wait, args=each, daemon=True) for each in enumerate(connections)]
+        threads = [
+            threading.Thread(target=wait, args=each, daemon=True) for each in enumerate(connections)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(120)
         assert len(ended) == requests
         service.wait_for(service.is_empty, 1)
-        service.wait_for(lambda: service.log.count('"/v1/codes"') == requests and service.log.endswith("\n"), 5)
+        service.wait_for(
+            lambda: service.log.count('"/v1/codes"') == requests and service.log.endswith("\n"), 5
+        )
         logged = [json.loads(line) for line in service.log.splitlines()]
         waits = [line["queue_seconds"] for line in logged if line.get("path") == "/v1/codes"]
         seeds = [line["seed"] for line in logged if line.get("path") == "/v1/codes"]
     starts, steps = ideal_starts(requests, rows, pages)
     step_seconds = max(ended.values()) / steps
-    assert max(waits) <= 1.2 * starts[-1] * step_seconds, "somebody waited longer than first come, first served takes"
+    assert max(waits) <= 1.2 * starts[-1] * step_seconds, (
+        "somebody waited longer than first come, first served takes"
+    )
     # Equal requests end in the order of their start; those of one span may be answered in any.
     together = rows // 2
-    assert all(abs(place - seed) <= together for place, seed in enumerate(seeds)), "somebody was overtaken"
+    assert all(abs(place - seed) <= together for place, seed in enumerate(seeds)), (
+        "somebody was overtaken"
+    )
 
 
 def ideal_starts(requests: int, rows: int, pages: int) -> tuple[list[int], int]:
-    """The step at which each of so many guided images starts with nothing but the scheduler, and how many steps all take."""
+    """The step at which each of so many guided images starts with nothing but the scheduler, and
+    how many steps all take.
+    """
     scheduler = Scheduler(Limits(TOKENS, 16, rows, pages, 2 * rows, 10))
     for number in range(requests):
         scheduler.add(Request(number, 0, SamplingParams(cfg_scale=2.0, top_k=0)))
@@ -419,7 +476,8 @@ def resident_bytes(pid: int) -> int:
 
 
 def draw_beside_stalled(folder: Path, readers: int) -> tuple[float, float, float]:
-    """Seconds of a draw (median of 15) before and while so many readers stall, and MiB that each of these holds.
+    """Seconds of a draw (median of 15) before and while so many readers stall, and MiB that each of
+    these holds.
 
     Fails if they are still connected after 30 s.
     """
@@ -450,27 +508,42 @@ def draw_beside_stalled(folder: Path, readers: int) -> tuple[float, float, float
         def open_connections() -> int:
             port = int(service.url.rsplit(":", 1)[1])
             lines = Path(f"/proc/{service.process.pid}/net/tcp").read_text().splitlines()[1:]
-            return sum(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "01" for line in lines)
+            return sum(
+                line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "01"
+                for line in lines
+            )
 
         held = (resident_bytes(service.process.pid) - memory) / readers / 2**20
         during = median_seconds()
-        assert open_connections() >= readers, "some were dropped while others were timed: this machine is too slow for so many"
+        assert open_connections() >= readers, (
+            "some were dropped while others were timed: this machine is too slow for so many"
+        )
         service.wait_for(lambda: open_connections() < 5, max(1.0, drawn + 30 - time.monotonic()))
         for connection in stalled:
             connection.close()
     return before, during, held
 
 
-# A single run may double for reasons of a busy machine's; the promise itself, a tenth, is held by the long test.
-@pytest.mark.parametrize(("readers", "runs", "rise"), [(50, 1, 3.0), pytest.param(500, 3, 1.1, marks=pytest.mark.soak)])
-def test_stalled_readers_cost_others_nothing_and_are_dropped(tmp_path: Path, readers: int, runs: int, rise: float) -> None:
-    """Others' median rises to at most `rise` times what it was; each holds at most 1 MiB; within 30 s they are gone."""
+# A single run may double for reasons of a busy machine's; the promise itself, a tenth, is held by
+# the long test.
+@pytest.mark.parametrize(
+    ("readers", "runs", "rise"), [(50, 1, 3.0), pytest.param(500, 3, 1.1, marks=pytest.mark.soak)]
+)
+def test_stalled_readers_cost_others_nothing_and_are_dropped(
+    tmp_path: Path, readers: int, runs: int, rise: float
+) -> None:
+    """Others' median rises to at most `rise` times what it was; each holds at most 1 MiB; within 30
+    s they are gone.
+    """
     ratios = []
     for run in range(runs):
         folder = tmp_path / str(run)
         folder.mkdir()
         before, during, held = draw_beside_stalled(folder, readers)
-        print(f"{readers} stalled readers: {before:.3f} s a draw before, {during:.3f} s beside them; {held:.2f} MiB each")
+        print(
+            f"{readers} stalled readers: {before:.3f} s a draw before, {during:.3f} s beside them; "
+            f"{held:.2f} MiB each"
+        )
         ratios.append(during / before)
         assert held <= 1
     assert statistics.median(ratios) <= rise
@@ -495,7 +568,8 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
                     kind, n = (index + worker) % 5, 1 + index % 3
                     if kind == 4:
                         connection = send(service, "/v1/images/stream", n=3, seed=index)
-                        outcome = {200: "disconnected", 429: "rejected"}[status_of(connection)]  # and closes it
+                        # and closes it
+                        outcome = {200: "disconnected", 429: "rejected"}[status_of(connection)]
                     else:
                         path = "/v1/codes" if kind == 1 else "/v1/images/generations"
                         body = {"prompt": "no such class" if kind == 2 else "bee", "n": n}
@@ -515,11 +589,15 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
         gauges = service.gauges()
         counted = {name: gauges.get(f'requests_total{{outcome="{name}"}}', 0) for name in seen}
         assert counted == dict(seen)
-        assert seen["success"] > requests / 20  # how many are refused depends on how fast the clients come again
+        # how many are refused depends on how fast the clients come again
+        assert seen["success"] > requests / 20
         assert gauges["images_total"] == images
         assert gauges["generation_tokens_total"] == images * TOKENS
         assert gauges["prompt_tokens_total"] == images
-        assert sum(value for name, value in gauges.items() if name.startswith("requests_total")) == seen.total()
+        assert (
+            sum(value for name, value in gauges.items() if name.startswith("requests_total"))
+            == seen.total()
+        )
 
 
 # More than one engine
@@ -527,7 +605,9 @@ def test_counters_equal_what_the_clients_saw(tmp_path: Path, requests: int) -> N
 
 def test_engines_share_the_work_and_end_together(tmp_path: Path) -> None:
     """Fails if an engine idles while requests wait, or the service outlives one that has died."""
-    with running_service(tmp_path, "--max-num-seqs", "2", environment={"FAKE_SERVICE_ENGINES": "2"}) as service:
+    with running_service(
+        tmp_path, "--max-num-seqs", "2", environment={"FAKE_SERVICE_ENGINES": "2"}
+    ) as service:
         service.faults.set("step_seconds", "0.03")
         callers = [in_background(service, seed=seed) for seed in range(4)]
         service.wait_for(lambda: service.holds(running=2, waiting=2), 5)

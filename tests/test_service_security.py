@@ -1,4 +1,6 @@
-"""What the service keeps to itself and whom it lets in: keys, addresses, errors, limits, and what is no HTTP at all."""
+"""What the service keeps to itself and whom it lets in: keys, addresses, errors, limits, and what
+is no HTTP at all.
+"""
 
 import ast
 import asyncio
@@ -61,8 +63,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
-def send(service: Service, data: bytes, *, end: bool = False, timeout: float = 5, source: str = "127.0.0.1") -> bytes:
-    """Sends bytes as they are; all that comes back until the service closes, or is silent for so long.
+def send(
+    service: Service,
+    data: bytes,
+    *,
+    end: bool = False,
+    timeout: float = 5,
+    source: str = "127.0.0.1",
+) -> bytes:
+    """Sends bytes as they are; all that comes back until the service closes, or is silent for so
+    long.
 
     Args:
         end: say that no more will come.
@@ -71,7 +81,9 @@ def send(service: Service, data: bytes, *, end: bool = False, timeout: float = 5
     address = urlsplit(service.url)
     target = (address.hostname or "", address.port or 0)
     answer = b""
-    with socket.create_connection(target, timeout=timeout, source_address=(source, 0)) as connection:
+    with socket.create_connection(
+        target, timeout=timeout, source_address=(source, 0)
+    ) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(data)
             if end:
@@ -85,7 +97,9 @@ def send(service: Service, data: bytes, *, end: bool = False, timeout: float = 5
 def head(target: str = "/health", method: str = "GET", *lines: str, close: bool = True) -> bytes:
     """The part before the body."""
     ending = ["Connection: close"] if close else []
-    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: localhost", *lines, *ending, "", ""]).encode("latin-1")
+    return "\r\n".join(
+        [f"{method} {target} HTTP/1.1", "Host: localhost", *lines, *ending, "", ""]
+    ).encode("latin-1")
 
 
 def statuses(answer: bytes) -> list[int]:
@@ -110,7 +124,9 @@ def without_engines(folder: Path, use: Callable[[App], Awaitable[None]], **setti
     async def run() -> None:
         dispatcher = Dispatcher(cast(Any, None), 0, 1, Patience(), 64)
         with ThreadPoolExecutor(1) as encoders:
-            studio = Studio(fake_model("fake"), dispatcher, encoders, Store(folder, 3, "http://localhost"))
+            studio = Studio(
+                fake_model("fake"), dispatcher, encoders, Store(folder, 3, "http://localhost")
+            )
             await use(build_app(studio, version="1", docs=True, api_keys=(), **settings))
         dispatcher.stop(at_once=True)
 
@@ -163,16 +179,43 @@ WRONG_KEYS: list[list[tuple[str, str]]] = [
 def test_the_route_table_is_read_whole(tmp_path: Path) -> None:
     """Fails if the test below overlooks routes."""
     found = route_table(tmp_path)
-    expected = {"/v1/images/generations", "/v1/images/stream", "/v1/codes", "/v1/models", "/v1/classes", "/v1/files/{name}"}
+    expected = {
+        "/v1/images/generations",
+        "/v1/images/stream",
+        "/v1/codes",
+        "/v1/models",
+        "/v1/classes",
+        "/v1/files/{name}",
+    }
     expected |= {"/metrics", "/version", *OPEN}
     assert expected <= set(found)
 
 
 def test_no_route_answers_without_the_key(locked: Service, tmp_path: Path) -> None:
-    """Also routes that are yet to be written, every method, and paths that lead nowhere or to a route by a detour."""
+    """Also routes that are yet to be written, every method, and paths that lead nowhere or to a
+    route by a detour.
+    """
     paths = [path.replace("{name}", "x") for path in route_table(tmp_path) if path not in OPEN]
-    paths += ["/nowhere", "/v1", "/health/", "/ready/x", "//health", "/health/../v1/models", "/Health", "/static", "/static2/a"]
-    paths += ["//", "/%2e%2e/v1/models", "/docs/x", "/openapi.jso", "/v1/models?x=/health", "/v1/models/", "/health%2f"]
+    paths += [
+        "/nowhere",
+        "/v1",
+        "/health/",
+        "/ready/x",
+        "//health",
+        "/health/../v1/models",
+        "/Health",
+        "/static",
+        "/static2/a",
+    ]
+    paths += [
+        "//",
+        "/%2e%2e/v1/models",
+        "/docs/x",
+        "/openapi.jso",
+        "/v1/models?x=/health",
+        "/v1/models/",
+        "/health%2f",
+    ]
     answered = []
     with httpx2.Client(base_url=locked.url) as client:
         for path in paths:
@@ -184,19 +227,39 @@ def test_no_route_answers_without_the_key(locked: Service, tmp_path: Path) -> No
 
 
 def test_what_is_open_shows_nothing_else(locked: Service) -> None:
-    """Fails if the page's folder is a way to other routes or files; no answer may be anything but the page's, or an error."""
-    for path in ("/", "/health", "/ready", "/static/api.js", "/docs", "/openapi.json", "/docs-assets/swagger-ui.css"):
+    """Fails if the page's folder is a way to other routes or files; no answer may be anything but
+    the page's, or an error.
+    """
+    for path in (
+        "/",
+        "/health",
+        "/ready",
+        "/static/api.js",
+        "/docs",
+        "/openapi.json",
+        "/docs-assets/swagger-ui.css",
+    ):
         assert locked.client.get(path).status_code == 200
-    for target in ("/static/../v1/models", "/static/%2e%2e/v1/models", "/static/..%2fapp.py", "/static//v1/models", "/static/%00"):
+    for target in (
+        "/static/../v1/models",
+        "/static/%2e%2e/v1/models",
+        "/static/..%2fapp.py",
+        "/static//v1/models",
+        "/static/%00",
+    ):
         assert statuses(send(locked, head(target))) == [404]
     for method in ("POST", "OPTIONS", "PUT", "DELETE"):
         assert locked.client.request(method, "/health").status_code == 405
 
 
 @pytest.mark.parametrize("headers", WRONG_KEYS, ids=str)
-def test_a_wrong_key_is_refused_in_openais_shape(locked: Service, headers: list[tuple[str, str]]) -> None:
+def test_a_wrong_key_is_refused_in_openais_shape(
+    locked: Service, headers: list[tuple[str, str]]
+) -> None:
     lines = [f"{name}: {value}" for name, value in headers]
-    answer = send(locked, head("/v1/models", "GET", *lines), source=f"127.0.1.{WRONG_KEYS.index(headers)}")
+    answer = send(
+        locked, head("/v1/models", "GET", *lines), source=f"127.0.1.{WRONG_KEYS.index(headers)}"
+    )
     assert statuses(answer) == [401]
     assert error_of(answer) | {"message": ""} == {
         "message": "",
@@ -207,7 +270,9 @@ def test_a_wrong_key_is_refused_in_openais_shape(locked: Service, headers: list[
     assert b"www-authenticate: bearer" in answer.lower()
     assert KEY.encode() not in answer
     missing = error_of(send(locked, head("/v1/models")))["message"]
-    assert (error_of(answer)["message"] == missing) == (not any(name.lower() == "authorization" for name, _ in headers))
+    assert (error_of(answer)["message"] == missing) == (
+        not any(name.lower() == "authorization" for name, _ in headers)
+    )
 
 
 def test_a_refused_request_is_not_waited_for(locked: Service) -> None:
@@ -220,10 +285,14 @@ def test_a_refused_request_is_not_waited_for(locked: Service) -> None:
 
 def test_with_the_key_every_route_works(locked: Service, tmp_path: Path) -> None:
     """Fails if a route wants something else than the one key."""
-    with httpx2.Client(base_url=locked.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client:
+    with httpx2.Client(
+        base_url=locked.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    ) as client:
         for path in ("/v1/images/generations", "/v1/images/stream", "/v1/codes"):
             assert client.post(path, json={"prompt": "cat"}).status_code == 200
-        url = client.post("/v1/images/generations", json={"prompt": "cat", "response_format": "url"}).json()["data"][0]["url"]
+        url = client.post(
+            "/v1/images/generations", json={"prompt": "cat", "response_format": "url"}
+        ).json()["data"][0]["url"]
         assert client.get(url).status_code == 200
         for path in route_table(tmp_path):
             answer = client.get(path.replace("{name}", "x"))
@@ -237,20 +306,39 @@ def test_the_key_is_compared_in_constant_time() -> None:
     assert "hmac.compare_digest" in called
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and not isinstance(node.ops[0], (ast.Is, ast.IsNot)):
-            assert not re.search(r"\b(_expected|key|given\[|value)\b", ast.unparse(node)), ast.unparse(node)
+            assert not re.search(r"\b(_expected|key|given\[|value)\b", ast.unparse(node)), (
+                ast.unparse(node)
+            )
 
 
 def test_the_key_is_in_no_log(locked: Service) -> None:
-    """Wherever a careless client puts it: the query, the path, the body, the method, another header, a broken request."""
+    """Wherever a careless client puts it: the query, the path, the body, the method, another
+    header, a broken request.
+    """
     quoted = quote(KEY, safe="")
-    targets = (f"/v1/models?api_key={quoted}", f"/{quoted}", f"/v1/files/{quoted}", f"/v1/{KEY}", f"/static/{quoted}?{quoted}")
+    targets = (
+        f"/v1/models?api_key={quoted}",
+        f"/{quoted}",
+        f"/v1/files/{quoted}",
+        f"/v1/{KEY}",
+        f"/static/{quoted}?{quoted}",
+    )
     for number, target in enumerate(targets):
-        for line in (f"Authorization: Bearer {KEY}", f"Authorization: Basic {KEY}", f"X-Api-Key: {KEY}"):
+        for line in (
+            f"Authorization: Bearer {KEY}",
+            f"Authorization: Basic {KEY}",
+            f"X-Api-Key: {KEY}",
+        ):
             send(locked, head(target, "GET", line), source=f"127.0.2.{number}")
     send(locked, head("/health", KEY.replace("/", "").replace("=", "")))
     send(locked, f"GET / HTTP/1.1\r\nAuthorization Bearer {KEY}\r\n\r\n".encode())
     for authorized in (KEY, "wrong"):
-        for body in ({"prompt": KEY}, {KEY: 1}, {"prompt": "cat", "model": KEY}, {"prompt": "cat", "user": KEY}):
+        for body in (
+            {"prompt": KEY},
+            {KEY: 1},
+            {"prompt": "cat", "model": KEY},
+            {"prompt": "cat", "user": KEY},
+        ):
             headers = {"Authorization": f"Bearer {authorized}"}
             locked.client.post("/v1/codes", json=body, headers=headers)
     log = locked.log
@@ -274,7 +362,9 @@ def test_what_clients_name_is_cut_in_the_log(service: Service) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_with_a_key_it_listens_to_all(tmp_path: Path, host: str) -> None:
-    with running_service(tmp_path, "--host", host, ready=False, environment={"LLAMAGEN_API_KEY": KEY}) as service:
+    with running_service(
+        tmp_path, "--host", host, ready=False, environment={"LLAMAGEN_API_KEY": KEY}
+    ) as service:
         port = urlsplit(service.url).port
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}[host]
         assert httpx2.get(f"http://{reached}:{port}/health").status_code == 200
@@ -282,8 +372,13 @@ def test_with_a_key_it_listens_to_all(tmp_path: Path, host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", socket.gethostname() or "example.org"])
 def test_without_a_key_it_does_not_start_for_others(tmp_path: Path, host: str) -> None:
-    """One line, no traceback, no socket; test_service_settings.py has more addresses, and the status."""
-    with pytest.raises(AssertionError, match="did not start") as refused, running_service(tmp_path, "--host", host):
+    """One line, no traceback, no socket; test_service_settings.py has more addresses, and the
+    status.
+    """
+    with (
+        pytest.raises(AssertionError, match="did not start") as refused,
+        running_service(tmp_path, "--host", host),
+    ):
         pass
     lines = (tmp_path / "stderr").read_text().splitlines()
     assert len(lines) == 1
@@ -295,38 +390,84 @@ def test_by_default_it_listens_on_this_machine_only(service: Service) -> None:
     """Read from the system's table of sockets, which holds addresses as hexadecimal numbers."""
     port = f":{urlsplit(service.url).port or 0:04X}"
     tables = [Path(f"/proc/{service.process.pid}/net/{name}") for name in ("tcp", "tcp6")]
-    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    listening = {row[1].removesuffix(port) for row in rows if row[1].endswith(port) and row[3] == "0A"}
+    rows = [
+        line.split()
+        for table in tables
+        if table.exists()
+        for line in table.read_text().splitlines()[1:]
+    ]
+    listening = {
+        row[1].removesuffix(port) for row in rows if row[1].endswith(port) and row[3] == "0A"
+    }
     assert listening == {"0100007F"}
 
 
 # 3. Other sites
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/codes", "/static/api.js", "/nowhere", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/health", "/v1/models", "/v1/codes", "/static/api.js", "/nowhere", "/openapi.json"],
+)
 @pytest.mark.parametrize("which", ["service", "locked"])
-def test_no_other_site_is_given_leave(request: pytest.FixtureRequest, which: str, path: str) -> None:
+def test_no_other_site_is_given_leave(
+    request: pytest.FixtureRequest, which: str, path: str
+) -> None:
     """Fails if a page of another origin may read answers, or a preflight is granted."""
     asked: Service = request.getfixturevalue(which)
-    origin = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "*"}
+    origin = {
+        "Origin": "https://evil.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "*",
+    }
     for method in ("OPTIONS", "GET", "POST"):
-        answer = asked.client.request(method, path, headers=origin | {"Access-Control-Request-Private-Network": "true"})
+        answer = asked.client.request(
+            method, path, headers=origin | {"Access-Control-Request-Private-Network": "true"}
+        )
         assert not [name for name in answer.headers if name.startswith("access-control")]
         assert "evil.example" not in answer.text
         if method == "OPTIONS":
             assert answer.status_code in (401, 404, 405)
 
 
-LIES = ["Host: evil.example", "X-Forwarded-Host: evil.example", "X-Forwarded-Proto: https", "X-Forwarded-Prefix: /evil.example"]
-LIES += ["Forwarded: host=evil.example;proto=https", "X-Forwarded-For: evil.example", "Referer: http://evil.example/"]
+LIES = [
+    "Host: evil.example",
+    "X-Forwarded-Host: evil.example",
+    "X-Forwarded-Proto: https",
+    "X-Forwarded-Prefix: /evil.example",
+]
+LIES += [
+    "Forwarded: host=evil.example;proto=https",
+    "X-Forwarded-For: evil.example",
+    "Referer: http://evil.example/",
+]
 LIES += ["X-Original-URL: /evil.example", "X-Request-ID: evil.example"]
-TARGETS = ["/", "/health", "/health/", "/v1/models/", "/static", "/static/", "/docs", "/docs-assets", "/openapi.json"]
-TARGETS += ["/v1/files/x/", "/version", "/metrics", "//evil.example/static", "http://evil.example/health", "/static//evil.example"]
+TARGETS = [
+    "/",
+    "/health",
+    "/health/",
+    "/v1/models/",
+    "/static",
+    "/static/",
+    "/docs",
+    "/docs-assets",
+    "/openapi.json",
+]
+TARGETS += [
+    "/v1/files/x/",
+    "/version",
+    "/metrics",
+    "//evil.example/static",
+    "http://evil.example/health",
+    "/static//evil.example",
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("which", ["service", "locked"])
-def test_what_a_request_says_of_itself_is_in_no_answer(request: pytest.FixtureRequest, which: str, target: str) -> None:
+def test_what_a_request_says_of_itself_is_in_no_answer(
+    request: pytest.FixtureRequest, which: str, target: str
+) -> None:
     """Fails if a redirect, a link or an error leads to where the request says that it came from."""
     lies = LIES if which == "service" else [*LIES, f"Authorization: Bearer {KEY}"]
     lines = "\r\n".join([f"GET {target} HTTP/1.1", *lies, "Connection: close", "", ""])
@@ -337,16 +478,33 @@ def test_what_a_request_says_of_itself_is_in_no_answer(request: pytest.FixtureRe
 
 
 def test_the_urls_of_images_are_the_services_own(locked: Service, tmp_path: Path) -> None:
-    """Where it listens, or --public-url; never the request's Host. And a client cannot choose a file's name."""
-    headers = {"Host": "evil.example", "X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}
+    """Where it listens, or --public-url; never the request's Host. And a client cannot choose a
+    file's name.
+    """
+    headers = {
+        "Host": "evil.example",
+        "X-Forwarded-Host": "evil.example",
+        "X-Forwarded-Proto": "https",
+    }
     headers["Authorization"] = f"Bearer {KEY}"  # without a key, such a Host is refused
     body = {"prompt": "cat", "response_format": "url"}
-    url = locked.client.post("/v1/images/generations", json=body, headers=headers).json()["data"][0]["url"]
+    url = locked.client.post("/v1/images/generations", json=body, headers=headers).json()["data"][
+        0
+    ]["url"]
     assert re.fullmatch(re.escape(locked.url) + r"/v1/files/[0-9a-f]{32}\.png", url)
     (tmp_path / "store").mkdir()
-    flags = ("--store-dir", str(tmp_path / "store"), "--public-url", "https://pictures.example/of/", "--api-key", KEY)
+    flags = (
+        "--store-dir",
+        str(tmp_path / "store"),
+        "--public-url",
+        "https://pictures.example/of/",
+        "--api-key",
+        KEY,
+    )
     with running_service(tmp_path, *flags) as public:
-        url = public.client.post("/v1/images/generations", json=body, headers=headers).json()["data"][0]["url"]
+        url = public.client.post("/v1/images/generations", json=body, headers=headers).json()[
+            "data"
+        ][0]["url"]
     assert re.fullmatch(r"https://pictures\.example/of/v1/files/[0-9a-f]{32}\.png", url)
 
 
@@ -357,9 +515,13 @@ def test_a_stored_image_that_somebody_deleted_is_a_404(service: Service) -> None
     assert service.client.get(url).status_code == 404
 
 
-@pytest.mark.parametrize("value", ["bytes=garbage", "items=0-1", "bytes=999999999-", "bytes=0-0", "bytes=0-0,2-3,5-9"])
+@pytest.mark.parametrize(
+    "value", ["bytes=garbage", "items=0-1", "bytes=999999999-", "bytes=0-0", "bytes=0-0,2-3,5-9"]
+)
 def test_ranges_are_passed_over(service: Service, value: str) -> None:
-    """Fails if the framework answers for itself, in plain text, or a file comes in pieces that nobody has documented."""
+    """Fails if the framework answers for itself, in plain text, or a file comes in pieces that
+    nobody has documented.
+    """
     for path in ("/", "/static/api.js", "/docs-assets/swagger-ui.css"):
         answer = service.client.get(path, headers={"Range": value})
         assert answer.status_code == 200
@@ -370,13 +532,17 @@ def test_ranges_are_passed_over(service: Service, value: str) -> None:
 # 4. Errors
 
 LEAKS = re.compile(
-    r"Traceback|File \"|\.py\b|\b0x[0-9a-f]{3,}|site-packages|(?<![\w/])/(usr|home|root|tmp|opt|var|etc|proc)\b"
-    r"|\b(?!Retry)[A-Z]\w*(Error|Exception|Warning)\b|pydantic|starlette|uvicorn|fastapi|torch|asyncio|object at|line \d"
+    r"Traceback|File \"|\.py\b|\b0x[0-9a-f]{3,}|site-packages|(?<![\w/])"
+    r"/(usr|home|root|tmp|opt|var|etc|proc)\b"
+    r"|\b(?!Retry)[A-Z]\w*(Error|Exception|Warning)\b|pydantic|starlette|uvicorn"
+    r"|fastapi|torch|asyncio|object at|line \d"
 )
 
 
 def check_error(answer: httpx2.Response, *own: object) -> None:
-    """OpenAI's shape, and nothing of how the service is made; `own`: paths that it must not tell."""
+    """OpenAI's shape, and nothing of how the service is made; `own`: paths that it must
+    not tell.
+    """
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
     assert list(body) == ["error"]
@@ -427,9 +593,13 @@ BODIES: dict[str, str | bytes] = {
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/stream", "/v1/codes"])
 def test_a_wrong_body_is_a_400_that_tells_nothing(service: Service, path: str, name: str) -> None:
-    """Fails if it is a 500, takes long enough to hold up others, or shows what the service is made of."""
+    """Fails if it is a 500, takes long enough to hold up others, or shows what the service is made
+    of.
+    """
     begun = time.monotonic()
-    answer = service.client.post(path, content=BODIES[name], headers={"Content-Type": "application/json"})
+    answer = service.client.post(
+        path, content=BODIES[name], headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 400
     check_error(answer)
     assert time.monotonic() - begun < 3  # on a busy machine; alone it is 0.2
@@ -437,7 +607,16 @@ def test_a_wrong_body_is_a_400_that_tells_nothing(service: Service, path: str, n
         assert answer.json()["error"]["message"] == "f0 is not a known field"
 
 
-TYPES = ["", "text/plain", "text/json", "multipart/form-data", "application/x-www-form-urlencoded", 'a;;=;"', "\xff", "json"]
+TYPES = [
+    "",
+    "text/plain",
+    "text/json",
+    "multipart/form-data",
+    "application/x-www-form-urlencoded",
+    'a;;=;"',
+    "\xff",
+    "json",
+]
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -448,9 +627,31 @@ def test_a_body_of_an_odd_type_is_a_415(service: Service, kind: str) -> None:
     assert not LEAKS.search(json.dumps(error_of(answer)))
 
 
-PATHS = ["/nowhere", "/v1", "/static/", "/static/%00", f"/static/{'a' * 300}", f"/static/{'a/' * 3000}", "/v1/files/%00", "/%ff"]
-PATHS += ["/v1/files/..%2fstderr", "/v1/files/%2e%2e", "/v1/models/", "/static/%2fetc%2fpasswd", "/docs-assets/%00", "/static/\\x"]
-PATHS += ["/v1/files/" + "0" * 32 + ".png", "/static/..%5c..%5capp.py", "/v1/files/" + "a" * 60_000, "/static/.", "//"]
+PATHS = [
+    "/nowhere",
+    "/v1",
+    "/static/",
+    "/static/%00",
+    f"/static/{'a' * 300}",
+    f"/static/{'a/' * 3000}",
+    "/v1/files/%00",
+    "/%ff",
+]
+PATHS += [
+    "/v1/files/..%2fstderr",
+    "/v1/files/%2e%2e",
+    "/v1/models/",
+    "/static/%2fetc%2fpasswd",
+    "/docs-assets/%00",
+    "/static/\\x",
+]
+PATHS += [
+    "/v1/files/" + "0" * 32 + ".png",
+    "/static/..%5c..%5capp.py",
+    "/v1/files/" + "a" * 60_000,
+    "/static/.",
+    "//",
+]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path[:30])
@@ -459,14 +660,20 @@ def test_a_wrong_path_is_a_404_that_tells_nothing(service: Service, path: str) -
     assert answer.status_code == 404
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=" + "9" * 5000, f"search={'a' * 201}", "limit=1&limit=%00"])
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=x", "limit=" + "9" * 5000, f"search={'a' * 201}", "limit=1&limit=%00"],
+)
 def test_a_wrong_query_is_a_400_that_tells_nothing(service: Service, query: str) -> None:
     check_error(answer := service.client.get(f"/v1/classes?{query}"))
     assert answer.status_code == 400
 
 
 @pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH", "OPTIONS", "TRACE", "BREW", "get"])
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/codes", "/v1/models", "/static/api.js", "/metrics", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/health", "/v1/codes", "/v1/models", "/static/api.js", "/metrics", "/openapi.json"],
+)
 def test_a_wrong_method_is_a_405(service: Service, method: str, path: str) -> None:
     """Fails if it is answered, or echoed as TRACE would be."""
     answer = service.client.request(method, path, headers={"X-Secret": "echo"})
@@ -482,7 +689,11 @@ def test_a_wrong_method_is_a_405(service: Service, method: str, path: str) -> No
 def test_failures_of_the_engine_tell_nothing(service: Service) -> None:
     """500, 503, 504: what the engine says is for the log."""
     folder = Path(service._log).parent
-    for fault, text, status in (("nan", "0", 500), ("out_of_memory", "", 503), ("step_seconds", "0.1", 504)):
+    for fault, text, status in (
+        ("nan", "0", 500),
+        ("out_of_memory", "", 503),
+        ("step_seconds", "0.1", 504),
+    ):
         service.faults.set(fault, text)
         answer = service.draw(seed=0)
         service.faults.clear(fault)
@@ -515,11 +726,15 @@ def test_an_engine_that_is_lost_tells_nothing(tmp_path: Path) -> None:
 
 
 def test_a_request_right_after_the_loss_of_the_engine_is_not_left_hanging(tmp_path: Path) -> None:
-    """Fails if somebody who asks within the fifth of a second before the watch looks gets no answer, or a bare 500 at the end."""
+    """Fails if somebody who asks within the fifth of a second before the watch looks gets no
+    answer, or a bare 500 at the end.
+    """
     with running_service(tmp_path) as service:
         service.faults.set("raise")
         service.draw()
-        assert service.client.post("/v1/codes", json={"prompt": "cat"}, timeout=3).status_code == 503
+        assert (
+            service.client.post("/v1/codes", json={"prompt": "cat"}, timeout=3).status_code == 503
+        )
 
 
 def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
@@ -534,7 +749,9 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
 
     async def run() -> None:
         scope = {"type": "http", "method": "GET", "path": "/", "client": None}
-        task = asyncio.create_task(cast(Any, guards.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep)))
+        task = asyncio.create_task(
+            cast(Any, guards.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep))
+        )
         await asyncio.sleep(0.01)
         task.cancel()
         await task
@@ -542,7 +759,10 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
     asyncio.run(run())
     assert sent[0]["status"] == 503
     error = json.loads(sent[1]["body"])["error"]
-    assert (error["code"], error["message"]) == ("stopping", "the service is stopping: try again later")
+    assert (error["code"], error["message"]) == (
+        "stopping",
+        "the service is stopping: try again later",
+    )
 
 
 def test_while_it_is_loaded_it_tells_nothing(tmp_path: Path) -> None:
@@ -588,13 +808,21 @@ def in_chunks(body: bytes, size: int = 50_000) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in [*parts, b""])
 
 
-@pytest.mark.parametrize(("size", "status"), [(MEBIBYTE, 200), (MEBIBYTE + 1, 413), (4 * MEBIBYTE, 413)])
+@pytest.mark.parametrize(
+    ("size", "status"), [(MEBIBYTE, 200), (MEBIBYTE + 1, 413), (4 * MEBIBYTE, 413)]
+)
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_beyond_a_mebibyte_is_a_413(service: Service, size: int, status: int, chunked: bool) -> None:
-    """Fails if a byte less is refused, a byte more is read, or the limit counts only where a length is announced."""
+def test_a_body_beyond_a_mebibyte_is_a_413(
+    service: Service, size: int, status: int, chunked: bool
+) -> None:
+    """Fails if a byte less is refused, a byte more is read, or the limit counts only where a length
+    is announced.
+    """
     body = body_of(size)
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
-    request = head("/v1/codes", "POST", "Content-Type: application/json", length) + (in_chunks(body) if chunked else body)
+    request = head("/v1/codes", "POST", "Content-Type: application/json", length) + (
+        in_chunks(body) if chunked else body
+    )
     answer = send(service, request)
     assert statuses(answer)[:1] == [status]
     if status == 413:
@@ -622,7 +850,12 @@ def sized_head(size: int, where: str) -> bytes:
             case "one header":
                 return head("/health", "GET", f"X: {'a' * filler}")
             case "many headers":
-                return head("/health", "GET", *["X: " + "a" * 995] * (filler // 1000), f"Y: {'b' * (filler % 1000)}")
+                return head(
+                    "/health",
+                    "GET",
+                    *["X: " + "a" * 995] * (filler // 1000),
+                    f"Y: {'b' * (filler % 1000)}",
+                )
             case "the query":
                 return head(f"/health?{'a' * filler}")
             case _:
@@ -634,7 +867,9 @@ def sized_head(size: int, where: str) -> bytes:
 
 @pytest.mark.parametrize("where", ["one header", "many headers", "the query", "the path"])
 def test_headers_beyond_64_kib_are_a_431(service: Service, where: str) -> None:
-    """Fails if what is far below is refused, or what is above is let in because it came in one piece."""
+    """Fails if what is far below is refused, or what is above is let in because it came in one
+    piece.
+    """
     fits = statuses(send(service, sized_head(60 * 2**10, where)))
     assert fits == ([404] if where == "the path" else [200])
     for size in (66 * 2**10, 100 * 2**10, 250 * 2**10):
@@ -647,7 +882,9 @@ def test_headers_beyond_64_kib_are_a_431(service: Service, where: str) -> None:
 
 
 def test_answers_do_not_wait_for_the_client_to_confirm_them(service: Service) -> None:
-    """Fails if the system holds the second part of an answer back: 40 ms, on every connection but the first request's."""
+    """Fails if the system holds the second part of an answer back: 40 ms, on every connection but
+    the first request's.
+    """
     with httpx2.Client(base_url=service.url) as client:
         times = []
         for _ in range(21):
@@ -659,13 +896,33 @@ def test_answers_do_not_wait_for_the_client_to_confirm_them(service: Service) ->
 
 def test_requests_in_a_row_and_in_a_bunch_are_answered_in_order(service: Service) -> None:
     """Keep-alive and pipelining, also behind errors whose requests were complete."""
-    post = head("/v1/codes", "POST", "Content-Type: application/json", "Content-Length: 2", close=False) + b"{}"
-    chunked = head("/v1/codes", "POST", "Content-Type: application/json", "Transfer-Encoding: chunked", close=False)
+    post = (
+        head(
+            "/v1/codes", "POST", "Content-Type: application/json", "Content-Length: 2", close=False
+        )
+        + b"{}"
+    )
+    chunked = head(
+        "/v1/codes",
+        "POST",
+        "Content-Type: application/json",
+        "Transfer-Encoding: chunked",
+        close=False,
+    )
     drawn = chunked + in_chunks(b'{"prompt":"cat"}', 5)
     get, nowhere = head(close=False), head("/nowhere", close=False)
-    assert statuses(send(service, get + post + nowhere + drawn + get + head())) == [200, 400, 404, 200, 200, 200]
+    assert statuses(send(service, get + post + nowhere + drawn + get + head())) == [
+        200,
+        400,
+        404,
+        200,
+        200,
+        200,
+    ]
     with httpx2.Client(base_url=service.url) as client:
-        answers = [client.get("/health") for _ in range(50)] + [client.post("/v1/codes", json={"prompt": "cat"})]
+        answers = [client.get("/health") for _ in range(50)] + [
+            client.post("/v1/codes", json={"prompt": "cat"})
+        ]
     assert {answer.status_code for answer in answers} == {200}
 
 
@@ -711,12 +968,27 @@ def garbage() -> dict[str, bytes]:
         "length in another script": head(*post, "Content-Length: \xb2"),
         "two lengths": head(*post, "Content-Length: 2", "Content-Length: 3") + b"{}x",
         "two lengths in one": head(*post, "Content-Length: 2, 3") + b"{}x",
-        "length and chunks": head(*post, "Content-Length: 5", "Transfer-Encoding: chunked", close=False) + b"0\r\n\r\n" + SMUGGLED,
-        "chunks and length": head(*post, "Transfer-Encoding: chunked", "Content-Length: 48", close=False) + b"0\r\n\r\n" + SMUGGLED,
-        "two codings": head(*post, "Transfer-Encoding: chunked", "Transfer-Encoding: identity") + b"0\r\n\r\n",
-        "an unknown coding": head(*post, "Transfer-Encoding: xchunked", close=False) + b"0\r\n\r\n" + SMUGGLED,
-        "a coding behind a tab": head(*post, "Transfer-Encoding:\x0bchunked", close=False) + b"0\r\n\r\n" + SMUGGLED,
-        "a coding that is last": head(*post, "Transfer-Encoding: gzip, chunked", close=False) + b"0\r\n\r\n" + SMUGGLED,
+        "length and chunks": head(
+            *post, "Content-Length: 5", "Transfer-Encoding: chunked", close=False
+        )
+        + b"0\r\n\r\n"
+        + SMUGGLED,
+        "chunks and length": head(
+            *post, "Transfer-Encoding: chunked", "Content-Length: 48", close=False
+        )
+        + b"0\r\n\r\n"
+        + SMUGGLED,
+        "two codings": head(*post, "Transfer-Encoding: chunked", "Transfer-Encoding: identity")
+        + b"0\r\n\r\n",
+        "an unknown coding": head(*post, "Transfer-Encoding: xchunked", close=False)
+        + b"0\r\n\r\n"
+        + SMUGGLED,
+        "a coding behind a tab": head(*post, "Transfer-Encoding:\x0bchunked", close=False)
+        + b"0\r\n\r\n"
+        + SMUGGLED,
+        "a coding that is last": head(*post, "Transfer-Encoding: gzip, chunked", close=False)
+        + b"0\r\n\r\n"
+        + SMUGGLED,
         "a huge chunk": chunked + b"f" * 16 + b"\r\nabc\r\n",
         "an endless chunk size": chunked + b"f" * 100_000,
         "a negative chunk": chunked + b"-1\r\nabc\r\n",
@@ -727,17 +999,31 @@ def garbage() -> dict[str, bytes]:
         "broken off": b"POST /v1/codes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
         "broken off in a header": b"GET /health HTTP/1.1\r\nHo",
         "broken off in a chunk": chunked + b"5\r\nab",
-        "an upgrade": head("/health", "GET", "Upgrade: websocket", "Connection: upgrade", "Sec-WebSocket-Key: a", close=False),
-        "an upgrade to HTTP/2": head("/health", "GET", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", close=False),
+        "an upgrade": head(
+            "/health",
+            "GET",
+            "Upgrade: websocket",
+            "Connection: upgrade",
+            "Sec-WebSocket-Key: a",
+            close=False,
+        ),
+        "an upgrade to HTTP/2": head(
+            "/health", "GET", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", close=False
+        ),
         "garbage behind a request": head(close=False) + b"\xff" * 100 + b"\r\n\r\n",
-        "garbage behind a drawing": head(*post, "Content-Length: 16", close=False) + b'{"prompt":"cat"}' + b"\x16" * 99 + b"\n\n",
+        "garbage behind a drawing": head(*post, "Content-Length: 16", close=False)
+        + b'{"prompt":"cat"}'
+        + b"\x16" * 99
+        + b"\n\n",
     }
     return shapes
 
 
 @pytest.mark.parametrize("name", garbage())
 def test_garbage_harms_nobody(service: Service, name: str) -> None:
-    """Fails if it is a 500, a traceback, an answer to what was smuggled in, or the end of the service."""
+    """Fails if it is a 500, a traceback, an answer to what was smuggled in, or the end of the
+    service.
+    """
     known = len(service.log)
     answer = send(service, garbage()[name], end=True, timeout=3)
     found = statuses(answer)
@@ -753,16 +1039,24 @@ def test_garbage_harms_nobody(service: Service, name: str) -> None:
 
 
 def test_a_body_that_breaks_off_into_garbage_is_one_request(service: Service) -> None:
-    """Fails if the log has another number than the client, or two, or it counts as a client that left."""
+    """Fails if the log has another number than the client, or two, or it counts as a client that
+    left.
+    """
     before = service.gauges()
-    # The log is written a moment later than answers are: the lines of all before have come with this one.
+    # The log is written a moment later than answers are: the lines of all before have come with
+    # this one.
     service.logged(service.client.get("/version").headers["x-request-id"])
     known = len(service.log)
     answer = send(service, garbage()["a hexadecimal chunk"], timeout=3)
     assert statuses(answer) == [400]
     number = number_of(answer)
     line = service.logged(number)
-    assert (line["method"], line["path"], line["status"], line["outcome"]) == ("POST", "/v1/codes", 400, "invalid")
+    assert (line["method"], line["path"], line["status"], line["outcome"]) == (
+        "POST",
+        "/v1/codes",
+        400,
+        "invalid",
+    )
     assert service.log[known:].count('"request_id"') == service.log[known:].count("/metrics") + 1
     after, name = service.gauges(), 'requests_total{outcome="invalid"}'
     assert after[name] == before.get(name, 0) + 1
@@ -771,7 +1065,9 @@ def test_a_body_that_breaks_off_into_garbage_is_one_request(service: Service) ->
 
 
 def test_a_request_with_two_lengths_is_the_connections_last(service: Service) -> None:
-    """Fails if a proxy that goes by the one and a service that goes by the other can be set at odds."""
+    """Fails if a proxy that goes by the one and a service that goes by the other can be set at
+    odds.
+    """
     for name in ("length and chunks", "chunks and length"):
         answer = send(service, garbage()[name])
         assert statuses(answer) == [400]
@@ -779,16 +1075,24 @@ def test_a_request_with_two_lengths_is_the_connections_last(service: Service) ->
 
 
 def test_many_tiny_chunks_do_not_hold_up_others_for_long(service: Service) -> None:
-    """Each byte in a chunk of its own: what the limit leaves of that is a fraction of a second at a time."""
-    request = head("/v1/codes", "POST", "Content-Type: application/json", "Transfer-Encoding: chunked")
+    """Each byte in a chunk of its own: what the limit leaves of that is a fraction of a second at a
+    time.
+    """
+    request = head(
+        "/v1/codes", "POST", "Content-Type: application/json", "Transfer-Encoding: chunked"
+    )
     begun = time.monotonic()
     answer = send(service, request + in_chunks(body_of(30_000), 1), timeout=20)
     assert statuses(answer) == [200]
     assert time.monotonic() - begun < 5
 
 
-def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time counts from the first byte, so that dripping does not stretch it; and whoever waits for an answer is not dropped."""
+def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The time counts from the first byte, so that dripping does not stretch it; and whoever waits
+    for an answer is not dropped.
+    """
     monkeypatch.setattr(http_protocol, "SEND_SECONDS", 0.6)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -796,7 +1100,9 @@ def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(monkeypatch
             pass
         if scope["path"] == "/slow":
             await asyncio.sleep(1.2)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]}
+        )
         await send({"type": "http.response.body", "body": b"ok"})
 
     async def drip(port: int, data: bytes) -> float:
@@ -835,7 +1141,10 @@ def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(monkeypatch
             while not server.started:
                 await asyncio.sleep(0.01)
             body = head("/", "POST", "Content-Length: 500", close=False)
-            drips = [drip(port, data) for data in (head("/", "GET", f"X: {'a' * 500}"), body + b"a" * 500)]
+            drips = [
+                drip(port, data)
+                for data in (head("/", "GET", f"X: {'a' * 500}"), body + b"a" * 500)
+            ]
             silent = drip(port, b"")
             dripping = asyncio.gather(*drips, silent)
             while not dripping.done():
@@ -852,12 +1161,35 @@ def test_who_sends_a_byte_at_a_time_is_dropped_and_others_are_served(monkeypatch
 
 # 7. What the service never does
 
-_RUNS_CODE = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "imp", "code", "codeop"}
+_RUNS_CODE = {
+    "pickle",
+    "cPickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "imp",
+    "code",
+    "codeop",
+}
 _CALLS_CODE = {"eval", "exec", "compile", "__import__"}
-_CALLS_SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "commands.getoutput"}
-_SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader", "yaml.BaseLoader"}  # the last makes text, lists and mappings only
+_CALLS_SHELLS = {
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "commands.getoutput",
+}
+# the last makes text, lists and mappings only
+_SAFE_LOADERS = {
+    "yaml.SafeLoader",
+    "yaml.CSafeLoader",
+    "yaml.BaseLoader",
+}
 ALLOWED = {
-    # The service tells a process that it starts what to run, through a pair of sockets that nobody else has.
+    # The service tells a process that it starts what to run, through a pair of sockets that nobody
+    # else has.
     ("autoregressive.serve.worker.process", "import of pickle"),
     ("autoregressive.serve.worker.child", "import of pickle"),
 }
@@ -868,19 +1200,28 @@ def dangers(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {f"import of {alias.name.split('.')[0]}" for alias in node.names if alias.name.split(".")[0] in _RUNS_CODE}
+            found |= {
+                f"import of {alias.name.split('.')[0]}"
+                for alias in node.names
+                if alias.name.split(".")[0] in _RUNS_CODE
+            }
         elif isinstance(node, ast.ImportFrom):
             top = (node.module or "").split(".")[0]
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             if top in _RUNS_CODE:
                 found.add(f"import of {top}")
-            found |= {f"import of {name}" for name in names & (_CALLS_SHELLS | {"torch.load", "yaml.load", "numpy.load"})}
+            found |= {
+                f"import of {name}"
+                for name in names & (_CALLS_SHELLS | {"torch.load", "yaml.load", "numpy.load"})
+            }
             found |= {f"import of {name}" for name in names if name.startswith("builtins.")}
         elif isinstance(node, ast.Call):
             found |= set(_dangers_of_a_call(node))
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in _CALLS_SHELLS:
             found.add(ast.unparse(node))
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CALLS_CODE:
+        elif (
+            isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _CALLS_CODE
+        ):
             found.add(node.id)
     return found
 
@@ -897,7 +1238,12 @@ def _dangers_of_a_call(node: ast.Call) -> Iterator[str]:
         yield "torch.load"
     if name in ("np.load", "numpy.load") and given.get("allow_pickle", "False") != "False":
         yield "numpy.load"
-    if name.startswith("yaml.") and last in ("unsafe_load", "full_load", "unsafe_load_all", "full_load_all"):
+    if name.startswith("yaml.") and last in (
+        "unsafe_load",
+        "full_load",
+        "unsafe_load_all",
+        "full_load_all",
+    ):
         yield "yaml.load"
     if name in ("yaml.load", "yaml.load_all"):
         loader = given.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
@@ -946,13 +1292,19 @@ def test_the_lint_sees_what_is_planted(source: str) -> None:
 
 
 def test_the_lint_passes_what_is_harmless() -> None:
-    source = "re.compile('a')\ntorch.compile(gpt)\nmodel.eval()\ntorch.load(p, weights_only=True)\nyaml.load(t, yaml.BaseLoader)\n"
-    source += "yaml.load(t, Loader=yaml.SafeLoader)\nyaml.safe_load(t)\nsubprocess.run(['ls'])\nnp.load(p)\nimport json\n"
+    source = (
+        "re.compile('a')\ntorch.compile(gpt)\nmodel.eval()\ntorch.load(p, "
+        "weights_only=True)\nyaml.load(t, yaml.BaseLoader)\n"
+    )
+    source += "yaml.load(t, Loader=yaml.SafeLoader)\nyaml.safe_load(t)\nsubprocess.run(['ls'])\n"
+    source += "np.load(p)\nimport json\n"
     assert not dangers(source)
 
 
 def test_nothing_that_the_service_imports_runs_what_it_is_given() -> None:
-    """Fails if any module of ours behind the service unpickles, evaluates, or starts a shell; deferred imports included."""
+    """Fails if any module of ours behind the service unpickles, evaluates, or starts a shell;
+    deferred imports included.
+    """
     graph, files = import_graph(), {module_name(path): path for path in source_files()}
     reached: set[str] = set()
     waiting = ["autoregressive.serve.api_server"]
@@ -961,7 +1313,13 @@ def test_nothing_that_the_service_imports_runs_what_it_is_given() -> None:
         if module not in reached:
             reached.add(module)
             waiting += graph[module]
-    expected = {"autoregressive.serve.web.settings", "autoregressive.serve.worker.messages", "autoregressive.common.sharded"}
+    expected = {
+        "autoregressive.serve.web.settings",
+        "autoregressive.serve.worker.messages",
+        "autoregressive.common.sharded",
+    }
     assert expected | {"kernels.dispatch", "tokenizer.tokenizer_image.vq_model"} <= reached
-    found = {(module, danger) for module in reached for danger in dangers(files[module].read_text())}
+    found = {
+        (module, danger) for module in reached for danger in dangers(files[module].read_text())
+    }
     assert found == ALLOWED

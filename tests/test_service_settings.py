@@ -1,4 +1,6 @@
-"""The service's flags: which layer counts, what is refused, and that every refusal is a line that says where to look."""
+"""The service's flags: which layer counts, what is refused, and that every refusal is a line that
+says where to look.
+"""
 
 import argparse
 import os
@@ -67,12 +69,16 @@ def values_of(action: argparse.Action) -> list[str]:
     return ["first", "second", "third"]
 
 
-@pytest.mark.parametrize("action", [action for action in actions() if action.nargs != 0], ids=lambda action: action.dest)
+@pytest.mark.parametrize(
+    "action", [action for action in actions() if action.nargs != 0], ids=lambda action: action.dest
+)
 @pytest.mark.parametrize("written", ["dashes", "underscores"])
 def test_the_command_line_counts_then_the_environment_then_the_file(
     action: argparse.Action, written: str, tmp_path: Path
 ) -> None:
-    """Fails for any flag whose value is taken from the wrong layer, not converted, or read under one of its spellings only."""
+    """Fails for any flag whose value is taken from the wrong layer, not converted, or read under
+    one of its spellings only.
+    """
     if action.dest == "config":
         return  # names a layer
     typed, exported, filed = values_of(action)
@@ -92,7 +98,9 @@ def test_the_command_line_counts_then_the_environment_then_the_file(
     assert read([], environment | {f"{ENVIRONMENT}CONFIG": config[1]}) == convert(exported)
 
 
-@pytest.mark.parametrize("action", [action for action in actions() if action.nargs == 0], ids=lambda action: action.dest)
+@pytest.mark.parametrize(
+    "action", [action for action in actions() if action.nargs == 0], ids=lambda action: action.dest
+)
 def test_a_switch_can_be_on_and_off_in_every_layer(action: argparse.Action, tmp_path: Path) -> None:
     """Fails if the environment cannot turn off what the file turns on."""
     name = f"{ENVIRONMENT}{action.dest.upper()}"
@@ -127,8 +135,12 @@ def test_a_switch_can_be_on_and_off_in_every_layer(action: argparse.Action, tmp_
         ("api-key: --port=1", "api_key", "--port=1"),
     ],
 )
-def test_the_file_is_read_as_it_is_written(tmp_path: Path, text: str, name: str, value: object) -> None:
-    """Fails if YAML makes something else of a key or a name (octal numbers, True, a date), or a value becomes another flag."""
+def test_the_file_is_read_as_it_is_written(
+    tmp_path: Path, text: str, name: str, value: object
+) -> None:
+    """Fails if YAML makes something else of a key or a name (octal numbers, True, a date), or a
+    value becomes another flag.
+    """
     assert getattr(read_arguments(file(tmp_path, text), {}), name) == value
 
 
@@ -196,7 +208,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("GPT_MODEL", "--port=1", "argument --gpt-model: invalid choice"),
     ],
 )
-def test_a_wrong_variable_is_one_line_that_says_environment(name: str, value: str, said: str) -> None:
+def test_a_wrong_variable_is_one_line_that_says_environment(
+    name: str, value: str, said: str
+) -> None:
     message = refusal(environment={f"{ENVIRONMENT}{name}": value})
     assert message.startswith("environment: ")
     assert said in message
@@ -204,7 +218,9 @@ def test_a_wrong_variable_is_one_line_that_says_environment(name: str, value: st
 
 
 def test_a_flag_is_not_guessed_from_its_beginning() -> None:
-    """Fails if a misspelt flag is taken for another; and if a flag of the other commands is passed over."""
+    """Fails if a misspelt flag is taken for another; and if a flag of the other commands is passed
+    over.
+    """
     for typed in ("--api", "--class-labels=1", "--seed=1", "extra"):
         assert "unrecognized arguments" in refusal(typed)
 
@@ -237,7 +253,10 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ("--gpu-memory-utilization=nan", "--gpu-memory-utilization nan"),
         ("--gpt-type=t2i", "--gpt-type t2i"),
         ("--num-classes=0", "--num-classes 0"),
-        ("--public-url=example.org", "--public-url example.org: must begin with http:// or https://"),
+        (
+            "--public-url=example.org",
+            "--public-url example.org: must begin with http:// or https://",
+        ),
         ("--public-url=http://a b", "--public-url http://a b"),
         ("--public-url=http://a\nb", "--public-url"),
         ("--served-model-name=", "--served-model-name"),
@@ -258,7 +277,9 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(typed: str, said: str) -> None:
-    """Fails if a value is taken that the service cannot keep: a name or a key that no header or JSON can carry, an endless wait."""
+    """Fails if a value is taken that the service cannot keep: a name or a key that no header or
+    JSON can carry, an endless wait.
+    """
     assert said in refusal(typed)
 
 
@@ -289,13 +310,52 @@ def test_zero_seconds_are_no_limit() -> None:
 
 def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
     """Fails if a flag is parsed and then forgotten."""
-    typed = ["--host", "::1", "--port", "81", "--api-key", KEY, "--max-queue-size", "7", "--served-model-name", "m"]
-    typed += ["--store-dir", str(tmp_path), "--store-images", "5", "--public-url", "http://x", "--disable-docs"]
-    typed += ["--log-level", "error", "--queue-timeout", "1", "--request-timeout", "2", "--step-timeout", "3"]
+    typed = [
+        "--host",
+        "::1",
+        "--port",
+        "81",
+        "--api-key",
+        KEY,
+        "--max-queue-size",
+        "7",
+        "--served-model-name",
+        "m",
+    ]
+    typed += [
+        "--store-dir",
+        str(tmp_path),
+        "--store-images",
+        "5",
+        "--public-url",
+        "http://x",
+        "--disable-docs",
+    ]
+    typed += [
+        "--log-level",
+        "error",
+        "--queue-timeout",
+        "1",
+        "--request-timeout",
+        "2",
+        "--step-timeout",
+        "3",
+    ]
     typed += ["--shutdown-timeout", "4", "--max-num-seqs", "6"]
     found = settings(*typed)
-    assert (found.host, found.port, found.api_keys, found.max_queue_size, found.name) == ("::1", 81, (KEY,), 7, "m")
-    assert (found.store, found.stored_images, found.public_url, found.docs) == (tmp_path, 5, "http://x", False)
+    assert (found.host, found.port, found.api_keys, found.max_queue_size, found.name) == (
+        "::1",
+        81,
+        (KEY,),
+        7,
+        "m",
+    )
+    assert (found.store, found.stored_images, found.public_url, found.docs) == (
+        tmp_path,
+        5,
+        "http://x",
+        False,
+    )
     patience = found.patience
     assert (patience.queue, patience.run, patience.step, patience.shutdown) == (1, 2, 3, 4)
     assert (found.log_level, found.engine.max_num_seqs, found.engines) == ("error", 6, 1)
@@ -315,12 +375,16 @@ SHORT = "0123456789abcde"
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 @pytest.mark.parametrize("keys", [SHORT, "x", f"{KEY},{SHORT}", f"{SHORT}, {KEY}"])
 def test_others_cannot_reach_a_service_with_a_short_key(host: str, keys: str) -> None:
-    """Fails if one of the keys can be guessed, or if the line shows a key or does not say how to make one."""
+    """Fails if one of the keys can be guessed, or if the line shows a key or does not say how to
+    make one.
+    """
     message = refusal("--host", host, environment={f"{ENVIRONMENT}API_KEY": keys})
     assert "a key must have at least 16 characters" in message
     assert SHORT not in message
     (command,) = re.findall(r'python -c "(.*?)"', message)
-    made = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+    made = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    ).stdout.strip()
     longer = {f"{ENVIRONMENT}API_KEY": f"{made},{SHORT}x"}
     assert settings("--host", host, environment=longer).api_keys == (made, f"{SHORT}x")
 
@@ -340,13 +404,28 @@ def test_several_keys_are_separated_by_commas(tmp_path: Path) -> None:
 
 
 def test_the_public_host_is_the_urls() -> None:
-    """Fails if the port, the path or capitals become a part of the name that clients send as Host."""
-    assert settings("--public-url", "https://Pictures.Example:8443/of").public_host == "pictures.example"
+    """Fails if the port, the path or capitals become a part of the name that clients send
+    as Host.
+    """
+    assert (
+        settings("--public-url", "https://Pictures.Example:8443/of").public_host
+        == "pictures.example"
+    )
     assert settings("--public-url", "http://[2001:db8::1]:80").public_host == "2001:db8::1"
     assert settings().public_host is None
 
 
-OTHERS = ["0.0.0.0", "::", "192.0.2.1", "example.org", "0", "127.1", "", "::ffff:0.0.0.0", "localhost.evil"]
+OTHERS = [
+    "0.0.0.0",
+    "::",
+    "192.0.2.1",
+    "example.org",
+    "0",
+    "127.1",
+    "",
+    "::ffff:0.0.0.0",
+    "localhost.evil",
+]
 
 
 @pytest.mark.parametrize("host", OTHERS)
@@ -354,7 +433,9 @@ def test_other_addresses_need_a_key(host: str) -> None:
     """Fails if anybody on the network may use the service because nobody thought of a key."""
     assert "set a key (LLAMAGEN_API_KEY)" in refusal("--host", host)
     if host:
-        assert settings("--host", host, environment={f"{ENVIRONMENT}API_KEY": KEY}).api_keys == (KEY,)
+        assert settings("--host", host, environment={f"{ENVIRONMENT}API_KEY": KEY}).api_keys == (
+            KEY,
+        )
 
 
 def test_the_default_is_this_machine_only() -> None:
@@ -369,16 +450,23 @@ def test_what_no_system_can_look_up_is_refused(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["[::1]", "1.2.3.4.5", "192.0.2.1", ":x"])
 def test_where_nobody_can_listen_is_one_line(host: str) -> None:
-    with pytest.raises(UserError, match="cannot listen on"), api_server.listen(settings("--host", host, "--api-key", KEY)):
+    with (
+        pytest.raises(UserError, match="cannot listen on"),
+        api_server.listen(settings("--host", host, "--api-key", KEY)),
+    ):
         pass
 
 
 def test_as_many_processes_answer_as_there_are_engines_unless_told() -> None:
-    """Fails if one process is to answer for several engines, or the flag is ignored or not checked."""
+    """Fails if one process is to answer for several engines, or the flag is ignored or
+    not checked.
+    """
     assert settings().fronts == 1
     assert settings("--api-server-count", "3").fronts == 3
     assert "--api-server-count 0: must be 1 to 64" in refusal("--api-server-count", "0")
-    assert "--store-images 2: must be at least --api-server-count, 3" in refusal("--api-server-count", "3", "--store-images", "2")
+    assert "--store-images 2: must be at least --api-server-count, 3" in refusal(
+        "--api-server-count", "3", "--store-images", "2"
+    )
     with api_server.listen(settings("--api-server-count", "3", "--port", "0")) as listeners:
         assert len({listener.getsockname() for listener in listeners}) == 1
         assert len({listener.fileno() for listener in listeners}) == 3
@@ -420,13 +508,26 @@ def test_a_port_in_use_is_one_line_before_loading(capsys: pytest.CaptureFixture[
 
 @pytest.mark.usefixtures("nothing_is_loaded")
 def test_a_mistake_is_found_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--host 0.0.0.0: others can reach this address, so set a key" in ending(capsys, "--host", "0.0.0.0")
+    assert "--host 0.0.0.0: others can reach this address, so set a key" in ending(
+        capsys, "--host", "0.0.0.0"
+    )
     assert "--step-timeout 0" in ending(capsys, "--step-timeout", "0")
 
 
-def test_untrained_weights_are_not_served_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_untrained_weights_are_not_served_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Fails if a service draws noise because a file was not where it was thought to be."""
-    typed = ["--gpt-model", "GPT-B", "--device", "cpu", "--pretrained-dir", str(tmp_path), "--port", "0"]
+    typed = [
+        "--gpt-model",
+        "GPT-B",
+        "--device",
+        "cpu",
+        "--pretrained-dir",
+        str(tmp_path),
+        "--port",
+        "0",
+    ]
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: api_server.main(typed))
     assert stopped.value.code == 2
@@ -446,28 +547,49 @@ def test_help_shows_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     for action in actions():
-        assert re.search(rf"^  {re.escape(action.option_strings[0])}\b", shown, re.MULTILINE), action.dest
+        assert re.search(rf"^  {re.escape(action.option_strings[0])}\b", shown, re.MULTILINE), (
+            action.dest
+        )
         assert action.help
         assert shown.count(f"\n  {action.option_strings[0]} ") == 1
     assert "--not-" not in shown
 
 
 def test_the_key_is_in_no_message_about_the_configuration(tmp_path: Path) -> None:
-    """Fails if a slip elsewhere, or in its own line, shows the key to whoever reads the terminal."""
+    """Fails if a slip elsewhere, or in its own line, shows the key to whoever reads the
+    terminal.
+    """
     environment = {f"{ENVIRONMENT}API_KEY": KEY}
-    messages = [refusal("--port", "x", environment=environment), refusal(environment=environment | {f"{ENVIRONMENT}PORT": "x"})]
+    messages = [
+        refusal("--port", "x", environment=environment),
+        refusal(environment=environment | {f"{ENVIRONMENT}PORT": "x"}),
+    ]
     messages += [refusal(environment={f"{ENVIRONMENT}API_KEY": f"{KEY}\n"})]
-    slips = (f"api-key: @{KEY}", f"api-key: '{KEY}", f"api-key: [{KEY}", f"api-key: [{KEY}]", f"api-key: {{{KEY}: 1}}")
+    slips = (
+        f"api-key: @{KEY}",
+        f"api-key: '{KEY}",
+        f"api-key: [{KEY}",
+        f"api-key: [{KEY}]",
+        f"api-key: {{{KEY}: 1}}",
+    )
     messages += [refusal(*file(tmp_path, slip)) for slip in slips]
     assert not [message for message in messages if KEY in message]
 
 
 def test_the_command_ends_with_status_2_and_one_line() -> None:
     """As typed, in a process of its own: no traceback, no half-started service, no key."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT)}
-    environment |= {f"{ENVIRONMENT}API_KEY": KEY, f"{ENVIRONMENT}PORT": "99999", "OMP_NUM_THREADS": "1"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT)
+    }
+    environment |= {
+        f"{ENVIRONMENT}API_KEY": KEY,
+        f"{ENVIRONMENT}PORT": "99999",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "autoregressive/serve/api_server.py", *MODEL, "--host", "0.0.0.0"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "api_server.py: error: --port 99999: must be 0 to 65535\n"

@@ -1,4 +1,6 @@
-"""Signals: from the first line on, whatever the main thread does, and as process 1. And what a client or a parent leaves behind."""
+"""Signals: from the first line on, whatever the main thread does, and as process 1. And what a
+client or a parent leaves behind.
+"""
 
 import os
 import shutil
@@ -86,7 +88,9 @@ def test_while_libraries_are_imported_a_signal_ends_it(
 
 
 def test_process_1_hears_sigterm_while_it_starts(slow_torch: dict[str, str]) -> None:
-    """Fails if a container cannot be stopped in its first seconds: process 1 gets no signal that it does not wait for."""
+    """Fails if a container cannot be stopped in its first seconds: process 1 gets no signal that it
+    does not wait for.
+    """
     unshare = shutil.which("unshare")
     if (
         unshare is None
@@ -117,16 +121,23 @@ def test_a_hangup_that_is_ignored_stays_ignored(slow_torch: dict[str, str]) -> N
 
 
 BLOCKS = {
-    "a full pipe": "source, sink = os.pipe(); os.write(1, b'importing\\n'); os.write(sink, bytes(2**20))",
+    "a full pipe": "source, sink = os.pipe(); os.write(1, b'importing\\n'); os.write(sink, "
+    "bytes(2**20))",
     "a loop": "os.write(1, b'importing\\n')\nwhile True: pass",
-    "a lock": "os.write(1, b'importing\\n'); threading.Lock().acquire(); lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "a lock": "os.write(1, b'importing\\n'); threading.Lock().acquire(); lock = threading.Lock(); "
+    "lock.acquire(); lock.acquire()",
 }
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_second_signal_ends_it_whatever_the_main_thread_does(block: str) -> None:
-    """Fails if a main thread that never comes back keeps the process from ending within two seconds."""
-    script = "import os, threading\nfrom autoregressive.serve.signals import SignalWatch\nwatch = SignalWatch()\n"
+    """Fails if a main thread that never comes back keeps the process from ending within two
+    seconds.
+    """
+    script = (
+        "import os, threading\nfrom autoregressive.serve.signals import SignalWatch\nwatch = "
+        "SignalWatch()\n"
+    )
     script += f"watch.hand_over(lambda: None)\n{BLOCKS[block]}"
     process = run(["-c", script], dict(os.environ))
     process.send_signal(signal.SIGTERM)
@@ -172,7 +183,9 @@ def test_a_hangup_or_ctrl_c_lets_work_finish_and_says_so_at_once(
 
 
 def test_connections_are_probed() -> None:
-    """Fails if a client that vanishes without a word holds its connection, and its drawing, for two hours."""
+    """Fails if a client that vanishes without a word holds its connection, and its drawing, for two
+    hours.
+    """
     settings = cast(ServerSettings, SimpleNamespace(host="127.0.0.1", port=0, fronts=1))
     with listen(settings) as (listener,), socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
@@ -199,7 +212,10 @@ time.sleep(60)
 
 def test_a_child_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None:
     """Fails if a GPU, or an address, stays taken for as long as an orphan's imports take."""
-    slow = "import os, time\nif 'SLOW' in os.environ:\n    open(os.environ['IMPORTING'], 'w').close()\n    time.sleep(60)\n"
+    slow = (
+        "import os, time\nif 'SLOW' in os.environ:\n    open(os.environ['IMPORTING'], "
+        "'w').close()\n    time.sleep(60)\n"
+    )
     (tmp_path / "slow_to_import.py").write_text(f"{slow}def run(connection):\n    pass\n")
     importing = tmp_path / "importing"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "IMPORTING": str(importing)}
@@ -229,7 +245,8 @@ import socket, sys, time
 host, port, key = sys.argv[1:]
 connection = socket.create_connection((host, int(port)))
 body = b'{"prompt": "cat", "n": 10}'
-head = f"POST /v1/images/generations HTTP/1.1\\r\\nHost: {host}\\r\\nAuthorization: Bearer {key}\\r\\n"
+head = f"POST /v1/images/generations HTTP/1.1\\r\\nHost: {host}\\r\\n"
+head += f"Authorization: Bearer {key}\\r\\n"
 head += f"Content-Type: application/json\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
 connection.sendall(head.encode() + body)
 time.sleep(120)
@@ -240,7 +257,9 @@ time.sleep(120)
 def test_a_client_that_vanishes_without_a_word_ends_its_drawing(
     forge: Forge, tmp_path: Path
 ) -> None:
-    """Fails if a pulled cable costs three minutes of drawing: nobody closes the connection, and nothing is to be sent on it."""
+    """Fails if a pulled cable costs three minutes of drawing: nobody closes the connection, and
+    nothing is to be sent on it.
+    """
     ip, space, key = shutil.which("ip"), f"vanish{os.getpid()}", "a-key-for-tests-of-a-network"
     if (
         ip is None

@@ -1,4 +1,6 @@
-"""Stored images over HTTP: alive when the answer is sent, refused before drawing, whole while others are evicted."""
+"""Stored images over HTTP: alive when the answer is sent, refused before drawing, whole while
+others are evicted.
+"""
 
 import json
 import os
@@ -25,7 +27,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
     (folder / "store").mkdir()
     (folder / "store" / ".0123456789abcdef.part.png").write_bytes(b"half")
-    with running_service(folder, "--store-dir", str(folder / "store"), "--store-images", "10", environment={LARGE: "1"}) as service:
+    with running_service(
+        folder,
+        "--store-dir",
+        str(folder / "store"),
+        "--store-images",
+        "10",
+        environment={LARGE: "1"},
+    ) as service:
         yield service
 
 
@@ -57,9 +66,17 @@ def test_all_urls_of_an_answer_are_alive(service: Service) -> None:
 def test_what_could_not_be_kept_is_refused(tmp_path: Path) -> None:
     """Fails if images are drawn whose URLs are dead on arrival."""
     (tmp_path / "store").mkdir()
-    flags = ("--store-dir", str(tmp_path / "store"), "--store-images", "3", "--store-max-size", "1M")
+    flags = (
+        "--store-dir",
+        str(tmp_path / "store"),
+        "--store-images",
+        "3",
+        "--store-max-size",
+        "1M",
+    )
     with running_service(tmp_path, *flags, environment={LARGE: "1"}) as service:
-        answer = service.draw(response_format="url", n=3)  # 1 MiB is room for two pictures of 384 x 384
+        # 1 MiB is room for two pictures of 384 x 384
+        answer = service.draw(response_format="url", n=3)
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("invalid_value", "n")
@@ -67,13 +84,23 @@ def test_what_could_not_be_kept_is_refused(tmp_path: Path) -> None:
         assert service.gauges()["generation_tokens_total"] == 0
         assert service.draw(n=4).status_code == 200
         for _ in range(3):
-            assert [service.client.get(url).status_code for url in urls_of(service, n=2)] == [200, 200]
+            assert [service.client.get(url).status_code for url in urls_of(service, n=2)] == [
+                200,
+                200,
+            ]
             assert sum(file.stat().st_size for file in (tmp_path / "store").iterdir()) <= 2**20
 
 
-@pytest.mark.parametrize(("output_format", "media_type"), [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")])
-def test_a_stored_image_has_its_type_and_may_be_kept(service: Service, output_format: str, media_type: str) -> None:
-    """Fails if the type depends on the system's table, or a browser asks again for what never changes."""
+@pytest.mark.parametrize(
+    ("output_format", "media_type"),
+    [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")],
+)
+def test_a_stored_image_has_its_type_and_may_be_kept(
+    service: Service, output_format: str, media_type: str
+) -> None:
+    """Fails if the type depends on the system's table, or a browser asks again for what never
+    changes.
+    """
     url = urls_of(service, output_format=output_format)[0]
     answer = service.client.get(url)
     assert answer.headers["content-type"] == media_type
@@ -82,12 +109,18 @@ def test_a_stored_image_has_its_type_and_may_be_kept(service: Service, output_fo
     assert int(answer.headers["content-length"]) == len(answer.content) == size
     for tag in (answer.headers["etag"], f'"x", W/{answer.headers["etag"]}', "*"):
         again = service.client.get(url, headers={"If-None-Match": tag})
-        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", answer.headers["etag"])
+        assert (again.status_code, again.content, again.headers["etag"]) == (
+            304,
+            b"",
+            answer.headers["etag"],
+        )
     assert service.client.get(url, headers={"If-None-Match": '"x"'}).status_code == 200
 
 
 def test_a_store_that_fails_is_told_before_drawing_and_recovers(service: Service) -> None:
-    """Fails if work is done for nothing, the log gives no reason, the answer gives one, or the failure lasts."""
+    """Fails if work is done for nothing, the log gives no reason, the answer gives one, or the
+    failure lasts.
+    """
     folder, drawn = store_of(service), service.gauges()["generation_tokens_total"]
     shutil.rmtree(folder)
     folder.write_text("")  # a file where the folder was: also the superuser cannot write into it
@@ -119,13 +152,23 @@ def test_a_folder_with_a_pictures_name_does_no_harm(service: Service) -> None:
 
 
 def test_a_second_service_in_the_folder_ends_with_status_2(tmp_path: Path) -> None:
-    """Fails if two services delete each other's pictures, or the reason is not told; several fronts are one service."""
+    """Fails if two services delete each other's pictures, or the reason is not told; several fronts
+    are one service.
+    """
     (tmp_path / "store").mkdir()
     flags = ("--store-dir", str(tmp_path / "store"), "--api-server-count", "2")
     with running_service(tmp_path, *flags) as service:
-        command = [sys.executable, str(Path(__file__).with_name("fake_service.py")), "--port", "0", *flags]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("fake_service.py")),
+            "--port",
+            "0",
+            *flags,
+        ]
         environment = os.environ | {FAULTS: str(tmp_path), "OMP_NUM_THREADS": "1"}
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        second = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=environment
+        )
         assert second.returncode == 2
         assert second.stderr.count("\n") == 1
         assert "another service keeps its images there" in second.stderr
@@ -145,7 +188,10 @@ def test_eviction_beside_reading_cuts_no_answer(service: Service) -> None:
         with httpx2.Client(base_url=service.url, timeout=60) as client:
             while time.monotonic() < end:
                 body = {"prompt": "cat", "response_format": "url", "n": 5}
-                known.extend(data["url"] for data in client.post("/v1/images/generations", json=body).json()["data"])
+                known.extend(
+                    data["url"]
+                    for data in client.post("/v1/images/generations", json=body).json()["data"]
+                )
 
     def read() -> None:
         with httpx2.Client(timeout=60) as client:
@@ -174,11 +220,15 @@ def test_descriptors_of_readers_that_leave_are_closed(service: Service) -> None:
     descriptors = Path(f"/proc/{service.process.pid}/fd")
 
     def in_store() -> list[str]:
-        return [place for place in map(os.readlink, descriptors.iterdir()) if place.startswith(f"{store_of(service)}/")]
+        return [
+            place
+            for place in map(os.readlink, descriptors.iterdir())
+            if place.startswith(f"{store_of(service)}/")
+        ]
 
     for _ in range(50):
         with httpx2.Client() as client, client.stream("GET", url) as answer:
             next(answer.iter_raw(1))
-    service.wait_for(lambda: {Path(place).name.split(" ")[0] for place in in_store()} <= {LOCK_FILE}, 5)
-
-
+    service.wait_for(
+        lambda: {Path(place).name.split(" ")[0] for place in in_store()} <= {LOCK_FILE}, 5
+    )

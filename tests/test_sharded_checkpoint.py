@@ -1,4 +1,6 @@
-"""FSDP's sharded directories: real ones load exactly in one process; damaged and hostile ones end in one line."""
+"""FSDP's sharded directories: real ones load exactly in one process; damaged and hostile ones end
+in one line.
+"""
 
 import itertools
 import os
@@ -40,7 +42,17 @@ RANKS = 2
 
 def tiny_gpt() -> Transformer:
     # 11 classes and 33 codes: rows that two ranks cannot share evenly.
-    return Transformer(GPTConfig(dim=32, n_layer=2, n_head=4, vocab_size=33, block_size=16, num_classes=10, multiple_of=16))
+    return Transformer(
+        GPTConfig(
+            dim=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=33,
+            block_size=16,
+            num_classes=10,
+            multiple_of=16,
+        )
+    )
 
 
 def seeded_gpt(seed: int) -> Transformer:
@@ -53,16 +65,27 @@ def seeded_gpt(seed: int) -> Transformer:
 
 
 def write_with_fsdp(rank: int, port: int, folder: str) -> None:
-    """One of two processes: shards a seeded model with both generations of FSDP and saves it in several ways."""
+    """One of two processes: shards a seeded model with both generations of FSDP and saves it in
+    several ways.
+    """
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardedStateDictConfig, StateDictType, fully_shard
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        ShardedStateDictConfig,
+        StateDictType,
+        fully_shard,
+    )
 
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
     torch.set_num_threads(1)
     mesh = distributed.init_device_mesh("cpu", (RANKS,))
     tokens = torch.zeros(2, 3, dtype=torch.int64)
 
-    first = FullyShardedDataParallel(seeded_gpt(1), device_id=CPU, device_mesh=mesh, use_orig_params=True)
+    first = FullyShardedDataParallel(
+        seeded_gpt(1), device_id=CPU, device_mesh=mesh, use_orig_params=True
+    )
     optimizer = torch.optim.AdamW(first.parameters())
     first(idx=tokens, cond_idx=torch.zeros(2, dtype=torch.int64)).sum().backward()
     weights, optimizer_state = get_state_dict(first, optimizer)
@@ -85,7 +108,8 @@ def write_with_fsdp(rank: int, port: int, folder: str) -> None:
     dcp.save({"model": second.state_dict(), "steps": 5}, checkpoint_id=f"{folder}/fsdp2")
     distributed.barrier()
     distributed.destroy_process_group()
-    # Everything is written. Leaving the ordinary way aborts now and then, in a gloo thread that torch does not join.
+    # Everything is written. Leaving the ordinary way aborts now and then, in a gloo thread that
+    # torch does not join.
     os._exit(0)
 
 
@@ -108,7 +132,9 @@ def directory(written: Path, tmp_path: Path) -> Path:
     return shutil.copytree(written / "fsdp1_nested", tmp_path / "copy")
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32, ema: bool = False, from_fsdp: bool = False) -> Transformer:
+def load(
+    path: Path, dtype: torch.dtype = torch.float32, ema: bool = False, from_fsdp: bool = False
+) -> Transformer:
     with torch.device("meta"):
         model = tiny_gpt()
     load_weights(model, path, device=CPU, dtype=dtype, ema=ema, from_fsdp=from_fsdp)
@@ -131,7 +157,9 @@ def rewrite_metadata(path: Path, change: Callable[[Metadata], Any]) -> None:
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shards_of_two_ranks_become_the_weights_they_were(written: Path, arrangement: str, dtype: torch.dtype) -> None:
+def test_shards_of_two_ranks_become_the_weights_they_were(
+    written: Path, arrangement: str, dtype: torch.dtype
+) -> None:
     assert len(list((written / arrangement).glob("*.distcp"))) == RANKS
     model = load(written / arrangement, dtype=dtype, from_fsdp=True)
     expected = seeded_gpt(1).state_dict()
@@ -175,7 +203,9 @@ def test_a_shard_of_other_bytes_is_one_line(directory: Path) -> None:
     assert "is damaged" in error_of(directory)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04", pickle.dumps({"state_dict_metadata": 1})])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", b"\x80\x04", pickle.dumps({"state_dict_metadata": 1})]
+)
 def test_damaged_metadata_is_one_line(directory: Path, content: bytes) -> None:
     (directory / ".metadata").write_bytes(content)
     assert ".metadata: " in error_of(directory)
@@ -206,19 +236,27 @@ def make_hostile(directory: Path, mark: Path) -> None:
     rewrite_metadata(directory, change)
 
 
-def test_metadata_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
+def test_metadata_that_runs_code_is_refused_and_runs_nothing(
+    directory: Path, tmp_path: Path
+) -> None:
     make_hostile(directory, tmp_path / "executed")
     assert "mkdir" in error_of(directory)
     assert not (tmp_path / "executed").exists()
-    FileSystemReader(directory).read_metadata()  # the file is hostile indeed: the library's own reader executes it
+    FileSystemReader(
+        directory
+    ).read_metadata()  # the file is hostile indeed: the library's own reader executes it
     assert (tmp_path / "executed").exists()
 
 
 def test_refusal_needs_no_assertions(directory: Path, tmp_path: Path) -> None:
-    """Under `python -O` assertions are gone: a refusal resting on one would execute the file, be it sharded or not."""
+    """Under `python -O` assertions are gone: a refusal resting on one would execute the file, be it
+    sharded or not.
+    """
     mark = tmp_path / "executed"
     make_hostile(directory, mark)
-    paths = [hostile_file(tmp_path / f"{kind}.pt", mark, kind) for kind in HOSTILE_KINDS] + [directory]
+    paths = [hostile_file(tmp_path / f"{kind}.pt", mark, kind) for kind in HOSTILE_KINDS] + [
+        directory
+    ]
     unreachable = 'assert False, "unreachable under -O"\n'
     command = [sys.executable, "-O", "-c", unreachable + PROGRAM, *map(str, paths)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
@@ -270,12 +308,16 @@ def altering_metadata(genuine: bytes) -> bytes:
 
 
 def disguised_metadata(shard: Path) -> bytes:
-    """An entry that is a tensor when it is checked and a pickle, which the library executes, when it is read."""
+    """An entry that is a tensor when it is checked and a pickle, which the library executes, when
+    it is read.
+    """
     name = text("norm.weight")
     chunk = called(named("ChunkStorageMetadata"), shape(0), shape(32))
     disguise = mapping(
-        text("__class__"), named("BytesStorageMetadata"), text("size"), shape(32), text("offset"), b"N", text("index"), b"N",
-        text("properties"), called(named("TensorProperties"), named("float32", "torch")), text("chunks"), b"](" + chunk + b"e",
+        text("__class__"), named("BytesStorageMetadata"), text("size"), shape(32), text("offset"),
+        b"N", text("index"), b"N",
+        text("properties"), called(named("TensorProperties"), named("float32", "torch")),
+        text("chunks"), b"](" + chunk + b"e",
         text("fqn"), name,
     )  # fmt: skip
     place = (text(shard.name), number(0), number(shard.stat().st_size))
@@ -302,7 +344,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from autoregressive.common.checkpoint import CheckpointError, load_weights
 from autoregressive.common.chunks import BadChunksError, Chunk, ChunkedTensor, CoverageCheck
 from autoregressive.models.gpt import GPT_models
-known = [cls for cls in vars(metadata).values() if isinstance(cls, type)] + [_StorageInfo, PurePosixPath]
+known = [cls for cls in vars(metadata).values() if isinstance(cls, type)]
+known += [_StorageInfo, PurePosixPath]
 def state():
     members = dict(metadata._MEM_FORMAT_ENCODING._value2member_map_)
     return members, [{key: id(value) for key, value in vars(cls).items()} for cls in known]
@@ -333,9 +376,13 @@ def test_metadata_cannot_alter_the_classes_it_may_name(directory: Path, tmp_path
     (disguised / ".metadata").write_bytes(disguised_metadata(disguised / "__0_0.distcp"))
     command = [sys.executable, "-O", "-c", UNALTERED, str(altering), str(disguised)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    # 3: altered by what should have been refused; 4: not even altered by the standard library, so no attack at all.
+    # 3: altered by what should have been refused; 4: not even altered by the standard library, so
+    # no attack at all.
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("refused, this is not what describes a checkpoint: it changes a Name") == 2
+    assert (
+        finished.stdout.count("refused, this is not what describes a checkpoint: it changes a Name")
+        == 2
+    )
     assert not (tmp_path / "executed").exists()
 
 
@@ -363,11 +410,14 @@ SIZE = named("Size", "torch")
         named("Metadata.__init__.__globals__"),
     ],
     ids=[
-        "call of a text", "call without a tuple", "INST", "OBJ", "NEWOBJ_EX", "GLOBAL", "EXT1", "EXT4", "PERSID", "BINPERSID",
+        "call of a text", "call without a tuple", "INST", "OBJ", "NEWOBJ_EX", "GLOBAL", "EXT1",
+        "EXT4", "PERSID", "BINPERSID",
         "state of a dictionary", "state twice", "deep key", "deep keys", "getattr", "dotted name",
     ],
 )  # fmt: skip
-def test_instructions_that_no_metadata_needs_are_refused(directory: Path, instructions: bytes) -> None:
+def test_instructions_that_no_metadata_needs_are_refused(
+    directory: Path, instructions: bytes
+) -> None:
     file = directory / ".metadata"
     file.write_bytes(b"\x80\x04" + instructions + b"0" + file.read_bytes()[2:])
     assert "refused, this is not what describes a checkpoint: " in error_of(directory)
@@ -407,7 +457,9 @@ def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_
 
     def change(metadata: Metadata) -> None:
         metadata.state_dict_metadata[name] = BytesStorageMetadata()
-        metadata.storage_data[MetadataIndex(name)] = _StorageInfo(shard.name, start, shard.stat().st_size - start)
+        metadata.storage_data[MetadataIndex(name)] = _StorageInfo(
+            shard.name, start, shard.stat().st_size - start
+        )
 
     rewrite_metadata(directory, change)
     assert "1 of 18 weights are missing: norm.weight" in error_of(directory)
@@ -416,13 +468,19 @@ def test_a_weight_declared_to_be_a_pickle_is_not_unpickled(directory: Path, tmp_
     assert (tmp_path / "executed").exists()
 
 
-def test_a_shard_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp_path: Path) -> None:
+def test_a_shard_that_runs_code_is_refused_and_runs_nothing(
+    directory: Path, tmp_path: Path
+) -> None:
     shard = directory / "hostile.distcp"
     with shard.open("wb") as stream:
         torch.save({"a": Hostile(tmp_path / "executed"), "pad": torch.zeros(10**5)}, stream)
 
     def change(metadata: Metadata) -> None:
-        info = next(info for index, info in metadata.storage_data.items() if index.fqn == "model.norm.weight")
+        info = next(
+            info
+            for index, info in metadata.storage_data.items()
+            if index.fqn == "model.norm.weight"
+        )
         info.relative_path, info.offset, info.length = shard.name, 0, shard.stat().st_size
 
     rewrite_metadata(directory, change)
@@ -435,7 +493,9 @@ def test_a_shard_that_runs_code_is_refused_and_runs_nothing(directory: Path, tmp
 
 
 @pytest.mark.parametrize("elsewhere", ["../copy/__0_0.distcp", "/etc/passwd", "..", "", "a\0b", 7])
-def test_shards_are_looked_for_nowhere_but_in_the_directory(directory: Path, elsewhere: Any) -> None:
+def test_shards_are_looked_for_nowhere_but_in_the_directory(
+    directory: Path, elsewhere: Any
+) -> None:
     def change(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             info.relative_path = elsewhere
@@ -466,18 +526,27 @@ def spoil(entry: TensorStorageMetadata) -> None:
 
 
 def overlap_chunks(entry: TensorStorageMetadata) -> None:
-    """Of 33 rows 17 and 16: the second part starts in the first, so that the last rows are in none."""
+    """Of 33 rows 17 and 16: the second part starts in the first, so that the last rows
+    are in none.
+    """
     entry.chunks[1].offsets = torch.Size([8, 0])
 
 
-@pytest.mark.parametrize("damage", [forget_a_chunk, repeat_a_chunk, move_a_chunk, overlap_chunks, enlarge, spoil])
-def test_chunks_that_do_not_cover_a_weight_are_refused(directory: Path, damage: Callable[[TensorStorageMetadata], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [forget_a_chunk, repeat_a_chunk, move_a_chunk, overlap_chunks, enlarge, spoil]
+)
+def test_chunks_that_do_not_cover_a_weight_are_refused(
+    directory: Path, damage: Callable[[TensorStorageMetadata], None]
+) -> None:
     """What no chunk covers would stay uninitialised memory."""
 
     def change(metadata: Metadata) -> None:
         entry = metadata.state_dict_metadata["model.output.weight"]
         assert isinstance(entry, TensorStorageMetadata)
-        places = [metadata.storage_data[MetadataIndex("model.output.weight", chunk.offsets)] for chunk in entry.chunks]
+        places = [
+            metadata.storage_data[MetadataIndex("model.output.weight", chunk.offsets)]
+            for chunk in entry.chunks
+        ]
         damage(entry)
         for chunk, place in zip(entry.chunks, places, strict=False):
             if isinstance(chunk, ChunkStorageMetadata):
@@ -498,12 +567,17 @@ def bricks(rows: int, columns: int) -> list[Chunk]:
     chunks = []
     for i in range(rows):
         cuts = [0, *range(3 - i % 2, 3 * columns, 3), 3 * columns]
-        chunks += [Chunk((2 * i, start), (2, end - start), unread) for start, end in itertools.pairwise(cuts)]
+        chunks += [
+            Chunk((2 * i, start), (2, end - start), unread)
+            for start, end in itertools.pairwise(cuts)
+        ]
     return chunks
 
 
 def staircase(steps: int) -> list[Chunk]:
-    """Covers a square by strips that reach to its end: along each axis half of them would have to be compared with each other."""
+    """Covers a square by strips that reach to its end: along each axis half of them would have to
+    be compared with each other.
+    """
     down = [Chunk((i, i), (steps - i, 1), unread) for i in range(steps)]
     across = [Chunk((i, i + 1), (1, steps - i - 1), unread) for i in range(steps - 1)]
     return down + across
@@ -520,7 +594,9 @@ def as_weight(chunks: list[Chunk], *size: int) -> ChunkedTensor:
 @pytest.mark.timing
 @pytest.mark.parametrize(("rows", "columns"), [(1, 4000), (4000, 1), (60, 70), (400, 400)])
 def test_parts_of_thousands_of_ranks_are_compared_quickly(rows: int, columns: int) -> None:
-    """Fails if each part is compared with each other: millions of comparisons a weight, in Python."""
+    """Fails if each part is compared with each other: millions of comparisons a weight,
+    in Python.
+    """
     chunks = grid(rows, columns)
     start = time.process_time()
     CoverageCheck().check(as_weight(chunks, 2 * rows, 3 * columns))

@@ -17,7 +17,9 @@ ROOM_LEFT_OUT = (1, 7, 60, 512, 3000)  # bytes that the file has and the disk do
 
 @contextlib.contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Files can have so many bytes. The write that passes the limit is cut short, as on a full disk."""
+    """Files can have so many bytes. The write that passes the limit is cut short, as on a full
+    disk.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

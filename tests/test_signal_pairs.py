@@ -35,7 +35,9 @@ def test_signals_that_come_together_are_one(
     monkeypatch: pytest.MonkeyPatch,
     pair: tuple[signal.Signals, signal.Signals],
 ) -> None:
-    """Fails if accepted work is cut because one event sent two signals, or if a second signal that comes later has no effect."""
+    """Fails if accepted work is cut because one event sent two signals, or if a second signal that
+    comes later has no effect.
+    """
     now = 100.0
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
     forced: list[bool] = []
@@ -58,7 +60,9 @@ def test_signals_that_come_together_are_one(
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_a_second_signal_ends_it_with_status_1(idle: bool) -> None:
-    """Fails if answers that are still being read are cut, and the status says that all was delivered."""
+    """Fails if answers that are still being read are cut, and the status says that all was
+    delivered.
+    """
 
     class Draining:
         draining = False

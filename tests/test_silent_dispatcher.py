@@ -97,7 +97,9 @@ def test_metrics_are_asked_for_while_an_engine_is_lost() -> None:
 
 @pytest.mark.timing
 def test_a_drawing_gets_its_503_at_once(tmp_path: Path) -> None:
-    """Fails if a client waits for a dispatcher of which the probes say already that it does not respond."""
+    """Fails if a client waits for a dispatcher of which the probes say already that it does not
+    respond.
+    """
     with running_service(tmp_path, "--api-server-count", "2") as service:
         os.kill(service.process.pid, signal.SIGSTOP)
         try:

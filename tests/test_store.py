@@ -1,4 +1,6 @@
-"""The picture store: limits that hold, a full disk, files that are no pictures, and each system call failing once."""
+"""The picture store: limits that hold, a full disk, files that are no pictures, and each system
+call failing once.
+"""
 
 import errno
 import json
@@ -40,13 +42,19 @@ def new_store(folder: Path, most: int = 100, **keywords: Any) -> Store:
 
 
 def log_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    return [record.__dict__["fields"] for record in caplog.records if record.name == "llamagen.store"]
+    return [
+        record.__dict__["fields"] for record in caplog.records if record.name == "llamagen.store"
+    ]
 
 
 @pytest.fixture
 def caplog_of_ours(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     logger = logging.getLogger("llamagen")
-    propagates, logger.propagate = logger.propagate, True  # another test may have set up the service's own logs
+    # another test may have set up the service's own logs
+    propagates, logger.propagate = (
+        logger.propagate,
+        True,
+    )
     yield caplog
     logger.propagate = propagates
 
@@ -55,7 +63,9 @@ def caplog_of_ours(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptu
 
 
 def test_an_answers_pictures_are_all_there_and_the_newest_are_kept(tmp_path: Path) -> None:
-    """Fails if a picture is evicted for the sake of one of the same answer, or the wrong ones go."""
+    """Fails if a picture is evicted for the sake of one of the same answer, or the wrong
+    ones go.
+    """
     store = new_store(tmp_path, 4)
     first = names(store.save([b"1", b"2"], "png"))
     second = names(store.save([b"3", b"4", b"5"], "webp"))
@@ -65,7 +75,9 @@ def test_an_answers_pictures_are_all_there_and_the_newest_are_kept(tmp_path: Pat
     assert store.most_of_a_request == 4
 
 
-def test_limits_hold_at_the_start_and_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_hold_at_the_start_and_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a quota is passed while pictures are written, or only looked at after them."""
     new_store(tmp_path, 50).save([PICTURE] * 50, "png")
     most_bytes = 7 * len(PICTURE)
@@ -80,11 +92,15 @@ def test_limits_hold_at_the_start_and_at_every_moment(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "write_bytes", write)
     for count in (1, 3, 7, 2):
-        assert all(content(store, name) == PICTURE for name in names(store.save([PICTURE] * count, "png")))
+        assert all(
+            content(store, name) == PICTURE for name in names(store.save([PICTURE] * count, "png"))
+        )
 
 
 def test_limits_hold_while_many_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if writes that overlap pass the quota together, wait for each other for ever, or lose pictures."""
+    """Fails if writes that overlap pass the quota together, wait for each other for ever, or lose
+    pictures.
+    """
     most_bytes = 6 * len(PICTURE)
     store = new_store(tmp_path, 5, most_bytes=most_bytes)
     write_bytes, too_much, at_once, most_at_once = Path.write_bytes, [], [0], [0]
@@ -106,7 +122,9 @@ def test_limits_hold_while_many_write(tmp_path: Path, monkeypatch: pytest.Monkey
         for _ in range(10):
             store.save([PICTURE] * count, "png")
 
-    threads = [threading.Thread(target=save, args=(count,), daemon=True) for count in (1, 1, 2, 3, 5)]
+    threads = [
+        threading.Thread(target=save, args=(count,), daemon=True) for count in (1, 1, 2, 3, 5)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -141,7 +159,10 @@ def test_the_oldest_go_first_after_a_restart_too(tmp_path: Path) -> None:
 
 def test_shares_hold_the_limits_together(tmp_path: Path) -> None:
     """Fails if several processes keep more than was asked for, in pictures or in bytes."""
-    stores = [new_store(tmp_path, 9, index=index, count=3, most_bytes=6 * len(PICTURE)) for index in range(3)]
+    stores = [
+        new_store(tmp_path, 9, index=index, count=3, most_bytes=6 * len(PICTURE))
+        for index in range(3)
+    ]
     for store in stores * 4:
         assert store.most_of_a_request == 2
         store.save([PICTURE] * 2, "png")
@@ -151,11 +172,23 @@ def test_shares_hold_the_limits_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_no_picture_is_larger_than_is_reckoned_with(output_format: Any) -> None:
-    """Fails if a picture of noise, of the best quality, does not fit where a look has found room for it."""
-    record: dict[str, object] = {"trained": True, "label": 1, "class_name": "x" * 200, "weights": "y" * 200, "model": "z" * 200}
+    """Fails if a picture of noise, of the best quality, does not fit where a look has found room
+    for it.
+    """
+    record: dict[str, object] = {
+        "trained": True,
+        "label": 1,
+        "class_name": "x" * 200,
+        "weights": "y" * 200,
+        "model": "z" * 200,
+    }
     for size in (32, 256):
-        pixels = np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8).tobytes()
-        assert len(encode_picture(pixels, size, output_format, 100, record)) <= largest_picture_bytes(size)
+        pixels = (
+            np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8).tobytes()
+        )
+        assert len(
+            encode_picture(pixels, size, output_format, 100, record)
+        ) <= largest_picture_bytes(size)
 
 
 # A full disk
@@ -181,15 +214,27 @@ class Disk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_on_a_full_disk_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if nothing can be stored any more where only the store's own pictures are in the way."""
+def test_on_a_full_disk_the_oldest_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if nothing can be stored any more where only the store's own pictures are in
+    the way.
+    """
     store = new_store(tmp_path)
     kept = names(store.save([PICTURE] * 5, "png"))
     disk = Disk(tmp_path, 5 * len(PICTURE), monkeypatch)
     store.check(2)
     assert [content(store, name) is None for name in kept] == [True, True, False, False, False]
     new = names(store.save([PICTURE] * 2, "png"))
-    assert [content(store, name) is None for name in kept + new] == [True, True, False, False, False, False, False]
+    assert [content(store, name) is None for name in kept + new] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+    ]
     store.check(1)
     disk.others = len(PICTURE)  # another program takes the room between look and save
     assert content(store, names(store.save([PICTURE], "png"))[0]) == PICTURE
@@ -199,7 +244,9 @@ def test_on_a_full_disk_the_oldest_make_room(tmp_path: Path, monkeypatch: pytest
 def test_a_disk_that_others_fill_is_told_at_once_and_recovers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog_of_ours: pytest.LogCaptureFixture
 ) -> None:
-    """Fails if the look does not notice, the log does not say why, all pictures go in vain, or the failure lasts."""
+    """Fails if the look does not notice, the log does not say why, all pictures go in vain, or the
+    failure lasts.
+    """
     store = new_store(tmp_path)
     store.save([PICTURE] * 50, "png")
     disk = Disk(tmp_path, 60 * len(PICTURE), monkeypatch)
@@ -207,14 +254,20 @@ def test_a_disk_that_others_fill_is_told_at_once_and_recovers(
     for attempt in (lambda: store.check(1), lambda: store.save([PICTURE], "png")):
         with pytest.raises(StoreFailed):
             attempt()
-    assert log_of(caplog_of_ours)[0] == {"folder": str(tmp_path), "errno": "ENOSPC", "reason": "No space left on device"}
+    assert log_of(caplog_of_ours)[0] == {
+        "folder": str(tmp_path),
+        "errno": "ENOSPC",
+        "reason": "No space left on device",
+    }
     assert len(os.listdir(tmp_path)) >= 40
     disk.others = 0
     store.check(1)
     assert content(store, names(store.save([PICTURE], "png"))[0]) == PICTURE
 
 
-def test_a_look_needs_the_room_of_all_images_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_needs_the_room_of_all_images_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if ten images are drawn where there is room for nine."""
     store = new_store(tmp_path, picture_bytes=4096)
     store.check(10)
@@ -230,7 +283,9 @@ def test_a_look_needs_the_room_of_all_images_and_leaves_nothing(tmp_path: Path, 
 
 
 def test_what_only_has_a_pictures_name_is_none(tmp_path: Path) -> None:
-    """Fails if a folder, a link, a pipe or a socket of that name is read, waited for, removed, or ends the service."""
+    """Fails if a folder, a link, a pipe or a socket of that name is read, waited for, removed, or
+    ends the service.
+    """
     (tmp_path / "outside").write_bytes(b"secret")
     folder = tmp_path / "store"
     folder.mkdir()
@@ -252,7 +307,9 @@ def test_what_only_has_a_pictures_name_is_none(tmp_path: Path) -> None:
         assert store.read(name) is None
 
 
-def test_a_picture_that_is_evicted_while_it_is_read_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_is_evicted_while_it_is_read_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the file is looked up more than once; and if a descriptor stays open."""
     store = new_store(tmp_path)
     name = names(store.save([PICTURE], "webp"))[0]
@@ -265,7 +322,11 @@ def test_a_picture_that_is_evicted_while_it_is_read_is_whole(tmp_path: Path, mon
     monkeypatch.setattr(os, "fstat", fstat_and_evict)
     found = store.read(name)
     assert isinstance(found, StoredPicture)
-    assert (found.content, found.media_type, found.etag) == (PICTURE, "image/webp", f'"{name[:32]}"')
+    assert (found.content, found.media_type, found.etag) == (
+        PICTURE,
+        "image/webp",
+        f'"{name[:32]}"',
+    )
     assert store.read(name) is None
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -283,7 +344,13 @@ def test_unfinished_pictures_are_removed_at_the_start_and_counted(
             store.save([PICTURE], "png")
     left = [name for name in os.listdir(tmp_path) if ".part." in name]
     assert len(left) == 2
-    others = {"mine.part.png", ".mine.part.png", ".0123456789abcdef.part", ".0123456789abcdef.part.txt", ".cache"}
+    others = {
+        "mine.part.png",
+        ".mine.part.png",
+        ".0123456789abcdef.part",
+        ".0123456789abcdef.part.txt",
+        ".cache",
+    }
     for name in others:
         (tmp_path / name).touch()
     StoreClaim(tmp_path).close()
@@ -296,7 +363,9 @@ def test_a_folder_is_one_services_for_as_long_as_it_lives(tmp_path: Path) -> Non
     code = "import sys, pathlib; from autoregressive.serve.web.store import StoreClaim\n"
     code += "claim = StoreClaim(pathlib.Path(sys.argv[1])); print(flush=True); input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(UserError, match="another service keeps its images there"):
@@ -312,10 +381,16 @@ def test_a_folder_is_one_services_for_as_long_as_it_lives(tmp_path: Path) -> Non
 # Failing system calls
 
 
-@pytest.mark.parametrize("error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error))
+@pytest.mark.parametrize(
+    "error", [*ERRORS, None], ids=lambda error: "killed" if error is None else os.strerror(error)
+)
 @pytest.mark.parametrize("work", ["save", "check", "start"])
-def test_pictures_are_whole_or_absent_whichever_call_fails(tmp_path: Path, work: str, error: int | None) -> None:
-    """Fails if a failing call, or death at it, leaves half a picture or half an answer, loses another, or ends the service."""
+def test_pictures_are_whole_or_absent_whichever_call_fails(
+    tmp_path: Path, work: str, error: int | None
+) -> None:
+    """Fails if a failing call, or death at it, leaves half a picture or half an answer, loses
+    another, or ends the service.
+    """
     new = [b"a" * 1000, b"b" * 70_000, b"c" * 5]
 
     def begin(folder: Path) -> tuple[Store, str]:
@@ -324,7 +399,11 @@ def test_pictures_are_whole_or_absent_whichever_call_fails(tmp_path: Path, work:
         return store, names(store.save([b"oldest", b"old"], "png"))[1]
 
     def works(folder: Path, store: Store) -> Callable[[], Any]:
-        return {"save": lambda: store.save(new, "png"), "check": lambda: store.check(3), "start": lambda: start(folder)}[work]
+        return {
+            "save": lambda: store.save(new, "png"),
+            "check": lambda: store.check(3),
+            "start": lambda: start(folder),
+        }[work]
 
     def start(folder: Path) -> Store:
         claim = StoreClaim(folder)
@@ -355,7 +434,9 @@ def test_pictures_are_whole_or_absent_whichever_call_fails(tmp_path: Path, work:
             store.save([b"next"], "png")
         again = start(folder)
         there = {name: content(again, name) for name in os.listdir(folder) if name != LOCK_FILE}
-        assert set(there.values()) <= {*new, b"oldest", b"old", b"next"}, f"left by a failure of call {at}, {made[at]}"
+        assert set(there.values()) <= {*new, b"oldest", b"old", b"next"}, (
+            f"left by a failure of call {at}, {made[at]}"
+        )
         assert len(there) <= 4
         if not saved and error != errno.ENOSPC:  # nothing but the limit and a full disk evicts
             assert there.get(old) == b"old"
@@ -376,7 +457,9 @@ def test_reading_is_whole_or_fails_whichever_call_fails(tmp_path: Path, error: i
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_picture_that_cannot_be_removed_does_not_end_the_storing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_removed_does_not_end_the_storing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if one file that stays has every later request fail."""
     store = new_store(tmp_path, 2)
     stuck = names(store.save([b"stuck", b"other"], "png"))[0]
@@ -393,7 +476,9 @@ def test_a_picture_that_cannot_be_removed_does_not_end_the_storing(tmp_path: Pat
     assert len(os.listdir(tmp_path)) == 3  # two, and the one that stays
 
 
-def test_the_log_line_of_a_failure_is_json(tmp_path: Path, caplog_of_ours: pytest.LogCaptureFixture) -> None:
+def test_the_log_line_of_a_failure_is_json(
+    tmp_path: Path, caplog_of_ours: pytest.LogCaptureFixture
+) -> None:
     """Fails if the fields cannot be written by the service's log."""
     (tmp_path / "gone").mkdir()
     store = new_store(tmp_path / "gone", 1)

@@ -1,4 +1,6 @@
-"""Bursts of requests that draw, and of their answers, do not stand before whoever asks for little."""
+"""Bursts of requests that draw, and of their answers, do not stand before whoever asks
+for little.
+"""
 
 import asyncio
 import base64
@@ -92,11 +94,18 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
         moments: list[int] = []
 
         async def write(studio: Studio) -> None:
-            assert base64.b64decode(await studio.preview_text(PREVIEW, "png")).startswith(b"\x89PNG")
+            assert base64.b64decode(await studio.preview_text(PREVIEW, "png")).startswith(
+                b"\x89PNG"
+            )
             moments.append(turn_of_the_loop)
 
         with ThreadPoolExecutor(4) as encoders:
-            studio = Studio(cast(ServedModel, SimpleNamespace(image_size=SIZE)), cast(Desk, None), encoders, None)
+            studio = Studio(
+                cast(ServedModel, SimpleNamespace(image_size=SIZE)),
+                cast(Desk, None),
+                encoders,
+                None,
+            )
             tasks = [asyncio.create_task(write(studio)) for _ in range(MANY)]
             await asyncio.sleep(0)
             encoders.shutdown(wait=True)  # all are ready, and nobody has noticed yet
@@ -136,7 +145,13 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
             sent.append(message["type"])
 
         with ThreadPoolExecutor(1) as encoders:
-            studio = Studio(cast(ServedModel, SimpleNamespace(image_size=SIZE)), desk, encoders, None, NobodysTurn())
+            studio = Studio(
+                cast(ServedModel, SimpleNamespace(image_size=SIZE)),
+                desk,
+                encoders,
+                None,
+                NobodysTurn(),
+            )
             request = Request({"type": "http", "state": {}})
             response = _event_stream(studio, request, job, _OpenAIEvents(studio, job, "png", None))
             scope = {"type": "http", "asgi": {"spec_version": "2.3"}}

@@ -9,7 +9,13 @@ from safetensors.torch import save_file
 from autoregressive.common.arguments import build_parser
 from autoregressive.common.checkpoint import CheckpointError
 from autoregressive.common.settings import resolve_settings
-from autoregressive.common.weights import FoundWeights, LoadedModels, ModelSettings, find_weights, load_models
+from autoregressive.common.weights import (
+    FoundWeights,
+    LoadedModels,
+    ModelSettings,
+    find_weights,
+    load_models,
+)
 from autoregressive.models.gpt import GPT_models
 
 
@@ -17,7 +23,9 @@ def settings_of(folder: Path, *typed: str) -> ModelSettings:
     """The demo model's settings, on the CPU."""
     common = ["--gpt-model", "GPT-demo", "--device", "cpu", "--pretrained-dir", str(folder)]
     common += ["--output", str(folder / "x.png")]
-    return resolve_settings(build_parser("purpose", "command.py").parse_args([*common, *typed])).model
+    return resolve_settings(
+        build_parser("purpose", "command.py").parse_args([*common, *typed])
+    ).model
 
 
 def untrained(folder: Path, *typed: str) -> LoadedModels:
@@ -47,13 +55,19 @@ def test_untrained_weights_follow_the_seed_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_models_are_ready_in_the_precision_asked_for(tmp_path: Path) -> None:
-    """Fails if dropout is on, the tokenizer leaves float32, or the rotary table is empty or rounded."""
+    """Fails if dropout is on, the tokenizer leaves float32, or the rotary table is empty or
+    rounded.
+    """
     models = untrained(tmp_path, "--precision", "bf16")
     assert not models.gpt.training
     assert not models.vq.training
     assert {parameter.dtype for parameter in models.gpt.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in models.vq.parameters()} == {torch.float32}
-    assert not any(parameter.requires_grad for model in (models.gpt, models.vq) for parameter in model.parameters())
+    assert not any(
+        parameter.requires_grad
+        for model in (models.gpt, models.vq)
+        for parameter in model.parameters()
+    )
     expected = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64).freqs_cis
     assert torch.equal(models.gpt.freqs_cis, expected)
 
@@ -62,9 +76,14 @@ def test_shipped_weights_are_loaded_as_they_are(tmp_path: Path) -> None:
     """Fails if a weight is lost, or is drawn instead of read."""
     saved = untrained(tmp_path, "--seed", "3")
     for model, name in ((saved.gpt, "demo_gpt.safetensors"), (saved.vq, "demo_vq.safetensors")):
-        save_file({key: tensor.half() for key, tensor in model.state_dict().items()}, tmp_path / name)
+        save_file(
+            {key: tensor.half() for key, tensor in model.state_dict().items()}, tmp_path / name
+        )
     settings = settings_of(tmp_path)
-    loaded, expected = all_weights(load_models(settings, find_weights(settings))), all_weights(saved)
+    loaded, expected = (
+        all_weights(load_models(settings, find_weights(settings))),
+        all_weights(saved),
+    )
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name].half().float()) for name in expected)
     assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
@@ -85,4 +104,6 @@ def test_the_model_that_ships_is_whole() -> None:
     settings = resolve_settings(build_parser("purpose", "command.py").parse_args(typed)).model
     found = find_weights(settings)
     assert found.trained
-    assert all(tensor.isfinite().all() for tensor in all_weights(load_models(settings, found)).values())
+    assert all(
+        tensor.isfinite().all() for tensor in all_weights(load_models(settings, found)).values()
+    )

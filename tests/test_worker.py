@@ -1,4 +1,6 @@
-"""The engine's owner and what passes between it and the service, without HTTP and without a process."""
+"""The engine's owner and what passes between it and the service, without HTTP and without a
+process.
+"""
 
 import asyncio
 import contextlib
@@ -79,7 +81,12 @@ def test_messages_arrive_as_they_were_sent(message: Command | Event) -> None:
 
 def test_messages_share_a_frame() -> None:
     """Each has its own bytes, and they keep their order."""
-    sent = [Image(1, 0, 1.0, 0.5, b"first"), Ended(1, "finished", 2.0), Preview(2, 0, 7, b""), Image(3, 1, 3.0, 0.5, b"last")]
+    sent = [
+        Image(1, 0, 1.0, 0.5, b"first"),
+        Ended(1, "finished", 2.0),
+        Preview(2, 0, 7, b""),
+        Image(3, 1, 3.0, 0.5, b"last"),
+    ]
     assert decode(encode(sent)) == sent
 
 
@@ -87,7 +94,8 @@ def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     """All that was put while the thread wrote, in order, before `close` returns."""
     ours, theirs = connect()
     outbox = Outbox(theirs, "events")
-    large = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than the connection holds: the thread waits for its reader
+    # more than the connection holds: the thread waits for its reader
+    large = Image(0, 0, 1.0, 0.5, bytes(2**24))
     outbox.put(large)
     time.sleep(0.2)  # it is on its way
     small = [LoopStats(number) for number in range(40)]
@@ -107,13 +115,19 @@ def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
 
 def test_every_kind_of_message_can_be_sent() -> None:
     """Fails if a kind is added that the other side does not know."""
-    kinds = {kind for kind in vars(messages).values() if isinstance(kind, type) and kind.__module__ == messages.__name__}
+    kinds = {
+        kind
+        for kind in vars(messages).values()
+        if isinstance(kind, type) and kind.__module__ == messages.__name__
+    }
     assert kinds == set(messages.KINDS.values())
 
 
 @given(rows=st.integers(1, 8), grid=st.just(8))
 def test_a_filling_leaves_what_is_drawn_and_adds_nothing_new(rows: int, grid: int) -> None:
-    """Fails if a drawn code is changed, or rows are filled with anything but drawn ones, mirrored at the last."""
+    """Fails if a drawn code is changed, or rows are filled with anything but drawn ones, mirrored
+    at the last.
+    """
     codes = torch.arange(2 * grid * grid, dtype=torch.int32).view(2, -1)
     filled = fill_undrawn(codes, rows, grid).view(2, grid, grid)
     original = codes.view(2, grid, grid)
@@ -126,7 +140,9 @@ def test_a_filling_leaves_what_is_drawn_and_adds_nothing_new(rows: int, grid: in
 
 
 def test_pictures_are_rounded_as_the_commands_are() -> None:
-    """Fails if the service's pixels differ from those that the command saves, or a broken picture passes for whole."""
+    """Fails if the service's pixels differ from those that the command saves, or a broken picture
+    passes for whole.
+    """
     pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels[0, 0, 0, :4] = torch.tensor([-1.0, 1.0, 0.0, 1 / 255])
     pixels[2, 1, 3, 3] = torch.nan
@@ -138,7 +154,9 @@ def test_pictures_are_rounded_as_the_commands_are() -> None:
 
 
 def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
-    """Fails if `peek` copies another image's codes, or codes that are not drawn yet count as drawn."""
+    """Fails if `peek` copies another image's codes, or codes that are not drawn yet count
+    as drawn.
+    """
     engine, _ = fake_engine(EngineConfig(max_num_seqs=8), tokens=16)
     first = engine.submit(1, SamplingParams(seed=1, n=2, top_k=0))
     engine.step()
@@ -147,7 +165,9 @@ def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
     waiting = engine.submit(3, SamplingParams(seed=3, top_k=0, n=4))
     partial = engine.peek([second, first, waiting])
     assert waiting not in partial.requests
-    seen = dict(zip(partial.requests, zip(partial.steps, partial.codes(), strict=True), strict=True))
+    seen = dict(
+        zip(partial.requests, zip(partial.steps, partial.codes(), strict=True), strict=True)
+    )
     while not (first.ended and second.ended):
         engine.step()
     for request, (steps, codes) in seen.items():
@@ -159,6 +179,7 @@ def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
 
 def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any) -> list[Event]:
     """What a worker says to commands, until it stops."""
+
     def make_engine(on_progress: Callable[[int, int], None]) -> Engine:
         engine = Engine(tiny_gpt(TOKENS), None, EngineConfig(**config), FakeRunner)
         engine.decoder = cast(PixelDecoder, FakeDecoder(Faults(tmp_path)))
@@ -213,7 +234,9 @@ def of_job(events: list[Event], job: int) -> list[Event]:
 
 
 def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
-    """Started, drawn, its images, the end; the end comes last and once, with every image before it."""
+    """Started, drawn, its images, the end; the end comes last and once, with every image
+    before it.
+    """
 
     def commands(side: Side) -> None:
         side.send(order(0, n=3, pixels=False, watched=True), order(1, n=2, seed=6))
@@ -229,13 +252,18 @@ def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
         assert sorted(event.image for event in told if isinstance(event, Image)) == list(range(n))
         assert told[-1].tokens == n * TOKENS
         assert told[-1].used_pages is not None
-    drawn = {job: [event.tokens for event in of_job(events, job) if isinstance(event, Drawn)] for job in (0, 1)}
+    drawn = {
+        job: [event.tokens for event in of_job(events, job) if isinstance(event, Drawn)]
+        for job in (0, 1)
+    }
     assert drawn[0][-1] == 3 * TOKENS
     assert len(drawn[1]) == 1, "of a job that nobody watches the first token is told, and no other"
     params = SamplingParams(cfg_scale=2.0, top_k=0, seed=5, n=3)
     codes = {event.image: event.data for event in of_job(events, 0) if isinstance(event, Image)}
     wanted = expected_codes(Request(0, 1, params), TOKENS)
-    assert [torch.frombuffer(bytearray(codes[image]), dtype=torch.int32).tolist() for image in range(3)] == wanted
+    assert [
+        torch.frombuffer(bytearray(codes[image]), dtype=torch.int32).tolist() for image in range(3)
+    ] == wanted
 
 
 def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> None:
@@ -246,20 +274,28 @@ def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> 
         side.send(order(0, class_label=CLASSES), order(1, params=too_many), order(2), Cancel(99))
         side.read_until_ended(0, 1, 2)
 
-    ends = {event.job: event for event in run_worker(commands, tmp_path, max_num_seqs=4) if isinstance(event, Ended)}
+    ends = {
+        event.job: event
+        for event in run_worker(commands, tmp_path, max_num_seqs=4)
+        if isinstance(event, Ended)
+    }
     assert [ends[job].outcome for job in (0, 1, 2)] == ["refused", "refused", "finished"]
     assert "class label" in ends[0].message
 
 
 def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
-    """A job whose time to start is over never starts, even if there is room; one cancelled twice ends once."""
+    """A job whose time to start is over never starts, even if there is room; one cancelled twice
+    ends once.
+    """
 
     def commands(side: Side) -> None:
         side.send(order(0, start_by=time.monotonic() - 1), order(1, n=2), Cancel(1), Cancel(1))
         side.read_until_ended(0, 1)
 
     events = run_worker(commands, tmp_path, max_num_seqs=4)
-    assert [event.outcome for event in events if isinstance(event, Ended)].count("queue_timeout") == 1
+    assert [event.outcome for event in events if isinstance(event, Ended)].count(
+        "queue_timeout"
+    ) == 1
     assert not any(isinstance(event, (Started, Image)) for event in of_job(events, 0))
     assert sum(isinstance(event, Ended) for event in of_job(events, 1)) == 1
 
@@ -291,12 +327,16 @@ def talk_until_stopped(connection: socket.socket) -> None:
 
 
 def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
-    """Fails if it is not told before the loop waits for it, or cannot end because nobody reads what it still sends."""
+    """Fails if it is not told before the loop waits for it, or cannot end because nobody reads what
+    it still sends.
+    """
 
     async def go() -> None:
         process, connection = start_child(talk_until_stopped, "engine")
         assert wait([connection], 60)  # it writes, and the loop does not read
-        link = EngineLink(process, connection, lambda job: None, WaitingPlaces(8, shared=True), AwakeClock())
+        link = EngineLink(
+            process, connection, lambda job: None, WaitingPlaces(8, shared=True), AwakeClock()
+        )
         link.begin_to_stop()
         link.stop(time.monotonic() + 3)
         assert process.exitcode == 0
@@ -325,12 +365,16 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
 
     events = asyncio.run(read())
     assert [event.data for event in events if isinstance(event, Image)] == [b"a", b"b"]
-    assert not any(isinstance(event, Preview) for event in events), "a finished image needs no preview"
+    assert not any(isinstance(event, Preview) for event in events), (
+        "a finished image needs no preview"
+    )
     assert [event.tokens for event in events if isinstance(event, Drawn)] == [56]
 
 
 def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
-    """Fails if a plain request wakes for what it does not show, or its tokens and moments are not known all the same."""
+    """Fails if a plain request wakes for what it does not show, or its tokens and moments are not
+    known all the same.
+    """
 
     async def read() -> Job:
         job = Job(order(0), 0.0)
@@ -346,9 +390,18 @@ def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
 
 
 @settings(max_examples=50)
-@given(steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["submit", "start", "end"]), st.booleans()), max_size=60))
-def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[int, str, bool]]) -> None:
-    """Fails if the rows or the queue of an engine, which say who is let in, differ from those of its jobs."""
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from(["submit", "start", "end"]), st.booleans()),
+        max_size=60,
+    )
+)
+def test_what_an_engine_has_is_counted_as_it_comes_and_goes(
+    steps: list[tuple[int, str, bool]],
+) -> None:
+    """Fails if the rows or the queue of an engine, which say who is let in, differ from those of
+    its jobs.
+    """
 
     async def go() -> None:
         ours, theirs = connect()
@@ -357,14 +410,18 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(steps: list[tuple[in
         link = EngineLink(cast(ChildProcess, None), ours, ended.append, places, AwakeClock())
         for number, what, reserved in steps:
             if what == "submit" and number not in link.jobs:
-                link.submit(Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved))
+                link.submit(
+                    Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved)
+                )
             elif what == "start":
                 link._take(Started(number, 1.0))
             elif what == "end":
                 link._take(Ended(number, "finished", 2.0, tokens=1, used_pages=number))
             jobs = link.jobs.values()
             assert link.rows == sum(job.rows for job in jobs)
-            waiting = Counter(job.order.client for job in jobs if job.started_at is None and not job.reserved)
+            waiting = Counter(
+                job.order.client for job in jobs if job.started_at is None and not job.reserved
+            )
             assert places.taken == waiting.total()
             assert all(places.taken_by(client) == waiting[client] for client in "01")
         link.begin_to_stop()

@@ -1,7 +1,8 @@
-"""Loads weights of any kind LlamaGen's users have: .pt / .pth, .safetensors, FSDP's and Hugging Face's directories.
+"""Loads weights of any kind LlamaGen's users have: .pt / .pth, .safetensors, FSDP's and Hugging
+Face's directories.
 
-The kind is found by looking, not by name. Each tensor is read straight to its place, dtype and device; nothing is unpickled, and
-whatever goes wrong while reading is a `CheckpointError`.
+The kind is found by looking, not by name. Each tensor is read straight to its place, dtype and
+device; nothing is unpickled, and whatever goes wrong while reading is a `CheckpointError`.
 """
 
 from pathlib import Path
@@ -10,7 +11,11 @@ import torch
 from torch import nn
 
 from autoregressive.common.inert_pickle import Pairs, kind_of
-from autoregressive.common.safetensors_file import is_safetensors_folder, open_safetensors_folder, read_safetensors
+from autoregressive.common.safetensors_file import (
+    is_safetensors_folder,
+    open_safetensors_folder,
+    read_safetensors,
+)
 from autoregressive.common.sharded import METADATA_FILE, open_sharded
 from autoregressive.common.stored_file import StoredFile, StoredTensor, visible_names
 from autoregressive.common.strictness import COMPUTED_HERE, TOLERATED, find_mismatch
@@ -45,22 +50,25 @@ def load_weights(
 ) -> None:
     """Gives a model built under `torch.device("meta")` its weights, on the device and in the dtype.
 
-    Host memory grows by the model's own CPU tensors and about one tensor of the checkpoint. After an error the model is
-    unusable.
+    Host memory grows by the model's own CPU tensors and about one tensor of the checkpoint. After
+    an error the model is unusable.
 
     Args:
         model: its state dict says what is wanted; buffers outside of it are moved along.
         path: a file, or a directory that FSDP training left.
         ema: take the averaged weights that training kept beside the others.
-        from_fsdp: LlamaGen's flag; not needed. Refused for a pickle whose weights are wrapped, as FSDP's are not; a
-            .safetensors file does not tell where it came from and is accepted.
+        from_fsdp: LlamaGen's flag; not needed. Refused for a pickle whose weights are wrapped, as
+            FSDP's are not; a .safetensors file does not tell where it came from and is accepted.
 
     Raises:
-        CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to another model.
+        CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
+            another model.
     """
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
-        raise CheckpointError(path, "is no FSDP checkpoint: its weights are wrapped; leave --from-fsdp out")
+        raise CheckpointError(
+            path, "is no FSDP checkpoint: its weights are wrapped; leave --from-fsdp out"
+        )
     check_match(model, source)
     model.to(dtype)
     model.to_empty(device=device)
@@ -85,14 +93,17 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
     for name in wanted:
         if name in source.dtypes and not source.dtypes[name].is_floating_point:
             kind = str(source.dtypes[name]).removeprefix("torch.")
-            raise CheckpointError(source.path, f"{name} is {kind}, and no floating-point numbers; use another file")
+            raise CheckpointError(
+                source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
+            )
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     """Finds out what is there and opens it, without reading the weights.
 
     Raises:
-        CheckpointError: nothing is there, it is no checkpoint, is damaged or hostile, or `ema` is not there.
+        CheckpointError: nothing is there, it is no checkpoint, is damaged or hostile, or `ema` is
+            not there.
     """
     try:
         str(path).encode()
@@ -105,7 +116,9 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}; check the path") from error
     except Exception as error:  # whatever no check foresaw
-        raise CheckpointError(path, f"is damaged ({type(error).__name__}); download or copy it again") from error
+        raise CheckpointError(
+            path, f"is damaged ({type(error).__name__}); download or copy it again"
+        ) from error
 
 
 def _open_directory(path: Path, ema: bool) -> WeightSource:
@@ -116,9 +129,19 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
     if is_safetensors_folder(path):
         return open_safetensors_folder(path, ema)
     if visible_names(path, ".distcp"):
-        raise CheckpointError(path, f"{METADATA_FILE} is missing beside the shards; copy the whole directory again")
-    state = "is an empty directory" if not any(path.iterdir()) else "is a directory without a checkpoint"
-    raise CheckpointError(path, f"{state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or name a file")
+        raise CheckpointError(
+            path, f"{METADATA_FILE} is missing beside the shards; copy the whole directory again"
+        )
+    state = (
+        "is an empty directory"
+        if not any(path.iterdir())
+        else "is a directory without a checkpoint"
+    )
+    raise CheckpointError(
+        path,
+        f"{state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or name "
+        "a file",
+    )
 
 
 def _open_file(path: Path, ema: bool) -> WeightSource:
@@ -127,11 +150,15 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
     if not start:
         raise CheckpointError(path, "is empty; download or copy it again")
     if start.startswith(_LFS_START):
-        raise CheckpointError(path, "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+        raise CheckpointError(
+            path, "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+        )
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, path, ema)
-        return source_of(path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=True)
+        return source_of(
+            path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=True
+        )
     if start.startswith(_ZIP_START):
         return _open_pickled(path, read_torch_archive(file), ema)
     if start.startswith(_PICKLE_START):
@@ -142,7 +169,9 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
 def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     if not isinstance(saved.content, Pairs):
         kind = kind_of(saved.content) if saved.tensor(saved.content) is None else "tensor"
-        raise CheckpointError(path, f"holds a {kind}, not a dictionary of weights; use another file")
+        raise CheckpointError(
+            path, f"holds a {kind}, not a dictionary of weights; use another file"
+        )
     content = saved.content.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:

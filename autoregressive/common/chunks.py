@@ -1,4 +1,6 @@
-"""Tensors whose pieces lie in several places, as torch.distributed.checkpoint stores what several processes hold."""
+"""Tensors whose pieces lie in several places, as torch.distributed.checkpoint stores what several
+processes hold.
+"""
 
 import itertools
 import math
@@ -90,7 +92,8 @@ class CoverageCheck:
         self._comparisons = 0
 
     def check(self, tensor: ChunkedTensor) -> None:
-        """The chunks are inside, of the tensor's volume together, and nowhere over each other: then they cover all of it.
+        """The chunks are inside, of the tensor's volume together, and nowhere over each other: then
+        they cover all of it.
 
         Raises:
             BadChunksError: they do not, or it would take too long to find out.
@@ -108,7 +111,8 @@ class CoverageCheck:
             self._compare(tensor, chunks)
 
     def _compare(self, tensor: ChunkedTensor, chunks: Sequence[Chunk]) -> None:
-        # Along the axis that is cut most, few parts reach beyond the start of the next: only those are compared with it.
+        # Along the axis that is cut most, few parts reach beyond the start of the next: only those
+        # are compared with it.
         axis = max(
             range(len(tensor.shape)),
             key=lambda axis: len({chunk.offsets[axis] for chunk in chunks}),
@@ -127,7 +131,9 @@ class CoverageCheck:
 
 
 def _is_grid(chunks: Sequence[Chunk], shape: torch.Size) -> bool:
-    """Whether the tensor is cut along each axis at the same places everywhere, as meshes of processes do."""
+    """Whether the tensor is cut along each axis at the same places everywhere, as meshes of
+    processes do.
+    """
     if len(chunks) < 2:
         return True
     next_cut = []

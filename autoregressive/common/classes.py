@@ -1,7 +1,8 @@
 """The class names of a data set: a class is asked for by id or by name and shown by name.
 
-A name is accepted in any case. Where two classes differ in nothing else ("Cardigan" the dog, "cardigan" the garment),
-the exact spelling decides, and any other spelling is an error that names both ids.
+A name is accepted in any case. Where two classes differ in nothing else ("Cardigan" the dog,
+"cardigan" the garment), the exact spelling decides, and any other spelling is an error that names
+both ids.
 """
 
 import difflib
@@ -34,7 +35,8 @@ class ClassNames:
         """The id of a class given by id or name.
 
         Raises:
-            UserError: no such class, with the closest three names; or a name that several classes bear.
+            UserError: no such class, with the closest three names; or a name that several classes
+                bear.
         """
         word = " ".join(wanted.replace("_", " ").split())
         if not word:
@@ -43,13 +45,18 @@ class ClassNames:
             label = int(word) if len(word) <= _LONGEST_ID else -1
             if not 0 <= label < len(self):
                 shown = word if len(word) <= _LONGEST_ID else f"{word[:_LONGEST_ID]}..."
-                raise UserError(f"class {shown}: ids go from 0 to {len(self) - 1} (see --list-classes)")
+                raise UserError(
+                    f"class {shown}: ids go from 0 to {len(self) - 1} (see --list-classes)"
+                )
             return label
         exact = [label for label, name in enumerate(self.names) if name == word]
         alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
         found = exact if len(exact) == 1 else alike
         if not found:
-            raise UserError(f"class '{word}' is unknown; the closest are {self._closest(word)} (see --list-classes)")
+            raise UserError(
+                f"class '{word}' is unknown; the closest are {self._closest(word)} (see "
+                "--list-classes)"
+            )
         if len(found) > 1:
             raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
         return found[0]
@@ -62,13 +69,16 @@ class ClassNames:
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            raise UserError(f"no class name contains '{word}'; the closest are {self._closest(word)}")
+            raise UserError(
+                f"no class name contains '{word}'; the closest are {self._closest(word)}"
+            )
         return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
 
     def _closest(self, word: str) -> str:
         """Names that have a whole word of it come first, then those that `difflib` finds alike.
 
-        `difflib` sees a shortlist of those that share most pairs of letters: on all names it takes 10 to 50 ms, a service's time.
+        `difflib` sees a shortlist of those that share most pairs of letters: on all names it takes
+        10 to 50 ms, a service's time.
         """
         word = word.lower()
         words, pairs = set(word.split()), _pairs(word)
@@ -77,14 +87,20 @@ class ClassNames:
         def shared(name: str) -> int:
             return len(words & set(name.split()))
 
-        shortlist = heapq.nlargest(_SHORTLIST, by_lower_case, key=lambda name: (shared(name), len(pairs & self._pairs_of[name])))
+        shortlist = heapq.nlargest(
+            _SHORTLIST,
+            by_lower_case,
+            key=lambda name: (shared(name), len(pairs & self._pairs_of[name])),
+        )
         alike = difflib.SequenceMatcher(b=word)
 
         def likeness(name: str) -> tuple[int, float]:
             alike.set_seq1(name)
             return shared(name), alike.ratio()
 
-        return self._described([by_lower_case[name] for name in heapq.nlargest(3, shortlist, key=likeness)])
+        return self._described(
+            [by_lower_case[name] for name in heapq.nlargest(3, shortlist, key=likeness)]
+        )
 
     @cached_property
     def _pairs_of(self) -> dict[str, set[str]]:

@@ -1,4 +1,6 @@
-"""What a command assumes for flags that were not typed, per family of models: one table each; and what no value may exceed."""
+"""What a command assumes for flags that were not typed, per family of models: one table each; and
+what no value may exceed.
+"""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
-"""The 64 classes of the demo model, in the order of their ids: a name and the emoji that its pictures were rendered from.
+"""The 64 classes of the demo model, in the order of their ids: a name and the emoji that its
+pictures were rendered from.
 
-The first eight are kin of the eight ImageNet classes that LlamaGen shows: golden retriever, otter, lesser panda, geyser, macaw,
-valley, balloon, arctic fox.
+The first eight are kin of the eight ImageNet classes that LlamaGen shows: golden retriever, otter,
+lesser panda, geyser, macaw, valley, balloon, arctic fox.
 """
 
 DEMO_EMOJI: tuple[tuple[str, str], ...] = (

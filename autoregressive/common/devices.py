@@ -1,4 +1,6 @@
-"""Which device a command runs on, found out before anything is put there; and what every command minds while it runs there."""
+"""Which device a command runs on, found out before anything is put there; and what every command
+minds while it runs there.
+"""
 
 import re
 import time
@@ -35,17 +37,25 @@ def resolve_device(name: str) -> torch.device:
 
 
 def default_precision(device: torch.device) -> torch.dtype:
-    """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32 on a CPU."""
+    """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32
+    on a CPU.
+    """
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else torch.float16
+    return (
+        torch.bfloat16
+        if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+        else torch.float16
+    )
 
 
 def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
-    """One CPU thread where there is nothing to share: a GPU computes, or the model's products are too small.
+    """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
+    too small.
 
-    More would spin on all cores after each operation on more than 32,768 elements on the CPU: other processes find no core free,
-    and a thread that finds none holds up a step, for all of them are waited for.
+    More would spin on all cores after each operation on more than 32,768 elements on the CPU: other
+    processes find no core free, and a thread that finds none holds up a step, for all of them are
+    waited for.
     """
     if device.type == "cuda" or config.dim < _NARROW:
         torch.set_num_threads(1)
@@ -64,12 +74,14 @@ def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their place; it does again afterwards.
+    """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their
+    place; it does again afterwards.
 
     The switches are the whole process's: products of other threads go by them for as long.
     """
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]  # reads what either of torch's two interfaces has set
+    # reads what either of torch's two interfaces has set
+    before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"

@@ -1,4 +1,6 @@
-"""How a command ends when something is amiss that is not its own bug: one line on stderr, no traceback."""
+"""How a command ends when something is amiss that is not its own bug: one line on stderr, no
+traceback.
+"""
 
 import argparse
 import contextlib
@@ -23,7 +25,9 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
         if message.endswith("expected one argument"):
-            message += "; a value that begins with - is written behind an equals sign, as in --seed=-1"
+            message += (
+                "; a value that begins with - is written behind an equals sign, as in --seed=-1"
+            )
         self.exit(2, f"{self.prog}: error: {_one_line(message)} (--help shows the options)\n")
 
 
@@ -34,13 +38,17 @@ def either(alternatives: Sequence[object]) -> str:
 
 
 def shortened(message: str, most: int) -> str:
-    """The message in one printable line of at most so many characters, for it may quote what a hostile file has."""
+    """The message in one printable line of at most so many characters, for it may quote what a
+    hostile file has.
+    """
     message = _one_line(message[: most + 1])
     return message if len(message) <= most else f"{message[: most - 3]}..."
 
 
 def tell(message: str) -> None:
-    """Prints on stderr; nothing where it is closed or broken, for no work should fail over a message."""
+    """Prints on stderr; nothing where it is closed or broken, for no work should fail over a
+    message.
+    """
     if sys.stderr is not None:  # print would take None for stdout
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
@@ -53,14 +61,17 @@ def on_terminal() -> bool:
 
 @contextlib.contextmanager
 def slow_imports(module: str) -> Iterator[None]:
-    """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command` does later.
+    """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command`
+    does later.
 
-    It ends at once: nothing has begun that is to be tidied up, and an exception would hit some library halfway through its own
-    imports, which may pass over it or fail in its place. The folders for compiled kernels are chosen before the imports, because
-    some libraries look for them while they are imported.
+    It ends at once: nothing has begun that is to be tidied up, and an exception would hit some
+    library halfway through its own imports, which may pass over it or fail in its place. The
+    folders for compiled kernels are chosen before the imports, because some libraries look for them
+    while they are imported.
 
     Args:
-        module: __name__ of whoever imports. Another's module has no say: the command that imports it has.
+        module: __name__ of whoever imports. Another's module has no say: the command that imports
+            it has.
     """
     if module == "__main__":
         _prepare_compilers()
@@ -81,8 +92,9 @@ def slow_imports(module: str) -> Iterator[None]:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main function and exits.
 
-    The status is what it returns, None being 0; 2 after a `UserError` or an error of the system, such as a full disk; 130 after
-    Ctrl-C; 141 when whoever read stdout has left. Text that stdout cannot encode is written with backslashes.
+    The status is what it returns, None being 0; 2 after a `UserError` or an error of the system,
+    such as a full disk; 130 after Ctrl-C; 141 when whoever read stdout has left. Text that stdout
+    cannot encode is written with backslashes.
     """
     _write_with_backslashes()
     status = 0
@@ -126,12 +138,18 @@ def say_interrupted() -> int:
 
 
 def _one_line(message: str) -> str:
-    """The message without line breaks, and without the control characters that a hostile file may bear in its names."""
-    return "".join(character if character.isprintable() else "?" for character in " ".join(message.split()))
+    """The message without line breaks, and without the control characters that a hostile file may
+    bear in its names.
+    """
+    return "".join(
+        character if character.isprintable() else "?" for character in " ".join(message.split())
+    )
 
 
 def _drop_what_is_not_taken() -> None:
-    """Empties stdout and stderr: the interpreter would try once more at its end, complain, and change the status."""
+    """Empties stdout and stderr: the interpreter would try once more at its end, complain, and
+    change the status.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue

@@ -1,7 +1,8 @@
 """Files that are whole or not there, and checks before long work that they can be written.
 
-A file is written under another name in the same folder, forced to the disk, and moved into place. An error, a full disk, Ctrl-C
-or a power cut leaves what was there before. If the process is killed, its unfinished file stays until the same file is saved again.
+A file is written under another name in the same folder, forced to the disk, and moved into place.
+An error, a full disk, Ctrl-C or a power cut leaves what was there before. If the process is killed,
+its unfinished file stays until the same file is saved again.
 """
 
 import contextlib
@@ -21,14 +22,17 @@ _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written beside `path`, then moves it there; after an error `path` is as it was, or new and whole.
+    """Has a file written beside `path`, then moves it there; after an error `path` is as it was, or
+    new and whole.
 
     Args:
         path: replaced if it exists; a link stays one and its target is replaced.
-        write: writes into the file of the name that it is given, which is there, is empty, and ends like `path`.
+        write: writes into the file of the name that it is given, which is there, is empty, and ends
+            like `path`.
 
     Raises:
-        UserError: the folder or the disk does not take the file. Whatever else `write` raises passes through.
+        UserError: the folder or the disk does not take the file. Whatever else `write` raises
+            passes through.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -51,9 +55,11 @@ def sync(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the disk has the names of a folder's files, where the system can be asked for that.
+    """Returns when the disk has the names of a folder's files, where the system can be asked for
+    that.
 
-    It cannot in a folder that may be written but not read, and on some network file systems. The files are in place all the same.
+    It cannot in a folder that may be written but not read, and on some network file systems. The
+    files are in place all the same.
     """
     try:
         sync(folder)
@@ -77,7 +83,9 @@ def leftovers_of(owner: str, suffix: str) -> re.Pattern[str]:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> int:
-    """Removes unfinished files of killed processes; how many. A file that is still being written is locked, and stays."""
+    """Removes unfinished files of killed processes; how many. A file that is still being written is
+    locked, and stays.
+    """
     removed = 0
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         leftovers = [entry.path for entry in entries if names.fullmatch(entry.name)]
@@ -102,7 +110,9 @@ def _remove_if_unlocked(leftover: str) -> bool:
 
 
 def has_name(descriptor: int, path: Path | str) -> bool:
-    """Whether an open file is still the one of this name: asked under its lock, after which nobody else renames or removes it."""
+    """Whether an open file is still the one of this name: asked under its lock, after which nobody
+    else renames or removes it.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -111,7 +121,9 @@ def has_name(descriptor: int, path: Path | str) -> bool:
 
 @contextlib.contextmanager
 def _unfinished_file(target: Path) -> Iterator[Path]:
-    """An empty file beside `target`, locked while it is written and removed at the end if it still has its name."""
+    """An empty file beside `target`, locked while it is written and removed at the end if it still
+    has its name.
+    """
     remove_leftovers(target.parent, leftovers_of(target.name, target.suffix))
     unfinished = unused_name(target.parent, target.suffix, target.name)
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -120,7 +132,9 @@ def _unfinished_file(target: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield unfinished
     finally:
-        with contextlib.suppress(OSError):  # not there after success; an error here would hide the first one
+        with contextlib.suppress(
+            OSError
+        ):  # not there after success; an error here would hide the first one
             unfinished.unlink()
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -131,14 +145,16 @@ def _checksum(text: str) -> str:
 
 
 def check_file(flag: str, path: Path, *suffixes: str) -> None:
-    """Finds out before any long work whether `write_whole` will be able to write the file; leaves nothing behind.
+    """Finds out before any long work whether `write_whole` will be able to write the file; leaves
+    nothing behind.
 
     Args:
         flag: which the message is to name.
         suffixes: one of them must end the name, in any case.
 
     Raises:
-        UserError: wrong suffix, a folder, no such folder, a link to itself, or no right to write there.
+        UserError: wrong suffix, a folder, no such folder, a link to itself, or no right to write
+            there.
     """
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{flag} {path}: the file's name must end in {either(suffixes)}")
@@ -167,11 +183,15 @@ def check_folder(flag: str, folder: Path) -> None:
         with _unfinished_file(folder / "check"):
             pass
     except OSError as error:
-        raise UserError(f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})") from error
+        raise UserError(
+            f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})"
+        ) from error
 
 
 def check_own_folder(flag: str, folder: Path) -> None:
-    """Raises `UserError` unless files can be made in this folder, or it does not exist and can be made."""
+    """Raises `UserError` unless files can be made in this folder, or it does not exist and can be
+    made.
+    """
     try:
         folder.mkdir()
         folder.rmdir()
@@ -181,6 +201,9 @@ def check_own_folder(flag: str, folder: Path) -> None:
         check_folder(flag, folder)
     except OSError as error:
         if not os.path.isdir(folder.parent):
-            raise UserError(f"{flag}: there is no folder {folder.parent}; make it first, or choose another") from error
-        raise UserError(f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})") from error
-
+            raise UserError(
+                f"{flag}: there is no folder {folder.parent}; make it first, or choose another"
+            ) from error
+        raise UserError(
+            f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})"
+        ) from error

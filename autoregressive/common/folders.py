@@ -1,7 +1,8 @@
 """Folders outside of the project: for compiled kernels, and for the weights of an installed copy.
 
-The environment need not be a person's: in a container the user may have no name, no home and no temporary folder. Importing this
-module changes nothing; a command calls `prepare_compilers` when it starts.
+The environment need not be a person's: in a container the user may have no name, no home and no
+temporary folder. Importing this module changes nothing; a command calls `prepare_compilers` when it
+starts.
 """
 
 import contextlib
@@ -14,28 +15,39 @@ from pathlib import Path
 
 _NAME = "llamagen"
 _PROJECT = Path(__file__).resolve().parents[2]
-_NO_EXECUTION = getattr(os, "ST_NOEXEC", 0)  # a compiled kernel is a library, which such a file system refuses to load
+# a compiled kernel is a library, which such a file system refuses to load
+_NO_EXECUTION = getattr(os, "ST_NOEXEC", 0)
 
 
 def in_checkout() -> bool:
-    """Whether the code runs from the repository, with its scripts and its `pretrained_models`; else it was installed."""
+    """Whether the code runs from the repository, with its scripts and its `pretrained_models`; else
+    it was installed.
+    """
     return (_PROJECT / "pyproject.toml").is_file()
 
 
 def pretrained_folder() -> Path:
-    """Where weights are looked for and downloaded to: the repository's folder; of an installed copy, the user's own."""
+    """Where weights are looked for and downloaded to: the repository's folder; of an installed
+    copy, the user's own.
+    """
     if in_checkout():
         return _PROJECT / "pretrained_models"
-    return (_standard_folder("XDG_DATA_HOME") or _home() / ".local" / "share") / _NAME / "pretrained_models"
+    return (
+        (_standard_folder("XDG_DATA_HOME") or _home() / ".local" / "share")
+        / _NAME
+        / "pretrained_models"
+    )
 
 
 def prepare_compilers() -> str | None:
     """Tells torch's compiler and Triton, through the environment, where to keep what they compile.
 
-    Left alone, torch's compiler asks for the user's name and makes a folder as soon as any model is built, and Triton writes to the
-    home folder; either ends the command where that cannot be done. The first of these that can be written is taken: XDG_CACHE_HOME,
-    `.cache` in the home folder, a private folder below the temporary one. What the environment names already stays. Triton is given
-    a home, not a cache: the compiler's Triton kernels then stay in the compiler's own folder, as without this.
+    Left alone, torch's compiler asks for the user's name and makes a folder as soon as any model is
+    built, and Triton writes to the home folder; either ends the command where that cannot be done.
+    The first of these that can be written is taken: XDG_CACHE_HOME, `.cache` in the home folder, a
+    private folder below the temporary one. What the environment names already stays. Triton is
+    given a home, not a cache: the compiler's Triton kernels then stay in the compiler's own folder,
+    as without this.
 
     Returns:
         A line for the user if it is not the first of them, else None.
@@ -43,18 +55,35 @@ def prepare_compilers() -> str | None:
     environment = os.environ
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # the compiler asks it too, whatever it is told; OSError from Python 3.13 on
+    except (
+        KeyError,
+        OSError,
+    ):  # the compiler asks it too, whatever it is told; OSError from Python 3.13 on
         environment["USER"] = f"uid-{os.getuid()}"
-    if "TORCHINDUCTOR_CACHE_DIR" in environment and ("TRITON_CACHE_DIR" in environment or "TRITON_HOME" in environment):
+    if "TORCHINDUCTOR_CACHE_DIR" in environment and (
+        "TRITON_CACHE_DIR" in environment or "TRITON_HOME" in environment
+    ):
         return None
     usual = list(_usual_cache_folders())
-    folder = next((folder for folder in usual if _can_hold_libraries(folder)), None) or _private_folder()
+    folder = (
+        next((folder for folder in usual if _can_hold_libraries(folder)), None) or _private_folder()
+    )
     note = None
     if folder != usual[0]:
-        outcome = f"go to {folder}" if folder is not None else "have no place, and what must be compiled fails"
-        note = f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names another folder"
-    # Without any folder, the root: the compiler accepts it because it exists, and only writing into it fails.
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", os.sep if folder is None else str(folder / "inductor"))
+        outcome = (
+            f"go to {folder}"
+            if folder is not None
+            else "have no place, and what must be compiled fails"
+        )
+        note = (
+            f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names "
+            "another folder"
+        )
+    # Without any folder, the root: the compiler accepts it because it exists, and only writing into
+    # it fails.
+    environment.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.sep if folder is None else str(folder / "inductor")
+    )
     if "TRITON_CACHE_DIR" not in environment:
         environment.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
     if folder is not None and _temporary_folder() is None:  # compilers need one as well
@@ -81,7 +110,9 @@ def can_be_written(folder: Path) -> bool:
 
 
 def _can_hold_libraries(folder: Path) -> bool:
-    return can_be_written(folder) and not os.statvfs(_nearest_existing(folder)).f_flag & _NO_EXECUTION
+    return (
+        can_be_written(folder) and not os.statvfs(_nearest_existing(folder)).f_flag & _NO_EXECUTION
+    )
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -96,7 +127,9 @@ def _usual_cache_folders() -> Iterator[Path]:
 
 
 def _standard_folder(variable: str) -> Path | None:
-    """A folder that the XDG Base Directory Specification lets the user name; a relative one is to be ignored, it says."""
+    """A folder that the XDG Base Directory Specification lets the user name; a relative one is to
+    be ignored, it says.
+    """
     named = os.environ.get(variable, "")
     return Path(named) if os.path.isabs(named) else None
 
@@ -115,9 +148,11 @@ def _temporary_folder() -> Path | None:
 
 
 def _private_folder() -> Path | None:
-    """The user's own folder below the temporary one, the same for every command; None if there cannot be one.
+    """The user's own folder below the temporary one, the same for every command; None if there
+    cannot be one.
 
-    Libraries are loaded from it, so it must not be a folder that somebody else made, or can write to.
+    Libraries are loaded from it, so it must not be a folder that somebody else made, or can write
+    to.
     """
     temporary = _temporary_folder()
     if temporary is None:
@@ -128,5 +163,7 @@ def _private_folder() -> Path | None:
         found = folder.lstat()
     except OSError:
         return None
-    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    private = (
+        stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    )
     return folder if private and _can_hold_libraries(folder) else None

@@ -1,6 +1,8 @@
-"""Fetches LlamaGen's published files from the hub: resumed where it broke off, checked, and never half there.
+"""Fetches LlamaGen's published files from the hub: resumed where it broke off, checked, and never
+half there.
 
-A file has its name only once its SHA-256 is the one that the hub states; until then it is a hidden `.part` beside it.
+A file has its name only once its SHA-256 is the one that the hub states; until then it is a hidden
+`.part` beside it.
 """
 
 import contextlib
@@ -23,10 +25,13 @@ from autoregressive.common.files import has_name, remove_leftovers, sync, sync_f
 from autoregressive.common.network import unusable_variable
 from autoregressive.common.published import HUB_REPOSITORY, PublishedFile
 
-# huggingface_hub is imported where it is used: at its import it reads variables of the environment, and raises ValueError if one
-# of them is malformed. That must not end a command that downloads nothing.
+# huggingface_hub is imported where it is used: at its import it reads variables of the environment,
+# and raises ValueError if one of them is malformed. That must not end a command that downloads
+# nothing.
 
-_MOST_FAILURES = 5  # of a download, one after another, none of which brought a byte that was not there before
+_MOST_FAILURES = (
+    5  # of a download, one after another, none of which brought a byte that was not there before
+)
 _PAUSE_SECONDS = 1.0  # after each of them
 _MOST_OPENINGS = 5  # of a part that other processes rename or remove
 _PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
@@ -46,15 +51,18 @@ class _Remote:
 
 
 def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None) -> Path:
-    """The published file in the folder, downloaded if it is not there yet; a progress bar goes to a terminal's stderr.
+    """The published file in the folder, downloaded if it is not there yet; a progress bar goes to a
+    terminal's stderr.
 
     Args:
         folder: made if it does not exist.
-        endpoint: address of a mirror of the hub; by default the hub itself, or what HF_ENDPOINT says.
+        endpoint: address of a mirror of the hub; by default the hub itself, or what HF_ENDPOINT
+            says.
 
     Raises:
-        DownloadError: the hub cannot be reached, a variable of the environment is no use, the download breaks off (the next call
-            goes on with it), the disk is full, or the file is not the one that the hub describes.
+        DownloadError: the hub cannot be reached, a variable of the environment is no use, the
+            download breaks off (the next call goes on with it), the disk is full, or the file is
+            not the one that the hub describes.
     """
     path = folder / published.file_name
     try:
@@ -70,10 +78,13 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
             _remove_parts(path, keep=None)
     except DownloadError:
         raise
-    except Exception as error:  # the library passes on what the HTTP client, the TLS library and the system raise
+    except (
+        Exception
+    ) as error:  # the library passes on what the HTTP client, the TLS library and the system raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
-            f"{published.file_name}: the download failed ({reason}) from {_address(published, endpoint)}; "
+            f"{published.file_name}: the download failed ({reason}) from "
+            f"{_address(published, endpoint)}; "
             f"run the same command again, or put the file into {folder} by hand"
         ) from error
     return path
@@ -91,15 +102,25 @@ def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
     url = _address(published, endpoint)
     metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
     # For large files the hub's entity tag is the SHA-256 of the content.
-    if metadata.size is None or metadata.etag is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag):
-        raise DownloadError(f"{published.file_name}: the hub states no SHA-256 for it; check the address of the hub")
+    if (
+        metadata.size is None
+        or metadata.etag is None
+        or not re.fullmatch("[0-9a-f]{64}", metadata.etag)
+    ):
+        raise DownloadError(
+            f"{published.file_name}: the hub states no SHA-256 for it; check the address of the hub"
+        )
     return _Remote(url, metadata.etag, metadata.size)
 
 
 def _remove_parts(path: Path, keep: Path | None) -> None:
-    """Removes unfinished downloads of the file's other versions; without `keep`, of this version too."""
+    """Removes unfinished downloads of the file's other versions; without `keep`, of this version
+    too.
+    """
     kept = f"(?!{re.escape(keep.name)})" if keep is not None else ""
-    remove_leftovers(path.parent, re.compile(rf"{kept}\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part"))
+    remove_leftovers(
+        path.parent, re.compile(rf"{kept}\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
+    )
 
 
 def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFile) -> None:
@@ -112,7 +133,10 @@ def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFil
         _download(remote, published, part, stream)
         if not _is(part, remote):
             part.unlink()
-            raise DownloadError(f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch again")
+            raise DownloadError(
+                f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch "
+                "again"
+            )
         sync(part)
         os.replace(part, path)
         sync_folder(path.parent)
@@ -137,7 +161,8 @@ def _locked(part: Path, published: PublishedFile) -> Iterator[BinaryIO]:
 def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
     """Appends what is missing, each piece as it comes.
 
-    The library's `http_get` gathers 10 MiB before it writes, and loses them when the connection breaks off.
+    The library's `http_get` gathers 10 MiB before it writes, and loses them when the connection
+    breaks off.
     """
     there = os.fstat(stream.fileno()).st_size
     if there > remote.size_bytes:
@@ -146,10 +171,19 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
     free = shutil.disk_usage(part.parent).free
     if free < remote.size_bytes - there:
         needed = (remote.size_bytes - there) / 1e9
-        raise DownloadError(f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room")
+        raise DownloadError(
+            f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room"
+        )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
     hidden = not on_terminal()
-    bar = tqdm(total=remote.size_bytes, initial=there, desc=published.file_name, unit="B", unit_scale=True, disable=hidden)
+    bar = tqdm(
+        total=remote.size_bytes,
+        initial=there,
+        desc=published.file_name,
+        unit="B",
+        unit_scale=True,
+        disable=hidden,
+    )
     with bar:
         while there < remote.size_bytes:
             try:
@@ -159,7 +193,8 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
                         bar.update(first - there)
                         there = first
                     for chunk in chunks:
-                        stream.write(chunk[: remote.size_bytes - there])  # a longer file fails the check
+                        # a longer file fails the check
+                        stream.write(chunk[: remote.size_bytes - there])
                         stream.flush()
                         there = os.fstat(stream.fileno()).st_size
                         bar.update(len(chunk))
@@ -180,22 +215,35 @@ def _content(remote: _Remote, first: int) -> Iterator[tuple[int, Iterator[bytes]
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-    headers = build_hf_headers(token=False) | {"Accept-Encoding": "identity"}  # a range counts the bytes of what is sent
+    # a range counts the bytes of what is sent
+    headers = build_hf_headers(token=False) | {"Accept-Encoding": "identity"}
     if first > 0:
         headers["Range"] = f"bytes={first}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with http_stream_backoff(
-        "GET", remote.url, headers=headers, timeout=timeout, retry_on_exceptions=(), retry_on_status_codes=(408, 429)
+        "GET",
+        remote.url,
+        headers=headers,
+        timeout=timeout,
+        retry_on_exceptions=(),
+        retry_on_status_codes=(408, 429),
     ) as response:
         hf_raise_for_status(response)
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
-            raise DownloadError(f"{remote.url}: the server sends another part than the one asked for; try again later")
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(
+            f"bytes {first}-"
+        ):
+            raise DownloadError(
+                f"{remote.url}: the server sends another part than the one asked for; try again "
+                "later"
+            )
         yield (first if response.status_code == 206 else 0), response.iter_bytes()
 
 
 def _check(path: Path, remote: _Remote) -> None:
     if not _is(path, remote):
-        raise DownloadError(f"{path}: is not the published file (SHA-256 differs); move it away and fetch again")
+        raise DownloadError(
+            f"{path}: is not the published file (SHA-256 differs); move it away and fetch again"
+        )
 
 
 def _is(path: Path, remote: _Remote) -> bool:

@@ -1,4 +1,6 @@
-"""The names of the 1000 classes of ImageNet, in the order of their ids, as torchvision spells them."""
+"""The names of the 1000 classes of ImageNet, in the order of their ids, as torchvision
+spells them.
+"""
 
 IMAGENET_NAMES: tuple[str, ...] = (
     "tench", "goldfish", "great white shark", "tiger shark", "hammerhead", "electric ray",

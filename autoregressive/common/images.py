@@ -1,6 +1,7 @@
 """Pictures as files: the grid, captions, and the record of how a picture was made.
 
-Pixels are [images, 3, height, width] in -1..1, as the tokenizer's decoder gives them. A file is whole or is not there.
+Pixels are [images, 3, height, width] in -1..1, as the tokenizer's decoder gives them. A file is
+whole or is not there.
 """
 
 import io
@@ -27,7 +28,9 @@ JSON_KEY = "llamagen"  # of the record; a PNG's text "parameters" has the same f
 QUALITY = 90  # of JPEG and WebP
 _OTHER_RECORD_BYTES = 4096  # more than a record has beside the classes, file names included
 _DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
-_CAPTION_SHARE = 10  # a caption's letters are this fraction of the picture's width, but stay readable
+_CAPTION_SHARE = (
+    10  # a caption's letters are this fraction of the picture's width, but stay readable
+)
 _SMALLEST_LETTERS = 10  # pixels
 
 
@@ -50,7 +53,8 @@ PICTURE_FORMATS = {  # by the suffix of the file's name
 
 
 def picture_grid(pixels: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-    """All images on one picture, four a row with two black pixels between them, as LlamaGen lays them out.
+    """All images on one picture, four a row with two black pixels between them, as LlamaGen lays
+    them out.
 
     Args:
         pixels: [images, 3, height, width] in -1..1; what lies outside is clipped.
@@ -97,7 +101,8 @@ def check_grid_fits(flag: str, path: Path, images: int, side: int, *, captions: 
     most = PICTURE_FORMATS[path.suffix.lower()].largest_side
     if height > most:
         raise UserError(
-            f"{flag} {path}: a grid of {images} images is {height} pixels high, and such a file holds {most}: "
+            f"{flag} {path}: a grid of {images} images is {height} pixels high, and such a file "
+            f"holds {most}: "
             "use .png, or draw fewer"
         )
 
@@ -135,7 +140,9 @@ def _caption_strip(text: str, width: int) -> Tensor:
     font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
     centre = (width / 2, strip.height / 2)
-    ImageDraw.Draw(strip).text(centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm")
+    ImageDraw.Draw(strip).text(
+        centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm"
+    )
     grey = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return grey.expand(3, -1, -1)
 
@@ -168,7 +175,8 @@ def save_picture(path: Path, picture: Tensor, parameters: str, record: dict[str,
 
 
 def record_options(format_name: str, parameters: str, record: dict[str, object]) -> dict[str, Any]:
-    """The options of Pillow's `Image.save` that put the record of how a picture was made into its file.
+    """The options of Pillow's `Image.save` that put the record of how a picture was made into its
+    file.
 
     Args:
         format_name: Pillow's name of the format.
@@ -187,7 +195,9 @@ def record_options(format_name: str, parameters: str, record: dict[str, object])
 
 
 def save_codes(path: Path, codes: Tensor) -> None:
-    """Writes codes as an int32 NumPy array [images, tokens]; raises `UserError` if the file cannot be written."""
+    """Writes codes as an int32 NumPy array [images, tokens]; raises `UserError` if the file cannot
+    be written.
+    """
     array = codes.to("cpu", torch.int32).numpy()
     _write_encoded(path, lambda file: np.save(file, array))
 
@@ -202,7 +212,11 @@ def _write_encoded(path: Path, encode: Callable[[io.BytesIO], object]) -> None:
     write_whole(path, lambda file: file.write_bytes(content.getbuffer()))
 
 
-def individual_file(folder: Path, image: int, label: int, class_name: str, *, trained: bool, suffix: str) -> Path:
-    """The file of one image: its place in the batch, class id and name, and "untrained" where the picture is noise."""
+def individual_file(
+    folder: Path, image: int, label: int, class_name: str, *, trained: bool, suffix: str
+) -> Path:
+    """The file of one image: its place in the batch, class id and name, and "untrained" where the
+    picture is noise.
+    """
     words = re.sub(r"[^a-z0-9]+", "_", class_name.lower()).strip("_")
     return folder / f"{image:04d}_{label}_{words}{'' if trained else '_untrained'}{suffix}"

@@ -1,7 +1,9 @@
-"""Reads a pickle as data: no name in it is resolved, nothing in it is called, and no value of it is hashed.
+"""Reads a pickle as data: no name in it is resolved, nothing in it is called, and no value of it is
+hashed.
 
-What comes out are strings, numbers, tuples, lists, `Pairs` in the place of dictionaries, and records of what the pickle would have
-called. Time and memory are bounded by the number of instructions. Nothing here recurses, so nesting may be of any depth.
+What comes out are strings, numbers, tuples, lists, `Pairs` in the place of dictionaries, and
+records of what the pickle would have called. Time and memory are bounded by the number of
+instructions. Nothing here recurses, so nesting may be of any depth.
 """
 
 import struct
@@ -9,14 +11,17 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
 from typing import Any
 
-# About 100 bytes of memory and 1 us each. A checkpoint of 1,000 weights with the optimizer's state has some 100,000.
+# About 100 bytes of memory and 1 us each. A checkpoint of 1,000 weights with the optimizer's state
+# has some 100,000.
 MOST_INSTRUCTIONS = 1_000_000
 _INT, _SHORT, _SIZE, _DOUBLE = map(struct.Struct, ("<i", "<H", "<I", ">d"))
 _LONGEST_KEY = 8  # items of a tuple that is a key
 
 
 class PickleRefused(Exception):
-    """The pickle has something that no checkpoint needs; the message says what, as in "it calls a str"."""
+    """The pickle has something that no checkpoint needs; the message says what, as in "it calls a
+    str".
+    """
 
 
 class UnknownName(PickleRefused):
@@ -32,7 +37,9 @@ class UnknownName(PickleRefused):
 
 
 class OddKey(PickleRefused):
-    """A dictionary has a key that is a tuple of many items, of tuples, or something else that none needs."""
+    """A dictionary has a key that is a tuple of many items, of tuples, or something else that none
+    needs.
+    """
 
     def __init__(self) -> None:
         super().__init__("it has a key that no checkpoint needs")
@@ -48,7 +55,9 @@ class Name:
 
 
 class Record:
-    """What the pickle would have called and with what, and the state that it would have given to the outcome."""
+    """What the pickle would have called and with what, and the state that it would have given to
+    the outcome.
+    """
 
     __slots__ = ("arguments", "kind", "state")
 
@@ -58,7 +67,9 @@ class Record:
 
 
 class Pairs(list[tuple[Any, Any]]):
-    """A dictionary as the list of its keys and values: nothing is hashed, which a hostile key could make take for ever."""
+    """A dictionary as the list of its keys and values: nothing is hashed, which a hostile key could
+    make take for ever.
+    """
 
     __slots__ = ()
 
@@ -86,7 +97,8 @@ class InertUnpickler:
     Args:
         data: holds the pickles, and maybe more behind them.
         known_names: with their modules; all others are refused.
-        storages: whether it may refer to storages of tensors, as `torch.save` does; they are collected in `storage_ids`.
+        storages: whether it may refer to storages of tensors, as `torch.save` does; they are
+            collected in `storage_ids`.
         most_instructions: of one pickle; more are refused.
 
     Attributes:
@@ -245,7 +257,8 @@ class InertUnpickler:
         arguments, called = self._stack.pop(), self._stack.pop()
         if type(called) is not Name or type(arguments) is not tuple:
             raise PickleRefused(f"it calls a {kind_of(called)}")
-        # Counter is a dictionary too; its argument is one. An OrderedDict of old has a list of its items.
+        # Counter is a dictionary too; its argument is one. An OrderedDict of old has a list of its
+        # items.
         self._stack.append(
             _OrderedPairs()
             if called.name == "OrderedDict" and not arguments
@@ -280,7 +293,8 @@ def _may_be_key(value: object) -> bool:
     return type(value) in (*plain, Name, Record)
 
 
-# All that Python writes for what `torch.save` and torch.distributed.checkpoint are given (protocols 2 to 5).
+# All that Python writes for what `torch.save` and torch.distributed.checkpoint are given (protocols
+# 2 to 5).
 _INSTRUCTIONS: dict[int, Callable[[InertUnpickler], object]] = {
     ord(code): instruction
     for code, instruction in {

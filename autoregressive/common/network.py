@@ -1,6 +1,8 @@
-"""The environment's variables by which libraries find proxies, certificates and the hub, checked before a download.
+"""The environment's variables by which libraries find proxies, certificates and the hub, checked
+before a download.
 
-A library that reads a malformed one raises an error of any kind, some libraries at import, and does not name the variable.
+A library that reads a malformed one raises an error of any kind, some libraries at import, and does
+not name the variable.
 """
 
 import os
@@ -10,11 +12,16 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-_PROXY_ADVICE = "is no proxy that can be used; give http://, https://, socks5:// or socks5h://HOST:PORT, or unset it"
+_PROXY_ADVICE = (
+    "is no proxy that can be used; give http://, https://, socks5:// or "
+    "socks5h://HOST:PORT, or unset it"
+)
 _ADDRESS_ADVICE = "is no web address; give one such as https://huggingface.co"
 
 _MOST_DIGITS = 9  # of seconds; a socket takes no timeout of ten digits
-_SECONDS_ADVICE = f"must be a whole number of seconds, of at most {_MOST_DIGITS} digits; correct it, or unset it"
+_SECONDS_ADVICE = (
+    f"must be a whole number of seconds, of at most {_MOST_DIGITS} digits; correct it, or unset it"
+)
 
 
 def unusable_variable(endpoint: str | None) -> str | None:
@@ -47,7 +54,12 @@ def _is_proxy(value: str) -> bool:
 def _is_address(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and _is_header_text(value)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and _is_header_text(value)
+        )
     except ValueError:
         return False
 
@@ -61,7 +73,8 @@ def _has_certificates(value: str) -> bool:
 
 
 def _has_folder(value: str) -> bool:
-    return any(os.path.isdir(folder) for folder in value.split(os.pathsep))  # OpenSSL passes over the others
+    # OpenSSL passes over the others
+    return any(os.path.isdir(folder) for folder in value.split(os.pathsep))
 
 
 def _is_seconds(value: str) -> bool:
@@ -75,7 +88,11 @@ def _is_header_text(value: str) -> bool:
 _CHECKS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("http_proxy", "https_proxy", "all_proxy")),
     *((name, _is_proxy, _PROXY_ADVICE) for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")),
-    ("SSL_CERT_FILE", _has_certificates, "names no file with certificates; correct it, or unset it"),
+    (
+        "SSL_CERT_FILE",
+        _has_certificates,
+        "names no file with certificates; correct it, or unset it",
+    ),
     ("SSL_CERT_DIR", _has_folder, "names no folder; correct it, or unset it"),
     ("HF_ENDPOINT", _is_address, _ADDRESS_ADVICE),
     ("HF_HUB_ETAG_TIMEOUT", _is_seconds, _SECONDS_ADVICE),

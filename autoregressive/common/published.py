@@ -1,4 +1,6 @@
-"""The checkpoints that LlamaGen's authors have published, as data; nothing here touches the network or the disk."""
+"""The checkpoints that LlamaGen's authors have published, as data; nothing here touches the network
+or the disk.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +16,9 @@ class PublishedFile:
 
     file_name: str
     model: str  # a name of GPT_SHAPES or VQ_CONFIGS
-    image_size: int | None = None  # pixels of a side that the transformer makes; None for a tokenizer, which takes any
+    image_size: int | None = (
+        None  # pixels of a side that the transformer makes; None for a tokenizer, which takes any
+    )
 
 
 PUBLISHED_FILES: tuple[PublishedFile, ...] = (
@@ -31,7 +35,9 @@ PUBLISHED_FILES: tuple[PublishedFile, ...] = (
 
 
 def published_gpt(model: str, image_size: int) -> PublishedFile | None:
-    """The transformer's weights for images of that many pixels a side (at downsample 16); None if there are none."""
+    """The transformer's weights for images of that many pixels a side (at downsample 16); None if
+    there are none.
+    """
     return _find(model, image_size)
 
 
@@ -41,4 +47,7 @@ def published_vq(vq_model: str) -> PublishedFile | None:
 
 
 def _find(model: str, image_size: int | None) -> PublishedFile | None:
-    return next((file for file in PUBLISHED_FILES if (file.model, file.image_size) == (model, image_size)), None)
+    return next(
+        (file for file in PUBLISHED_FILES if (file.model, file.image_size) == (model, image_size)),
+        None,
+    )

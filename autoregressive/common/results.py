@@ -1,4 +1,6 @@
-"""Saves what a command drew: the grid, single pictures, codes. Every picture says inside how it was made."""
+"""Saves what a command drew: the grid, single pictures, codes. Every picture says inside how it was
+made.
+"""
 
 import os
 from dataclasses import asdict
@@ -16,10 +18,19 @@ from autoregressive.common.weights import FoundWeights, ModelSettings
 
 PROGRAM = "llamagen-serve"
 Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
-_SAID_BEFORE = ("labels", "class_names", "label", "class_name", "trained")  # what `readable` has on lines of their own
+# what `readable` has on lines of their own
+_SAID_BEFORE = (
+    "labels",
+    "class_names",
+    "label",
+    "class_name",
+    "trained",
+)
 
 
-def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor, *, loop: Loop) -> Path:
+def save_results(
+    settings: Settings, found: FoundWeights, codes: Tensor, pixels: Tensor, *, loop: Loop
+) -> Path:
     """Writes every file that was asked for, the grid last.
 
     Args:
@@ -31,32 +42,51 @@ def save_results(settings: Settings, found: FoundWeights, codes: Tensor, pixels:
         Where the grid is.
 
     Raises:
-        UserError: the pixels are not finite, or a file cannot be written; files written before stay.
+        UserError: the pixels are not finite, or a file cannot be written; files written before
+            stay.
     """
     if not pixels.isfinite().all():
-        raise UserError("the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see --vq-ckpt)")
+        raise UserError(
+            "the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged (see "
+            "--vq-ckpt)"
+        )
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    common = generation_record(settings.model, found, loop, compiled=settings.compile) | asdict(settings.sampling)
+    common = generation_record(settings.model, found, loop, compiled=settings.compile) | asdict(
+        settings.sampling
+    )
     grid = output.grid(trained=found.trained)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
         _make_folder(output.individual)
         for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
-            one = common | {"images": len(names), "image": image, "label": label, "class_name": name}
-            file = individual_file(output.individual, image, label, name, trained=found.trained, suffix=grid.suffix)
+            one = common | {
+                "images": len(names),
+                "image": image,
+                "label": label,
+                "class_name": name,
+            }
+            file = individual_file(
+                output.individual, image, label, name, trained=found.trained, suffix=grid.suffix
+            )
             picture = picture_grid(pixels[image : image + 1])
             save_picture(file, picture, readable(one), one)
     record = common | {"labels": list(settings.labels), "class_names": names}
-    save_picture(grid, picture_grid(pixels, names if output.captions else None), readable(record), record)
+    save_picture(
+        grid, picture_grid(pixels, names if output.captions else None), readable(record), record
+    )
     return grid
 
 
-def generation_record(model: ModelSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False) -> dict[str, object]:
-    """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make them again on the same machine.
+def generation_record(
+    model: ModelSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False
+) -> dict[str, object]:
+    """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make
+    them again on the same machine.
 
-    The loop is part of it: from one seed the naive command and the engine's draw different pictures.
+    The loop is part of it: from one seed the naive command and the engine's draw different
+    pictures.
     """
     return {
         "program": PROGRAM,
@@ -81,29 +111,47 @@ def generation_record(model: ModelSettings, found: FoundWeights, loop: Loop, *, 
 
 
 def readable(record: dict[str, object]) -> str:
-    """The record of a grid or of a single picture for people: the classes on a line, then everything else."""
-    labels, names = record.get("labels", [record.get("label")]), record.get("class_names", [record.get("class_name")])
+    """The record of a grid or of a single picture for people: the classes on a line, then
+    everything else.
+    """
+    labels, names = (
+        record.get("labels", [record.get("label")]),
+        record.get("class_names", [record.get("class_name")]),
+    )
     assert isinstance(labels, list)
     assert isinstance(names, list)
     drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
     rest = {key: value for key, value in record.items() if key not in _SAID_BEFORE}
     noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
-    return "\n".join([*noise, drawn, ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items())])
+    return "\n".join(
+        [
+            *noise,
+            drawn,
+            ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items()),
+        ]
+    )
 
 
 def _name(weights: Path | None) -> str:
     """The file's name without its folder, which is the user's own business.
 
-    Bytes in it that are no UTF-8 are written with backslashes: no picture's file can hold them as they are.
+    Bytes in it that are no UTF-8 are written with backslashes: no picture's file can hold them as
+    they are.
     """
-    return os.fsencode(weights.resolve().name).decode(errors="backslashreplace") if weights else "untrained"
+    return (
+        os.fsencode(weights.resolve().name).decode(errors="backslashreplace")
+        if weights
+        else "untrained"
+    )
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"--save-individual {folder}: cannot make this folder: {error.strerror}") from error
+        raise UserError(
+            f"--save-individual {folder}: cannot make this folder: {error.strerror}"
+        ) from error
 
 
 def program_version() -> str:

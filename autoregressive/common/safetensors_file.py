@@ -1,6 +1,8 @@
-"""Reads .safetensors files and folders of them: Hugging Face's parts with an index, and torch.distributed.checkpoint's shards.
+"""Reads .safetensors files and folders of them: Hugging Face's parts with an index, and
+torch.distributed.checkpoint's shards.
 
-The library maps files; a mapped file that becomes shorter kills the process. The format is a table in JSON and numbers behind it.
+The library maps files; a mapped file that becomes shorter kills the process. The format is a table
+in JSON and numbers behind it.
 """
 
 import functools
@@ -26,10 +28,14 @@ _SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.dist
 _PART_OF = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 
 
@@ -39,7 +45,9 @@ class _BadJsonError(Exception):
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """The tensors of one file, and where each lies in the whole one that it is a part of, if the file says so."""
+    """The tensors of one file, and where each lies in the whole one that it is a part of, if the
+    file says so.
+    """
 
     file: StoredFile
     tensors: Mapping[str, StoredTensor]
@@ -147,10 +155,12 @@ def is_safetensors_folder(path: Path) -> bool:
 
 
 def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
-    """The weights of a folder with one file, with parts and their index, or with shards that say what they are.
+    """The weights of a folder with one file, with parts and their index, or with shards that say
+    what they are.
 
     Raises:
-        CheckpointError: a part is missing or one too many, damaged, or belongs to another checkpoint; or `ema` is not there.
+        CheckpointError: a part is missing or one too many, damaged, or belongs to another
+            checkpoint; or `ema` is not there.
     """
     names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
     if len(indices) > 1:
@@ -166,7 +176,8 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
     if index is None and len(parts) > 1 and any(part.offsets is None for part in parts):
         raise CheckpointError(
             path,
-            f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
+            f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each "
+            "holds; "
             "copy the whole folder again, or name one of the files",
         )
     if index is not None:
@@ -200,7 +211,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) -> list[str]:
-    """The files of the index, which are all there. Others are not its own, as `consolidated.safetensors` beside parts.
+    """The files of the index, which are all there. Others are not its own, as
+    `consolidated.safetensors` beside parts.
 
     A name with a folder in it is no file of this folder.
     """
@@ -208,7 +220,8 @@ def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) 
     if missing:
         raise CheckpointError(
             path,
-            f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder again",
+            f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder "
+            "again",
         )
     return sorted(named)
 

@@ -1,4 +1,5 @@
-"""What the typed flags mean together: every value resolved, in range and fitting the others, before any long work.
+"""What the typed flags mean together: every value resolved, in range and fitting the others, before
+any long work.
 
 Flags not typed take the values of the chosen model, so only what the user typed can be a mismatch.
 """
@@ -14,26 +15,41 @@ from typing import TypeVar
 import torch
 
 from autoregressive.common.classes import ClassNames, numbered_classes
-from autoregressive.common.defaults import DEMO_MODEL, LARGEST_SCALE, LARGEST_TEMPERATURE, ModelDefaults, model_defaults
+from autoregressive.common.defaults import (
+    DEMO_MODEL,
+    LARGEST_SCALE,
+    LARGEST_TEMPERATURE,
+    ModelDefaults,
+    model_defaults,
+)
 from autoregressive.common.devices import default_precision, resolve_device
 from autoregressive.common.errors import UserError, either
 from autoregressive.common.files import check_file, check_own_folder
 from autoregressive.common.folders import in_checkout, pretrained_folder
 from autoregressive.common.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
 from autoregressive.common.published import PUBLISHED_FILES, PublishedFile
-from autoregressive.common.weights import DEMO_GPT, ModelSettings, file_in, gpt_file_name, published_as
+from autoregressive.common.weights import (
+    DEMO_GPT,
+    ModelSettings,
+    file_in,
+    gpt_file_name,
+    published_as,
+)
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
 
 T = TypeVar("T")
 
-_LARGEST_SIZE = 10**6  # of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
+# of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
+_LARGEST_SIZE = 10**6
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn; the names and meanings are those of `generate`, and `temperature` 0 takes the likeliest token."""
+    """How tokens are drawn; the names and meanings are those of `generate`, and `temperature` 0
+    takes the likeliest token.
+    """
 
     cfg_scale: float
     cfg_interval: int
@@ -99,14 +115,16 @@ def resolve_model_choice(arguments: argparse.Namespace, seed: int) -> ModelChoic
 
 
 def resolve_settings(arguments: argparse.Namespace) -> Settings:
-    """Fills in what was not typed and checks everything that can be checked without loading weights.
+    """Fills in what was not typed and checks everything that can be checked without loading
+    weights.
 
     Args:
         arguments: what `build_parser` parsed.
 
     Raises:
-        UserError: a value out of range, an unknown class, flags that contradict each other, a missing checkpoint, no
-            such device, a file that cannot be written. The message names the flag and what it allows.
+        UserError: a value out of range, an unknown class, flags that contradict each other, a
+            missing checkpoint, no such device, a file that cannot be written. The message names the
+            flag and what it allows.
     """
     seed = _or(arguments.seed, 0)
     _require(0 <= seed < 2**63, "--seed", seed, "0 to 2**63 - 1")
@@ -133,7 +151,9 @@ def list_classes(arguments: argparse.Namespace) -> str:
     gpt_model = _choose_gpt_model(arguments)
     defaults = model_defaults(gpt_model)
     num_classes = _or(arguments.num_classes, defaults.num_classes)
-    _require(1 <= num_classes <= _LARGEST_SIZE, "--num-classes", num_classes, f"1 to {_LARGEST_SIZE}")
+    _require(
+        1 <= num_classes <= _LARGEST_SIZE, "--num-classes", num_classes, f"1 to {_LARGEST_SIZE}"
+    )
     with _naming_the_model(arguments, gpt_model):
         return _classes(defaults, num_classes).listing(arguments.list_classes)
 
@@ -146,12 +166,18 @@ def _choose_gpt_model(arguments: argparse.Namespace) -> str:
             return DEMO_MODEL
         published = _published_gpt(arguments)
         return published.model if published else "GPT-B"
-    sizes = model_defaults("GPT-B").image_sizes if arguments.image_size is None else [arguments.image_size]
+    sizes = (
+        model_defaults("GPT-B").image_sizes
+        if arguments.image_size is None
+        else [arguments.image_size]
+    )
     there = any(_gpt_file_there(arguments, "GPT-B", size) for size in sizes)
     return "GPT-B" if there or arguments.download else DEMO_MODEL
 
 
-def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults) -> int:
+def _choose_image_size(
+    arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults
+) -> int:
     published = _published_gpt(arguments)
     size: int | None = arguments.image_size
     if size is None:
@@ -160,16 +186,27 @@ def _choose_image_size(arguments: argparse.Namespace, gpt_model: str, defaults: 
         if arguments.gpt_ckpt is not None or arguments.random_weights or arguments.download:
             return defaults.image_size
         best_first = (defaults.image_size, *defaults.image_sizes)
-        there = (candidate for candidate in best_first if _gpt_file_there(arguments, gpt_model, candidate))
+        there = (
+            candidate
+            for candidate in best_first
+            if _gpt_file_there(arguments, gpt_model, candidate)
+        )
         return next(there, defaults.image_size)
-    check_image_size(gpt_model, size, hint="" if arguments.gpt_model else "; name another model with --gpt-model")
+    check_image_size(
+        gpt_model, size, hint="" if arguments.gpt_model else "; name another model with --gpt-model"
+    )
     if published is not None and published.image_size != size:
-        raise UserError(f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of {published.image_size} px")
+        raise UserError(
+            f"--image-size {size}: {arguments.gpt_ckpt.name} makes pictures of "
+            f"{published.image_size} px"
+        )
     return size
 
 
 def check_image_size(gpt_model: str, size: int, *, hint: str = "") -> None:
-    """Raises `UserError`, with the hint at its end, unless the model makes pictures of that size."""
+    """Raises `UserError`, with the hint at its end, unless the model makes pictures of
+    that size.
+    """
     sizes = model_defaults(gpt_model).image_sizes
     _require(size in sizes, "--image-size", size, f"{either(sizes)} for {gpt_model}{hint}")
 
@@ -198,15 +235,24 @@ def _choose_vq_model(arguments: argparse.Namespace, defaults: ModelDefaults) -> 
     return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
 
 
-def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults, seed: int) -> ModelSettings:
+def _resolve_model(
+    arguments: argparse.Namespace, gpt_model: str, defaults: ModelDefaults, seed: int
+) -> ModelSettings:
     if arguments.gpt_type == "t2i":
-        raise UserError("--gpt-type t2i: text to image is not supported; this program draws classes (c2i)")
+        raise UserError(
+            "--gpt-type t2i: text to image is not supported; this program draws classes (c2i)"
+        )
     _require(arguments.cls_token_num in (None, 1), "--cls-token-num", arguments.cls_token_num, "1")
     vq_model = _choose_vq_model(arguments, defaults)
     tokenizer: VQConfig = VQ_CONFIGS[vq_model]
     downsample = tokenizer.downsample_size
     typed_downsample = _or(arguments.downsample_size, downsample)
-    _require(typed_downsample == downsample, "--downsample-size", typed_downsample, f"{downsample} for {vq_model}")
+    _require(
+        typed_downsample == downsample,
+        "--downsample-size",
+        typed_downsample,
+        f"{downsample} for {vq_model}",
+    )
     for flag, typed in (
         ("--codebook-size", arguments.codebook_size),
         ("--codebook-embed-dim", arguments.codebook_embed_dim),
@@ -214,10 +260,16 @@ def _resolve_model(arguments: argparse.Namespace, gpt_model: str, defaults: Mode
     ):
         _require(typed is None or 1 <= typed <= _LARGEST_SIZE, flag, typed, f"1 to {_LARGEST_SIZE}")
     pretrained = _or(arguments.pretrained_dir, pretrained_folder())
-    gpt_ckpt = _resolve_checkpoint("--gpt-ckpt", arguments.gpt_ckpt, pretrained, arguments.random_weights)
-    vq_ckpt = _resolve_checkpoint("--vq-ckpt", arguments.vq_ckpt, pretrained, arguments.random_weights)
+    gpt_ckpt = _resolve_checkpoint(
+        "--gpt-ckpt", arguments.gpt_ckpt, pretrained, arguments.random_weights
+    )
+    vq_ckpt = _resolve_checkpoint(
+        "--vq-ckpt", arguments.vq_ckpt, pretrained, arguments.random_weights
+    )
     if arguments.ema and arguments.gpt_ckpt is None:
-        raise UserError("--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint")
+        raise UserError(
+            "--ema goes with --gpt-ckpt: it picks the averaged weights out of a training checkpoint"
+        )
     device = resolve_device(_or(arguments.device, "cuda" if torch.cuda.is_available() else "cpu"))
     return ModelSettings(
         gpt_model=gpt_model,
@@ -256,11 +308,17 @@ def smaller_precision(model: ModelSettings) -> list[str]:
     """What to advise where memory is short: a precision of half the size, if there is one."""
     if model.precision != torch.float32:
         return []
-    return [f"use --precision {'fp16' if default_precision(model.device) == torch.float16 else 'bf16'}"]
+    return [
+        f"use --precision {'fp16' if default_precision(model.device) == torch.float16 else 'bf16'}"
+    ]
 
 
-def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_weights: bool) -> Path | None:
-    """The checkpoint as typed; a bare name that is not in the current folder may be in that of the pretrained models."""
+def _resolve_checkpoint(
+    flag: str, typed: Path | None, pretrained: Path, random_weights: bool
+) -> Path | None:
+    """The checkpoint as typed; a bare name that is not in the current folder may be in that of the
+    pretrained models.
+    """
     if typed is None:
         return None
     if random_weights:
@@ -277,7 +335,9 @@ def _resolve_checkpoint(flag: str, typed: Path | None, pretrained: Path, random_
     raise UserError(f"{flag} {typed}: there is no such file or folder{also}{get}")
 
 
-def _resolve_sampling(arguments: argparse.Namespace, defaults: ModelDefaults, seed: int) -> SamplingSettings:
+def _resolve_sampling(
+    arguments: argparse.Namespace, defaults: ModelDefaults, seed: int
+) -> SamplingSettings:
     settings = SamplingSettings(
         cfg_scale=_or(arguments.cfg_scale, defaults.cfg_scale),
         cfg_interval=_or(arguments.cfg_interval, defaults.cfg_interval),
@@ -317,7 +377,9 @@ def _resolve_output(
     return output
 
 
-def _resolve_labels(arguments: argparse.Namespace, gpt_model: str, num_classes: int) -> tuple[int, ...]:
+def _resolve_labels(
+    arguments: argparse.Namespace, gpt_model: str, num_classes: int
+) -> tuple[int, ...]:
     defaults = model_defaults(gpt_model)
     if arguments.class_labels is not None:
         classes = _classes(defaults, num_classes)
@@ -330,7 +392,9 @@ def _resolve_labels(arguments: argparse.Namespace, gpt_model: str, num_classes: 
 
 @contextmanager
 def _naming_the_model(arguments: argparse.Namespace, gpt_model: str) -> Iterator[None]:
-    """Adds to an error about classes whose classes they are, where the user may not know: the model was not typed."""
+    """Adds to an error about classes whose classes they are, where the user may not know: the model
+    was not typed.
+    """
     try:
         yield
     except UserError as error:
@@ -341,7 +405,9 @@ def _naming_the_model(arguments: argparse.Namespace, gpt_model: str) -> Iterator
 
 
 def _classes(defaults: ModelDefaults, num_classes: int) -> ClassNames:
-    return defaults.classes if num_classes == defaults.num_classes else numbered_classes(num_classes)
+    return (
+        defaults.classes if num_classes == defaults.num_classes else numbered_classes(num_classes)
+    )
 
 
 def _or(typed: T | None, otherwise: T) -> T:
@@ -351,5 +417,3 @@ def _or(typed: T | None, otherwise: T) -> T:
 def _require(holds: bool, flag: str, value: object, allowed: str) -> None:
     if not holds:
         raise UserError(f"{flag} {value}: must be {allowed}")
-
-

@@ -1,7 +1,9 @@
-"""Directories written by torch.distributed.checkpoint (FSDP's sharded state dict), read without a process group.
+"""Directories written by torch.distributed.checkpoint (FSDP's sharded state dict), read without a
+process group.
 
-The library unpickles the directory's `.metadata`, and entries that are no tensors, freely. Here `.metadata` and each piece of a
-tensor become inert records: no name in them is resolved and nothing is called. Only checked numbers and strings are used.
+The library unpickles the directory's `.metadata`, and entries that are no tensors, freely. Here
+`.metadata` and each piece of a tensor become inert records: no name in them is resolved and nothing
+is called. Only checked numbers and strings are used.
 """
 
 import functools
@@ -23,17 +25,24 @@ from autoregressive.common.inert_pickle import (
     kind_of,
 )
 from autoregressive.common.stored_file import StoredFile, StoredTensor, is_shape, visible_names
-from autoregressive.common.torch_file import DTYPES, READABLE_DTYPES, ArchiveLimits, read_torch_archive
+from autoregressive.common.torch_file import (
+    DTYPES,
+    READABLE_DTYPES,
+    ArchiveLimits,
+    read_torch_archive,
+)
 from autoregressive.common.weight_source import CheckpointError, WeightSource
 
 METADATA_FILE = ".metadata"
 _DAMAGED = "is damaged or cut short; copy the whole directory again"
 
 _MOST_METADATA_BYTES = 64 * 2**20
-# Hundreds of processes leave large metadata, and large shards: of so many bytes of these, an instruction may be read.
+# Hundreds of processes leave large metadata, and large shards: of so many bytes of these, an
+# instruction may be read.
 _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS = 256, 6_000_000
 
-# The metadata can refer to one of its parts thousands of times. What is done with a part is therefore bounded.
+# The metadata can refer to one of its parts thousands of times. What is done with a part is
+# therefore bounded.
 _MOST_FIELDS = 16
 _MOST_CHUNKS = 150_000  # of all weights: 500 weights on 300 processes
 # A piece is one tensor: some 60 instructions and 10 members.
@@ -46,8 +55,8 @@ _METADATA, _FILESYSTEM = (
 _BEFORE_TORCH_2_3 = "torch.distributed._shard.sharded_tensor.metadata"
 _KNOWN_NAMES = frozenset(f"{module}.{name}" for module, name in (
     *((_METADATA, name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     )),
     (_FILESYSTEM, "_StorageInfo"),
     (_BEFORE_TORCH_2_3, "TensorProperties"),
@@ -55,7 +64,8 @@ _KNOWN_NAMES = frozenset(f"{module}.{name}" for module, name in (
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     # Where the checkpoint was written. Python 3.13 moved the classes.
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((module, "WindowsPath") for module in ("pathlib", "pathlib._local")),
     *(("torch", name) for name in ("Size", *DTYPES)),
 ))  # fmt: skip
 
@@ -68,7 +78,8 @@ def open_sharded(path: Path, ema: bool) -> WeightSource:
     """The weights in such a directory; entries beside them (optimizer, steps) are left alone.
 
     Raises:
-        CheckpointError: the metadata is damaged or hostile, a shard is missing or cut short, or `ema` is not there.
+        CheckpointError: the metadata is damaged or hostile, a shard is missing or cut short, or
+            `ema` is not there.
     """
     pickled = _read_metadata(path)
     try:
@@ -112,7 +123,9 @@ def _read_metadata(path: Path) -> object:
 
 
 def _places(pickled: object) -> dict[tuple[str, str], object]:
-    """Name and offsets of a chunk -> where it is stored, unchecked. Offsets are texts: hashes of numbers can be made to collide."""
+    """Name and offsets of a chunk -> where it is stored, unchecked. Offsets are texts: hashes of
+    numbers can be made to collide.
+    """
     places = {}
     for index, place in _exactly(Pairs, pickled):
         fields = _state(index, "MetadataIndex")
@@ -172,7 +185,8 @@ class _Shards:
         self._files: dict[str, StoredFile] = {}
         self._chunks = 0
         self._used: list[tuple[str, int, int]] = []  # file, first byte and end of what is loaded
-        # Also of what is not loaded: a directory of which a part is missing was not copied as a whole.
+        # Also of what is not loaded: a directory of which a part is missing was not copied as a
+        # whole.
         self._places = {chunk: self._checked(place) for chunk, place in places.items()}
 
     def place(self, name: str, offsets: tuple[int, ...]) -> tuple[StoredFile, int, int]:
@@ -185,14 +199,16 @@ class _Shards:
         return place
 
     def count_chunks(self, count: int) -> None:
-        """Raises `_BadMetadataError` if there are more, with those that were counted before, than a checkpoint has."""
+        """Raises `_BadMetadataError` if there are more, with those that were counted before, than a
+        checkpoint has.
+        """
         self._chunks += count
-        _check(
-            self._chunks <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts"
-        )
+        _check(self._chunks <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts")
 
     def check_disjoint(self) -> None:
-        """Raises `_BadMetadataError` if two chunks share bytes: reading a file would take many times as long as its size."""
+        """Raises `_BadMetadataError` if two chunks share bytes: reading a file would take many
+        times as long as its size.
+        """
         for (file, _, end), (next_file, start, _) in itertools.pairwise(sorted(self._used)):
             _check(file != next_file or end <= start, f"two parts share bytes of {file}")
 

@@ -1,6 +1,7 @@
 """Reading tensors out of files, without mapping them.
 
-A mapped file that becomes shorter kills the process that touches it. One that is read becomes an error.
+A mapped file that becomes shorter kills the process that touches it. One that is read becomes an
+error.
 """
 
 import os
@@ -25,7 +26,8 @@ class StoredFile:
         size: bytes.
 
     Raises:
-        CheckpointError: by each method, as by the constructor: the file cannot be read, has changed since, or is no file.
+        CheckpointError: by each method, as by the constructor: the file cannot be read, has changed
+            since, or is no file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,11 +83,10 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 def visible_names(folder: Path, suffix: str) -> list[str]:
     """The files of a folder with that suffix, sorted.
 
-    Hidden ones are left out: they are unfinished files of a killed process, or macOS's notes on the others (`._NAME`).
+    Hidden ones are left out: they are unfinished files of a killed process, or macOS's notes on the
+    others (`._NAME`).
     """
-    return sorted(
-        file.name for file in folder.glob(f"*{suffix}") if not file.name.startswith(".")
-    )
+    return sorted(file.name for file in folder.glob(f"*{suffix}") if not file.name.startswith("."))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class StoredTensor:
         try:
             whole = torch.empty(count, dtype=self.dtype)
         except (RuntimeError, MemoryError) as error:
-            told = f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read"
+            told = (
+                f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read"
+            )
             raise CheckpointError(
                 self.file.path, f"{told}, more than there is; save it as .safetensors"
             ) from error
@@ -143,7 +146,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def is_shape(value: object) -> bool:
-    """Whether it is a tuple or list of whole numbers that can be the sides of a tensor, or its strides."""
+    """Whether it is a tuple or list of whole numbers that can be the sides of a tensor, or its
+    strides.
+    """
     if not isinstance(value, (tuple, list)) or len(value) > _MOST_DIMENSIONS:
         return False
     return all(type(side) is int and 0 <= side < _LARGEST_SIDE for side in value)

@@ -13,8 +13,8 @@ from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
 
 # Tables that old checkpoints may carry and that are computed here: never read.
 COMPUTED_HERE = frozenset({"freqs_cis", "causal_mask"})
-# What may be missing, surplus or of another shape. The last is a log of LlamaGen's training that nothing reads: zeros
-# take its place where it does not fit.
+# What may be missing, surplus or of another shape. The last is a log of LlamaGen's training that
+# nothing reads: zeros take its place where it does not fit.
 TOLERATED = frozenset({*COMPUTED_HERE, "quantize.codebook_used"})
 
 _SHOWN = 3  # names in a message
@@ -39,7 +39,8 @@ class _Identity:
 
 
 def find_mismatch(wanted: Shapes, found: Shapes) -> str | None:
-    """What keeps the found weights from being the wanted ones, in one line that says what to do; None if they are.
+    """What keeps the found weights from being the wanted ones, in one line that says what to do;
+    None if they are.
 
     Args:
         wanted: the model's state dict.
@@ -48,7 +49,9 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> str | None:
     missing = [name for name in wanted if name not in found and name not in TOLERATED]
     surplus = [name for name in found if name not in wanted and name not in TOLERATED]
     misshaped = [
-        name for name in wanted if name in found and wanted[name] != found[name] and name not in TOLERATED
+        name
+        for name in wanted
+        if name in found and wanted[name] != found[name] and name not in TOLERATED
     ]
     if not (missing or surplus or misshaped):
         return None
@@ -64,7 +67,9 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> str | None:
 
 
 def identify(shapes: Shapes) -> str | None:
-    """Name of the known model that weights of these names and shapes belong to, such as "GPT-B" or "VQ-16", or None."""
+    """Name of the known model that weights of these names and shapes belong to, such as "GPT-B" or
+    "VQ-16", or None.
+    """
     identity = _identify(shapes)
     return identity.name if identity else None
 
@@ -88,23 +93,32 @@ def find_incomplete(wanted: Shapes, found: Shapes) -> str | None:
     ]
     if not lacking:
         return None
-    return f"{len(lacking)} of {len(wanted)} weights are missing or have another shape: {_first(lacking)}"
+    return (
+        f"{len(lacking)} of {len(wanted)} weights are missing or have another shape: "
+        f"{_first(lacking)}"
+    )
 
 
 def _identify(shapes: Shapes) -> _Identity | None:
     tokens, codebook, first = (
-        shapes.get(name, torch.Size()) for name in (_VOCABULARY[0], _CODEBOOK, "encoder.conv_in.weight")
+        shapes.get(name, torch.Size())
+        for name in (_VOCABULARY[0], _CODEBOOK, "encoder.conv_in.weight")
     )
     if len(tokens) == 2:
         layers, width = _count_blocks(shapes, "layers."), tokens[1]
         for name, shape in GPT_SHAPES.items():
             if _same_size(shape, layers, width):
-                return _Identity(name, f"{name} ({layers} layers, width {width})", "--gpt-model", "--gpt-ckpt")
+                return _Identity(
+                    name, f"{name} ({layers} layers, width {width})", "--gpt-model", "--gpt-ckpt"
+                )
     if len(codebook) == 2 and len(first) == 4:
         resolutions, channels = _count_blocks(shapes, "decoder.conv_blocks."), first[0]
         for name, config in VQ_CONFIGS.items():
             if (len(config.ch_mult), config.ch) == (resolutions, channels):
-                details = f"{name} (a tokenizer of {config.downsample_size} x {config.downsample_size} pixels a code)"
+                details = (
+                    f"{name} (a tokenizer of {config.downsample_size} x "
+                    f"{config.downsample_size} pixels a code)"
+                )
                 return _Identity(name, details, "--vq-model", "--vq-ckpt")
     return None
 
@@ -114,7 +128,9 @@ def _same_size(shape: GPTShape, layers: int, width: int) -> bool:
 
 
 def _count_blocks(shapes: Shapes, prefix: str) -> int:
-    return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
+    return len(
+        {name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)}
+    )
 
 
 def _other_model(wanted: Shapes, found: Shapes) -> str | None:
@@ -123,16 +139,24 @@ def _other_model(wanted: Shapes, found: Shapes) -> str | None:
         return None
     told = f"this is {there.details}; you asked for {asked.name if asked else 'another model'}"
     if asked is not None and asked.file_flag != there.file_flag:
-        return f"{told}: {there.file_flag} is the flag for this file, {asked.file_flag} takes another"
+        return (
+            f"{told}: {there.file_flag} is the flag for this file, {asked.file_flag} takes another"
+        )
     return f"{told}: use {there.flag} {there.name}, or another file"
 
 
-def _other_flags(wanted: Shapes, found: Shapes, other_keys: list[str], misshaped: list[str]) -> str | None:
+def _other_flags(
+    wanted: Shapes, found: Shapes, other_keys: list[str], misshaped: list[str]
+) -> str | None:
     """The flags that would make the shapes agree, if flags alone would."""
-    explained = {_CLASSES, *_VOCABULARY} if _VOCABULARY[0] in found else {_CODEBOOK, *_CODEBOOK_NEIGHBOURS}
+    explained = (
+        {_CLASSES, *_VOCABULARY} if _VOCABULARY[0] in found else {_CODEBOOK, *_CODEBOOK_NEIGHBOURS}
+    )
     if other_keys or not explained.issuperset(misshaped):
         return None
-    if any(0 in found[name] for name in misshaped) or (_CLASSES in misshaped and found[_CLASSES][:1] == (1,)):
+    if any(0 in found[name] for name in misshaped) or (
+        _CLASSES in misshaped and found[_CLASSES][:1] == (1,)
+    ):
         return None  # no model has such sizes
     flags = []
     if _CLASSES in misshaped and len(found[_CLASSES]) == 2:
@@ -144,19 +168,29 @@ def _other_flags(wanted: Shapes, found: Shapes, other_keys: list[str], misshaped
                 flags.append(f"--codebook-size {size}")
             if width != wanted_width and name == _CODEBOOK:
                 flags.append(f"--codebook-embed-dim {width}")
-    return f"these weights belong to a model of other sizes: use {' '.join(flags)}" if flags else None
+    return (
+        f"these weights belong to a model of other sizes: use {' '.join(flags)}" if flags else None
+    )
 
 
-def _list_keys(wanted: Shapes, found: Shapes, missing: list[str], surplus: list[str], misshaped: list[str]) -> str:
+def _list_keys(
+    wanted: Shapes, found: Shapes, missing: list[str], surplus: list[str], misshaped: list[str]
+) -> str:
     parts = []
     if missing:
         parts.append(f"{len(missing)} of {len(wanted)} weights are missing: {_first(missing)}")
     if surplus:
         parts.append(f"{len(surplus)} are unexpected: {_first(surplus)}")
     if misshaped:
-        shown = [f"{name} is {list(found[name])} and should be {list(wanted[name])}" for name in misshaped]
+        shown = [
+            f"{name} is {list(found[name])} and should be {list(wanted[name])}"
+            for name in misshaped
+        ]
         parts.append(f"{len(misshaped)} have another shape: {_first(shown)}")
-    return f"these are not this model's weights ({'; '.join(parts)}); use another file or --gpt-model / --vq-model"
+    return (
+        f"these are not this model's weights ({'; '.join(parts)}); use another file or "
+        "--gpt-model / --vq-model"
+    )
 
 
 def _first(items: list[str]) -> str:

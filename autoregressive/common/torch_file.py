@@ -1,7 +1,8 @@
-"""Reads what `torch.save` wrote, the zip archives of today and the streams of before torch 1.6, without unpickling it.
+"""Reads what `torch.save` wrote, the zip archives of today and the streams of before torch 1.6,
+without unpickling it.
 
-`torch.load` would build whatever the pickle says, and hash its keys, before anything can be checked. Here the pickle becomes inert
-records, and tensors become places in the file.
+`torch.load` would build whatever the pickle says, and hash its keys, before anything can be
+checked. Here the pickle becomes inert records, and tensors become places in the file.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from autoregressive.common.weight_source import DAMAGED, CheckpointError
 
 MOST_PICKLE_BYTES = 16 * 2**20
 _LOCAL_HEADER_BYTES = 30
-# A pickle can give one record to thousands of names. What is done with a record is therefore bounded.
+# A pickle can give one record to thousands of names. What is done with a record is therefore
+# bounded.
 _MOST_WRAPPERS = 3  # of a tensor: torch.save writes at most two
 _MOST_ARGUMENTS = 16  # of a call that builds a tensor
 _LONGEST_KEY = 100  # of a storage
@@ -49,14 +51,19 @@ _OTHER_BYTE_ORDER = (
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
     "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64, "UntypedStorage": torch.uint8,
+    "ComplexDoubleStorage": torch.complex128, "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
 }  # fmt: skip
-# torch converts these to any floating-point dtype. It has no code for the others: parts of bytes, and quantized numbers.
+# torch converts these to any floating-point dtype. It has no code for the others: parts of bytes,
+# and quantized numbers.
 READABLE_DTYPES = frozenset({
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2,
-    torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz, torch.float8_e5m2,
+    torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32,
     torch.uint16, torch.uint8, torch.bool, torch.complex128, torch.complex64, torch.complex32,
 })  # fmt: skip
 DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
@@ -80,12 +87,12 @@ class TorchFile:
 
     file: StoredFile
     content: Any
-    _places: dict[str, tuple[int, int]] = field(
-        repr=False
-    )  # key of a storage -> its offset in the file and its size, bytes
+    # key of a storage -> its offset in the file and its size, bytes
+    _places: dict[str, tuple[int, int]] = field(repr=False)
 
     def tensor(self, value: object) -> StoredTensor | None:
-        """The tensor that a value of the content stands for; None if it is no plain tensor (sparse, nested, of 4 bits, none).
+        """The tensor that a value of the content stands for; None if it is no plain tensor (sparse,
+        nested, of 4 bits, none).
 
         Raises:
             CheckpointError: it lies outside of what is stored.
@@ -135,7 +142,9 @@ class TorchFile:
 
 
 def _plain_rebuild(value: object) -> Record | None:
-    """The call that builds the tensor alone, without what makes it a parameter or gives it attributes."""
+    """The call that builds the tensor alone, without what makes it a parameter or gives it
+    attributes.
+    """
     for _ in range(_MOST_WRAPPERS + 1):
         if type(value) is not Record or len(value.arguments) > _MOST_ARGUMENTS:
             return None
@@ -162,7 +171,9 @@ def _plain_rebuild(value: object) -> Record | None:
 
 
 def _storage_of(storage: tuple[Any, ...]) -> tuple[torch.dtype, str, int] | None:
-    """dtype, key and first element of a storage, or of a view of one; None if it is of no plain kind."""
+    """dtype, key and first element of a storage, or of a view of one; None if it is of no plain
+    kind.
+    """
     if len(storage) not in (5, 6):
         return None
     _, kind, key, _, _, *view = storage
@@ -200,7 +211,8 @@ def read_torch_archive(
         file, start, file.size - start if size is None else size, limits.directory_bytes
     )
     try:
-        # Member -> its header's offset. The library checks the directory; members are read here, where they lie.
+        # Member -> its header's offset. The library checks the directory; members are read here,
+        # where they lie.
         members = {member.filename: member for member in zipfile.ZipFile(section).infolist()}
     except CheckpointError:
         raise
@@ -225,7 +237,8 @@ def read_torch_archive(
             ):
                 raise CheckpointError(
                     file.path,
-                    "has compressed or encrypted parts, which torch.save never writes; save it anew",
+                    "has compressed or encrypted parts, which torch.save never writes; save it "
+                    "anew",
                 )
             places[name] = section.place_of(member)
     byte_order = file.read(*_short(places.get(f"{folder}byteorder"))).decode("ascii", "replace")
@@ -245,7 +258,9 @@ def _short(place: tuple[int, int] | None) -> tuple[int, int]:
 
 
 class _Section(io.RawIOBase):
-    """A part of a file as the library for zip archives wants it. It reads no more at a time than a directory takes."""
+    """A part of a file as the library for zip archives wants it. It reads no more at a time than a
+    directory takes.
+    """
 
     def __init__(self, file: StoredFile, start: int, size: int, most_bytes: int) -> None:
         self._file, self._start, self._size, self._position = file, start, size, 0

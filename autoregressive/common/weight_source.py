@@ -1,7 +1,8 @@
-"""What every kind of checkpoint looks like to the code that loads it: plain names, shapes, a way to read one tensor.
+"""What every kind of checkpoint looks like to the code that loads it: plain names, shapes, a way to
+read one tensor.
 
-Nothing is read until it is asked for, and then one tensor at a time, so that memory never holds a second copy of the
-weights.
+Nothing is read until it is asked for, and then one tensor at a time, so that memory never holds a
+second copy of the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,13 +19,24 @@ from autoregressive.common.errors import UserError, shortened
 WRAPPERS = ("model", "module", "state_dict")
 AVERAGED_WEIGHTS = "ema"
 
-# What training keeps beside the weights. Never read; named so that any other surplus key is an error.
-TRAINING_STATE = ("optimizer", "optim", "optimizer_disc", "discriminator", "steps", "args", AVERAGED_WEIGHTS)
+# What training keeps beside the weights. Never read; named so that any other surplus key is an
+# error.
+TRAINING_STATE = (
+    "optimizer",
+    "optim",
+    "optimizer_disc",
+    "discriminator",
+    "steps",
+    "args",
+    AVERAGED_WEIGHTS,
+)
 
-# DistributedDataParallel prefixes the whole name; the other wrappers may wrap any submodule: their mark is anywhere.
+# DistributedDataParallel prefixes the whole name; the other wrappers may wrap any submodule: their
+# mark is anywhere.
 _LEADING_PREFIX = "module."
 _MARKS_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Under which stores that flatten nested dictionaries have the weights: torch's examples save {"app": {"model": ...}}.
+# Under which stores that flatten nested dictionaries have the weights: torch's examples save
+# {"app": {"model": ...}}.
 _FOLDERS = ("app", *WRAPPERS, AVERAGED_WEIGHTS)
 
 _DEEPEST_FOLDER = 4
@@ -39,8 +51,8 @@ DAMAGED = "is damaged or cut short; download or copy it again"
 class CheckpointError(UserError):
     """A checkpoint that cannot be loaded.
 
-    The message is one line of at most 500 characters, begins with the path, and says what to do. It is cut, for it can quote what
-    a hostile file has. A long path is cut in its middle.
+    The message is one line of at most 500 characters, begins with the path, and says what to do. It
+    is cut, for it can quote what a hostile file has. A long path is cut in its middle.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -63,7 +75,9 @@ class Readable(Protocol):
         """As of any tensor."""
 
     def read_into(self, target: Tensor) -> None:
-        """Copies it into a tensor of its shape, converting dtype and device; `CheckpointError` if damaged."""
+        """Copies it into a tensor of its shape, converting dtype and device; `CheckpointError` if
+        damaged.
+        """
 
 
 @dataclass(frozen=True)
@@ -71,11 +85,16 @@ class WeightSource:
     """One set of weights in a checkpoint, by the names that the model gives its parameters."""
 
     path: Path
-    is_fsdp: bool  # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
+    # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
+    is_fsdp: bool
     shapes: Mapping[str, torch.Size]
     dtypes: Mapping[str, torch.dtype]
     read_into: Callable[[str, Tensor], None]
-    """Copies the named tensor into one of its shape, converting dtype and device; `CheckpointError` if damaged."""
+    """Copies the named tensor into one of its shape, converting dtype and device.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
 
 
 def source_of(path: Path, tensors: Mapping[str, Readable], is_fsdp: bool) -> WeightSource:
@@ -109,7 +128,9 @@ def _is_of_the_machine(error: Exception) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name without what DistributedDataParallel, FSDP, torch.compile and activation checkpointing add to it."""
+    """The name without what DistributedDataParallel, FSDP, torch.compile and activation
+    checkpointing add to it.
+    """
     for mark in _MARKS_ANYWHERE:
         name = name.replace(mark, "")
     while name.startswith(_LEADING_PREFIX):
@@ -121,7 +142,8 @@ def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
     """Plain name -> name in the checkpoint.
 
     Raises:
-        CheckpointError: two names become the same one, one is so long that it is none, or there are too many.
+        CheckpointError: two names become the same one, one is so long that it is none, or there are
+            too many.
     """
     plain: dict[str, str] = {}
     for name in names:
@@ -139,34 +161,53 @@ def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
 
 def no_averaged_weights(path: Path) -> CheckpointError:
     """The error for `--ema` with a checkpoint that has none."""
-    return CheckpointError(path, f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave --ema out")
+    return CheckpointError(
+        path, f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave --ema out"
+    )
 
 
 def select_flattened(names: Iterable[str], path: Path, ema: bool) -> dict[str, str]:
-    """Picks the weights among the names of a store that flattens nested dictionaries ("model.norm.weight", "optim...").
+    """Picks the weights among the names of a store that flattens nested dictionaries
+    ("model.norm.weight", "optim...").
 
     Returns:
         Plain name -> name in the checkpoint.
 
     Raises:
-        CheckpointError: `ema` is asked for and not there, several sets of weights are there, or two names become the same one.
+        CheckpointError: `ema` is asked for and not there, several sets of weights are there, or two
+            names become the same one.
     """
     names = list(names)
-    sets: dict[tuple[str, ...], dict[str, str]] = {}  # folder -> name in it -> name in the checkpoint
+    sets: dict[
+        tuple[str, ...], dict[str, str]
+    ] = {}  # folder -> name in it -> name in the checkpoint
     for name in names:
         folder, inside = _split_folder(name)
-        if folder and (AVERAGED_WEIGHTS in folder) == ema and inside.partition(".")[0] not in TRAINING_STATE:
+        if (
+            folder
+            and (AVERAGED_WEIGHTS in folder) == ema
+            and inside.partition(".")[0] not in TRAINING_STATE
+        ):
             sets.setdefault(folder, {})[inside] = name
     if len(sets) > 1:
         folders = " and ".join(".".join(folder) for folder in sorted(sets))
-        raise CheckpointError(path, f"holds several sets of weights, under {folders}; save the one that you want alone")
+        raise CheckpointError(
+            path,
+            f"holds several sets of weights, under {folders}; save the one that you want alone",
+        )
     if sets:
         (inside_names,) = sets.values()
-        return {plain: inside_names[short] for plain, short in plain_names(inside_names, path).items()}
+        return {
+            plain: inside_names[short] for plain, short in plain_names(inside_names, path).items()
+        }
     if ema:
         raise no_averaged_weights(path)
     training_prefixes = tuple(f"{key}." for key in TRAINING_STATE)
-    weights = [name for name in names if name not in TRAINING_STATE and not name.startswith(training_prefixes)]
+    weights = [
+        name
+        for name in names
+        if name not in TRAINING_STATE and not name.startswith(training_prefixes)
+    ]
     return plain_names(weights, path)
 
 

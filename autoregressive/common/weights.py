@@ -1,8 +1,9 @@
-"""Finding weights and building the two models that turn a class into a picture: the transformer and the tokenizer.
+"""Finding weights and building the two models that turn a class into a picture: the transformer and
+the tokenizer.
 
-Weights come from the flag; else from the folder of pretrained models under the published name; else, with --download,
-from the hub; else they are drawn from the seed, and a warning says so. A command always runs, and never passes noise off
-as a picture.
+Weights come from the flag; else from the folder of pretrained models under the published name;
+else, with --download, from the hub; else they are drawn from the seed, and a warning says so. A
+command always runs, and never passes noise off as a picture.
 """
 
 import os
@@ -17,7 +18,12 @@ from autoregressive.common.defaults import DEMO_DEFAULTS, DEMO_MODEL
 from autoregressive.common.errors import UserError
 from autoregressive.common.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.common.hub import fetch
-from autoregressive.common.published import PUBLISHED_FILES, PublishedFile, published_gpt, published_vq
+from autoregressive.common.published import (
+    PUBLISHED_FILES,
+    PublishedFile,
+    published_gpt,
+    published_vq,
+)
 from autoregressive.models.gpt import GPT_models, Transformer
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
@@ -73,23 +79,31 @@ class FoundWeights:
 
 @dataclass(frozen=True)
 class LoadedModels:
-    """Both models in eval mode on the device: the transformer in the chosen precision, the tokenizer in float32."""
+    """Both models in eval mode on the device: the transformer in the chosen precision, the
+    tokenizer in float32.
+    """
 
     gpt: Transformer
     vq: VQModel
 
 
 def gpt_file_name(gpt_model: str, image_size: int, downsample_size: int) -> str | None:
-    """The file that a transformer's weights for such images are published in, or shipped in; None if there is none."""
+    """The file that a transformer's weights for such images are published in, or shipped in; None
+    if there is none.
+    """
     if gpt_model == DEMO_MODEL:
         shipped = (DEMO_DEFAULTS.image_size, VQ_CONFIGS[DEMO_DEFAULTS.vq_model].downsample_size)
         return DEMO_GPT if (image_size, downsample_size) == shipped else None
-    published = published_gpt(gpt_model, image_size) if downsample_size == _PUBLISHED_DOWNSAMPLE else None
+    published = (
+        published_gpt(gpt_model, image_size) if downsample_size == _PUBLISHED_DOWNSAMPLE else None
+    )
     return published.file_name if published else None
 
 
 def vq_file_name(vq_model: str) -> str | None:
-    """The file that a tokenizer's weights are published in, or shipped in; None if there is none."""
+    """The file that a tokenizer's weights are published in, or shipped in; None if there
+    is none.
+    """
     if vq_model == DEMO_DEFAULTS.vq_model:
         return DEMO_VQ
     published = published_vq(vq_model)
@@ -97,7 +111,9 @@ def vq_file_name(vq_model: str) -> str | None:
 
 
 def published_as(path: Path) -> PublishedFile | None:
-    """The published file that a path is named after, whatever its suffix; None for any other name."""
+    """The published file that a path is named after, whatever its suffix; None for any
+    other name.
+    """
     return next((file for file in PUBLISHED_FILES if Path(file.file_name).stem == path.stem), None)
 
 
@@ -106,7 +122,8 @@ def file_in(folder: Path, file_name: str | None) -> Path | None:
     if file_name is None:
         return None
     candidates = (folder / file_name, (folder / file_name).with_suffix(".safetensors"))
-    return next((path for path in candidates if os.path.exists(path)), None)  # Path.exists raises where a name is too long
+    # Path.exists raises where a name is too long
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
 def find_weights(settings: ModelSettings) -> FoundWeights:
@@ -119,7 +136,9 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
         return FoundWeights(None, None)
     gpt_file = gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
     vq_file = vq_file_name(settings.vq_model)
-    return FoundWeights(_find(settings, settings.gpt_ckpt, gpt_file), _find(settings, settings.vq_ckpt, vq_file))
+    return FoundWeights(
+        _find(settings, settings.gpt_ckpt, gpt_file), _find(settings, settings.vq_ckpt, vq_file)
+    )
 
 
 def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) -> Path | None:
@@ -129,7 +148,10 @@ def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) ->
     published = published_as(Path(file_name)) if file_name is not None else None
     if there is None and settings.download and published is not None:
         if not can_be_written(settings.pretrained):
-            raise UserError(f"--download: {settings.pretrained} cannot be written; choose another --pretrained-dir")
+            raise UserError(
+                f"--download: {settings.pretrained} cannot be written; choose another "
+                "--pretrained-dir"
+            )
         return fetch(published, settings.pretrained)
     return there
 
@@ -141,7 +163,10 @@ def untrained_warning(settings: ModelSettings, found: FoundWeights) -> str | Non
     missing: dict[str, str | None] = {}  # name for people -> published file
     if found.gpt is None:
         file_name = gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
-        missing[f"{settings.gpt_model} for {settings.image_size} px in {settings.grid} x {settings.grid} tokens"] = file_name
+        missing[
+            f"{settings.gpt_model} for {settings.image_size} px in {settings.grid} x "
+            f"{settings.grid} tokens"
+        ] = file_name
     if found.vq is None:
         missing[settings.vq_model] = vq_file_name(settings.vq_model)
     return "\n".join(
@@ -157,27 +182,50 @@ def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) ->
     if settings.random_weights:
         return ["  leave out --random-weights to use trained ones"]
     ways = []
-    published = [name for name in missing.values() if name is not None and name not in (DEMO_GPT, DEMO_VQ)]
+    published = [
+        name for name in missing.values() if name is not None and name not in (DEMO_GPT, DEMO_VQ)
+    ]
     if published and in_checkout():
-        folder = "" if settings.pretrained == pretrained_folder() else f" --folder {shlex.quote(str(settings.pretrained))}"
-        ways.append(f"  get them: python scripts/download_models.py {' '.join(published)}{folder}  (or add --download)")
+        folder = (
+            ""
+            if settings.pretrained == pretrained_folder()
+            else f" --folder {shlex.quote(str(settings.pretrained))}"
+        )
+        ways.append(
+            f"  get them: python scripts/download_models.py {' '.join(published)}{folder}  (or add "
+            "--download)"
+        )
     elif published:
-        ways.append(f"  get them: add --download, which puts {' and '.join(published)} into {settings.pretrained}")
+        ways.append(
+            f"  get them: add --download, which puts {' and '.join(published)} into "
+            f"{settings.pretrained}"
+        )
     shipped = [name for name in (DEMO_GPT, DEMO_VQ) if name in missing.values()]
     if shipped and in_checkout():
-        ways.append("  get them: git checkout pretrained_models, or train them: python scripts/train_demo.py")
+        ways.append(
+            "  get them: git checkout pretrained_models, or train them: python "
+            "scripts/train_demo.py"
+        )
     elif shipped:
-        ways.append(f"  copy {' and '.join(shipped)} from the repository's pretrained_models into {settings.pretrained}")
+        ways.append(
+            f"  copy {' and '.join(shipped)} from the repository's pretrained_models into "
+            f"{settings.pretrained}"
+        )
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
-        sizes = " and ".join(str(file.image_size) for file in PUBLISHED_FILES if file.model == settings.gpt_model)
+        sizes = " and ".join(
+            str(file.image_size) for file in PUBLISHED_FILES if file.model == settings.gpt_model
+        )
         others = f" (there are some for {sizes} px)" if sizes else ""
-        ways.append(f"  none are published for {unpublished}{others}: give your own with --gpt-ckpt")
+        ways.append(
+            f"  none are published for {unpublished}{others}: give your own with --gpt-ckpt"
+        )
     return ways
 
 
 def load_models(settings: ModelSettings, found: FoundWeights) -> LoadedModels:
-    """Builds both models with the weights that were found, each directly on its device and in its dtype.
+    """Builds both models with the weights that were found, each directly on its device and in its
+    dtype.
 
     Raises:
         CheckpointError: a checkpoint is damaged, or belongs to another model.

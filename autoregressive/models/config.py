@@ -1,6 +1,7 @@
 """The shapes of LlamaGen's class-conditional transformers, as data.
 
-Shapes and names are those of LlamaGen (Sun et al. 2024, arXiv:2406.06525), `autoregressive/models/gpt.py`; the demo model is ours.
+Shapes and names are those of LlamaGen (Sun et al. 2024, arXiv:2406.06525),
+`autoregressive/models/gpt.py`; the demo model is ours.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ class GPTConfig:
     """Everything that fixes a transformer's parameters and positions. Field names are LlamaGen's.
 
     Raises:
-        ValueError: the heads' size is no multiple of 4, `block_size` is no square, or a field is unsupported.
+        ValueError: the heads' size is no multiple of 4, `block_size` is no square, or a field is
+            unsupported.
     """
 
     dim: int
@@ -33,11 +35,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.head_size % 4:
-            raise ValueError(f"width {self.dim} does not split into {self.n_head} heads whose size is a multiple of 4")
+            raise ValueError(
+                f"width {self.dim} does not split into {self.n_head} heads whose size is a "
+                "multiple of 4"
+            )
         if isqrt(self.block_size) ** 2 != self.block_size:
             raise ValueError(f"block_size {self.block_size} is not the square of a whole number")
         if self.model_type != "c2i" or self.cls_token_num != 1:
-            raise ValueError("only class-conditional models (model_type 'c2i', one class token) are supported")
+            raise ValueError(
+                "only class-conditional models (model_type 'c2i', one class token) are supported"
+            )
 
     @property
     def head_size(self) -> int:
@@ -46,7 +53,9 @@ class GPTConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the gated feed-forward layer: two thirds of 4 x dim, rounded up to `multiple_of`."""
+        """Width of the gated feed-forward layer: two thirds of 4 x dim, rounded up to
+        `multiple_of`.
+        """
         two_thirds = int(2 * 4 * self.dim / 3)
         return -(-two_thirds // self.multiple_of) * self.multiple_of
 
@@ -58,7 +67,9 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class GPTShape:
-    """What distinguishes one size from another; the rest of a config follows from the image and the data set."""
+    """What distinguishes one size from another; the rest of a config follows from the image and the
+    data set.
+    """
 
     n_layer: int
     n_head: int

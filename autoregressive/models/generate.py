@@ -1,6 +1,8 @@
-"""The naive sampling loop: one step a token, dense cache, `torch.multinomial`. The honest baseline, as LlamaGen runs it.
+"""The naive sampling loop: one step a token, dense cache, `torch.multinomial`. The honest baseline,
+as LlamaGen runs it.
 
-Guided pairs are tied by batch halves here: rows [0, n) carry the classes, rows [n, 2n) carry "no class".
+Guided pairs are tied by batch halves here: rows [0, n) carry the classes, rows [n, 2n) carry "no
+class".
 """
 
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models.gpt import Transformer
 
-# What LlamaGen's `sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True)` leaves enabled: torch added cuDNN's
-# attention later, and that call does not turn it off. On a recent GPU, in 16 bits, torch prefers it.
+# What LlamaGen's `sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True)`
+# leaves enabled: torch added cuDNN's attention later, and that call does not turn it off. On a
+# recent GPU, in 16 bits, torch prefers it.
 ATTENTION_BACKENDS = [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -24,7 +27,8 @@ class NonFiniteLogitsError(ArithmeticError):
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sets to -inf what top-k, then top-p rule out.
 
-    Every logit equal to the k-th largest is kept; top-p keeps the first token that crosses the threshold.
+    Every logit equal to the k-th largest is kept; top-p keeps the first token that crosses the
+    threshold.
 
     Args:
         logits: [rows, vocab_size]
@@ -43,7 +47,11 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, sample_logits: bool = True
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sample_logits: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Draws one token a row.
 
@@ -57,7 +65,8 @@ def sample(
     probabilities = filter_logits(logits / max(temperature, 1e-5), top_k, top_p).softmax(dim=-1)
     if not sample_logits:
         return probabilities.argmax(dim=-1, keepdim=True), probabilities
-    # NaN would trip an assertion on the device and lose the process; generate() reports it after the loop.
+    # NaN would trip an assertion on the device and lose the process; generate() reports it after
+    # the loop.
     drawable = probabilities.nan_to_num(nan=1.0)
     return torch.multinomial(drawable, num_samples=1), probabilities
 
@@ -82,8 +91,8 @@ def generate(
     Args:
         model: a `Transformer` in eval mode, or the same compiled.
         class_labels: int64 [images] on the model's device.
-        cfg_scale: guidance: unconditional + (conditional - unconditional) * scale; at 1 and below there is none, and no
-            unconditional rows.
+        cfg_scale: guidance: unconditional + (conditional - unconditional) * scale; at 1 and below
+            there is none, and no unconditional rows.
         cfg_interval: k >= 0 guides the first k + 2 tokens only; -1 guides all.
         temperature: the logits are divided by it, or by 1e-5 if it is less, before the filter.
         top_k: keep the k likeliest tokens, ties included; 0 keeps all.
@@ -96,16 +105,20 @@ def generate(
         int32 [images, max_new_tokens]
 
     Raises:
-        NonFiniteLogitsError: some logits were NaN or infinite. Found once, after the loop, so that no step waits for the host.
+        NonFiniteLogitsError: some logits were NaN or infinite. Found once, after the loop, so that
+            no step waits for the host.
     """
     if not 1 <= max_new_tokens <= model.config.block_size:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; this model makes 1 to {model.config.block_size}")
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; this model makes 1 to {model.config.block_size}"
+        )
     images, device = class_labels.shape[0], class_labels.device
     guided = cfg_scale > 1.0
     labels = class_labels
     if guided:
         labels = torch.cat([class_labels, torch.full_like(class_labels, model.config.num_classes)])
-    # The last token is never fed back: one class token and max_new_tokens - 1 others fill the cache exactly.
+    # The last token is never fed back: one class token and max_new_tokens - 1 others fill the cache
+    # exactly.
     model.setup_caches(labels.shape[0], max_new_tokens, model.tok_embeddings.weight.dtype)
 
     codes = torch.empty(images, max_new_tokens, dtype=torch.int32, device=device)
@@ -117,11 +130,17 @@ def generate(
                 logits = model(cond_idx=labels, input_pos=input_pos)[:, -1]  # [rows, vocab_size]
             else:
                 newest = codes[:, step - 1 : step].long()
-                logits = model(idx=torch.cat([newest, newest]) if guided else newest, input_pos=input_pos)[:, -1]
+                logits = model(
+                    idx=torch.cat([newest, newest]) if guided else newest, input_pos=input_pos
+                )[:, -1]
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 in_interval = cfg_interval < 0 or step <= cfg_interval + 1
-                logits = unconditional + (conditional - unconditional) * cfg_scale if in_interval else conditional
+                logits = (
+                    unconditional + (conditional - unconditional) * cfg_scale
+                    if in_interval
+                    else conditional
+                )
             all_finite &= logits.isfinite().all()
             if on_logits is not None:
                 on_logits(step, logits)
@@ -131,5 +150,8 @@ def generate(
             if on_token is not None:
                 on_token(step + 1)
     if not all_finite.item():
-        raise NonFiniteLogitsError("the model's logits are NaN or infinite: its weights are damaged or overflow this precision")
+        raise NonFiniteLogitsError(
+            "the model's logits are NaN or infinite: its weights are damaged or overflow this "
+            "precision"
+        )
     return codes

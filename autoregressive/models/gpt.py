@@ -1,8 +1,9 @@
-"""The class-conditional transformer of LlamaGen, with LlamaGen's parameter names: one definition for training and sampling.
+"""The class-conditional transformer of LlamaGen, with LlamaGen's parameter names: one definition
+for training and sampling.
 
-A Llama decoder: pre-norm blocks, RMS norm, gated SiLU feed-forward, 2-D rotary positions. This is the reference that faster
-engines are compared with, so it stays plain: dense KV cache, `scaled_dot_product_attention`, no fused kernels.
-Architecture: Sun et al. 2024, arXiv:2406.06525.
+A Llama decoder: pre-norm blocks, RMS norm, gated SiLU feed-forward, 2-D rotary positions. This is
+the reference that faster engines are compared with, so it stays plain: dense KV cache,
+`scaled_dot_product_attention`, no fused kernels. Architecture: Sun et al. 2024, arXiv:2406.06525.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,9 @@ class RMSNorm(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> embedding of the first token; the extra last row stands for "no class" (guidance)."""
+    """Class label -> embedding of the first token; the extra last row stands for "no class"
+    (guidance).
+    """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
         super().__init__()
@@ -42,7 +45,9 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Labels [batch] -> embeddings [batch, 1, dim]; in training, some labels become "no class"."""
+        """Labels [batch] -> embeddings [batch, 1, dim]; in training, some labels become
+        "no class".
+        """
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
             labels = torch.where(dropped, self.num_classes, labels)
@@ -50,9 +55,18 @@ class LabelEmbedder(nn.Module):
 
 
 class KVCache(nn.Module):
-    """Keys and values of one layer for every position, dense. A module so that compiled graphs see fixed addresses."""
+    """Keys and values of one layer for every position, dense. A module so that compiled graphs see
+    fixed addresses.
+    """
 
-    def __init__(self, max_batch_size: int, max_seq_length: int, n_head: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        max_batch_size: int,
+        max_seq_length: int,
+        n_head: int,
+        head_size: int,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         shape = (max_batch_size, n_head, max_seq_length, head_size)
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype), persistent=False)
@@ -61,7 +75,9 @@ class KVCache(nn.Module):
         self.v_cache: Tensor
 
     def update(self, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values [batch, heads, tokens, head_size] at input_pos [tokens]; returns the whole cache."""
+        """Writes keys and values [batch, heads, tokens, head_size] at input_pos [tokens]; returns
+        the whole cache.
+        """
         self.k_cache[:, :, input_pos] = keys
         self.v_cache[:, :, input_pos] = values
         return self.k_cache, self.v_cache
@@ -78,16 +94,24 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
         self.resid_dropout = nn.Dropout(config.resid_dropout_p)
 
-    def setup_cache(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def setup_cache(
+        self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """See `Transformer.setup_caches`."""
         wanted = (max_batch_size, self.n_head, max_seq_length, self.head_size)
         old = self.kv_cache.k_cache if self.kv_cache is not None else None
         if old is None or (old.shape, old.dtype, old.device) != (wanted, dtype, device):
             with torch.device(device):
-                self.kv_cache = KVCache(max_batch_size, max_seq_length, self.n_head, self.head_size, dtype)
+                self.kv_cache = KVCache(
+                    max_batch_size, max_seq_length, self.n_head, self.head_size, dtype
+                )
 
-    def forward(self, x: Tensor, rotary: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x [batch, tokens, dim]; with input_pos the cache is written and read, without it attention is causal over x."""
+    def forward(
+        self, x: Tensor, rotary: Tensor, input_pos: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """x [batch, tokens, dim]; with input_pos the cache is written and read, without it
+        attention is causal over x.
+        """
         batch, tokens, dim = x.shape
         qkv = self.wqkv(x).view(batch, tokens, 3, self.n_head, self.head_size)
         queries, keys, values = qkv.unbind(2)  # each [batch, tokens, heads, head_size]
@@ -97,7 +121,9 @@ class Attention(nn.Module):
         if input_pos is not None:
             assert self.kv_cache is not None, "setup_caches() comes before sampling"
             keys, values = self.kv_cache.update(input_pos, keys, values)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None)
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None
+        )
         return self.resid_dropout(self.wo(mixed.transpose(1, 2).reshape(batch, tokens, dim)))
 
 
@@ -126,7 +152,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, input_pos: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, input_pos: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """X [batch, tokens, dim] -> [batch, tokens, dim]."""
         h = x + self.attention(self.attention_norm(x), rotary, input_pos, mask)
         return h + self.feed_forward(self.ffn_norm(h))
@@ -135,33 +163,41 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Class label and tokens -> logits of the next token.
 
-    Position 0 is the class token; the token of grid cell i sits at position i + 1. Position p's logits predict cell p.
+    Position 0 is the class token; the token of grid cell i sits at position i + 1. Position p's
+    logits predict cell p.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, config.class_dropout_prob)
+        self.cls_embedding = LabelEmbedder(
+            config.num_classes, config.dim, config.class_dropout_prob
+        )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList([TransformerBlock(config) for _ in range(config.n_layer)])
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        table = rotary_table_2d(config.grid, config.head_size, config.rope_base, config.cls_token_num)
+        table = rotary_table_2d(
+            config.grid, config.head_size, config.rope_base, config.cls_token_num
+        )
         self.register_buffer("freqs_cis", table, persistent=False)
         self.register_buffer("causal_mask", None, persistent=False)
         self.freqs_cis: Tensor
         self.causal_mask: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        # The rotary table follows the module to a device but stays float32: in bf16 its angles would be off.
+        # The rotary table follows the module to a device but stays float32: in bf16 its angles
+        # would be off.
         table = self.freqs_cis
         super()._apply(fn, recurse)
         self.freqs_cis = table.to(self.freqs_cis.device)
         return self
 
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Draws every matrix from normal(0, std), in the order of the state dict, and sets the norms' gains to 1."""
+        """Draws every matrix from normal(0, std), in the order of the state dict, and sets the
+        norms' gains to 1.
+        """
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=std, generator=generator)
@@ -169,20 +205,32 @@ class Transformer(nn.Module):
                 nn.init.ones_(parameter)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
-        """Allocates KV caches of [max_batch_size, heads, max_seq_length, head_size]; kept when they have that shape already."""
+        """Allocates KV caches of [max_batch_size, heads, max_seq_length, head_size]; kept when they
+        have that shape already.
+        """
         device = self.tok_embeddings.weight.device
         for block in self.layers:
             assert isinstance(block, TransformerBlock)
             block.attention.setup_cache(max_batch_size, max_seq_length, dtype, device)
-        self.causal_mask = torch.ones(max_seq_length, max_seq_length, dtype=torch.bool, device=device).tril()
+        self.causal_mask = torch.ones(
+            max_seq_length, max_seq_length, dtype=torch.bool, device=device
+        ).tril()
 
-    def forward(self, idx: Tensor | None = None, cond_idx: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor | None = None,
+        cond_idx: Tensor | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token; the three uses are LlamaGen's.
 
         Args:
-            idx: tokens [batch, tokens], or None for the first step (prefill), which takes the class alone.
-            cond_idx: class labels [batch], or None for a later step (decode), which takes the newest token alone.
-            input_pos: positions [tokens] of this step in the KV cache; None runs class and tokens at once, causally (training).
+            idx: tokens [batch, tokens], or None for the first step (prefill), which takes the class
+                alone.
+            cond_idx: class labels [batch], or None for a later step (decode), which takes the
+                newest token alone.
+            input_pos: positions [tokens] of this step in the KV cache; None runs class and tokens
+                at once, causally (training).
 
         Returns:
             float32 [batch, tokens (plus one with a class), vocab_size]
@@ -192,7 +240,8 @@ class Transformer(nn.Module):
             parts.append(self.cls_embedding(cond_idx))
         if idx is not None:
             parts.append(self.tok_embeddings(idx))
-        h = self.tok_dropout(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])  # [batch, tokens, dim]
+        # [batch, tokens, dim]
+        h = self.tok_dropout(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
         if input_pos is None:
             rotary, mask = self.freqs_cis[: h.shape[1]], None
         else:
@@ -204,8 +253,14 @@ class Transformer(nn.Module):
 
 
 def build_gpt(shape: GPTShape, **kwargs: Any) -> Transformer:
-    """A transformer of that shape; keyword arguments are fields of `GPTConfig` (vocab_size, block_size, num_classes, ...)."""
-    return Transformer(GPTConfig(dim=shape.dim, n_layer=shape.n_layer, n_head=shape.n_head, **kwargs))
+    """A transformer of that shape; keyword arguments are fields of `GPTConfig` (vocab_size,
+    block_size, num_classes, ...).
+    """
+    return Transformer(
+        GPTConfig(dim=shape.dim, n_layer=shape.n_layer, n_head=shape.n_head, **kwargs)
+    )
 
 
-GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(build_gpt, shape) for name, shape in GPT_SHAPES.items()}
+GPT_models: dict[str, Callable[..., Transformer]] = {
+    name: partial(build_gpt, shape) for name, shape in GPT_SHAPES.items()
+}

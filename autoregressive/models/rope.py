@@ -1,19 +1,22 @@
 """Rotary position embedding over the two axes of the token grid, as LlamaGen defines it.
 
-The first half of a head's frequency pairs turns with the row, the second half with the column; a pair is two adjacent elements
-(2i, 2i + 1). The class token's entry is all zeros, cosine included, so its query and key become zero: a trait of the published
-models that must be kept.
+The first half of a head's frequency pairs turns with the row, the second half with the column; a
+pair is two adjacent elements (2i, 2i + 1). The class token's entry is all zeros, cosine included,
+so its query and key become zero: a trait of the published models that must be kept.
 """
 
 import torch
 from torch import Tensor
 
 
-def rotary_table_2d(grid: int, head_size: int, base: float = 10000.0, cls_token_num: int = 1) -> Tensor:
+def rotary_table_2d(
+    grid: int, head_size: int, base: float = 10000.0, cls_token_num: int = 1
+) -> Tensor:
     """Cosine and sine of every position's angles.
 
     Returns:
-        float32 [cls_token_num + grid * grid, head_size // 2, 2] on the CPU, whatever the default device: (cosine, sine) last.
+        float32 [cls_token_num + grid * grid, head_size // 2, 2] on the CPU, whatever the default
+        device: (cosine, sine) last.
     """
     half = head_size // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float32, device="cpu")[: half // 2] / half

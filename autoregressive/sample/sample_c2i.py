@@ -1,13 +1,22 @@
-"""Draws pictures of classes with LlamaGen's plain loop: one step a token, a dense cache, math attention.
+"""Draws pictures of classes with LlamaGen's plain loop: one step a token, a dense cache, math
+attention.
 
-The honest baseline that the fast command is compared with. Flags, defaults and output lines are LlamaGen's.
+The honest baseline that the fast command is compared with. Flags, defaults and output lines are
+LlamaGen's.
 """
 
 import shutil
 from collections.abc import Sequence
 from typing import cast
 
-from autoregressive.common.errors import UserError, either, on_terminal, run_command, slow_imports, tell
+from autoregressive.common.errors import (
+    UserError,
+    either,
+    on_terminal,
+    run_command,
+    slow_imports,
+    tell,
+)
 
 with slow_imports(__name__):
     import torch
@@ -18,8 +27,18 @@ with slow_imports(__name__):
     from autoregressive.common.arguments import build_parser
     from autoregressive.common.devices import now, threads_that_pay
     from autoregressive.common.results import save_results
-    from autoregressive.common.settings import Settings, list_classes, resolve_settings, smaller_precision
-    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.common.settings import (
+        Settings,
+        list_classes,
+        resolve_settings,
+        smaller_precision,
+    )
+    from autoregressive.common.weights import (
+        LoadedModels,
+        find_weights,
+        load_models,
+        untrained_warning,
+    )
     from autoregressive.models.generate import NonFiniteLogitsError, generate
     from autoregressive.models.gpt import Transformer
 
@@ -57,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         raise _mendable(error, settings) from error
     grid = save_results(settings, found, codes, pixels, loop="naive")
-    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
+    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the
+    # pictures.
     print(f"gpt sampling takes about {drawn - started:.2f} seconds.")
     print(f"decoder takes about {decoded - drawn:.2f} seconds.")
     print(f"image is saved to {grid}")
@@ -75,7 +95,11 @@ def set_numerics(settings: Settings) -> None:
 
 def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
     """Draws the tokens of every picture in one batch: int32 [images, tokens]."""
-    sampling, device, tokens = settings.sampling, settings.model.device, settings.model.tokens_per_image
+    sampling, device, tokens = (
+        settings.sampling,
+        settings.model.device,
+        settings.model.tokens_per_image,
+    )
     images = len(settings.labels)
     gpt = models.gpt
     if settings.compile:
@@ -83,8 +107,16 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
     labels = torch.tensor(settings.labels, device=device)
     torch.manual_seed(sampling.seed)
-    columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
-    bar = tqdm(total=images * tokens, unit=" tokens", desc="sampling", disable=not on_terminal(), ncols=columns, nrows=lines)
+    # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
+    columns, lines = shutil.get_terminal_size()
+    bar = tqdm(
+        total=images * tokens,
+        unit=" tokens",
+        desc="sampling",
+        disable=not on_terminal(),
+        ncols=columns,
+        nrows=lines,
+    )
     with bar, threads_that_pay(gpt.config, device):
         return generate(
             gpt,
@@ -104,14 +136,22 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
 def decode(models: LoadedModels, codes: Tensor, settings: Settings) -> Tensor:
     """Codes -> pixels [images, 3, height, width], about -1..1."""
     model = settings.model
-    return models.vq.decode_code(codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid])
+    return models.vq.decode_code(
+        codes, [codes.shape[0], model.codebook_embed_dim, model.grid, model.grid]
+    )
 
 
 def _mendable(error: RuntimeError, settings: Settings) -> Exception:
-    """What to tell the user about a failure inside torch; the error itself where there is nothing to tell."""
+    """What to tell the user about a failure inside torch; the error itself where there is nothing
+    to tell.
+    """
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         images = len(settings.labels)
-        fewer = f"draw fewer than {images} pictures at once (--class-labels)" if images > 1 else "use a smaller model"
+        fewer = (
+            f"draw fewer than {images} pictures at once (--class-labels)"
+            if images > 1
+            else "use a smaller model"
+        )
         ways = either([fewer, *smaller_precision(settings.model)])
         return UserError(f"{settings.model.device} has too little free memory: {ways}")
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -32,16 +32,26 @@ with signals_watched(__name__) as WATCH:  # from the first line on
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.server import Server
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
-    from autoregressive.serve.web.settings import ServerSettings, read_arguments, resolve_server_settings
+    from autoregressive.serve.web.settings import (
+        ServerSettings,
+        read_arguments,
+        resolve_server_settings,
+    )
     from autoregressive.serve.web.store import StoreClaim
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, StartProcess, start_process
+    from autoregressive.serve.worker.process import (
+        EngineRecipe,
+        MakeEngine,
+        StartProcess,
+        start_process,
+    )
 
 _log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
 
 
-# A client that vanishes without a word, as when its cable is pulled, is noticed within half a minute: by
-# probes that it does not answer, or by data that it does not confirm. The names are Linux's.
+# A client that vanishes without a word, as when its cable is pulled, is noticed within half a
+# minute: by probes that it does not answer, or by data that it does not confirm. The names are
+# Linux's.
 _PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 
 
@@ -54,7 +64,9 @@ def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) ->
     Raises:
         UserError: anything that the user can mend.
     """
-    settings = resolve_server_settings(read_arguments(sys.argv[1:] if argv is None else argv, os.environ))
+    settings = resolve_server_settings(
+        read_arguments(sys.argv[1:] if argv is None else argv, os.environ)
+    )
     with listen(settings) as listeners:  # before any long work
         model, recipe = prepare(settings)
         return serve(settings, model, recipe, listeners, watch=watch)
@@ -93,7 +105,8 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
 
 @contextmanager
 def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """A socket for each process that answers HTTP, all of one address; clients are answered once the service runs.
+    """A socket for each process that answers HTTP, all of one address; clients are answered once
+    the service runs.
 
     Raises:
         UserError: the address is taken, or not this machine's.
@@ -102,8 +115,11 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
     shared = settings.fronts > 1
 
     def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
-        listener = socket.create_server((settings.host, port), family=family, backlog=2048, reuse_port=reuse_port)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # connections inherit all of these
+        listener = socket.create_server(
+            (settings.host, port), family=family, backlog=2048, reuse_port=reuse_port
+        )
+        # connections inherit all of these
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _PROBES.items():
             if hasattr(socket, name):
@@ -122,7 +138,9 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
             number = error.errno if isinstance(error, OSError) else None
             why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
             where = f"{settings.host} port {settings.port}"
-            raise UserError(f"cannot listen on {where}: {why}; choose another --port or --host") from error
+            raise UserError(
+                f"cannot listen on {where}: {why}; choose another --port or --host"
+            ) from error
         yield listeners
 
 
@@ -150,7 +168,8 @@ def serve(
     start: StartProcess = start_process,
     watch: SignalWatch | None = None,
 ) -> int:
-    """Starts the engines and answers requests until a signal or the loss of a process; the status to end with.
+    """Starts the engines and answers requests until a signal or the loss of a process; the status
+    to end with.
 
     Args:
         recipe, start: as `start_service`.
@@ -158,7 +177,8 @@ def serve(
         watch: of the signals; made here, if there is none.
 
     Raises:
-        UserError: an engine could not be built, or the store's folder is another service's: the user can mend it.
+        UserError: an engine could not be built, or the store's folder is another service's: the
+            user can mend it.
     """
     watch = watch or SignalWatch()
     with service_logs(settings.log_level) as logs:
@@ -239,7 +259,8 @@ async def _serve_through_fronts(
 ) -> str | None:
     """HTTP in a process for each listener; how one of them was lost, if one was."""
     recipes = [
-        (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener) for index, listener in enumerate(listeners)
+        (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener)
+        for index, listener in enumerate(listeners)
     ]
     hub = Hub(dispatcher, ending, recipes)
     for listener in listeners:  # each has its process's copy now

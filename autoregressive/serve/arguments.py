@@ -1,4 +1,6 @@
-"""The engine's own flags, shared by its commands; everything else is in `autoregressive.common.arguments`."""
+"""The engine's own flags, shared by its commands; everything else is in
+`autoregressive.common.arguments`.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -23,7 +25,9 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     Args:
         max_num_seqs: the default of --max-num-seqs, for --help.
     """
-    parser.conflict_handler = "resolve"  # the naive command's --precision and --compile give way to those below
+    parser.conflict_handler = (
+        "resolve"  # the naive command's --precision and --compile give way to those below
+    )
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--max-num-seqs",
@@ -32,42 +36,57 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         help=f"rows that run at once; a guided picture has two (default: {max_num_seqs})",
     )
     group.add_argument(
-        "--page-size", type=int, metavar="N", help=f"tokens of a page of the KV cache (default: {_DEFAULTS.page_size})"
+        "--page-size",
+        type=int,
+        metavar="N",
+        help=f"tokens of a page of the KV cache (default: {_DEFAULTS.page_size})",
     )
     group.add_argument(
-        "--num-pages", type=int, metavar="N", help="pages of the KV cache (default: as many as fit, and as are of use)"
+        "--num-pages",
+        type=int,
+        metavar="N",
+        help="pages of the KV cache (default: as many as fit, and as are of use)",
     )
     group.add_argument(
         "--gpu-memory-utilization",
         type=float,
         metavar="X",
-        help="share of the GPU's memory that may be filled, everything counted; no effect beside --num-pages, none on a CPU "
+        help="share of the GPU's memory that may be filled, everything counted; no effect beside "
+        "--num-pages, none on a CPU "
         f"(default: {_DEFAULTS.gpu_memory_utilization})",
     )
     group.add_argument(
-        "--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, runs slower; no effect on a CPU"
+        "--enforce-eager",
+        action="store_true",
+        help="no CUDA graphs: starts sooner, runs slower; no effect on a CPU",
     )
     group.add_argument(
         "--attention-backend",
         choices=BACKENDS,
         metavar="B",
-        help=f"{', '.join(BACKENDS)}: Triton kernels where they run, or one or the other for certain "
+        help=f"{', '.join(BACKENDS)}: Triton kernels where they run, or one or the other for "
+        "certain "
         f"(default: {_DEFAULTS.attention_backend})",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="with Triton kernels: a picture's tokens do not depend on what else is drawn, above 64 rows too, where that costs "
-        "speed; with torch's operations (a CPU, an older GPU, --attention-backend torch): no promise",
+        help="with Triton kernels: a picture's tokens do not depend on what else is drawn, above "
+        "64 rows too, where that costs "
+        "speed; with torch's operations (a CPU, an older GPU, --attention-backend torch): no "
+        "promise",
     )
     group.add_argument(
         "--precision",
         choices=list(PRECISIONS),
         metavar="P",
-        help=f"{PRECISION_HELP}; pixels are decoded in bf16 on a GPU that has it, 45 dB or more from float32's",
+        help=f"{PRECISION_HELP}; pixels are decoded in bf16 on a GPU that has it, 45 dB or more "
+        "from float32's",
     )
     group.add_argument(
-        "--compile", action="store_true", help="accepted, without effect: kernels and CUDA graphs take torch.compile's place"
+        "--compile",
+        action="store_true",
+        help="accepted, without effect: kernels and CUDA graphs take torch.compile's place",
     )
 
 
@@ -88,29 +107,49 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
         "gpu_memory_utilization": arguments.gpu_memory_utilization,
         "attention_backend": arguments.attention_backend,
     }
-    given = {"max_num_seqs": max_num_seqs} | {name: value for name, value in typed.items() if value is not None}
+    given = {"max_num_seqs": max_num_seqs} | {
+        name: value for name, value in typed.items() if value is not None
+    }
     try:
-        return EngineConfig(**given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic)
+        return EngineConfig(
+            **given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic
+        )
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
 
 
 @contextmanager
-def saying_what_needs_less_memory(model: ModelSettings, config: EngineConfig | None = None) -> Iterator[None]:
-    """Turns running out of memory into the user's line, what was typed first; `config`: where the engine's settings matter."""
+def saying_what_needs_less_memory(
+    model: ModelSettings, config: EngineConfig | None = None
+) -> Iterator[None]:
+    """Turns running out of memory into the user's line, what was typed first; `config`: where the
+    engine's settings matter.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
+            error
+        ):
             raise
         ways = ways_to_less_memory(config, model.device) if config is not None else []
         ways += ["use a smaller model", *smaller_precision(model)]
-        raise UserError(as_flags(f"{model.device} has too little free memory: {either(ways)}")) from error
+        raise UserError(
+            as_flags(f"{model.device} has too little free memory: {either(ways)}")
+        ) from error
 
 
 def as_flags(message: str) -> str:
-    """The engine's message, with flags in the place of its parameters' names; there is no flag for a request's n."""
+    """The engine's message, with flags in the place of its parameters' names; there is no flag for
+    a request's n.
+    """
     message = message.replace("lower n, or ", "")
-    for name in ("max_num_seqs", "page_size", "num_pages", "gpu_memory_utilization", "attention_backend"):
+    for name in (
+        "max_num_seqs",
+        "page_size",
+        "num_pages",
+        "gpu_memory_utilization",
+        "attention_backend",
+    ):
         message = message.replace(name, f"--{name.replace('_', '-')}")
     return message

@@ -1,9 +1,11 @@
-"""The least time that a step can take on a device: what every report of the engine's speed is held against.
+"""The least time that a step can take on a device: what every report of the engine's speed is held
+against.
 
-A step reads every weight of the layers and of the head once, and every row's keys and values once. Each matrix product takes at
-least the larger of its weights' bytes over the read bandwidth and its operations over the rate of the matrix units; reading keys
-and values comes on top. Embeddings, norms, activations and the draw count as nothing. Both ceilings are measured, in the run they
-are used in.
+A step reads every weight of the layers and of the head once, and every row's keys and values once.
+Each matrix product takes at least the larger of its weights' bytes over the read bandwidth and its
+operations over the rate of the matrix units; reading keys and values comes on top. Embeddings,
+norms, activations and the draw count as nothing. Both ceilings are measured, in the run they are
+used in.
 """
 
 import statistics
@@ -28,10 +30,14 @@ class Ceilings:
     """What a device can do at most, as measured."""
 
     read_bytes_per_second: float
-    operations_per_second: float  # of a large matrix product; a multiplication and an addition are two
+    operations_per_second: (
+        float  # of a large matrix product; a multiplication and an addition are two
+    )
 
     def or_higher(self, other: "Ceilings") -> "Ceilings":
-        """The higher of each: a GPU that is hot from what ran before measures less, which would flatter what is held against it."""
+        """The higher of each: a GPU that is hot from what ran before measures less, which would
+        flatter what is held against it.
+        """
         return Ceilings(
             max(self.read_bytes_per_second, other.read_bytes_per_second),
             max(self.operations_per_second, other.operations_per_second),
@@ -87,10 +93,13 @@ class Floor:
 
         Args:
             rows: that take the step.
-            kv_tokens: tokens of all rows together whose keys and values are read (the newest, which is written, counts as read).
+            kv_tokens: tokens of all rows together whose keys and values are read (the newest, which
+                is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        return seconds + sum(self.product_seconds(product, rows) for product in products(self.config))
+        return seconds + sum(
+            self.product_seconds(product, rows) for product in products(self.config)
+        )
 
     def product_seconds(self, product: Product, rows: int) -> float:
         """All products of one shape in a step."""
@@ -100,7 +109,8 @@ class Floor:
 
     def image_seconds(self, rows: int, tokens: int) -> float:
         """All `tokens` steps of rows that start together; row by row, step p reads p + 1 tokens."""
-        return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)  # linear in the context: the mean step times the number
+        # linear in the context: the mean step times the number
+        return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,9 @@ class JobFloor:
 
 
 def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> JobFloor:
-    """Steps that the engine's scheduling needs for these requests, all there at the start, and their floor together."""
+    """Steps that the engine's scheduling needs for these requests, all there at the start, and
+    their floor together.
+    """
     steps, seconds = 0, 0.0
     for span, positions in _planned_spans(limits, jobs):
         mean_kv_tokens = sum(positions) + len(positions) * (span + 1) / 2
@@ -121,8 +133,12 @@ def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> J
     return JobFloor(steps, seconds)
 
 
-def _planned_spans(limits: Limits, jobs: Sequence[SamplingParams]) -> Iterator[tuple[int, list[int]]]:
-    """Runs the scheduler alone: spans of steps, each with the positions of its rows at the start."""
+def _planned_spans(
+    limits: Limits, jobs: Sequence[SamplingParams]
+) -> Iterator[tuple[int, list[int]]]:
+    """Runs the scheduler alone: spans of steps, each with the positions of its rows at
+    the start.
+    """
     scheduler = Scheduler(limits)
     for number, params in enumerate(jobs):
         scheduler.add(Request(number, 0, params))
@@ -140,12 +156,15 @@ def _planned_spans(limits: Limits, jobs: Sequence[SamplingParams]) -> Iterator[t
 
 @ieee_float32()
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
-    """Measures both on a GPU in well under a second: the medians of `repeats`, on random data (zeros run faster).
+    """Measures both on a GPU in well under a second: the medians of `repeats`, on random data
+    (zeros run faster).
 
     Args:
         dtype: of the matrix product; float32 is IEEE float32, as the engine's.
     """
-    ceilings = Ceilings(_read_bytes_per_second(device, repeats), _operations_per_second(device, dtype, repeats))
+    ceilings = Ceilings(
+        _read_bytes_per_second(device, repeats), _operations_per_second(device, dtype, repeats)
+    )
     torch.cuda.empty_cache()
     return ceilings
 
@@ -169,7 +188,10 @@ def _operations_per_second(device: torch.device, dtype: torch.dtype, repeats: in
 
 
 def median_seconds(
-    run: Callable[[], object], device: torch.device, repeats: int, before: Callable[[], object] | None = None
+    run: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    before: Callable[[], object] | None = None,
 ) -> float:
     """Of one run on a GPU: the median of `repeats` by the device's clock, after two warm-ups.
 

@@ -1,4 +1,6 @@
-"""The installed command `llamagen-serve`. It hears signals while the service's own module, which takes seconds, is imported."""
+"""The installed command `llamagen-serve`. It hears signals while the service's own module, which
+takes seconds, is imported.
+"""
 
 import importlib
 from typing import NoReturn

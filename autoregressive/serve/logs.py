@@ -1,8 +1,10 @@
-"""The log of the service and of the processes that it starts: a JSON object a line on stderr. Nobody waits for it to be read.
+"""The log of the service and of the processes that it starts: a JSON object a line on stderr.
+Nobody waits for it to be read.
 
-`service_logs` makes stderr of the service's process a pipe to itself, which the processes that it starts inherit. A thread reads
-it, so that what a library, the interpreter or a dying process prints becomes a JSON line, too. Another thread writes all lines to
-where stderr led before; it alone waits if nobody reads them.
+`service_logs` makes stderr of the service's process a pipe to itself, which the processes that it
+starts inherit. A thread reads it, so that what a library, the interpreter or a dying process prints
+becomes a JSON line, too. Another thread writes all lines to where stderr led before; it alone waits
+if nobody reads them.
 """
 
 import atexit
@@ -60,10 +62,12 @@ class JsonFormatter(logging.Formatter):
 class LineWriter:
     """Writes lines to a descriptor, in a thread of its own. Who puts a line never waits.
 
-    Lines are dropped, and counted, if too many wait because nobody reads, or if they cannot be written.
+    Lines are dropped, and counted, if too many wait because nobody reads, or if they cannot be
+    written.
 
     Args:
-        report: the line that is written once lines can be written again, from how many were dropped.
+        report: the line that is written once lines can be written again, from how many were
+            dropped.
     """
 
     def __init__(self, descriptor: int, report: Callable[[int], bytes] | None = None) -> None:
@@ -150,7 +154,8 @@ def _report_dropped(count: int) -> bytes:
 
 def _set_levels(level: str) -> None:
     logging.getLogger("llamagen").setLevel(level.upper())
-    # What uvicorn warns of is in the line of the request: "Invalid HTTP request received.", "Unsupported upgrade request."
+    # What uvicorn warns of is in the line of the request: "Invalid HTTP request received.",
+    # "Unsupported upgrade request."
     logging.getLogger("uvicorn").setLevel("ERROR")
 
 
@@ -201,7 +206,9 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
 
 
 def log_in_child(level: str) -> LineWriter:
-    """`log_everything` in a process that the service has started; what it prints on stdout goes the same way."""
+    """`log_everything` in a process that the service has started; what it prints on stdout goes the
+    same way.
+    """
     os.dup2(2, 1)
     faulthandler.enable()
     return log_everything(2, level)
@@ -220,7 +227,8 @@ class ServiceLogs:
         os.close(sink)
         self._source = source
         self._writer = log_everything(self._stderr, level)
-        # The last words of a fault like SIGSEGV are plain text: the thread that reads the pipe ends with the process.
+        # The last words of a fault like SIGSEGV are plain text: the thread that reads the pipe ends
+        # with the process.
         faulthandler.enable(self._stderr)
         self._reading = threading.Thread(target=self._read, name="stderr", daemon=True)
         self._reading.start()
@@ -233,7 +241,8 @@ class ServiceLogs:
 
     def announce(self, message: str) -> None:
         """Tells people, on stdout."""
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # there is none if stdout is closed
+        # there is none if stdout is closed
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self._stdout.put(f"{message}\n".encode(encoding, errors="backslashreplace"))
 
     def end_json(self) -> None:
@@ -241,7 +250,9 @@ class ServiceLogs:
         os.write(2, b"\n" + _PLAIN + b"\n")
 
     def _end(self) -> None:
-        """Writes what waits, unless nobody reads it. The processes that the service started have ended."""
+        """Writes what waits, unless nobody reads it. The processes that the service started have
+        ended.
+        """
         with contextlib.suppress(OSError):
             if sys.stderr is not None:
                 sys.stderr.flush()
@@ -297,7 +308,8 @@ def _is_json_object(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def service_logs(level: str) -> Iterator[ServiceLogs]:
-    """While this lasts, every line on stderr is a JSON object; afterwards also those of uncaught exceptions.
+    """While this lasts, every line on stderr is a JSON object; afterwards also those of uncaught
+    exceptions.
 
     Used once in a process.
     """

@@ -1,13 +1,22 @@
-"""Draws pictures of classes with the engine: the naive command's flags, files and output lines, and how fast it went.
+"""Draws pictures of classes with the engine: the naive command's flags, files and output lines, and
+how fast it went.
 
-All pictures are requests of one engine, which runs as many rows at once as --max-num-seqs and its memory allow.
+All pictures are requests of one engine, which runs as many rows at once as --max-num-seqs and its
+memory allow.
 """
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from autoregressive.common.errors import OneLineParser, UserError, on_terminal, run_command, slow_imports, tell
+from autoregressive.common.errors import (
+    OneLineParser,
+    UserError,
+    on_terminal,
+    run_command,
+    slow_imports,
+    tell,
+)
 
 with slow_imports(__name__):
     import torch
@@ -17,11 +26,26 @@ with slow_imports(__name__):
     from autoregressive.common.arguments import build_parser
     from autoregressive.common.devices import now, threads_that_pay
     from autoregressive.common.results import save_results
-    from autoregressive.common.settings import SamplingSettings, Settings, list_classes, resolve_settings
-    from autoregressive.common.weights import LoadedModels, find_weights, load_models, untrained_warning
+    from autoregressive.common.settings import (
+        SamplingSettings,
+        Settings,
+        list_classes,
+        resolve_settings,
+    )
+    from autoregressive.common.weights import (
+        LoadedModels,
+        find_weights,
+        load_models,
+        untrained_warning,
+    )
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.generate import NonFiniteLogitsError
-    from autoregressive.serve.arguments import add_engine_flags, as_flags, engine_config, saying_what_needs_less_memory
+    from autoregressive.serve.arguments import (
+        add_engine_flags,
+        as_flags,
+        engine_config,
+        saying_what_needs_less_memory,
+    )
     from autoregressive.serve.engine.batch import BatchShape
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
@@ -33,9 +57,9 @@ with slow_imports(__name__):
 COMMAND = "autoregressive/serve/sample_c2i.py"
 PURPOSE = """\
 Draws pictures of classes, token by token, with LlamaGen's models: the fast engine.
-From the same seed it draws other pictures than the plain loop (autoregressive/sample/sample_c2i.py): here a draw depends on the
-seed, the picture's number and the step alone, there on one generator that all pictures share, as LlamaGen has it. Both draw from
-the same probabilities."""
+From the same seed it draws other pictures than the plain loop, autoregressive/sample/sample_c2i.py:
+here a draw depends on the seed, the picture's number and the step alone, there on one generator
+that all pictures share, as LlamaGen has it. Both draw from the same probabilities."""
 _IMAGES_DECODED_AT_ONCE = 64  # 113 MB of pixels at 384 px, and enough to keep a GPU busy
 _MOST_ROWS = 512  # of the default; the matrix units are busy by then
 
@@ -57,13 +81,20 @@ class Speed:
         tokens_per_second = self.images * self.tokens / seconds
         images_per_second = self.images / (seconds + self.decoding_seconds)
         step_ms = seconds / self.job.steps * 1e3
-        rates = f"{tokens_per_second:.0f} tokens/s, {images_per_second:.2f} images/s with decoding, {step_ms:.3f} ms/step."
+        rates = (
+            f"{tokens_per_second:.0f} tokens/s, {images_per_second:.2f} images/s with "
+            f"decoding, {step_ms:.3f} ms/step."
+        )
         return [rates] if self.ceilings is None else [rates, self._share(self.ceilings)]
 
     def _share(self, ceilings: Ceilings) -> str:
-        terabytes, teraflops = ceilings.read_bytes_per_second / 1e12, ceilings.operations_per_second / 1e12
+        terabytes, teraflops = (
+            ceilings.read_bytes_per_second / 1e12,
+            ceilings.operations_per_second / 1e12,
+        )
         return (
-            f"share of the memory floor: {self.job.seconds / self.sampling_seconds:.1%} (at best {self.job.seconds:.3f} seconds, "
+            f"share of the memory floor: {self.job.seconds / self.sampling_seconds:.1%} (at best "
+            f"{self.job.seconds:.3f} seconds, "
             f"with the {terabytes:.2f} TB/s and {teraflops:.0f} TFLOP/s measured here)."
         )
 
@@ -108,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except NonFiniteLogitsError as error:
         raise UserError(f"{error}; try --precision none, or other weights") from error
     grid = save_results(settings, found, codes, pixels, loop="paged")
-    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the pictures.
+    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the
+    # pictures.
     print(f"gpt sampling takes about {speed.sampling_seconds:.2f} seconds.")
     print(f"decoder takes about {speed.decoding_seconds:.2f} seconds.")
     print(f"image is saved to {grid}")
@@ -121,26 +153,40 @@ def sampling_params(sampling: SamplingSettings) -> SamplingParams:
 
 
 def check_fits(params: SamplingParams, config: EngineConfig, settings: Settings) -> None:
-    """Finds out before any long work whether the engine can ever draw such a picture; how much memory there is shows later.
+    """Finds out before any long work whether the engine can ever draw such a picture; how much
+    memory there is shows later.
 
     Raises:
-        UserError: too few rows or pages were asked for, or a backend that does not run on the device.
+        UserError: too few rows or pages were asked for, or a backend that does not run on the
+            device.
     """
     model = settings.model
     gpt = GPT_SHAPES[model.gpt_model]
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
-    limits = Limits(shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes)
+    limits = Limits(
+        shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes
+    )
     try:
         head_size = gpt.dim // gpt.n_head
-        select_operations(model.device, model.precision, gpt.n_head, head_size, config.attention_backend, tell=lambda _: None)
+        select_operations(
+            model.device,
+            model.precision,
+            gpt.n_head,
+            head_size,
+            config.attention_backend,
+            tell=lambda _: None,
+        )
         Scheduler(limits).check_fits(params)
     except ValueError as error:
         raise UserError(as_flags(str(error))) from error
 
 
-def draw(models: LoadedModels, settings: Settings, params: SamplingParams, config: EngineConfig) -> tuple[Tensor, Tensor, Speed]:
-    """Builds the engine and draws every picture: codes int32 [images, tokens] and pixels [images, 3, height, width].
+def draw(
+    models: LoadedModels, settings: Settings, params: SamplingParams, config: EngineConfig
+) -> tuple[Tensor, Tensor, Speed]:
+    """Builds the engine and draws every picture: codes int32 [images, tokens] and pixels [images,
+    3, height, width].
 
     Raises:
         UserError: the engine does not fit on the device, or a picture does not fit into the engine.
@@ -157,11 +203,24 @@ def draw(models: LoadedModels, settings: Settings, params: SamplingParams, confi
     drawn = now(device)
     assert engine.decoder is not None
     # A few at a time, which a GPU's memory holds however many were asked for.
-    pixels = torch.cat([engine.decoder.decode(part.to(device)).cpu() for part in codes.split(_IMAGES_DECODED_AT_ONCE)])
+    pixels = torch.cat(
+        [
+            engine.decoder.decode(part.to(device)).cpu()
+            for part in codes.split(_IMAGES_DECODED_AT_ONCE)
+        ]
+    )
     decoded = now(device)
-    floor = Floor(models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))  # the steps do not depend on it
+    # the steps do not depend on it
+    floor = Floor(models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
     job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
-    speed = Speed(len(settings.labels), model.tokens_per_image, drawn - started, decoded - drawn, job, ceilings)
+    speed = Speed(
+        len(settings.labels),
+        model.tokens_per_image,
+        drawn - started,
+        decoded - drawn,
+        job,
+        ceilings,
+    )
     return codes, pixels, speed
 
 
@@ -171,9 +230,13 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
     Raises:
         UserError: it does not fit on the device.
     """
-    hidden = not on_terminal() or not config.runner.uses_graphs(models.gpt.tok_embeddings.weight.device)
+    hidden = not on_terminal() or not config.runner.uses_graphs(
+        models.gpt.tok_embeddings.weight.device
+    )
     columns, lines = shutil.get_terminal_size()  # as in `Engine.generate`
-    with tqdm(desc="preparing", unit=" graphs", disable=hidden, leave=False, ncols=columns, nrows=lines) as bar:
+    with tqdm(
+        desc="preparing", unit=" graphs", disable=hidden, leave=False, ncols=columns, nrows=lines
+    ) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

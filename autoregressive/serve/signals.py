@@ -1,4 +1,5 @@
-"""The signals that end the service. A thread waits for them, so the main thread may do, or wait for, whatever it likes.
+"""The signals that end the service. A thread waits for them, so the main thread may do, or wait
+for, whatever it likes.
 
 This module imports nothing that takes long: the service's command uses it before anything else.
 """
@@ -15,9 +16,8 @@ from typing import NoReturn
 
 from autoregressive.common.errors import say_interrupted, tell
 
-SIGNALS = frozenset(
-    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-)  # Ctrl-C, a supervisor's word, a terminal that closes
+# Ctrl-C, a supervisor's word, a terminal that closes
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _FORCED_SECONDS = (
     1.7  # after the second signal; the service ends by itself sooner, unless something blocks
 )
@@ -27,17 +27,21 @@ _log = logging.getLogger("llamagen.service")
 
 
 class SignalWatch:
-    """Waits in a thread of its own for the signals that end the service; they are blocked in every other thread.
+    """Waits in a thread of its own for the signals that end the service; they are blocked in every
+    other thread.
 
-    A Python signal handler runs in the main thread between two instructions: it does not run while that thread waits in a system
-    call or in a library. As process 1 of a container, a process gets only the signals that it blocks or handles.
+    A Python signal handler runs in the main thread between two instructions: it does not run while
+    that thread waits in a system call or in a library. As process 1 of a container, a process gets
+    only the signals that it blocks or handles.
 
-    Until `hand_over`, a signal ends the process at once, for nothing has begun that needs to be tidied up: with status 130 after
-    Ctrl-C, else with 0. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
+    Until `hand_over`, a signal ends the process at once, for nothing has begun that needs to be
+    tidied up: with status 130 after Ctrl-C, else with 0. A SIGHUP that was ignored when the process
+    started (`nohup`) stays ignored.
 
-    Signals that come within half a second of the first count as the first, because one event may send several: systemd sends
-    SIGTERM and SIGHUP (`SendSIGHUP=yes`), a terminal that closes may send SIGHUP twice, and a wrapper may forward the Ctrl-C
-    that the terminal has sent to the whole group.
+    Signals that come within half a second of the first count as the first, because one event may
+    send several: systemd sends SIGTERM and SIGHUP (`SendSIGHUP=yes`), a terminal that closes may
+    send SIGHUP twice, and a wrapper may forward the Ctrl-C that the terminal has sent to the whole
+    group.
 
     To be made in the main thread, before there are others.
 
@@ -62,9 +66,11 @@ class SignalWatch:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def hand_over(self, take: Callable[[], None]) -> None:
-        """From now on, `take` is called with each signal that counts, in another thread; it returns at once.
+        """From now on, `take` is called with each signal that counts, in another thread; it returns
+        at once.
 
-        If the process still runs a moment after the second signal, it ends by force. Its child processes end with it.
+        If the process still runs a moment after the second signal, it ends by force. Its child
+        processes end with it.
         """
         self._take = take
 
@@ -107,9 +113,8 @@ def _end_before_the_service(number: signal.Signals) -> NoReturn:
         else:
             tell(f"{os.path.basename(sys.argv[0])}: ended by {number.name} before it served")
 
-    saying = threading.Thread(
-        target=say, daemon=True
-    )  # nobody may be reading, and then it would wait
+    # nobody may be reading, and then it would wait
+    saying = threading.Thread(target=say, daemon=True)
     saying.start()
     saying.join(_LAST_WORDS_SECONDS)
     os._exit(130 if number == signal.SIGINT else 0)
@@ -117,7 +122,8 @@ def _end_before_the_service(number: signal.Signals) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_watched(module: str) -> Iterator[SignalWatch | None]:
-    """Around the slow imports of the service's command; a `SignalWatch`, unless the command's module is only imported.
+    """Around the slow imports of the service's command; a `SignalWatch`, unless the command's
+    module is only imported.
 
     Args:
         module: __name__ of the command's module.

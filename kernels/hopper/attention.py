@@ -1,7 +1,9 @@
-"""The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous copies.
+"""The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous
+copies.
 
-Same cut and same result; a program asks for the keys and values of its chunk all at once, into shared memory, and holds no register
-for what is on its way, where Triton's own loads would take the values only after the keys have come.
+Same cut and same result; a program asks for the keys and values of its chunk all at once, into
+shared memory, and holds no register for what is on its way, where Triton's own loads would take the
+values only after the keys have come.
 """
 
 import triton
@@ -40,21 +42,30 @@ def _hopper_attention_kernel(
     head, chunk, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
-    copy_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [WARPS, 1], [1, 0])
-    token_layout: gl.constexpr = gl.BlockedLayout([max(1, CHUNK // (32 * WARPS))], [32], [WARPS], [0])
+    copy_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [WARPS, 1], [1, 0]
+    )
+    token_layout: gl.constexpr = gl.BlockedLayout(
+        [max(1, CHUNK // (32 * WARPS))], [32], [WARPS], [0]
+    )
     head_layout: gl.constexpr = gl.BlockedLayout([HEAD_TILE // 32], [32], [WARPS], [0])
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     wide_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout, 2)
     narrow_layout: gl.constexpr = gl.DotOperandLayout(1, product_layout, 2)
     shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     dtype: gl.constexpr = key_pages.dtype.element_ty
-    # Written before this step began: positions, page table, and every key and value but the newest token's.
+    # Written before this step began: positions, page table, and every key and value but the newest
+    # token's.
     position = gl.load(positions + row)
     first_token = chunk * CHUNK
     token = first_token + gl.arange(0, CHUNK, layout=token_layout)
-    page = gl.load(page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0)
+    page = gl.load(
+        page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
+    )
     if first_token > position:
-        return  # without waiting: the row's first chunk waits, so the kernel still ends after the one before it
+        # without waiting: the row's first chunk waits, so the kernel still ends after the one
+        # before it
+        return
     page = gl.convert_layout(page, gl.SliceLayout(1, copy_layout)).to(gl.int64)
     token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, copy_layout))
     lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, copy_layout))[None, :]
@@ -64,7 +75,9 @@ def _hopper_attention_kernel(
     values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
     # Past the first-level cache, which another step's token beside these may have filled.
     async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=live, cache_modifier=".cg")
-    async_copy.async_copy_global_to_shared(values, value_pages + at, mask=live, cache_modifier=".cg")
+    async_copy.async_copy_global_to_shared(
+        values, value_pages + at, mask=live, cache_modifier=".cg"
+    )
     async_copy.commit_group()
     lane = gl.arange(0, HEAD_TILE, layout=head_layout)
     live_lane, stored_lane = lane < HEAD_SIZE, lane < STRIDE
@@ -80,7 +93,9 @@ def _hopper_attention_kernel(
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(gl.int64) * 3 * WIDTH
-    query, key, value = _newest_token(source, split_size, lane, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS)
+    query, key, value = _newest_token(
+        source, split_size, lane, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS
+    )
     new_key, new_value = key.to(dtype), value.to(dtype)
     new_score = gl.to_tensor(float("-inf"))
     if newest:
@@ -93,7 +108,12 @@ def _hopper_attention_kernel(
     # One query, repeated to the least number of columns that the matrix unit takes.
     query = gl.convert_layout(query.to(dtype), gl.SliceLayout(1, narrow_layout))
     queries, _ = gl.broadcast(query[:, None], gl.zeros([HEAD_TILE, _COLUMNS], dtype, narrow_layout))
-    score = mma_v2(keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, product_layout)) * SCALE
+    score = (
+        mma_v2(
+            keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, product_layout)
+        )
+        * SCALE
+    )
     old = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, product_layout)) < position
     score = gl.where(old[:, None], score, float("-inf"))
     largest = gl.maximum(gl.max(score, 0), new_score)  # [COLUMNS], alike
@@ -102,24 +122,40 @@ def _hopper_attention_kernel(
     weights = gl.convert_layout(weight.to(dtype), narrow_layout)
     total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, product_layout)
     total = mma_v2(values.permute((1, 0)).load(wide_layout), weights, total)
-    total += gl.convert_layout(new_value, gl.SliceLayout(1, product_layout))[:, None] * new_weight[None, :]
+    total += (
+        gl.convert_layout(new_value, gl.SliceLayout(1, product_layout))[:, None]
+        * new_weight[None, :]
+    )
     result = (row.to(gl.int64) * HEADS + head) * CHUNKS + chunk
     lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
     column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, product_layout))
     first = column == 0
-    gl.store(mixed + result * HEAD_SIZE + lane + column[None, :], total, mask=(lane < HEAD_SIZE) & first[None, :])
+    gl.store(
+        mixed + result * HEAD_SIZE + lane + column[None, :],
+        total,
+        mask=(lane < HEAD_SIZE) & first[None, :],
+    )
     gl.store(stats + result * 2 + column, largest, mask=first)
     gl.store(stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
 
 
 @gluon.jit
 def _newest_token(
-    source, split_size, lane, cosine, sine, newest, WIDTH: gl.constexpr, HEAD_SIZE: gl.constexpr, SPLITS: gl.constexpr
+    source,
+    split_size,
+    lane,
+    cosine,
+    sine,
+    newest,
+    WIDTH: gl.constexpr,
+    HEAD_SIZE: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):
-    """A head's query, key and value: partial sums added in order; queries and keys then turned, each element with its pair's other.
+    """A head's query, key and value: partial sums added in order; queries and keys then turned,
+    each element with its pair's other.
 
-    `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked, not under a condition, so that
-    their loads do not wait for the query's.
+    `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked,
+    not under a condition, so that their loads do not wait for the query's.
     """
     live = lane < HEAD_SIZE
     wanted = live & newest
@@ -147,7 +183,9 @@ def hopper_attention(
     out: Tensor,
     tiles: AttentionTiles,
 ) -> None:
-    """`kernels.attention.attention` for 16-bit keys and values, on compute capability 9.0; chunks of at least 16 tokens a warp."""
+    """`kernels.attention.attention` for 16-bit keys and values, on compute capability 9.0; chunks
+    of at least 16 tokens a warp.
+    """
     splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
         qkv, rotary, key_pages, page_table, mixed, stats, tiles
     )

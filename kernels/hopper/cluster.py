@@ -1,8 +1,9 @@
-"""Clusters of programs on Hopper: programs of one cluster add up what each has, through each other's shared memory.
+"""Clusters of programs on Hopper: programs of one cluster add up what each has, through each
+other's shared memory.
 
-Triton starts clusters, but offers no sum across one; a few instructions do. Each of a cluster's programs owns a part of a tile's
-rows: all send it their partial sums of these, and it adds them in the order of the programs, so that the sum's order depends on
-shapes only.
+Triton starts clusters, but offers no sum across one; a few instructions do. Each of a cluster's
+programs owns a part of a tile's rows: all send it their partial sums of these, and it adds them in
+the order of the programs, so that the sum's order depends on shapes only.
 """
 
 from typing import Any
@@ -13,18 +14,25 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import JITFunction
 
 _UNASKED_SHARED_MEMORY = 48 * 1024  # bytes that every program may have
-_PADDING = gl.constexpr(4)  # numbers after each row, so that threads of a warp meet different banks of shared memory
+# numbers after each row, so that threads of a warp meet different banks of shared memory
+_PADDING = gl.constexpr(4)
 
 
 @gluon.jit
 def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
-    """The address, in shared memory, of room for partial sums; announces to the cluster that this program has it."""
-    return gl.inline_asm_elementwise(_open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """The address, in shared memory, of room for partial sums; announces to the cluster that this
+    program has it.
+    """
+    return gl.inline_asm_elementwise(
+        _open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.constexpr_function
 def _open_text(outputs: int, rows: int) -> str:
-    """Behind the room lies a barrier that opens when all partial sums have come, which the copies themselves tell it."""
+    """Behind the room lies a barrier that opens when all partial sums have come, which the copies
+    themselves tell it.
+    """
     barrier = f"[exchange+{_barrier_offset(outputs, rows)}]"
     return f"""
         {{
@@ -57,15 +65,22 @@ def _exchange_bytes(outputs: int, rows: int) -> int:
 def meet():
     """Waits until every program of the cluster has opened its exchange."""
     gl.inline_asm_elementwise(
-        "barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        "barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
 @gluon.jit
 def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
-    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows / RANKS]. Once, after `meet`.
+    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows /
+    RANKS]. Once, after `meet`.
 
-    No two threads may hold the same element: each sends what it holds, and the receiver's barrier counts the bytes.
+    No two threads may hold the same element: each sends what it holds, and the receiver's barrier
+    counts the bytes.
     """
     OUTPUTS: gl.constexpr = partial.shape[0]
     ROWS: gl.constexpr = partial.shape[1]
@@ -88,7 +103,9 @@ def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constex
 
 @gluon.jit
 def _wait(barrier):
-    """Until it opens. The scope is the default, as in CUTLASS; the cluster's costs an instruction more."""
+    """Until it opens. The scope is the default, as in CUTLASS; the cluster's costs an instruction
+    more.
+    """
     gl.inline_asm_elementwise(
         """
         {
@@ -116,7 +133,8 @@ def _send(address, barrier, rank, value):
             .reg .b32 there, its_barrier;
             mapa.shared::cluster.u32 there, $1, $3;
             mapa.shared::cluster.u32 its_barrier, $2, $3;
-            st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [its_barrier];
+            st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32
+                [there], $4, [its_barrier];
             mov.u32 $0, 0;
         }
         """,
@@ -130,7 +148,9 @@ def _send(address, barrier, rank, value):
 
 @gluon.jit
 def _received(address):
-    return gl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=gl.float32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [address], dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
@@ -138,16 +158,26 @@ def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
     return 0 if cluster == 1 else _exchange_bytes(outputs, rows)
 
 
-def launch_clustered(kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any) -> None:
-    """Launches `clusters` clusters of `cluster` programs; a program's number along the first axis counts all programs.
+def launch_clustered(
+    kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any
+) -> None:
+    """Launches `clusters` clusters of `cluster` programs; a program's number along the first axis
+    counts all programs.
 
-    Triton takes the size from `num_ctas`, with which it would also spread every tensor over the cluster. Here a program's tensors
-    are its own, so the kernel is compiled without, and the launch told.
+    Triton takes the size from `num_ctas`, with which it would also spread every tensor over the
+    cluster. Here a program's tensors are its own, so the kernel is compiled without, and the launch
+    told.
     """
     if cluster > 1:
         compiled = kernel.warmup(*arguments, grid=clusters, **named)
         warps, _, shared_memory = compiled.packed_metadata
         compiled.packed_metadata = (warps, cluster, shared_memory)
-        if compiled.module is None:  # Triton asks for more than 48 KiB only if its own part is more: the exchange is not in it
-            compiled.metadata = compiled.metadata._replace(shared=max(shared_memory, _UNASKED_SHARED_MEMORY + 1))
+        if (
+            compiled.module is None
+            # Triton asks for more than 48 KiB only if its own part is more: the exchange is not in
+            # it
+        ):
+            compiled.metadata = compiled.metadata._replace(
+                shared=max(shared_memory, _UNASKED_SHARED_MEMORY + 1)
+            )
     kernel[clusters](*arguments, **named)

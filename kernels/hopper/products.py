@@ -1,8 +1,10 @@
-"""Matrix products of few rows on Hopper: weights and inputs come as bulk copies, and a program asks for all it can hold at once.
+"""Matrix products of few rows on Hopper: weights and inputs come as bulk copies, and a program asks
+for all it can hold at once.
 
-Like `kernels.linear` (the weights are the wide operand, and on their way before the wait for what computes the input), but without
-the norms' kernels: `fused_project` adds its result to the residual stream and prepares the next product's input itself, a sum over
-a cluster of programs taking the place of partial sums in memory. A norm needs whole rows, which no program has, so the next product
+Like `kernels.linear` (the weights are the wide operand, and on their way before the wait for what
+computes the input), but without the norms' kernels: `fused_project` adds its result to the residual
+stream and prepares the next product's input itself, a sum over a cluster of programs taking the
+place of partial sums in memory. A norm needs whole rows, which no program has, so the next product
 divides: its input is residual * gain, not yet normed, beside the sums of squares.
 """
 
@@ -13,15 +15,28 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper.cluster import cluster_sum, exchange_bytes, launch_clustered, meet, open_exchange
+from kernels.hopper.cluster import (
+    cluster_sum,
+    exchange_bytes,
+    launch_clustered,
+    meet,
+    open_exchange,
+)
 from kernels.linear import row_tile
 
-# What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16: up to half a million. A smaller
-# factor would lose more of a small one, below fp16's least normal number.
+# What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16:
+# up to half a million. A smaller factor would lose more of a small one, below fp16's least normal
+# number.
 HEADROOM = 2.0**-3
 _HEADROOM = gl.constexpr(HEADROOM)
 _SHARED_MEMORY = 226 * 1024  # bytes of a program, the barriers' left out
@@ -45,7 +60,11 @@ class FusedTiles:
     def held(self, inputs: int, outputs: int, rows: int, cluster: int) -> int:
         """Tiles that a program holds."""
         tile_bytes = (outputs + rows) * self.inputs * 2
-        held = min(self.stages, self.tiles(inputs), (_SHARED_MEMORY - exchange_bytes(outputs, rows, cluster)) // tile_bytes)
+        held = min(
+            self.stages,
+            self.tiles(inputs),
+            (_SHARED_MEMORY - exchange_bytes(outputs, rows, cluster)) // tile_bytes,
+        )
         assert held >= 1, (self, outputs, rows)
         return held
 
@@ -63,7 +82,9 @@ def _start(
     STAGES: gl.constexpr,
     CLUSTER: gl.constexpr,
 ):
-    """Asks for the first tiles: weights at once, inputs after the wait, before which the programs of a cluster meet."""
+    """Asks for the first tiles: weights at once, inputs after the wait, before which the programs
+    of a cluster meet.
+    """
     GATED: gl.constexpr = len(weight.block_shape) == 3
     box: gl.constexpr = [STAGES, 2, OUTPUTS // 2, INPUTS] if GATED else [STAGES, OUTPUTS, INPUTS]
     weights = gl.allocate_shared_memory(weight.dtype, box, weight.layout)
@@ -75,12 +96,21 @@ def _start(
     gdc_launch_dependents()
     for stage in gl.static_range(STAGES):
         mbarrier.expect(arrived.index(stage), (OUTPUTS + ROWS) * INPUTS * 2)
-        _copy_weights(weight, output, input_ + stage * INPUTS, arrived.index(stage), weights.index(stage), GATED)
+        _copy_weights(
+            weight,
+            output,
+            input_ + stage * INPUTS,
+            arrived.index(stage),
+            weights.index(stage),
+            GATED,
+        )
     if CLUSTER > 1:
         meet()
     gdc_wait()  # only now is x valid
     for stage in gl.static_range(STAGES):
-        tma.async_copy_global_to_shared(x, [row, input_ + stage * INPUTS], arrived.index(stage), values.index(stage))
+        tma.async_copy_global_to_shared(
+            x, [row, input_ + stage * INPUTS], arrived.index(stage), values.index(stage)
+        )
     return weights, values, arrived
 
 
@@ -106,7 +136,9 @@ def _product(
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The product [OUTPUTS, ROWS] of what `_start` asked for; asks for the other tiles as room becomes free."""
+    """The product [OUTPUTS, ROWS] of what `_start` asked for; asks for the other tiles as room
+    becomes free.
+    """
     weights, values, arrived = started
     GATED: gl.constexpr = len(weight.block_shape) == 3
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
@@ -114,20 +146,38 @@ def _product(
     for tile in gl.static_range(TILES):
         mbarrier.wait(arrived.index(tile % STAGES), (tile // STAGES) & 1)
         tile_weights = weights.index(tile % STAGES).reshape([OUTPUTS, INPUTS])
-        total = warpgroup_mma(tile_weights, values.index(tile % STAGES).permute((1, 0)), total, is_async=True)
+        total = warpgroup_mma(
+            tile_weights, values.index(tile % STAGES).permute((1, 0)), total, is_async=True
+        )
         if tile + STAGES < TILES:
             total = warpgroup_mma_wait(0, deps=(total,))
             gl.thread_barrier()  # every warp has read the tile
             column = input_ + (tile + STAGES) * INPUTS
             mbarrier.expect(arrived.index(tile % STAGES), (OUTPUTS + ROWS) * INPUTS * 2)
-            _copy_weights(weight, output, column, arrived.index(tile % STAGES), weights.index(tile % STAGES), GATED)
-            tma.async_copy_global_to_shared(x, [row, column], arrived.index(tile % STAGES), values.index(tile % STAGES))
+            _copy_weights(
+                weight,
+                output,
+                column,
+                arrived.index(tile % STAGES),
+                weights.index(tile % STAGES),
+                GATED,
+            )
+            tma.async_copy_global_to_shared(
+                x, [row, column], arrived.index(tile % STAGES), values.index(tile % STAGES)
+            )
     return warpgroup_mma_wait(0, deps=(total,))
 
 
 @gluon.jit
 def _row_scales(
-    squares, row, rows, WIDTH: gl.constexpr, BLOCKS: gl.constexpr, LANES: gl.constexpr, ROWS: gl.constexpr, EPS: gl.constexpr
+    squares,
+    row,
+    rows,
+    WIDTH: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    LANES: gl.constexpr,
+    ROWS: gl.constexpr,
+    EPS: gl.constexpr,
 ):
     """What norms each row's product: [ROWS]. The sum's order depends on BLOCKS alone."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
@@ -155,12 +205,37 @@ def _fused_linear_kernel(
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    first_output, split, first_row = gl.program_id(0) * OUTPUT_TILE, gl.program_id(1), gl.program_id(2) * ROW_TILE
+    first_output, split, first_row = (
+        gl.program_id(0) * OUTPUT_TILE,
+        gl.program_id(1),
+        gl.program_id(2) * ROW_TILE,
+    )
     first_input = split * (TILES * INPUT_TILE)
-    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1)
+    started = _start(
+        weight,
+        x,
+        first_output,
+        first_input,
+        first_row,
+        OUTPUT_TILE,
+        ROW_TILE,
+        INPUT_TILE,
+        STAGES,
+        CLUSTER=1,
+    )
     scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
     total = _product(
-        started, weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, TILES, STAGES
+        started,
+        weight,
+        x,
+        first_output,
+        first_input,
+        first_row,
+        OUTPUT_TILE,
+        ROW_TILE,
+        INPUT_TILE,
+        TILES,
+        STAGES,
     )
     layout: gl.constexpr = total.type.layout
     total = total * gl.convert_layout(scales, gl.SliceLayout(0, layout))[None, :]
@@ -188,27 +263,56 @@ def _fused_project_kernel(
     CLUSTER: gl.constexpr,
 ):
     rank, block = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER
-    first_output, first_row, first_input = block * OUTPUT_TILE, gl.program_id(1) * ROW_TILE, rank * (TILES * INPUT_TILE)
+    first_output, first_row, first_input = (
+        block * OUTPUT_TILE,
+        gl.program_id(1) * ROW_TILE,
+        rank * (TILES * INPUT_TILE),
+    )
     if CLUSTER > 1:
         exchange = open_exchange(OUTPUT_TILE, ROW_TILE)
     OWN: gl.constexpr = ROW_TILE // CLUSTER
-    layout: gl.constexpr = gl.BlockedLayout([OUTPUT_TILE // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    layout: gl.constexpr = gl.BlockedLayout(
+        [OUTPUT_TILE // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1]
+    )
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
     row = first_row + rank * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))
     gains = gl.load(gain + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
-    started = _start(weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, STAGES, CLUSTER)
+    started = _start(
+        weight,
+        x,
+        first_output,
+        first_input,
+        first_row,
+        OUTPUT_TILE,
+        ROW_TILE,
+        INPUT_TILE,
+        STAGES,
+        CLUSTER,
+    )
     live = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=live, other=0.0)
     total = _product(
-        started, weight, x, first_output, first_input, first_row, OUTPUT_TILE, ROW_TILE, INPUT_TILE, TILES, STAGES
+        started,
+        weight,
+        x,
+        first_output,
+        first_input,
+        first_row,
+        OUTPUT_TILE,
+        ROW_TILE,
+        INPUT_TILE,
+        TILES,
+        STAGES,
     )
     if CLUSTER > 1:
         grown += cluster_sum(exchange, rank, total, layout, CLUSTER)
     else:
         grown += gl.convert_layout(total, layout)
     gl.store(residual + at, grown, mask=live)
-    gl.store(normed + at, (grown * gains[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=live)
+    gl.store(
+        normed + at, (grown * gains[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=live
+    )
     gl.store(squares + block * rows + row, gl.sum(grown * grown, 0), mask=row < rows)
 
 
@@ -231,14 +335,30 @@ def _fused_swiglu_kernel(
     STAGES: gl.constexpr,
 ):
     first_output, first_row = gl.program_id(0) * HALF, gl.program_id(1) * ROW_TILE
-    started = _start(weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1)
+    started = _start(
+        weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1
+    )
     scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
-    total = _product(started, weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, TILES, STAGES)
+    total = _product(
+        started,
+        weight,
+        x,
+        first_output,
+        0,
+        first_row,
+        2 * HALF,
+        ROW_TILE,
+        INPUT_TILE,
+        TILES,
+        STAGES,
+    )
     product_layout: gl.constexpr = total.type.layout
     total = total * gl.convert_layout(scales, gl.SliceLayout(0, product_layout))[None, :]
     pairs = total.reshape([2, HALF, ROW_TILE]).permute((1, 2, 0))  # [HALF, ROW_TILE, 2]
     WARPS: gl.constexpr = gl.num_warps()
-    pair_layout: gl.constexpr = gl.BlockedLayout([1, ROW_TILE // WARPS, 2], [32, 1, 1], [1, WARPS, 1], [2, 1, 0])
+    pair_layout: gl.constexpr = gl.BlockedLayout(
+        [1, ROW_TILE // WARPS, 2], [32, 1, 1], [1, WARPS, 1], [2, 1, 0]
+    )
     gate, up = gl.convert_layout(pairs, pair_layout).split()
     hidden = gate / (1 + gl.exp(-gate)) * up
     layout: gl.constexpr = hidden.type.layout
@@ -248,14 +368,18 @@ def _fused_swiglu_kernel(
     gl.store(out + row.to(gl.int64) * HIDDEN + output, hidden.to(out.dtype.element_ty), mask=live)
 
 
-def fused_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float) -> None:
+def fused_linear(
+    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
+) -> None:
     """Partial sums of norm(x) W^T.
 
     Args:
         x: [rows, width], 16-bit: residual * gain * HEADROOM; width a multiple of 8.
-        squares: float32 [blocks, rows]; their sum over the first dimension is that of the residual's squares.
+        squares: float32 [blocks, rows]; their sum over the first dimension is that of the
+            residual's squares.
         weight: [outputs, width], contiguous.
-        out: float32 [tiles.splits, rows, outputs]; their sum over the first dimension is the product.
+        out: float32 [tiles.splits, rows, outputs]; their sum over the first dimension is the
+            product.
     """
     rows, width = x.shape
     outputs = weight.shape[0]
@@ -284,7 +408,13 @@ def fused_linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles:
 
 
 def fused_project(
-    x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor, tiles: FusedTiles
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    normed: Tensor,
+    squares: Tensor,
+    tiles: FusedTiles,
 ) -> None:
     """Adds x W^T to the residual stream, and prepares the next product's input.
 
@@ -294,13 +424,15 @@ def fused_project(
         residual: float32 [rows, width], updated.
         gain: [width], of the norm that follows.
         normed: [rows, width], written: residual * gain * HEADROOM.
-        squares: float32 [blocks of tiles.outputs of the width, rows], written: sums of the residual's squares.
+        squares: float32 [blocks of tiles.outputs of the width, rows], written: sums of the
+            residual's squares.
     """
     rows, inputs = x.shape
     width = weight.shape[0]
     blocks, row_block = triton.cdiv(width, tiles.outputs), row_tile(rows)
     assert squares.shape == (blocks, rows), (squares.shape, tiles)
-    assert tiles.outputs >= 16 * tiles.warps, tiles  # else two warps would hold, and send, the same sums
+    # else two warps would hold, and send, the same sums
+    assert tiles.outputs >= 16 * tiles.warps, tiles
     launch_clustered(
         _fused_project_kernel,
         (blocks, triton.cdiv(rows, row_block)),
@@ -324,7 +456,9 @@ def fused_project(
     )
 
 
-def fused_swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float) -> None:
+def fused_swiglu(
+    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
+) -> None:
     """silu(W1 norm(x)) * (W3 norm(x)).
 
     Args:
@@ -357,21 +491,29 @@ def fused_swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles:
 
 
 def _descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """What bulk copies of boxes of a tensor need; what lies outside the tensor is copied as zeros."""
-    return TensorDescriptor.from_tensor(tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[tensor.dtype]))
+    """What bulk copies of boxes of a tensor need; what lies outside the tensor is copied
+    as zeros.
+    """
+    return TensorDescriptor.from_tensor(
+        tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[tensor.dtype])
+    )
 
 
 def _lanes(squares: Tensor) -> int:
     return max(32, triton.next_power_of_2(squares.shape[0]))
 
 
-def fused_linear_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+def fused_linear_reference(
+    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
+) -> None:
     """The same in torch: the product in the first of the partial sums, zeros in the others."""
     out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
     out[1:] = 0
 
 
-def fused_project_reference(x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor) -> None:
+def fused_project_reference(
+    x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor
+) -> None:
     """The same in torch: all squares in the first block."""
     residual += torch.nn.functional.linear(x, weight)
     normed.copy_(residual * gain * HEADROOM)
@@ -379,9 +521,13 @@ def fused_project_reference(x: Tensor, weight: Tensor, residual: Tensor, gain: T
     squares[0] = residual.square().sum(dim=1)
 
 
-def fused_swiglu_reference(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+def fused_swiglu_reference(
+    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
+) -> None:
     """The same in torch."""
-    gate, up = (torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)).chunk(2, dim=-1)
+    gate, up = (
+        torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
+    ).chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
 

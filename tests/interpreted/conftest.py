@@ -1,4 +1,6 @@
-"""Triton's interpreter is chosen when triton is imported: these tests have a process of their own (tests/test_interpreted.py)."""
+"""Triton's interpreter is chosen when triton is imported: these tests have a process of their own
+(tests/test_interpreted.py).
+"""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(scope="session", autouse=True)
 def patched_once() -> Iterator[None]:
-    """Saves a quarter of the time: Triton patches its language for every launch and every call of a device function."""
+    """Saves a quarter of the time: Triton patches its language for every launch and every call of a
+    device function.
+    """
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())

@@ -12,6 +12,9 @@ from test_model_runner import TINY, engine_codes
 @pytest.mark.parametrize("name", TINY)
 def test_engine_tokens_are_llamagens(name: str) -> None:
     """The kernels together: greedy tokens of LlamaGen's own code."""
-    pieces = 2 if name == "gpt_tiny_nocfg" else 1  # partial sums and chunks to combine in one of them
-    codes, expected = engine_codes(name, torch.device("cpu"), "triton", partial(LargeTilesRunner, pieces=pieces))
+    # partial sums and chunks to combine in one of them
+    pieces = 2 if name == "gpt_tiny_nocfg" else 1
+    codes, expected = engine_codes(
+        name, torch.device("cpu"), "triton", partial(LargeTilesRunner, pieces=pieces)
+    )
     assert np.array_equal(codes, expected)

@@ -41,7 +41,9 @@ def test_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: Linea
 
 @pytest.mark.parametrize(("rows", "early"), [(1, 1), (18, 0), (7, 2)])
 def test_swiglu(place: Place, rows: int, early: int) -> None:
-    check_swiglu(place, rows, 64, 80, SwigluTiles(outputs=32, inputs=32, early=early, stages=2, warps=4))
+    check_swiglu(
+        place, rows, 64, 80, SwigluTiles(outputs=32, inputs=32, early=early, stages=2, warps=4)
+    )
 
 
 def test_gate(place: Place) -> None:
@@ -64,6 +66,8 @@ def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
 
 
 @pytest.mark.parametrize("head_size", [64, 100])
-@pytest.mark.parametrize(("positions", "chunks"), [([0, 15, 16, -1, 47], 3), ([-1, 79, 33], 5), ([7], 1)])
+@pytest.mark.parametrize(
+    ("positions", "chunks"), [([0, 15, 16, -1, 47], 3), ([-1, 79, 33], 5), ([7], 1)]
+)
 def test_combine(place: Place, head_size: int, positions: list[int], chunks: int) -> None:
     check_combine(place, positions, 2, head_size, chunks, AttentionTiles(chunk=16, warps=2))

@@ -1,7 +1,7 @@
 """The convolutional encoder and decoder of the VQ tokenizer, with LlamaGen's parameter names.
 
-The family is that of VQGAN (Esser et al. 2021, arXiv:2012.09841): residual blocks at each resolution, attention at the coarsest.
-Activations are [images, channels, height, width].
+The family is that of VQGAN (Esser et al. 2021, arXiv:2012.09841): residual blocks at each
+resolution, attention at the coarsest. Activations are [images, channels, height, width].
 """
 
 import torch
@@ -24,7 +24,11 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1)
+            if in_channels != out_channels
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Keeps height and width."""
@@ -47,7 +51,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Keeps the shape."""
         h = self.norm(x)
-        queries, keys, values = (conv(h).flatten(2) for conv in (self.q, self.k, self.v))  # [images, channels, pixels]
+        # [images, channels, pixels]
+        queries, keys, values = (conv(h).flatten(2) for conv in (self.q, self.k, self.v))
         scores = queries.transpose(1, 2) @ keys * x.shape[1] ** -0.5  # [images, pixels, pixels]
         mixed = values @ scores.softmax(dim=-1).transpose(1, 2)  # [images, channels, pixels]
         return x + self.proj_out(mixed.view_as(x))
@@ -75,20 +80,32 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, c, h, w] -> [n, c, 2 h, 2 w]."""
         images, channels, height, width = x.shape
-        # Copies by broadcasting: the numbers of F.interpolate, with a backward pass that is a plain (deterministic) sum.
-        wide = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(images, channels, 2 * height, 2 * width)
+        # Copies by broadcasting: the numbers of F.interpolate, with a backward pass that is a plain
+        # (deterministic) sum.
+        wide = (
+            x[:, :, :, None, :, None]
+            .expand(-1, -1, -1, 2, -1, 2)
+            .reshape(images, channels, 2 * height, 2 * width)
+        )
         return self.conv(wide)
 
 
 class Stage(nn.Module):
     """The blocks of one resolution, with attention after each residual block if asked for."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float
+    ) -> None:
         super().__init__()
         self.res = nn.ModuleList(
-            [ResnetBlock(in_channels if i == 0 else out_channels, out_channels, dropout) for i in range(blocks)]
+            [
+                ResnetBlock(in_channels if i == 0 else out_channels, out_channels, dropout)
+                for i in range(blocks)
+            ]
         )
-        self.attn = nn.ModuleList([AttnBlock(out_channels) for _ in range(blocks if attention else 0)])
+        self.attn = nn.ModuleList(
+            [AttnBlock(out_channels) for _ in range(blocks if attention else 0)]
+        )
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
@@ -108,21 +125,38 @@ class Stage(nn.Module):
 def middle(channels: int, dropout: float) -> nn.ModuleList:
     """The blocks at the coarsest resolution, between convolution stages and code."""
     return nn.ModuleList(
-        [ResnetBlock(channels, channels, dropout), AttnBlock(channels), ResnetBlock(channels, channels, dropout)]
+        [
+            ResnetBlock(channels, channels, dropout),
+            AttnBlock(channels),
+            ResnetBlock(channels, channels, dropout),
+        ]
     )
 
 
 class Encoder(nn.Module):
     """Pixels [n, 3, h, w] -> features [n, z_channels, h / f, w / f], f = 2 ** (stages - 1)."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int, dropout: float) -> None:
+    def __init__(
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         widths = [ch * multiple for multiple in ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            stage = Stage(widths[i - 1] if i else ch, width, num_res_blocks, attention=i == last, dropout=dropout)
+            stage = Stage(
+                widths[i - 1] if i else ch,
+                width,
+                num_res_blocks,
+                attention=i == last,
+                dropout=dropout,
+            )
             if i != last:
                 stage.downsample = Downsample(width)
             self.conv_blocks.append(stage)
@@ -143,14 +177,23 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features [n, z_channels, h / f, w / f] -> pixels [n, 3, h, w], about -1 to 1."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int, dropout: float) -> None:
+    def __init__(
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         widths = [ch * multiple for multiple in reversed(ch_mult)]  # coarsest first
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], dropout)
         self.conv_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            stage = Stage(widths[max(i - 1, 0)], width, num_res_blocks + 1, attention=i == 0, dropout=dropout)
+            stage = Stage(
+                widths[max(i - 1, 0)], width, num_res_blocks + 1, attention=i == 0, dropout=dropout
+            )
             if i != len(widths) - 1:
                 stage.upsample = Upsample(width)
             self.conv_blocks.append(stage)
@@ -182,7 +225,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 
     Args:
         vectors: [n, dim], length 1
-        codebook: [codebook_size, dim], length 1: the nearest entry is the one with the largest dot product.
+        codebook: [codebook_size, dim], length 1: the nearest entry is the one with the largest dot
+            product.
 
     Returns:
         int64 [n]

@@ -1,4 +1,6 @@
-"""The VQ tokenizer: pixels <-> a grid of codes. Shapes and parameter names are LlamaGen's (`tokenizer_image/vq_model.py`)."""
+"""The VQ tokenizer: pixels <-> a grid of codes. Shapes and parameter names are LlamaGen's
+(`tokenizer_image/vq_model.py`).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,20 +36,25 @@ class VQConfig:
 VQ_CONFIGS: dict[str, VQConfig] = {
     "VQ-16": VQConfig(ch_mult=(1, 1, 2, 2, 4)),
     "VQ-8": VQConfig(ch_mult=(1, 2, 2, 4)),
-    "VQ-demo": VQConfig(codebook_size=1024, ch=32, ch_mult=(1, 2, 4, 4), z_channels=64),  # ships with the repository
+    # ships with the repository
+    "VQ-demo": VQConfig(codebook_size=1024, ch=32, ch_mult=(1, 2, 4, 4), z_channels=64),
 }
 
 
 class Quantized(NamedTuple):
     """What the quantiser makes of features."""
 
-    vectors: Tensor  # [n, dim, h, w], codebook entries; gradients pass straight through to the features
+    vectors: (
+        Tensor  # [n, dim, h, w], codebook entries; gradients pass straight through to the features
+    )
     codes: Tensor  # int64 [n, h, w]
     codebook_loss: Tensor  # pulls entries to features, and features to entries at commit_loss_beta
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each feature vector by the nearest entry of a codebook; both are scaled to length 1 first."""
+    """Replaces each feature vector by the nearest entry of a codebook; both are scaled to length 1
+    first.
+    """
 
     def __init__(self, codebook_size: int, dim: int, commit_loss_beta: float) -> None:
         super().__init__()
@@ -55,14 +62,17 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
         self.embedding.weight.data = normalized(self.embedding.weight.data)
-        # A log of recently used codes in LlamaGen's training; unused here, kept because published checkpoints hold it.
+        # A log of recently used codes in LlamaGen's training; unused here, kept because published
+        # checkpoints hold it.
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def forward(self, features: Tensor) -> Quantized:
         """Features [n, dim, h, w] -> `Quantized`."""
         vectors = normalized(features.permute(0, 2, 3, 1))  # [n, h, w, dim]
         codebook = normalized(self.embedding.weight)
-        codes = nearest_codes(vectors.detach().flatten(0, 2), codebook.detach()).view(vectors.shape[:3])
+        codes = nearest_codes(vectors.detach().flatten(0, 2), codebook.detach()).view(
+            vectors.shape[:3]
+        )
         chosen = F.embedding(codes, codebook)  # [n, h, w, dim]
         to_features = (chosen - vectors.detach()).square().mean()
         to_entries = (chosen.detach() - vectors).square().mean()
@@ -71,7 +81,9 @@ class VectorQuantizer(nn.Module):
         return Quantized(passed_through.permute(0, 3, 1, 2).contiguous(), codes, loss)
 
     def get_codebook_entry(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
-        """Codes [n * h * w], in any arrangement of that order, -> entries of length 1, `shape` = [n, dim, h, w]."""
+        """Codes [n * h * w], in any arrangement of that order, -> entries of length 1, `shape` =
+        [n, dim, h, w].
+        """
         images, dim, height, width = shape
         entries = F.embedding(codes.reshape(-1).long(), normalized(self.embedding.weight))
         return entries.view(images, height, width, dim).permute(0, 3, 1, 2).contiguous()
@@ -84,18 +96,26 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.codebook_embed_dim
-        self.encoder = Encoder(config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.dropout)
-        self.decoder = Decoder(config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.dropout)
+        self.encoder = Encoder(
+            config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.dropout
+        )
+        self.decoder = Decoder(
+            config.ch, config.ch_mult, config.num_res_blocks, config.z_channels, config.dropout
+        )
         self.quantize = VectorQuantizer(config.codebook_size, dim, config.commit_loss_beta)
         self.quant_conv = nn.Conv2d(config.z_channels, dim, 1)
         self.post_quant_conv = nn.Conv2d(dim, config.z_channels, 1)
 
     def encode(self, pixels: Tensor) -> Quantized:
-        """Pixels [n, 3, height, width] in -1..1 -> `Quantized`; the sides are multiples of `config.downsample_size`."""
+        """Pixels [n, 3, height, width] in -1..1 -> `Quantized`; the sides are multiples of
+        `config.downsample_size`.
+        """
         return self.quantize(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Codebook entries [n, codebook_embed_dim, h, w] -> pixels [n, 3, height, width], about -1..1."""
+        """Codebook entries [n, codebook_embed_dim, h, w] -> pixels [n, 3, height, width], about
+        -1..1.
+        """
         return self.decoder(self.post_quant_conv(vectors))
 
     def decode_code(self, codes: Tensor, shape: Sequence[int]) -> Tensor:
@@ -116,11 +136,15 @@ class VQModel(nn.Module):
         return self.decode(quantized.vectors), quantized
 
 
-def build_vq(config: VQConfig, *, codebook_size: int | None = None, codebook_embed_dim: int | None = None) -> VQModel:
+def build_vq(
+    config: VQConfig, *, codebook_size: int | None = None, codebook_embed_dim: int | None = None
+) -> VQModel:
     """A tokenizer of that config, with another codebook where asked for."""
     size = config.codebook_size if codebook_size is None else codebook_size
     dim = config.codebook_embed_dim if codebook_embed_dim is None else codebook_embed_dim
     return VQModel(replace(config, codebook_size=size, codebook_embed_dim=dim))
 
 
-VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(build_vq, config) for name, config in VQ_CONFIGS.items()}
+VQ_models: dict[str, Callable[..., VQModel]] = {
+    name: partial(build_vq, config) for name, config in VQ_CONFIGS.items()
+}

@@ -1,8 +1,8 @@
 """The device-side state of the running rows: what the model runner's kernels read and write.
 
-Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join or leave or get pages; within a
-span only the device changes `positions`, `codes` and `failed`. Everything is enqueued on the current stream; nothing waits for the
-device.
+Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join
+or leave or get pages; within a span only the device changes `positions`, `codes` and `failed`.
+Everything is enqueued on the current stream; nothing waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +33,18 @@ class BatchShape:
 
     @classmethod
     def of(cls, max_rows: int, tokens: int, page_size: int) -> "BatchShape":
-        """The shape for at most `max_rows` rows: each may be an image, and as many images again may be on their way to the host."""
+        """The shape for at most `max_rows` rows: each may be an image, and as many images again may
+        be on their way to the host.
+        """
         return cls(max_rows, max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
 
 
 class Batch:
     """Rows and images in use come first, the rest is padding.
 
-    A padding row has position -1: kernels read and write no page for it. A padding image has conditional row -1. The input token of
-    a row at position p > 0 is codes[row_slots[row], p - 1]; at position 0 it is the label.
+    A padding row has position -1: kernels read and write no page for it. A padding image has
+    conditional row -1. The input token of a row at position p > 0 is codes[row_slots[row], p - 1];
+    at position 0 it is the label.
     """
 
     # per row, [max_rows]
@@ -80,10 +83,15 @@ class Batch:
             "seeds": (images, torch.int64),
             "image_indices": (images, torch.int32),
             "under_way": ((shape.num_slots,), torch.int32),
-            "page_table": ((shape.max_rows, shape.pages_per_row), torch.int32),  # last: only the rows in use are uploaded
+            # last: only the rows in use are uploaded
+            "page_table": (
+                (shape.max_rows, shape.pages_per_row),
+                torch.int32,
+            ),
         }
-        # One buffer holds them all, as does its mirror on the host, so that a load is one copy. Of 8-byte words, not of bytes:
-        # torch wakes all its CPU threads to copy more than 32,768 elements on the host. 512 rows have 63 to 104 KB.
+        # One buffer holds them all, as does its mirror on the host, so that a load is one copy. Of
+        # 8-byte words, not of bytes: torch wakes all its CPU threads to copy more than 32,768
+        # elements on the host. 512 rows have 63 to 104 KB.
         sizes = {name: prod(dims) * dtype.itemsize for name, (dims, dtype) in layout.items()}
         padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
         self._buffer = torch.zeros(sum(padded.values()) // _WORD, dtype=torch.int64, device=device)
@@ -99,7 +107,9 @@ class Batch:
         self._page_table_start = start - padded["page_table"]
         self.codes = torch.zeros(shape.num_slots, shape.tokens, dtype=torch.int32, device=device)
         self.failed = torch.zeros(shape.num_slots, dtype=torch.int32, device=device)
-        self.under_way: Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
+        self.under_way: (
+            Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
+        )
         self.load([], [])
 
     def load(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
@@ -116,7 +126,8 @@ class Batch:
         _fill(host["row_slots"], [row.slot for row in rows], 0)
         _fill(host["positions"], [row.position for row in rows], -1)
         for table, row in zip(host["page_table"], rows, strict=False):
-            table[: len(row.pages)] = row.pages  # what lies behind is of an earlier row, and not read
+            # what lies behind is of an earlier row, and not read
+            table[: len(row.pages)] = row.pages
         self._fill_images(rows, images)
         host["under_way"].fill(1)
         host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
@@ -125,8 +136,12 @@ class Batch:
         self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
 
     def fetch(self, slots: Sequence[int]) -> "CodesOnTheWay":
-        """Begins to copy the codes of complete images to the host, behind the spans enqueued so far."""
-        index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(self.device, non_blocking=True)
+        """Begins to copy the codes of complete images to the host, behind the spans enqueued so
+        far.
+        """
+        index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(
+            self.device, non_blocking=True
+        )
         return CodesOnTheWay(self.codes[index], self.failed[index])
 
     def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
@@ -134,7 +149,9 @@ class Batch:
         row_index = {id(row): index for index, row in enumerate(rows)}
         row_index[id(None)] = -1
         _fill(host["conditional_rows"], [row_index[id(image.conditional)] for image in images], -1)
-        _fill(host["unconditional_rows"], [row_index[id(image.unconditional)] for image in images], -1)
+        _fill(
+            host["unconditional_rows"], [row_index[id(image.unconditional)] for image in images], -1
+        )
         _fill(host["image_slots"], [image.slot for image in images], 0)
         _fill(host["image_indices"], [image.image_index for image in images], 0)
         _fill(host["guidance_scales"], [image.params.cfg_scale for image in images], 1)
@@ -148,18 +165,25 @@ class Runner(Protocol):
     """What runs the model's steps over a batch."""
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles and captures all that `run` will need, with the batch still empty; tells how much is done, of how much."""
+        """Compiles and captures all that `run` will need, with the batch still empty; tells how
+        much is done, of how much.
+        """
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
-        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
+        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for
+        the device.
+        """
 
 
 class CodesOnTheWay:
     """Codes [images, tokens] and failure flags [images] being copied to the host."""
 
     def __init__(self, codes: Tensor, failed: Tensor) -> None:
-        # Copies to pinned memory do not wait; the device's side of them lives on until its stream has passed.
-        self._codes, self._failed = (_staging_like(tensor).copy_(tensor, non_blocking=True) for tensor in (codes, failed))
+        # Copies to pinned memory do not wait; the device's side of them lives on until its stream
+        # has passed.
+        self._codes, self._failed = (
+            _staging_like(tensor).copy_(tensor, non_blocking=True) for tensor in (codes, failed)
+        )
         self._copied: torch.cuda.Event | None = None
         if codes.is_cuda:
             self._copied = torch.cuda.Event(blocking=True)
@@ -177,7 +201,9 @@ class CodesOnTheWay:
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when its upload is done."""
+    """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when
+    its upload is done.
+    """
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 

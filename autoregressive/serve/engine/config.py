@@ -16,9 +16,13 @@ from autoregressive.serve.engine.page_pool import pages_that_fit
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
 from kernels.dispatch import BACKENDS
 
-_RESERVE_BYTES = 2 * 2**30  # of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
+# of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
+_RESERVE_BYTES = 2 * 2**30
 _CPU_SHARE = 0.25  # of the memory, for pages
-_CONTAINER_LIMITS = tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes"))  # version 2, 1
+# version 2, 1
+_CONTAINER_LIMITS = tuple(
+    Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")
+)
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
 
@@ -34,22 +38,41 @@ class EngineConfig:
     max_num_seqs: int = 256  # rows that run at once; a guided image has two
     page_size: int = 16  # tokens of a page
     num_pages: int | None = None  # None: as many as fit, and as are of use
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
+    gpu_memory_utilization: float = (
+        0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
+    )
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    deterministic: bool = False  # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
-    scheduling_policy: SchedulingPolicy = "fcfs"  # or "fair": an equal share for each client that waits
+    # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
+    deterministic: bool = False
+    scheduling_policy: SchedulingPolicy = (
+        "fcfs"  # or "fair": an equal share for each client that waits
+    )
 
     def __post_init__(self) -> None:
-        for name, value in (("max_num_seqs", self.max_num_seqs), ("page_size", self.page_size), ("num_pages", self.num_pages)):
-            if value is not None and not (isinstance(value, Integral) and 1 <= value <= _MOST[name]):
+        for name, value in (
+            ("max_num_seqs", self.max_num_seqs),
+            ("page_size", self.page_size),
+            ("num_pages", self.num_pages),
+        ):
+            if value is not None and not (
+                isinstance(value, Integral) and 1 <= value <= _MOST[name]
+            ):
                 raise ValueError(f"{name} {value}: must be a whole number, 1 to {_MOST[name]}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at most 1")
+            raise ValueError(
+                f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at "
+                "most 1"
+            )
         if self.attention_backend not in BACKENDS:
-            raise ValueError(f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}"
+            )
         if self.scheduling_policy not in SCHEDULING_POLICIES:
-            raise ValueError(f"scheduling_policy {self.scheduling_policy}: must be one of {', '.join(SCHEDULING_POLICIES)}")
+            raise ValueError(
+                f"scheduling_policy {self.scheduling_policy}: must be one of "
+                f"{', '.join(SCHEDULING_POLICIES)}"
+            )
 
     @property
     def runner(self) -> RunnerConfig:
@@ -58,10 +81,12 @@ class EngineConfig:
 
 
 def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int:
-    """Pages of the KV cache: as many as were asked for, else as many as memory gives, at most for `max_rows` rows.
+    """Pages of the KV cache: as many as were asked for, else as many as memory gives, at most for
+    `max_rows` rows.
 
     Raises:
-        ValueError: so many do not fit, or not even one; the message names what was set, and what to do.
+        ValueError: so many do not fit, or not even one; the message names what was set, and what to
+            do.
     """
     device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
     free_bytes, total_bytes = memory_of(device)
@@ -70,25 +95,37 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     page = f"a page of {shape.page_size} tokens takes {_readable(bytes_of_page)}"
     if steps.scratch > free_bytes:
         needed = f"steps of so many rows take {_readable(steps.scratch)}, and {there}"
-        raise ValueError(f"max_num_seqs {shape.max_rows}: {needed}: lower max_num_seqs or use a smaller model")
+        raise ValueError(
+            f"max_num_seqs {shape.max_rows}: {needed}: lower max_num_seqs or use a smaller model"
+        )
     if config.num_pages is not None:
         fitting = (free_bytes - steps.scratch) // bytes_of_page
         if config.num_pages > fitting:
             fewer = [f"lower num_pages to {fitting} or less"]
-            ways = either(fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"])
+            ways = either(
+                fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"]
+            )
             raise ValueError(f"num_pages {config.num_pages}: {page}, and {there}: {ways}")
         return config.num_pages
     share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
-        share, reserve_bytes = config.gpu_memory_utilization, _RESERVE_BYTES + steps.scratch + steps.gathered
+        share, reserve_bytes = (
+            config.gpu_memory_utilization,
+            _RESERVE_BYTES + steps.scratch + steps.gathered,
+        )
     most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:
         bounds = f"{share:.0%} of it may be pages"
         if device.type == "cuda":
-            kept = f"{_readable(reserve_bytes)} are kept for graphs and steps of {shape.max_rows} rows"
+            kept = (
+                f"{_readable(reserve_bytes)} are kept for graphs and steps of {shape.max_rows} rows"
+            )
             bounds = f"gpu_memory_utilization is {share:g}, {kept}"
-        raise ValueError(f"no memory for the KV cache: {there}, {bounds}, {page}: {ways_to_more_pages(config, device)}")
+        raise ValueError(
+            f"no memory for the KV cache: {there}, {bounds}, {page}: "
+            f"{ways_to_more_pages(config, device)}"
+        )
     return pages
 
 
@@ -96,12 +133,18 @@ def ways_to_more_pages(config: EngineConfig, device: torch.device) -> str:
     """What to do where the pool has too few pages, for a message; begins with what was set."""
     if config.num_pages is not None:
         return "raise num_pages"
-    more = ["raise gpu_memory_utilization", "lower max_num_seqs"] if device.type == "cuda" else ["give num_pages"]
+    more = (
+        ["raise gpu_memory_utilization", "lower max_num_seqs"]
+        if device.type == "cuda"
+        else ["give num_pages"]
+    )
     return either([*_smaller_pages(config), *more, "use a smaller model"])
 
 
 def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[str]:
-    """Which settings of the engine to change where memory runs out in spite of all forecasts; begins with what was set."""
+    """Which settings of the engine to change where memory runs out in spite of all forecasts;
+    begins with what was set.
+    """
     pages = ["lower num_pages"] if config.num_pages is not None else []
     if not pages and device.type == "cuda":
         pages = ["lower gpu_memory_utilization"]
@@ -113,16 +156,25 @@ def _smaller_pages(config: EngineConfig) -> list[str]:
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of a device that are free, and all; of a CPU, whose memory the system can clear, all count as free."""
+    """Bytes of a device that are free, and all; of a CPU, whose memory the system can clear, all
+    count as free.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
         return torch.cuda.mem_get_info(device)
-    total_bytes = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limits(_CONTAINER_LIMITS)])
+    total_bytes = min(
+        [
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            *_container_limits(_CONTAINER_LIMITS),
+        ]
+    )
     return total_bytes, total_bytes
 
 
 def _container_limits(paths: Sequence[Path]) -> list[int]:
-    """Bytes that a container may take, where one says so; without a limit there is no file, or a word."""
+    """Bytes that a container may take, where one says so; without a limit there is no file, or a
+    word.
+    """
     words = [path.read_text().strip() for path in paths if path.is_file()]
     return [int(word) for word in words if word.isdecimal()]
 

@@ -1,11 +1,14 @@
 """The engine: class labels in, codes or pixels out, any number of requests at a time on one device.
 
-One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be called by any. In ten lines:
+One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be
+called by any. In ten lines:
 
     engine = Engine(gpt, vq, EngineConfig(max_num_seqs=64))
-    pixels = engine.generate([207, 360, 387], SamplingParams(cfg_scale=4.0, seed=1), progress=True)  # offline: all at once
+    # Offline: all at once.
+    pixels = engine.generate([207, 360, 387], SamplingParams(cfg_scale=4.0, seed=1), progress=True)
 
-    one = engine.submit(88, SamplingParams(cfg_scale=7.5, cfg_interval=100, seed=2))  # online: they come and go
+    # Online: they come and go.
+    one = engine.submit(88, SamplingParams(cfg_scale=7.5, cfg_interval=100, seed=2))
     many = engine.submit(207, SamplingParams(cfg_scale=1.5, top_k=0, n=4))
     while engine.wait_for_work(timeout=1.0):
         for request in engine.step():
@@ -39,22 +42,26 @@ from autoregressive.serve.engine.request_queue import create_request_queue
 from autoregressive.serve.engine.scheduler import Limits, RunningRequest, Scheduler
 from tokenizer.tokenizer_image.vq_model import VQModel
 
-# transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the pages' memory
+# transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the
+# pages' memory
 RunnerFactory = Callable[[Transformer, BatchShape, int, RunnerConfig], Runner]
 
 
 class Engine:
-    """Requests wait, run a token a step beside each other, and end. What `step` does is the engine's whole life.
+    """Requests wait, run a token a step beside each other, and end. What `step` does is the
+    engine's whole life.
 
     Args:
-        gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the number of tokens of an image.
+        gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the
+            number of tokens of an image.
         vq: for `generate`'s pixels; None: codes only.
         make_runner: `ModelRunner`, or another that keeps its promises.
-        on_progress: called with how much of the preparation is done, and how much there is: kernels are compiled and graphs
-            captured here, none later.
+        on_progress: called with how much of the preparation is done, and how much there is: kernels
+            are compiled and graphs captured here, none later.
 
     Raises:
-        ValueError: memory does not hold the pages, or the attention backend does not run on the device.
+        ValueError: memory does not hold the pages, or the attention backend does not run on the
+            device.
     """
 
     def __init__(
@@ -70,7 +77,9 @@ class Engine:
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
-            graphs_of_steps = len(row_buckets(shape.max_rows)) if config.runner.uses_graphs(self.device) else 0
+            graphs_of_steps = (
+                len(row_buckets(shape.max_rows)) if config.runner.uses_graphs(self.device) else 0
+            )
             tell = on_progress or (lambda done, total: None)
             self.decoder = None
             if vq is not None:
@@ -86,10 +95,23 @@ class Engine:
             self.batch = Batch(shape, self.device)
             num_pages = pool_pages(gpt, shape, config)
             more = ways_to_more_pages(config, self.device)
-            limits = Limits(shape.tokens, shape.page_size, shape.max_rows, num_pages, shape.num_slots, model.num_classes, more)
-            self.scheduler = Scheduler(limits, create_request_queue(config.scheduling_policy, shape.tokens))
+            limits = Limits(
+                shape.tokens,
+                shape.page_size,
+                shape.max_rows,
+                num_pages,
+                shape.num_slots,
+                model.num_classes,
+                more,
+            )
+            self.scheduler = Scheduler(
+                limits, create_request_queue(config.scheduling_policy, shape.tokens)
+            )
             self.runner = make_runner(gpt, shape, num_pages, config.runner)
-            self.runner.prepare(self.batch, lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total))
+            self.runner.prepare(
+                self.batch,
+                lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),
+            )
         self._pacer = Pacer(self.device)
         self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
         self._ids = itertools.count()
@@ -98,22 +120,30 @@ class Engine:
         self._submitted: list[Request] = []
         self._cancelled: list[Request] = []
 
-    def submit(self, class_label: int, params: SamplingParams, first_image: int = 0, client: str = "") -> Request:
+    def submit(
+        self, class_label: int, params: SamplingParams, first_image: int = 0, client: str = ""
+    ) -> Request:
         """Puts a request in the queue. Any thread may call it.
 
         Args:
             class_label: 0 to num_classes - 1
-            first_image: index, in the draws' key, of the request's first image; so one job can be split into several requests.
-            client: whose request it is. With the scheduling policy "fair" all clients that wait get equal shares.
+            first_image: index, in the draws' key, of the request's first image; so one job can be
+                split into several requests.
+            client: whose request it is. With the scheduling policy "fair" all clients that wait get
+                equal shares.
 
         Raises:
-            ValueError: no such class, or a request that could never run; the message says the sizes.
+            ValueError: no such class, or a request that could never run; the message says the
+                sizes.
         """
         if not isinstance(class_label, Integral) or not 0 <= class_label < self.num_classes:
             raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
         if not isinstance(first_image, Integral) or not 0 <= first_image <= 2**31 - params.n:
             most = 2**31 - params.n
-            raise ValueError(f"first_image {first_image}: must be a whole number, 0 to {most}, so that images number below 2**31")
+            raise ValueError(
+                f"first_image {first_image}: must be a whole number, 0 to {most}, so that images "
+                "number below 2**31"
+            )
         self.scheduler.check_fits(params)
         with self._commands:
             request = Request(next(self._ids), class_label, params, first_image, client)
@@ -124,16 +154,19 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Ends a request early. Any thread may call it.
 
-        It takes effect within 16 steps or 0.25 s, whichever is less, or one step where that takes longer (a large model on a CPU);
-        where one thread decodes pixels too (`generate` on a CPU), after that. Without effect if the request has ended, or all its
-        steps have been given to the device: then it finishes.
+        It takes effect within 16 steps or 0.25 s, whichever is less, or one step where that takes
+        longer (a large model on a CPU); where one thread decodes pixels too (`generate` on a CPU),
+        after that. Without effect if the request has ended, or all its steps have been given to the
+        device: then it finishes.
         """
         with self._commands:
             self._cancelled.append(request)
             self._commands.notify_all()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
-        """Waits, at most `timeout` seconds, until a step has something to do; returns whether it has. For the owner's loop."""
+        """Waits, at most `timeout` seconds, until a step has something to do; returns whether it
+        has. For the owner's loop.
+        """
         with self._commands:
             return self._commands.wait_for(self._has_work, timeout)
 
@@ -145,8 +178,9 @@ class Engine:
             The requests that have ended since the last call: finished, failed or cancelled.
 
         Raises:
-            Exception: what the runner raised, such as `torch.OutOfMemoryError`, or the copy of codes to the host. The requests
-                concerned have failed then, and the next call returns them; those that wait are unharmed, and the engine can go on.
+            Exception: what the runner raised, such as `torch.OutOfMemoryError`, or the copy of
+                codes to the host. The requests concerned have failed then, and the next call
+                returns them; those that wait are unharmed, and the engine can go on.
         """
         with self._on_device():
             self._ended += self._drain_commands()
@@ -161,28 +195,41 @@ class Engine:
             return ended
 
     def generate(
-        self, labels: Sequence[int], params: SamplingParams | Sequence[SamplingParams], progress: bool = False, decode: bool = True
+        self,
+        labels: Sequence[int],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: bool = False,
+        decode: bool = True,
     ) -> Tensor:
-        """Draws `params.n` images for each label and waits for all of them; requests submitted before go on beside them.
+        """Draws `params.n` images for each label and waits for all of them; requests submitted
+        before go on beside them.
 
-        Those that end meanwhile are not returned by a later `step`: look at their state, or run them to their end first.
+        Those that end meanwhile are not returned by a later `step`: look at their state, or run
+        them to their end first.
 
         Args:
             labels: one class a request.
-            params: for all labels, or one for each. One for all numbers the images through, so that equal labels differ.
+            params: for all labels, or one for each. One for all numbers the images through, so that
+                equal labels differ.
             progress: show a bar on stderr.
             decode: pixels if the engine has a tokenizer; False: codes.
 
         Returns:
-            Pixels float32 [images, 3, size, size], about -1..1, on the device, or codes int32 [images, tokens] on the CPU: in the
-            order of the labels, those of one label side by side.
+            Pixels float32 [images, 3, size, size], about -1..1, on the device, or codes int32
+            [images, tokens] on the CPU: in the order of the labels, those of one label side by
+            side.
 
         Raises:
             ValueError: as `submit`; nothing is drawn then.
             NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
-        if len(labels) == 0 or (not isinstance(params, SamplingParams) and len(params) != len(labels)):
-            raise ValueError(f"{len(labels)} labels: give one or more, and one SamplingParams for all or one for each")
+        if len(labels) == 0 or (
+            not isinstance(params, SamplingParams) and len(params) != len(labels)
+        ):
+            raise ValueError(
+                f"{len(labels)} labels: give one or more, and one SamplingParams for all or one "
+                "for each"
+            )
         decoder = self.decoder if decode else None
         requests: list[Request] = []
         decoding: dict[Request, _Decoding] = {}
@@ -192,9 +239,17 @@ class Engine:
                     requests.append(self.submit(label, params, first_image=index * params.n))
                 else:
                     requests.append(self.submit(label, params[index]))
-            columns, lines = shutil.get_terminal_size()  # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
+            # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
+            columns, lines = shutil.get_terminal_size()
             total = sum(request.params.n for request in requests) * self.shape.tokens
-            with tqdm(total=total, unit=" tokens", desc="sampling", disable=not progress, ncols=columns, nrows=lines) as bar:
+            with tqdm(
+                total=total,
+                unit=" tokens",
+                desc="sampling",
+                disable=not progress,
+                ncols=columns,
+                nrows=lines,
+            ) as bar:
                 pending, drawn = set(requests), 0
                 while pending:
                     ended = [request for request in self.step() if request in pending]
@@ -203,13 +258,17 @@ class Engine:
                         decoding |= self._decode(decoder, ended)
                     drawn += sum(request.params.n * request.steps for request in ended)
                     running = (running.request for running in self.scheduler.running)
-                    bar.update(drawn + sum(r.params.n * r.steps for r in running if r in pending) - bar.n)
+                    bar.update(
+                        drawn + sum(r.params.n * r.steps for r in running if r in pending) - bar.n
+                    )
         except BaseException:  # Ctrl-C too: nobody would fetch the images
             for request in requests:
                 self.cancel(request)
             raise
         if any(request.state is RequestState.CANCELLED for request in requests):
-            raise RuntimeError("a request of this call was cancelled while it waited: its images are lost")
+            raise RuntimeError(
+                "a request of this call was cancelled while it waited: its images are lost"
+            )
         failure = next((request.error for request in requests if request.error is not None), None)
         if failure is not None:
             raise NonFiniteLogitsError(failure)
@@ -218,37 +277,56 @@ class Engine:
         return torch.cat([request.codes for request in requests if request.codes is not None])
 
     def peek(self, requests: Sequence[Request]) -> "PartialCodes":
-        """Begins to copy what running requests have drawn so far to the host; the owner's thread calls it, between steps.
+        """Begins to copy what running requests have drawn so far to the host; the owner's thread
+        calls it, between steps.
 
         Args:
             requests: those that do not run are left out.
         """
         wanted = set(requests)
-        running = [running for running in self.scheduler.running if running.request in wanted and running.position > 0]
+        running = [
+            running
+            for running in self.scheduler.running
+            if running.request in wanted and running.position > 0
+        ]
         with self._on_device():
             on_the_way = self.batch.fetch([slot for each in running for slot in each.slots])
-        return PartialCodes([each.request for each in running], [each.position for each in running], on_the_way)
+        return PartialCodes(
+            [each.request for each in running], [each.position for each in running], on_the_way
+        )
 
     def audit(self) -> None:
-        """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after any step."""
+        """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after
+        any step.
+        """
         self.scheduler.audit()
         taken = [slot for running in self.scheduler.running for slot in running.slots]
-        taken += [slot for ended, _ in self._arriving for running in ended for slot in running.slots]
+        taken += [
+            slot for ended, _ in self._arriving for running in ended for slot in running.slots
+        ]
         assert len(set(taken)) == len(taken), "two images share a slot"
         assert len(taken) + self.scheduler.free_slots == self.shape.num_slots, "a slot is lost"
 
     def _has_work(self) -> bool:
         scheduler = self.scheduler
         return bool(
-            self._submitted or self._cancelled or scheduler.waiting or scheduler.running or self._arriving or self._ended
+            self._submitted
+            or self._cancelled
+            or scheduler.waiting
+            or scheduler.running
+            or self._arriving
+            or self._ended
         )
 
     def _on_device(self) -> AbstractContextManager[object]:
-        # The current device is a thread's own; the thread that loaded the model may have set it, this one perhaps not.
+        # The current device is a thread's own; the thread that loaded the model may have set it,
+        # this one perhaps not.
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _drain_commands(self) -> list[Request]:
-        """Carries out what was asked since the last span; returns the requests that this has ended."""
+        """Carries out what was asked since the last span; returns the requests that this
+        has ended.
+        """
         with self._commands:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
@@ -281,7 +359,9 @@ class Engine:
         return steps, scheduler.advance(steps)
 
     def _retire(self, ended: list[RunningRequest]) -> None:
-        """Begins to fetch the codes of requests whose last step is on the device; their slots stay taken until the copy arrives."""
+        """Begins to fetch the codes of requests whose last step is on the device; their slots stay
+        taken until the copy arrives.
+        """
         if not ended:
             return
         slots = [slot for running in ended for slot in running.slots]
@@ -296,22 +376,32 @@ class Engine:
         """Ends requests that a failed span has taken along; the next `step` returns them."""
         for request in requests:
             reason = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
-            request.error, request.cause = f"request {request.id}: the engine could not go on: {reason}", error
+            request.error, request.cause = (
+                f"request {request.id}: the engine could not go on: {reason}",
+                error,
+            )
             request.state = RequestState.FAILED
         self._ended += requests
 
     def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> "dict[Request, _Decoding]":
-        """Begins to decode those that have finished. The decoder has its own stream: other rows go on meanwhile."""
+        """Begins to decode those that have finished. The decoder has its own stream: other rows go
+        on meanwhile.
+        """
         finished = [request for request in requests if request.codes is not None]
         if not finished:
             return {}
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
         pending = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
         starts = itertools.accumulate((request.params.n for request in finished), initial=0)
-        return {request: _Decoding(pending, start, request.params.n) for request, start in zip(finished, starts, strict=False)}
+        return {
+            request: _Decoding(pending, start, request.params.n)
+            for request, start in zip(finished, starts, strict=False)
+        }
 
     def _take_arrived(self, wait: bool) -> None:
-        """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as there is nothing else to do."""
+        """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as
+        there is nothing else to do.
+        """
         while self._arriving:
             ended, on_the_way = self._arriving[0]
             try:
@@ -325,13 +415,17 @@ class Engine:
                     start = end
             except BaseException as error:  # what a kernel did wrong may show only here
                 self._leave(ended)
-                self._fail([running.request for running in ended if not running.request.ended], error)
+                self._fail(
+                    [running.request for running in ended if not running.request.ended], error
+                )
                 raise
             self._leave(ended)
             wait = False
 
     def _leave(self, ended: list[RunningRequest]) -> None:
-        """The oldest copy has been dealt with: its slots are free, and the next `step` returns those that it has finished."""
+        """The oldest copy has been dealt with: its slots are free, and the next `step` returns
+        those that it has finished.
+        """
         self._arriving.popleft()
         self.scheduler.release_slots([slot for running in ended for slot in running.slots])
         self._ended += [running.request for running in ended if running.request.ended]
@@ -342,7 +436,8 @@ class PartialCodes:
     """Codes of images that go on being drawn, on their way to the host."""
 
     requests: list[Request]
-    steps: list[int]  # how many tokens of each request's images are drawn; what lies behind is of no meaning
+    # how many tokens of each request's images are drawn; what lies behind is of no meaning
+    steps: list[int]
     on_the_way: CodesOnTheWay
 
     def arrived(self) -> bool:
@@ -379,5 +474,6 @@ def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:
         request.cause = NonFiniteLogitsError(request.error)
         request.state = RequestState.FAILED
     else:
-        request.codes = codes.clone()  # the copy's own memory is pinned, and shared with other requests
+        # the copy's own memory is pinned, and shared with other requests
+        request.codes = codes.clone()
         request.state = RequestState.FINISHED

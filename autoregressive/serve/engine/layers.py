@@ -1,7 +1,8 @@
 """The ways to carry out a step's layers: one class each, for one number of rows.
 
-`LayersFactory.kind` chooses the class, and nothing else asks which one it is. A new way to carry out a step
-is one more class here and one line there. The engine, the tuner and the benchmarks run the same objects.
+`LayersFactory.kind` chooses the class, and nothing else asks which one it is. A new way to carry
+out a step is one more class here and one line there. The engine, the tuner and the benchmarks run
+the same objects.
 """
 
 from abc import ABC, abstractmethod
@@ -68,7 +69,11 @@ class ModelWeights:
         return cls(
             token_embedding=gpt.tok_embeddings.weight,
             class_embedding=gpt.cls_embedding.embedding_table.weight,
-            layers=[LayerWeights.of(block) for block in gpt.layers if isinstance(block, TransformerBlock)],
+            layers=[
+                LayerWeights.of(block)
+                for block in gpt.layers
+                if isinstance(block, TransformerBlock)
+            ],
             final_norm=gpt.norm.weight,
             head=gpt.output.weight,
             rotary=gpt.freqs_cis,
@@ -100,14 +105,18 @@ class Layers(ABC):
 
     qkv: Tensor  # [splits, rows, 3 * width]
 
-    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+    def __init__(
+        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
+    ) -> None:
         self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
         self._empty = empty
         width, heads = config.dim, config.n_head
         chunks = operations.attention_chunks(config.block_size, dtype.itemsize)
         self.residual = empty("residual", (rows, width), torch.float32)
         self.normed = empty("normed", (rows, width), dtype)
-        self.attention_chunks = empty("attention_chunks", (rows, heads, chunks, config.head_size), torch.float32)
+        self.attention_chunks = empty(
+            "attention_chunks", (rows, heads, chunks, config.head_size), torch.float32
+        )
         self.chunk_stats = empty("chunk_stats", (rows, heads, chunks, 2), torch.float32)
         self.attention_out = empty("attention_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
@@ -122,8 +131,15 @@ class Layers(ABC):
         Returns:
             Float32 [rows, vocabulary]: `self.logits`, overwritten by the next step.
         """
-        self.embed(weights.token_embedding, weights.class_embedding, weights.layers[0].attention_norm, batch)
-        for layer, next_norm, pages in zip(weights.layers, weights.next_norms, kv_pages, strict=True):
+        self.embed(
+            weights.token_embedding,
+            weights.class_embedding,
+            weights.layers[0].attention_norm,
+            batch,
+        )
+        for layer, next_norm, pages in zip(
+            weights.layers, weights.next_norms, kv_pages, strict=True
+        ):
             self.layer(layer, next_norm, pages, weights.rotary, batch)
         self.head(weights.head)
         return self.logits
@@ -139,7 +155,9 @@ class Layers(ABC):
         """
 
     @abstractmethod
-    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+    def layer(
+        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+    ) -> None:
         """Adds one layer to the residual stream, and prepares the next one's input.
 
         Args:
@@ -167,7 +185,13 @@ class Layers(ABC):
         )
 
     def _embed(
-        self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch, squares: Tensor | None, headroom: float
+        self,
+        tokens: Tensor,
+        classes: Tensor,
+        next_norm: Tensor,
+        batch: Batch,
+        squares: Tensor | None,
+        headroom: float,
     ) -> None:
         self.operations.embed(
             batch.codes,
@@ -186,9 +210,13 @@ class Layers(ABC):
 
 
 class PlainLayers(Layers):
-    """Kernels that run everywhere: products leave partial sums, which norms with kernels of their own add up."""
+    """Kernels that run everywhere: products leave partial sums, which norms with kernels of their
+    own add up.
+    """
 
-    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+    def __init__(
+        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
+    ) -> None:
         super().__init__(config, dtype, operations, rows, empty)
         width = config.dim
         self.qkv = self._partials("qkv", 3 * width, width)
@@ -199,7 +227,9 @@ class PlainLayers(Layers):
         """As of `Layers`."""
         self._embed(tokens, classes, next_norm, batch, squares=None, headroom=1.0)
 
-    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+    def layer(
+        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+    ) -> None:
         """As of `Layers`."""
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
@@ -230,7 +260,9 @@ class PlainLayers(Layers):
 class LibraryLayers(PlainLayers):
     """The same with cuBLAS's products, which are the fastest for many rows."""
 
-    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+    def __init__(
+        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
+    ) -> None:
         super().__init__(config, dtype, operations, rows, empty)
         self.gate_up = empty("gate_up", (rows, 2 * config.ffn_dim), dtype)
 
@@ -252,33 +284,54 @@ class LibraryLayers(PlainLayers):
 
 
 class FusedLayers(Layers):
-    """Products that norm their inputs and add themselves to the residual stream: two links less in a layer's chain.
+    """Products that norm their inputs and add themselves to the residual stream: two links less in
+    a layer's chain.
 
     See kernels/hopper/products.py.
     """
 
-    def __init__(self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty) -> None:
+    def __init__(
+        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
+    ) -> None:
         super().__init__(config, dtype, operations, rows, empty)
         assert operations.fused is not None
         self.products: FusedProducts = operations.fused
         width, ffn = config.dim, config.ffn_dim
-        self.qkv = empty("qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32)
-        # Sums of the residual stream's squares, for a layer's attention and for its feed-forward half.
-        self.squares = empty("squares", (self.products.project_blocks(width, ffn), rows), torch.float32)
-        self.ffn_squares = empty("ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32)
+        self.qkv = empty(
+            "qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32
+        )
+        # Sums of the residual stream's squares, for a layer's attention and for its feed-forward
+        # half.
+        self.squares = empty(
+            "squares", (self.products.project_blocks(width, ffn), rows), torch.float32
+        )
+        self.ffn_squares = empty(
+            "ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32
+        )
 
     def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
         """As of `Layers`."""
         self._embed(tokens, classes, next_norm, batch, self.squares, self.products.headroom)
 
-    def layer(self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+    def layer(
+        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+    ) -> None:
         """As of `Layers`."""
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
-        products.project(self.attention_out, layer.output, self.residual, layer.ffn_norm, self.normed, self.ffn_squares)
+        products.project(
+            self.attention_out,
+            layer.output,
+            self.residual,
+            layer.ffn_norm,
+            self.normed,
+            self.ffn_squares,
+        )
         products.swiglu(self.normed, self.ffn_squares, layer.gate_up, self.hidden, eps=eps)
-        products.project(self.hidden, layer.down, self.residual, next_norm, self.normed, self.squares)
+        products.project(
+            self.hidden, layer.down, self.residual, next_norm, self.normed, self.squares
+        )
 
     def head(self, head: Tensor) -> None:
         """As of `Layers`."""
@@ -290,7 +343,8 @@ class Scratch:
 
     def __init__(self, elements: dict[tuple[str, torch.dtype], int], device: torch.device) -> None:
         self._memory = {
-            (name, dtype): torch.empty(size, dtype=dtype, device=device) for (name, dtype), size in elements.items()
+            (name, dtype): torch.empty(size, dtype=dtype, device=device)
+            for (name, dtype), size in elements.items()
         }
 
     def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,9 @@
-"""Runs a transformer's steps over a batch: the layers' operations in order, captured as one CUDA graph for each number of rows.
+"""Runs a transformer's steps over a batch: the layers' operations in order, captured as one CUDA
+graph for each number of rows.
 
-A step reads the batch's device-side state and nothing else, so any number of steps can be enqueued without the host. Its first
-operation (`embed`) starts only when everything before it has ended; inside a step, kernels overlap (programmatic dependent launch).
+A step reads the batch's device-side state and nothing else, so any number of steps can be enqueued
+without the host. Its first operation (`embed`) starts only when everything before it has ended;
+inside a step, kernels overlap (programmatic dependent launch).
 """
 
 from collections.abc import Callable
@@ -24,15 +26,23 @@ class RunnerConfig:
 
     attention_backend: str = "auto"  # "auto", "triton" or "torch"
     enforce_eager: bool = False  # no CUDA graphs
-    deterministic: bool = False  # the same numbers whatever the batch: no library products for many rows
+    deterministic: bool = (
+        False  # the same numbers whatever the batch: no library products for many rows
+    )
 
     def uses_graphs(self, device: torch.device) -> bool:
-        """Whether steps are captured, for each of `row_buckets`; else they run with any number of rows."""
+        """Whether steps are captured, for each of `row_buckets`; else they run with any number of
+        rows.
+        """
         return device.type == "cuda" and not self.enforce_eager
 
     def row_counts(self, shape: BatchShape, device: torch.device) -> list[int]:
         """The numbers of rows that steps are carried out with."""
-        return row_buckets(shape.max_rows) if self.uses_graphs(device) else list(range(1, shape.max_rows + 1))
+        return (
+            row_buckets(shape.max_rows)
+            if self.uses_graphs(device)
+            else list(range(1, shape.max_rows + 1))
+        )
 
     def layers(self, gpt: Transformer, operations: Operations) -> LayersFactory:
         """What makes the layers of steps."""
@@ -45,7 +55,8 @@ class ModelRunner:
     """See the module. Owns the KV pages.
 
     Args:
-        gpt: in eval mode on its device. w1 and w3 of each layer are moved into one tensor, of which they become views.
+        gpt: in eval mode on its device. w1 and w3 of each layer are moved into one tensor, of which
+            they become views.
         shape: the batches' sizes.
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
 
@@ -53,7 +64,9 @@ class ModelRunner:
         ValueError: the backend does not run on the model's device.
     """
 
-    def __init__(self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig) -> None:
+    def __init__(
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+    ) -> None:
         model, weight = gpt.config, gpt.output.weight
         self.model, self.shape, self.config = model, shape, config
         self.device, self.dtype = weight.device, weight.dtype
@@ -63,14 +76,17 @@ class ModelRunner:
         pages = (model.n_layer, 2, num_pages, model.n_head, shape.page_size, stride)
         self.kv_pages = torch.zeros(pages, dtype=self.dtype, device=self.device)
         self._factory = config.layers(gpt, self.operations)
-        self._scratch = Scratch(self._factory.plan(config.row_counts(shape, self.device)).elements, self.device)
+        self._scratch = Scratch(
+            self._factory.plan(config.row_counts(shape, self.device)).elements, self.device
+        )
         self._layers: dict[int, Layers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
     @ieee_float32()
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles the kernels and captures a graph for every bucket of rows; without effect where there are no graphs.
+        """Compiles the kernels and captures a graph for every bucket of rows; without effect where
+        there are no graphs.
 
         Args:
             batch: empty, all padding: the steps run once for each bucket.
@@ -94,9 +110,15 @@ class ModelRunner:
 
     @ieee_float32()
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
-        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for the device."""
+        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for
+        the device.
+        """
         assert 1 <= images <= rows <= self.shape.max_rows
-        bucket = next(size for size in row_buckets(self.shape.max_rows) if size >= rows) if self._graphs else rows
+        bucket = (
+            next(size for size in row_buckets(self.shape.max_rows) if size >= rows)
+            if self._graphs
+            else rows
+        )
         for _ in range(steps):
             if self._graphs:
                 self._graphs[bucket].replay()
@@ -138,7 +160,9 @@ class ModelRunner:
         return operations_of(gpt, self.config, tell)
 
 
-def operations_of(gpt: Transformer, config: RunnerConfig, tell: Callable[[str], None]) -> Operations:
+def operations_of(
+    gpt: Transformer, config: RunnerConfig, tell: Callable[[str], None]
+) -> Operations:
     """The operations for a model where it is.
 
     Args:
@@ -148,12 +172,46 @@ def operations_of(gpt: Transformer, config: RunnerConfig, tell: Callable[[str], 
         ValueError: the backend does not run on the model's device.
     """
     weight, model = gpt.output.weight, gpt.config
-    return select_operations(weight.device, weight.dtype, model.n_head, model.head_size, config.attention_backend, tell=tell)
+    return select_operations(
+        weight.device,
+        weight.dtype,
+        model.n_head,
+        model.head_size,
+        config.attention_backend,
+        tell=tell,
+    )
 
 
 def row_buckets(max_rows: int) -> list[int]:
-    """Numbers of rows that graphs are captured for; from 32 on, each is at most a third more than the one before."""
-    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    """Numbers of rows that graphs are captured for; from 32 on, each is at most a third more than
+    the one before.
+    """
+    sizes = [
+        1,
+        2,
+        4,
+        8,
+        12,
+        16,
+        24,
+        32,
+        40,
+        48,
+        56,
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+        192,
+        224,
+        256,
+        320,
+        384,
+        448,
+        512,
+    ]
     step = 128
     while sizes[-1] < max_rows:
         sizes.append(sizes[-1] + step)
@@ -163,7 +221,14 @@ def row_buckets(max_rows: int) -> list[int]:
 def page_bytes(gpt: Transformer, page_size: int) -> int:
     """Memory of one page in all layers, keys and values."""
     model, itemsize = gpt.config, gpt.output.weight.element_size()
-    return 2 * model.n_layer * model.n_head * page_size * head_stride(model.head_size, itemsize) * itemsize
+    return (
+        2
+        * model.n_layer
+        * model.n_head
+        * page_size
+        * head_stride(model.head_size, itemsize)
+        * itemsize
+    )
 
 
 @dataclass(frozen=True)
@@ -171,7 +236,9 @@ class StepBytes:
     """Memory that the steps of a model take beside its weights and pages."""
 
     scratch: int
-    gathered: int  # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel runs
+    # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel
+    # runs
+    gathered: int
 
     @classmethod
     def of(cls, gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> "StepBytes":
@@ -185,6 +252,10 @@ class StepBytes:
         scratch = config.layers(gpt, operations).plan(config.row_counts(shape, weight.device)).bytes
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
-        # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in float32: 12 bytes an element.
+        # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in
+        # float32: 12 bytes an element.
         tokens = shape.max_rows * shape.pages_per_row * shape.page_size
-        return cls(scratch, 12 * tokens * model.n_head * head_stride(model.head_size, weight.element_size()))
+        return cls(
+            scratch,
+            12 * tokens * model.n_head * head_stride(model.head_size, weight.element_size()),
+        )

@@ -1,7 +1,8 @@
 """How long a span may be, and how far the host may run ahead of the device.
 
-A request to cancel waits for the spans that are already on the device, so all spans in flight together are at most 16 steps or
-0.25 s, whichever is less. Durations are measured behind spans that have ended; nothing waits in the middle of one.
+A request to cancel waits for the spans that are already on the device, so all spans in flight
+together are at most 16 steps or 0.25 s, whichever is less. Durations are measured behind spans that
+have ended; nothing waits in the middle of one.
 """
 
 import time
@@ -15,7 +16,9 @@ _CANCEL_SECONDS = 0.25
 
 
 class Moment:
-    """The device has done all that it was given: a GPU's event; on a CPU, where calls return when they are done, the time."""
+    """The device has done all that it was given: a GPU's event; on a CPU, where calls return when
+    they are done, the time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._host_seconds = time.perf_counter()
@@ -45,7 +48,9 @@ class _Span:
 
 
 class Pacer:
-    """Measures spans on the current stream of a device. On a GPU two spans are in flight, so that it never waits for the host."""
+    """Measures spans on the current stream of a device. On a GPU two spans are in flight, so that
+    it never waits for the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -60,7 +65,8 @@ class Pacer:
         if self._measured is None:
             return 1
         seconds, measured_rows = self._measured
-        # A step's time grows at most in proportion to its rows, so a batch that has just grown is not underestimated.
+        # A step's time grows at most in proportion to its rows, so a batch that has just grown is
+        # not underestimated.
         seconds *= max(1.0, rows / measured_rows)
         return max(1, min(self._most_steps, int(self._most_seconds / max(seconds, 1e-9))))
 

@@ -1,4 +1,5 @@
-"""Which pages of the KV cache are taken. The pool deals in page numbers; the memory belongs to the model runner.
+"""Which pages of the KV cache are taken. The pool deals in page numbers; the memory belongs to the
+model runner.
 
 Every page is either free or used, never both: `free_pages + used_pages == num_pages` always.
 """
@@ -27,7 +28,9 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` pages. There must be as many: admission by forecast sees to it."""
-        assert 0 <= count <= self.free_pages, f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
+        assert 0 <= count <= self.free_pages, (
+            f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
+        )
         start = max(0, len(self._returned) - count)
         pages = self._returned[start:]
         del self._returned[start:]
@@ -49,16 +52,26 @@ class PagePool:
         returned = set(self._returned)
         assert len(returned) == len(self._returned), "a page is free twice"
         assert not returned & self._used, "a page is both free and used"
-        assert len(returned) + len(self._used) == self._never_taken <= self.num_pages, "a page is neither free nor used"
+        assert len(returned) + len(self._used) == self._never_taken <= self.num_pages, (
+            "a page is neither free nor used"
+        )
 
 
-def pages_that_fit(total_bytes: int, free_bytes: int, utilization: float, reserve_bytes: int, page_bytes: int, most: int) -> int:
+def pages_that_fit(
+    total_bytes: int,
+    free_bytes: int,
+    utilization: float,
+    reserve_bytes: int,
+    page_bytes: int,
+    most: int,
+) -> int:
     """How many pages to make of a device's memory; 0 if not one fits.
 
     Args:
         total_bytes: the device's memory.
         free_bytes: what of it is free now, with the weights loaded.
-        utilization: the share of the whole memory that this process and all others together may fill.
+        utilization: the share of the whole memory that this process and all others together may
+            fill.
         reserve_bytes: left for activations, captured graphs and decoding.
         page_bytes: one page in all layers, keys and values.
         most: pages that the largest batch can hold; more would never be used.

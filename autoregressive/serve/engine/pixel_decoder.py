@@ -1,7 +1,9 @@
-"""Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as CUDA graphs.
+"""Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as
+CUDA graphs.
 
-On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on that stream, on a CPU the same at
-once, both in float32. A batch is split to the largest captured size, and what remains is padded to the next.
+On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on that
+stream, on a CPU the same at once, both in float32. A batch is split to the largest captured size,
+and what remains is padded to the next.
 """
 
 from collections.abc import Callable
@@ -29,11 +31,14 @@ class Pending:
         return self._done is None or self._done.query()
 
     def pixels(self) -> Tensor:
-        """Float32 [images, 3, height, width], about -1..1: the current stream waits for them, the host does not."""
+        """Float32 [images, 3, height, width], about -1..1: the current stream waits for them, the
+        host does not.
+        """
         if self._done is not None:
             current = torch.cuda.current_stream(self._pixels.device)
             current.wait_event(self._done)
-            self._pixels.record_stream(current)  # their memory, the decoder's stream's, must not be reused while this one reads
+            # their memory, the decoder's stream's, must not be reused while this one reads
+            self._pixels.record_stream(current)
         return self._pixels
 
 
@@ -48,7 +53,9 @@ class PendingPictures:
         return self._done is None or self._done.query()
 
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """Waits for them: uint8 [images, height, width, 3], and whether every pixel of an image was finite: bool [images]."""
+        """Waits for them: uint8 [images, height, width, 3], and whether every pixel of an image was
+        finite: bool [images].
+        """
         if self._done is not None:
             self._done.synchronize()
         return self._pictures, self._finite
@@ -70,7 +77,8 @@ class PixelDecoder:
         vq: in eval mode, float32, on `device`; later changes to its parameters may have no effect.
         grid: codes of an image's side.
         device: where codes come from and pixels go.
-        cuda_graphs: capture now (seconds); without, a GPU is kept waiting by the host at small batches.
+        cuda_graphs: capture now (seconds); without, a GPU is kept waiting by the host at small
+            batches.
         backend: of the kernels: "auto", "triton" or "torch".
         on_progress: called with graphs captured and in all.
     """
@@ -104,15 +112,18 @@ class PixelDecoder:
 
     @torch.no_grad()
     def submit(self, codes: Tensor) -> Pending:
-        """Enqueues the decoding behind what the current stream has been given; the codes may be overwritten after that.
+        """Enqueues the decoding behind what the current stream has been given; the codes may be
+        overwritten after that.
 
         Args:
-            codes: integers [images, grid * grid], on the device. Ids outside the codebook are clamped.
+            codes: integers [images, grid * grid], on the device. Ids outside the codebook are
+                clamped.
         """
         if self._device.type != "cuda":
             parts = [self._decode_plain(part) for part in codes.split(self.batch_sizes[-1])]
             return Pending(torch.cat(parts), None)
-        codes = codes.to(torch.int32, copy=True)  # on the current stream, before whatever it does to them next
+        # on the current stream, before whatever it does to them next
+        codes = codes.to(torch.int32, copy=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             codes.record_stream(self._stream)
@@ -127,7 +138,8 @@ class PixelDecoder:
 
     @torch.no_grad()
     def submit_to_host(self, codes: Tensor) -> "PendingPictures":
-        """Enqueues decoding and the copy of the pictures to the host, beside whatever the current stream does.
+        """Enqueues decoding and the copy of the pictures to the host, beside whatever the current
+        stream does.
 
         Args:
             codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
@@ -135,9 +147,14 @@ class PixelDecoder:
         if self._device.type != "cuda":
             return PendingPictures(*_as_pictures(self.submit(codes).pixels()), None)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pixels = self.submit(codes.to(torch.int32).pin_memory().to(self._device, non_blocking=True)).pixels()
+            pixels = self.submit(
+                codes.to(torch.int32).pin_memory().to(self._device, non_blocking=True)
+            ).pixels()
             on_device = _as_pictures(pixels)
-            pictures, finite = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in on_device)
+            pictures, finite = (
+                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+                for t in on_device
+            )
             done = torch.cuda.Event()
             done.record()
         return PendingPictures(pictures, finite, done)
@@ -151,34 +168,53 @@ class PixelDecoder:
         if self._forward is None:
             return self._decode_plain(codes)
         images = codes.shape[0]
-        captured = next((self._captured[size] for size in self.batch_sizes if size >= images and size in self._captured), None)
+        captured = next(
+            (
+                self._captured[size]
+                for size in self.batch_sizes
+                if size >= images and size in self._captured
+            ),
+            None,
+        )
         if captured is None:
             return _without_tuning(self._forward, codes)
-        captured.codes[:images] = codes  # the rest keeps older codes: valid ones, whose pixels nobody takes
+        captured.codes[:images] = (
+            codes  # the rest keeps older codes: valid ones, whose pixels nobody takes
+        )
         captured.graph.replay()
         return captured.pixels[:images]
 
     def _decode_plain(self, codes: Tensor) -> Tensor:
         config = self._vq.config
         codes = codes.clamp(0, config.codebook_size - 1)
-        return self._vq.decode_code(codes, [codes.shape[0], config.codebook_embed_dim, self._grid, self._grid])
+        return self._vq.decode_code(
+            codes, [codes.shape[0], config.codebook_embed_dim, self._grid, self._grid]
+        )
 
     def _capture(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """Captures every batch size; they share one pool of memory, for they run one after the other."""
+        """Captures every batch size; they share one pool of memory, for they run one after the
+        other.
+        """
         assert self._forward is not None
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
-            for images in reversed(self.batch_sizes):  # the largest first: the others fit into its memory
+            for images in reversed(
+                self.batch_sizes
+            ):  # the largest first: the others fit into its memory
                 codes = torch.zeros(images, self._grid**2, dtype=torch.int32, device=self._device)
                 self._stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._stream):
                     before_bytes = torch.cuda.memory_allocated()
                     torch.cuda.reset_peak_memory_stats()
-                    _without_tuning(self._forward, codes)  # compiles, and builds the library's plans
+                    # compiles, and builds the library's plans
+                    _without_tuning(self._forward, codes)
                     needed_bytes = torch.cuda.max_memory_allocated() - before_bytes
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                    # Taken in one piece and given back: the pool cuts the tensors out of it, and keeps no pieces of many sizes.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    # Taken in one piece and given back: the pool cuts the tensors out of it, and
+                    # keeps no pieces of many sizes.
                     torch.empty(needed_bytes, dtype=torch.uint8, device=self._device)
                     pixels = _without_tuning(self._forward, codes)
                 self._captured[images] = _Captured(graph, codes, pixels)
@@ -193,12 +229,22 @@ def batch_sizes(image_size: int) -> tuple[int, ...]:
 
 
 def _as_pictures(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 [images, 3, height, width] in -1..1 -> uint8 [images, height, width, 3], and whether all were finite [images]."""
-    levels = (pixels.clamp(-1, 1) * 127.5 + 128).nan_to_num(nan=0).to(torch.uint8)  # 0.5 more, for rounding
+    """Float32 [images, 3, height, width] in -1..1 -> uint8 [images, height, width, 3], and whether
+    all were finite [images].
+    """
+    # 0.5 more, for rounding
+    levels = (pixels.clamp(-1, 1) * 127.5 + 128).nan_to_num(nan=0).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).contiguous(), pixels.isfinite().flatten(1).all(dim=1)
 
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
-    """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last bits from run to run."""
-    with ieee_float32(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+    """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last
+    bits from run to run.
+    """
+    with (
+        ieee_float32(),
+        torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=True
+        ),
+    ):
         return forward(codes)

@@ -1,7 +1,8 @@
-"""What is asked of the engine and what becomes of it: sampling parameters, the request, and its images and rows.
+"""What is asked of the engine and what becomes of it: sampling parameters, the request, and its
+images and rows.
 
-A request owns its rows: each of its `n` images has a conditional row and, under guidance, an unconditional one. All of them start
-at the same step and are at the same position ever after.
+A request owns its rows: each of its `n` images has a conditional row and, under guidance, an
+unconditional one. All of them start at the same step and are at the same position ever after.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of a request are drawn. Names and meanings are those of the naive loop; ranges those of the commands.
+    """How the tokens of a request are drawn. Names and meanings are those of the naive loop; ranges
+    those of the commands.
 
     Raises:
         ValueError: a value out of range; the message names the parameter and what it allows.
@@ -31,10 +33,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("cfg_interval", "top_k", "seed", "n"):
-            _require(isinstance(getattr(self, name), Integral), name, getattr(self, name), "a whole number")
+            _require(
+                isinstance(getattr(self, name), Integral),
+                name,
+                getattr(self, name),
+                "a whole number",
+            )
         for name in ("cfg_scale", "temperature", "top_p"):
             _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
-        _require(0 <= self.cfg_scale <= LARGEST_SCALE, "cfg_scale", self.cfg_scale, f"0 to {LARGEST_SCALE:g}")
+        _require(
+            0 <= self.cfg_scale <= LARGEST_SCALE,
+            "cfg_scale",
+            self.cfg_scale,
+            f"0 to {LARGEST_SCALE:g}",
+        )
         _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
         finite = 0 <= self.temperature <= LARGEST_TEMPERATURE
         _require(finite, "temperature", self.temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
@@ -72,10 +84,11 @@ class RequestState(StrEnum):
 
 @dataclass(eq=False)
 class Request:
-    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread changes it.
+    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread
+    changes it.
 
-    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the state is set last, so that a
-    thread that sees the end sees the result.
+    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
+    state is set last, so that a thread that sees the end sees the result.
     """
 
     id: int
@@ -102,7 +115,8 @@ class RowState:
     label: int  # class, or num_classes for an unconditional row
     slot: int  # of the image that it draws
     position: int = 0  # of the token that the next step feeds
-    pages: list[int] = field(default_factory=list)  # page k holds positions k * page_size and the next page_size - 1
+    # page k holds positions k * page_size and the next page_size - 1
+    pages: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -118,7 +132,11 @@ class ImageState:
     @property
     def rows(self) -> list[RowState]:
         """One row or two, the conditional one first."""
-        return [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
+        return (
+            [self.conditional]
+            if self.unconditional is None
+            else [self.conditional, self.unconditional]
+        )
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

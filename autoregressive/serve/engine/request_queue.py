@@ -1,4 +1,5 @@
-"""The order in which waiting requests start. The scheduler starts the head of one of these queues, and nothing but the head.
+"""The order in which waiting requests start. The scheduler starts the head of one of these queues,
+and nothing but the head.
 
 The names are those of vLLM's request queues.
 """
@@ -71,8 +72,10 @@ class FairRequestQueue:
     what it did not use counts in its next turn. A client that has nothing left to start loses its
     turn and what it had saved, and begins behind all others when it comes back. So:
 
-    - While two clients wait, what they start differs by at most one quantum and the cost of two requests.
-    - Between two turns of a client each other client has one turn at most, also if new ones keep coming.
+    - While two clients wait, what they start differs by at most one quantum and the cost of two
+    requests.
+    - Between two turns of a client each other client has one turn at most, also if new ones keep
+    coming.
     - Nothing is remembered of a client that does not wait.
 
     The cost of a request is what it takes of the device: the sum of its rows over all its steps.
@@ -83,7 +86,8 @@ class FairRequestQueue:
 
     def __init__(self, tokens: int) -> None:
         self._tokens, self._quantum = tokens, 2 * tokens
-        self._flows: OrderedDict[str, _Flow] = OrderedDict()  # by client, in the order of their turns
+        # by client, in the order of their turns
+        self._flows: OrderedDict[str, _Flow] = OrderedDict()
         self._length = 0
 
     def __len__(self) -> int:
@@ -91,14 +95,18 @@ class FairRequestQueue:
         return self._length
 
     def add_request(self, request: Request) -> None:
-        """Adds a request behind those of its client. A client that did not wait has its turn after all others."""
+        """Adds a request behind those of its client. A client that did not wait has its turn after
+        all others.
+        """
         if request.client not in self._flows:
             self._flows[request.client] = _Flow(self._quantum)
         self._flows[request.client].requests.append(request)
         self._length += 1
 
     def peek_request(self) -> Request:
-        """The oldest request of the client whose turn it is. Turns that do not suffice for a request end here."""
+        """The oldest request of the client whose turn it is. Turns that do not suffice for a
+        request end here.
+        """
         while True:
             client, flow = next(iter(self._flows.items()))
             if self.cost(flow.requests[0]) <= flow.deficit:

@@ -1,8 +1,10 @@
-"""Who runs: admission from the head of a queue by an exact forecast of pages, and the lengths of spans.
+"""Who runs: admission from the head of a queue by an exact forecast of pages, and the lengths of
+spans.
 
-The pages that a request holds at each of its steps are known before it starts (one token a row a step; the unconditional row leaves
-after the guidance interval; all end after the last token). The head of the queue is admitted when the sum over all running requests
-stays within the pool at every future step. So a page is always there when it is needed: nothing is ever preempted, and as every
+The pages that a request holds at each of its steps are known before it starts (one token a row a
+step; the unconditional row leaves after the guidance interval; all end after the last token). The
+head of the queue is admitted when the sum over all running requests stays within the pool at every
+future step. So a page is always there when it is needed: nothing is ever preempted, and as every
 running request ends, the queue always moves on. Pure host code: no tensor, no device.
 """
 
@@ -12,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregressive.serve.engine.page_pool import PagePool
-from autoregressive.serve.engine.request import ImageState, Request, RequestState, RowState, SamplingParams
+from autoregressive.serve.engine.request import (
+    ImageState,
+    Request,
+    RequestState,
+    RowState,
+    SamplingParams,
+)
 from autoregressive.serve.engine.request_queue import FCFSRequestQueue, RequestQueue
 
 
@@ -24,9 +32,12 @@ class Limits:
     page_size: int  # tokens of a page
     max_rows: int
     num_pages: int
-    num_slots: int  # images that are running or whose codes are on their way to the host; at least max_rows
+    # images that are running or whose codes are on their way to the host; at least max_rows
+    num_slots: int
     num_classes: int  # the label of unconditional rows
-    to_get_more_pages: str = "raise num_pages"  # what to do where a request needs more, for the message
+    to_get_more_pages: str = (
+        "raise num_pages"  # what to do where a request needs more, for the message
+    )
 
 
 @dataclass(eq=False)
@@ -57,7 +68,8 @@ def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray
 
 
 class Scheduler:
-    """The queue, the running requests, their pages and slots, and the forecast. Used by the engine's thread alone.
+    """The queue, the running requests, their pages and slots, and the forecast. Used by the
+    engine's thread alone.
 
     Args:
         waiting: an empty queue, which says what starts next; by default first come, first served.
@@ -69,13 +81,16 @@ class Scheduler:
         self.pool = PagePool(limits.num_pages)
         self.waiting: RequestQueue = FCFSRequestQueue() if waiting is None else waiting
         self.running: list[RunningRequest] = []  # in order of admission
-        self._forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)  # [k]: pages held at the k-th step from now
+        # [k]: pages held at the k-th step from now
+        self._forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._changed = False
 
     @property
     def forecast(self) -> NDArray[np.int64]:
-        """Pages that the running requests will hold at the next step and each one after: int64 [tokens], a copy."""
+        """Pages that the running requests will hold at the next step and each one after: int64
+        [tokens], a copy.
+        """
         return self._forecast.copy()
 
     @property
@@ -109,14 +124,19 @@ class Scheduler:
             pairs = " (a guided image has two)" if params.guided else ""
             fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
-                f"the request needs {params.rows} rows{pairs} and max_num_seqs is {limits.max_rows}: {fewer}raise max_num_seqs"
+                f"the request needs {params.rows} rows{pairs} and max_num_seqs is "
+                f"{limits.max_rows}: {fewer}raise max_num_seqs"
             )
-        guided = params.guided_steps(limits.tokens)  # the peak is either the last guided step or the last step of all
-        peak = params.n * max(2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size))
+        # the peak is either the last guided step or the last step of all
+        guided = params.guided_steps(limits.tokens)
+        peak = params.n * max(
+            2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size)
+        )
         if peak > limits.num_pages:
             fewer = "lower n, or " if params.n > 1 else ""
             raise ValueError(
-                f"the request needs {peak} pages of {limits.page_size} tokens and the pool has {limits.num_pages}: "
+                f"the request needs {peak} pages of {limits.page_size} tokens and the pool has "
+                f"{limits.num_pages}: "
                 f"{fewer}{limits.to_get_more_pages}"
             )
 
@@ -125,7 +145,9 @@ class Scheduler:
         self.waiting.add_request(request)
 
     def admit(self) -> list[Request]:
-        """Starts requests from the head of the queue while they fit; behind one that does not, all wait. Returns those started."""
+        """Starts requests from the head of the queue while they fit; behind one that does not, all
+        wait. Returns those started.
+        """
         admitted = []
         while self.waiting:
             request = self.waiting.peek_request()
@@ -139,17 +161,23 @@ class Scheduler:
         return admitted
 
     def plan_span(self, limit: int) -> int:
-        """Steps until the next event (an image or an unconditional row ends), at most `limit`; 0 if nothing runs."""
+        """Steps until the next event (an image or an unconditional row ends), at most `limit`; 0 if
+        nothing runs.
+        """
         steps = limit if self.running else 0
         for running in self.running:
             ends_guidance = running.position < running.guided_steps
-            steps = min(steps, (running.guided_steps if ends_guidance else self.limits.tokens) - running.position)
+            steps = min(
+                steps,
+                (running.guided_steps if ends_guidance else self.limits.tokens) - running.position,
+            )
         return steps
 
     def allocate(self, steps: int) -> None:
         """Takes the pages that every row needs for the next `steps` steps.
 
-        Between two events use only grows, so what a planned span holds is what the forecast says of its last step.
+        Between two events use only grows, so what a planned span holds is what the forecast says of
+        its last step.
         """
         for running in self.running:
             pages_per_row = -(-(running.position + steps) // self.limits.page_size)
@@ -161,10 +189,11 @@ class Scheduler:
         assert self.pool.used_pages == self._forecast[steps - 1], "the forecast is not what is used"
 
     def advance(self, steps: int) -> list[RunningRequest]:
-        """Notes that the span has been given to the device, and frees the pages of what ended with it.
+        """Notes that the span has been given to the device, and frees the pages of what ended with
+        it.
 
-        The device may not have run it yet. Its pages may be dealt out again all the same: whoever gets them writes them in a later
-        span, and spans run in order on one stream.
+        The device may not have run it yet. Its pages may be dealt out again all the same: whoever
+        gets them writes them in a later span, and spans run in order on one stream.
 
         Returns:
             The requests whose images are complete; their slots stay taken until `release_slots`.
@@ -195,18 +224,25 @@ class Scheduler:
             return True
         for running in self.running:
             if running.request is request:
-                # As in `advance`: a span in flight may still write these slots and pages, but before whatever gets them next.
+                # As in `advance`: a span in flight may still write these slots and pages, but
+                # before whatever gets them next.
                 self._remove(running)
                 self.release_slots(running.slots)
                 left = self.limits.tokens - running.position
-                self._forecast[:left] -= page_profile(request.params, self.limits.tokens, self.limits.page_size)[running.position :]
+                self._forecast[:left] -= page_profile(
+                    request.params, self.limits.tokens, self.limits.page_size
+                )[running.position :]
                 return True
         return False
 
     def abandon(self) -> list[Request]:
-        """Takes every running request out, in whatever state a span that could not be enqueued has left it; returns them."""
+        """Takes every running request out, in whatever state a span that could not be enqueued has
+        left it; returns them.
+        """
         abandoned = [running.request for running in self.running]
-        if abandoned:  # the last one may have been interrupted between its start and its leaving the queue
+        if (
+            abandoned
+        ):  # the last one may have been interrupted between its start and its leaving the queue
             self.waiting.remove_request(abandoned[-1])
         for running in [*self.running]:
             self._remove(running)
@@ -225,8 +261,12 @@ class Scheduler:
         self.pool.audit()
         rows = [row for running in self.running for row in running.rows]
         held = [page for row in rows for page in row.pages]
-        assert len(set(held)) == len(held) == self.pool.used_pages, "the rows' pages are not the used ones"
-        assert all(len(row.pages) == -(-row.position // limits.page_size) for row in rows), "a row has pages too many or too few"
+        assert len(set(held)) == len(held) == self.pool.used_pages, (
+            "the rows' pages are not the used ones"
+        )
+        assert all(len(row.pages) == -(-row.position // limits.page_size) for row in rows), (
+            "a row has pages too many or too few"
+        )
         assert len(rows) <= limits.max_rows, "more rows than max_rows"
         slots = [slot for running in self.running for slot in running.slots]
         assert len(set(slots)) == len(slots), "two images share a slot"
@@ -234,24 +274,36 @@ class Scheduler:
         expected = np.zeros(limits.tokens, dtype=np.int64)
         for running in self.running:
             assert all(row.position == running.position for row in running.rows)
-            assert (running.position < running.guided_steps) == (running.images[0].unconditional is not None)
+            assert (running.position < running.guided_steps) == (
+                running.images[0].unconditional is not None
+            )
             profile = page_profile(running.request.params, limits.tokens, limits.page_size)
             expected[: limits.tokens - running.position] += profile[running.position :]
-        assert np.array_equal(expected, self._forecast), "the forecast does not follow from what runs"
+        assert np.array_equal(expected, self._forecast), (
+            "the forecast does not follow from what runs"
+        )
         assert expected.max() <= limits.num_pages, "more is promised than there is"
 
     def _fits_now(self, params: SamplingParams, profile: NDArray[np.int64]) -> bool:
         rows_fit = self.num_rows + params.rows <= self.limits.max_rows
         slots_fit = params.n <= len(self._free_slots)
-        return rows_fit and slots_fit and bool((self._forecast + profile).max() <= self.limits.num_pages)
+        return (
+            rows_fit
+            and slots_fit
+            and bool((self._forecast + profile).max() <= self.limits.num_pages)
+        )
 
     def _start(self, request: Request) -> None:
         params, images = request.params, []
         for index in range(request.first_image, request.first_image + params.n):
             slot = self._free_slots.pop()
             unconditional = RowState(self.limits.num_classes, slot) if params.guided else None
-            images.append(ImageState(params, index, slot, RowState(request.class_label, slot), unconditional))
-        self.running.append(RunningRequest(request, images, params.guided_steps(self.limits.tokens)))
+            images.append(
+                ImageState(params, index, slot, RowState(request.class_label, slot), unconditional)
+            )
+        self.running.append(
+            RunningRequest(request, images, params.guided_steps(self.limits.tokens))
+        )
         request.state = RequestState.RUNNING
         self._changed = True
 

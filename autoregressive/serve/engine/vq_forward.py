@@ -1,12 +1,15 @@
-"""The VQ decoder's forward pass as the engine runs it: bf16 products, channels last, fused norms; the parameters are `VQModel`'s.
+"""The VQ decoder's forward pass as the engine runs it: bf16 products, channels last, fused norms;
+the parameters are `VQModel`'s.
 
-Same function as `VQModel.decode_code`, carried out otherwise: the projection behind the codebook is folded into a table of
-features; biases of convolutions are added where the next norm measures its input; a nearest-neighbour upsampling and its 3 x 3
-convolution are one 2 x 2 convolution of the small image to four phases (4/9 of the operations).
+Same function as `VQModel.decode_code`, carried out otherwise: the projection behind the codebook is
+folded into a table of features; biases of convolutions are added where the next norm measures its
+input; a nearest-neighbour upsampling and its 3 x 3 convolution are one 2 x 2 convolution of the
+small image to four phases (4/9 of the operations).
 
-Float32 are norms, statistics, biases and, where they cost little, the first convolution, the attention's projection and the
-residual stream below full resolution. With these in bf16 too, two random VQ-16s came to 43.7 and 45.5 dB PSNR against float32; so,
-to 45.8 and 47.0 (the trained demo tokenizer: to 58.6; measured on a CPU, 8 x 8 and 16 x 16 codes).
+Float32 are norms, statistics, biases and, where they cost little, the first convolution, the
+attention's projection and the residual stream below full resolution. With these in bf16 too, two
+random VQ-16s came to 43.7 and 45.5 dB PSNR against float32; so, to 45.8 and 47.0 (the trained demo
+tokenizer: to 58.6; measured on a CPU, 8 x 8 and 16 x 16 codes).
 """
 
 from dataclasses import dataclass
@@ -22,7 +25,9 @@ from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _PRODUCTS = torch.bfloat16  # of convolutions and matrix products: operands and results
-_PADDED_OUTPUTS = 8  # channels of the last convolution, whose three alone would leave the tensor cores
+_PADDED_OUTPUTS = (
+    8  # channels of the last convolution, whose three alone would leave the tensor cores
+)
 
 
 @dataclass(frozen=True)
@@ -48,29 +53,39 @@ class Convolution:
 
     @classmethod
     def upsampling(cls, module: nn.Conv2d) -> "Convolution":
-        """Of the small image, what the module makes of the nearest-neighbour doubled one: four phases side by side.
+        """Of the small image, what the module makes of the nearest-neighbour doubled one: four
+        phases side by side.
 
-        Row 2 i of the doubled image's convolution reads the small rows i - 1 (once) and i (twice), row 2 i + 1 reads i (twice)
-        and i + 1; columns likewise. So each phase is a 2 x 2 convolution, whose taps are sums of the nine; with one row and
-        column of padding on each side, phase (a, b) of pixel (i, j) is at (i + a, j + b).
+        Row 2 i of the doubled image's convolution reads the small rows i - 1 (once) and i (twice),
+        row 2 i + 1 reads i (twice) and i + 1; columns likewise. So each phase is a 2 x 2
+        convolution, whose taps are sums of the nine; with one row and column of padding on each
+        side, phase (a, b) of pixel (i, j) is at (i + a, j + b).
         """
         assert module.bias is not None
         weight = module.weight.detach().double()
-        by_row = [torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], dim=2)]  # each [out, in, 2, 3]
+        # each [out, in, 2, 3]
+        by_row = [torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], dim=2)]
         by_row += [torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], dim=2)]
         phases = []
         for rows in by_row:
-            phases += [torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], dim=3)]  # each [out, in, 2, 2]
+            # each [out, in, 2, 2]
+            phases += [torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], dim=3)]
             phases += [torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], dim=3)]
-        return cls(_channels_last(torch.cat(phases), _PRODUCTS), module.bias.detach().float().clone())
+        return cls(
+            _channels_last(torch.cat(phases), _PRODUCTS), module.bias.detach().float().clone()
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[images, h, w, in] -> [images, h, w, out], without the bias; one more row and column with a 2 x 2 kernel."""
+        """[images, h, w, in] -> [images, h, w, out], without the bias; one more row and column with
+        a 2 x 2 kernel.
+        """
         x = x.to(self.weight.dtype)
         if self.weight.shape[2] == 1:
             return F.linear(x, self.weight[:, :, 0, 0])
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=1)
-        return y.permute(0, 2, 3, 1).contiguous()  # it is contiguous already where the library kept the layout
+        return y.permute(
+            0, 2, 3, 1
+        ).contiguous()  # it is contiguous already where the library kept the layout
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,12 @@ class Norm:
     @classmethod
     def of(cls, module: nn.GroupNorm) -> "Norm":
         """A copy of the module's parameters."""
-        return cls(module.weight.detach().float().clone(), module.bias.detach().float().clone(), module.num_groups, module.eps)
+        return cls(
+            module.weight.detach().float().clone(),
+            module.bias.detach().float().clone(),
+            module.num_groups,
+            module.eps,
+        )
 
 
 class VQForward:
@@ -101,36 +121,61 @@ class VQForward:
         decoder, config = vq.decoder, vq.config
         self._groups = decoder.norm_out.num_groups
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self._operations = select_group_norm(vq.quantize.embedding.weight.device, widths, self._groups, backend, tell=tell)
+        self._operations = select_group_norm(
+            vq.quantize.embedding.weight.device, widths, self._groups, backend, tell=tell
+        )
         self._grid = grid
-        entries, project = normalized(vq.quantize.embedding.weight.detach().double()), vq.post_quant_conv
+        entries, project = (
+            normalized(vq.quantize.embedding.weight.detach().double()),
+            vq.post_quant_conv,
+        )
         assert project.bias is not None
-        features = F.linear(entries, project.weight.detach()[:, :, 0, 0].double(), project.bias.detach().double())
+        features = F.linear(
+            entries, project.weight.detach()[:, :, 0, 0].double(), project.bias.detach().double()
+        )
         self._features = features.float()  # [codebook, z_channels]
         self._conv_in = Convolution.of(decoder.conv_in, torch.float32)
-        self._stages = [_Stage([_block(module) for module in decoder.mid], None, torch.float32, torch.float32)]
+        self._stages = [
+            _Stage([_block(module) for module in decoder.mid], None, torch.float32, torch.float32)
+        ]
         last = len(decoder.conv_blocks) - 1
         for number, stage in enumerate(decoder.conv_blocks):
             assert isinstance(stage, Stage)
-            pairs = zip(stage.res, stage.attn, strict=True) if stage.attn else ((block,) for block in stage.res)
+            pairs = (
+                zip(stage.res, stage.attn, strict=True)
+                if stage.attn
+                else ((block,) for block in stage.res)
+            )
             blocks = [_block(module) for pair in pairs for module in pair]
-            upsample = None if stage.upsample is None else Convolution.upsampling(stage.upsample.conv)
-            residual_dtypes = [_PRODUCTS if at >= last else torch.float32 for at in (number, number + 1)]
+            upsample = (
+                None if stage.upsample is None else Convolution.upsampling(stage.upsample.conv)
+            )
+            residual_dtypes = [
+                _PRODUCTS if at >= last else torch.float32 for at in (number, number + 1)
+            ]
             self._stages.append(_Stage(blocks, upsample, *residual_dtypes))
         self._norm_out = Norm.of(decoder.norm_out)
         outputs = Convolution.of(decoder.conv_out)
         self._outputs = outputs.weight.shape[0]
         missing = _PADDED_OUTPUTS - self._outputs
-        weight = F.pad(outputs.weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+        weight = F.pad(outputs.weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(
+            memory_format=torch.channels_last
+        )
         self._conv_out = Convolution(weight, outputs.bias)
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
-        """Codes [images, grid * grid] -> pixels float32 [images, 3, height, width], about -1..1. Wild ids are clamped."""
+        """Codes [images, grid * grid] -> pixels float32 [images, 3, height, width], about -1..1.
+        Wild ids are clamped.
+        """
         codes = codes.long().clamp(0, self._features.shape[0] - 1)
-        features = F.embedding(codes, self._features).view(codes.shape[0], self._grid, self._grid, -1)
+        features = F.embedding(codes, self._features).view(
+            codes.shape[0], self._grid, self._grid, -1
+        )
         image = self._add(self._conv_in(features), self._conv_in.bias, None, torch.float32)
-        for stage in self._stages:  # no more than one name for the image: three of them at a time are the decoder's peak
+        for stage in (
+            self._stages
+        ):  # no more than one name for the image: three of them at a time are the decoder's peak
             for block in stage.blocks:
                 image = self._run_block(block, image, stage.residual_dtype)
             if stage.upsample is not None:
@@ -139,8 +184,14 @@ class VQForward:
         pixels = y[..., : self._outputs].float() + self._conv_out.bias
         return pixels.permute(0, 3, 1, 2).contiguous()
 
-    def _run_block(self, block: "_Resnet | _Attention", image: Measured, dtype: torch.dtype) -> Measured:
-        return self._attend(block, image, dtype) if isinstance(block, _Attention) else self._convolve(block, image, dtype)
+    def _run_block(
+        self, block: "_Resnet | _Attention", image: Measured, dtype: torch.dtype
+    ) -> Measured:
+        return (
+            self._attend(block, image, dtype)
+            if isinstance(block, _Attention)
+            else self._convolve(block, image, dtype)
+        )
 
     def _upsample(self, upsample: Convolution, image: Measured, dtype: torch.dtype) -> Measured:
         return self._add(upsample(image.values), upsample.bias, None, dtype, interleaved=True)
@@ -158,20 +209,45 @@ class VQForward:
     def _attend(self, block: "_Attention", image: Measured, dtype: torch.dtype) -> Measured:
         images, height, width, channels = image.values.shape
         h = self._normalize(image, block.norm, silu=False).view(images, 1, height * width, channels)
-        queries, keys, values = F.linear(h, block.qkv_weight, block.qkv_bias).split(channels, dim=-1)
-        mixed = F.scaled_dot_product_attention(queries, keys, values)  # one head: [images, 1, positions, channels]
-        return self._add(block.project(mixed.view(images, height, width, channels)), block.project.bias, image.values, dtype)
+        queries, keys, values = F.linear(h, block.qkv_weight, block.qkv_bias).split(
+            channels, dim=-1
+        )
+        # one head: [images, 1, positions, channels]
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        return self._add(
+            block.project(mixed.view(images, height, width, channels)),
+            block.project.bias,
+            image.values,
+            dtype,
+        )
 
     def _add(
-        self, x: Tensor, bias: Tensor, residual: Tensor | None, dtype: torch.dtype, *, interleaved: bool = False
+        self,
+        x: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        interleaved: bool = False,
     ) -> Measured:
-        total, statistics = self._operations.add(x, bias, residual, self._groups, dtype, interleaved=interleaved)
+        total, statistics = self._operations.add(
+            x, bias, residual, self._groups, dtype, interleaved=interleaved
+        )
         assert total is not None
         return Measured(total, statistics)
 
-    def _normalize(self, image: Measured, norm: Norm, *, bias: Tensor | None = None, silu: bool = True) -> Tensor:
+    def _normalize(
+        self, image: Measured, norm: Norm, *, bias: Tensor | None = None, silu: bool = True
+    ) -> Tensor:
         return self._operations.normalize(
-            image.values, image.statistics, norm.gain, norm.shift, norm.eps, bias=bias, silu=silu, out_dtype=_PRODUCTS
+            image.values,
+            image.statistics,
+            norm.gain,
+            norm.shift,
+            norm.eps,
+            bias=bias,
+            silu=silu,
+            out_dtype=_PRODUCTS,
         )
 
 
@@ -205,7 +281,11 @@ class _Stage:
 
 def _block(module: nn.Module) -> _Resnet | _Attention:
     if isinstance(module, ResnetBlock):
-        shortcut = Convolution.of(module.nin_shortcut) if isinstance(module.nin_shortcut, nn.Conv2d) else None
+        shortcut = (
+            Convolution.of(module.nin_shortcut)
+            if isinstance(module.nin_shortcut, nn.Conv2d)
+            else None
+        )
         conv1, conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
         bias = conv2.bias if shortcut is None else conv2.bias + shortcut.bias
         return _Resnet(Norm.of(module.norm1), conv1, Norm.of(module.norm2), conv2, shortcut, bias)

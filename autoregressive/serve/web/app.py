@@ -47,8 +47,10 @@ _OPEN_PATHS = ("/", "/health", "/ready", "/static/")
 _DOCS_PATHS = ("/docs", "/openapi.json", "/docs-assets/")
 _DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
 _PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
+    "'self' data: blob:; "
+    "connect-src 'self'; font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors "
+    "'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
@@ -58,7 +60,9 @@ _WRONG: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
     429: {"model": ErrorAnswer, "description": "Too many wrong keys came from this address."},
 }
-_NO_MODEL: dict[int | str, dict[str, Any]] = {404: {"model": ErrorAnswer, "description": "No such model."}}
+_NO_MODEL: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorAnswer, "description": "No such model."}
+}
 _ANYWHERE: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in (
@@ -130,7 +134,12 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
         """The served model."""
         return ModelsAnswer(data=[model.described()])
 
-    @app.get("/v1/models/{model_id:path}", response_model=ModelData, responses={**_WRONG, **_NO_MODEL}, tags=["facts"])
+    @app.get(
+        "/v1/models/{model_id:path}",
+        response_model=ModelData,
+        responses={**_WRONG, **_NO_MODEL},
+        tags=["facts"],
+    )
     async def describe_model(
         model_id: str = PathParameter(openapi_examples={"served": {"value": model.name}}),
     ) -> ModelData:
@@ -141,7 +150,9 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
 
     @app.get("/v1/classes", response_model=ClassesAnswer, responses=_WRONG, tags=["facts"])
     async def list_classes(
-        search: str = Query("", max_length=200, description="Part of a name, or the beginning of an id."),
+        search: str = Query(
+            "", max_length=200, description="Part of a name, or the beginning of an id."
+        ),
         limit: int = Query(1000, ge=1, le=100_000, description="How many at most."),
     ) -> ClassesAnswer:
         """What can be drawn."""
@@ -154,7 +165,6 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
         return VersionAnswer(version=version)
 
 
-
 def _add_stored_images(app: FastAPI, studio: Studio) -> None:
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
@@ -163,7 +173,12 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
         503: {"model": ErrorAnswer, "description": "The disk does not give it now."},
     }
 
-    @app.get("/v1/files/{name}", response_class=Response, responses={**_WRONG, **answers}, tags=["images"])
+    @app.get(
+        "/v1/files/{name}",
+        response_class=Response,
+        responses={**_WRONG, **answers},
+        tags=["images"],
+    )
     async def fetch_image(name: str, request: Request) -> Response:
         """A stored image."""
         picture = await studio.stored(name)
@@ -172,7 +187,8 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
         headers = {
             "ETag": picture.etag,
             "Last-Modified": formatdate(picture.modified, usegmt=True),
-            "Cache-Control": "private, max-age=31536000, immutable",  # what a name stands for never changes
+            # what a name stands for never changes
+            "Cache-Control": "private, max-age=31536000, immutable",
             "X-Content-Type-Options": "nosniff",
             "Accept-Ranges": "none",
         }
@@ -184,14 +200,26 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
 def _add_state(app: FastAPI, studio: Studio) -> None:
     desk = studio.desk
 
-    @app.get("/health", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
+    @app.get(
+        "/health",
+        response_model=StatusAnswer,
+        responses={503: {"model": ErrorAnswer}},
+        tags=["state"],
+    )
     async def tell_health() -> StatusAnswer:
-        """Whether the service is alive; 503 once one of its processes is lost, and while one does not respond."""
+        """Whether the service is alive; 503 once one of its processes is lost, and while one does
+        not respond.
+        """
         if (why := desk.unhealthy) is not None:
             raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
-    @app.get("/ready", response_model=StatusAnswer, responses={503: {"model": ErrorAnswer}}, tags=["state"])
+    @app.get(
+        "/ready",
+        response_model=StatusAnswer,
+        responses={503: {"model": ErrorAnswer}},
+        tags=["state"],
+    )
     async def tell_ready() -> StatusAnswer:
         """Whether requests are accepted."""
         desk.require_ready()
@@ -253,14 +281,20 @@ def _add_errors(app: FastAPI) -> None:
     async def tell_nobody(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=499)
 
-    @app.exception_handler(Exception)  # starlette raises it again behind this answer, and the log gets it
+    # starlette raises it again behind this answer, and the log gets it
+    @app.exception_handler(Exception)
     async def tell_internal_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(internal_error().body, status_code=500)
 
     @app.exception_handler(HTTPException)
     async def tell_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        words = {404: ("there is no such path", "not_found"), 405: ("this path does not take this method", "method_not_allowed")}
-        message, code = words.get(error.status_code, ("the request cannot be answered", "bad_request"))
+        words = {
+            404: ("there is no such path", "not_found"),
+            405: ("this path does not take this method", "method_not_allowed"),
+        }
+        message, code = words.get(
+            error.status_code, ("the request cannot be answered", "bad_request")
+        )
         body = ApiError(error.status_code, message, code).body
         headers = dict(error.headers or {})
         if "GET" in headers.get("Allow", ""):
@@ -275,5 +309,12 @@ def _as_api_error(errors: Sequence[Any]) -> ApiError:
     param = place[0] if place else None
     what = first["msg"].removeprefix("Input should be ").removeprefix("String should ").rstrip(".")
     if param is None:
-        return ApiError(400, "the body must be a JSON object, sent as application/json", "invalid_body")
-    return ApiError(400, f"{param} must be {what}" if what != first["msg"] else f"{param}: {what}", "invalid_value", param)
+        return ApiError(
+            400, "the body must be a JSON object, sent as application/json", "invalid_body"
+        )
+    return ApiError(
+        400,
+        f"{param} must be {what}" if what != first["msg"] else f"{param}: {what}",
+        "invalid_value",
+        param,
+    )

@@ -38,12 +38,10 @@ class FailureThrottle:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._recovered_at: OrderedDict[str, float] = (
-            OrderedDict()
-        )  # network -> when all its tries are free again
-        self._proven: OrderedDict[tuple[str, int], None] = (
-            OrderedDict()
-        )  # network and number of a key that was right there
+        # network -> when all its tries are free again
+        self._recovered_at: OrderedDict[str, float] = OrderedDict()
+        # network and number of a key that was right there
+        self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def seconds_to_wait(self, network: str) -> float:
         """Until the network may try a key; 0: it may now."""

@@ -13,9 +13,9 @@ _LONGEST_TICK_SECONDS = 0.5
 class AwakeClock:
     """Seconds in which this process's event loop has gone round.
 
-    If the process is stopped, or the machine is frozen, it has not read what others said meanwhile: that their messages are old
-    says nothing about them. So of a long time between two looks only the first half of a second counts. Somebody has to look
-    every `TICK_SECONDS`.
+    If the process is stopped, or the machine is frozen, it has not read what others said meanwhile:
+    that their messages are old says nothing about them. So of a long time between two looks only
+    the first half of a second counts. Somebody has to look every `TICK_SECONDS`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,6 @@
-"""Messages to and from another process, in an event loop: without threads of its own, between which each would be handed over."""
+"""Messages to and from another process, in an event loop: without threads of its own, between which
+each would be handed over.
+"""
 
 import asyncio
 import contextlib
@@ -18,20 +20,26 @@ _log = logging.getLogger("llamagen.messages")
 class Channel:
     """The event loop's end of a connection; used in the loop in which it is made.
 
-    What is put in one turn of the loop goes out at the next, in frames of several messages. Each turn writes one frame and reads a
-    few, so that other work gets turns beside a lot of them; reading is the greedier, for what comes last may be what is asked for
-    most urgently. What cannot be written yet waits here: nobody else waits for a slow reader. A reader that is far behind gets only
-    the newest of the messages that supersede each other.
+    What is put in one turn of the loop goes out at the next, in frames of several messages. Each
+    turn writes one frame and reads a few, so that other work gets turns beside a lot of them;
+    reading is the greedier, for what comes last may be what is asked for most urgently. What cannot
+    be written yet waits here: nobody else waits for a slow reader. A reader that is far behind gets
+    only the newest of the messages that supersede each other.
 
     Args:
         connection: one end of a pair of sockets.
         kinds: of messages that the other side sends, by name.
         take: called with each message.
-        gone: called after the last message, when the other side has closed the connection, or sends what it should not.
+        gone: called after the last message, when the other side has closed the connection, or sends
+            what it should not.
     """
 
     def __init__(
-        self, connection: socket.socket, kinds: Mapping[str, type], take: Callable[[Any], None], gone: Callable[[], None]
+        self,
+        connection: socket.socket,
+        kinds: Mapping[str, type],
+        take: Callable[[Any], None],
+        gone: Callable[[], None],
     ) -> None:
         connection.setblocking(False)
         self._connection, self._kinds, self._take, self._gone = connection, kinds, take, gone
@@ -49,7 +57,8 @@ class Channel:
         """Queues a message; without effect once nobody reads any more.
 
         Args:
-            urgent: it overtakes all that waits and is not urgent, so it must not follow from any of that.
+            urgent: it overtakes all that waits and is not urgent, so it must not follow from any of
+                that.
         """
         if not self._writable:
             return
@@ -65,7 +74,9 @@ class Channel:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of pixels, codes and text in messages that nobody has begun to write, and of the frame that is being written."""
+        """Of pixels, codes and text in messages that nobody has begun to write, and of the frame
+        that is being written.
+        """
         return self._urgent.bytes + self._waiting.bytes + len(self._unsent)
 
     def flush(self) -> None:
@@ -81,7 +92,9 @@ class Channel:
                     await asyncio.sleep(0.01)
 
     def stop_reading(self) -> None:
-        """Whatever the other side still writes is for nobody, and it need not wait for anybody to read it."""
+        """Whatever the other side still writes is for nobody, and it need not wait for anybody to
+        read it.
+        """
         if self._loop.remove_reader(self._connection):
             with contextlib.suppress(OSError):  # the other side has gone
                 self._connection.shutdown(socket.SHUT_RD)
@@ -121,15 +134,22 @@ class Channel:
         self._write()
 
     def _write_frame(self) -> bool:
-        """Goes on with a frame, or begins one; whether there is another that could be written now."""
+        """Goes on with a frame, or begins one; whether there is another that could be
+        written now.
+        """
         if not self._unsent:
-            self._unsent = memoryview(_frame_of(self._urgent.next_batch() or self._waiting.next_batch()))
+            self._unsent = memoryview(
+                _frame_of(self._urgent.next_batch() or self._waiting.next_batch())
+            )
         if self._unsent:
             try:
                 self._unsent = self._unsent[self._connection.send(self._unsent) :] or _NOTHING
             except (BlockingIOError, InterruptedError):
                 return False
-            except (BrokenPipeError, ConnectionResetError):  # nobody reads any more, as will be read
+            except (
+                BrokenPipeError,
+                ConnectionResetError,
+            ):  # nobody reads any more, as will be read
                 self._forget()
             except OSError:
                 _log.exception("messages could not be written")

@@ -105,8 +105,8 @@ class Connections:
         # Bytes of images that are to come for each client: then, and of those accepted since then.
         self._promised: Counter[str] = Counter()
         self._phases: dict[Connection, Phase] = {}
-        # Since when each has been waiting for a request, for the rest of one, or for its reader; the
-        # longest first, or nearly so.
+        # Since when each has been waiting for a request, for the rest of one, or for its reader;
+        # the longest first, or nearly so.
         self._by_phase: dict[Phase, dict[Connection, float]] = {phase: {} for phase in Phase}
         self._shed = self._refused = self._dropped = self._starved = 0
         self._timer: asyncio.TimerHandle | None = None

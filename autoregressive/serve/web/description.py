@@ -9,9 +9,8 @@ from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.schema import CodesRequest
 from autoregressive.serve.web.served_model import ServedModel
 
-RELATIVE_SERVER = [
-    {"url": "."}
-]  # where the document itself is: behind a proxy the service may be below a path of the proxy's
+# where the document itself is: behind a proxy the service may be below a path of the proxy's
+RELATIVE_SERVER = [{"url": "."}]
 _KEY = "HTTPBearer"
 _SEED = 7
 

@@ -1,4 +1,6 @@
-"""Who is let in, which engine draws it, and what becomes of all when the service ends or an engine is lost."""
+"""Who is let in, which engine draws it, and what becomes of all when the service ends or an engine
+is lost.
+"""
 
 import asyncio
 import itertools
@@ -19,7 +21,8 @@ from autoregressive.serve.web.waiting_places import WaitingPlaces
 from autoregressive.serve.worker.messages import Submit
 from autoregressive.serve.worker.process import ChildProcess
 
-StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]  # which of the engines -> its process and the connection to it
+# which of the engines -> its process and the connection to it
+StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end jobs that it is told to end
 _AHEAD_SECONDS = 0.5  # so old may be what is known of the queue's order
@@ -44,7 +47,8 @@ class Dispatcher:
         engines: how many.
         max_queue_size: requests that may wait at a time, those that find free rows not counted.
         tokens_of_image: of the model, for the metrics.
-        policy: whether clients share the waiting places and the engines, or whoever comes first is served first.
+        policy: whether clients share the waiting places and the engines, or whoever comes first is
+            served first.
     """
 
     def __init__(
@@ -60,20 +64,28 @@ class Dispatcher:
         self._places = WaitingPlaces(max_queue_size, shared=policy == "fair")
         self.draining = False
         self.clock = AwakeClock()
-        self.metrics = Metrics(lambda: len(self._running()), lambda: len(self._waiting()), self._page_use)
+        self.metrics = Metrics(
+            lambda: len(self._running()), lambda: len(self._waiting()), self._page_use
+        )
         self._tokens_of_image = tokens_of_image
         self._numbers = itertools.count()
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._stop_by = math.inf
         self._ahead: dict[Job, int] = {}
         self._ahead_at = -math.inf
-        self._links = [EngineLink(*start_engine(index), self._ended, self._places, self.clock) for index in range(engines)]
+        self._links = [
+            EngineLink(*start_engine(index), self._ended, self._places, self.clock)
+            for index in range(engines)
+        ]
         self._watch = asyncio.create_task(self._watch_engines())
 
     @property
     def failure(self) -> str | None:
         """How an engine was lost, so that the service is to end with an error."""
-        return next((link.lost for link in self._links if link.lost is not None and link.unable is None), None)
+        return next(
+            (link.lost for link in self._links if link.lost is not None and link.unable is None),
+            None,
+        )
 
     @property
     def unhealthy(self) -> str | None:
@@ -87,7 +99,11 @@ class Dispatcher:
     @property
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        return not self.draining and self.failure is None and all(link.ready is not None for link in self._links)
+        return (
+            not self.draining
+            and self.failure is None
+            and all(link.ready is not None for link in self._links)
+        )
 
     @property
     def idle(self) -> bool:
@@ -113,7 +129,10 @@ class Dispatcher:
         if self.unhealthy is not None:
             raise not_ready(f"{self.unhealthy}: try again later", 10)
         if not self.ready:
-            done, total = (sum(numbers) for numbers in zip(*(link.prepared for link in self._links), strict=True))
+            done, total = (
+                sum(numbers)
+                for numbers in zip(*(link.prepared for link in self._links), strict=True)
+            )
             progress = f" ({done} of {total} graphs captured)" if total else ""
             raise not_ready(f"the model is being loaded{progress}: try again soon", 5)
 
@@ -129,13 +148,18 @@ class Dispatcher:
             forward: takes its events, if they are not to wait in the job's mailbox.
 
         Raises:
-            ApiError: the service is not ready, the queue is full, or the client has its share of it.
+            ApiError: the service is not ready, the queue is full, or the client has its share of
+                it.
         """
         self.require_ready()
         now = time.monotonic()
         patience = self.patience
         start_by = now + patience.queue if patience.queue is not None else None
-        job = Job(replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run), now, forward=forward)
+        job = Job(
+            replace(order, job=next(self._numbers), start_by=start_by, run_seconds=patience.run),
+            now,
+            forward=forward,
+        )
         link = min(self._links, key=lambda link: link.rows)
         assert link.ready is not None
         rows, room = link.rows + job.rows, link.ready
@@ -153,13 +177,17 @@ class Dispatcher:
                 link.cancel(job)
 
     def ahead_of(self, job: Job) -> int:
-        """How many waiting jobs start before a waiting one, if no more come; as it was half a second ago at most.
+        """How many waiting jobs start before a waiting one, if no more come; as it was half a
+        second ago at most.
 
-        Where clients take turns this is an estimate, because the engines alone know whose turn it is: the first waiting jobs of all
-        clients come first, in the order in which they came, then what each client can start when it has had as much as they.
+        Where clients take turns this is an estimate, because the engines alone know whose turn it
+        is: the first waiting jobs of all clients come first, in the order in which they came, then
+        what each client can start when it has had as much as they.
         """
         now = time.monotonic()
-        if now > self._ahead_at + _AHEAD_SECONDS or job not in self._ahead:  # many ask this again and again
+        if (
+            now > self._ahead_at + _AHEAD_SECONDS or job not in self._ahead
+        ):  # many ask this again and again
             waiting = sorted(self._waiting(), key=lambda one: one.order.job)
             if self._policy == "fair":
                 waiting = _in_turns(waiting)
@@ -185,7 +213,9 @@ class Dispatcher:
         self._stop_by = time.monotonic() + self.patience.shutdown
 
     def overdue(self, now: float) -> bool:
-        """Whether accepted work has had its time, and an engine has not even let go of it when told to."""
+        """Whether accepted work has had its time, and an engine has not even let go of it when told
+        to.
+        """
         return now > self._stop_by + _LET_GO_SECONDS
 
     def stop(self, *, at_once: bool) -> None:
@@ -219,7 +249,9 @@ class Dispatcher:
             now = time.monotonic()
             for link in self._links:
                 if link.loop_silent_seconds > self.patience.step:
-                    link.give_up(f"an engine has not been heard of for {self.patience.step:g} seconds")
+                    link.give_up(
+                        f"an engine has not been heard of for {self.patience.step:g} seconds"
+                    )
                 if now > self._stop_by:
                     for job in link.jobs.values():
                         link.cancel(job)

@@ -1,4 +1,6 @@
-"""When the service ends, and with what status: accepted work first; told twice, at once; with status 1 if an engine is lost."""
+"""When the service ends, and with what status: accepted work first; told twice, at once; with
+status 1 if an engine is lost.
+"""
 
 import logging
 from collections.abc import Callable
@@ -6,7 +8,9 @@ from collections.abc import Callable
 from autoregressive.serve.web.dispatcher import Dispatcher
 
 _log = logging.getLogger("llamagen.service")
-_LAST_ANSWERS_SECONDS = 3.0  # after an engine is lost: for waiting clients to get their errors, and probes a 503
+_LAST_ANSWERS_SECONDS = (
+    3.0  # after an engine is lost: for waiting clients to get their errors, and probes a 503
+)
 
 
 class Ending:
@@ -29,7 +33,9 @@ class Ending:
         self._lost_at: float | None = None
 
     def signal(self) -> None:
-        """The first drains. The second ends the service with status 1, for clients may still wait for answers."""
+        """The first drains. The second ends the service with status 1, for clients may still wait
+        for answers.
+        """
         if not self._dispatcher.draining:
             self._dispatcher.drain()
             self._say(self._waits_for())
@@ -44,7 +50,10 @@ class Ending:
         if count == 0:
             return "the service is stopping"
         requests = "1 request is" if count == 1 else f"{count} requests are"
-        return f"the service is stopping: {requests} being finished, for {seconds:g} s at most; Ctrl-C or SIGTERM again ends it now"
+        return (
+            f"the service is stopping: {requests} being finished, for {seconds:g} s at most; "
+            "Ctrl-C or SIGTERM again ends it now"
+        )
 
     def _say(self, message: str) -> None:
         self._announce(message)

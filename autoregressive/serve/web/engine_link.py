@@ -70,12 +70,16 @@ class EngineLink:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing comes from the process, its heartbeat included; known of an engine that is built."""
+        """Whether nothing comes from the process, its heartbeat included; known of an engine that
+        is built.
+        """
         return self.ready is not None and self._clock.now() - self._heard_at > SILENT_SECONDS
 
     @property
     def loop_silent_seconds(self) -> float:
-        """How long the engine's loop has not been heard of, once it runs: a step may take long, or hang."""
+        """How long the engine's loop has not been heard of, once it runs: a step may take long, or
+        hang.
+        """
         return self._clock.now() - self._loop_heard_at if self.ready is not None else 0.0
 
     def submit(self, job: Job) -> None:
@@ -118,13 +122,21 @@ class EngineLink:
         self._channel.close()
 
     def _died(self) -> None:
-        """The connection has ended. Before the engine was ready, starting it anew would end in the same way."""
-        if self.ready is not None or self.unable is not None or self.lost is not None or self._stopped:
+        """The connection has ended. Before the engine was ready, starting it anew would end in the
+        same way.
+        """
+        if (
+            self.ready is not None
+            or self.unable is not None
+            or self.lost is not None
+            or self._stopped
+        ):
             self.give_up("an engine's process has died")
             return
         self.process.join(_EXIT_SECONDS)
         self.unable = (
-            f"an engine's process died while it loaded the model ({_how_it_ended(self.process.exitcode)}); "
+            "an engine's process died while it loaded the model "
+            f"({_how_it_ended(self.process.exitcode)}); "
             "check the checkpoints and the memory, and what it wrote before"
         )
 
@@ -152,7 +164,9 @@ class EngineLink:
                 if waited and not job.reserved and isinstance(event, (Started, Ended)):
                     self._places.give_back(job.order.client)
                 if isinstance(event, Ended):
-                    self.used_pages = self.used_pages if event.used_pages is None else event.used_pages
+                    self.used_pages = (
+                        self.used_pages if event.used_pages is None else event.used_pages
+                    )
                     self.rows -= job.rows
                     del self.jobs[event.job]
                     self._on_ended(job)

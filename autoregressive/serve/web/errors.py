@@ -1,4 +1,6 @@
-"""What goes wrong, in the one shape that all answers have: OpenAI's `{"error": {message, type, param, code}}`."""
+"""What goes wrong, in the one shape that all answers have: OpenAI's `{"error": {message, type,
+param, code}}`.
+"""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +9,9 @@ from typing import Any
 
 @dataclass
 class ApiError(Exception):
-    """An answer that is not what was asked for. `message` is for people: no path, no address, no traceback."""
+    """An answer that is not what was asked for. `message` is for people: no path, no address, no
+    traceback.
+    """
 
     status: int
     message: str
@@ -27,7 +31,14 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error as the JSON object of an answer."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     @property
     def headers(self) -> dict[str, str]:
@@ -56,12 +67,21 @@ def internal_error() -> ApiError:
 
 def queue_full(waiting: int, retry_after: int) -> ApiError:
     """The queue has no place left."""
-    return ApiError(429, f"{waiting} requests are waiting, and no more are taken: try again later", "queue_full", None, retry_after)
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting, and no more are taken: try again later",
+        "queue_full",
+        None,
+        retry_after,
+    )
 
 
 def share_full(waiting: int, places: int, retry_after: int) -> ApiError:
     """The client has its share of the queue; the places that are free are for others."""
-    message = f"you have {waiting} of the {places} places for waiting requests, which is your share now: try again later"
+    message = (
+        f"you have {waiting} of the {places} places for waiting requests, which is your "
+        "share now: try again later"
+    )
     return ApiError(429, message, "queue_full", None, retry_after)
 
 
@@ -71,19 +91,39 @@ def not_ready(why: str, retry_after: int) -> ApiError:
 
 
 def ended_early(outcome: str, message: str, retry_after: int) -> ApiError:
-    """Why a job has ended without its images; `outcome` is one of `worker.messages.OUTCOMES`, or `engine_lost`."""
+    """Why a job has ended without its images; `outcome` is one of `worker.messages.OUTCOMES`, or
+    `engine_lost`.
+    """
     match outcome:
         case "queue_timeout":
-            return ApiError(503, "the request waited too long for its turn: try again later", outcome, None, retry_after)
+            return ApiError(
+                503,
+                "the request waited too long for its turn: try again later",
+                outcome,
+                None,
+                retry_after,
+            )
         case "run_timeout":
-            return ApiError(504, "the images took too long to draw: ask for fewer, or try again later", outcome)
+            return ApiError(
+                504, "the images took too long to draw: ask for fewer, or try again later", outcome
+            )
         case "out_of_memory":
-            return ApiError(503, "memory ran out while the images were drawn: try again later", outcome, None, retry_after)
+            return ApiError(
+                503,
+                "memory ran out while the images were drawn: try again later",
+                outcome,
+                None,
+                retry_after,
+            )
         case "non_finite":
             return ApiError(500, f"no image could be drawn: {message}", outcome)
         case "refused":
             return ApiError(400, message, "invalid_value")
         case "cancelled":
-            return ApiError(503, "the service is stopping: try again later", "stopping", None, retry_after)
+            return ApiError(
+                503, "the service is stopping: try again later", "stopping", None, retry_after
+            )
         case _:
-            return ApiError(503, "the engine has stopped: try again later", "engine_lost", None, retry_after)
+            return ApiError(
+                503, "the engine has stopped: try again later", "engine_lost", None, retry_after
+            )

@@ -1,4 +1,6 @@
-"""A front: a process that answers HTTP for a dispatcher in another. Several share an address, each with a socket of its own."""
+"""A front: a process that answers HTTP for a dispatcher in another. Several share an address, each
+with a socket of its own.
+"""
 
 import asyncio
 import itertools
@@ -15,13 +17,32 @@ from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS, AwakeCl
 from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.errors import ApiError, not_ready
-from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
+from autoregressive.serve.web.front_messages import (
+    KINDS,
+    Accepted,
+    AskMetrics,
+    Count,
+    Finish,
+    MetricsText,
+    Refused,
+    State,
+    Up,
+)
 from autoregressive.serve.web.jobs import Job
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.server import QuietServer
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.web.settings import ServerSettings
-from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Heartbeat, Image, Preview, Started, Submit
+from autoregressive.serve.worker.messages import (
+    Cancel,
+    Drawn,
+    Ended,
+    Heartbeat,
+    Image,
+    Preview,
+    Started,
+    Submit,
+)
 
 _HEARTBEAT_SECONDS = 0.2
 _REPLY_SECONDS = 5.0  # for the dispatcher to answer a question
@@ -35,7 +56,8 @@ class RemoteDesk:
     Args:
         finish: called when the front is to end; with True: without waiting for anything.
         alone: called when the dispatcher's process has gone.
-        patience: seconds after which a dispatcher that does not respond is given up, and the front ends.
+        patience: seconds after which a dispatcher that does not respond is given up, and the front
+            ends.
         connection_stats: of this process, which the dispatcher is told.
     """
 
@@ -56,7 +78,8 @@ class RemoteDesk:
         self._ahead: dict[int, int] = {}
         self._replies: dict[int, asyncio.Future[Accepted | Refused]] = {}
         self._questions: dict[int, asyncio.Future[bytes]] = {}
-        self._uncounted: Counter[str] = Counter()  # answered requests that the dispatcher has not been told of
+        # answered requests that the dispatcher has not been told of
+        self._uncounted: Counter[str] = Counter()
         self._channel = Channel(connection, KINDS, self._take, alone)
         self._watching = asyncio.create_task(self._watch())
 
@@ -79,7 +102,9 @@ class RemoteDesk:
             raise not_ready(self._state.refusal, self._state.refusal_retry_after)
 
     async def accept(self, order: Submit) -> Job:
-        """Asks the dispatcher, unless it is known that nothing is accepted, or that the dispatcher is silent."""
+        """Asks the dispatcher, unless it is known that nothing is accepted, or that the dispatcher
+        is silent.
+        """
         self.require_ready()
         job = Job(replace(order, job=next(self._numbers)), time.monotonic())
         number = job.order.job
@@ -157,7 +182,9 @@ class RemoteDesk:
                 self._channel.put(Up(**vars(self._connection_stats())))
                 self._tell_counts()
             await asyncio.sleep(TICK_SECONDS)
-        _log.critical("the dispatcher has not been heard of for %g seconds: this process ends", self._patience)
+        _log.critical(
+            "the dispatcher has not been heard of for %g seconds: this process ends", self._patience
+        )
         for job in list(self._jobs.values()):
             job.take(Ended(job.order.job, "engine_lost", time.monotonic()))
         self._finish(False)
@@ -204,7 +231,9 @@ class FrontRecipe:
     share: Share
 
     def __call__(self, connection: socket.socket, listener: socket.socket) -> None:
-        """The process, with the connection to the dispatcher and the socket that clients connect to."""
+        """The process, with the connection to the dispatcher and the socket that clients connect
+        to.
+        """
         logging.getLogger("llamagen").setLevel(self.settings.log_level.upper())
         asyncio.run(self._serve(connection, listener))
 
@@ -215,7 +244,13 @@ class FrontRecipe:
 
         settings = self.settings
         connections = Connections(settings.max_connections, settings.max_buffered_bytes)
-        desk = RemoteDesk(connection, finish, lambda: sys.exit(1), settings.patience.step, lambda: connections.stats)
+        desk = RemoteDesk(
+            connection,
+            finish,
+            lambda: sys.exit(1),
+            settings.patience.step,
+            lambda: connections.stats,
+        )
         app, encoders = build_service_app(settings, self.model, desk, self.address, self.share)
         server = QuietServer(app, settings.patience.shutdown, connections)
         settle_heap()

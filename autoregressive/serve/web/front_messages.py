@@ -1,9 +1,12 @@
-"""What passes between the dispatcher's process and a front's, beside what passes between it and an engine's.
+"""What passes between the dispatcher's process and a front's, beside what passes between it and an
+engine's.
 
-A front sends `Up`, then `Submit`, `Cancel`, `Count` and `AskMetrics`. It is answered by `Accepted` or `Refused`, then by what the
-engine tells of the job, under the front's own numbers, and by `MetricsText`. It is told of each change of `State`, and to `Finish`.
-Several times a second it is sent a `Heartbeat`, and sends `Up` and each `Count`, if nothing else waits to be written.
-What nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) overtakes what waits to be written.
+A front sends `Up`, then `Submit`, `Cancel`, `Count` and `AskMetrics`. It is answered by `Accepted`
+or `Refused`, then by what the engine tells of the job, under the front's own numbers, and by
+`MetricsText`. It is told of each change of `State`, and to `Finish`. Several times a second it is
+sent a `Heartbeat`, and sends `Up` and each `Count`, if nothing else waits to be written. What
+nothing else has to precede (`Refused`, `MetricsText`, `Finish` at once) overtakes what waits to be
+written.
 """
 
 from dataclasses import dataclass

@@ -43,14 +43,20 @@ from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, S
 
 _STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
 _NOT_STORED = ApiError(
-    503, "images cannot be stored now: ask for b64_json, or try again later", "store_failed", "response_format", 10
+    503,
+    "images cannot be stored now: ask for b64_json, or try again later",
+    "store_failed",
+    "response_format",
+    10,
 )
 _NOT_READ = ApiError(503, "the image cannot be read now: try again later", "store_failed", None, 10)
 FAILED = "failed"  # in a request's state: its stream broke off for a reason of ours
 _log = logging.getLogger("llamagen.requests")
 DRAWING_PATHS = ("/v1/images/generations", "/v1/images/stream", "/v1/codes")
 _CODE_BYTES = 12  # of a token of an answer: four from the engine, and its number as text
-_KEEP_ALIVE_SECONDS = 15.0  # a comment after so long a silence, or proxies take the connection for dead
+_KEEP_ALIVE_SECONDS = (
+    15.0  # a comment after so long a silence, or proxies take the connection for dead
+)
 _EMPTY_PICTURE = b'"b64_json":""'
 _SILENCE = b": waiting\n\n"
 _QUEUE_LOOK_SECONDS = 0.5  # so often a waiting reader's place in the queue is looked at
@@ -62,7 +68,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (404, "No such model."),
         (413, "The body is too large."),
         (415, "The body is compressed, or is not declared as JSON."),
-        (429, "The queue is full, the client has its share, or too many wrong keys came; Retry-After says when to try again."),
+        (
+            429,
+            "The queue is full, the client has its share, or too many wrong keys came; Retry-After "
+            "says when to try again.",
+        ),
         (500, "The model gave no image."),
         (503, "Not ready, stopping, or waited too long."),
         (504, "The images took too long."),
@@ -85,22 +95,32 @@ class Studio:
     encoders: Executor
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # of reading a request, and of writing an image
-    store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS))
+    store_threads: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS)
+    )
 
-    async def picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+    async def picture(
+        self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None
+    ) -> bytes:
         """A finished image's file."""
         return await self._run(self._picture, order, image, output_format, quality)
 
-    async def picture_text(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+    async def picture_text(
+        self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None
+    ) -> bytes:
         """A finished image's file in base64, when it is its turn to be written."""
-        text: bytes = await self._run(lambda: base64.b64encode(self._picture(order, image, output_format, quality)))
+        text: bytes = await self._run(
+            lambda: base64.b64encode(self._picture(order, image, output_format, quality))
+        )
         await self.turns.take()
         return text
 
     async def preview_text(self, preview: Preview, output_format: OutputFormat) -> bytes:
         """A preview's file in base64, when it is its turn to be written."""
         size = self.model.image_size
-        text: bytes = await self._run(lambda: base64.b64encode(encode_preview(preview.pixels, size, output_format)))
+        text: bytes = await self._run(
+            lambda: base64.b64encode(encode_preview(preview.pixels, size, output_format))
+        )
         await self.turns.take()
         return text
 
@@ -108,7 +128,12 @@ class Studio:
         """Finds out before so many images are drawn whether they can be stored."""
         assert self.store is not None
         if images > (most := self.store.most_of_a_request):
-            raise ApiError(400, f"n must be at most {most} with response_format url: no more are kept", "invalid_value", "n")
+            raise ApiError(
+                400,
+                f"n must be at most {most} with response_format url: no more are kept",
+                "invalid_value",
+                "n",
+            )
         await self._on_disk(_NOT_STORED, self.store.check, images)
 
     async def save(self, pictures: list[bytes], output_format: OutputFormat) -> list[str]:
@@ -127,11 +152,15 @@ class Studio:
         """Of a job that has no result."""
         return ended_early(ended.outcome, ended.message, self.desk.retry_after())
 
-    def _picture(self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None) -> bytes:
+    def _picture(
+        self, order: Submit, image: Image, output_format: OutputFormat, quality: int | None
+    ) -> bytes:
         record = self.model.record_of(order, image.image)
         return encode_picture(image.data, self.model.image_size, output_format, quality, record)
 
-    async def _on_disk(self, problem: ApiError, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def _on_disk(
+        self, problem: ApiError, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
         try:
             return await anyio.to_thread.run_sync(function, *arguments, limiter=self.store_threads)
         except StoreFailed as error:
@@ -142,7 +171,9 @@ class Studio:
 
 
 def add_generation_routes(app: FastAPI, studio: Studio) -> None:
-    """The routes. Not as a router of their own: FastAPI would build them at the first request, which takes tens of milliseconds."""
+    """The routes. Not as a router of their own: FastAPI would build them at the first request,
+    which takes tens of milliseconds.
+    """
     model, desk = studio.model, studio.desk
 
     def order_of(body: CodesRequest, request: Request, *, pixels: bool) -> Submit:
@@ -150,10 +181,20 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
 
     async def accept(order: Submit, request: Request) -> Job:
         """Lets a job in if there will be room for its images in this process."""
-        image_bytes = 3 * model.image_size**2 if order.pixels else _CODE_BYTES * model.tokens_of_image
+        image_bytes = (
+            3 * model.image_size**2 if order.pixels else _CODE_BYTES * model.tokens_of_image
+        )
         connection = getattr(request.state, CONNECTION, None)
-        if connection is not None and not connection.has_room_for(order.n * image_bytes, order.client):
-            raise ApiError(503, "too many images are asked for at once: try again later", "overloaded", None, desk.retry_after())
+        if connection is not None and not connection.has_room_for(
+            order.n * image_bytes, order.client
+        ):
+            raise ApiError(
+                503,
+                "too many images are asked for at once: try again later",
+                "overloaded",
+                None,
+                desk.retry_after(),
+            )
         job = await desk.accept(order)
         job.image_bytes = image_bytes
         if connection is not None:
@@ -171,36 +212,56 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
         order = order_of(body, request, pixels=True)
         stores = body.response_format == "url"
         if stores and studio.store is None:
-            message = "response_format must be b64_json: this service stores no images (it was started without --store-dir)"
+            message = (
+                "response_format must be b64_json: this service stores no images (it was "
+                "started without --store-dir)"
+            )
             raise ApiError(400, message, "invalid_value", "response_format")
         if stores and body.stream:
-            raise ApiError(400, "response_format must be b64_json with stream", "invalid_value", "response_format")
+            raise ApiError(
+                400,
+                "response_format must be b64_json with stream",
+                "invalid_value",
+                "response_format",
+            )
         if body.partial_images and not body.stream:
-            raise ApiError(400, "partial_images goes with stream", "invalid_value", "partial_images")
+            raise ApiError(
+                400, "partial_images goes with stream", "invalid_value", "partial_images"
+            )
         if body.stream:
             rows = partial_rows(body.partial_images or 0, model.grid)
             job = await accept(replace(order, preview_rows=rows), request)
-            events = _OpenAIEvents(studio, job, body.output_format or "png", body.output_compression)
+            events = _OpenAIEvents(
+                studio, job, body.output_format or "png", body.output_compression
+            )
             return _event_stream(studio, request, job, events)
         if stores:
             await studio.check_store(order.n)
         job = await accept(order, request)
         output_format = body.output_format or "png"
-        pictures: dict[int, bytes] = {}  # stored together, so that none is evicted for another one's sake
+        pictures: dict[
+            int, bytes
+        ] = {}  # stored together, so that none is evicted for another one's sake
         texts: dict[int, bytes] = {}
         urls: list[str] = []
 
         async def keep(image: Image) -> None:
             if stores:
-                file = pictures[image.image] = await studio.picture(order, image, output_format, body.output_compression)
+                file = pictures[image.image] = await studio.picture(
+                    order, image, output_format, body.output_compression
+                )
             else:
-                file = texts[image.image] = await studio.picture_text(order, image, output_format, body.output_compression)
+                file = texts[image.image] = await studio.picture_text(
+                    order, image, output_format, body.output_compression
+                )
             job.answer_bytes += len(file)
 
         await _until_drawn(studio, request, job, keep)
         if stores:
             try:
-                urls = await studio.save([pictures[image] for image in sorted(pictures)], output_format)
+                urls = await studio.save(
+                    [pictures[image] for image in sorted(pictures)], output_format
+                )
             finally:
                 job.answer_bytes = 0
         answer = ImagesAnswer(
@@ -218,12 +279,26 @@ def add_generation_routes(app: FastAPI, studio: Studio) -> None:
         text = answer.model_dump_json(exclude_none=True).encode()
         return _PicturesResponse(job, text, [texts[image] for image in sorted(texts)])
 
-    @app.post(DRAWING_PATHS[1], responses={**_ERRORS, **_EVENT_STREAM}, response_class=StreamingResponse, tags=_TAGS)
+    @app.post(
+        DRAWING_PATHS[1],
+        responses={**_ERRORS, **_EVENT_STREAM},
+        response_class=StreamingResponse,
+        tags=_TAGS,
+    )
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
-        order = replace(order_of(body, request, pixels=True), preview_rows=tuple(range(1, model.grid)), watched=True)
+        order = replace(
+            order_of(body, request, pixels=True),
+            preview_rows=tuple(range(1, model.grid)),
+            watched=True,
+        )
         job = await accept(order, request)
-        return _event_stream(studio, request, job, _PageEvents(studio, job, body.output_format or "png", body.output_compression))
+        return _event_stream(
+            studio,
+            request,
+            job,
+            _PageEvents(studio, job, body.output_format or "png", body.output_compression),
+        )
 
     @app.post(DRAWING_PATHS[2], response_model=CodesAnswer, responses=_ERRORS, tags=_TAGS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
@@ -270,7 +345,9 @@ class _OpenAIEvents:
                 yield event
 
     async def _next(self) -> bytes:
-        """The bytes of the next event; a function of its own, so that whoever waits for a slow reader holds no pixels."""
+        """The bytes of the next event; a function of its own, so that whoever waits for a slow
+        reader holds no pixels.
+        """
         studio, order = self.studio, self.job.order
         match await self.job.next_event(_KEEP_ALIVE_SECONDS):
             case None:
@@ -278,7 +355,9 @@ class _OpenAIEvents:
             case Preview() as preview:
                 picture = await studio.preview_text(preview, self.output_format)
                 index = order.preview_rows.index(preview.rows)
-                return self._event("partial_image", picture, preview.image, partial_image_index=index)
+                return self._event(
+                    "partial_image", picture, preview.image, partial_image_index=index
+                )
             case Image() as image:
                 picture = await studio.picture_text(order, image, self.output_format, self.quality)
                 usage = Usage.of(1, studio.model.tokens_of_image).model_dump()
@@ -336,17 +415,39 @@ class _PageEvents:
             case Drawn(tokens=tokens):
                 left = job.seconds_left(model.tokens_of_image)
                 rounded = None if left is None else round(left, 2)
-                return _event("progress", tokens_drawn=tokens, tokens=order.n * model.tokens_of_image, seconds_left=rounded)
+                return _event(
+                    "progress",
+                    tokens_drawn=tokens,
+                    tokens=order.n * model.tokens_of_image,
+                    seconds_left=rounded,
+                )
             case Preview() as preview:
                 picture = await studio.preview_text(preview, "webp")
                 rows, grid = preview.rows, model.grid
-                return _event("preview", picture, image_index=preview.image, rows=rows, grid=grid, output_format="webp")
+                return _event(
+                    "preview",
+                    picture,
+                    image_index=preview.image,
+                    rows=rows,
+                    grid=grid,
+                    output_format="webp",
+                )
             case Image() as image:
                 picture = await studio.picture_text(order, image, self.output_format, self.quality)
-                return _event("image", picture, image_index=image.image, output_format=self.output_format, seed=order.params.seed)
+                return _event(
+                    "image",
+                    picture,
+                    image_index=image.image,
+                    output_format=self.output_format,
+                    seed=order.params.seed,
+                )
             case Ended() as ended if ended.outcome == "finished":
                 seconds = round(ended.at - job.accepted_at, 3)
-                return _event("done", seconds=seconds, usage=Usage.of(order.n, model.tokens_of_image).model_dump())
+                return _event(
+                    "done",
+                    seconds=seconds,
+                    usage=Usage.of(order.n, model.tokens_of_image).model_dump(),
+                )
             case Ended() as ended:
                 return _event("error", **studio.failure(ended).body)
 
@@ -393,7 +494,9 @@ class _PicturesResponse(Response):
             await send({"type": "http.response.body", "body": part, "more_body": bool(self._parts)})
 
 
-async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callable[[Image], Awaitable[None]]) -> None:
+async def _until_drawn(
+    studio: Studio, request: Request, job: Job, keep: Callable[[Image], Awaitable[None]]
+) -> None:
     """Hands every image on, until the job ends or the client leaves.
 
     Raises:
@@ -408,7 +511,10 @@ async def _until_drawn(studio: Studio, request: Request, job: Job, keep: Callabl
         return event
 
     setattr(request.state, JOB, job)
-    collecting, leaving = asyncio.create_task(collect()), asyncio.create_task(_client_leaves(request))
+    collecting, leaving = (
+        asyncio.create_task(collect()),
+        asyncio.create_task(_client_leaves(request)),
+    )
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
@@ -428,7 +534,9 @@ async def _client_leaves(request: Request) -> None:
         pass
 
 
-def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncIterable[bytes]) -> StreamingResponse:
+def _event_stream(
+    studio: Studio, request: Request, job: Job, events: AsyncIterable[bytes]
+) -> StreamingResponse:
     """The events as an answer; the job ends when its reader leaves."""
     setattr(request.state, JOB, job)
 
@@ -444,11 +552,15 @@ def _event_stream(studio: Studio, request: Request, job: Job, events: AsyncItera
             studio.desk.abandon(job)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(until_the_reader_leaves(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        until_the_reader_leaves(), media_type="text/event-stream", headers=headers
+    )
 
 
 def _event(kind: str, picture: bytes | None = None, **fields: Any) -> bytes:
-    """A server-sent event; the picture, in base64 already, goes in as `b64_json`, and is copied once."""
+    """A server-sent event; the picture, in base64 already, goes in as `b64_json`, and is copied
+    once.
+    """
     head = json.dumps({"type": kind} | fields).encode()
     parts = (head,) if picture is None else (head[:-1], b', "b64_json": "', picture, b'"}')
     return b"".join((b"event: ", kind.encode(), b"\ndata: ", *parts, b"\n\n"))

@@ -58,7 +58,8 @@ async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
 
 
 class RequestLog:
-    """Numbers requests, says so in every answer, writes a line for each, and turns what nobody caught into a 500.
+    """Numbers requests, says so in every answer, writes a line for each, and turns what nobody
+    caught into a 500.
 
     Args:
         count: told of every request of the routes that draw, by outcome.
@@ -97,14 +98,18 @@ class RequestLog:
             scope["state"][UNSENT_BYTES] = len(body)
             for start in range(0, max(1, len(body)), _CHUNK_BYTES):
                 end = start + _CHUNK_BYTES
-                await send({**message, "body": body[start:end], "more_body": more or end < len(body)})
+                await send(
+                    {**message, "body": body[start:end], "more_body": more or end < len(body)}
+                )
             scope["state"][UNSENT_BYTES] = 0
             complete = not more
 
         failure = None
         try:
             await self._app(scope, receive, send_numbered)
-        except asyncio.CancelledError:  # the service ends, and has waited long enough; the task ends here, and nobody asks why
+        except (
+            asyncio.CancelledError
+        ):  # the service ends, and has waited long enough; the task ends here, and nobody asks why
             if status == 0:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LAST_ANSWER_SECONDS):
@@ -125,7 +130,13 @@ class RequestLog:
             self._write(scope, number, status, sent, time.monotonic() - begun, failure)
 
     def _write(
-        self, scope: Scope, number: str, status: int, sent: int, seconds: float, failure: Exception | None
+        self,
+        scope: Scope,
+        number: str,
+        status: int,
+        sent: int,
+        seconds: float,
+        failure: Exception | None,
     ) -> None:
         line: dict[str, Any] = {
             "request_id": number,
@@ -157,8 +168,14 @@ class RequestLog:
 
 def _about(job: Job) -> dict[str, Any]:
     order = job.order
-    line: dict[str, Any] = {"images": order.n, "class_label": order.class_label, "seed": order.params.seed}
-    if order.watched or (job.ended is not None and job.ended.tokens is not None):  # of others only the first few are known
+    line: dict[str, Any] = {
+        "images": order.n,
+        "class_label": order.class_label,
+        "seed": order.params.seed,
+    }
+    if order.watched or (
+        job.ended is not None and job.ended.tokens is not None
+    ):  # of others only the first few are known
         line["tokens"] = job.tokens
     if job.started_at is not None:
         line["queue_seconds"] = round(job.started_at - job.accepted_at, 4)
@@ -166,9 +183,16 @@ def _about(job: Job) -> dict[str, Any]:
 
 
 def _outcome(status: int, job: object) -> str:
-    if isinstance(job, Job) and status == 200 and job.ended is not None and job.ended.outcome != "finished":
+    if (
+        isinstance(job, Job)
+        and status == 200
+        and job.ended is not None
+        and job.ended.outcome != "finished"
+    ):
         return job.ended.outcome
-    return {200: "success", 499: "disconnected", 429: "rejected"}.get(status, "invalid" if 400 <= status < 500 else "failed")
+    return {200: "success", 499: "disconnected", 429: "rejected"}.get(
+        status, "invalid" if 400 <= status < 500 else "failed"
+    )
 
 
 class HeadAsGet:
@@ -194,7 +218,8 @@ class HeadAsGet:
 class OneDrawingATurn:
     """Lets requests of the routes that draw pass one at a turn of the event loop.
 
-    To read and check one takes a millisecond or two. When hundreds come at once, a probe would otherwise stand behind them all.
+    To read and check one takes a millisecond or two. When hundreds come at once, a probe would
+    otherwise stand behind them all.
     """
 
     def __init__(self, app: App, turns: Turns) -> None:
@@ -250,7 +275,9 @@ class SizeLimits:
             too_large = size > MOST_BODY_BYTES
             more = message.get("more_body", False) and not too_large
         if too_large:
-            await answer(send, ApiError(413, "the body is too large: at most 1 MiB", "body_too_large"))
+            await answer(
+                send, ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
+            )
             return
         whole: bytes | None = b"".join(parts)
         parts.clear()
@@ -271,7 +298,9 @@ def _unreadable(scope: Scope) -> ApiError | None:
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-        return ApiError(431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large")
+        return ApiError(
+            431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"
+        )
     names = {name for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
         return ApiError(400, "the request has two lengths", "bad_request")

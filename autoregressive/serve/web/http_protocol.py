@@ -1,4 +1,6 @@
-"""uvicorn's HTTP/1.1 connection, with patience that has an end: for slow senders, for stalled readers, for garbage."""
+"""uvicorn's HTTP/1.1 connection, with patience that has an end: for slow senders, for stalled
+readers, for garbage.
+"""
 
 import asyncio
 import contextlib
@@ -15,7 +17,9 @@ from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.logs import REQUESTS, new_request_id
 from autoregressive.serve.web.strict_http import read_strictly
 
-SEND_SECONDS = 20.0  # for a client to send a request, from its first byte to its last, or to begin one
+SEND_SECONDS = (
+    20.0  # for a client to send a request, from its first byte to its last, or to begin one
+)
 # A client has so many seconds to take what waits for it. Each byte that it takes gives it time
 # back, as long as a client of the least rate takes for it; time in which nothing waits for it does
 # not count.
@@ -32,15 +36,22 @@ CONNECTION = "connection"  # the `PatientProtocol` that it came through
 BODY_BYTES = "body_bytes"  # what is held of its body
 UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the connection yet
 JOB = "job"  # what is drawn for it
-COUNTED = "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
+COUNTED = (
+    "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
+)
 CUT = "cut"  # the connection went before the answer was complete
 KEY = "key"  # the number of the key that let it in, where the service has keys
 REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
-REFUSED = "refused"  # status and bytes of an answer that was given while its body was read, which turned out to be no HTTP
+# status and bytes of an answer that was given while its body was read, which turned out to be no
+# HTTP
+REFUSED = "refused"
 _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
 
 _REFUSALS = {
-    400: ("this is not HTTP/1.1: a line, a header or the framing of the body is malformed", "bad_request"),
+    400: (
+        "this is not HTTP/1.1: a line, a header or the framing of the body is malformed",
+        "bad_request",
+    ),
     431: ("the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"),
 }
 _log = logging.getLogger(REQUESTS)
@@ -96,8 +107,8 @@ class PatientProtocol(H11Protocol):
         """Waits for the first request."""
         self._real_transport = transport
         super().connection_made(cast(asyncio.Transport, _Transport(transport, self)))
-        # asyncio does this only where a socket names its protocol. Without it the second part of an answer waits 40 ms for the
-        # client to confirm the first.
+        # asyncio does this only where a socket names its protocol. Without it the second part of an
+        # answer waits 40 ms for the client to confirm the first.
         with contextlib.suppress(OSError):  # it has left already
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
@@ -134,7 +145,8 @@ class PatientProtocol(H11Protocol):
         super().data_received(data)
         self._watch_sender()
         if self.conn.their_state is h11.DONE and self.flow.read_paused:
-            # uvicorn has stopped reading, and so would not notice that the client leaves before it is answered.
+            # uvicorn has stopped reading, and so would not notice that the client leaves before it
+            # is answered.
             if self._unread_bytes > _MOST_AHEAD_BYTES:
                 self.transport.abort()
             else:
@@ -214,7 +226,12 @@ class PatientProtocol(H11Protocol):
         held: int = self._unread_bytes + self.transport.get_write_buffer_size()
         if self.scope is not None:
             state = self.scope["state"]
-            held += self._head_bytes + len(self.cycle.body) + state.get(BODY_BYTES, 0) + state.get(UNSENT_BYTES, 0)
+            held += (
+                self._head_bytes
+                + len(self.cycle.body)
+                + state.get(BODY_BYTES, 0)
+                + state.get(UNSENT_BYTES, 0)
+            )
             held += getattr(state.get(JOB), "held_bytes", 0)
         return held
 
@@ -318,7 +335,9 @@ class PatientProtocol(H11Protocol):
             self._connections.move(self, self._phase)
 
     def send_400_response(self, msg: str) -> None:
-        """The end of a connection that does not speak HTTP; the reason is in the exception that is being handled."""
+        """The end of a connection that does not speak HTTP; the reason is in the exception that is
+        being handled.
+        """
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
@@ -339,10 +358,17 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
         if self._is_answering:  # it was a request before; the line is written at its end
             self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
-            self.cycle.disconnected = True  # so that uvicorn drops what the application answers, and wakes it if it reads
+            self.cycle.disconnected = (
+                True  # so that uvicorn drops what the application answers, and wakes it if it reads
+            )
             self.cycle.message_event.set()
             return
-        line = {"request_id": number, "client": self.client[0] if self.client else None, "status": status, "bytes": len(body)}
+        line = {
+            "request_id": number,
+            "client": self.client[0] if self.client else None,
+            "status": status,
+            "bytes": len(body),
+        }
         _log.info("request", extra={"fields": line})
 
     def _watch_sender(self) -> None:

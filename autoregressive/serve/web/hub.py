@@ -1,4 +1,6 @@
-"""The dispatcher's end of the fronts: several processes that answer HTTP, one that says who is let in."""
+"""The dispatcher's end of the fronts: several processes that answer HTTP, one that says who is let
+in.
+"""
 
 import asyncio
 import logging
@@ -16,7 +18,17 @@ from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.ending import Ending
 from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
 from autoregressive.serve.web.front import FrontRecipe
-from autoregressive.serve.web.front_messages import KINDS, Accepted, AskMetrics, Count, Finish, MetricsText, Refused, State, Up
+from autoregressive.serve.web.front_messages import (
+    KINDS,
+    Accepted,
+    AskMetrics,
+    Count,
+    Finish,
+    MetricsText,
+    Refused,
+    State,
+    Up,
+)
 from autoregressive.serve.web.jobs import Job, JobEvent
 from autoregressive.serve.web.server import writing_seconds
 from autoregressive.serve.worker.messages import Cancel, Ended, Heartbeat, Submit
@@ -36,7 +48,11 @@ class FrontLink:
     """
 
     def __init__(
-        self, recipe: FrontRecipe, listener: socket.socket, dispatcher: Dispatcher, gone: Callable[[], None]
+        self,
+        recipe: FrontRecipe,
+        listener: socket.socket,
+        dispatcher: Dispatcher,
+        gone: Callable[[], None],
     ) -> None:
         self.process, connection = start_child(recipe, f"front-{recipe.share.index}", listener)
         self._dispatcher, self._gone = dispatcher, gone
@@ -54,16 +70,28 @@ class FrontLink:
 
     @property
     def hangs(self) -> bool:
-        """Whether it has been silent for too long, or so much waits for it meanwhile that memory is at stake."""
+        """Whether it has been silent for too long, or so much waits for it meanwhile that memory is
+        at stake.
+        """
         silent = self.silent_seconds
         if silent > self._dispatcher.patience.step:
             return True
         return silent > SILENT_SECONDS and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
 
     def tell(self, state: State) -> None:
-        """Of what is the same for all fronts; its own jobs' places are added here. If nothing is new, that the dispatcher lives."""
-        waiting = {number: job for number, job in self._jobs.items() if job.order.watched and job.started_at is None}
-        state = replace(state, waiting=tuple(waiting), ahead=tuple(self._dispatcher.ahead_of(job) for job in waiting.values()))
+        """Of what is the same for all fronts; its own jobs' places are added here. If nothing is
+        new, that the dispatcher lives.
+        """
+        waiting = {
+            number: job
+            for number, job in self._jobs.items()
+            if job.order.watched and job.started_at is None
+        }
+        state = replace(
+            state,
+            waiting=tuple(waiting),
+            ahead=tuple(self._dispatcher.ahead_of(job) for job in waiting.values()),
+        )
         if state != self._told:
             self._told = state
             self._channel.put(state)
@@ -95,7 +123,9 @@ class FrontLink:
             case Count(outcome=outcome, requests=requests):
                 self._dispatcher.count(outcome, requests)
             case AskMetrics(question=question):
-                self._channel.put(MetricsText(question, self._dispatcher.metrics.text()), urgent=True)
+                self._channel.put(
+                    MetricsText(question, self._dispatcher.metrics.text()), urgent=True
+                )
             case _:
                 assert_never(message)
 
@@ -107,7 +137,9 @@ class FrontLink:
             if not isinstance(caught, ApiError):
                 _log.exception("a request could not be accepted")
             error = caught if isinstance(caught, ApiError) else internal_error()
-            refused = Refused(number, error.status, error.message, error.code, error.param, error.retry_after)
+            refused = Refused(
+                number, error.status, error.message, error.code, error.param, error.retry_after
+            )
             self._channel.put(refused, urgent=True)
             return
         self._jobs[number] = job
@@ -134,7 +166,12 @@ class Hub:
         failure: how a front was lost before the end.
     """
 
-    def __init__(self, dispatcher: Dispatcher, ending: Ending, recipes: Sequence[tuple[FrontRecipe, socket.socket]]) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        ending: Ending,
+        recipes: Sequence[tuple[FrontRecipe, socket.socket]],
+    ) -> None:
         self._dispatcher, self._ending = dispatcher, ending
         self.failure: str | None = None
         self._ends = False  # fronts that go are not lost
@@ -176,7 +213,9 @@ class Hub:
     def _tell_fronts(self) -> None:
         dispatcher = self._dispatcher
         unhealthy = dispatcher.unhealthy
-        if unhealthy is None and any(front.silent_seconds > SILENT_SECONDS for front in self._fronts):
+        if unhealthy is None and any(
+            front.silent_seconds > SILENT_SECONDS for front in self._fronts
+        ):
             unhealthy = "a process that answers HTTP does not respond"
         refusal: ApiError | None = None
         try:
@@ -213,8 +252,14 @@ class Hub:
         if not all([front.kill() for front in writing]) and not self._ending.at_once:
             self._ending.status = 1
 
-    async def _wait_for(self, fronts: Sequence[FrontLink], deadline: float, enough: Callable[[], bool]) -> None:
-        while any(front.process.is_alive() for front in fronts) and time.monotonic() < deadline and not enough():
+    async def _wait_for(
+        self, fronts: Sequence[FrontLink], deadline: float, enough: Callable[[], bool]
+    ) -> None:
+        while (
+            any(front.process.is_alive() for front in fronts)
+            and time.monotonic() < deadline
+            and not enough()
+        ):
             await asyncio.sleep(TICK_SECONDS / 2)
 
     def _kill_fronts(self) -> None:

@@ -14,8 +14,8 @@ JobEvent = Started | Drawn | Preview | Image | Ended
 class Job:
     """Made where it is accepted; lives until its engine says that it holds nothing for it any more.
 
-    Whoever reads its events slowly gets of `Drawn`, and of each image's `Preview`, the newest only: what is kept for a reader is
-    bounded by the images that were asked for.
+    Whoever reads its events slowly gets of `Drawn`, and of each image's `Preview`, the newest only:
+    what is kept for a reader is bounded by the images that were asked for.
     """
 
     order: Submit
@@ -30,9 +30,12 @@ class Job:
     answer_bytes: int = 0  # of its images' files that wait to be sent
     image_bytes: int = 0  # of the pixels or codes of one of its images
     images_here: int = 0  # that have come from the engine
-    forward: Callable[[JobEvent], None] | None = None  # where events go, if the mailbox is in another process
+    forward: Callable[[JobEvent], None] | None = (
+        None  # where events go, if the mailbox is in another process
+    )
     _read_bytes: int = 0  # of the image that its reader makes a file of
-    _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)  # in the order of their coming
+    # in the order of their coming
+    _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -59,7 +62,8 @@ class Job:
             if not self.abandoned or isinstance(event, Ended):
                 self.forward(event)
             return
-        told = self.order.watched or not isinstance(event, (Started, Drawn))  # others' readers need not be woken for these
+        # others' readers need not be woken for these
+        told = self.order.watched or not isinstance(event, (Started, Drawn))
         if told and not self.abandoned:
             key = (type(event).__name__, getattr(event, "image", 0))
             self._events.pop(key, None)
@@ -92,7 +96,9 @@ class Job:
         return bool(self._events)
 
     async def next_event(self, timeout: float | None = None) -> JobEvent | None:
-        """What happens next, the end last; None if nothing does within so many seconds. Not to be called after the end."""
+        """What happens next, the end last; None if nothing does within so many seconds. Not to be
+        called after the end.
+        """
         self._read_bytes = 0
         try:
             async with asyncio.timeout(timeout):

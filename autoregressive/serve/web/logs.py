@@ -1,4 +1,6 @@
-"""What a request's answer and its line in the log have in common; a warning instead of many lines."""
+"""What a request's answer and its line in the log have in common; a warning instead of
+many lines.
+"""
 
 import asyncio
 import logging
@@ -19,9 +21,7 @@ class CountedWarning:
         field: the name of the count.
     """
 
-    def __init__(
-        self, log: logging.Logger, message: str, field: str, seconds: float = 1.0
-    ) -> None:
+    def __init__(self, log: logging.Logger, message: str, field: str, seconds: float = 1.0) -> None:
         self._log, self._message, self._field, self._seconds = log, message, field, seconds
         self._count = 0
 

@@ -1,4 +1,6 @@
-"""What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the library's global one."""
+"""What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the
+library's global one.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -59,7 +61,12 @@ class Metrics:
         connection_stats: tells of the connections of all processes that answer HTTP.
     """
 
-    def __init__(self, running: Callable[[], float], waiting: Callable[[], float], page_use: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        running: Callable[[], float],
+        waiting: Callable[[], float],
+        page_use: Callable[[], float],
+    ) -> None:
         self.registry = CollectorRegistry()
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
@@ -71,15 +78,32 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"llamagen:{name}", text, labels, registry=self.registry)
 
-        gauge("num_requests_running", "Requests of which at least one image is being drawn.", running)
+        gauge(
+            "num_requests_running", "Requests of which at least one image is being drawn.", running
+        )
         gauge("num_requests_waiting", "Accepted requests that have not begun.", waiting)
-        gauge("kv_cache_usage_perc", "Share of the KV cache's pages that are in use, 0 to 1.", page_use)
-        self._first_token = histogram("time_to_first_token_seconds", "From acceptance to when the device was given the first span.")
-        self._inter_token = histogram("inter_token_latency_seconds", "Mean time between tokens of an image.", _STEP_SECONDS)
-        self._end_to_end = histogram("e2e_request_latency_seconds", "From acceptance to the last image.")
+        gauge(
+            "kv_cache_usage_perc",
+            "Share of the KV cache's pages that are in use, 0 to 1.",
+            page_use,
+        )
+        self._first_token = histogram(
+            "time_to_first_token_seconds",
+            "From acceptance to when the device was given the first span.",
+        )
+        self._inter_token = histogram(
+            "inter_token_latency_seconds", "Mean time between tokens of an image.", _STEP_SECONDS
+        )
+        self._end_to_end = histogram(
+            "e2e_request_latency_seconds", "From acceptance to the last image."
+        )
         self._queue = histogram("request_queue_time_seconds", "From acceptance to the start.")
-        self._decode = histogram("pixel_decode_seconds", "From codes to pixels on the host, per image.")
-        self._prompt_tokens = counter("prompt_tokens", "Class tokens of finished requests, one an image.")
+        self._decode = histogram(
+            "pixel_decode_seconds", "From codes to pixels on the host, per image."
+        )
+        self._prompt_tokens = counter(
+            "prompt_tokens", "Class tokens of finished requests, one an image."
+        )
         self._tokens = counter("generation_tokens", "Image tokens of finished requests.")
         self._images = counter("images", "Images of finished requests.")
         self.requests = counter("requests", "Requests for images or codes by outcome.", "outcome")
@@ -88,7 +112,11 @@ class Metrics:
 
     def show_dropped_lines(self, count: Callable[[], int]) -> None:
         """Adds the lines of the log that could not be written."""
-        self.registry.register(_Count("llamagen:log_lines_dropped", "Lines of the log that could not be written.", count))
+        self.registry.register(
+            _Count(
+                "llamagen:log_lines_dropped", "Lines of the log that could not be written.", count
+            )
+        )
 
     def ended(self, job: Job, tokens_of_image: int) -> None:
         """A job has come to its end, whatever that is."""

@@ -15,14 +15,19 @@ _RECORD_BYTES = 16 * 2**10  # more than what is written into a file beside the p
 
 
 def encode_picture(
-    pixels: bytes, size: int, output_format: OutputFormat, quality: int | None, record: dict[str, object]
+    pixels: bytes,
+    size: int,
+    output_format: OutputFormat,
+    quality: int | None,
+    record: dict[str, object],
 ) -> bytes:
     """A file in memory.
 
     Args:
         pixels: uint8 [size, size, 3]
         quality: of jpeg and webp, 0 to 100; None: 90.
-        record: how it was made, as of `generation_record` with its class: see `record_options` for where.
+        record: how it was made, as of `generation_record` with its class: see `record_options` for
+            where.
     """
     picture, file = _picture(pixels, size), io.BytesIO()
     options = record_options(output_format.upper(), readable(record), record)
@@ -35,7 +40,9 @@ def encode_picture(
 
 
 def largest_picture_bytes(size: int) -> int:
-    """How large the file of a picture of so many pixels a side can become: as PNG, with pixels that nothing makes smaller."""
+    """How large the file of a picture of so many pixels a side can become: as PNG, with pixels that
+    nothing makes smaller.
+    """
     return 3 * size * size + _RECORD_BYTES
 
 

@@ -9,7 +9,9 @@ from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
 OutputFormat = Literal["png", "jpeg", "webp"]
-_Optional = Annotated[Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")]
+_Optional = Annotated[
+    Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")
+]
 
 
 class _Body(BaseModel):
@@ -20,22 +22,48 @@ class CodesRequest(_Body):
     """What to draw, and how."""
 
     prompt: str | None = Field(None, max_length=1000, description="A class, by name or id.")
-    class_label: int | None = Field(None, ge=0, description="A class by id; counts before `prompt`.")
-    model: str | None = Field(None, max_length=200, description="The served model's name, or nothing.")
-    n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="The same draws again, on the same machine. Left out: random.")
-    cfg_scale: float | None = Field(
-        None, ge=0, le=LARGEST_SCALE, allow_inf_nan=False, description="Guidance; 1 and below: none."
+    class_label: int | None = Field(
+        None, ge=0, description="A class by id; counts before `prompt`."
     )
-    cfg_interval: int | None = Field(None, ge=-1, lt=2**31, description="Guide the first N + 2 tokens only; -1: all.")
+    model: str | None = Field(
+        None, max_length=200, description="The served model's name, or nothing."
+    )
+    n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="The same draws again, on the same machine. Left out: random.",
+    )
+    cfg_scale: float | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_SCALE,
+        allow_inf_nan=False,
+        description="Guidance; 1 and below: none.",
+    )
+    cfg_interval: int | None = Field(
+        None, ge=-1, lt=2**31, description="Guide the first N + 2 tokens only; -1: all."
+    )
     temperature: float | None = Field(
-        None, ge=0, le=LARGEST_TEMPERATURE, allow_inf_nan=False, description="0 takes the likeliest token."
+        None,
+        ge=0,
+        le=LARGEST_TEMPERATURE,
+        allow_inf_nan=False,
+        description="0 takes the likeliest token.",
     )
     top_k: int | None = Field(
-        None, ge=0, lt=2**31, description="Draw from the N likeliest tokens; 0, or more than there are: from all."
+        None,
+        ge=0,
+        lt=2**31,
+        description="Draw from the N likeliest tokens; 0, or more than there are: from all.",
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, allow_inf_nan=False, description="Draw from the likeliest tokens that make up this probability."
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Draw from the likeliest tokens that make up this probability.",
     )
     user: _Optional
     safety_identifier: _Optional
@@ -44,9 +72,13 @@ class CodesRequest(_Body):
 class StreamRequest(CodesRequest):
     """The same, for images."""
 
-    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of the served model, or auto.")
+    size: str | None = Field(
+        None, max_length=20, description="WIDTHxHEIGHT of the served model, or auto."
+    )
     output_format: OutputFormat | None = Field(None, description="Default: png.")
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100."
+    )
     background: _Optional
     complexity: _Optional
     frame_count: _Optional
@@ -60,9 +92,13 @@ class StreamRequest(CodesRequest):
 class ImageRequest(StreamRequest):
     """OpenAI's request for images, with the sampling parameters as extra fields."""
 
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="url: where the service stores images.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="url: where the service stores images."
+    )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    partial_images: int | None = Field(None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews of each image, with `stream`.")
+    partial_images: int | None = Field(
+        None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews of each image, with `stream`."
+    )
 
 
 class TokenDetails(BaseModel):

@@ -9,7 +9,13 @@ from autoregressive.common.defaults import ModelDefaults
 from autoregressive.common.errors import UserError
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.schema import ClassData, CodesRequest, ModelData, SamplingDefaults, StreamRequest
+from autoregressive.serve.web.schema import (
+    ClassData,
+    CodesRequest,
+    ModelData,
+    SamplingDefaults,
+    StreamRequest,
+)
 from autoregressive.serve.worker.messages import Submit
 
 T = TypeVar("T")
@@ -29,7 +35,8 @@ class ServedModel:
     classes: ClassNames
     defaults: ModelDefaults
     trained: bool
-    record: dict[str, object]  # how every picture is made, as `generation_record` has it, without the sampling parameters
+    # how every picture is made, as `generation_record` has it, without the sampling parameters
+    record: dict[str, object]
 
     @property
     def tokens_of_image(self) -> int:
@@ -64,17 +71,27 @@ class ServedModel:
 
     def no_such_model(self, name: str) -> ApiError:
         """For whoever asks for another."""
-        return ApiError(404, f"the model '{name}' does not exist: this service has {self.name}", "model_not_found", "model")
+        return ApiError(
+            404,
+            f"the model '{name}' does not exist: this service has {self.name}",
+            "model_not_found",
+            "model",
+        )
 
     def search(self, word: str) -> list[ClassData]:
-        """Classes whose name contains the word, or whose id begins with it; names that begin with it come first."""
+        """Classes whose name contains the word, or whose id begins with it; names that begin with
+        it come first.
+        """
         word = " ".join(word.lower().split())
         found = [
             ClassData(id=label, name=name)
             for label, name in enumerate(self.classes.names)
             if word in name.lower() or str(label).startswith(word)
         ]
-        return sorted(found, key=lambda one: (str(one.id) != word, not one.name.lower().startswith(word), one.id))
+        return sorted(
+            found,
+            key=lambda one: (str(one.id) != word, not one.name.lower().startswith(word), one.id),
+        )
 
     def order(self, body: CodesRequest, *, pixels: bool) -> Submit:
         """What the engine is to draw; job number and deadlines are the dispatcher's.
@@ -118,12 +135,26 @@ class ServedModel:
     def _class_label(self, body: CodesRequest) -> int:
         if body.class_label is not None:
             if body.class_label >= len(self.classes):
-                raise ApiError(400, f"class_label must be 0 to {len(self.classes) - 1}", "invalid_value", "class_label")
+                raise ApiError(
+                    400,
+                    f"class_label must be 0 to {len(self.classes) - 1}",
+                    "invalid_value",
+                    "class_label",
+                )
             return body.class_label
         if body.prompt is None:
-            raise ApiError(400, "prompt is missing: a class, by name or id (see /v1/classes)", "missing_value", "prompt")
-        if len(body.prompt) > _LONGEST_NAME:  # a sentence: looking for names alike would hold up everybody
-            message = "prompt must be the name or id of a class (see /v1/classes), not a description"
+            raise ApiError(
+                400,
+                "prompt is missing: a class, by name or id (see /v1/classes)",
+                "missing_value",
+                "prompt",
+            )
+        if (
+            len(body.prompt) > _LONGEST_NAME
+        ):  # a sentence: looking for names alike would hold up everybody
+            message = (
+                "prompt must be the name or id of a class (see /v1/classes), not a description"
+            )
             raise ApiError(400, message, "invalid_value", "prompt")
         try:
             return self.classes.resolve(body.prompt)

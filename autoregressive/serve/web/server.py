@@ -16,7 +16,9 @@ from autoregressive.serve.web.guards import MOST_HEADER_BYTES, App
 from autoregressive.serve.web.http_protocol import PatientProtocol
 
 _WRITING_SECONDS = 10.0  # at least, for answers that are complete to be read, before the end
-_KEEP_ALIVE_SECONDS = 75  # longer than proxies keep theirs, so that none sends a request into a connection that is being closed
+# longer than proxies keep theirs, so that none sends a request into a connection that is being
+# closed
+_KEEP_ALIVE_SECONDS = 75
 
 
 def writing_seconds(shutdown: float) -> int:

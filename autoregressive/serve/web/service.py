@@ -33,7 +33,9 @@ class Service:
     claim: StoreClaim
 
     def close(self) -> None:
-        """Ends the engines, whatever they do; waits for their processes. Called in the event loop."""
+        """Ends the engines, whatever they do; waits for their processes. Called in the
+        event loop.
+        """
         self.dispatcher.stop(at_once=False)
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.claim.close()
@@ -57,7 +59,8 @@ def start_service(
     address: str,
     start: StartProcess = start_process,
 ) -> Service:
-    """Starts the engines, which take their time, and builds the application; called in the event loop.
+    """Starts the engines, which take their time, and builds the application; called in the event
+    loop.
 
     Args:
         recipe, start: as of `start_dispatcher`.

@@ -1,6 +1,7 @@
 """The service's flags, where their values come from, and what they mean together.
 
-The command line counts before the environment, that before the file that --config names, that before the defaults.
+The command line counts before the environment, that before the file that --config names, that
+before the defaults.
 """
 
 import argparse
@@ -34,8 +35,9 @@ COMMAND = "autoregressive/serve/api_server.py"
 ENVIRONMENT = "LLAMAGEN_"  # and the flag's name in capitals: LLAMAGEN_MAX_NUM_SEQS
 _PURPOSE = """\
 Serves a model over HTTP: an API that OpenAI's clients speak, and a page.
-Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in the YAML file that --config names
-(max-num-seqs: 64); the command line counts first, then the environment, then the file."""
+Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in the YAML file that
+--config names (max-num-seqs: 64); the command line counts first, then the environment, then the
+file."""
 _HOST, _PORT, _QUEUE, _LEVELS = "127.0.0.1", 8000, 256, ("debug", "info", "warning", "error")
 _STORED = 1000
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
@@ -45,7 +47,17 @@ _LONGEST_NAME = 200  # of the model, as in a request
 _LONGEST_MESSAGE = 500
 _MOST_CONFIG_BYTES = 65536
 _LONGEST_WAIT = 10.0**9
-_SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
+_SWITCHES = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+    "": False,
+}
 _PATIENCE = Patience()
 _POLICY: SchedulingPolicy = "fair"
 
@@ -87,7 +99,9 @@ class _LayerParser(OneLineParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises what becomes one line."""
-        raise UserError(f"{self.origin}{shortened(message, _LONGEST_MESSAGE)} (--help shows the options)")
+        raise UserError(
+            f"{self.origin}{shortened(message, _LONGEST_MESSAGE)} (--help shows the options)"
+        )
 
 
 def build_server_parser() -> _LayerParser:
@@ -95,19 +109,29 @@ def build_server_parser() -> _LayerParser:
     parser = _LayerParser(
         description=_PURPOSE,
         usage=f"{command_line(COMMAND)} [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=110),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=110
+        ),
         allow_abbrev=False,
     )
     _add_service_flags(parser.add_argument_group("service"))
     _add_patience_flags(parser.add_argument_group("patience"))
-    add_model_flags(parser, if_none="the service does not start, unless told to with --random-weights")
+    add_model_flags(
+        parser, if_none="the service does not start, unless told to with --random-weights"
+    )
     add_engine_flags(parser, max_num_seqs=str(EngineConfig.max_num_seqs))
     return parser
 
 
 def _add_service_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--host", metavar="ADDRESS", help=f"where to listen; beyond this machine only with a key (default: {_HOST})")
-    group.add_argument("--port", type=int, metavar="N", help=f"0: any that is free (default: {_PORT})")
+    group.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        help=f"where to listen; beyond this machine only with a key (default: {_HOST})",
+    )
+    group.add_argument(
+        "--port", type=int, metavar="N", help=f"0: any that is free (default: {_PORT})"
+    )
     group.add_argument(
         "--api-key",
         metavar="KEYS",
@@ -115,19 +139,24 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
         f"Better given as {ENVIRONMENT}API_KEY, which others do not see",
     )
     group.add_argument(
-        "--max-queue-size", type=int, metavar="N", help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})"
+        "--max-queue-size",
+        type=int,
+        metavar="N",
+        help=f"requests that may wait; more are refused with 429 (default: {_QUEUE})",
     )
     group.add_argument(
         "--scheduling-policy",
         choices=SCHEDULING_POLICIES,
         metavar="P",
-        help="fair: clients (told apart by key and address) share the queue and the engines equally; "
+        help="fair: clients (told apart by key and address) share the queue and the engines "
+        "equally; "
         f"fcfs: first come, first served (default: {_POLICY})",
     )
     group.add_argument(
         "--forwarded-allow-ips",
         metavar="LIST",
-        help="addresses and networks of proxies whose X-Forwarded-For says where a client is, or * (default: none)",
+        help="addresses and networks of proxies whose X-Forwarded-For says where a client is, or * "
+        "(default: none)",
     )
     group.add_argument(
         "--max-connections",
@@ -144,32 +173,70 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
         "half of it drawings are refused, above it the slowest clients are dropped "
         f"(default: {_BUFFERED_MIB})",
     )
-    group.add_argument("--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)")
     group.add_argument(
-        "--api-server-count", type=int, metavar="N", help="processes that answer HTTP (default: --data-parallel-size)"
-    )
-    group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: --gpt-model's)")
-    group.add_argument("--store-dir", type=Path, metavar="DIR", help="keep images there for response_format url (default: none)")
-    group.add_argument(
-        "--store-images", type=int, metavar="N", help=f"how many, the oldest are deleted; for --store-dir (default: {_STORED})"
+        "--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)"
     )
     group.add_argument(
-        "--store-max-size", metavar="SIZE", help="of them together, such as 500M or 10G; for --store-dir (default: no limit)"
+        "--api-server-count",
+        type=int,
+        metavar="N",
+        help="processes that answer HTTP (default: --data-parallel-size)",
     )
-    group.add_argument("--public-url", metavar="URL", help="what clients reach the service by (default: where it listens)")
+    group.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="what clients call the model (default: --gpt-model's)",
+    )
+    group.add_argument(
+        "--store-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep images there for response_format url (default: none)",
+    )
+    group.add_argument(
+        "--store-images",
+        type=int,
+        metavar="N",
+        help=f"how many, the oldest are deleted; for --store-dir (default: {_STORED})",
+    )
+    group.add_argument(
+        "--store-max-size",
+        metavar="SIZE",
+        help="of them together, such as 500M or 10G; for --store-dir (default: no limit)",
+    )
+    group.add_argument(
+        "--public-url",
+        metavar="URL",
+        help="what clients reach the service by (default: where it listens)",
+    )
     group.add_argument("--disable-docs", action="store_true", help="no /docs and no /openapi.json")
-    group.add_argument("--log-level", choices=_LEVELS, metavar="L", help=f"{', '.join(_LEVELS)} (default: info)")
-    group.add_argument("--config", type=Path, metavar="FILE.yaml", help="flags by name, without the dashes in front")
+    group.add_argument(
+        "--log-level", choices=_LEVELS, metavar="L", help=f"{', '.join(_LEVELS)} (default: info)"
+    )
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.yaml",
+        help="flags by name, without the dashes in front",
+    )
 
 
 def _add_patience_flags(group: argparse._ArgumentGroup) -> None:
     def seconds(flag: str, text: str, default: float | None) -> None:
-        group.add_argument(flag, type=float, metavar="SECONDS", help=f"{text} (default: {default:g})")
+        group.add_argument(
+            flag, type=float, metavar="SECONDS", help=f"{text} (default: {default:g})"
+        )
 
     seconds("--queue-timeout", "waiting for its turn, then 503; 0: no limit", _PATIENCE.queue)
     seconds("--request-timeout", "being drawn, then 504; 0: no limit", _PATIENCE.run)
-    seconds("--step-timeout", "an engine not heard of for so long hangs: the service ends with status 1", _PATIENCE.step)
-    seconds("--shutdown-timeout", "after SIGTERM, for accepted requests to finish", _PATIENCE.shutdown)
+    seconds(
+        "--step-timeout",
+        "an engine not heard of for so long hangs: the service ends with status 1",
+        _PATIENCE.step,
+    )
+    seconds(
+        "--shutdown-timeout", "after SIGTERM, for accepted requests to finish", _PATIENCE.shutdown
+    )
 
 
 def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
@@ -186,7 +253,10 @@ def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argpa
         layers.append(_parse_layer(_file_tokens(config), f"{config}: "))
     merged = argparse.Namespace()
     for name, value in vars(typed).items():
-        values = [None if value is False else value, *(getattr(layer, name) for layer in layers[1:])]
+        values = [
+            None if value is False else value,
+            *(getattr(layer, name) for layer in layers[1:]),
+        ]
         setattr(merged, name, next((one for one in values if one is not None), value))
     return merged
 
@@ -197,7 +267,13 @@ def _parse_layer(tokens: list[str], origin: str) -> argparse.Namespace:
     for flag, action in list(parser._option_string_actions.items()):
         if action.nargs == 0:  # here a switch may also be off, in spite of the layers below
             action.default = None
-            parser.add_argument(_off(flag), dest=action.dest, action="store_const", const=False, help=argparse.SUPPRESS)
+            parser.add_argument(
+                _off(flag),
+                dest=action.dest,
+                action="store_const",
+                const=False,
+                help=argparse.SUPPRESS,
+            )
     return parser.parse_args(tokens)
 
 
@@ -208,9 +284,12 @@ def _off(flag: str) -> str:
 def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
     """The flags that the environment gives.
 
-    The environment is not the user's alone, so a variable that is none of the service's flags is a warning and no error.
+    The environment is not the user's alone, so a variable that is none of the service's flags is a
+    warning and no error.
     """
-    flags = {action.dest.upper() for action in build_server_parser()._actions if action.dest != "help"}
+    flags = {
+        action.dest.upper() for action in build_server_parser()._actions if action.dest != "help"
+    }
     tokens = []
     for variable, value in environment.items():
         name = variable.removeprefix(ENVIRONMENT)
@@ -220,29 +299,40 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
             tokens += _tokens(name.lower(), value, f"environment: {variable}")
         else:
             near = get_close_matches(name, flags, n=1)
-            hint = f"; did you mean {ENVIRONMENT}{near[0]}?" if near else " (--help shows the flags)"
+            hint = (
+                f"; did you mean {ENVIRONMENT}{near[0]}?" if near else " (--help shows the flags)"
+            )
             tell(f"warning: environment: {variable} is ignored: there is no such flag{hint}")
     return tokens
 
 
 def _config_text(path: Path) -> str:
-    """The file's text. A pipe or a device could go on for ever, and PyYAML reads a megabyte in some ten seconds."""
+    """The file's text. A pipe or a device could go on for ever, and PyYAML reads a megabyte in some
+    ten seconds.
+    """
     if path.exists() and not path.is_file():
         raise UserError(f"--config {path}: cannot be read (it is no file)")
     with path.open("rb") as stream:
         content = stream.read(_MOST_CONFIG_BYTES + 1)
     if len(content) > _MOST_CONFIG_BYTES:
-        raise UserError(f"--config {path}: has more than {_MOST_CONFIG_BYTES} bytes; flags and their values take a few hundred")
+        raise UserError(
+            f"--config {path}: has more than {_MOST_CONFIG_BYTES} bytes; flags and their values "
+            "take a few hundred"
+        )
     return content.decode()
 
 
 def _file_tokens(path: Path) -> list[str]:
     try:
-        content = yaml.load(_config_text(path), yaml.BaseLoader)  # all is text as written: safe_load reads 010 as 8, no as False
+        # all is text as written: safe_load reads 010 as 8, no as False
+        content = yaml.load(_config_text(path), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(
+            f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)  # the error itself quotes the line, which may be that of the key
+        # the error itself quotes the line, which may be that of the key
+        mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"--config {path}: is not YAML{where}") from error
     if content in (None, ""):
@@ -254,7 +344,11 @@ def _file_tokens(path: Path) -> list[str]:
         if name == "config" or names.count(name) > 1:
             why = "belongs on the command line" if name == "config" else "is there twice"
             raise UserError(f"{path}: {shortened(name, 100)} {why}")
-    return [token for name, value in content.items() for token in _tokens(str(name), value, f"{path}: {name}")]
+    return [
+        token
+        for name, value in content.items()
+        for token in _tokens(str(name), value, f"{path}: {name}")
+    ]
 
 
 def _tokens(name: str, value: Any, origin: str) -> list[str]:
@@ -277,45 +371,71 @@ def _tokens(name: str, value: Any, origin: str) -> list[str]:
 
 
 def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
-    """Fills in what was not given and checks everything that can be checked without loading weights.
+    """Fills in what was not given and checks everything that can be checked without loading
+    weights.
 
     Raises:
-        UserError: as `resolve_settings`, or a service that should not be: open to others without a key.
+        UserError: as `resolve_settings`, or a service that should not be: open to others without a
+            key.
     """
     choice = resolve_model_choice(arguments, seed=0)
     host = _or(arguments.host, _HOST)
     keys = _resolve_keys(arguments.api_key, host)
     if not _is_host(host):
-        raise UserError(f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one")
+        raise UserError(
+            f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: "
+            "every IPv6 one"
+        )
     if arguments.forwarded_allow_ips is not None:
         check_forwarded_allow_ips(arguments.forwarded_allow_ips)
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
         _check_gpus(choice, engines)
-    if arguments.store_dir is not None and not os.path.isdir(arguments.store_dir):  # `StoreClaim` sees whether it can write there
-        raise UserError(f"--store-dir: there is no folder {arguments.store_dir}; make it first, or choose another")
+    if arguments.store_dir is not None and not os.path.isdir(
+        arguments.store_dir
+    ):  # `StoreClaim` sees whether it can write there
+        raise UserError(
+            f"--store-dir: there is no folder {arguments.store_dir}; make it first, or choose "
+            "another"
+        )
     url = arguments.public_url
-    if url is not None and not (url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url):
-        raise UserError(f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces")
+    if url is not None and not (
+        url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url
+    ):
+        raise UserError(
+            f"--public-url {url}: must begin with http:// or https://, and be ASCII without spaces"
+        )
     if url is not None and not _host_of(url):
         raise UserError(f"--public-url {url}: names no host; such as https://pictures.example.org")
     if arguments.store_dir is not None and url is None and host in ("0.0.0.0", "::"):
-        raise UserError(f"--store-dir: at --host {host} the images' URLs need an address: give --public-url")
+        raise UserError(
+            f"--store-dir: at --host {host} the images' URLs need an address: give --public-url"
+        )
     fronts = _at_least(arguments, "api_server_count", engines, 1, 64)
     stored = _at_least(arguments, "store_images", _STORED, 1)
     if stored < fronts:
-        raise UserError(f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process keeps a share")
+        raise UserError(
+            f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process "
+            "keeps a share"
+        )
     stored_bytes = _stored_bytes(arguments.store_max_size, choice, fronts)
-    for flag, value in (("--store-images", arguments.store_images), ("--store-max-size", arguments.store_max_size)):
+    for flag, value in (
+        ("--store-images", arguments.store_images),
+        ("--store-max-size", arguments.store_max_size),
+    ):
         if value is not None and arguments.store_dir is None:
             raise UserError(f"{flag} goes with --store-dir, the folder that images are stored in")
     name = _or(arguments.served_model_name, choice.model.gpt_model)
     if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
-        raise UserError(f"--served-model-name {name}: must be printable, not empty, and at most {_LONGEST_NAME} characters")
+        raise UserError(
+            f"--served-model-name {name}: must be printable, not empty, and at most "
+            f"{_LONGEST_NAME} characters"
+        )
     return ServerSettings(
         choice=choice,
         engine=replace(
-            engine_config(arguments, EngineConfig.max_num_seqs), scheduling_policy=_or(arguments.scheduling_policy, _POLICY)
+            engine_config(arguments, EngineConfig.max_num_seqs),
+            scheduling_policy=_or(arguments.scheduling_policy, _POLICY),
         ),
         engines=engines,
         fronts=fronts,
@@ -342,10 +462,15 @@ def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | N
         return None
     size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
     if size is None:
-        raise UserError(f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G")
+        raise UserError(
+            f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G"
+        )
     bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
     if bytes_there < (least := fronts * largest_picture_bytes(choice.model.image_size)):
-        raise UserError(f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each --api-server-count")
+        raise UserError(
+            f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each "
+            "--api-server-count"
+        )
     return bytes_there
 
 
@@ -373,7 +498,9 @@ def _resolve_patience(arguments: argparse.Namespace) -> Patience:
     def seconds(name: str, default: float, least: float = 0) -> float:
         value = _or(getattr(arguments, name), default)
         if not least <= value <= _LONGEST_WAIT:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {least:g} to {_LONGEST_WAIT:.0f}")
+            raise UserError(
+                f"--{name.replace('_', '-')} {value:g}: must be {least:g} to {_LONGEST_WAIT:.0f}"
+            )
         return value
 
     assert _PATIENCE.queue is not None
@@ -389,14 +516,23 @@ def _resolve_patience(arguments: argparse.Namespace) -> Patience:
 def _check_gpus(choice: ModelChoice, engines: int) -> None:
     device = choice.model.device
     if device.type != "cuda":
-        raise UserError(f"--data-parallel-size {engines}: takes {engines} GPUs, and this is a CPU; leave it out")
+        raise UserError(
+            f"--data-parallel-size {engines}: takes {engines} GPUs, and this is a CPU; leave it out"
+        )
     if device.index not in (None, 0):
-        raise UserError(f"--data-parallel-size {engines}: takes GPUs from cuda:0 on; leave --device {device} out")
+        raise UserError(
+            f"--data-parallel-size {engines}: takes GPUs from cuda:0 on; leave --device {device} "
+            "out"
+        )
     if torch.cuda.device_count() < engines:
-        raise UserError(f"--data-parallel-size {engines}: there are {torch.cuda.device_count()} GPUs here")
+        raise UserError(
+            f"--data-parallel-size {engines}: there are {torch.cuda.device_count()} GPUs here"
+        )
 
 
-def _at_least(arguments: argparse.Namespace, name: str, default: int, least: int, most: int = 10**6) -> int:
+def _at_least(
+    arguments: argparse.Namespace, name: str, default: int, least: int, most: int = 10**6
+) -> int:
     value = _or(getattr(arguments, name), default)
     if not least <= value <= most:
         raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")

@@ -1,7 +1,8 @@
 """The page's files, which are read once at the start and served from memory.
 
-starlette's `StaticFiles` opens a file for each request, and passes each part of it through a thread.
-Slow readers then hold two descriptors each, and to begin an answer takes several milliseconds.
+starlette's `StaticFiles` opens a file for each request, and passes each part of it through a
+thread. Slow readers then hold two descriptors each, and to begin an answer takes several
+milliseconds.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
-"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever taken from a request.
+"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever
+taken from a request.
 
-A picture's file is whole or not there, is never changed, and is read in one go through one descriptor: what is evicted meanwhile
-is still delivered.
+A picture's file is whole or not there, is never changed, and is read in one go through one
+descriptor: what is evicted meanwhile is still delivered.
 """
 
 import contextlib
@@ -22,12 +23,23 @@ from typing import TypeVar
 from autoregressive.common.errors import UserError
 from autoregressive.common.files import remove_leftovers, sync, sync_folder, unused_name
 
-MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}  # the system's table may lack webp
+# the system's table may lack webp
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+}
 LOCK_FILE = ".llamagen.lock"
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.(png|jpeg|webp)")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NOT_A_PICTURE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # also a link, or a socket, of that name
+# also a link, or a socket, of that name
+_NOT_A_PICTURE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+)
 _log = logging.getLogger("llamagen.store")
 _Result = TypeVar("_Result")
 
@@ -47,7 +59,8 @@ class StoredPicture:
 
 
 class StoreClaim:
-    """Makes a folder one service's alone until `close`, or the end of the process, and removes what killed writes left.
+    """Makes a folder one service's alone until `close`, or the end of the process, and removes what
+    killed writes left.
 
     Args:
         folder: None: nothing is claimed.
@@ -59,7 +72,10 @@ class StoreClaim:
     def __init__(self, folder: Path | None) -> None:
         self._lock_file = None if folder is None else _lock(folder)
         if folder is not None and (removed := remove_leftovers(folder, _UNFINISHED)):
-            _log.warning("unfinished pictures were removed", extra={"fields": {"folder": str(folder), "files": removed}})
+            _log.warning(
+                "unfinished pictures were removed",
+                extra={"fields": {"folder": str(folder), "files": removed}},
+            )
 
     def close(self) -> None:
         """Gives the folder up."""
@@ -73,26 +89,35 @@ def _lock(folder: Path) -> int:
         os.scandir(folder).close()
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"--store-dir {folder}: cannot read or write there ({error.strerror}); choose another") from error
+        raise UserError(
+            f"--store-dir {folder}: cannot read or write there ({error.strerror}); choose another"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            raise UserError(f"--store-dir {folder}: another service keeps its images there; choose another folder") from error
-        raise UserError(f"--store-dir {folder}: cannot be locked ({error.strerror}); choose another folder") from error
+            raise UserError(
+                f"--store-dir {folder}: another service keeps its images there; choose another "
+                "folder"
+            ) from error
+        raise UserError(
+            f"--store-dir {folder}: cannot be locked ({error.strerror}); choose another folder"
+        ) from error
     return descriptor
 
 
 class Store:
-    """A folder of pictures, of which the newest are kept. Any thread may use it; each call waits for the disk.
+    """A folder of pictures, of which the newest are kept. Any thread may use it; each call waits
+    for the disk.
 
     Args:
         folder: exists, and is claimed; files of other names in it are left alone.
         most: how many pictures are kept.
         base_url: what comes before /v1/files/NAME.
-        index, count: which of so many processes with the same folder this is. Each may keep an equal share of the pictures and
-            of the bytes, evicts those whose names are its own, and reads all.
+        index, count: which of so many processes with the same folder this is. Each may keep an
+            equal share of the pictures and of the bytes, evicts those whose names are its own, and
+            reads all.
         most_bytes: how large the pictures may be together; None: no limit.
         picture_bytes: how large a picture can become.
 
@@ -117,17 +142,25 @@ class Store:
         self._kept = deque(self._found())  # names and sizes, the oldest first
         self._kept_bytes = sum(size for _, size in self._kept)
         self._coming = self._coming_bytes = 0  # pictures that are being written
-        self._changed = threading.Condition()  # guards the four; the disk is waited for outside, so that writes share its time
+        # guards the four; the disk is waited for outside, so that writes share its time
+        self._changed = threading.Condition()
         with self._changed:
             self._make_room(0, 0)
 
     @property
     def most_of_a_request(self) -> int:
-        """How many pictures an answer may have, so that none of them is evicted for another one's sake."""
-        return self._most if self._most_bytes is None else min(self._most, self._most_bytes // self._picture_bytes)
+        """How many pictures an answer may have, so that none of them is evicted for another one's
+        sake.
+        """
+        return (
+            self._most
+            if self._most_bytes is None
+            else min(self._most, self._most_bytes // self._picture_bytes)
+        )
 
     def check(self, pictures: int) -> None:
-        """Finds out whether so many pictures could be saved now; where the disk is full, evicts the oldest to make room.
+        """Finds out whether so many pictures could be saved now; where the disk is full, evicts the
+        oldest to make room.
 
         Raises:
             StoreFailed: they could not.
@@ -136,7 +169,8 @@ class Store:
         self._evict_while_full(size, lambda: self._allocate(size))
 
     def save(self, pictures: Sequence[bytes], suffix: str) -> list[str]:
-        """Writes the pictures of an answer, all or none, and evicts the oldest beyond the limits; their URLs.
+        """Writes the pictures of an answer, all or none, and evicts the oldest beyond the limits;
+        their URLs.
 
         Args:
             pictures: `most_of_a_request` at most.
@@ -193,12 +227,16 @@ class Store:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     if _NAME.fullmatch(entry.name) and self._is_mine(entry.name):
-                        with contextlib.suppress(FileNotFoundError):  # removed by somebody else meanwhile
+                        with contextlib.suppress(
+                            FileNotFoundError
+                        ):  # removed by somebody else meanwhile
                             state = entry.stat(follow_symlinks=False)
                             if stat.S_ISREG(state.st_mode):
                                 found.append((state.st_mtime_ns, entry.name, state.st_size))
         except OSError as error:
-            raise UserError(f"--store-dir {self._folder}: cannot be read ({error.strerror}); choose another") from error
+            raise UserError(
+                f"--store-dir {self._folder}: cannot be read ({error.strerror}); choose another"
+            ) from error
         return [(name, size) for _, name, size in sorted(found)]
 
     def _is_mine(self, name: str) -> bool:
@@ -212,18 +250,24 @@ class Store:
     def _make_room(self, pictures: int, size: int) -> bool:
         """Evicts the oldest for so many pictures and bytes to come; whether the limits hold then.
 
-        They may not while others are being written, which can only be evicted later. The lock is held.
+        They may not while others are being written, which can only be evicted later. The lock is
+        held.
         """
         while not (fits := self._fits(pictures, size)) and self._kept:
             self._evict_oldest()
         return fits or self._coming == 0
 
     def _fits(self, pictures: int, size: int) -> bool:
-        count, total = len(self._kept) + self._coming + pictures, self._kept_bytes + self._coming_bytes + size
+        count, total = (
+            len(self._kept) + self._coming + pictures,
+            self._kept_bytes + self._coming_bytes + size,
+        )
         return count <= self._most and (self._most_bytes is None or total <= self._most_bytes)
 
     def _evict_while_full(self, size: int, work: Callable[[], _Result]) -> _Result:
-        """Does what needs so many bytes of the disk; while it is full, evicts the oldest, but not many times as much."""
+        """Does what needs so many bytes of the disk; while it is full, evicts the oldest, but not
+        many times as much.
+        """
         freed = 0
         while True:
             try:
@@ -277,5 +321,10 @@ class Store:
     def _log_failure(self, what: str, error: OSError) -> StoreFailed:
         """Writes down what the disk said; the exception for callers, who must not see that."""
         number = errno.errorcode.get(error.errno or 0, "unknown")
-        _log.error(what, extra={"fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}})
+        _log.error(
+            what,
+            extra={
+                "fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}
+            },
+        )
         return StoreFailed(what)

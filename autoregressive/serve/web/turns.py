@@ -1,11 +1,15 @@
-"""Turns of the event loop: what takes long waits for one of its own, so that whoever asks for little is not behind all of it."""
+"""Turns of the event loop: what takes long waits for one of its own, so that whoever asks for
+little is not behind all of it.
+"""
 
 import asyncio
 from collections import deque
 
 
 class Turns:
-    """Lets one through at each turn of the event loop (two where a queue ends), in the order of asking. Used in one event loop."""
+    """Lets one through at each turn of the event loop (two where a queue ends), in the order of
+    asking. Used in one event loop.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()

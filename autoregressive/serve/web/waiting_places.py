@@ -1,4 +1,6 @@
-"""Who may wait: places in the queue, of which no client can take so many that none is left for another."""
+"""Who may wait: places in the queue, of which no client can take so many that none is left for
+another.
+"""
 
 from collections import Counter
 

@@ -5,7 +5,9 @@ from typing import Any
 
 _MOST_MESSAGES = 16  # in a frame
 _ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
-_FAR_BEHIND = 64  # messages that wait: from then on, only the newest of those that supersede each other
+_FAR_BEHIND = (
+    64  # messages that wait: from then on, only the newest of those that supersede each other
+)
 
 
 def _bytes_of(message: Any) -> int:
@@ -16,8 +18,9 @@ def _bytes_of(message: Any) -> int:
 class Backlog:
     """Messages that wait to be sent, in order.
 
-    The other side may be stopped for as long as --step-timeout, while the engine goes on. Once more than 64 messages wait, a new
-    message removes the one that it supersedes. What then waits is bounded by the work that was accepted.
+    The other side may be stopped for as long as --step-timeout, while the engine goes on. Once more
+    than 64 messages wait, a new message removes the one that it supersedes. What then waits is
+    bounded by the work that was accepted.
 
     Attributes:
         bytes: of pixels, codes and text in these messages.
@@ -26,7 +29,9 @@ class Backlog:
     def __init__(self) -> None:
         self.bytes = 0
         self._messages: dict[int, Any] = {}
-        self._newest: dict[tuple[Any, ...], int] = {}  # of the waiting messages that may be superseded
+        self._newest: dict[
+            tuple[Any, ...], int
+        ] = {}  # of the waiting messages that may be superseded
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -70,4 +75,6 @@ class Backlog:
 def _superseding_key(message: Any) -> tuple[Any, ...] | None:
     """What messages that supersede each other have in common; None: it supersedes nothing."""
     fields = getattr(message, "SUPERSEDES", None)
-    return None if fields is None else (type(message), *(getattr(message, field) for field in fields))
+    return (
+        None if fields is None else (type(message), *(getattr(message, field) for field in fields))
+    )

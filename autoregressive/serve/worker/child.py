@@ -1,6 +1,8 @@
-"""Where a process that the service starts begins: `python -m autoregressive.serve.worker.child NAME PARENT CONNECTION SOCKET...`.
+"""Where a process that the service starts begins: `python -m autoregressive.serve.worker.child NAME
+PARENT CONNECTION SOCKET...`.
 
-Nothing that takes long is imported before the process is bound to its parent's life, leaves signals to it, and logs as it does.
+Nothing that takes long is imported before the process is bound to its parent's life, leaves signals
+to it, and logs as it does.
 """
 
 import ctypes
@@ -24,7 +26,9 @@ _log = logging.getLogger("llamagen.service")
 
 
 def main() -> None:
-    """Runs the function that comes through the connection, with the connection and the other sockets as its arguments."""
+    """Runs the function that comes through the connection, with the connection and the other
+    sockets as its arguments.
+    """
     name, parent, *descriptors = sys.argv[1:]
 
     def work() -> None:
@@ -38,7 +42,8 @@ def main() -> None:
 def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     """The life of a process that the service starts.
 
-    It ends at once when its work is done: to take down torch's modules one by one may take seconds, and nobody needs it.
+    It ends at once when its work is done: to take down torch's modules one by one may take seconds,
+    and nobody needs it.
     """
     end_with_the_parent(parent)
     ignore_signals()
@@ -69,7 +74,9 @@ def _receive(connection: socket.socket, size: int) -> bytes:
 
 
 def end_with_the_parent(parent: int) -> None:
-    """However the parent ends, the system ends this process with it: one that still loads, or hangs, would not notice."""
+    """However the parent ends, the system ends this process with it: one that still loads, or
+    hangs, would not notice.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent != os.getppid():  # it has gone already

@@ -1,11 +1,13 @@
-"""What passes between the service and the process that owns an engine: commands one way, events the other.
+"""What passes between the service and the process that owns an engine: commands one way, events the
+other.
 
-A message is a frozen dataclass. They go over a pair of sockets in frames of one message or several, so that the more there is to
-say, the less each costs: two lengths, names and fields as JSON, and behind them the messages' bytes as they are (pixels, codes). No
-pickle: neither side runs what the other sends. Moments are of `time.monotonic`, which all processes of a host share.
+A message is a frozen dataclass. They go over a pair of sockets in frames of one message or several,
+so that the more there is to say, the less each costs: two lengths, names and fields as JSON, and
+behind them the messages' bytes as they are (pixels, codes). No pickle: neither side runs what the
+other sends. Moments are of `time.monotonic`, which all processes of a host share.
 
-A kind of message may have `SUPERSEDES`: names of fields. A newer message of the kind with the same values in these fields then
-supersedes an older one that still waits to be sent (see `backlog`).
+A kind of message may have `SUPERSEDES`: names of fields. A newer message of the kind with the same
+values in these fields then supersedes an older one that still waits to be sent (see `backlog`).
 """
 
 import json
@@ -30,10 +32,14 @@ class Submit:
     n: int
     params: SamplingParams  # of each image, so with n = 1
     pixels: bool  # False: codes
-    preview_rows: tuple[int, ...] = ()  # rows of the token grid at which a preview is wanted; the last that is reached is sent
+    preview_rows: tuple[
+        int, ...
+    ] = ()  # rows of the token grid at which a preview is wanted; the last that is reached is sent
     watched: bool = False  # `Drawn` again and again, not only once
     start_by: float | None = None  # moment; whoever has not begun by then ends with `queue_timeout`
-    run_seconds: float | None = None  # whoever has not ended that long after the start ends with `run_timeout`
+    run_seconds: float | None = (
+        None  # whoever has not ended that long after the start ends with `run_timeout`
+    )
     client: str = ""  # whose it is, as `client_of` names it
 
 
@@ -75,7 +81,9 @@ class Unable:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives. A thread of its own sends it, so it says nothing of the loop, which may hang."""
+    """The process lives. A thread of its own sends it, so it says nothing of the loop, which may
+    hang.
+    """
 
 
 @dataclass(frozen=True)
@@ -138,10 +146,20 @@ class Ended:
     used_pages: int | None = None  # of the engine, now that this job's are free
 
 
-OUTCOMES = ("finished", "cancelled", "queue_timeout", "run_timeout", "out_of_memory", "non_finite", "refused")
+OUTCOMES = (
+    "finished",
+    "cancelled",
+    "queue_timeout",
+    "run_timeout",
+    "out_of_memory",
+    "non_finite",
+    "refused",
+)
 
 Command = Submit | Cancel | Stop
-Event = Preparing | Ready | Unable | Heartbeat | LoopStats | Started | Drawn | Preview | Image | Ended
+Event = (
+    Preparing | Ready | Unable | Heartbeat | LoopStats | Started | Drawn | Preview | Image | Ended
+)
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 

@@ -1,4 +1,6 @@
-"""Sends messages from a thread of its own: an engine's loop never waits for whoever is to read them."""
+"""Sends messages from a thread of its own: an engine's loop never waits for whoever is to read
+them.
+"""
 
 import socket
 import threading
@@ -11,8 +13,8 @@ from autoregressive.serve.worker.messages import encode
 class Outbox:
     """Messages that wait, and the thread that writes them to a connection, until that is closed.
 
-    What has come together while the last frame was written goes into the next one. A reader that is far behind gets only the
-    newest of the messages that supersede each other.
+    What has come together while the last frame was written goes into the next one. A reader that is
+    far behind gets only the newest of the messages that supersede each other.
     """
 
     def __init__(self, connection: socket.socket, name: str) -> None:
@@ -31,7 +33,9 @@ class Outbox:
                 self._changed.notify()
 
     def put_if_silent(self, message: Any) -> None:
-        """Queues a message unless others wait: they show as well that this process lives, and so none pile up unread."""
+        """Queues a message unless others wait: they show as well that this process lives, and so
+        none pile up unread.
+        """
         with self._changed:
             if not self._waiting:
                 self.put(message)

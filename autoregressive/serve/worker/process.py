@@ -1,7 +1,8 @@
 """The engine's process: what it builds its engine from, how it is started, and how it ends.
 
-A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever kills the engine does not kill the
-service, and a hung one can be killed. docs/design.md says what it costs.
+A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever
+kills the engine does not kill the service, and a hung one can be killed. docs/design.md says what
+it costs.
 """
 
 import contextlib
@@ -74,7 +75,8 @@ class EngineRecipe:
         """An engine that is ready to run.
 
         Raises:
-            UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a typical request could never run.
+            UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a
+                typical request could never run.
         """
         device = self.model.device
         if device.type == "cuda":
@@ -117,28 +119,44 @@ class _Child:
             self._process.wait(timeout)
 
 
-def start_child(run: Callable[..., None], name: str, *sockets: socket.socket) -> tuple[ChildProcess, socket.socket]:
+def start_child(
+    run: Callable[..., None], name: str, *sockets: socket.socket
+) -> tuple[ChildProcess, socket.socket]:
     """Starts a process; the connection to it.
 
-    Not by `multiprocessing`: its processes import all that the function needs, and the parent's main module, before the first
-    line of ours, and meanwhile outlive a parent that is killed. Not by a fork: CUDA does not survive one.
+    Not by `multiprocessing`: its processes import all that the function needs, and the parent's
+    main module, before the first line of ours, and meanwhile outlive a parent that is killed. Not
+    by a fork: CUDA does not survive one.
 
     Args:
-        run: called there with the other end of the connection, and with the sockets; pickled, so it must not be defined in the
-            main module.
+        run: called there with the other end of the connection, and with the sockets; pickled, so it
+            must not be defined in the main module.
         sockets: the process gets copies of them.
     """
     data = pickle.dumps(run)
     ours, theirs = connect()
     descriptors = [one.fileno() for one in (theirs, *sockets)]
-    command = [sys.executable, "-P", "-m", child.__name__, name, str(os.getpid()), *map(str, descriptors)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        child.__name__,
+        name,
+        str(os.getpid()),
+        *map(str, descriptors),
+    ]
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     with signals_held():
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env=os.environ | {"PYTHONPATH": path}
+            command,
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            env=os.environ | {"PYTHONPATH": path},
         )
     theirs.close()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died already, as will be noticed
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # it has died already, as will be noticed
         ours.sendall(child.HEAD.pack(len(data)) + data)
     return _Child(process), ours
 
@@ -146,8 +164,8 @@ def start_child(run: Callable[..., None], name: str, *sockets: socket.socket) ->
 def connect() -> tuple[socket.socket, socket.socket]:
     """Two sockets, each of which receives what is sent to the other.
 
-    Some MB may wait in them, or as much as the system allows: else a frame of pictures is written in pieces of 0.2 MB, and each
-    wakes both sides.
+    Some MB may wait in them, or as much as the system allows: else a frame of pictures is written
+    in pieces of 0.2 MB, and each wakes both sides.
     """
     ends = socket.socketpair()
     for end in ends:
@@ -157,7 +175,9 @@ def connect() -> tuple[socket.socket, socket.socket]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals to this thread, or to a process that it starts, wait: a child calls `ignore_signals` when it can."""
+    """Signals to this thread, or to a process that it starts, wait: a child calls `ignore_signals`
+    when it can.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

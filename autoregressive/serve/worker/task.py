@@ -1,4 +1,6 @@
-"""What the engine's owner knows of a job: its requests, one an image, and what has been told of it."""
+"""What the engine's owner knows of a job: its requests, one an image, and what has been
+told of it.
+"""
 
 from dataclasses import dataclass, field
 

@@ -1,8 +1,10 @@
-"""The engine's owner: a loop that takes commands, steps the engine, decodes pictures, and tells what happens.
+"""The engine's owner: a loop that takes commands, steps the engine, decodes pictures, and tells
+what happens.
 
-It never waits but for commands when there is nothing else to do, so a step is delayed by no reader and no encoder of pictures. What
-it survives is memory that runs out: the jobs concerned fail, the others go on. Whatever else is raised ends it, for an engine that
-has failed in a way not foreseen is not to be trusted.
+It never waits but for commands when there is nothing else to do, so a step is delayed by no reader
+and no encoder of pictures. What it survives is memory that runs out: the jobs concerned fail, the
+others go on. Whatever else is raised ends it, for an engine that has failed in a way not foreseen
+is not to be trusted.
 """
 
 import gc
@@ -71,7 +73,8 @@ class Worker:
 
     Args:
         engine: with a tokenizer, unless only codes will be asked for.
-        connection: commands come from it and events go to it; closed by the other side, it ends the loop.
+        connection: commands come from it and events go to it; closed by the other side, it ends the
+            loop.
     """
 
     def __init__(self, engine: Engine, connection: socket.socket, outbox: Outbox) -> None:
@@ -81,8 +84,13 @@ class Worker:
         self._task_of: dict[Request, Task] = {}
         self._undecoded: deque[Request] = deque()
         self._decodings: deque[_Decoding] = deque()
-        # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one image at a time then.
-        self._at_once = engine.decoder.batch_sizes[-1] if engine.decoder is not None and engine.device.type == "cuda" else 1
+        # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one
+        # image at a time then.
+        self._at_once = (
+            engine.decoder.batch_sizes[-1]
+            if engine.decoder is not None and engine.device.type == "cuda"
+            else 1
+        )
         self._next_preview = 0.0
         self._previewing: _Previewing | None = None
         self._stats_at = 0.0
@@ -130,7 +138,9 @@ class Worker:
         task = Task(order, left=order.n)
         try:
             task.requests = [
-                self._engine.submit(order.class_label, order.params, first_image=image, client=order.client)
+                self._engine.submit(
+                    order.class_label, order.params, first_image=image, client=order.client
+                )
                 for image in range(order.n)
             ]
         except ValueError as error:
@@ -168,7 +178,9 @@ class Worker:
         for task in self._tasks.values():
             if not task.begun and task.failure is None and task.running:
                 task.begun = True
-                task.deadline = begun + task.order.run_seconds if task.order.run_seconds is not None else None
+                task.deadline = (
+                    begun + task.order.run_seconds if task.order.run_seconds is not None else None
+                )
                 self._outbox.put(Started(task.order.job, begun))
         return ended
 
@@ -193,7 +205,11 @@ class Worker:
     def _decode(self) -> None:
         """Gives the decoder its next lot, unless it has enough to do."""
         finished: list[Request] = []
-        while self._undecoded and len(finished) < self._at_once and len(self._decodings) < _DECODINGS_AT_ONCE:
+        while (
+            self._undecoded
+            and len(finished) < self._at_once
+            and len(self._decodings) < _DECODINGS_AT_ONCE
+        ):
             request = self._undecoded.popleft()
             if request in self._task_of:  # nobody wants the others any more
                 finished.append(request)
@@ -203,7 +219,9 @@ class Worker:
         begun = time.monotonic()
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
         try:
-            self._decodings.append(_Decoding(finished, self._engine.decoder.submit_to_host(codes), begun))
+            self._decodings.append(
+                _Decoding(finished, self._engine.decoder.submit_to_host(codes), begun)
+            )
         except _MEMORY_ERRORS as error:
             self._lose_pictures(finished, error)
 
@@ -224,7 +242,9 @@ class Worker:
                 self._lose_pictures(decoding.requests, error)
                 continue
             seconds = (time.monotonic() - decoding.begun) / len(decoding.requests)
-            for request, picture, is_finite in zip(decoding.requests, pictures, finite.tolist(), strict=True):
+            for request, picture, is_finite in zip(
+                decoding.requests, pictures, finite.tolist(), strict=True
+            ):
                 task = self._task_of.pop(request, None)
                 if task is None or task.failure is not None:
                     continue
@@ -244,12 +264,18 @@ class Worker:
         del self._tasks[task.order.job]
         for request in task.requests:
             self._task_of.pop(request, None)
-        now, tokens, used_pages = time.monotonic(), task.tokens, self._engine.scheduler.pool.used_pages
+        now, tokens, used_pages = (
+            time.monotonic(),
+            task.tokens,
+            self._engine.scheduler.pool.used_pages,
+        )
         self._tell_drawn(task, now)
         self._outbox.put(Ended(task.order.job, outcome, now, message, tokens, used_pages))
 
     def _preview(self) -> None:
-        """One lot of previews at a time, and of each image the newest: a slow decoder makes them rarer, not later."""
+        """One lot of previews at a time, and of each image the newest: a slow decoder makes them
+        rarer, not later.
+        """
         begun = time.monotonic()
         try:
             self._go_on_with_previews()
@@ -259,7 +285,9 @@ class Worker:
             _clear_memory()  # nobody has lost more than a glimpse
             self._previewing = None
         ended = time.monotonic()
-        self._next_preview = max(self._next_preview, ended + (ended - begun) * (1 / _PREVIEW_SHARE - 1))
+        self._next_preview = max(
+            self._next_preview, ended + (ended - begun) * (1 / _PREVIEW_SHARE - 1)
+        )
 
     def _go_on_with_previews(self) -> None:
         lot = self._previewing
@@ -276,7 +304,9 @@ class Worker:
         for request, rows, picture in zip(lot.requests, lot.rows, pictures, strict=True):
             task = self._task_of.get(request)
             if task is not None and task.failure is None and not request.ended:
-                self._outbox.put(Preview(task.order.job, request.first_image, rows, picture.numpy().tobytes()))
+                self._outbox.put(
+                    Preview(task.order.job, request.first_image, rows, picture.numpy().tobytes())
+                )
 
     def _begin_previews(self) -> _Previewing | None:
         candidates: list[tuple[int, int, Request, Task]] = []  # rows sent, rows to send
@@ -293,13 +323,16 @@ class Worker:
         if not wanted:
             return None
         codes = self._engine.peek(list(wanted))
-        return _Previewing(codes.requests, [wanted[request] for request in codes.requests], codes, None)
+        return _Previewing(
+            codes.requests, [wanted[request] for request in codes.requests], codes, None
+        )
 
     def _decode_previews(self, under_way: _Previewing) -> _Previewing:
         assert under_way.codes is not None
         assert self._engine.decoder is not None
         filled: list[Tensor] = [
-            fill_undrawn(codes, rows, self._grid) for codes, rows in zip(under_way.codes.codes(), under_way.rows, strict=True)
+            fill_undrawn(codes, rows, self._grid)
+            for codes, rows in zip(under_way.codes.codes(), under_way.rows, strict=True)
         ]
         pending = self._engine.decoder.submit_to_host(torch.cat(filled))
         return _Previewing(under_way.requests, under_way.rows, None, pending)
@@ -308,7 +341,9 @@ class Worker:
         now = time.monotonic()
         for task in self._tasks.values():
             first = not task.first_token and task.tokens > 0
-            if first or (task.order.watched and task.begun and now - task.told_at >= _WATCHED_SECONDS):
+            if first or (
+                task.order.watched and task.begun and now - task.told_at >= _WATCHED_SECONDS
+            ):
                 self._tell_drawn(task, now)
         if now - self._stats_at >= STATS_SECONDS:
             self._tell_stats()
@@ -325,29 +360,44 @@ class Worker:
 
 def _reason(request: Request) -> tuple[str, str]:
     if isinstance(request.cause, NonFiniteLogitsError):
-        return "non_finite", "the model's logits are NaN or infinite: its weights are damaged or overflow this precision"
+        return (
+            "non_finite",
+            "the model's logits are NaN or infinite: its weights are damaged or overflow this "
+            "precision",
+        )
     if request.cause is not None and _out_of_memory(request.cause):
         return "out_of_memory", ""
-    raise RuntimeError("a request failed for a reason that does not leave the engine running") from request.cause
+    raise RuntimeError(
+        "a request failed for a reason that does not leave the engine running"
+    ) from request.cause
 
 
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return any(
+        words in str(error)
+        for words in ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
 
 
 def _clear_memory() -> None:
-    gc.collect()  # an error's traceback holds the tensors of where it was raised, and may be part of a cycle
+    # an error's traceback holds the tensors of where it was raised, and may be part of a cycle
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def serve(make_engine: Callable[[Callable[[int, int], None]], Engine], connection: socket.socket, outbox: Outbox) -> None:
+def serve(
+    make_engine: Callable[[Callable[[int, int], None]], Engine],
+    connection: socket.socket,
+    outbox: Outbox,
+) -> None:
     """Builds the engine, telling how far it is, and runs it.
 
     Args:
-        make_engine: given what to call with how much of the preparation is done, and how much there is.
+        make_engine: given what to call with how much of the preparation is done, and how much there
+            is.
 
     Raises:
         Exception: as `Worker.run`, or of building the engine.
