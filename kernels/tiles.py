@@ -1,9 +1,9 @@
 """How each product is cut up: settings measured per operation, shape and architecture, and rules
 for shapes not measured.
 
-The tables (`tiles_sm90.json`, ...) are written by scripts/tune_kernels.py. Nothing is tuned at run
-time: tiles that depend on timing would change the last bits from run to run, and slow the start.
-Settings do not depend on the number of rows, so neither does the order of a sum.
+The tables (`tiles_sm90.json`, ...) are written by scripts/benchmarks/tune_kernels.py. Nothing is
+tuned at run time: tiles that depend on timing would change the last bits from run to run, and slow
+the start. Settings do not depend on the number of rows, so neither does the order of a sum.
 """
 
 import json
@@ -111,7 +111,7 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
 
 
 def read_table(path: Path) -> TileTable:
-    """The table in a file that scripts/tune_kernels.py wrote."""
+    """The table in a file that scripts/benchmarks/tune_kernels.py wrote."""
     stored = json.loads(path.read_text())
     sections: dict[str, Any] = {
         name: _read_settings(name, stored.get(name, [])) for name in SECTIONS

@@ -9,24 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from autoregressive.common.errors import (
-    OneLineParser,
-    UserError,
-    on_terminal,
-    run_command,
-    slow_imports,
-)
+from autoregressive.cli.command import OneLineParser, on_terminal, run_command, slow_imports
+from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import torch
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-    from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
-    from autoregressive.common.files import write_whole
-    from autoregressive.common.strictness import COMPUTED_HERE, find_incomplete, identify
-    from autoregressive.common.weight_source import WeightSource
     from autoregressive.models.gpt import GPT_models
+    from autoregressive.output.files import write_whole
+    from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
+    from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
+    from autoregressive.weights.weight_source import WeightSource
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
 EXAMPLES = """\

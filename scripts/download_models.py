@@ -5,12 +5,13 @@ them.
 import argparse
 from pathlib import Path
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError
 
 with slow_imports(__name__):
-    from autoregressive.common.folders import pretrained_folder
-    from autoregressive.common.hub import fetch
-    from autoregressive.common.published import (
+    from autoregressive.folders import pretrained_folder
+    from autoregressive.weights.hub import fetch
+    from autoregressive.weights.published import (
         HUB_REPOSITORY,
         PUBLISHED_FILES,
         UNPUBLISHED,

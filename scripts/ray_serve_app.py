@@ -15,7 +15,7 @@ from typing import Any
 
 from ray import serve
 
-from autoregressive.common.errors import UserError
+from autoregressive.errors import UserError
 from autoregressive.serve.api_server import prepare
 from autoregressive.serve.logs import log_our_loggers
 from autoregressive.serve.web.service import Service, start_service

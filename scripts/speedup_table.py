@@ -26,27 +26,34 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from autoregressive.common.errors import OneLineParser, UserError, run_command, slow_imports, tell
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError, tell
 
 with slow_imports(__name__):
     import torch
     import triton
-    from bench_arguments import add_device, add_models, at_least, models_for, names
-    from bench_models import empty_transformer
-    from speedup_report import METHODS, ModelRow, chart, markdown
 
-    from autoregressive.common.arguments import build_parser
-    from autoregressive.common.devices import now, resolve_device
-    from autoregressive.common.files import check_file, check_own_folder, write_whole
-    from autoregressive.common.settings import Settings, resolve_settings
-    from autoregressive.common.weights import find_weights, load_models
+    from autoregressive.benchmarks.arguments import (
+        add_device,
+        add_models,
+        at_least,
+        models_for,
+        names,
+    )
+    from autoregressive.benchmarks.models import empty_transformer
+    from autoregressive.benchmarks.speedup_report import METHODS, ModelRow, chart, markdown
+    from autoregressive.cli.flags import build_parser
+    from autoregressive.cli.settings import Settings, resolve_settings
+    from autoregressive.devices import now, resolve_device
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
+    from autoregressive.output.files import check_file, check_own_folder, write_whole
     from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
     from autoregressive.serve.sample_c2i import sampling_params
+    from autoregressive.weights.loading import find_weights, load_models
 
 ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16

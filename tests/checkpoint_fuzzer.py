@@ -28,9 +28,9 @@ from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from autoregressive.common.checkpoint import CheckpointError, open_checkpoint
-from autoregressive.common.errors import UserError
+from autoregressive.errors import UserError
 from autoregressive.serve.web.settings import read_arguments
+from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
 
 SECONDS, EXTRA_BYTES = 10.0, 256 * 2**20
 _MOST_CPU_SECONDS = 300  # of the process: a case hangs

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from autoregressive.common.errors import UserError, run_command
+from autoregressive.cli.command import run_command
+from autoregressive.errors import UserError
 from autoregressive.serve.signals import SignalWatch, signals_watched
 
 with signals_watched(__name__) as WATCH:
@@ -29,8 +30,8 @@ with signals_watched(__name__) as WATCH:
     from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
     from torch import Tensor
 
-    from autoregressive.common.classes import ClassNames
-    from autoregressive.common.defaults import DEMO_DEFAULTS
+    from autoregressive.models.classes import ClassNames
+    from autoregressive.models.defaults import DEMO_DEFAULTS
     from autoregressive.serve.api_server import listen, serve
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine

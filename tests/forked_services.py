@@ -25,7 +25,7 @@ from typing import Any, cast
 import fake_service
 from fake_service import FAULTS, Faults, Service
 
-from autoregressive.common.errors import run_command
+from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web import hub
 from autoregressive.serve.worker import child, process

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from autoregressive.common.published import PUBLISHED_FILES
+from autoregressive.weights.published import PUBLISHED_FILES
 
 FILE = PUBLISHED_FILES[0]
 CONTENT = bytes(range(256)) * 2000

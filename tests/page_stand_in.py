@@ -22,7 +22,7 @@ from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from autoregressive.common.demo_classes import DEMO_EMOJI
+from autoregressive.models.demo_classes import DEMO_EMOJI
 
 ROOT = Path(__file__).resolve().parents[1]
 STATIC = ROOT / "autoregressive" / "serve" / "web" / "static"

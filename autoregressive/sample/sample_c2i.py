@@ -9,14 +9,8 @@ import shutil
 from collections.abc import Sequence
 from typing import cast
 
-from autoregressive.common.errors import (
-    UserError,
-    either,
-    on_terminal,
-    run_command,
-    slow_imports,
-    tell,
-)
+from autoregressive.cli.command import on_terminal, run_command, slow_imports
+from autoregressive.errors import UserError, either, tell
 
 with slow_imports(__name__):
     import torch
@@ -24,23 +18,23 @@ with slow_imports(__name__):
     from torch import Tensor
     from tqdm import tqdm
 
-    from autoregressive.common.arguments import build_parser
-    from autoregressive.common.devices import now, threads_that_pay
-    from autoregressive.common.results import save_results
-    from autoregressive.common.settings import (
+    from autoregressive.cli.flags import build_parser
+    from autoregressive.cli.results import save_results
+    from autoregressive.cli.settings import (
         Settings,
         list_classes,
         resolve_settings,
         smaller_precision,
     )
-    from autoregressive.common.weights import (
+    from autoregressive.devices import now, threads_that_pay
+    from autoregressive.models.generate import NonFiniteLogitsError, generate
+    from autoregressive.models.gpt import Transformer
+    from autoregressive.weights.loading import (
         LoadedModels,
         find_weights,
         load_models,
         untrained_warning,
     )
-    from autoregressive.models.generate import NonFiniteLogitsError, generate
-    from autoregressive.models.gpt import Transformer
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 

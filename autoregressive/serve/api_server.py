@@ -3,7 +3,8 @@
 import os
 import sys
 
-from autoregressive.common.errors import UserError, run_command, tell
+from autoregressive.cli.command import run_command
+from autoregressive.errors import UserError, tell
 from autoregressive.serve.signals import SignalWatch, signals_watched
 
 with signals_watched(__name__) as WATCH:  # from the first line on
@@ -18,8 +19,7 @@ with signals_watched(__name__) as WATCH:  # from the first line on
 
     import torch
 
-    from autoregressive.common.results import generation_record
-    from autoregressive.common.weights import FoundWeights, find_weights, untrained_warning
+    from autoregressive.output.records import generation_record
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import settle_heap
     from autoregressive.serve.logs import ServiceLogs, service_logs
@@ -44,6 +44,7 @@ with signals_watched(__name__) as WATCH:  # from the first line on
         StartProcess,
         start_process,
     )
+    from autoregressive.weights.loading import FoundWeights, find_weights, untrained_warning
 
 _log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold

@@ -1,5 +1,5 @@
 """The engine's own flags, shared by its commands; everything else is in
-`autoregressive.common.arguments`.
+`autoregressive.cli.flags`.
 """
 
 import argparse
@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from autoregressive.common.arguments import PRECISION_HELP
-from autoregressive.common.errors import OneLineParser, UserError, either
-from autoregressive.common.settings import PRECISIONS, smaller_precision
-from autoregressive.common.weights import ModelSettings
+from autoregressive.cli.command import OneLineParser
+from autoregressive.cli.flags import PRECISION_HELP
+from autoregressive.cli.settings import smaller_precision
+from autoregressive.devices import PRECISIONS
+from autoregressive.errors import UserError, either
 from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
+from autoregressive.weights.loading import ModelSettings
 from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()

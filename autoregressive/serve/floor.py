@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.common.devices import ieee_float32
+from autoregressive.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.engine.request import Request, SamplingParams
 from autoregressive.serve.engine.scheduler import Limits, Scheduler

@@ -9,35 +9,23 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from autoregressive.common.errors import (
-    OneLineParser,
-    UserError,
-    on_terminal,
-    run_command,
-    slow_imports,
-    tell,
-)
+from autoregressive.cli.command import OneLineParser, on_terminal, run_command, slow_imports
+from autoregressive.errors import UserError, tell
 
 with slow_imports(__name__):
     import torch
     from torch import Tensor
     from tqdm import tqdm
 
-    from autoregressive.common.arguments import build_parser
-    from autoregressive.common.devices import now, threads_that_pay
-    from autoregressive.common.results import save_results
-    from autoregressive.common.settings import (
+    from autoregressive.cli.flags import build_parser
+    from autoregressive.cli.results import save_results
+    from autoregressive.cli.settings import (
         SamplingSettings,
         Settings,
         list_classes,
         resolve_settings,
     )
-    from autoregressive.common.weights import (
-        LoadedModels,
-        find_weights,
-        load_models,
-        untrained_warning,
-    )
+    from autoregressive.devices import now, threads_that_pay
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.generate import NonFiniteLogitsError
     from autoregressive.serve.arguments import (
@@ -52,6 +40,12 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.engine.scheduler import Limits, Scheduler
     from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
+    from autoregressive.weights.loading import (
+        LoadedModels,
+        find_weights,
+        load_models,
+        untrained_warning,
+    )
     from kernels.dispatch import select_operations
 
 COMMAND = "autoregressive/serve/sample_c2i.py"

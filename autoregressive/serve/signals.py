@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from autoregressive.common.errors import say_interrupted, tell
+from autoregressive.cli.command import say_interrupted
+from autoregressive.errors import tell
 
 # Ctrl-C, a supervisor's word, a terminal that closes
 SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.common.errors import either
+from autoregressive.errors import either
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import RunnerConfig, StepBytes, page_bytes

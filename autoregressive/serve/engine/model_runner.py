@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from autoregressive.common.devices import ieee_float32
-from autoregressive.common.errors import tell
+from autoregressive.devices import ieee_float32
+from autoregressive.errors import tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autoregressive.common.devices import ieee_float32
+from autoregressive.devices import ieee_float32
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
 

@@ -11,7 +11,7 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
+from autoregressive.models.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 
 
 @dataclass(frozen=True)

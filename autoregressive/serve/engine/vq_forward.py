@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.common.errors import tell
+from autoregressive.errors import tell
 from kernels.dispatch import select_group_norm
 from kernels.group_norm import GroupStatistics
 from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from ipaddress import ip_network
 from typing import Any
 
-from autoregressive.common.errors import UserError
+from autoregressive.errors import UserError
 from autoregressive.serve.web.addresses import client_network
 from autoregressive.serve.web.http_protocol import KEY
 

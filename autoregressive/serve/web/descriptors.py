@@ -3,7 +3,7 @@
 import logging
 import resource
 
-from autoregressive.common.errors import UserError
+from autoregressive.errors import UserError
 
 MOST_DESCRIPTORS = 65535  # nobody needs more here, and some systems allow a thousand million
 _DEFAULT_CONNECTIONS = 4096

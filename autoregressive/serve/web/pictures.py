@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from autoregressive.common.images import QUALITY, record_options
-from autoregressive.common.results import readable
+from autoregressive.output.images import QUALITY, record_options
+from autoregressive.output.records import readable
 from autoregressive.serve.web.schema import OutputFormat
 
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger

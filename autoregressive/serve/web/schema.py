@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autoregressive.common.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
+from autoregressive.models.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3

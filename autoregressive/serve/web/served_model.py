@@ -4,9 +4,9 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from autoregressive.common.classes import ClassNames
-from autoregressive.common.defaults import ModelDefaults
-from autoregressive.common.errors import UserError
+from autoregressive.errors import UserError
+from autoregressive.models.classes import ClassNames
+from autoregressive.models.defaults import ModelDefaults
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.schema import (

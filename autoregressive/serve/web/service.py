@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from autoregressive.common.results import program_version
+from autoregressive.output.records import program_version
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.dispatcher import Dispatcher

@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 
-from autoregressive.common.arguments import add_model_flags
-from autoregressive.common.errors import OneLineParser, UserError, shortened, tell
-from autoregressive.common.folders import command_line
-from autoregressive.common.settings import ModelChoice, resolve_model_choice
+from autoregressive.cli.command import OneLineParser
+from autoregressive.cli.flags import add_model_flags
+from autoregressive.cli.settings import ModelChoice, resolve_model_choice
+from autoregressive.errors import UserError, shortened, tell
+from autoregressive.folders import command_line
 from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from autoregressive.common.errors import UserError
-from autoregressive.common.files import remove_leftovers, sync, sync_folder, unused_name
+from autoregressive.errors import UserError
+from autoregressive.output.files import remove_leftovers, sync, sync_folder, unused_name
 
 # the system's table may lack webp
 MEDIA_TYPES = {

@@ -22,9 +22,8 @@ from typing import Protocol
 
 import torch
 
-from autoregressive.common.devices import use_threads_that_pay
-from autoregressive.common.errors import UserError
-from autoregressive.common.weights import FoundWeights, ModelSettings, load_models
+from autoregressive.devices import use_threads_that_pay
+from autoregressive.errors import UserError
 from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memory
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
@@ -35,6 +34,7 @@ from autoregressive.serve.worker import child
 from autoregressive.serve.worker.messages import Heartbeat, Unable
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
+from autoregressive.weights.loading import FoundWeights, ModelSettings, load_models
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 _WAITING_BYTES = 4 * 2**20  # in a connection

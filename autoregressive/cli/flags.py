@@ -1,0 +1,291 @@
+"""The flags that the naive and the fast command share: LlamaGen's, and ours for choosing classes
+and saving pictures.
+
+argparse is told no defaults, so that what was typed can be told from what was not; `settings.py`
+fills in the rest from the chosen model's table, which is also where the help takes the defaults
+from.
+"""
+
+import argparse
+from pathlib import Path
+
+from autoregressive.cli.command import OneLineParser
+from autoregressive.folders import command_line, in_checkout, pretrained_folder
+from autoregressive.models.config import GPT_SHAPES
+from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
+from autoregressive.weights.loading import DEMO_GPT, DEMO_VQ
+from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
+
+_EXAMPLES = """\
+examples:
+  {command} --gpt-model GPT-demo --captions
+      eight pictures from the model that ships with the repository
+  {command} --gpt-model GPT-XL --gpt-ckpt c2i_XL_384.pt --vq-ckpt vq_ds16_c2i.pt
+      LlamaGen's eight classes, with weights that you have
+  {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
+      weights from the hub, classes by name or id
+  {command} --gpt-model GPT-B --list-classes fox
+      which classes there are
+"""
+_IF_NONE = "they are drawn at random: the picture is noise, the speed is real"
+PRECISION_HELP = (
+    "of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU; fp16 below compute "
+    "capability 8.0, where "
+    "bf16 is refused; none on a CPU)"
+)
+
+
+def build_parser(purpose: str, command: str) -> OneLineParser:
+    """The parser; a command may add flags of its own before it parses.
+
+    Args:
+        purpose: what the command does, the first paragraph of --help.
+        command: its path from the repository root, for the examples.
+    """
+    parser = OneLineParser(
+        description=purpose,
+        usage=f"{command_line(command)} [flags]",
+        epilog=_EXAMPLES.format(command=command_line(command)),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=110
+        ),
+        allow_abbrev=False,
+    )
+    _add_drawing(parser.add_argument_group("what to draw"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_output(parser.add_argument_group("output"))
+    add_model_flags(parser)
+    return parser
+
+
+def _default_folder() -> str:
+    """The folder of pretrained models, as a help text may hold it."""
+    if in_checkout():
+        return "pretrained_models of the repository"
+    return str(pretrained_folder()).replace("%", "%%")
+
+
+def add_model_flags(parser: OneLineParser, if_none: str = _IF_NONE) -> None:
+    """Those that say which model, with which weights, where: what `settings.resolve_model_choice`
+    goes by.
+
+    Args:
+        if_none: for --help, what happens where there are no weights.
+    """
+    _add_weights(
+        parser.add_argument_group(
+            "weights",
+            "Looked for in this order: the flag; the folder of pretrained models, under the "
+            "published name; with "
+            f"--download, the\nhub. If there are none, {if_none}.",
+        )
+    )
+    _add_shapes(
+        parser.add_argument_group(
+            "model", "Flags that are left out take the values that suit the chosen --gpt-model."
+        )
+    )
+    _add_running(parser.add_argument_group("running"))
+
+
+def _default(field: str) -> str:
+    """How --help states a default that the two families may not share."""
+    llamagen, demo = getattr(LLAMAGEN_DEFAULTS, field), getattr(DEMO_DEFAULTS, field)
+    return (
+        f"(default: {llamagen})" if llamagen == demo else f"(default: {llamagen}; GPT-demo: {demo})"
+    )
+
+
+def _add_drawing(group: argparse._ArgumentGroup) -> None:
+    eight = " ".join(map(str, LLAMAGEN_DEFAULTS.class_labels))
+    group.add_argument(
+        "--class-labels",
+        nargs="+",
+        metavar="CLASS",
+        help=f"ids or names, any number (default: {eight}; GPT-demo: 0 to 7)",
+    )
+    group.add_argument(
+        "--list-classes",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="show ids and names of the model's classes, or of those with WORD in the name, and "
+        "stop",
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="same seed, same machine: same picture (default: 0)"
+    )
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cfg-scale",
+        type=float,
+        metavar="X",
+        help=f"strength of classifier-free guidance; 1 and below: none {_default('cfg_scale')}",
+    )
+    group.add_argument(
+        "--cfg-interval",
+        type=int,
+        metavar="N",
+        help=f"guide the first N + 2 tokens only; -1: all {_default('cfg_interval')}",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help=f"0 takes the likeliest token {_default('temperature')}",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="draw from the N likeliest tokens; 0, or more than there are: from all "
+        f"{_default('top_k')}",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="draw from the likeliest tokens that make up this probability; 1: from all "
+        f"{_default('top_p')}",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the pictures as one grid, in the format that the suffix names: .png, .jpg, .jpeg or "
+        ".webp (default: "
+        "sample_c2i.png, or sample_c2i_untrained.png without trained weights)",
+    )
+    group.add_argument(
+        "--captions",
+        action="store_true",
+        help="write the class name under each picture of the grid",
+    )
+    group.add_argument(
+        "--save-individual",
+        type=Path,
+        metavar="DIR",
+        help="also save each picture in its own file, in the format of --output",
+    )
+    group.add_argument(
+        "--save-codes",
+        type=Path,
+        metavar="FILE.npy",
+        help="also save the tokens: int32, one row a picture",
+    )
+
+
+def _add_weights(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gpt-ckpt",
+        type=Path,
+        metavar="PATH",
+        help="the transformer's: a file or FSDP directory, or the bare name of one in the folder "
+        "of pretrained models",
+    )
+    group.add_argument("--vq-ckpt", type=Path, metavar="PATH", help="the tokenizer's, likewise")
+    group.add_argument(
+        "--download", action="store_true", help="fetch published weights that are not there yet"
+    )
+    group.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="use no trained weights even if they are there",
+    )
+    group.add_argument(
+        "--ema",
+        action="store_true",
+        help="use the averaged weights that training kept in --gpt-ckpt",
+    )
+    group.add_argument(
+        "--from-fsdp",
+        action="store_true",
+        help="assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors "
+        "file cannot tell)",
+    )
+    group.add_argument(
+        "--pretrained-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"where weights are looked for and downloaded to, {DEMO_GPT} and {DEMO_VQ} among them "
+        f"(default: {_default_folder()})",
+    )
+
+
+def _add_shapes(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gpt-model",
+        choices=list(GPT_SHAPES),
+        metavar="NAME",
+        help=f"{', '.join(GPT_SHAPES)} (default: what --gpt-ckpt is named after; GPT-B with "
+        "another --gpt-ckpt, "
+        "with --download, or if its weights are there; else GPT-demo)",
+    )
+    group.add_argument(
+        "--gpt-type",
+        choices=["c2i", "t2i"],
+        metavar="TYPE",
+        help="c2i, class to image; not t2i (default: c2i)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help=f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt "
+        "is named after, "
+        "else 384, or 256 if only those weights are there)",
+    )
+    group.add_argument(
+        "--vq-model",
+        choices=list(VQ_CONFIGS),
+        metavar="NAME",
+        help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}",
+    )
+    group.add_argument(
+        "--downsample-size",
+        type=int,
+        metavar="PIXELS",
+        help="a token's side (default: the tokenizer's)",
+    )
+    group.add_argument(
+        "--codebook-size", type=int, metavar="N", help="number of tokens (default: the tokenizer's)"
+    )
+    group.add_argument(
+        "--codebook-embed-dim",
+        type=int,
+        metavar="N",
+        help="size of a code (default: the tokenizer's)",
+    )
+    group.add_argument(
+        "--num-classes", type=int, metavar="N", help=_default("num_classes").strip("()")
+    )
+    group.add_argument(
+        "--cls-token-num",
+        type=int,
+        metavar="N",
+        help="tokens of a class: 1, nothing else (default: 1)",
+    )
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision",
+        choices=["none", "fp16", "bf16"],
+        metavar="P",
+        help=f"{PRECISION_HELP}; the tokenizer runs in float32",
+    )
+    group.add_argument(
+        "--device",
+        metavar="D",
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer; the first run waits for it (default: no)",
+    )

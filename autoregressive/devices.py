@@ -1,0 +1,99 @@
+"""Which device a command runs on, found out before anything is put there; and what every command
+minds while it runs there.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from autoregressive.errors import UserError
+from autoregressive.models.config import GPTConfig
+
+PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs that multiply in bf16
+_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name: cpu, cuda (the first GPU) or cuda:N.
+
+    Raises:
+        UserError: another name, or no such GPU here.
+    """
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise UserError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no GPU here; use --device cpu")
+    number = name.removeprefix("cuda").removeprefix(":") or "0"
+    there = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    found = next((device for device in there if str(device.index) == number), None)
+    if found is None:
+        raise UserError(f"--device {name}: the GPUs here are cuda:0 to cuda:{len(there) - 1}")
+    return found
+
+
+def default_precision(device: torch.device) -> torch.dtype:
+    """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32
+    on a CPU.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    return (
+        torch.bfloat16
+        if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+        else torch.float16
+    )
+
+
+def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
+    """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
+    too small.
+
+    More would spin on all cores after each operation on more than 32,768 elements on the CPU: other
+    processes find no core free, and a thread that finds none holds up a step, for all of them are
+    waited for.
+    """
+    if device.type == "cuda" or config.dim < _NARROW:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """`use_threads_that_pay`, for a while."""
+    before = torch.get_num_threads()
+    use_threads_that_pay(config, device)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their
+    place; it does again afterwards.
+
+    The switches are the whole process's: products of other threads go by them for as long.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    # reads what either of torch's two interfaces has set
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given; only differences mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,169 @@
+"""Folders outside of the project: for compiled kernels, and for the weights of an installed copy.
+
+The environment need not be a person's: in a container the user may have no name, no home and no
+temporary folder. Importing this module changes nothing; a command calls `prepare_compilers` when it
+starts.
+"""
+
+import contextlib
+import getpass
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_NAME = "llamagen"
+_PROJECT = Path(__file__).resolve().parents[1]
+# a compiled kernel is a library, which such a file system refuses to load
+_NO_EXECUTION = getattr(os, "ST_NOEXEC", 0)
+
+
+def in_checkout() -> bool:
+    """Whether the code runs from the repository, with its scripts and its `pretrained_models`; else
+    it was installed.
+    """
+    return (_PROJECT / "pyproject.toml").is_file()
+
+
+def pretrained_folder() -> Path:
+    """Where weights are looked for and downloaded to: the repository's folder; of an installed
+    copy, the user's own.
+    """
+    if in_checkout():
+        return _PROJECT / "pretrained_models"
+    return (
+        (_standard_folder("XDG_DATA_HOME") or _home() / ".local" / "share")
+        / _NAME
+        / "pretrained_models"
+    )
+
+
+def prepare_compilers() -> str | None:
+    """Tells torch's compiler and Triton, through the environment, where to keep what they compile.
+
+    Left alone, torch's compiler asks for the user's name and makes a folder as soon as any model is
+    built, and Triton writes to the home folder; either ends the command where that cannot be done.
+    The first of these that can be written is taken: XDG_CACHE_HOME, `.cache` in the home folder, a
+    private folder below the temporary one. What the environment names already stays. Triton is
+    given a home, not a cache: the compiler's Triton kernels then stay in the compiler's own folder,
+    as without this.
+
+    Returns:
+        A line for the user if it is not the first of them, else None.
+    """
+    environment = os.environ
+    try:
+        getpass.getuser()
+    except (
+        KeyError,
+        OSError,
+    ):  # the compiler asks it too, whatever it is told; OSError from Python 3.13 on
+        environment["USER"] = f"uid-{os.getuid()}"
+    if "TORCHINDUCTOR_CACHE_DIR" in environment and (
+        "TRITON_CACHE_DIR" in environment or "TRITON_HOME" in environment
+    ):
+        return None
+    usual = list(_usual_cache_folders())
+    folder = (
+        next((folder for folder in usual if _can_hold_libraries(folder)), None) or _private_folder()
+    )
+    note = None
+    if folder != usual[0]:
+        outcome = (
+            f"go to {folder}"
+            if folder is not None
+            else "have no place, and what must be compiled fails"
+        )
+        note = (
+            f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names "
+            "another folder"
+        )
+    # Without any folder, the root: the compiler accepts it because it exists, and only writing into
+    # it fails.
+    environment.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.sep if folder is None else str(folder / "inductor")
+    )
+    if "TRITON_CACHE_DIR" not in environment:
+        environment.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
+    if folder is not None and _temporary_folder() is None:  # compilers need one as well
+        with contextlib.suppress(OSError):
+            (folder / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
+            environment["TMPDIR"] = str(folder / "tmp")
+    return note
+
+
+def command_line(path: str) -> str:
+    """How a user starts a command.
+
+    Args:
+        path: of its file, from the repository's root.
+    """
+    module = path.removesuffix(".py").replace("/", ".")
+    return f"python {path}" if in_checkout() else f"python -m {module}"
+
+
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder, or in one that does not exist yet once it is made."""
+    nearest = _nearest_existing(folder)
+    return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _can_hold_libraries(folder: Path) -> bool:
+    return (
+        can_be_written(folder) and not os.statvfs(_nearest_existing(folder)).f_flag & _NO_EXECUTION
+    )
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+
+
+def _usual_cache_folders() -> Iterator[Path]:
+    standard = _standard_folder("XDG_CACHE_HOME")
+    if standard is not None:
+        yield standard / _NAME
+    yield _home() / ".cache" / _NAME
+
+
+def _standard_folder(variable: str) -> Path | None:
+    """A folder that the XDG Base Directory Specification lets the user name; a relative one is to
+    be ignored, it says.
+    """
+    named = os.environ.get(variable, "")
+    return Path(named) if os.path.isabs(named) else None
+
+
+def _home() -> Path:
+    """The user's home; the root folder, as in most containers, for a user without a name."""
+    home = os.path.expanduser("~")
+    return Path(home) if os.path.isabs(home) else Path(os.sep)
+
+
+def _temporary_folder() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None
+
+
+def _private_folder() -> Path | None:
+    """The user's own folder below the temporary one, the same for every command; None if there
+    cannot be one.
+
+    Libraries are loaded from it, so it must not be a folder that somebody else made, or can write
+    to.
+    """
+    temporary = _temporary_folder()
+    if temporary is None:
+        return None
+    folder = temporary / f"{_NAME}-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    private = (
+        stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    )
+    return folder if private and _can_hold_libraries(folder) else None

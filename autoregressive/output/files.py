@@ -1,0 +1,209 @@
+"""Files that are whole or not there, and checks before long work that they can be written.
+
+A file is written under another name in the same folder, forced to the disk, and moved into place.
+An error, a full disk, Ctrl-C or a power cut leaves what was there before. If the process is killed,
+its unfinished file stays until the same file is saved again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from autoregressive.errors import UserError, either
+
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written beside `path`, then moves it there; after an error `path` is as it was, or
+    new and whole.
+
+    Args:
+        path: replaced if it exists; a link stays one and its target is replaced.
+        write: writes into the file of the name that it is given, which is there, is empty, and ends
+            like `path`.
+
+    Raises:
+        UserError: the folder or the disk does not take the file. Whatever else `write` raises
+            passes through.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        with _unfinished_file(target) as unfinished:
+            write(unfinished)
+            sync(unfinished)
+            os.replace(unfinished, target)
+            sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync(file: Path) -> None:
+    """Returns when the disk has what was written to a file."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the disk has the names of a folder's files, where the system can be asked for
+    that.
+
+    It cannot in a folder that may be written but not read, and on some network file systems. The
+    files are in place all the same.
+    """
+    try:
+        sync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def unused_name(folder: Path, suffix: str, owner: str = "") -> Path:
+    """A hidden name for an unfinished file.
+
+    Args:
+        owner: what the file is to become; `remove_leftovers` finds the file by it.
+    """
+    return folder / f".{_checksum(owner)}{secrets.token_hex(4)}.part{suffix}"
+
+
+def leftovers_of(owner: str, suffix: str) -> re.Pattern[str]:
+    """The names that `unused_name` makes for one owner."""
+    return re.compile(rf"\.{_checksum(owner)}[0-9a-f]{{8}}\.part{re.escape(suffix)}")
+
+
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> int:
+    """Removes unfinished files of killed processes; how many. A file that is still being written is
+    locked, and stays.
+    """
+    removed = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        leftovers = [entry.path for entry in entries if names.fullmatch(entry.name)]
+        for leftover in leftovers:
+            removed += _remove_if_unlocked(leftover)
+    return removed
+
+
+def _remove_if_unlocked(leftover: str) -> bool:
+    try:
+        descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not has_name(descriptor, leftover):
+                return False
+            os.unlink(leftover)
+        finally:
+            os.close(descriptor)
+    except OSError:  # it is locked, has gone, or cannot be removed: the next save tries again
+        return False
+    return True
+
+
+def has_name(descriptor: int, path: Path | str) -> bool:
+    """Whether an open file is still the one of this name: asked under its lock, after which nobody
+    else renames or removes it.
+    """
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _unfinished_file(target: Path) -> Iterator[Path]:
+    """An empty file beside `target`, locked while it is written and removed at the end if it still
+    has its name.
+    """
+    remove_leftovers(target.parent, leftovers_of(target.name, target.suffix))
+    unfinished = unused_name(target.parent, target.suffix, target.name)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield unfinished
+    finally:
+        with contextlib.suppress(
+            OSError
+        ):  # not there after success; an error here would hide the first one
+            unfinished.unlink()
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(os.fsencode(text)):08x}"
+
+
+def check_file(flag: str, path: Path, *suffixes: str) -> None:
+    """Finds out before any long work whether `write_whole` will be able to write the file; leaves
+    nothing behind.
+
+    Args:
+        flag: which the message is to name.
+        suffixes: one of them must end the name, in any case.
+
+    Raises:
+        UserError: wrong suffix, a folder, no such folder, a link to itself, or no right to write
+            there.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag} {path}: the file's name must end in {either(suffixes)}")
+    check_folder(flag, path.parent)
+    target = Path(os.path.realpath(path))
+    if os.path.islink(target):
+        raise UserError(f"{flag} {path}: this link leads to itself; choose another name")
+    check_folder(flag, target.parent)
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{flag} {path}: this is a folder; give a file's name")
+    if not os.access(target, os.W_OK):
+        raise UserError(f"{flag} {path}: this file is write-protected; choose another name")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raises `UserError` unless a file can be made in this folder."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
+    try:
+        with _unfinished_file(folder / "check"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})"
+        ) from error
+
+
+def check_own_folder(flag: str, folder: Path) -> None:
+    """Raises `UserError` unless files can be made in this folder, or it does not exist and can be
+    made.
+    """
+    try:
+        folder.mkdir()
+        folder.rmdir()
+    except FileExistsError as error:
+        if not os.path.isdir(folder):
+            raise UserError(f"{flag} {folder}: this is a file; name a folder") from error
+        check_folder(flag, folder)
+    except OSError as error:
+        if not os.path.isdir(folder.parent):
+            raise UserError(
+                f"{flag}: there is no folder {folder.parent}; make it first, or choose another"
+            ) from error
+        raise UserError(
+            f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})"
+        ) from error

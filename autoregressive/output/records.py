@@ -1,0 +1,100 @@
+"""What a picture says inside of how it was made."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from autoregressive.devices import PRECISIONS
+from autoregressive.weights.loading import FoundWeights, ModelSettings
+
+PROGRAM = "llamagen-serve"
+Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
+# what `readable` has on lines of their own
+_SAID_BEFORE = (
+    "labels",
+    "class_names",
+    "label",
+    "class_name",
+    "trained",
+)
+
+
+def generation_record(
+    model: ModelSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False
+) -> dict[str, object]:
+    """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make
+    them again on the same machine.
+
+    The loop is part of it: from one seed the naive command and the engine's draw different
+    pictures.
+    """
+    return {
+        "program": PROGRAM,
+        "version": program_version(),
+        "torch": torch.__version__,
+        "device": _device_name(model.device),
+        "loop": loop,
+        "trained": found.trained,
+        "model": model.gpt_model,
+        "weights": _name(found.gpt),
+        "ema": model.ema,
+        "tokenizer": model.vq_model,
+        "tokenizer_weights": _name(found.vq),
+        "image_size": model.image_size,
+        "downsample_size": model.downsample_size,
+        "codebook_size": model.codebook_size,
+        "codebook_embed_dim": model.codebook_embed_dim,
+        "num_classes": model.num_classes,
+        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
+        "compile": compiled,
+    }
+
+
+def readable(record: dict[str, object]) -> str:
+    """The record of a grid or of a single picture for people: the classes on a line, then
+    everything else.
+    """
+    labels, names = (
+        record.get("labels", [record.get("label")]),
+        record.get("class_names", [record.get("class_name")]),
+    )
+    assert isinstance(labels, list)
+    assert isinstance(names, list)
+    drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
+    rest = {key: value for key, value in record.items() if key not in _SAID_BEFORE}
+    noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
+    return "\n".join(
+        [
+            *noise,
+            drawn,
+            ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items()),
+        ]
+    )
+
+
+def _name(weights: Path | None) -> str:
+    """The file's name without its folder, which is the user's own business.
+
+    Bytes in it that are no UTF-8 are written with backslashes: no picture's file can hold them as
+    they are.
+    """
+    return (
+        os.fsencode(weights.resolve().name).decode(errors="backslashreplace")
+        if weights
+        else "untrained"
+    )
+
+
+def program_version() -> str:
+    """Of the installed package."""
+    try:
+        return version(PROGRAM)
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "not installed"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,301 @@
+"""Reads .safetensors files and folders of them: Hugging Face's parts with an index, and
+torch.distributed.checkpoint's shards.
+
+The library maps files; a mapped file that becomes shorter kills the process. The format is a table
+in JSON and numbers behind it.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoregressive.weights.chunks import BadChunksError, Chunk, ChunkedTensor, chunked_source
+from autoregressive.weights.stored_file import StoredFile, StoredTensor, is_shape, visible_names
+from autoregressive.weights.weight_source import DAMAGED, CheckpointError, WeightSource
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_SUFFIX = ".safetensors"
+_MOST_JSON_BYTES = 4 * 2**20  # of a header or an index: some 40,000 tensors
+_MOST_FOLDER_JSON_BYTES = 16 * 2**20  # of all headers of a folder: 500 weights on 160 processes
+_SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's
+_PART_OF = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+
+
+class _BadJsonError(Exception):
+    """JSON that is not what it should be; the message says how."""
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """The tensors of one file, and where each lies in the whole one that it is a part of, if the
+    file says so.
+    """
+
+    file: StoredFile
+    tensors: Mapping[str, StoredTensor]
+    offsets: Mapping[str, tuple[int, ...]] | None
+    header_bytes: int
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """Opens a file.
+
+    Raises:
+        CheckpointError: it is damaged, or a table in it is too large.
+    """
+    file = StoredFile(path)
+    size = int.from_bytes(file.read(0, 8), "little")
+    if size > file.size - 8:
+        raise CheckpointError(path, DAMAGED)
+    if size > _MOST_JSON_BYTES:
+        raise CheckpointError(
+            path, f"describes its tensors in {size:,} bytes, which is too much; use another file"
+        )
+    try:
+        header = _parse(file.read(8, size))
+        extra = header.pop("__metadata__", None)
+        tensors = _tensors(header, file, 8 + size)
+        return SafetensorsFile(file, tensors, _offsets(extra, tensors), size)
+    except _BadJsonError as error:
+        raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
+
+
+def _parse(text: bytes | str) -> dict[str, Any]:
+    """A table; its nesting is bounded by the interpreter, its size by the caller."""
+    try:
+        table = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise _BadJsonError("its description is not JSON") from error
+    if not isinstance(table, dict):
+        raise _BadJsonError("its description is no table")
+    return table
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise _BadJsonError(f"{name} is there twice")
+        table[name] = value
+    return table
+
+
+def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[str, StoredTensor]:
+    """Checked as the format demands: one behind the other, from the header to the file's end."""
+    tensors, ends = {}, []
+    for name, entry in header.items():
+        if not isinstance(entry, dict):
+            raise _BadJsonError(f"{name} is not described")
+        dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise _BadJsonError(f"{name} is of no known dtype")
+        if (
+            not is_shape(shape)
+            or not is_shape(place)
+            or not isinstance(place, list)
+            or len(place) != 2
+        ):
+            raise _BadJsonError(f"{name} has no shape or place")
+        assert isinstance(shape, list)
+        begin, end = place
+        if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+            raise _BadJsonError(f"{name} has other bytes than its shape")
+        ends.append((begin, end))
+        tensors[name] = StoredTensor(file, start + begin, _DTYPES[dtype], torch.Size(shape))
+    position = 0
+    for begin, end in sorted(ends):
+        if begin != position:
+            raise _BadJsonError("its tensors overlap, or leave holes")
+        position = end
+    if start + position != file.size:
+        raise _BadJsonError("it is longer or shorter than its tensors")
+    return tensors
+
+
+def _offsets(
+    extra: object, tensors: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, ...]] | None:
+    if extra is None:
+        return None
+    if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
+        raise _BadJsonError("__metadata__ is no table of texts")
+    if _SHARDING_KEY not in extra:
+        return None
+    sharding, offsets = _parse(extra[_SHARDING_KEY]), {}
+    for name, tensor in tensors.items():
+        entry = sharding.get(name)
+        offset = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
+        if not isinstance(offset, list) or not is_shape(offset) or len(offset) != len(tensor.shape):
+            raise _BadJsonError(f"{_SHARDING_KEY} does not say where {name} belongs")
+        offsets[name] = tuple(offset)
+    return offsets
+
+
+def is_safetensors_folder(path: Path) -> bool:
+    """Whether there is anything in a folder for `open_safetensors_folder`."""
+    return bool(visible_names(path, _SUFFIX) or visible_names(path, INDEX_SUFFIX))
+
+
+def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
+    """The weights of a folder with one file, with parts and their index, or with shards that say
+    what they are.
+
+    Raises:
+        CheckpointError: a part is missing or one too many, damaged, or belongs to another
+            checkpoint; or `ema` is not there.
+    """
+    names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
+    if len(indices) > 1:
+        raise CheckpointError(
+            path, f"has more than one index: {', '.join(indices)}; move all but one elsewhere"
+        )
+    index = _read_index(path / indices[0]) if indices else None
+    if index is not None:
+        names = _named_parts(path, names, set(index.values()), indices[0])
+    else:
+        _check_numbers(path, names)
+    parts = _read_parts(path, names)
+    if index is None and len(parts) > 1 and any(part.offsets is None for part in parts):
+        raise CheckpointError(
+            path,
+            f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each "
+            "holds; "
+            "copy the whole folder again, or name one of the files",
+        )
+    if index is not None:
+        _check_index(path, parts, index, indices[0])
+    pieces = _pieces(parts)
+    try:
+        return chunked_source(path, pieces, lambda name: _joined(path, name, pieces[name]), ema)
+    except BadChunksError as error:
+        raise CheckpointError(
+            path, f"is not complete: {error}; copy the whole folder again"
+        ) from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file."""
+    file = StoredFile(path)
+    if file.size > _MOST_JSON_BYTES:
+        raise CheckpointError(
+            path, f"has {file.size:,} bytes, which is too much; use another checkpoint"
+        )
+    try:
+        index = _parse(file.read(0, file.size)).get("weight_map")
+    except _BadJsonError as error:
+        raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
+    if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
+        raise CheckpointError(
+            path,
+            "is damaged (it has no weight_map from weights to files); download or copy it again",
+        )
+    return index
+
+
+def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) -> list[str]:
+    """The files of the index, which are all there. Others are not its own, as
+    `consolidated.safetensors` beside parts.
+
+    A name with a folder in it is no file of this folder.
+    """
+    missing = sorted(named - set(there))
+    if missing:
+        raise CheckpointError(
+            path,
+            f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder "
+            "again",
+        )
+    return sorted(named)
+
+
+def _read_parts(path: Path, names: Sequence[str]) -> list[SafetensorsFile]:
+    parts, header_bytes = [], 0
+    for name in names:
+        parts.append(read_safetensors(path / name))
+        header_bytes += parts[-1].header_bytes
+        if header_bytes > _MOST_FOLDER_JSON_BYTES:
+            told = f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes"
+            raise CheckpointError(path, f"{told}, which is too much; use another checkpoint")
+    return parts
+
+
+def _check_numbers(path: Path, names: Sequence[str]) -> None:
+    """Parts that say how many they are are all there: without an index only their names tell.
+
+    Numbers of shards do not matter: torch writes no file for a process that holds nothing.
+    """
+    found = [match for match in map(_PART_OF.fullmatch, names) if match is not None]
+    count = max((int(match[2]) for match in found), default=0)
+    there = {int(match[1]) for match in found}
+    missing = next((number for number in range(1, count + 1) if number not in there), None)
+    if missing is not None:
+        raise CheckpointError(
+            path, f"part {missing} of {count} is missing; copy the whole folder again"
+        )
+
+
+def _check_index(
+    path: Path, parts: Sequence[SafetensorsFile], index: Mapping[str, str], index_name: str
+) -> None:
+    """What the index says of each weight is so."""
+    held = {(name, part.file.path.name) for part in parts for name in part.tensors}
+    for name, file_name in sorted(held ^ set(index.items())):
+        told = (
+            f"{file_name} holds {name}, and"
+            if (name, file_name) in held
+            else f"{name} is not in {file_name}, where"
+        )
+        raise CheckpointError(
+            path, f"{told} {index_name} says otherwise; copy the whole folder again"
+        )
+
+
+def _pieces(
+    parts: Sequence[SafetensorsFile],
+) -> dict[str, list[tuple[tuple[int, ...], StoredTensor]]]:
+    """Name -> the tensor's pieces in all files, and where each begins in the whole."""
+    pieces: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
+    for part in parts:
+        for name, tensor in part.tensors.items():
+            offsets = (0,) * len(tensor.shape) if part.offsets is None else part.offsets[name]
+            pieces.setdefault(name, []).append((offsets, tensor))
+    return pieces
+
+
+def _joined(
+    path: Path, name: str, pieces: Sequence[tuple[tuple[int, ...], StoredTensor]]
+) -> ChunkedTensor:
+    """The tensor that its pieces make."""
+    dtypes = {piece.dtype for _, piece in pieces}
+    if len(dtypes) > 1 or len({len(offsets) for offsets, _ in pieces}) > 1:
+        raise CheckpointError(
+            path, f"the pieces of {name} are of several kinds; copy the whole folder again"
+        )
+    chunks = [
+        Chunk(offsets, tuple(piece.shape), functools.partial(_itself, piece))
+        for offsets, piece in pieces
+    ]
+    shape = torch.Size(max(ends) for ends in zip(*(chunk.ends for chunk in chunks), strict=True))
+    return ChunkedTensor(name, path, dtypes.pop(), shape, chunks)
+
+
+def _itself(piece: StoredTensor) -> StoredTensor:
+    return piece

@@ -1,0 +1,283 @@
+"""What HTTP alone costs: the service with engines that draw nothing, and take their time for it. No
+GPU is needed.
+
+    python scripts/benchmarks/bench_http.py --data-parallel-size 2 --seconds 10
+
+Each engine stands in for one that holds --places images at once and takes --seconds-per-image for
+each; its pictures are noise, asked for as JPEG, which costs the least to encode. The load is that
+of scripts/benchmarks/bench_overhead.py. With many places the service is what limits images/s; with
+a long time for an image, hundreds are ready at once. Beside images/s and the time that /health and
+/metrics take: what each process of the service spends, in milliseconds of a processor an image, and
+how often its threads are taken off one. Ends in JSON.
+"""
+
+import argparse
+import contextlib
+import heapq
+import json
+import os
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import cast
+
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError
+
+with slow_imports(__name__):
+    import httpx2
+    from bench_overhead import last_json, running_service, saturate
+    from bench_serve import positive
+
+    from autoregressive.benchmarks.arguments import at_least, service_key
+    from autoregressive.benchmarks.serve_report import WAVES
+    from autoregressive.serve import api_server
+    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.worker.messages import (
+        Drawn,
+        Ended,
+        Image,
+        LoopStats,
+        Ready,
+        Started,
+        Stop,
+        Submit,
+        receive,
+    )
+    from autoregressive.serve.worker.outbox import Outbox
+    from autoregressive.serve.worker.process import ChildProcess, MakeEngine, start_child
+    from autoregressive.serve.worker.worker import STATS_SECONDS
+    from autoregressive.weights.loading import FoundWeights
+
+_SCRIPTS = Path(__file__).parent
+_SERVE = "--serve"  # how this script runs itself
+# Engines' processes import `draw_nothing` by its module's name, so that must not be __main__.
+_AS_A_MODULE = (
+    f"import sys; sys.path.insert(0, {str(_SCRIPTS)!r}); import bench_http; "
+    "sys.exit(bench_http.main())"
+)
+_SIZE = 256  # pixels a side
+_STEP_SECONDS = 0.006  # between looks at what is due: a step of GPT-XL with 512 rows
+
+
+def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None:
+    """An engine's process: every image takes so many seconds and one of the places."""
+    outbox, noise = Outbox(connection, "events"), os.urandom(_SIZE * _SIZE * 3)
+    waiting: deque[int] = deque()
+    running: list[tuple[float, int]] = []
+    told_at = 0.0
+    outbox.put(Ready(2 * places, 2 * places, 1))
+    while True:
+        now = time.monotonic()
+        while running and running[0][0] <= now:
+            _, job = heapq.heappop(running)
+            outbox.put(Image(job, 0, now, 0.0, noise))
+            outbox.put(Ended(job, "finished", now))
+        while waiting and len(running) < places:
+            job = waiting.popleft()
+            heapq.heappush(running, (now + seconds, job))
+            outbox.put(Started(job, now))
+            outbox.put(Drawn(job, 1, now))
+        if now - told_at > STATS_SECONDS:
+            told_at = now
+            outbox.put(LoopStats(2 * len(running)))
+        patience = _STEP_SECONDS
+        while wait([connection], patience):
+            patience = 0.0
+            for command in receive(connection):
+                if isinstance(command, Stop):
+                    return
+                if isinstance(command, Submit):
+                    waiting.append(command.job)
+
+
+def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
+    """The service's command with such engines, more than one without the GPUs that
+    --data-parallel-size asks for.
+    """
+    settings = replace(
+        resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines)
+    )
+
+    def start(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
+        return start_child(partial(draw_nothing, int(places), float(seconds)), name)
+
+    with api_server.listen(settings) as listeners:
+        model = api_server.served_model(settings, FoundWeights(None, None))
+        recipe = cast(MakeEngine, None)  # the engines know what to do
+        return api_server.serve(settings, model, lambda index: recipe, listeners, start)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """By a process, so far."""
+
+    processor_seconds: float
+    switches: int  # how often its threads were taken off a processor
+
+
+def spent(processes: Iterable[int]) -> list[Spent]:
+    """By each of some processes; Linux only."""
+    found = []
+    for process in processes:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        lines = []
+        for thread in Path(f"/proc/{process}/task").glob("*/status"):
+            with contextlib.suppress(OSError):  # it has ended
+                lines += [
+                    line for line in thread.read_text().splitlines() if "ctxt_switches" in line
+                ]
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        found.append(Spent(seconds, sum(int(line.split()[1]) for line in lines)))
+    return found
+
+
+def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
+    """A service's processes, which are numbered in the order of their start."""
+    children = sorted(
+        map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split())
+    )
+    names = [
+        *(f"engine {index}" for index in range(engines)),
+        *(f"front {index}" for index in range(fronts)),
+    ]
+    return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
+
+
+def images_drawn(url: str) -> int:
+    """By a service, so far.
+
+    Raises:
+        UserError: the service does not say.
+    """
+    key = service_key(os.environ)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    answer = httpx2.get(f"{url}/metrics", headers=headers, timeout=60)
+    if answer.status_code != 200:
+        raise UserError(
+            f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
+        )
+    lines = answer.text.splitlines()
+    return int(
+        float(next(line.split()[1] for line in lines if line.startswith("llamagen:images_total ")))
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads the flags, measures, prints a table and JSON."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == [_SERVE]:
+        return serve(given[1], given[2], given[3], given[4:])
+    arguments = parse_arguments(given)
+    engines, fronts = (
+        arguments.data_parallel_size,
+        arguments.api_server_count or arguments.data_parallel_size,
+    )
+    flags = [
+        "--gpt-model",
+        "GPT-XL",
+        "--image-size",
+        str(_SIZE),
+        "--random-weights",
+        "--port",
+        "0",
+        "--max-queue-size",
+        "100000",
+    ]
+    flags += ["--api-server-count", str(fronts)]
+    stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
+    with running_service([sys.executable, "-c", _AS_A_MODULE, _SERVE, *stand_in, *flags]) as (
+        service,
+        url,
+    ):
+        processes = processes_of(service, engines, fronts if fronts > 1 else 0)
+        bench = [
+            sys.executable,
+            str(_SCRIPTS / "bench_serve.py"),
+            "--url",
+            url,
+            "--output-format",
+            "jpeg",
+        ]
+        last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm
+        before, drawn = spent(processes.values()), images_drawn(url)
+        result = saturate(bench, url, 2 * arguments.places * engines, arguments.seconds, engines)
+        images = images_drawn(url) - drawn
+        after = spent(processes.values())
+    print(
+        f"{engines} engines, {fronts} processes that answer HTTP: "
+        f"{result['images_per_second']:.1f} images/s"
+    )
+    print(f"probes: {result['probes']}")
+    costs = {}
+    for name, then, now in zip(processes, before, after, strict=True):
+        milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
+        costs[name] = {
+            "milliseconds": round(milliseconds, 3),
+            "switches": round((now.switches - then.switches) / images, 2),
+        }
+        print(
+            f"{name}: {costs[name]['milliseconds']:.2f} ms, {costs[name]['switches']:.1f} switches "
+            "an image"
+        )
+    options = {
+        "places": arguments.places,
+        "seconds_per_image": arguments.seconds_per_image,
+        "engines": engines,
+        "fronts": fronts,
+    }
+    print(json.dumps({"benchmark": "http", "options": options, "result": result, "costs": costs}))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-parallel-size",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="engines (default: 1)",
+    )
+    parser.add_argument(
+        "--api-server-count", type=at_least(1), metavar="N", help="(default: as many as engines)"
+    )
+    parser.add_argument(
+        "--places",
+        type=at_least(1),
+        default=32,
+        metavar="N",
+        help="images that an engine holds (default: 32)",
+    )
+    parser.add_argument(
+        "--seconds-per-image",
+        type=positive,
+        default=0.05,
+        metavar="S",
+        help="that it takes for each of them (default: 0.05)",
+    )
+    parser.add_argument(
+        "--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.seconds < WAVES * arguments.seconds_per_image:
+        parser.error(
+            f"argument --seconds: must be {WAVES} times --seconds-per-image or more, for waves to "
+            "be counted"
+        )
+    if not Path("/proc/self/stat").exists():
+        parser.error("this script reads Linux's /proc, which is not there")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,238 @@
+"""Times every kernel of a step alone: against its floor, and the matrix products against cuBLAS.
+Ends in JSON.
+
+    python scripts/benchmarks/bench_kernels.py --models GPT-B,GPT-XL --rows 2,16,64 --context 288
+
+First each kernel's result is compared with the torch reference in float32; one that is wrong is not
+timed. Then launches follow each other in a CUDA graph, with programmatic dependent launch where the
+GPU has it, as they do in a step, over so many copies of weights and KV pages that none is in the
+second-level cache. Times are medians of 11. The floor is the bytes that must be moved over the read
+bandwidth, or the operations over the rate of a large matrix product if that is more; both are
+measured in the same run. Kernels are those of a step with so many rows on this GPU, in tiles of
+kernels/tiles.py; above 64 rows, where a step leaves products to the library, the plain ones, and
+`gate`, which follows the library's. `attention` includes `combine`, the kernel that weighs its
+chunks, which is also timed alone. cuBLAS's times are of the products alone: our `swiglu` also
+gates, and up to 64 rows of 16-bit weights on compute capability 9.0 our products also norm their
+inputs or add themselves to the residual stream, so that there is no `add_norm`. The pixel decoder,
+whose kernels no step runs, is measured as a whole: scripts/benchmarks/bench_pixels.py. Needs a GPU
+of compute capability 8.0 or above; exit status 2 if a kernel is wrong.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError, tell
+
+with slow_imports(__name__):
+    import torch
+
+    from autoregressive.benchmarks.arguments import (
+        add_models,
+        add_output,
+        check_output,
+        give_figures,
+        row_counts,
+    )
+    from autoregressive.benchmarks.kernel_cases import Case, Setting, cases
+    from autoregressive.benchmarks.models import config_of
+    from autoregressive.devices import PRECISIONS, resolve_device
+    from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
+    from kernels.attention import attention_reference
+    from kernels.dispatch import select_operations, triton_runs_on
+    from kernels.tiles import tile_table
+
+REPEATS = 11
+FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
+CACHES = 4  # copies fill the second-level cache so many times
+_LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_OTHER_TOKENS = (
+    0.1  # share of draws that may differ from the reference's: ties within the noise's precision
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One kernel at one shape."""
+
+    model: str
+    rows: int
+    operation: str
+    shape: str
+    error: float
+    wrong: bool
+    us: float | None  # None: wrong, and not timed
+    floor_us: float
+    library_us: float | None
+
+    @property
+    def share(self) -> float | None:
+        """Of the floor."""
+        return None if self.us is None else self.floor_us / self.us
+
+    def line(self) -> str:
+        """Of the table."""
+        name = (
+            f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} "
+            f"{self.error:>8.1e}"
+        )
+        if self.us is None or self.share is None:
+            return f"{name}  WRONG: not timed"
+        library = (
+            f"{self.library_us:>10.2f} {self.library_us / self.us:>8.2f}x"
+            if self.library_us is not None
+            else ""
+        )
+        return f"{name} {self.us:>8.2f} {self.floor_us:>9.2f} {self.share:>7.1%}{library}"
+
+
+HEADER = (
+    f"{'model':<9} {'rows':>4}  {'operation':<15} {'shape':<20} {'error':>8} "
+    f"{'us':>8} {'floor us':>9} {'share':>7}{'cuBLAS us':>10} {'speed-up':>9}"
+)
+
+
+def floor_seconds(case: Case, ceilings: Ceilings) -> float:
+    """The least time of a launch."""
+    reading = case.bytes / ceilings.read_bytes_per_second
+    return max(reading, 2 * case.multiplications / ceilings.operations_per_second)
+
+
+def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:
+    """Whether a result is too far from the reference's; NaN is."""
+    return not error <= (_OTHER_TOKENS if case.operation == "draw" else _LARGEST_ERROR[dtype])
+
+
+def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -> float:
+    """Microseconds of a launch among its like."""
+    launches = max(FEWEST_LAUNCHES, copies)
+    run(0)  # compiles, or builds the library's plan
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in range(launches):
+            run(launch % copies)
+    return median_seconds(graph.replay, device, REPEATS) / launches * 1e6
+
+
+def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Result:
+    """Compares, then times."""
+    error = case.error()
+    wrong = is_wrong(case, error, setting.dtype)
+    us = library_us = None
+    if not wrong:
+        us = launch_us(case.run, case.copies, setting.device)
+        library_us = (
+            launch_us(case.library, case.copies, setting.device)
+            if case.library is not None
+            else None
+        )
+    floor_us = floor_seconds(case, ceilings) * 1e6
+    return Result(
+        model, setting.rows, case.operation, case.shape, error, wrong, us, floor_us, library_us
+    )
+
+
+@torch.no_grad()
+def measure_model(
+    model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device
+) -> list[Result]:
+    """Prints a line for each kernel and number of rows."""
+    config = config_of(model)
+    operations = select_operations(
+        device, dtype, config.n_head, config.head_size, "triton", tell=tell
+    )
+    capability = torch.cuda.get_device_capability(device)
+    tiles = tile_table(capability, dtype).attention_tiles(
+        config.n_head, config.head_size, dtype.itemsize
+    )
+    attention_tiles = None if operations.attention is attention_reference else tiles
+    launch_pdl = capability >= (9, 0)
+    ceilings = measure_ceilings(device, dtype)
+    cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
+    results = []
+    for rows in row_counts:
+        setting = Setting(
+            config,
+            rows,
+            context,
+            device,
+            dtype,
+            operations,
+            cold_bytes,
+            attention_tiles,
+            launch_pdl,
+        )
+        torch.manual_seed(0)
+        for case in cases(setting):
+            results.append(measure(case, setting, model, ceilings))
+            print(results[-1].line(), flush=True)
+    return results
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_models(parser, gpu_only=True)
+    rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
+    parser.add_argument(
+        "--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help
+    )
+    context_help = "tokens that attention reads of each row (default: %(default)s)"
+    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
+    precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help
+    )
+    parser.add_argument(
+        "--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)"
+    )
+    add_output(parser)
+    typed = parser.parse_args(argv)
+    for model in typed.models:
+        if not 1 <= typed.context <= config_of(model).block_size:
+            raise UserError(
+                f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the "
+                f"tokens of {model}'s image"
+            )
+    check_output(typed.output)
+    device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type != "cuda" or not triton_runs_on(device):
+        raise UserError(
+            "a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run"
+        )
+    typed.device = device
+    return typed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    typed = parse_arguments(argv)
+    torch.cuda.set_device(typed.device)
+    device_name = torch.cuda.get_device_name(typed.device)
+    print(f"{device_name}, precision {typed.precision}, median of {REPEATS}, microseconds")
+    print(HEADER)
+    dtype, results = PRECISIONS[typed.precision], []
+    for model in typed.models:
+        results += measure_model(model, typed.rows, typed.context, dtype, typed.device)
+    figures = [asdict(result) | {"share": result.share} for result in results]
+    about = {
+        "benchmark": "kernels",
+        "device": device_name,
+        "torch": torch.__version__,
+        "precision": typed.precision,
+    }
+    report = about | {"context": typed.context, "repeats": REPEATS, "results": figures}
+    give_figures(report, typed.output)
+    wrong = sum(result.wrong for result in results)
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(results)} kernels differ from their references: see the lines above"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

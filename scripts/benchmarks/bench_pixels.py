@@ -1,0 +1,209 @@
+"""Times decoding codes to pixels: the naive command's float32 (TF32) against the engine's decoder.
+Ends in JSON.
+
+    python scripts/benchmarks/bench_pixels.py --vq-model VQ-16 --image-size 384 --images 8 16
+
+Random weights and codes, both kept on the device; median of the repeats after warming up. PSNR is
+against float32 without TF32 (peak to peak 2.0), the worst image of the batch. It is about GPUs; on
+a CPU one small case shows that it works.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError
+
+with slow_imports(__name__):
+    import torch
+    from torch import Tensor
+
+    from autoregressive.benchmarks.arguments import (
+        add_device,
+        add_output,
+        at_least,
+        check_output,
+        give_figures,
+        on_cpu,
+    )
+    from autoregressive.devices import now, resolve_device
+    from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+    from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
+
+_NAIVE_IMAGES = 8  # at once: more need too much memory in float32
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One size and number of images."""
+
+    image_size: int
+    images: int
+    naive_ms: float
+    engine_ms: float
+    worst_psnr: float | None  # decibels; None: equal
+
+    @property
+    def speed_up(self) -> float:
+        """Naive over engine."""
+        return self.naive_ms / self.engine_ms
+
+
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Milliseconds by the host's clock, the device idle before and after."""
+    times = []
+    for _ in range(_WARM_UPS + repeats):
+        began = now(device)
+        run()
+        times.append((now(device) - began) * 1e3)
+    return statistics.median(times[_WARM_UPS:])
+
+
+def naive(vq: VQModel, codes: Tensor, grid: int) -> Tensor:
+    """As the naive command decodes, in parts where the batch is large."""
+    shape = [vq.config.codebook_embed_dim, grid, grid]
+    return torch.cat(
+        [vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)]
+    )
+
+
+def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
+    """Of the images [n, 3, height, width], in decibels; peak to peak 2.0. None if they
+    are equal.
+    """
+    error = (found.double() - expected.double()).square().mean(dim=(1, 2, 3)).max().item()
+    return 10 * math.log10(4.0 / error) if error > 0 else None
+
+
+@torch.no_grad()
+def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> dict[str, object]:
+    """All batches at one size of image, and what building the decoder (compiling, capturing) took:
+    seconds and memory.
+    """
+    device = vq.quantize.embedding.weight.device
+    grid = image_size // vq.config.downsample_size
+    before, began = _reserved_bytes(device), now(device)
+    decoder = PixelDecoder(vq, grid, device)
+    start_seconds, mib = now(device) - began, (_reserved_bytes(device) - before) / 2**20
+    print(
+        f"{image_size:>4} px: the decoder was ready after {start_seconds:.1f} s and keeps "
+        f"{mib:.0f} MiB",
+        flush=True,
+    )
+    results = []
+    for images in batches:
+        codes = torch.randint(
+            0, vq.config.codebook_size, (images, grid * grid), dtype=torch.int32, device=device
+        )
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            exact = naive(vq, codes, grid)
+        psnr = worst_psnr(decoder.decode(codes), exact)
+        del exact
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=True
+        ):
+            naive_ms = median_ms(lambda codes=codes: naive(vq, codes, grid), device, repeats)  # type: ignore[misc]
+        engine_ms = median_ms(lambda codes=codes: decoder.decode(codes), device, repeats)  # type: ignore[misc]
+        results.append(Result(image_size, images, naive_ms, engine_ms, psnr))
+        print(row(results[-1]), flush=True)
+    cases = [asdict(result) for result in results]
+    return {
+        "image_size": image_size,
+        "start_seconds": start_seconds,
+        "decoder_mib": mib,
+        "results": cases,
+    }
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    psnr = "equal" if result.worst_psnr is None else f"{result.worst_psnr:.1f}"
+    times = (
+        f"{result.naive_ms:>9.2f} {result.engine_ms:>9.2f} {result.engine_ms / result.images:>9.2f}"
+    )
+    return (
+        f"{result.image_size:>4} px {result.images:>6} {times} {result.speed_up:>8.2f}x {psnr:>7}"
+    )
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, what was not typed filled in; ends the process on a mistake."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model_help = f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})"
+    parser.add_argument("--vq-model", choices=list(VQ_models), metavar="NAME", help=model_help)
+    size_help = f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})"
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size_help)
+    images_help = f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})"
+    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help=images_help)
+    parser.add_argument(
+        "--repeats",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="timed runs (default: %(default)s)",
+    )
+    add_device(parser)
+    add_output(parser)
+    typed = parser.parse_args(argv)
+    typed.device = resolve_device(typed.device)
+    on_gpu = typed.device.type == "cuda"
+    typed.vq_model = typed.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
+    typed.image_size = typed.image_size or ([256, 384] if on_gpu else [128])
+    typed.images = typed.images or ([1, 8, 16, 64] if on_gpu else [1])
+    token = VQ_CONFIGS[typed.vq_model].downsample_size
+    for size in typed.image_size:
+        if size < token or size % token:
+            raise UserError(
+                f"--image-size {size}: must be a multiple of {token}, the side of a token of "
+                f"{typed.vq_model}"
+            )
+    check_output(typed.output)
+    return typed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does what the command line says."""
+    arguments = parse_arguments(argv)
+    device, name = arguments.device, arguments.vq_model
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    vq = VQ_models[name]().to(device).eval().requires_grad_(False)
+    report: dict[str, object] = {
+        "benchmark": "pixels",
+        "vq_model": name,
+        "torch": torch.__version__,
+        "repeats": arguments.repeats,
+    }
+    report["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    print(f"{name} on {report['device']}, median of {arguments.repeats}, milliseconds")
+    print(
+        f"{'size':>7} {'images':>6} {'naive':>9} {'engine':>9} {'an image':>9} {'speed-up':>9} "
+        f"{'PSNR dB':>7}"
+    )
+    report["sizes"] = [
+        measure(vq, image_size, arguments.images, arguments.repeats)
+        for image_size in arguments.image_size
+    ]
+    give_figures(report, arguments.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,360 @@
+"""The stages of the demo model's training, tokenizer and transformer: steps that depend on (seed,
+step) and their state alone.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from demo_support.emoji_data import IMAGE_SIZE, render_batch, step_generator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from autoregressive.models.gpt import GPT_models
+from autoregressive.weights.checkpoint import load_weights
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+
+def _told(default: Any, meaning: str) -> Any:
+    """A field that says what it means, which train_demo.py's --help repeats."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The hyperparameters of both stages. Defaults are those of the shipped weights."""
+
+    seed: int = _told(0, "of the first weights, the renderings and the dropout")
+    ema_decay: float = _told(
+        0.999, "what the averaged weights, which are shipped, keep of themselves at each step"
+    )
+    tokenizer_steps: int = _told(12_000, "of the tokenizer's training")
+    tokenizer_batch: int = _told(64, "renderings of a step")
+    tokenizer_rate: float = _told(6e-4, "peak learning rate")
+    edge_weight: float = _told(1.0, "weight of the loss on image gradients, at full and half size")
+    revive_every: int = _told(
+        100, "steps between replacements of codebook entries that nothing used"
+    )
+    gpt_steps: int = _told(14_000, "of the transformer's training")
+    gpt_batch: int = _told(192, "renderings of a step")
+    gpt_rate: float = _told(1e-3, "peak learning rate")
+    gpt_weight_decay: float = _told(0.05, "AdamW's")
+    class_dropout: float = _told(0.1, 'share of labels replaced by "no class"')
+
+
+class Stage(Protocol):
+    """One thing to train. `step` changes the state in place and returns figures to log."""
+
+    steps: int
+    made_with: dict[str, Any]  # what a saved state must have been made with to be resumed
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Runs one optimisation step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is shipped: the averaged weights."""
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: int = 300) -> float:
+    """Linear warm-up, then half a cosine down to 1 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate)
+
+
+def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute difference of horizontal and vertical image gradients, at full and at half
+    size.
+    """
+    total = made.new_zeros(())
+    for _ in range(2):
+        difference = made - wanted
+        total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        made, wanted = F.avg_pool2d(made, 2), F.avg_pool2d(wanted, 2)
+    return total
+
+
+def channels_last(model: VQModel) -> VQModel:
+    """The model with its convolutions' weights laid out as GPUs like them."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Products in bf16 on a GPU; in float32 on a CPU, where torch's bf16 convolutions can be
+    fifteen times slower (no AVX-512).
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class Average:
+    """An exponential moving average of a module's parameters: what is shipped."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.parameters = dict(module.named_parameters())
+        self.values = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves towards the parameters as they are now."""
+        torch._foreach_lerp_(
+            list(self.values.values()), list(self.parameters.values()), 1 - self.decay
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The reverse, in place."""
+        for name, value in self.values.items():
+            value.copy_(state[name])
+
+
+class Update:
+    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the
+    host's launches take longer.
+
+    The first calls run as they are, then one is captured (which does not execute it), and from then
+    on the graph is replayed on copies of the inputs. The function must not wait for the device.
+    """
+
+    def __init__(
+        self, function: Callable[..., dict[str, Tensor]], device: torch.device, warm_up: int = 3
+    ) -> None:
+        self.function = function
+        self.remaining = warm_up if device.type == "cuda" else -1
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: dict[str, Tensor] = {}
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """What the function returns; valid until the next call."""
+        if self.remaining < 0:
+            return self.function(*inputs)
+        assert self.stream is not None
+        if self.remaining > 0:
+            self.remaining -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = tuple(value.clone() for value in inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+def adamw(groups: Any, device: torch.device) -> torch.optim.AdamW:
+    """AdamW whose rate is a tensor on the device, so that a captured step sees it change."""
+    on_gpu = device.type == "cuda"
+    rate = torch.zeros((), device=device)
+    return torch.optim.AdamW(
+        groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu
+    )
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The function compiled for a GPU, as it is elsewhere."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+
+
+def load_tokenizer(path: Path, device: torch.device) -> VQModel:
+    """The exported tokenizer, in float32."""
+    with torch.device("meta"):
+        tokenizer = VQ_models["VQ-demo"]()
+    load_weights(tokenizer, path, device=device, dtype=torch.float32)
+    return channels_last(tokenizer.eval().requires_grad_(False))
+
+
+class TokenizerStage:
+    """Reconstruction (absolute error and edges) and codebook loss."""
+
+    def __init__(self, plan: Plan, sprites: Tensor) -> None:
+        self.plan, self.sprites, self.device = plan, sprites, sprites.device
+        self.steps, self.made_with = plan.tokenizer_steps, asdict(plan)
+        torch.manual_seed(plan.seed)
+        self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
+        self.optimizer = adamw(self.model.parameters(), self.device)
+        self.average = Average(self.model, plan.ema_decay)
+        self.used = torch.zeros(
+            self.model.config.codebook_size, dtype=torch.bool, device=self.device
+        )
+        self.encode = compiled(
+            lambda pixels: self.model.quant_conv(self.model.encoder(pixels)), self.device
+        )
+        self.decode = compiled(self.model.decode, self.device)
+        self.update = Update(self._update, self.device)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """See `Stage`."""
+        set_rate(self.optimizer, learning_rate(self.plan.tokenizer_rate, step, self.steps))
+        pixels, _ = render_batch(
+            self.sprites, self.plan.tokenizer_batch, self.plan.seed, "tokenizer", step
+        )
+        figures = dict(self.update(pixels.contiguous(memory_format=torch.channels_last)))
+        vectors, codes = figures.pop("vectors"), figures.pop("codes")
+        self.used[codes] = True
+        figures["codes used"] = self.used.sum()
+        if (step + 1) % self.plan.revive_every == 0:
+            if step < self.steps / 2:
+                self._revive_unused(step, vectors)
+            self.used.zero_()
+        return figures
+
+    def _update(self, pixels: Tensor) -> dict[str, Tensor]:
+        with mixed_precision(self.device):
+            features = self.encode(pixels)
+        quantized = self.model.quantize(features.float())
+        with mixed_precision(self.device):
+            made = self.decode(quantized.vectors).float()
+        absolute = (made - pixels).abs().mean()
+        edges = edge_loss(made, pixels)
+        loss = absolute + self.plan.edge_weight * edges + quantized.codebook_loss
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        figures = {"absolute": absolute, "edges": edges, "codebook": quantized.codebook_loss}
+        figures["vectors"] = features.permute(0, 2, 3, 1).flatten(0, 2).float()  # [cells, dim]
+        figures["codes"] = quantized.codes.flatten()
+        return {name: value.detach() for name, value in figures.items()}
+
+    @torch.no_grad()
+    def _revive_unused(self, step: int, vectors: Tensor) -> None:
+        """Moves entries that nothing chose since the last time onto features of this batch."""
+        generator = step_generator(self.plan.seed, "revive", step, self.device)
+        chosen = torch.randint(
+            len(vectors), (len(self.used),), generator=generator, device=self.device
+        )
+        embedding = self.model.quantize.embedding.weight
+        embedding.copy_(
+            torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1))
+        )
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return {name: part.state_dict() for name, part in self._parts().items()} | {
+            "used": self.used
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Stage`."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.used.copy_(state["used"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Stage`."""
+        return self.average.values
+
+
+class GPTStage:
+    """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance
+    works.
+    """
+
+    def __init__(self, plan: Plan, sprites: Tensor, tokenizer_path: Path) -> None:
+        self.plan, self.sprites, self.device = plan, sprites, sprites.device
+        self.steps = plan.gpt_steps
+        self.made_with = asdict(plan) | {
+            "tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+        }
+        tokenizer = load_tokenizer(tokenizer_path, self.device)
+        grid = IMAGE_SIZE // tokenizer.config.downsample_size
+        model = GPT_models["GPT-demo"](
+            vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites)
+        )
+        # In eval mode the model's own dropout is off: pictures never repeat, so there is nothing to
+        # overfit.
+        self.model = model.to(self.device).eval()
+        self.model.init_weights(step_generator(plan.seed, "gpt weights", 0, self.device))
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        gains = [p for p in self.model.parameters() if p.dim() == 1]
+        groups = [
+            {"params": matrices, "weight_decay": plan.gpt_weight_decay},
+            {"params": gains, "weight_decay": 0.0},
+        ]
+        self.optimizer = adamw(groups, self.device)
+        self.average = Average(self.model, plan.ema_decay)
+        self.encode = compiled(
+            lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device
+        )
+        self.loss = compiled(self._loss, self.device)
+        self.update = Update(self._update, self.device)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """See `Stage`."""
+        plan = self.plan
+        set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
+        pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)
+        generator = step_generator(plan.seed, "class dropout", step, self.device)
+        dropped = (
+            torch.rand(labels.shape, generator=generator, device=self.device) < plan.class_dropout
+        )
+        labels = torch.where(dropped, len(self.sprites), labels)
+        return self.update(pixels.contiguous(memory_format=torch.channels_last), labels)
+
+    def _update(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with (
+            mixed_precision(self.device),
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),
+        ):
+            with torch.no_grad():
+                codes = self.encode(pixels)
+            loss = self.loss(codes, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update()
+        return {"loss": loss.detach(), "gradient norm": norm.detach()}
+
+    def _loss(self, codes: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(idx=codes[:, :-1], cond_idx=labels)  # [batch, tokens, vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return {
+            name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Stage`."""
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Stage`."""
+        return self.average.values

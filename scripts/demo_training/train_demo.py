@@ -1,0 +1,235 @@
+"""Trains the demo model: first the tokenizer, then the transformer, on emoji drawn on the fly.
+Minutes on one GPU, hours on a CPU.
+
+    # Trains both stages, and resumes what it finds in --run-dir.
+    python scripts/demo_training/train_demo.py
+    # Stops in time, to be resumed by the same command.
+    python scripts/demo_training/train_demo.py --minutes 9
+
+Every step depends on nothing but the state it starts from and (seed, step), so that an interrupted
+run ends with the very weights of an unbroken one on the same machine and versions.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError
+
+with slow_imports(__name__):
+    import torch
+    import torch._inductor.config
+    from demo_support.demo_stages import GPTStage, Plan, Stage, TokenizerStage
+    from demo_support.emoji_data import DEFAULT_FONT, FONT_HELP, LARGEST_SEED, load_sprites
+    from safetensors.torch import save as safetensors_bytes
+    from torch import Tensor
+
+    from autoregressive.benchmarks.arguments import add_device, at_least
+    from autoregressive.devices import resolve_device
+    from autoregressive.output.files import check_folder, write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run stops before its end, and how often it saves."""
+
+    deadline: float  # a `time.monotonic` value
+    stop_after: int  # steps of a stage in this run
+    save_every: int  # steps
+
+
+def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: Limits) -> bool:
+    """Runs a stage to its end or a limit, from the last saved state. True when it is done."""
+    state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
+    step = 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        different = [
+            key for key, value in stage.made_with.items() if state["made_with"].get(key) != value
+        ]
+        if different:
+            raise UserError(
+                f"{state_path} was made with another {', '.join(different)}: use the same values "
+                "or another --run-dir"
+            )
+        stage.load_state_dict(state["stage"])
+        step = state["step"]
+        print(f"{name}: resuming at step {step}", flush=True)
+    started, first = time.monotonic(), step
+
+    def save(path: Path) -> None:
+        content = io.BytesIO()  # a full disk is an OSError only to Python's own writing
+        torch.save(
+            {"stage": stage.state_dict(), "step": step, "made_with": stage.made_with}, content
+        )
+        path.write_bytes(content.getbuffer())
+
+    while (
+        step < stage.steps
+        and step - first < limits.stop_after
+        and time.monotonic() < limits.deadline
+    ):
+        figures = stage.step(step)
+        step += 1
+        if step % 200 == 0 or step == stage.steps:
+            line = {"step": step} | {key: round(value.item(), 5) for key, value in figures.items()}
+            line["steps_per_s"] = round((step - first) / (time.monotonic() - started), 2)
+            print(f"{name}: {json.dumps(line)}", flush=True)
+            with log_path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if step % limits.save_every == 0:
+            write_whole(state_path, save)
+    write_whole(state_path, save)
+    return step >= stage.steps
+
+
+def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
+    """Writes weights in float16 as safetensors, whole or not at all."""
+    tensors = {
+        key: value.detach().to("cpu", torch.float16).contiguous() for key, value in weights.items()
+    }
+    # One entry only: safetensors writes several in random order, and equal weights would make
+    # unequal files.
+    metadata = {
+        "description": f"{description}; data rendered from Noto Color Emoji (SIL Open Font License "
+        "1.1)"
+    }
+    # The library's save_file writes a temporary file of its own, which would stay if the process
+    # were killed.
+    write_whole(path, lambda temporary: temporary.write_bytes(safetensors_bytes(tensors, metadata)))
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; ends the process on a mistake."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
+    parser.add_argument(
+        "--stage",
+        choices=["all", "tokenizer", "gpt"],
+        default="all",
+        metavar="STAGE",
+        help=stage_help,
+    )
+    parser.add_argument(
+        "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
+    )
+    run_help, output_help = (
+        f"{what}; made if need be (default: %(default)s)"
+        for what in ("states to resume from, and logs", "weights")
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=ROOT / "pretrained_models",
+        metavar="DIR",
+        help=output_help,
+    )
+    add_device(parser)
+    stop = "then the same command resumes (default: no limit)"
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help=f"stop after so long; {stop}"
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=at_least(1),
+        default=10**9,
+        metavar="STEPS",
+        help=f"of a stage in this run; {stop}",
+    )
+    save_help = "between savings of the state (default: %(default)s)"
+    parser.add_argument(
+        "--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help
+    )
+    plan = parser.add_argument_group(
+        "plan", "what the weights depend on; the defaults are those of the weights that ship"
+    )
+    for field in fields(Plan):
+        flag, kind = f"--{field.name.replace('_', '-')}", type(field.default)
+        told = f"{field.metadata['help']} (default: %(default)s)"
+        plan.add_argument(
+            flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told
+        )
+    typed = parser.parse_args(argv)
+    if not typed.minutes >= 0:  # nor NaN
+        raise UserError(f"--minutes {typed.minutes}: must be 0 or more")
+    return typed
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises `UserError` for a number that a stage would stumble over only once it runs."""
+    allowed = {
+        "seed": (0 <= plan.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+        "ema_decay": (0 <= plan.ema_decay < 1, "0 or more and below 1"),
+        "class_dropout": (0 <= plan.class_dropout <= 1, "0 to 1"),
+    }
+    for field, value in asdict(plan).items():
+        count, number = (
+            (value >= 1, "1 or more"),
+            (0 <= value < math.inf, "a finite number, 0 or more"),
+        )
+        holds, what = allowed.get(field, count if isinstance(value, int) else number)
+        if not holds:
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be {what}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains what is not trained yet and exports it."""
+    arguments = parse_arguments(argv)
+    plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
+    check_plan(plan)
+    device = resolve_device(arguments.device)
+    limits = Limits(
+        time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every
+    )
+    for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(flag, folder)
+    emoji = load_sprites(arguments.font)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch._inductor.config.deterministic = (
+        True  # else reductions are tuned by timing, and the last bits vary
+    )
+    torch.set_float32_matmul_precision("high")
+    sprites = emoji.to(device)
+    vq_path, gpt_path = (
+        arguments.output_dir / "demo_vq.safetensors",
+        arguments.output_dir / "demo_gpt.safetensors",
+    )
+    if arguments.stage in ("all", "tokenizer"):
+        tokenizer_stage = TokenizerStage(plan, sprites)
+        if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, limits):
+            print("tokenizer: stopped; the same command goes on")
+            return
+        export(
+            tokenizer_stage.weights(),
+            vq_path,
+            f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}",
+        )
+    if arguments.stage in ("all", "gpt"):
+        if not vq_path.exists():
+            raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
+        gpt_stage = GPTStage(plan, sprites, vq_path)
+        if not train("gpt", gpt_stage, arguments.run_dir, device, limits):
+            print("gpt: stopped; the same command goes on")
+            return
+        export(gpt_stage.weights(), gpt_path, f"GPT-demo, {plan.gpt_steps} steps, seed {plan.seed}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""The commands, the engine and the service take the same sampling parameters, and they mean the
+same.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.cli.settings import ModelSettings, resolve_settings
+from autoregressive.sample import sample_c2i as naive
+from autoregressive.serve import sample_c2i as fast
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.web.schema import CodesRequest
+from autoregressive.weights.loading import LoadedModels, find_weights, load_models
+
+FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu"]
+LABELS = [6, 9]  # whose likeliest pictures are more than background
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[ModelSettings, LoadedModels]:
+    """The demo model, with the weights that ship."""
+    model = resolve_settings(fast.build_engine_parser().parse_args(FLAGS)).model
+    return model, load_models(model, find_weights(model))
+
+
+def test_the_default_sampling_parameters_suit_the_shipped_model(
+    shipped: tuple[ModelSettings, LoadedModels],
+) -> None:
+    """Fails if `SamplingParams()` is refused, or if a top-k beyond the codebook is anything but all
+    tokens.
+    """
+    model, models = shipped
+    assert SamplingParams().top_k > model.codebook_size
+    engine = Engine(models.gpt, None, EngineConfig(max_num_seqs=4))
+    unguided = SamplingParams(cfg_scale=1.0)
+    drawn = [
+        engine.generate([6], replace(unguided, top_k=k), decode=False)
+        for k in (0, 1024, 2000, 2**31 - 1)
+    ]
+    assert all(torch.equal(codes, drawn[0]) for codes in drawn[1:])
+    assert not torch.equal(
+        engine.generate([6], SamplingParams(cfg_scale=1.0, top_k=5), decode=False), drawn[0]
+    )
+
+
+def test_temperature_0_takes_the_likeliest_token_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: tuple[ModelSettings, LoadedModels]
+) -> None:
+    """Fails if a command refuses it, draws at random, or takes other tokens than the engine or than
+    --top-k 1.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name, command in (("naive", naive), ("fast", fast)):
+        for flag, value in (("--temperature", "0"), ("--top-k", "1")):
+            files = ["--save-codes", f"{name}{flag}.npy", "--output", f"{name}{flag}.png"]
+            command.main([*FLAGS, "--class-labels", *map(str, LABELS), flag, value, *files])
+    engine = Engine(shipped[1].gpt, None, EngineConfig(max_num_seqs=4))
+    expected = engine.generate(
+        LABELS, SamplingParams(cfg_scale=2.0, temperature=0), decode=False
+    ).numpy()
+    for path in tmp_path.glob("*.npy"):
+        assert np.array_equal(np.load(path), expected), path.name
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+
+
+@pytest.mark.parametrize("top_k", [0, 1025, 2**31 - 1])
+@pytest.mark.parametrize("temperature", [0, 1e38])
+def test_all_three_ways_in_take_the_ends_of_the_ranges(top_k: int, temperature: float) -> None:
+    """Fails if the command, the engine or the service refuses what another takes."""
+    typed = ["--top-k", str(top_k), "--temperature", str(temperature)]
+    for command in (naive, fast):
+        parser = fast.build_engine_parser() if command is fast else naive.build_parser("", "")
+        sampling = resolve_settings(parser.parse_args([*FLAGS, *typed])).sampling
+        assert (sampling.top_k, sampling.temperature) == (top_k, temperature)
+    SamplingParams(top_k=top_k, temperature=temperature)
+    CodesRequest.model_validate({"prompt": "cat", "top_k": top_k, "temperature": temperature})

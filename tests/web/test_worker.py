@@ -1,0 +1,456 @@
+"""The engine's owner and what passes between it and the service, without HTTP and without a
+process.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any, cast
+
+import pytest
+import torch
+from fake_runner import CLASSES, FakeRunner, expected_codes, fake_engine, tiny_gpt
+from fake_service import TOKENS, FakeDecoder, Faults
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoregressive.output.images import picture_grid
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
+from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.web.awake import AwakeClock
+from autoregressive.serve.web.engine_link import EngineLink
+from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.waiting_places import WaitingPlaces
+from autoregressive.serve.worker import messages
+from autoregressive.serve.worker.messages import (
+    Cancel,
+    Command,
+    Drawn,
+    Ended,
+    Event,
+    Image,
+    LoopStats,
+    Preview,
+    Ready,
+    Started,
+    Stop,
+    Submit,
+    decode,
+    encode,
+    receive,
+)
+from autoregressive.serve.worker.outbox import Outbox
+from autoregressive.serve.worker.partial import fill_undrawn
+from autoregressive.serve.worker.process import ChildProcess, connect, start_child
+from autoregressive.serve.worker.worker import serve
+
+GRID = round(TOKENS**0.5)
+
+
+def order(job: int = 0, *, seed: int = 5, **fields: Any) -> Submit:
+    params = SamplingParams(cfg_scale=2.0, top_k=0, seed=seed)
+    wanted: dict[str, Any] = {"class_label": 1, "n": 1, "params": params, "pixels": True}
+    return Submit(job=job, **(wanted | fields))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        order(preview_rows=(1, 2), start_by=1.5, seed=2**62),
+        Cancel(3),
+        Stop(),
+        Ready(4, 5, 6),
+        Ended(1, "refused", 2.5, "why \u2713"),
+        Image(1, 2, 3.25, 0.5, bytes(range(256)) * 9),
+        Image(1, 2, 3.25, 0.5, b""),
+        Preview(1, 0, 7, b"\x00\xff"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_messages_arrive_as_they_were_sent(message: Command | Event) -> None:
+    """Fails if a field, its type, or a byte is lost on the way."""
+    assert decode(encode([message])) == [message]
+
+
+def test_messages_share_a_frame() -> None:
+    """Each has its own bytes, and they keep their order."""
+    sent = [
+        Image(1, 0, 1.0, 0.5, b"first"),
+        Ended(1, "finished", 2.0),
+        Preview(2, 0, 7, b""),
+        Image(3, 1, 3.0, 0.5, b"last"),
+    ]
+    assert decode(encode(sent)) == sent
+
+
+def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
+    """All that was put while the thread wrote, in order, before `close` returns."""
+    ours, theirs = connect()
+    outbox = Outbox(theirs, "events")
+    # more than the connection holds: the thread waits for its reader
+    large = Image(0, 0, 1.0, 0.5, bytes(2**24))
+    outbox.put(large)
+    time.sleep(0.2)  # it is on its way
+    small = [LoopStats(number) for number in range(40)]
+    for message in small:
+        outbox.put(message)
+    closing = threading.Thread(target=outbox.close, args=(20,))
+    closing.start()
+    assert receive(ours) == [large]
+    frames = [receive(ours) for _ in range(3)]
+    assert [message for frame in frames for message in frame] == small
+    assert [len(frame) for frame in frames] == [16, 16, 8]
+    closing.join(20)
+    theirs.close()
+    with pytest.raises(EOFError):
+        receive(ours)
+
+
+def test_every_kind_of_message_can_be_sent() -> None:
+    """Fails if a kind is added that the other side does not know."""
+    kinds = {
+        kind
+        for kind in vars(messages).values()
+        if isinstance(kind, type) and kind.__module__ == messages.__name__
+    }
+    assert kinds == set(messages.KINDS.values())
+
+
+@given(rows=st.integers(1, 8), grid=st.just(8))
+def test_a_filling_leaves_what_is_drawn_and_adds_nothing_new(rows: int, grid: int) -> None:
+    """Fails if a drawn code is changed, or rows are filled with anything but drawn ones, mirrored
+    at the last.
+    """
+    codes = torch.arange(2 * grid * grid, dtype=torch.int32).view(2, -1)
+    filled = fill_undrawn(codes, rows, grid).view(2, grid, grid)
+    original = codes.view(2, grid, grid)
+    assert torch.equal(filled[:, :rows], original[:, :rows])
+    for row in range(rows, grid):
+        mirrored = 2 * rows - 1 - row if row < 2 * rows else row - 2 * rows
+        if 0 <= mirrored < rows:
+            assert torch.equal(filled[:, row], original[:, mirrored])
+        assert any(torch.equal(filled[:, row], original[:, drawn]) for drawn in range(rows))
+
+
+def test_pictures_are_rounded_as_the_commands_are() -> None:
+    """Fails if the service's pixels differ from those that the command saves, or a broken picture
+    passes for whole.
+    """
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels[0, 0, 0, :4] = torch.tensor([-1.0, 1.0, 0.0, 1 / 255])
+    pixels[2, 1, 3, 3] = torch.nan
+    pictures, finite = _as_pictures(pixels)
+    assert finite.tolist() == [True, True, False]
+    for index in (0, 1):
+        expected = picture_grid(pixels[index : index + 1]).permute(1, 2, 0)
+        assert torch.equal(pictures[index], expected)
+
+
+def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
+    """Fails if `peek` copies another image's codes, or codes that are not drawn yet count
+    as drawn.
+    """
+    engine, _ = fake_engine(EngineConfig(max_num_seqs=8), tokens=16)
+    first = engine.submit(1, SamplingParams(seed=1, n=2, top_k=0))
+    engine.step()
+    second = engine.submit(2, SamplingParams(seed=2, top_k=0, cfg_scale=1.0))
+    engine.step()
+    waiting = engine.submit(3, SamplingParams(seed=3, top_k=0, n=4))
+    partial = engine.peek([second, first, waiting])
+    assert waiting not in partial.requests
+    seen = dict(
+        zip(partial.requests, zip(partial.steps, partial.codes(), strict=True), strict=True)
+    )
+    while not (first.ended and second.ended):
+        engine.step()
+    for request, (steps, codes) in seen.items():
+        assert request.codes is not None
+        assert steps > 0
+        assert torch.equal(codes[:, :steps], request.codes[:, :steps])
+    assert engine.peek([first]).codes() == []
+
+
+def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any) -> list[Event]:
+    """What a worker says to commands, until it stops."""
+
+    def make_engine(on_progress: Callable[[int, int], None]) -> Engine:
+        engine = Engine(tiny_gpt(TOKENS), None, EngineConfig(**config), FakeRunner)
+        engine.decoder = cast(PixelDecoder, FakeDecoder(Faults(tmp_path)))
+        return engine
+
+    ours, theirs = connect()
+    side = Side(ours)
+
+    def run() -> None:
+        outbox = Outbox(theirs, "events")
+        serve(make_engine, theirs, outbox)
+        outbox.close(5)
+        theirs.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    commands(side)
+    side.send(Stop())
+    thread.join(20)
+    assert not thread.is_alive()
+    side.read_all()
+    return side.events
+
+
+class Side:
+    """The service's side of a worker's connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.events = connection, cast(list[Event], [])
+
+    def send(self, *commands: Command) -> None:
+        for command in commands:
+            self.connection.sendall(encode([command]))
+
+    def read_until_ended(self, *jobs: int) -> None:
+        left = set(jobs)
+        while left:
+            assert wait([self.connection], 20), f"jobs {left} did not end"
+            for event in cast(list[Event], receive(self.connection)):
+                self.events.append(event)
+                if isinstance(event, Ended):
+                    left.discard(event.job)
+
+    def read_all(self) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                self.events += cast(list[Event], receive(self.connection))
+
+
+def of_job(events: list[Event], job: int) -> list[Event]:
+    return [event for event in events if getattr(event, "job", None) == job]
+
+
+def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
+    """Started, drawn, its images, the end; the end comes last and once, with every image
+    before it.
+    """
+
+    def commands(side: Side) -> None:
+        side.send(order(0, n=3, pixels=False, watched=True), order(1, n=2, seed=6))
+        side.read_until_ended(0, 1)
+
+    events = run_worker(commands, tmp_path, max_num_seqs=4)
+    for job, n in ((0, 3), (1, 2)):
+        told = of_job(events, job)
+        assert isinstance(told[0], Started)
+        assert isinstance(told[-1], Ended)
+        assert told[-1].outcome == "finished"
+        assert sum(isinstance(event, Ended) for event in told) == 1
+        assert sorted(event.image for event in told if isinstance(event, Image)) == list(range(n))
+        assert told[-1].tokens == n * TOKENS
+        assert told[-1].used_pages is not None
+    drawn = {
+        job: [event.tokens for event in of_job(events, job) if isinstance(event, Drawn)]
+        for job in (0, 1)
+    }
+    assert drawn[0][-1] == 3 * TOKENS
+    assert len(drawn[1]) == 1, "of a job that nobody watches the first token is told, and no other"
+    params = SamplingParams(cfg_scale=2.0, top_k=0, seed=5, n=3)
+    codes = {event.image: event.data for event in of_job(events, 0) if isinstance(event, Image)}
+    wanted = expected_codes(Request(0, 1, params), TOKENS)
+    assert [
+        torch.frombuffer(bytearray(codes[image]), dtype=torch.int32).tolist() for image in range(3)
+    ] == wanted
+
+
+def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> None:
+    """Fails if a job that no engine can take ends the worker."""
+
+    def commands(side: Side) -> None:
+        too_many = SamplingParams(n=3)  # six rows
+        side.send(order(0, class_label=CLASSES), order(1, params=too_many), order(2), Cancel(99))
+        side.read_until_ended(0, 1, 2)
+
+    ends = {
+        event.job: event
+        for event in run_worker(commands, tmp_path, max_num_seqs=4)
+        if isinstance(event, Ended)
+    }
+    assert [ends[job].outcome for job in (0, 1, 2)] == ["refused", "refused", "finished"]
+    assert "class label" in ends[0].message
+
+
+def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
+    """A job whose time to start is over never starts, even if there is room; one cancelled twice
+    ends once.
+    """
+
+    def commands(side: Side) -> None:
+        side.send(order(0, start_by=time.monotonic() - 1), order(1, n=2), Cancel(1), Cancel(1))
+        side.read_until_ended(0, 1)
+
+    events = run_worker(commands, tmp_path, max_num_seqs=4)
+    assert [event.outcome for event in events if isinstance(event, Ended)].count(
+        "queue_timeout"
+    ) == 1
+    assert not any(isinstance(event, (Started, Image)) for event in of_job(events, 0))
+    assert sum(isinstance(event, Ended) for event in of_job(events, 1)) == 1
+
+
+def test_a_worker_whose_service_has_gone_ends(tmp_path: Any) -> None:
+    """Fails if an engine outlives the service that was killed."""
+    ours, theirs = connect()
+
+    def make_engine(on_progress: Callable[[int, int], None]) -> Engine:
+        return Engine(tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=2), FakeRunner)
+
+    thread = threading.Thread(target=lambda: serve(make_engine, theirs, Outbox(theirs, "events")))
+    thread.start()
+    time.sleep(0.2)
+    ours.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def talk_until_stopped(connection: socket.socket) -> None:
+    """An engine's process that has more pictures to send than a connection holds."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    outbox = Outbox(connection, "events")
+    for number in range(60):
+        outbox.put(Image(number, 0, 1.0, 0.5, bytes(2**18)))
+    while not any(isinstance(command, Stop) for command in receive(connection)):
+        pass
+    outbox.close(10)
+
+
+def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
+    """Fails if it is not told before the loop waits for it, or cannot end because nobody reads what
+    it still sends.
+    """
+
+    async def go() -> None:
+        process, connection = start_child(talk_until_stopped, "engine")
+        assert wait([connection], 60)  # it writes, and the loop does not read
+        link = EngineLink(
+            process, connection, lambda job: None, WaitingPlaces(8, shared=True), AwakeClock()
+        )
+        link.begin_to_stop()
+        link.stop(time.monotonic() + 3)
+        assert process.exitcode == 0
+
+    asyncio.run(go())
+
+
+def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
+    """Fails if old previews pile up, an image is lost, or the end overtakes an image."""
+
+    async def read() -> list[Any]:
+        job = Job(order(0, n=2, watched=True), time.monotonic())
+        job.take(Started(0, 1.0))
+        for rows in range(1, 8):
+            job.take(Drawn(0, rows * 8, 1.0))
+            job.take(Preview(0, 0, rows, bytes([rows])))
+            job.take(Preview(0, 1, rows, bytes([rows])))
+        job.take(Image(0, 0, 2.0, 0.1, b"a"))
+        job.take(Image(0, 1, 2.0, 0.1, b"b"))
+        job.take(Ended(0, "finished", 2.0))
+        events = []
+        while not isinstance(event := await job.next_event(), Ended):
+            events.append(event)
+        assert not job.has_news
+        return events
+
+    events = asyncio.run(read())
+    assert [event.data for event in events if isinstance(event, Image)] == [b"a", b"b"]
+    assert not any(isinstance(event, Preview) for event in events), (
+        "a finished image needs no preview"
+    )
+    assert [event.tokens for event in events if isinstance(event, Drawn)] == [56]
+
+
+def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
+    """Fails if a plain request wakes for what it does not show, or its tokens and moments are not
+    known all the same.
+    """
+
+    async def read() -> Job:
+        job = Job(order(0), 0.0)
+        job.take(Started(0, 1.0))
+        job.take(Drawn(0, 8, 1.5))
+        assert not job.has_news
+        job.take(Ended(0, "finished", 2.0, tokens=64, used_pages=0))
+        assert isinstance(await job.next_event(), Ended)
+        return job
+
+    job = asyncio.run(read())
+    assert (job.started_at, job.first_token_at, job.tokens) == (1.0, 1.5, 64)
+
+
+@settings(max_examples=50)
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from(["submit", "start", "end"]), st.booleans()),
+        max_size=60,
+    )
+)
+def test_what_an_engine_has_is_counted_as_it_comes_and_goes(
+    steps: list[tuple[int, str, bool]],
+) -> None:
+    """Fails if the rows or the queue of an engine, which say who is let in, differ from those of
+    its jobs.
+    """
+
+    async def go() -> None:
+        ours, theirs = connect()
+        ended: list[Job] = []
+        places = WaitingPlaces(8, shared=True)
+        link = EngineLink(cast(ChildProcess, None), ours, ended.append, places, AwakeClock())
+        for number, what, reserved in steps:
+            if what == "submit" and number not in link.jobs:
+                link.submit(
+                    Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved)
+                )
+            elif what == "start":
+                link._take(Started(number, 1.0))
+            elif what == "end":
+                link._take(Ended(number, "finished", 2.0, tokens=1, used_pages=number))
+            jobs = link.jobs.values()
+            assert link.rows == sum(job.rows for job in jobs)
+            waiting = Counter(
+                job.order.client for job in jobs if job.started_at is None and not job.reserved
+            )
+            assert places.taken == waiting.total()
+            assert all(places.taken_by(client) == waiting[client] for client in "01")
+        link.begin_to_stop()
+        link._channel.close()
+        theirs.close()
+        assert all(job.ended is not None for job in ended)
+
+    asyncio.run(go())
+
+
+def test_nothing_is_kept_for_a_reader_who_has_left() -> None:
+    """Fails if the pictures of an abandoned request stay in memory."""
+
+    async def abandon() -> None:
+        job = Job(order(0), time.monotonic())
+        job.take(Image(0, 0, 2.0, 0.1, b"a"))
+        job.abandon()
+        job.take(Preview(0, 0, 3, b"b"))
+        assert not job.has_news
+
+    asyncio.run(abandon())
+
+
+def test_requests_that_fail_say_by_what() -> None:
+    """Fails if the worker cannot tell NaN from an engine in trouble."""
+    engine, runner = fake_engine(EngineConfig(max_num_seqs=4), tokens=16)
+    runner.fails = {(7, 0, 3)}
+    request = engine.submit(1, SamplingParams(seed=7, top_k=0))
+    while not request.ended:
+        engine.step()
+    assert request.state is RequestState.FAILED
+    assert type(request.cause).__name__ == "NonFiniteLogitsError"
