@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how messages are put together."""
+"""Errors that the user can mend, and how messages are put together and told."""
 
 import contextlib
 import sys
@@ -39,3 +39,8 @@ def tell(message: str) -> None:
     if sys.stderr is not None:  # print would take None for stdout
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can see a progress bar on stderr, which may be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from autoregressive.cli.command import OneLineParser, on_terminal, run_command, slow_imports
-from autoregressive.errors import UserError
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError, on_terminal
 
 with slow_imports(__name__):
     import torch
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
+    from autoregressive.files import write_whole
     from autoregressive.models.gpt import GPT_models
-    from autoregressive.output.files import write_whole
     from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
     from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
     from autoregressive.weights.weight_source import WeightSource

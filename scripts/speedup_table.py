@@ -45,9 +45,9 @@ with slow_imports(__name__):
     from autoregressive.cli.flags import build_parser
     from autoregressive.cli.settings import Settings, resolve_settings
     from autoregressive.devices import now, resolve_device
+    from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
-    from autoregressive.output.files import check_file, check_own_folder, write_whole
     from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from autoregressive.benchmarks.models import PAPER_MODELS
+from autoregressive.files import check_file, write_whole
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
-from autoregressive.output.files import check_file, write_whole
 
 ENFORCE_EAGER_HELP = "launch kernels one by one, no CUDA graphs; no effect on a CPU"
 DETERMINISTIC_HELP = (

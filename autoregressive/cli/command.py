@@ -28,11 +28,6 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help shows the options)\n")
 
 
-def on_terminal() -> bool:
-    """Whether somebody can see a progress bar on stderr, which may be closed."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
 @contextlib.contextmanager
 def slow_imports(module: str) -> Iterator[None]:
     """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command`

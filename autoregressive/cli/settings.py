@@ -16,6 +16,7 @@ import torch
 
 from autoregressive.devices import PRECISIONS, default_precision, resolve_device
 from autoregressive.errors import UserError, either
+from autoregressive.files import check_file, check_own_folder
 from autoregressive.folders import in_checkout, pretrained_folder
 from autoregressive.models.classes import ClassNames, numbered_classes
 from autoregressive.models.defaults import (
@@ -25,7 +26,6 @@ from autoregressive.models.defaults import (
     ModelDefaults,
     model_defaults,
 )
-from autoregressive.output.files import check_file, check_own_folder
 from autoregressive.output.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
 from autoregressive.weights.loading import (
     DEMO_GPT,

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import write_whole
+from autoregressive.files import write_whole
 
 IMAGES_PER_ROW = 4
 _PADDING = 2  # black pixels between the images of a grid, and around it

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from typing import cast
 
-from autoregressive.cli.command import on_terminal, run_command, slow_imports
-from autoregressive.errors import UserError, either, tell
+from autoregressive.cli.command import run_command, slow_imports
+from autoregressive.errors import UserError, either, on_terminal, tell
 
 with slow_imports(__name__):
     import torch

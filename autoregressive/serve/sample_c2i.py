@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from autoregressive.cli.command import OneLineParser, on_terminal, run_command, slow_imports
-from autoregressive.errors import UserError, tell
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import UserError, on_terminal, tell
 
 with slow_imports(__name__):
     import torch

@@ -20,9 +20,8 @@ from typing import BinaryIO
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
 from tqdm import tqdm
 
-from autoregressive.cli.command import on_terminal
-from autoregressive.errors import UserError
-from autoregressive.output.files import has_name, remove_leftovers, sync, sync_folder
+from autoregressive.errors import UserError, on_terminal
+from autoregressive.files import has_name, remove_leftovers, sync, sync_folder
 from autoregressive.weights.network import unusable_variable
 from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 

@@ -37,8 +37,8 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.arguments import add_output, check_output, give_figures
     from autoregressive.devices import now, resolve_device
+    from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
-    from autoregressive.output.files import check_folder
     from autoregressive.weights.checkpoint import load_weights
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")

@@ -39,7 +39,7 @@ with slow_imports(__name__):
         percentiles,
         steady_rate,
     )
-    from autoregressive.output.files import check_file, write_whole
+    from autoregressive.files import check_file, write_whole
 
 _PREVIEW, _COMPLETED = (
     b"event: image_generation.partial_image",

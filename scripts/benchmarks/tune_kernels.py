@@ -36,8 +36,8 @@ with slow_imports(__name__):
         swiglu_candidates,
         whole_candidates,
     )
+    from autoregressive.files import write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
-    from autoregressive.output.files import write_whole
     from autoregressive.serve.engine.batch import Batch, BatchShape
     from autoregressive.serve.engine.layers import Layers, LayersFactory, LayerWeights, ModelWeights
     from autoregressive.serve.floor import median_seconds

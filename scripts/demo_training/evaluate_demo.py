@@ -44,10 +44,10 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.arguments import add_device, at_least, check_output
     from autoregressive.devices import resolve_device
+    from autoregressive.files import check_file, write_whole
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import GPT_models, Transformer
-    from autoregressive.output.files import check_file, write_whole
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.request import SamplingParams

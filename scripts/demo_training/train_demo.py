@@ -33,7 +33,7 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.arguments import add_device, at_least
     from autoregressive.devices import resolve_device
-    from autoregressive.output.files import check_folder, write_whole
+    from autoregressive.files import check_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_imports import ROOT, source_files
+from source_tree import ROOT, source_files
 
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
 from autoregressive.errors import UserError

@@ -319,7 +319,10 @@ def test_a_picture_is_drawn_without_name_home_and_temporary_folder(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["sample_c2i.png"]
 
 
-@pytest.mark.parametrize("script", ["evaluate_demo.py", "train_demo.py", "convert_checkpoint.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["demo_training/evaluate_demo.py", "demo_training/train_demo.py", "convert_checkpoint.py"],
+)
 def test_a_script_that_imports_a_compiler_starts_for_a_user_without_a_name(
     tmp_path: Path, script: str
 ) -> None:

@@ -1,6 +1,4 @@
-"""Runs tests/interpreted, the kernels in Triton's interpreter, in processes that have it switched
-on.
-"""
+"""Runs tests/kernels/interpreted: the kernels in Triton's interpreter, in their own processes."""
 
 import os
 import subprocess
@@ -21,13 +19,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_kernels_in_the_interpreter(share: str) -> None:
-    """Fails, with their output, if a test of tests/interpreted fails, or none is found."""
+    """Fails, with their output, if a test of tests/kernels/interpreted fails, or none is found."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    files = [f"tests/interpreted/{file}" for file in SHARES[share]]
+    files = [f"tests/kernels/interpreted/{file}" for file in SHARES[share]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command,
-        cwd=TESTS.parent,
+        cwd=TESTS.parents[1],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -17,7 +17,7 @@ from PIL import Image
 from system_calls import ERRORS, Killed, SystemCalls, calls_of, counted
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import check_file, check_folder, write_whole
+from autoregressive.files import check_file, check_folder, write_whole
 from autoregressive.output.images import save_codes, save_picture
 
 PICTURE = torch.arange(3 * 32 * 32).view(3, 32, 32).to(torch.uint8)

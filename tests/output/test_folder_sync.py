@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import write_whole
+from autoregressive.files import write_whole
 from autoregressive.serve.web.store import Store, StoreFailed
 
 PASSED_OVER = [errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP]

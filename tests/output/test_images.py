@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFont
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import check_file, check_folder, write_whole
+from autoregressive.files import check_file, check_folder, write_whole
 from autoregressive.output.images import (
     JSON_KEY,
     fitted_text,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import check_file
+from autoregressive.files import check_file
 from autoregressive.output.images import (
     JSON_KEY,
     PICTURE_FORMATS,

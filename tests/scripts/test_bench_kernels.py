@@ -149,7 +149,7 @@ def test_only_a_contexts_chunks_are_combined() -> None:
     [case] = [case for case in cases(plain()) if case.operation == "combine"]
     heads, size, rows = CONFIG.n_head, CONFIG.head_size, 4
     # float32: parts, scores and sums read, the result written
-    assert case.bytes == 4 * rows * heads * 4 * (size + 2) + size
+    assert case.bytes == 4 * rows * heads * (4 * (size + 2) + size)
 
 
 def reads_all_chunks(

@@ -15,7 +15,7 @@ from PIL import Image
 from autoregressive.benchmarks.serve_report import _ticks, percentiles, steady_rate
 from autoregressive.errors import UserError
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from test_hostile_checkpoints import deep_key, nested, safetensors, torch_zip, w
 from test_safetensors_folders import hugging_face
 from torch import Tensor
 
-from autoregressive.output.files import unused_name
+from autoregressive.files import unused_name
 from autoregressive.weights import safetensors_file
 from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
 from autoregressive.weights.stored_file import StoredTensor

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hub_stand_in import CONTENT, FILE, Hub, running_hub
 
-from autoregressive.output.files import remove_leftovers
+from autoregressive.files import remove_leftovers
 from autoregressive.weights.hub import DownloadError, fetch
 
 PART = f".{FILE.file_name}.{hashlib.sha256(CONTENT).hexdigest()[:12]}.part"
@@ -96,6 +96,6 @@ def test_tidying_up_leaves_a_part_that_another_process_has_begun(
         os.replace(tmp_path / PART, tmp_path / FILE.file_name)
         (tmp_path / PART).write_bytes(b"begun")
 
-    before_the_first_lock("autoregressive.output.files", monkeypatch, finish_and_begin)
+    before_the_first_lock("autoregressive.files", monkeypatch, finish_and_begin)
     assert remove_leftovers(tmp_path, re.compile(re.escape(PART))) == 0
     assert (tmp_path / PART).read_bytes() == b"begun"

@@ -40,7 +40,7 @@ CARELESS = """
 import sys
 from pathlib import Path
 import torch
-sys.path.insert(0, "scripts")
+sys.path.insert(0, "scripts/benchmarks")
 import bench_loading
 
 def careless(model, path, *, device, dtype):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from autoregressive.errors import UserError
-from autoregressive.output.files import remove_leftovers, sync, sync_folder, unused_name
+from autoregressive.files import remove_leftovers, sync, sync_folder, unused_name
 
 # the system's table may lack webp
 MEDIA_TYPES = {
