@@ -13,8 +13,8 @@ from autoregressive.cli.command import OneLineParser
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
-from autoregressive.weights.loading import DEMO_GPT, DEMO_VQ
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
+from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
+from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
 _EXAMPLES = """\
 examples:

@@ -27,15 +27,15 @@ from autoregressive.models.defaults import (
     model_defaults,
 )
 from autoregressive.output.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
-from autoregressive.weights.loading import (
+from autoregressive.weights.loading import ModelSettings, file_in
+from autoregressive.weights.published import (
     DEMO_GPT,
-    ModelSettings,
-    file_in,
+    PUBLISHED_FILES,
+    PublishedFile,
     gpt_file_name,
     published_as,
 )
-from autoregressive.weights.published import PUBLISHED_FILES, PublishedFile
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig
+from tokenizer.tokenizer_image.config import VQ_CONFIGS, VQConfig
 
 T = TypeVar("T")
 

@@ -15,20 +15,18 @@ import torch
 
 from autoregressive.errors import UserError
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
-from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.weights.checkpoint import load_weights
 from autoregressive.weights.hub import fetch
 from autoregressive.weights.published import (
+    DEMO_GPT,
+    DEMO_VQ,
     PUBLISHED_FILES,
-    PublishedFile,
-    published_gpt,
-    published_vq,
+    gpt_file_name,
+    published_as,
+    vq_file_name,
 )
-from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
-
-DEMO_GPT, DEMO_VQ = "demo_gpt.safetensors", "demo_vq.safetensors"
-_PUBLISHED_DOWNSAMPLE = 16
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 
 @dataclass(frozen=True)
@@ -85,36 +83,6 @@ class LoadedModels:
 
     gpt: Transformer
     vq: VQModel
-
-
-def gpt_file_name(gpt_model: str, image_size: int, downsample_size: int) -> str | None:
-    """The file that a transformer's weights for such images are published in, or shipped in; None
-    if there is none.
-    """
-    if gpt_model == DEMO_MODEL:
-        shipped = (DEMO_DEFAULTS.image_size, VQ_CONFIGS[DEMO_DEFAULTS.vq_model].downsample_size)
-        return DEMO_GPT if (image_size, downsample_size) == shipped else None
-    published = (
-        published_gpt(gpt_model, image_size) if downsample_size == _PUBLISHED_DOWNSAMPLE else None
-    )
-    return published.file_name if published else None
-
-
-def vq_file_name(vq_model: str) -> str | None:
-    """The file that a tokenizer's weights are published in, or shipped in; None if there
-    is none.
-    """
-    if vq_model == DEMO_DEFAULTS.vq_model:
-        return DEMO_VQ
-    published = published_vq(vq_model)
-    return published.file_name if published else None
-
-
-def published_as(path: Path) -> PublishedFile | None:
-    """The published file that a path is named after, whatever its suffix; None for any
-    other name.
-    """
-    return next((file for file in PUBLISHED_FILES if Path(file.file_name).stem == path.stem), None)
 
 
 def file_in(folder: Path, file_name: str | None) -> Path | None:

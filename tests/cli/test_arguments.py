@@ -18,14 +18,8 @@ from autoregressive.cli.settings import (
 )
 from autoregressive.devices import resolve_device
 from autoregressive.errors import UserError
-from autoregressive.weights.loading import (
-    DEMO_GPT,
-    DEMO_VQ,
-    FoundWeights,
-    find_weights,
-    untrained_warning,
-)
-from autoregressive.weights.published import PublishedFile
+from autoregressive.weights.loading import FoundWeights, find_weights, untrained_warning
+from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
 
 def parsed(*typed: str) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autoregressive.folders import pretrained_folder
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, batch_sizes
 from autoregressive.serve.engine.vq_forward import Convolution, VQForward
-from autoregressive.weights.loading import DEMO_VQ
+from autoregressive.weights.published import DEMO_VQ
 from kernels.group_norm import interleave
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
