@@ -2,11 +2,114 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# A setting's name -> how the user writes it; None: the user has no such setting.
+Spelling = Callable[[str], str | None]
 
 
-class UserError(Exception):
-    """Something that the user can mend. The message is one line and says what to do."""
+@dataclass(frozen=True)
+class SettingName:
+    """A setting's name within a message."""
+
+    name: str  # as in Python: max_num_seqs
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to do about a setting: "lower max_num_seqs", "lower num_pages to 40 or less"."""
+
+    verb: str
+    setting: str
+    extent: str = ""
+
+
+class UserError(ValueError):
+    """Something that the user can mend. The message is one line and says what to do.
+
+    The text of the exception names settings as Python does. A command spells them as flags.
+
+    Args:
+        parts: of the message.
+        remedies: what the user can do, one of which is enough; the end of the message.
+    """
+
+    def __init__(self, *parts: str | SettingName, remedies: Sequence[str | Change] = ()) -> None:
+        super().__init__(*parts)
+        self.parts, self.remedies = parts, tuple(remedies)
+
+    def __str__(self) -> str:
+        return self.spelled(lambda name: name)
+
+    def spelled(self, spell: Spelling) -> str:
+        """The message with settings' names as the user writes them.
+
+        Remedies that the user has no way to apply are left out.
+        """
+        names = (part if isinstance(part, str) else spell(part.name) for part in self.parts)
+        told = "".join(name for name in names if name is not None)
+        ways = [way for remedy in self.remedies if (way := _spelled(remedy, spell)) is not None]
+        return f"{told}: {either(ways)}" if ways else told
+
+
+class SettingError(UserError):
+    """A setting whose value cannot be used, or is in the way.
+
+    Args:
+        setting: its name in Python.
+        value: what it was set to.
+        problem: what is wrong with it, or what it must be.
+        remedies: as of `UserError`.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        value: object,
+        problem: str | Sequence[str | SettingName],
+        remedies: Sequence[str | Change] = (),
+    ) -> None:
+        self.setting, self.value = setting, value
+        self.problem = (problem,) if isinstance(problem, str) else tuple(problem)
+        super().__init__(SettingName(setting), f" {value}: ", *self.problem, remedies=remedies)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.setting, self.value, self.problem, self.remedies)
+
+
+def _spelled(remedy: str | Change, spell: Spelling) -> str | None:
+    if isinstance(remedy, str):
+        return remedy
+    name = spell(remedy.setting)
+    return name and " ".join(filter(None, (remedy.verb, name, remedy.extent)))
+
+
+# Packages that not all users need, and the extra that brings them.
+_EXTRAS = {
+    "tqdm": "progress",
+    "httpx2": "download",
+    "huggingface_hub": "download",
+    "socksio": "download",
+    "fastapi": "serve",
+    "fastapi_offline": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "h11": "serve",
+    "pydantic": "serve",
+    "prometheus_client": "serve",
+    "yaml": "serve",
+    "ray": "ray",
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> UserError | None:
+    """What to install where an optional package is missing; None if another module is."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    told = f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
+    return UserError(told)
 
 
 def either(alternatives: Sequence[object]) -> str:

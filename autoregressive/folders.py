@@ -39,6 +39,13 @@ def pretrained_folder() -> Path:
     )
 
 
+def pretrained_folders() -> tuple[Path, ...]:
+    """Where weights are looked for: the folder that downloads go to, and the one that ships with
+    the program.
+    """
+    return tuple(dict.fromkeys((pretrained_folder(), _PROJECT / "pretrained_models")))
+
+
 def prepare_compilers() -> str | None:
     """Tells torch's compiler and Triton, through the environment, where to keep what they compile.
 

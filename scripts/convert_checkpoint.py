@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
-from autoregressive.errors import UserError, on_terminal
+from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import torch
     from safetensors import SafetensorError, safe_open
-    from tqdm import tqdm
 
     from autoregressive.files import write_whole
     from autoregressive.models.gpt import GPT_models
+    from autoregressive.progress import progress_bar
     from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
     from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
     from autoregressive.weights.weight_source import WeightSource
@@ -198,9 +198,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     stream.write(len(text).to_bytes(8, "little") + text)
-    with tqdm(
-        total=end, unit="B", unit_scale=True, disable=not on_terminal(), leave=False
-    ) as progress:
+    with progress_bar("converting", "B", end, unit_scale=True, leave=False) as progress:
         for name in order:
             tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
             source.read_into(name, tensor)

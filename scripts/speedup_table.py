@@ -44,15 +44,14 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.speedup_report import METHODS, ModelRow, chart, markdown
     from autoregressive.cli.flags import build_parser
     from autoregressive.cli.settings import Settings, resolve_settings
-    from autoregressive.devices import now, resolve_device
+    from autoregressive.devices import now, resolve_device, threads_that_pay
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
-    from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
+    from autoregressive.sample.naive import set_numerics
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
-    from autoregressive.serve.sample_c2i import sampling_params
     from autoregressive.weights.loading import find_weights, load_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +147,7 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
     set_numerics(settings)
     found = find_weights(settings.model)
     gpt = load_models(settings.model, found).gpt
-    device, params = settings.model.device, sampling_params(settings.sampling)
+    device, params = settings.model.device, settings.sampling
     ceilings = measure_ceilings(device, settings.model.precision) if device.type == "cuda" else None
     rows = len(settings.labels) * params.rows
     began = now(device)

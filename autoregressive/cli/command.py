@@ -4,20 +4,38 @@ traceback.
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from autoregressive.errors import UserError, one_line, tell
+from autoregressive.errors import UserError, missing_extra, one_line, tell
 from autoregressive.folders import prepare_compilers
+
+_NO_FLAGS = {"n", "first_image"}  # of the engine's requests
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage in front."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses, and suggests the closest flag for one that is unknown."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            typed = next((one for one in unknown if one.startswith("-")), unknown[0])
+            if typed.startswith("-"):
+                self.error(f"there is no flag {typed}{self.closest_flag(typed)}")
+            self.error(f"unexpected argument: {typed}")
+        return parsed
+
+    def closest_flag(self, typed: str) -> str:
+        """The question whether a flag is meant that is spelled nearly so, or nothing."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        return did_you_mean(typed.partition("=")[0], flags)
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
@@ -26,6 +44,25 @@ class OneLineParser(argparse.ArgumentParser):
                 "; a value that begins with - is written behind an equals sign, as in --seed=-1"
             )
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help shows the options)\n")
+
+
+def did_you_mean(typed: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is unknown: the closest known one, if any is close."""
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(typed.lower(), by_lower_case, n=1)
+    return f": did you mean {by_lower_case[close[0]]}?" if close else ""
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """A parser of one of the names; for others it suggests the closest."""
+
+    def parse(typed: str) -> str:
+        if typed in names:
+            return typed
+        told = did_you_mean(typed, names) or f": choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"there is no {typed}{told}")
+
+    return parse
 
 
 @contextlib.contextmanager
@@ -42,10 +79,13 @@ def slow_imports(module: str) -> Iterator[None]:
         module: __name__ of whoever imports. Another's module has no say: the command that imports
             it has.
     """
-    if module == "__main__":
-        _prepare_compilers()
-    if module != "__main__" or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if module != "__main__":
         yield
+        return
+    _prepare_compilers()
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        with saying_what_to_install():
+            yield
         return
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -53,9 +93,23 @@ def slow_imports(module: str) -> Iterator[None]:
 
     signal.signal(signal.SIGINT, end)
     try:
-        yield
+        with saying_what_to_install():
+            yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def saying_what_to_install() -> Iterator[None]:
+    """Ends the process with one line where an optional package is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        _tell_error(missing)
+        sys.exit(2)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -75,12 +129,22 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
         status = 141
     except (UserError, OSError) as error:
-        tell(f"{_program()}: error: {one_line(str(error))}")
+        _tell_error(error)
         status = 2
     except KeyboardInterrupt:
         status = say_interrupted()
     _drop_what_is_not_taken()
     sys.exit(status)
+
+
+def flag_of(setting: str) -> str | None:
+    """How a command line spells a setting; None for those that no command has."""
+    return None if setting in _NO_FLAGS else f"--{setting.replace('_', '-')}"
+
+
+def _tell_error(error: UserError | OSError) -> None:
+    message = error.spelled(flag_of) if isinstance(error, UserError) else str(error)
+    tell(f"{_program()}: error: {one_line(message)}")
 
 
 def _write_with_backslashes() -> None:

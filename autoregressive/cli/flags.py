@@ -1,18 +1,20 @@
 """The flags that the naive and the fast command share: LlamaGen's, and ours for choosing classes
 and saving pictures.
 
-argparse is told no defaults, so that what was typed can be told from what was not; `settings.py`
-fills in the rest from the chosen model's table, which is also where the help takes the defaults
-from.
+argparse is told no defaults, so that what was typed can be told from what was not. Nothing here
+imports torch: --help and a typo are answered at once.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser
+from autoregressive.cli.command import OneLineParser, one_of
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
+from autoregressive.models.sampling import BOUNDS, SamplingParams
+from autoregressive.weights.options import ModelOptions
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
@@ -58,6 +60,26 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     return parser
 
 
+def model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """What was typed about the model.
+
+    Args:
+        arguments: what a parser with `add_model_flags` parsed.
+    """
+    names = (field.name for field in fields(ModelOptions))
+    return ModelOptions(**{name: getattr(arguments, name) for name in names})
+
+
+def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """The sampling parameters that were typed, and the defaults for the others.
+
+    Raises:
+        SettingError: a value is out of range.
+    """
+    typed = {name: getattr(arguments, name) for name in BOUNDS if name != "n"}
+    return defaults.updated(**typed)
+
+
 def _default_folder() -> str:
     """The folder of pretrained models, as a help text may hold it."""
     if in_checkout():
@@ -66,8 +88,7 @@ def _default_folder() -> str:
 
 
 def add_model_flags(parser: OneLineParser, if_none: str = _IF_NONE) -> None:
-    """Those that say which model, with which weights, where: what `settings.resolve_model_choice`
-    goes by.
+    """Adds the flags that say which model runs, with which weights, and where.
 
     Args:
         if_none: for --help, what happens where there are no weights.
@@ -90,7 +111,10 @@ def add_model_flags(parser: OneLineParser, if_none: str = _IF_NONE) -> None:
 
 def _default(field: str) -> str:
     """How --help states a default that the two families may not share."""
-    llamagen, demo = getattr(LLAMAGEN_DEFAULTS, field), getattr(DEMO_DEFAULTS, field)
+    llamagen, demo = (
+        getattr(defaults.sampling if field in BOUNDS else defaults, field)
+        for defaults in (LLAMAGEN_DEFAULTS, DEMO_DEFAULTS)
+    )
     return (
         f"(default: {llamagen})" if llamagen == demo else f"(default: {llamagen}; GPT-demo: {demo})"
     )
@@ -220,7 +244,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
 def _add_shapes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpt-model",
-        choices=list(GPT_SHAPES),
+        type=one_of(list(GPT_SHAPES)),
         metavar="NAME",
         help=f"{', '.join(GPT_SHAPES)} (default: what --gpt-ckpt is named after; GPT-B with "
         "another --gpt-ckpt, "
@@ -242,7 +266,7 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--vq-model",
-        choices=list(VQ_CONFIGS),
+        type=one_of(list(VQ_CONFIGS)),
         metavar="NAME",
         help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}",
     )

@@ -36,9 +36,9 @@ def save_results(
         )
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    common = generation_record(settings.model, found, loop, compiled=settings.compile) | asdict(
-        settings.sampling
-    )
+    sampling = asdict(settings.sampling)
+    del sampling["n"]
+    common = generation_record(settings.model, found, loop, compiled=settings.compile) | sampling
     grid = output.grid(trained=found.trained)
     if output.codes is not None:
         save_codes(output.codes, codes)

@@ -8,15 +8,30 @@ both ids.
 import difflib
 import heapq
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from autoregressive.errors import UserError
+from autoregressive.errors import SettingName, Spelling, UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.imagenet_classes import IMAGENET_NAMES
 
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
+
+
+class UnknownClassError(UserError):
+    """A class that the model does not have."""
+
+    def spelled(self, spell: Spelling) -> str:
+        """The message, with the place where all classes are listed, if the user has one."""
+        told, *note = self.parts
+        place = spell("list_classes")
+        seen = f" (see {place})" if place is not None else ""
+        return UserError(told, seen, *note).spelled(spell)
+
+    def __str__(self) -> str:
+        return self.spelled(lambda name: None if name == "list_classes" else name)
 
 
 @dataclass(frozen=True)
@@ -31,47 +46,49 @@ class ClassNames:
     def __getitem__(self, label: int) -> str:
         return self.names[label]
 
-    def resolve(self, wanted: str) -> int:
-        """The id of a class given by id or name.
+    def resolve(self, wanted: int | str, note: Sequence[str | SettingName] = ()) -> int:
+        """The id of a class that is given by id or name.
+
+        Args:
+            note: the end of the message where there is no such class.
 
         Raises:
-            UserError: no such class, with the closest three names; or a name that several classes
-                bear.
+            UnknownClassError: there is no such class, and the message has the closest three names;
+                or several classes bear the name.
         """
-        word = " ".join(wanted.replace("_", " ").split())
+        word = " ".join(str(wanted).replace("_", " ").split())
         if not word:
-            raise UserError("the class is empty: give a name or an id (see --list-classes)")
+            raise UnknownClassError("the class is empty: give a name or an id", *note)
         if re.fullmatch(r"[+-]?[0-9]+", word):
             label = int(word) if len(word) <= _LONGEST_ID else -1
             if not 0 <= label < len(self):
                 shown = word if len(word) <= _LONGEST_ID else f"{word[:_LONGEST_ID]}..."
-                raise UserError(
-                    f"class {shown}: ids go from 0 to {len(self) - 1} (see --list-classes)"
-                )
+                told = f"class {shown}: ids go from 0 to {len(self) - 1}"
+                raise UnknownClassError(told, *note)
             return label
         exact = [label for label, name in enumerate(self.names) if name == word]
         alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
         found = exact if len(exact) == 1 else alike
         if not found:
-            raise UserError(
-                f"class '{word}' is unknown; the closest are {self._closest(word)} (see "
-                "--list-classes)"
-            )
+            told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
+            raise UnknownClassError(told, *note)
         if len(found) > 1:
             raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
         return found[0]
 
-    def listing(self, word: str = "") -> str:
+    def listing(self, word: str = "", note: Sequence[str | SettingName] = ()) -> str:
         """One line a class whose name contains the word: its id and name.
+
+        Args:
+            note: the end of the message where there is none.
 
         Raises:
             UserError: no name contains the word.
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            raise UserError(
-                f"no class name contains '{word}'; the closest are {self._closest(word)}"
-            )
+            closest = self._closest(word)
+            raise UserError(f"no class name contains '{word}'; the closest are {closest}", *note)
         return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
 
     def _closest(self, word: str) -> str:

@@ -1,14 +1,11 @@
-"""What a command assumes for flags that were not typed, per family of models: one table each; and
-what no value may exceed.
-"""
+"""The values that suit a family of models, for what the user leaves out: one table a family."""
 
 from dataclasses import dataclass
 
 from autoregressive.models.classes import DEMO, IMAGENET, ClassNames
+from autoregressive.models.sampling import SamplingParams
 
 DEMO_MODEL = "GPT-demo"  # the transformer that ships with the repository
-LARGEST_SCALE = 1000.0  # of guidance; logits stay finite in float32
-LARGEST_TEMPERATURE = 1e38  # finite in float32; all tokens are equally likely long before
 
 
 @dataclass(frozen=True)
@@ -20,11 +17,7 @@ class ModelDefaults:
     vq_model: str  # brings its codebook and downsample size along
     classes: ClassNames
     class_labels: tuple[int, ...]
-    cfg_scale: float
-    cfg_interval: int = -1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: SamplingParams
 
     @property
     def num_classes(self) -> int:
@@ -38,8 +31,7 @@ LLAMAGEN_DEFAULTS = ModelDefaults(
     vq_model="VQ-16",
     classes=IMAGENET,
     class_labels=(207, 360, 387, 974, 88, 979, 417, 279),
-    cfg_scale=4.0,
-    top_k=2000,
+    sampling=SamplingParams(cfg_scale=4.0, top_k=2000),
 )
 DEMO_DEFAULTS = ModelDefaults(
     image_sizes=(128,),
@@ -47,7 +39,7 @@ DEMO_DEFAULTS = ModelDefaults(
     vq_model="VQ-demo",
     classes=DEMO,
     class_labels=(0, 1, 2, 3, 4, 5, 6, 7),
-    cfg_scale=2.0,
+    sampling=SamplingParams(cfg_scale=2.0, top_k=0),
 )
 
 

@@ -20,7 +20,6 @@ with signals_watched(__name__) as WATCH:  # from the first line on
     import torch
 
     from autoregressive.output.records import generation_record
-    from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.heap import settle_heap
     from autoregressive.serve.logs import ServiceLogs, service_logs
     from autoregressive.serve.web.connections import Connections
@@ -44,7 +43,7 @@ with signals_watched(__name__) as WATCH:  # from the first line on
         StartProcess,
         start_process,
     )
-    from autoregressive.weights.loading import FoundWeights, find_weights, untrained_warning
+    from autoregressive.weights.loading import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
@@ -81,25 +80,17 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     """
     model = settings.choice.model
     found = find_weights(model)
-    if not found.trained and not model.random_weights:
-        ways = (untrained_warning(model, found) or "").splitlines()[2:]
-        more = "; ".join(way.strip() for way in ways)
-        what = f"no trained weights for {model.gpt_model} at {model.image_size} px"
-        raise UserError(f"{what}: {more}; or --random-weights, for noise")
+    missing = missing_weights(model, found)
+    if missing is not None and not model.random_weights:
+        raise missing.error()
     if settings.choice.note is not None:
         tell(settings.choice.note)
 
-    defaults = settings.choice.defaults
-    typical = SamplingParams(
-        cfg_scale=defaults.cfg_scale,
-        cfg_interval=defaults.cfg_interval,
-        top_k=defaults.top_k,
-        top_p=defaults.top_p,
-    )
-
     def recipe(index: int) -> MakeEngine:
         device = torch.device("cuda", index) if settings.engines > 1 else model.device
-        return EngineRecipe(replace(model, device=device), found, settings.engine, typical)
+        return EngineRecipe(
+            replace(model, device=device), found, settings.engine, settings.choice.defaults.sampling
+        )
 
     return served_model(settings, found), recipe
 

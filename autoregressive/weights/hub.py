@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
-from tqdm import tqdm
 
-from autoregressive.errors import UserError, on_terminal
+from autoregressive.errors import UserError
 from autoregressive.files import has_name, remove_leftovers, sync, sync_folder
+from autoregressive.progress import progress_bar
 from autoregressive.weights.network import unusable_variable
 from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 
@@ -175,16 +175,8 @@ def _download(remote: _Remote, published: PublishedFile, part: Path, stream: Bin
             f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room"
         )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
-    hidden = not on_terminal()
-    bar = tqdm(
-        total=remote.size_bytes,
-        initial=there,
-        desc=published.file_name,
-        unit="B",
-        unit_scale=True,
-        disable=hidden,
-    )
-    with bar:
+    size = remote.size_bytes
+    with progress_bar(published.file_name, "B", size, initial=there, unit_scale=True) as bar:
         while there < remote.size_bytes:
             try:
                 with _content(remote, there) as (first, chunks):

@@ -6,18 +6,18 @@ else, with --download, from the hub; else they are drawn from the seed, and a wa
 command always runs, and never passes noise off as a picture.
 """
 
-import os
-import shlex
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from autoregressive.errors import UserError
-from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
+from autoregressive.errors import SettingName, Spelling, UserError, missing_extra
+from autoregressive.folders import can_be_written
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.weights.checkpoint import load_weights
-from autoregressive.weights.hub import fetch
+from autoregressive.weights.options import file_in
 from autoregressive.weights.published import (
     DEMO_GPT,
     DEMO_VQ,
@@ -41,7 +41,7 @@ class ModelSettings:
     ema: bool
     random_weights: bool
     download: bool
-    pretrained: Path  # the folder where weights are looked for and downloaded to
+    folders: tuple[Path, ...]  # where weights are looked for; downloads go to the first
     image_size: int  # pixels of a side
     downsample_size: int  # pixels of a code's side
     codebook_size: int
@@ -85,15 +85,6 @@ class LoadedModels:
     vq: VQModel
 
 
-def file_in(folder: Path, file_name: str | None) -> Path | None:
-    """The file of that name, or of the same name but ending in .safetensors: its conversion."""
-    if file_name is None:
-        return None
-    candidates = (folder / file_name, (folder / file_name).with_suffix(".safetensors"))
-    # Path.exists raises where a name is too long
-    return next((path for path in candidates if os.path.exists(path)), None)
-
-
 def find_weights(settings: ModelSettings) -> FoundWeights:
     """Looks where the module's docstring says, in that order; downloads if that was asked for.
 
@@ -112,83 +103,83 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
 def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) -> Path | None:
     if typed is not None:
         return typed
-    there = file_in(settings.pretrained, file_name)
+    there = file_in(settings.folders, file_name)
     published = published_as(Path(file_name)) if file_name is not None else None
     if there is None and settings.download and published is not None:
-        if not can_be_written(settings.pretrained):
-            raise UserError(
-                f"--download: {settings.pretrained} cannot be written; choose another "
-                "--pretrained-dir"
-            )
-        return fetch(published, settings.pretrained)
+        folder = settings.folders[0]
+        if not can_be_written(folder):
+            told = f": {folder} cannot be written; choose another "
+            raise UserError(SettingName("download"), told, SettingName("pretrained_dir"))
+        try:
+            from autoregressive.weights.hub import fetch
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) or error from error
+        return fetch(published, folder)
     return there
 
 
-def untrained_warning(settings: ModelSettings, found: FoundWeights) -> str | None:
-    """What to tell the user, in a few lines, when a model runs without trained weights."""
-    if found.trained:
-        return None
+@dataclass(frozen=True)
+class MissingWeights:
+    """What runs without trained weights, and how to get them."""
+
+    names: tuple[str, ...]  # of the models, for people
+    seed: int  # draws the weights in their place
+    ways: tuple[tuple[str | SettingName, ...], ...]  # to trained weights, a message each
+
+    def warning(self, spell: Spelling) -> str:
+        """The lines that tell it where a picture is drawn all the same."""
+        return "\n".join(
+            [
+                "WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.",
+                f"  {' and '.join(self.names)}: drawn from seed {self.seed}",
+                *(f"  {UserError(*way).spelled(spell)}" for way in self.ways),
+            ]
+        )
+
+    def error(self) -> UserError:
+        """The error that tells it where noise was not asked for."""
+        ways = itertools.chain.from_iterable((*way, "; ") for way in self.ways)
+        what = f"there are no trained weights for {' and '.join(self.names)}: "
+        return UserError(what, *ways, "or use ", SettingName("random_weights"), " for noise")
+
+
+def missing_weights(settings: ModelSettings, found: FoundWeights) -> MissingWeights | None:
+    """What to tell the user where a model has no trained weights; None if both have."""
     missing: dict[str, str | None] = {}  # name for people -> published file
     if found.gpt is None:
-        file_name = gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
-        missing[
-            f"{settings.gpt_model} for {settings.image_size} px in {settings.grid} x "
-            f"{settings.grid} tokens"
-        ] = file_name
+        size, grid = settings.image_size, settings.grid
+        name = f"{settings.gpt_model} for {size} px in {grid} x {grid} tokens"
+        missing[name] = gpt_file_name(settings.gpt_model, size, settings.downsample_size)
     if found.vq is None:
         missing[settings.vq_model] = vq_file_name(settings.vq_model)
-    return "\n".join(
-        [
-            "WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.",
-            f"  {' and '.join(missing)}: drawn from seed {settings.seed}",
-            *_ways_to_weights(settings, missing),
-        ]
-    )
+    if not missing:
+        return None
+    return MissingWeights(tuple(missing), settings.seed, tuple(_ways_to_weights(settings, missing)))
 
 
-def _ways_to_weights(settings: ModelSettings, missing: dict[str, str | None]) -> list[str]:
+def _ways_to_weights(
+    settings: ModelSettings, missing: dict[str, str | None]
+) -> Iterator[tuple[str | SettingName, ...]]:
     if settings.random_weights:
-        return ["  leave out --random-weights to use trained ones"]
-    ways = []
-    published = [
-        name for name in missing.values() if name is not None and name not in (DEMO_GPT, DEMO_VQ)
-    ]
-    if published and in_checkout():
-        folder = (
-            ""
-            if settings.pretrained == pretrained_folder()
-            else f" --folder {shlex.quote(str(settings.pretrained))}"
-        )
-        ways.append(
-            f"  get them: python scripts/download_models.py {' '.join(published)}{folder}  (or add "
-            "--download)"
-        )
-    elif published:
-        ways.append(
-            f"  get them: add --download, which puts {' and '.join(published)} into "
-            f"{settings.pretrained}"
-        )
+        yield "leave out ", SettingName("random_weights"), " to use trained ones"
+        return
     shipped = [name for name in (DEMO_GPT, DEMO_VQ) if name in missing.values()]
-    if shipped and in_checkout():
-        ways.append(
-            "  get them: git checkout pretrained_models, or train them: python "
-            "scripts/demo_training/train_demo.py"
-        )
-    elif shipped:
-        ways.append(
-            f"  copy {' and '.join(shipped)} from the repository's pretrained_models into "
-            f"{settings.pretrained}"
-        )
+    published = [name for name in missing.values() if name is not None and name not in shipped]
+    folder = settings.folders[0]
+    if published:
+        files = " and ".join(published)
+        yield "get them with ", SettingName("download"), f", which puts {files} into {folder}"
+    if shipped:
+        files = " and ".join(shipped)
+        yield (f"copy {files} from the repository's pretrained_models into {folder}",)
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
-        sizes = " and ".join(
-            str(file.image_size) for file in PUBLISHED_FILES if file.model == settings.gpt_model
+        sizes = [file.image_size for file in PUBLISHED_FILES if file.model == settings.gpt_model]
+        others = f" (there are some for {' and '.join(map(str, sizes))} px)" if sizes else ""
+        yield (
+            f"none are published for {unpublished}{others}: give your own with ",
+            SettingName("gpt_ckpt"),
         )
-        others = f" (there are some for {sizes} px)" if sizes else ""
-        ways.append(
-            f"  none are published for {unpublished}{others}: give your own with --gpt-ckpt"
-        )
-    return ways
 
 
 def load_models(settings: ModelSettings, found: FoundWeights) -> LoadedModels:

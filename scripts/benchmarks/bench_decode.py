@@ -43,15 +43,14 @@ with slow_imports(__name__):
         row_counts,
     )
     from autoregressive.benchmarks.models import random_transformer
-    from autoregressive.cli.settings import check_image_size
     from autoregressive.devices import default_precision, now, resolve_device
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.model_runner import page_bytes
-    from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
+    from autoregressive.weights.options import check_image_size
     from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
 _ROWS, _CPU_ROWS = "2,16,64,256,512", "2"
@@ -118,8 +117,8 @@ def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
 
 def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str, object]:
     """All numbers of rows of one model, with one engine."""
-    device, defaults = options.device, model_defaults(model)
-    params = SamplingParams(cfg_scale=defaults.cfg_scale, top_k=defaults.top_k)
+    device = options.device
+    params = model_defaults(model).sampling
     gpt, vq = build(model, options)
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)

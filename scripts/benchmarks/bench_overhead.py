@@ -108,9 +108,7 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
     times = []
     for seed in range(_LONE_REQUESTS):
         begun = time.monotonic()
-        request = engine.submit(
-            seed, SamplingParams(cfg_scale=settings.choice.defaults.cfg_scale, top_k=0, seed=seed)
-        )
+        request = engine.submit(seed, settings.choice.defaults.sampling.updated(top_k=0, seed=seed))
         while request.steps < rows * model.grid:
             engine.step()
         codes = engine.peek([request]).codes()[0]

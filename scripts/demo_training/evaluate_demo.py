@@ -137,7 +137,7 @@ def draw(
     """One picture a label [n] with the demo model's default sampling and this guidance: [n, 3,
     height, width] in -1..1.
     """
-    defaults = model_defaults("GPT-demo")
+    defaults = model_defaults("GPT-demo").sampling
     grid, dim = gpt.config.grid, tokenizer.config.codebook_embed_dim
 
     def draw_some(some: Tensor) -> Tensor:
@@ -156,11 +156,7 @@ def draw_with_engine(
     """As `draw`, with the engine: each picture by its own random numbers, `batch` guided pictures
     at a time.
     """
-    defaults = model_defaults("GPT-demo")
-    params = SamplingParams(
-        cfg_scale=cfg_scale, cfg_interval=defaults.cfg_interval,
-        temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p, seed=seed,
-    )  # fmt: skip
+    params = model_defaults("GPT-demo").sampling.updated(cfg_scale=cfg_scale, seed=seed)
     engine = Engine(gpt, tokenizer, EngineConfig(max_num_seqs=2 * batch))
     return engine.generate(labels.tolist(), params).clamp(-1, 1)
 
@@ -196,7 +192,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
     )
     add_device(parser)
-    scales = [model_defaults("GPT-demo").cfg_scale, 1.0]
+    scales = [model_defaults("GPT-demo").sampling.cfg_scale, 1.0]
     scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
     parser.add_argument(
         "--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help

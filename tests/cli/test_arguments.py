@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
-from autoregressive.cli.flags import build_parser
-from autoregressive.cli.settings import (
-    Settings,
-    list_classes,
-    resolve_settings,
-    smaller_precision,
-)
+from autoregressive.cli.command import flag_of
+from autoregressive.cli.flags import build_parser, model_options
+from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.devices import resolve_device
-from autoregressive.errors import UserError
-from autoregressive.weights.loading import FoundWeights, find_weights, untrained_warning
+from autoregressive.errors import Change, UserError
+from autoregressive.weights.choice import smaller_precision
+from autoregressive.weights.loading import FoundWeights, find_weights, missing_weights
+from autoregressive.weights.options import list_classes
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
 
@@ -67,21 +66,20 @@ def test_a_bare_checkpoint_name_may_be_in_the_folder_of_pretrained_models(folder
         "the current folder comes first"
     )
     for missing in ("vq_ds16_c2i.pt", "elsewhere/c2i_XL_384.pt"):
-        with pytest.raises(
-            UserError,
-            match="no such file or folder.*; get it with .*download_models.py "
-            f"{Path(missing).name}",
+        with refused(
+            match="no such file or folder.*; leave out --vq-ckpt and add --download",
         ):
             resolved(folder, "--gpt-model", "GPT-XL", "--vq-ckpt", missing)
-    with pytest.raises(UserError, match=r"there is no such file or folder, nor in [^;]*$"):
+    with refused(match=r"there is no such file or folder, nor in [^;]*$"):
         resolved(folder, "--gpt-model", "GPT-XL", "--gpt-ckpt", "mine.pt")
 
 
 def test_the_warning_names_the_sizes_that_are_published(folder: Path) -> None:
     """Fails if the user of a size without weights is not told that another has some."""
     model = resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256").model
-    warning = untrained_warning(model, find_weights(model))
-    assert warning is not None
+    missing = missing_weights(model, find_weights(model))
+    assert missing is not None
+    warning = missing.warning(flag_of)
     assert "there are some for 384 px" in warning
 
 
@@ -96,7 +94,7 @@ def test_defaults_are_llamagens_for_its_models(folder: Path) -> None:
         16,
     )
     assert (model.codebook_size, model.codebook_embed_dim, model.num_classes) == (16384, 8, 1000)
-    assert dataclasses.astuple(sampling) == (4.0, -1, 1.0, 2000, 1.0, 0)
+    assert dataclasses.astuple(sampling) == (4.0, -1, 1.0, 2000, 1.0, 0, 1)
     assert settings.labels == (207, 360, 387, 974, 88, 979, 417, 279)
     assert not settings.compile
 
@@ -119,7 +117,7 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(
         resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
     )
     assert resolved(folder, "--precision", "none").model.precision == torch.float32
-    with pytest.raises(UserError, match="cuda:0 to cuda:1"):
+    with refused(match="cuda:0 to cuda:1"):
         resolved(folder, "--device", "cuda:2")
 
 
@@ -141,11 +139,9 @@ def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(
     for typed, precision in (("fp16", torch.float16), ("none", torch.float32)):
         settings = resolved(folder, "--precision", typed)
         assert (settings.model.precision, settings.note) == (precision, None)
-    assert smaller_precision(settings.model) == ["use --precision fp16"]
-    with pytest.raises(
-        UserError,
-        match=r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$",
-    ):
+    assert smaller_precision(settings.model) == [Change("use", "precision", "fp16")]
+    match = r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$"
+    with refused(match):
         resolved(folder, "--precision", "bf16")
     assert (
         resolved(folder, "--device", "cpu", "--precision", "bf16").model.precision == torch.bfloat16
@@ -274,8 +270,9 @@ def test_a_mistake_is_one_line_that_names_the_flag_and_the_range(
     Path("loop.png").symlink_to("loop.png")
     with pytest.raises(UserError) as caught:
         resolved(folder, *typed.split())
-    assert complaint in str(caught.value)
-    assert "\n" not in str(caught.value)
+    message = caught.value.spelled(flag_of)
+    assert complaint in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("number", ["2", "99999999999999999999", "1" * 5000, "01"])
@@ -283,7 +280,7 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, nu
     """Fails if a number that torch or Python cannot hold ends in a traceback."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="cuda:0 to cuda:1"):
+    with refused(match="cuda:0 to cuda:1"):
         resolve_device(f"cuda:{number}")
 
 
@@ -297,7 +294,7 @@ def test_a_folder_of_weights_that_cannot_exist_holds_none(folder: Path) -> None:
 def test_both_default_names_are_checked_before_the_work(folder: Path, name: str) -> None:
     """Fails if a folder in the way of the picture is found only after the sampling."""
     Path(name).mkdir()
-    with pytest.raises(UserError, match="this is a folder"):
+    with refused(match="this is a folder"):
         resolved(folder)
     resolved(folder, "--output", "x.png")
 
@@ -316,13 +313,13 @@ def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
     how to change it.
     """
     hint = "these are the classes of GPT-demo; --gpt-model GPT-B has ImageNet's"
-    with pytest.raises(UserError, match=hint):
+    with refused(match=hint):
         resolved(folder, "--class-labels", "golden retriever")
-    with pytest.raises(UserError, match=hint):
-        list_classes(parsed("--pretrained-dir", str(folder), "--list-classes", "retriever"))
+    with refused(match=hint):
+        list_classes(model_options(parsed("--pretrained-dir", str(folder))), "retriever")
     with pytest.raises(UserError) as caught:
         resolved(folder, "--gpt-model", "GPT-demo", "--class-labels", "golden retriever")
-    assert hint not in str(caught.value)
+    assert hint not in caught.value.spelled(flag_of)
 
 
 @pytest.mark.parametrize(
@@ -385,8 +382,10 @@ def test_classes_are_listed_for_the_chosen_model() -> None:
         "--device",
         "cuda",
     )
-    assert list_classes(arguments) == " 387  lesser panda"
-    assert len(list_classes(parsed("--gpt-model", "GPT-demo", "--list-classes")).splitlines()) == 64
+    options = model_options(arguments)
+    assert list_classes(options, arguments.list_classes) == " 387  lesser panda"
+    demo = model_options(parsed("--gpt-model", "GPT-demo"))
+    assert len(list_classes(demo, "").splitlines()) == 64
 
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,7 +442,7 @@ def test_download_fetches_what_is_published_and_not_there(
         fetched.append(file.file_name)
         return into / file.file_name
 
-    monkeypatch.setattr("autoregressive.weights.loading.fetch", fetch)
+    monkeypatch.setattr("autoregressive.weights.hub.fetch", fetch)
     (folder / "vq_ds16_c2i.pt").touch()
     assert find_weights(resolved(folder, "--gpt-model", "GPT-L").model).gpt is None
     assert not fetched
@@ -463,18 +462,19 @@ def test_download_fetches_what_is_published_and_not_there(
     [
         (
             "--gpt-model GPT-XL",
-            "python scripts/download_models.py c2i_XL_384.pt vq_ds16_c2i.pt --folder ",
+            "get them with --download, which puts c2i_XL_384.pt and vq_ds16_c2i.pt into ",
         ),
         ("--gpt-model GPT-XL --image-size 256", "none are published for GPT-XL for 256 px"),
         ("--gpt-model GPT-B --downsample-size 8", "none are published for GPT-B"),
-        ("--gpt-model GPT-demo", "python scripts/demo_training/train_demo.py"),
+        ("--gpt-model GPT-demo", "copy demo_gpt.safetensors and demo_vq.safetensors from the"),
         ("--random-weights", "leave out --random-weights"),
     ],
 )
 def test_the_warning_says_noise_and_how_to_get_weights(folder: Path, typed: str, said: str) -> None:
     """Fails if a user takes noise for the model's work, or is not told the command that helps."""
     model = resolved(folder, *typed.split()).model
-    warning = untrained_warning(model, find_weights(model))
-    assert warning is not None
+    missing = missing_weights(model, find_weights(model))
+    assert missing is not None
+    warning = missing.warning(flag_of)
     assert "noise; only the speed is real" in warning
     assert said in warning

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from autoregressive.errors import UserError
 from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import naive, sample_c2i
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,7 +227,7 @@ def test_a_mistake_leaves_the_existing_picture(
     def sampled(*_: object, **__: object) -> None:
         pytest.fail("sampling began")
 
-    monkeypatch.setattr(sample_c2i, "generate", sampled)
+    monkeypatch.setattr(naive, "generate", sampled)
     with pytest.raises(UserError):
         draw("--output", "x.png", *typed)
     assert (work / "x.png").read_bytes() == b"old"
@@ -258,7 +258,7 @@ def test_too_little_memory_is_one_line(
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sample_c2i, "generate", exhausted)
+    monkeypatch.setattr(naive, "generate", exhausted)
     with pytest.raises(UserError, match="fewer than 8 pictures"):
         draw()
     assert os.listdir(work) == []
@@ -270,7 +270,7 @@ def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.Monke
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(sample_c2i, "generate", broken)
+    monkeypatch.setattr(naive, "generate", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         draw()
 
@@ -283,7 +283,7 @@ def test_the_flags_reach_the_loop(work: Path, monkeypatch: pytest.MonkeyPatch) -
         seen.update(rest, labels=labels.tolist(), tokens=tokens)
         return torch.zeros(len(labels), tokens, dtype=torch.int32)
 
-    monkeypatch.setattr(sample_c2i, "generate", fake)
+    monkeypatch.setattr(naive, "generate", fake)
     expected = {"cfg_scale": 3.0, "cfg_interval": 5, "temperature": 0.5, "top_k": 9, "top_p": 0.25}
     flags = [
         word

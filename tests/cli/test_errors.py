@@ -50,7 +50,7 @@ def test_a_mistake_in_the_flags_is_one_printable_line(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as ended:
         OneLineParser(prog="draw").parse_args(["two\nlines", "\x1b[31mred"])
     assert ended.value.code == 2
-    told = "draw: error: unrecognized arguments: two lines ?[31mred (--help shows the options)\n"
+    told = "draw: error: unexpected argument: two lines ?[31mred (--help shows the options)\n"
     assert capsys.readouterr().err == told
 
 
@@ -119,7 +119,7 @@ def test_no_library_is_loaded_while_the_plain_loop_makes_its_model() -> None:
     it ends.
     """
     code = (
-        "import sys; from autoregressive.sample import sample_c2i; assert 'triton._C.libtriton' "
+        "import sys; from autoregressive.sample import naive; assert 'triton._C.libtriton' "
         "in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

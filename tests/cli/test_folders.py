@@ -453,9 +453,8 @@ def test_an_installed_services_advice_and_help_fit(site_packages: Path, tmp_path
     )
     weights = tmp_path / ".local" / "share" / "llamagen" / "pretrained_models"
     assert done.returncode == 2
-    assert (
-        f"add --download, which puts c2i_B_384.pt and vq_ds16_c2i.pt into {weights}" in done.stderr
-    )
+    puts = f"which puts c2i_B_384.pt and vq_ds16_c2i.pt into {weights}"
+    assert f"get them with --download, {puts}" in done.stderr
     assert "scripts/" not in done.stderr
     shown = run_installed(
         site_packages, tmp_path, "autoregressive.serve.sample_c2i", "--help"

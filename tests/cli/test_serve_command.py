@@ -17,18 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import refused
 from safetensors.torch import save_file
 
 from autoregressive.cli.settings import Settings, resolve_settings
-from autoregressive.errors import UserError
 from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
-from autoregressive.sample import sample_c2i as naive
-from autoregressive.serve import sample_c2i
+from autoregressive.sample import naive
+from autoregressive.sample import sample_c2i as naive_command
+from autoregressive.serve import paged, pipeline, sample_c2i
 from autoregressive.serve.engine import config
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.floor import Ceilings, JobFloor
-from autoregressive.serve.sample_c2i import Speed
+from autoregressive.serve.paged import Speed
 from autoregressive.weights.loading import LoadedModels
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -128,7 +129,7 @@ def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
         "99",
     ]
     flags += ["--top-k", "1"]
-    naive.main([*FLAGS, *flags, "--output", "a.png", "--save-codes", "a.npy"])
+    naive_command.main([*FLAGS, *flags, "--output", "a.png", "--save-codes", "a.npy"])
     # one picture after the other
     draw(*flags, "--output", "b.png", "--save-codes", "b.npy", "--max-num-seqs", "2")
     assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
@@ -155,7 +156,7 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         "--cfg-scale",
         "1",
     ]
-    with pytest.raises(UserError, match="NaN"):
+    with refused(match="NaN"):
         draw(*flags, "--output", "x.png")
     assert (work / "x.png").read_bytes() == b"old"
 
@@ -194,8 +195,8 @@ def test_a_mistake_is_found_before_loading(
     def loaded(*_: object, **__: object) -> None:
         pytest.fail("weights were looked for")
 
-    monkeypatch.setattr(sample_c2i, "find_weights", loaded)
-    with pytest.raises(UserError, match=re.escape(said)):
+    monkeypatch.setattr(paged, "find_weights", loaded)
+    with refused(match=re.escape(said)):
         draw("--output", "x.png", *typed)
     assert (work / "x.png").read_bytes() == b"old"
     assert os.listdir(work) == ["x.png"]
@@ -248,7 +249,7 @@ def test_the_process_is_left_as_it_was(work: Path) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("command", [sample_c2i, naive])
+@pytest.mark.parametrize("command", [paged, naive])
 def test_a_changed_precision_is_said_once(
     work: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,10 +261,12 @@ def test_a_changed_precision_is_said_once(
     """
 
     def resolve(arguments: argparse.Namespace) -> Settings:
-        return replace(resolve_settings(arguments), note="in fp16")
+        settings = resolve_settings(arguments)
+        return replace(settings, choice=replace(settings.choice, note="in fp16"))
 
     monkeypatch.setattr(command, "resolve_settings", resolve)
-    command.main([*FLAGS, "--class-labels", "0", "--cfg-scale", "1"])
+    typed = [*FLAGS, "--class-labels", "0", "--cfg-scale", "1"]
+    command.run(sample_c2i.build_engine_parser().parse_args(typed))
     assert capsys.readouterr().err.count("in fp16\n") == 1
 
 
@@ -355,7 +358,7 @@ def test_too_little_memory_is_one_line(
         raise error
 
     monkeypatch.setattr(Engine, "generate", exhausted)
-    with pytest.raises(UserError, match=f"^cpu has too little free memory: {advice}$"):
+    with refused(match=f"^cpu has too little free memory: {advice}$"):
         draw(*typed.split())
     assert os.listdir(work) == []
 
@@ -371,11 +374,9 @@ def test_weights_that_do_not_fit_are_one_line(
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sample_c2i, "load_models", exhausted)
-    with pytest.raises(
-        UserError,
-        match=r"^cpu has too little free memory: use a smaller model or use --precision bf16$",
-    ):
+    monkeypatch.setattr(pipeline, "load_models", exhausted)
+    match = r"^cpu has too little free memory: use a smaller model or use --precision bf16$"
+    with refused(match):
         draw("--num-pages", "700")
 
 
@@ -417,7 +418,7 @@ def test_a_pool_that_does_not_fit_is_refused(
     one that was typed.
     """
     monkeypatch.setattr(config, "memory_of", lambda device: (16 * 2**20, 16 * 2**20))
-    with pytest.raises(UserError, match=re.escape(said)):
+    with refused(match=re.escape(said)):
         draw("--class-labels", "0", *typed.split())
 
 
@@ -447,11 +448,11 @@ def test_no_bar_for_graphs_that_a_cpu_does_not_have(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if "preparing: 0 graphs" flashes on a terminal before the work on a CPU begins."""
-    monkeypatch.setattr(sample_c2i, "on_terminal", lambda: True)
+    monkeypatch.setattr(pipeline, "on_terminal", lambda: True)
     with torch.device("meta"):
         gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
     gpt = gpt.to_empty(device="cpu").eval()
-    sample_c2i.start_engine(
+    pipeline.start_engine(
         LoadedModels(gpt, VQ_models["VQ-demo"]().eval()), config.EngineConfig(max_num_seqs=2)
     )
     assert capsys.readouterr().err == ""

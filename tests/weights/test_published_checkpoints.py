@@ -13,7 +13,7 @@ from conftest import load_reference, reference_weights
 from PIL import Image
 
 from autoregressive.models.gpt import GPT_models
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import naive, sample_c2i
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 
@@ -40,7 +40,7 @@ def test_the_command_draws_llamagens_tokens_from_checkpoints_in_the_published_fo
     def record(step: int, of_step: torch.Tensor) -> None:
         logits.append(of_step)
 
-    monkeypatch.setattr(sample_c2i, "generate", partial(sample_c2i.generate, on_logits=record))
+    monkeypatch.setattr(naive, "generate", partial(naive.generate, on_logits=record))
     sample_c2i.main(
         [
             "--pretrained-dir", str(tmp_path), "--device", "cpu", "--top-k", "1", "--output",

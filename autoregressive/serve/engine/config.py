@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.errors import either
+from autoregressive.errors import Change, SettingError, SettingName, UserError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import RunnerConfig, StepBytes, page_bytes
@@ -32,7 +32,7 @@ class EngineConfig:
     """What an engine is built with. Names and defaults follow vLLM where the thing is the same.
 
     Raises:
-        ValueError: a value out of range; the message names it and what is allowed.
+        SettingError: a value is out of range; the message says what is allowed.
     """
 
     max_num_seqs: int = 256  # rows that run at once; a guided image has two
@@ -58,21 +58,17 @@ class EngineConfig:
             if value is not None and not (
                 isinstance(value, Integral) and 1 <= value <= _MOST[name]
             ):
-                raise ValueError(f"{name} {value}: must be a whole number, 1 to {_MOST[name]}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"gpu_memory_utilization {self.gpu_memory_utilization}: must be above 0 and at "
-                "most 1"
-            )
-        if self.attention_backend not in BACKENDS:
-            raise ValueError(
-                f"attention_backend {self.attention_backend}: must be one of {', '.join(BACKENDS)}"
-            )
-        if self.scheduling_policy not in SCHEDULING_POLICIES:
-            raise ValueError(
-                f"scheduling_policy {self.scheduling_policy}: must be one of "
-                f"{', '.join(SCHEDULING_POLICIES)}"
-            )
+                raise SettingError(name, value, f"must be a whole number, 1 to {_MOST[name]}")
+        share = self.gpu_memory_utilization
+        if not 0 < share <= 1:
+            raise SettingError("gpu_memory_utilization", share, "must be above 0 and at most 1")
+        for name, choices in (
+            ("attention_backend", BACKENDS),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+        ):
+            chosen = getattr(self, name)
+            if chosen not in choices:
+                raise SettingError(name, chosen, f"must be one of {', '.join(choices)}")
 
     @property
     def runner(self) -> RunnerConfig:
@@ -85,8 +81,7 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     `max_rows` rows.
 
     Raises:
-        ValueError: so many do not fit, or not even one; the message names what was set, and what to
-            do.
+        UserError: so many do not fit, or not even one. The message says what to do.
     """
     device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
     free_bytes, total_bytes = memory_of(device)
@@ -95,17 +90,15 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     page = f"a page of {shape.page_size} tokens takes {_readable(bytes_of_page)}"
     if steps.scratch > free_bytes:
         needed = f"steps of so many rows take {_readable(steps.scratch)}, and {there}"
-        raise ValueError(
-            f"max_num_seqs {shape.max_rows}: {needed}: lower max_num_seqs or use a smaller model"
-        )
+        remedies = (Change("lower", "max_num_seqs"), "use a smaller model")
+        raise SettingError("max_num_seqs", shape.max_rows, needed, remedies)
     if config.num_pages is not None:
         fitting = (free_bytes - steps.scratch) // bytes_of_page
         if config.num_pages > fitting:
-            fewer = [f"lower num_pages to {fitting} or less"]
-            ways = either(
-                fewer if fitting > 0 else [*_smaller_pages(config), "use a smaller model"]
-            )
-            raise ValueError(f"num_pages {config.num_pages}: {page}, and {there}: {ways}")
+            ways: list[str | Change] = [Change("lower", "num_pages", f"to {fitting} or less")]
+            if fitting <= 0:
+                ways = [*_smaller_pages(config), "use a smaller model"]
+            raise SettingError("num_pages", config.num_pages, f"{page}, and {there}", ways)
         return config.num_pages
     share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
@@ -116,43 +109,42 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:
-        bounds = f"{share:.0%} of it may be pages"
+        told: list[str | SettingName] = [f"no memory for the KV cache: {there}, "]
         if device.type == "cuda":
             kept = (
                 f"{_readable(reserve_bytes)} are kept for graphs and steps of {shape.max_rows} rows"
             )
-            bounds = f"gpu_memory_utilization is {share:g}, {kept}"
-        raise ValueError(
-            f"no memory for the KV cache: {there}, {bounds}, {page}: "
-            f"{ways_to_more_pages(config, device)}"
-        )
+            told += [SettingName("gpu_memory_utilization"), f" is {share:g}, {kept}, {page}"]
+        else:
+            told += [f"{share:.0%} of it may be pages, {page}"]
+        raise UserError(*told, remedies=ways_to_more_pages(config, device))
     return pages
 
 
-def ways_to_more_pages(config: EngineConfig, device: torch.device) -> str:
-    """What to do where the pool has too few pages, for a message; begins with what was set."""
+def ways_to_more_pages(config: EngineConfig, device: torch.device) -> list[str | Change]:
+    """What to do where the pool has too few pages; what was set comes first."""
     if config.num_pages is not None:
-        return "raise num_pages"
+        return [Change("raise", "num_pages")]
     more = (
-        ["raise gpu_memory_utilization", "lower max_num_seqs"]
+        [Change("raise", "gpu_memory_utilization"), Change("lower", "max_num_seqs")]
         if device.type == "cuda"
-        else ["give num_pages"]
+        else [Change("give", "num_pages")]
     )
-    return either([*_smaller_pages(config), *more, "use a smaller model"])
+    return [*_smaller_pages(config), *more, "use a smaller model"]
 
 
-def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[str]:
-    """Which settings of the engine to change where memory runs out in spite of all forecasts;
-    begins with what was set.
+def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[Change]:
+    """Which settings of the engine to change where memory runs out in spite of all forecasts; what
+    was set comes first.
     """
-    pages = ["lower num_pages"] if config.num_pages is not None else []
+    pages = [Change("lower", "num_pages")] if config.num_pages is not None else []
     if not pages and device.type == "cuda":
-        pages = ["lower gpu_memory_utilization"]
-    return [*pages, *_smaller_pages(config), "lower max_num_seqs"]
+        pages = [Change("lower", "gpu_memory_utilization")]
+    return [*pages, *_smaller_pages(config), Change("lower", "max_num_seqs")]
 
 
-def _smaller_pages(config: EngineConfig) -> list[str]:
-    return ["lower page_size"] if config.page_size > EngineConfig.page_size else []
+def _smaller_pages(config: EngineConfig) -> list[Change]:
+    return [Change("lower", "page_size")] if config.page_size > EngineConfig.page_size else []
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:

@@ -18,7 +18,6 @@ called by any. In ten lines:
 """
 
 import itertools
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,10 +27,11 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from autoregressive.errors import SettingError, UserError
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
+from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner, staged
 from autoregressive.serve.engine.config import EngineConfig, pool_pages, ways_to_more_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, row_buckets
@@ -60,7 +60,7 @@ class Engine:
             are compiled and graphs captured here, none later.
 
     Raises:
-        ValueError: memory does not hold the pages, or the attention backend does not run on the
+        UserError: memory does not hold the pages, or the attention backend does not run on the
             device.
     """
 
@@ -102,7 +102,7 @@ class Engine:
                 num_pages,
                 shape.num_slots,
                 model.num_classes,
-                more,
+                tuple(more),
             )
             self.scheduler = Scheduler(
                 limits, create_request_queue(config.scheduling_policy, shape.tokens)
@@ -133,17 +133,16 @@ class Engine:
                 equal shares.
 
         Raises:
-            ValueError: no such class, or a request that could never run; the message says the
+            UserError: there is no such class, or the request could never run; the message says the
                 sizes.
         """
         if not isinstance(class_label, Integral) or not 0 <= class_label < self.num_classes:
-            raise ValueError(f"class label {class_label}: must be 0 to {self.num_classes - 1}")
+            most = self.num_classes - 1
+            raise SettingError("class_label", class_label, f"must be 0 to {most}")
         if not isinstance(first_image, Integral) or not 0 <= first_image <= 2**31 - params.n:
             most = 2**31 - params.n
-            raise ValueError(
-                f"first_image {first_image}: must be a whole number, 0 to {most}, so that images "
-                "number below 2**31"
-            )
+            told = f"must be a whole number, 0 to {most}, so that images number below 2**31"
+            raise SettingError("first_image", first_image, told)
         self.scheduler.check_fits(params)
         with self._commands:
             request = Request(next(self._ids), class_label, params, first_image, client)
@@ -220,16 +219,14 @@ class Engine:
             side.
 
         Raises:
-            ValueError: as `submit`; nothing is drawn then.
+            UserError: as `submit`; nothing is drawn then.
             NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
         if len(labels) == 0 or (
             not isinstance(params, SamplingParams) and len(params) != len(labels)
         ):
-            raise ValueError(
-                f"{len(labels)} labels: give one or more, and one SamplingParams for all or one "
-                "for each"
-            )
+            told = "give one or more, and one SamplingParams for all or one for each"
+            raise UserError(f"{len(labels)} labels: {told}")
         decoder = self.decoder if decode else None
         requests: list[Request] = []
         decoding: dict[Request, _Decoding] = {}
@@ -239,17 +236,8 @@ class Engine:
                     requests.append(self.submit(label, params, first_image=index * params.n))
                 else:
                     requests.append(self.submit(label, params[index]))
-            # 80 x 24 where a terminal states no size: tqdm alone would draw nothing
-            columns, lines = shutil.get_terminal_size()
             total = sum(request.params.n for request in requests) * self.shape.tokens
-            with tqdm(
-                total=total,
-                unit=" tokens",
-                desc="sampling",
-                disable=not progress,
-                ncols=columns,
-                nrows=lines,
-            ) as bar:
+            with progress_bar("sampling", " tokens", total, shown=progress) as bar:
                 pending, drawn = set(requests), 0
                 while pending:
                     ended = [request for request in self.step() if request in pending]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from autoregressive.devices import ieee_float32
-from autoregressive.errors import tell
+from autoregressive.errors import SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch
 from kernels.attention import attention_reference, head_stride
-from kernels.dispatch import Operations, select_operations
+from kernels.dispatch import Operations, select_operations, triton_runs_on
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class RunnerConfig:
     deterministic: bool = (
         False  # the same numbers whatever the batch: no library products for many rows
     )
+
+    def check_runs_on(self, device: torch.device) -> None:
+        """Raises `SettingError` if the backend does not run on a device."""
+        if self.attention_backend == "triton" and not triton_runs_on(device):
+            told = f"{device} is no GPU of compute capability 8.0 or above; use auto or torch"
+            raise SettingError("attention_backend", "triton", told)
 
     def uses_graphs(self, device: torch.device) -> bool:
         """Whether steps are captured, for each of `row_buckets`; else they run with any number of
@@ -61,7 +67,7 @@ class ModelRunner:
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
 
     Raises:
-        ValueError: the backend does not run on the model's device.
+        SettingError: the backend does not run on the model's device.
     """
 
     def __init__(
@@ -155,7 +161,7 @@ class ModelRunner:
         """What the device runs.
 
         Raises:
-            ValueError: the backend does not run on the model's device.
+            SettingError: the backend does not run on the model's device.
         """
         return operations_of(gpt, self.config, tell)
 
@@ -169,9 +175,10 @@ def operations_of(
         tell: called with one line for the user where something falls back.
 
     Raises:
-        ValueError: the backend does not run on the model's device.
+        SettingError: the backend does not run on the model's device.
     """
     weight, model = gpt.output.weight, gpt.config
+    config.check_runs_on(weight.device)
     return select_operations(
         weight.device,
         weight.dtype,
@@ -245,7 +252,7 @@ class StepBytes:
         """From shapes alone, before any of it is taken.
 
         Raises:
-            ValueError: the backend does not run on the model's device.
+            SettingError: the backend does not run on the model's device.
         """
         model, weight = gpt.config, gpt.output.weight
         operations = operations_of(gpt, config, tell=lambda message: None)

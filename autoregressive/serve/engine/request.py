@@ -7,69 +7,10 @@ unconditional one. All of them start at the same step and are at the same positi
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from numbers import Integral, Real
 
 from torch import Tensor
 
-from autoregressive.models.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of a request are drawn. Names and meanings are those of the naive loop; ranges
-    those of the commands.
-
-    Raises:
-        ValueError: a value out of range; the message names the parameter and what it allows.
-    """
-
-    cfg_scale: float = 4.0  # guidance; at 1 and below there is none, and no unconditional row
-    cfg_interval: int = -1  # k >= 0 guides the first k + 2 tokens only; -1 guides all
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 2000  # 0, and any number from the size of the codebook on, keep all
-    top_p: float = 1.0  # 1 keeps all
-    seed: int = 0
-    n: int = 1  # images of this request; image k draws with (seed, k)
-
-    def __post_init__(self) -> None:
-        for name in ("cfg_interval", "top_k", "seed", "n"):
-            _require(
-                isinstance(getattr(self, name), Integral),
-                name,
-                getattr(self, name),
-                "a whole number",
-            )
-        for name in ("cfg_scale", "temperature", "top_p"):
-            _require(isinstance(getattr(self, name), Real), name, getattr(self, name), "a number")
-        _require(
-            0 <= self.cfg_scale <= LARGEST_SCALE,
-            "cfg_scale",
-            self.cfg_scale,
-            f"0 to {LARGEST_SCALE:g}",
-        )
-        _require(self.cfg_interval >= -1, "cfg_interval", self.cfg_interval, "-1 or more")
-        finite = 0 <= self.temperature <= LARGEST_TEMPERATURE
-        _require(finite, "temperature", self.temperature, f"0 (greedy) to {LARGEST_TEMPERATURE:g}")
-        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "0 (all) to 2**31 - 1")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
-        _require(1 <= self.n < 2**31, "n", self.n, "1 or more")
-
-    @property
-    def guided(self) -> bool:
-        """Whether an image starts with an unconditional row."""
-        return self.cfg_scale > 1.0
-
-    @property
-    def rows(self) -> int:
-        """Rows that the request starts with."""
-        return self.n * (2 if self.guided else 1)
-
-    def guided_steps(self, tokens: int) -> int:
-        """How many of an image's `tokens` steps run the unconditional row."""
-        if not self.guided:
-            return 0
-        return tokens if self.cfg_interval < 0 else min(tokens, self.cfg_interval + 2)
+from autoregressive.models.sampling import SamplingParams
 
 
 class RequestState(StrEnum):
@@ -137,8 +78,3 @@ class ImageState:
             if self.unconditional is None
             else [self.conditional, self.unconditional]
         )
-
-
-def _require(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} {value}: must be {allowed}")

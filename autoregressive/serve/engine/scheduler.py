@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autoregressive.errors import Change, SettingName, UserError
 from autoregressive.serve.engine.page_pool import PagePool
 from autoregressive.serve.engine.request import (
     ImageState,
@@ -35,9 +36,8 @@ class Limits:
     # images that are running or whose codes are on their way to the host; at least max_rows
     num_slots: int
     num_classes: int  # the label of unconditional rows
-    to_get_more_pages: str = (
-        "raise num_pages"  # what to do where a request needs more, for the message
-    )
+    # what to do where a request needs more pages
+    to_get_more_pages: tuple[str | Change, ...] = (Change("raise", "num_pages"),)
 
 
 @dataclass(eq=False)
@@ -117,15 +117,17 @@ class Scheduler:
         """Any thread may call it.
 
         Raises:
-            ValueError: such a request could never run, not even alone.
+            UserError: such a request could never run, not even alone.
         """
         limits = self.limits
+        fewer = [Change("lower", "n")] if params.n > 1 else []
         if params.rows > limits.max_rows:
             pairs = " (a guided image has two)" if params.guided else ""
-            fewer = "lower n, or " if params.n > 1 else ""
-            raise ValueError(
-                f"the request needs {params.rows} rows{pairs} and max_num_seqs is "
-                f"{limits.max_rows}: {fewer}raise max_num_seqs"
+            raise UserError(
+                f"the request needs {params.rows} rows{pairs} and ",
+                SettingName("max_num_seqs"),
+                f" is {limits.max_rows}",
+                remedies=[*fewer, Change("raise", "max_num_seqs")],
             )
         # the peak is either the last guided step or the last step of all
         guided = params.guided_steps(limits.tokens)
@@ -133,11 +135,10 @@ class Scheduler:
             2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size)
         )
         if peak > limits.num_pages:
-            fewer = "lower n, or " if params.n > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"the request needs {peak} pages of {limits.page_size} tokens and the pool has "
-                f"{limits.num_pages}: "
-                f"{fewer}{limits.to_get_more_pages}"
+                f"{limits.num_pages}",
+                remedies=[*fewer, *limits.to_get_more_pages],
             )
 
     def add(self, request: Request) -> None:

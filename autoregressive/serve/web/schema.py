@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autoregressive.models.defaults import LARGEST_SCALE, LARGEST_TEMPERATURE
+from autoregressive.models.sampling import BOUNDS
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
@@ -38,7 +38,7 @@ class CodesRequest(_Body):
     cfg_scale: float | None = Field(
         None,
         ge=0,
-        le=LARGEST_SCALE,
+        le=BOUNDS["cfg_scale"].most,
         allow_inf_nan=False,
         description="Guidance; 1 and below: none.",
     )
@@ -48,7 +48,7 @@ class CodesRequest(_Body):
     temperature: float | None = Field(
         None,
         ge=0,
-        le=LARGEST_TEMPERATURE,
+        le=BOUNDS["temperature"].most,
         allow_inf_nan=False,
         description="0 takes the likeliest token.",
     )

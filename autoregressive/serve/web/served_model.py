@@ -7,7 +7,6 @@ from typing import TypeVar
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults
-from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.schema import (
     ClassData,
@@ -50,7 +49,6 @@ class ServedModel:
 
     def described(self) -> ModelData:
         """For /v1/models."""
-        defaults = self.defaults
         return ModelData(
             id=self.name,
             created=self.created,
@@ -60,13 +58,7 @@ class ServedModel:
             codebook_size=self.codebook_size,
             num_classes=len(self.classes),
             trained=self.trained,
-            defaults=SamplingDefaults(
-                cfg_scale=defaults.cfg_scale,
-                cfg_interval=defaults.cfg_interval,
-                temperature=defaults.temperature,
-                top_k=defaults.top_k,
-                top_p=defaults.top_p,
-            ),
+            defaults=SamplingDefaults.model_validate(self.defaults.sampling, from_attributes=True),
         )
 
     def no_such_model(self, name: str) -> ApiError:
@@ -103,17 +95,16 @@ class ServedModel:
             raise self.no_such_model(body.model)
         if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be {self.size} or auto", "invalid_value", "size")
-        defaults = self.defaults
         return Submit(
             job=-1,
             class_label=self._class_label(body),
             n=_or(body.n, 1),
-            params=SamplingParams(
-                cfg_scale=_or(body.cfg_scale, defaults.cfg_scale),
-                cfg_interval=_or(body.cfg_interval, defaults.cfg_interval),
-                temperature=_or(body.temperature, defaults.temperature),
-                top_k=_or(body.top_k, defaults.top_k),
-                top_p=_or(body.top_p, defaults.top_p),
+            params=self.defaults.sampling.updated(
+                cfg_scale=body.cfg_scale,
+                cfg_interval=body.cfg_interval,
+                temperature=body.temperature,
+                top_k=body.top_k,
+                top_p=body.top_p,
                 seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
             ),
             pixels=pixels,
@@ -159,7 +150,7 @@ class ServedModel:
         try:
             return self.classes.resolve(body.prompt)
         except UserError as error:
-            message = str(error).replace("--list-classes", "/v1/classes")
+            message = error.spelled(lambda setting: "/v1/classes")
             raise ApiError(400, message, "invalid_value", "prompt") from error
 
 

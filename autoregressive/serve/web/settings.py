@@ -18,19 +18,19 @@ import torch
 import yaml
 
 from autoregressive.cli.command import OneLineParser
-from autoregressive.cli.flags import add_model_flags
-from autoregressive.cli.settings import ModelChoice, resolve_model_choice
+from autoregressive.cli.flags import add_model_flags, model_options
 from autoregressive.errors import UserError, shortened, tell
 from autoregressive.folders import command_line
-from autoregressive.serve.arguments import add_engine_flags, engine_config
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
+from autoregressive.serve.engine_flags import add_engine_flags, engine_config
 from autoregressive.serve.web.addresses import is_loopback
 from autoregressive.serve.web.clients import check_forwarded_allow_ips
 from autoregressive.serve.web.descriptors import connection_limit
 from autoregressive.serve.web.dispatcher import Patience
 from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.service_links import is_service_link
+from autoregressive.weights.choice import ModelChoice, resolve_model
 
 COMMAND = "autoregressive/serve/api_server.py"
 ENVIRONMENT = "LLAMAGEN_"  # and the flag's name in capitals: LLAMAGEN_MAX_NUM_SEQS
@@ -379,7 +379,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         UserError: as `resolve_settings`, or a service that should not be: open to others without a
             key.
     """
-    choice = resolve_model_choice(arguments, seed=0)
+    choice = resolve_model(model_options(arguments))
     host = _or(arguments.host, _HOST)
     keys = _resolve_keys(arguments.api_key, host)
     if not _is_host(host):

@@ -22,13 +22,14 @@ from typing import Protocol
 
 import torch
 
+from autoregressive.cli.command import flag_of
 from autoregressive.devices import use_threads_that_pay
 from autoregressive.errors import UserError
-from autoregressive.serve.arguments import as_flags, saying_what_needs_less_memory
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.heap import settle_heap
+from autoregressive.serve.memory import saying_what_needs_less_memory
 from autoregressive.serve.signals import SIGNALS
 from autoregressive.serve.worker import child
 from autoregressive.serve.worker.messages import Heartbeat, Unable
@@ -84,11 +85,8 @@ class EngineRecipe:
         with saying_what_needs_less_memory(self.model, self.config):
             models = load_models(self.model, self.found)
             use_threads_that_pay(models.gpt.config, device)
-            try:
-                engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
-                engine.scheduler.check_fits(self.typical)
-            except ValueError as error:
-                raise UserError(as_flags(str(error))) from error
+            engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
+            engine.scheduler.check_fits(self.typical)
         settle_heap()
         return engine
 
@@ -192,7 +190,7 @@ def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
     try:
         serve(make_engine, connection, outbox)
     except UserError as error:
-        outbox.put(Unable(str(error)))
+        outbox.put(Unable(error.spelled(flag_of)))
         status = 2
     finally:
         outbox.close(_LAST_WORDS_SECONDS)

@@ -3,22 +3,16 @@
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
-from autoregressive.cli.settings import smaller_precision
 from autoregressive.devices import PRECISIONS
-from autoregressive.errors import UserError, either
-from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
-from autoregressive.weights.loading import ModelSettings
+from autoregressive.serve.engine.config import EngineConfig
 from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()
+MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then
 
 
 def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
@@ -100,7 +94,7 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
         max_num_seqs: used where none was typed.
 
     Raises:
-        UserError: a value out of range.
+        SettingError: a value is out of range.
     """
     typed: dict[str, Any] = {
         "max_num_seqs": arguments.max_num_seqs,
@@ -112,46 +106,6 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
     given = {"max_num_seqs": max_num_seqs} | {
         name: value for name, value in typed.items() if value is not None
     }
-    try:
-        return EngineConfig(
-            **given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic
-        )
-    except ValueError as error:
-        raise UserError(as_flags(str(error))) from error
-
-
-@contextmanager
-def saying_what_needs_less_memory(
-    model: ModelSettings, config: EngineConfig | None = None
-) -> Iterator[None]:
-    """Turns running out of memory into the user's line, what was typed first; `config`: where the
-    engine's settings matter.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
-            error
-        ):
-            raise
-        ways = ways_to_less_memory(config, model.device) if config is not None else []
-        ways += ["use a smaller model", *smaller_precision(model)]
-        raise UserError(
-            as_flags(f"{model.device} has too little free memory: {either(ways)}")
-        ) from error
-
-
-def as_flags(message: str) -> str:
-    """The engine's message, with flags in the place of its parameters' names; there is no flag for
-    a request's n.
-    """
-    message = message.replace("lower n, or ", "")
-    for name in (
-        "max_num_seqs",
-        "page_size",
-        "num_pages",
-        "gpu_memory_utilization",
-        "attention_backend",
-    ):
-        message = message.replace(name, f"--{name.replace('_', '-')}")
-    return message
+    return EngineConfig(
+        **given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic
+    )

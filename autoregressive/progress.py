@@ -1,0 +1,68 @@
+"""Progress bars on a terminal's stderr, drawn by tqdm where it is installed."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from autoregressive.errors import on_terminal, tell
+
+
+class Bar(Protocol):
+    """A bar that grows."""
+
+    total: float | None
+    n: float  # done so far
+
+    def update(self, n: float = 1) -> bool | None:
+        """Adds what was done since the last call."""
+        ...
+
+
+class _NoBar:
+    total: float | None = None
+    n: float = 0
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+
+@contextmanager
+def progress_bar(
+    description: str,
+    unit: str,
+    total: int | None = None,
+    *,
+    shown: bool | None = None,
+    leave: bool = True,
+    **tqdm_options: object,
+) -> Iterator[Bar]:
+    """A bar for as long as the block runs.
+
+    Args:
+        unit: what is counted, with a blank in front.
+        shown: whether it is drawn at all; None: where stderr is a terminal.
+        leave: whether it stays when it is full.
+        tqdm_options: more of `tqdm.tqdm`'s arguments.
+    """
+    if not (on_terminal() if shown is None else shown):
+        yield _NoBar()
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tell("a progress bar needs tqdm: pip install 'llamagen-serve[progress]'")
+        yield _NoBar()
+        return
+    # 80 x 24 where a terminal states no size: tqdm alone would draw nothing.
+    columns, lines = shutil.get_terminal_size()
+    with tqdm(
+        desc=description,
+        unit=unit,
+        total=total,
+        leave=leave,
+        ncols=columns,
+        nrows=lines,
+        **tqdm_options,
+    ) as bar:
+        yield bar

@@ -1,0 +1,238 @@
+"""The options by which a user chooses a model, and which model they mean.
+
+Options that are left out take the values of the chosen model, so that only what the user said can
+be a mismatch. Nothing here imports torch.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoregressive.errors import SettingError, SettingName, UserError, either
+from autoregressive.folders import pretrained_folders
+from autoregressive.models.classes import ClassNames, numbered_classes
+from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
+from autoregressive.weights.published import (
+    DEMO_GPT,
+    PUBLISHED_FILES,
+    PublishedFile,
+    gpt_file_name,
+    published_as,
+)
+from tokenizer.tokenizer_image.config import VQ_CONFIGS
+
+# of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
+_LARGEST_SIZE = 10**6
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What was said about the model, its weights, and where it runs; None: nothing.
+
+    The names are those of the commands' flags.
+    """
+
+    gpt_model: str | None = None
+    gpt_ckpt: Path | None = None
+    vq_model: str | None = None
+    vq_ckpt: Path | None = None
+    gpt_type: str | None = None
+    cls_token_num: int | None = None
+    image_size: int | None = None  # pixels of a side
+    downsample_size: int | None = None  # pixels of a code's side
+    codebook_size: int | None = None
+    codebook_embed_dim: int | None = None
+    num_classes: int | None = None
+    precision: str | None = None  # "none", "fp16" or "bf16"
+    device: str | None = None  # "cpu", "cuda" or "cuda:N"
+    from_fsdp: bool = False
+    ema: bool = False
+    random_weights: bool = False
+    download: bool = False
+    pretrained_dir: Path | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where weights are looked for; downloads go to the first."""
+        return (self.pretrained_dir,) if self.pretrained_dir else pretrained_folders()
+
+    @property
+    def published_gpt(self) -> PublishedFile | None:
+        """The published transformer that `gpt_ckpt` is named after."""
+        published = published_as(self.gpt_ckpt) if self.gpt_ckpt else None
+        return published if published and published.image_size else None
+
+
+def file_in(folders: tuple[Path, ...], file_name: str | None) -> Path | None:
+    """The file of that name, or of the same name but ending in .safetensors: its conversion."""
+    if file_name is None:
+        return None
+    candidates = [folder / file_name for folder in folders]
+    candidates += [path.with_suffix(".safetensors") for path in candidates]
+    # Path.exists raises where a name is too long.
+    return next((path for path in candidates if os.path.exists(path)), None)
+
+
+def choose_gpt_model(options: ModelOptions) -> str:
+    """The transformer that is meant."""
+    if options.gpt_model is not None:
+        return options.gpt_model
+    if options.gpt_ckpt is not None:
+        if options.gpt_ckpt.name == DEMO_GPT:
+            return DEMO_MODEL
+        return options.published_gpt.model if options.published_gpt else "GPT-B"
+    sizes = (options.image_size,) if options.image_size else model_defaults("GPT-B").image_sizes
+    there = any(_gpt_file_there(options, "GPT-B", size) for size in sizes)
+    return "GPT-B" if there or options.download else DEMO_MODEL
+
+
+def choose_vq_model(options: ModelOptions, defaults: ModelDefaults) -> str:
+    """The tokenizer that is meant.
+
+    Raises:
+        SettingError: no tokenizer has that downsample size.
+    """
+    if options.vq_model is not None:
+        return options.vq_model
+    published = published_as(options.vq_ckpt) if options.vq_ckpt else None
+    if published is not None and published.image_size is None:
+        return published.model
+    wanted = options.downsample_size or VQ_CONFIGS[defaults.vq_model].downsample_size
+    fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
+    sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
+    require(bool(fitting), "downsample_size", wanted, either(sizes))
+    return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
+
+
+def choose_image_size(options: ModelOptions, gpt_model: str) -> int:
+    """Pixels of a side of the images that are meant.
+
+    Raises:
+        SettingError: the model makes no images of that size.
+    """
+    published, defaults = options.published_gpt, model_defaults(gpt_model)
+    size = options.image_size
+    if size is None:
+        if published is not None and published.image_size in defaults.image_sizes:
+            return published.image_size
+        if options.gpt_ckpt is not None or options.random_weights or options.download:
+            return defaults.image_size
+        best_first = (defaults.image_size, *defaults.image_sizes)
+        there = (one for one in best_first if _gpt_file_there(options, gpt_model, one))
+        return next(there, defaults.image_size)
+    check_image_size(gpt_model, size, named=options.gpt_model is not None)
+    if published is not None and published.image_size != size:
+        assert options.gpt_ckpt is not None
+        makes = f"{options.gpt_ckpt.name} makes pictures of {published.image_size} px"
+        raise SettingError("image_size", size, makes)
+    return size
+
+
+def check_image_size(gpt_model: str, size: int, *, named: bool = True) -> None:
+    """Checks that a model makes pictures of that size.
+
+    Args:
+        named: whether the user has named the model.
+
+    Raises:
+        SettingError: it does not.
+    """
+    sizes = model_defaults(gpt_model).image_sizes
+    if size not in sizes:
+        told: list[str | SettingName] = [f"must be {either(sizes)} for {gpt_model}"]
+        told += [] if named else ["; name another model with ", SettingName("gpt_model")]
+        raise SettingError("image_size", size, told)
+
+
+def chosen_classes(options: ModelOptions) -> ClassNames:
+    """The classes of the model that is meant.
+
+    Raises:
+        SettingError: no data set has so many classes.
+    """
+    defaults = model_defaults(choose_gpt_model(options))
+    count = options.num_classes
+    check_size("num_classes", count)
+    if count is None or count == defaults.num_classes:
+        return defaults.classes
+    return numbered_classes(count)
+
+
+def resolve_labels(options: ModelOptions, wanted: Sequence[int | str]) -> tuple[int, ...]:
+    """The ids of classes that are given by id or name.
+
+    Raises:
+        UnknownClassError: no such class. Where the user has not named the model, the message does.
+    """
+    classes, note = chosen_classes(options), _whose_classes(options)
+    return tuple(classes.resolve(one, note) for one in wanted)
+
+
+def list_classes(options: ModelOptions, word: str) -> str:
+    """One line a class of the model whose name contains the word: its id and name.
+
+    Raises:
+        UserError: there is none. Where the user has not named the model, the message does.
+    """
+    return chosen_classes(options).listing(word, _whose_classes(options))
+
+
+def _whose_classes(options: ModelOptions) -> list[str | SettingName]:
+    """The end of a message about a class, where the user may not know which model was chosen."""
+    if options.gpt_model is not None or options.num_classes is not None:
+        return []
+    gpt_model = choose_gpt_model(options)
+    note: list[str | SettingName] = [f"; these are the classes of {gpt_model}"]
+    if gpt_model == DEMO_MODEL:
+        note += ["; ", SettingName("gpt_model"), " GPT-B has ImageNet's"]
+    return note
+
+
+def resolve_checkpoint(options: ModelOptions, setting: str) -> Path | None:
+    """The checkpoint that was named. A bare name may be that of a file among the pretrained models.
+
+    Args:
+        setting: "gpt_ckpt" or "vq_ckpt".
+
+    Raises:
+        SettingError: there is no such file or folder, or the weights were to be random.
+    """
+    typed: Path | None = getattr(options, setting)
+    if typed is None:
+        return None
+    if options.random_weights:
+        end = " contradict each other: leave one out"
+        raise UserError(SettingName(setting), " and ", SettingName("random_weights"), end)
+    bare = len(typed.parts) == 1
+    places = [typed, *(folder / typed for folder in options.folders if bare)]
+    for place in places:
+        if os.path.exists(place):  # Path.exists raises where the name is too long
+            return place
+    also = f", nor in {options.folders[0]}" if bare else ""
+    told: list[str | SettingName] = [f"there is no such file or folder{also}"]
+    if typed.name in {published.file_name for published in PUBLISHED_FILES}:
+        told += ["; leave out ", SettingName(setting), " and add ", SettingName("download")]
+    raise SettingError(setting, typed, told)
+
+
+def check_size(setting: str, value: int | None) -> None:
+    """Checks the size of a codebook or a data set.
+
+    Raises:
+        SettingError: it is out of range.
+    """
+    fits = value is None or 1 <= value <= _LARGEST_SIZE
+    require(fits, setting, value, f"1 to {_LARGEST_SIZE}")
+
+
+def require(holds: bool, setting: str, value: object, allowed: str) -> None:
+    """Raises `SettingError` unless a condition holds."""
+    if not holds:
+        raise SettingError(setting, value, f"must be {allowed}")
+
+
+def _gpt_file_there(options: ModelOptions, gpt_model: str, image_size: int) -> bool:
+    vq_model = choose_vq_model(options, model_defaults(gpt_model))
+    file_name = gpt_file_name(gpt_model, image_size, VQ_CONFIGS[vq_model].downsample_size)
+    return file_in(options.folders, file_name) is not None
