@@ -111,6 +111,18 @@ class Case:
     # relative, against the torch reference in float32; of the draw the share of other tokens
     error: Callable[[], float]
 
+    @classmethod
+    def of(
+        cls,
+        operation: str,
+        shape: str,
+        moved: int,
+        run: Callable[[int], object],
+        error: Callable[[], float],
+    ) -> "Case":
+        """An operation that is no product, on the one copy of its inputs."""
+        return cls(operation, shape, moved, 0, 1, run, None, error)
+
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Every operation of a step, each built when its turn comes: they need memory."""
@@ -197,6 +209,25 @@ def largest(errors: Iterable[float]) -> float:
     return float(torch.tensor(list(errors)).max())
 
 
+def compared(
+    run: Callable[[int], object], out: Tensor, reference: Callable[[Tensor], object]
+) -> Callable[[], float]:
+    """What measures the error of one run.
+
+    Args:
+        out: what `run` writes.
+        reference: writes the same into the float32 tensor that it is given.
+    """
+
+    def error() -> float:
+        run(0)
+        wanted = torch.empty_like(out, dtype=torch.float32)
+        reference(wanted)
+        return relative_error(out, wanted)
+
+    return error
+
+
 def linear_case(setting: Setting, layers: PlainLayers, name: str, inputs: int, out: Tensor) -> Case:
     """A product whose consumer adds up its partial sums, [splits, rows, outputs]."""
     weights, x = _weights(setting, out.shape[2], inputs), _input(setting, inputs)
@@ -215,28 +246,25 @@ def head_case(setting: Setting, layers: PlainLayers) -> Case:
     """The logits, in one piece."""
     weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _normed(setting)
 
-    def error() -> float:
-        layers.head(weights[0])
-        return relative_error(layers.logits, _product(x, weights[0]))
+    def run(copy: int) -> None:
+        layers.head(weights[copy])
 
-    return _product_case(
-        setting, "head", weights, x, lambda copy: layers.head(weights[copy]), error
-    )
+    error = compared(run, layers.logits, lambda wanted: wanted.copy_(_product(x, weights[0])))
+    return _product_case(setting, "head", weights, x, run, error)
 
 
 def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
     """The gated product; the library's is the product alone."""
     weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _normed(setting)
 
-    def error() -> float:
-        layers.gated_product(weights[0])
-        wanted = torch.empty_like(layers.hidden, dtype=torch.float32)
-        torch_operations().swiglu(x.float(), weights[0].float(), wanted)
-        return relative_error(layers.hidden, wanted)
+    def run(copy: int) -> None:
+        layers.gated_product(weights[copy])
 
-    return _product_case(
-        setting, "swiglu", weights, x, lambda copy: layers.gated_product(weights[copy]), error
-    )
+    def reference(wanted: Tensor) -> None:
+        torch_operations().swiglu(x.float(), weights[0].float(), wanted)
+
+    error = compared(run, layers.hidden, reference)
+    return _product_case(setting, "swiglu", weights, x, run, error)
 
 
 def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
@@ -246,15 +274,8 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
     def run(_: int) -> None:
         setting.operations.gate(products, out)
 
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        torch_operations().gate(products.float(), wanted)
-        return relative_error(out, wanted)
-
-    return Case(
-        "gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, 0, 1, run, None, error
-    )
+    error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
+    return Case.of("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
 
 
 def norming_case(
@@ -279,8 +300,8 @@ def norming_case(
         _weights(setting, outputs, dim),
         setting.random(setting.rows, dim, dtype=torch.float32),
     )
-    gain = setting.random(dim).mul_(dim**-0.5)
-    x = (residual * gain * HEADROOM).to(setting.dtype)
+    norm_weight = setting.random(dim).mul_(dim**-0.5)
+    x = (residual * norm_weight * HEADROOM).to(setting.dtype)
     squares.copy_(
         torch.stack(
             [block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]
@@ -309,10 +330,10 @@ def project_case(
     """
     dim, normed = setting.config.dim, layers.normed
     weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
-    residual, gain = layers.residual.normal_(), setting.random(dim)
+    residual, norm_weight = layers.residual.normal_(), setting.random(dim)
 
     def run(copy: int) -> None:
-        layers.products.project(x, weights[copy], residual, gain, normed, squares)
+        layers.products.project(x, weights[copy], residual, norm_weight, normed, squares)
 
     def error() -> float:
         own, wanted, sums = (
@@ -321,7 +342,9 @@ def project_case(
             torch.empty_like(squares),
         )
         run(0)
-        fused_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
+        fused_project_reference(
+            x.float(), weights[0].float(), own, norm_weight.float(), wanted, sums
+        )
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
         return largest(relative_error(*pair) for pair in pairs)
 
@@ -372,51 +395,45 @@ def attention_case(setting: Setting) -> Case:
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
     """The chunks' results, where those beyond the context are NaN."""
     config, rows = setting.config, setting.rows
-    heads, size, chunks, live = (
-        config.n_head,
-        config.head_size,
-        tiles.chunks(config.block_size),
-        tiles.chunks(setting.context),
-    )
-    mixed = setting.random(rows, heads, chunks, size, dtype=torch.float32)
+    heads, size = config.n_head, config.head_size
+    chunks, written = tiles.chunks(config.block_size), tiles.chunks(setting.context)
+    attn_out = setting.random(rows, heads, chunks, size, dtype=torch.float32)
     # largest score, sum of weights
     stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)
     stats[..., 1].abs_().add_(1)
-    for unwritten in (mixed, stats):
-        unwritten[:, :, live:] = torch.nan
+    for partial in (attn_out, stats):
+        partial[:, :, written:] = torch.nan
     positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
     out = setting.empty(rows, config.dim)
 
     def run(_: int) -> None:
-        combine(mixed, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
+        combine(attn_out, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
 
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        combine_reference(mixed, stats, positions, wanted, tiles.chunk)
-        return relative_error(out, wanted)
+    def reference(wanted: Tensor) -> None:
+        combine_reference(attn_out, stats, positions, wanted, tiles.chunk)
 
-    moved = rows * heads * live * (size + 2) * mixed.itemsize + out.nbytes
-    return Case("combine", f"{heads} x {size}, {live} chunks", moved, 0, 1, run, None, error)
+    moved = rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes
+    shape = f"{heads} x {size}, {written} chunks"
+    return Case.of("combine", shape, moved, run, compared(run, out, reference))
 
 
 def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
     """The residual stream after the attention's output product."""
     dim = setting.config.dim
-    residual, gain, normed = layers.residual.normal_(), setting.random(dim), layers.normed
+    residual, norm_weight, normed = layers.residual.normal_(), setting.random(dim), layers.normed
     partials = layers.projected.normal_()
 
     def run(_: int) -> None:
-        setting.operations.add_norm(residual, partials, gain, normed, eps=_EPS)
+        setting.operations.add_norm(residual, partials, norm_weight, normed, eps=_EPS)
 
     def error() -> float:
         own, wanted = residual.clone(), torch.empty_like(normed, dtype=torch.float32)
         run(0)
-        torch_operations().add_norm(own, partials, gain, wanted, eps=_EPS)
+        torch_operations().add_norm(own, partials, norm_weight, wanted, eps=_EPS)
         return relative_error(normed, wanted)
 
-    moved = 2 * residual.nbytes + partials.nbytes + gain.nbytes + normed.nbytes
-    return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, 0, 1, run, None, error)
+    moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
+    return Case.of("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
 
 
 def embed_case(setting: Setting) -> Case:
@@ -426,7 +443,7 @@ def embed_case(setting: Setting) -> Case:
         setting.random(config.vocab_size, config.dim),
         setting.random(config.num_classes + 1, config.dim),
     )
-    gain = setting.random(config.dim)
+    norm_weight = setting.random(config.dim)
     written = [layers.residual, layers.normed]
     headroom = 1.0
     if isinstance(layers, FusedLayers):  # the first product norms
@@ -434,20 +451,20 @@ def embed_case(setting: Setting) -> Case:
         headroom = layers.products.headroom
 
     def run(_: int) -> None:
-        layers.embed(*tables, gain, batch)
+        layers.embed(*tables, norm_weight, batch)
 
     def error() -> float:
         run(0)
         wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
         fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
-        torch_operations().embed(*fed, *tables, gain, *wanted, eps=_EPS, headroom=headroom)
+        torch_operations().embed(*fed, *tables, norm_weight, *wanted, eps=_EPS, headroom=headroom)
         return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
     moved = (
         sum(each.nbytes for each in written)
         + (setting.rows + 1) * config.dim * setting.dtype.itemsize
     )
-    return Case("embed", f"{config.dim}", moved, 0, 1, run, None, error)
+    return Case.of("embed", f"{config.dim}", moved, run, error)
 
 
 def draw_case(setting: Setting) -> Case:
@@ -478,16 +495,10 @@ def draw_case(setting: Setting) -> Case:
         draw(torch_operations(), wanted)
         return float((got[1][:, 0] != wanted[1][:, 0]).double().mean())
 
-    return Case(
-        "draw",
-        f"{vocab}",
-        logits.nbytes,
-        0,
-        1,
-        lambda _: draw(setting.operations, own),
-        None,
-        error,
-    )
+    def run(_: int) -> None:
+        draw(setting.operations, own)
+
+    return Case.of("draw", f"{vocab}", logits.nbytes, run, error)
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
