@@ -387,12 +387,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_models(parser)
-    methods_help = (
-        "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
-        "with commas (default: all)"
-    )
     parser.add_argument(
-        "--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help=methods_help
+        "--methods",
+        type=names(METHODS),
+        default=list(METHODS),
+        metavar="NAMES",
+        help=(
+            "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
+            "with commas (default: all)"
+        ),
     )
     parser.add_argument(
         "--image-size",
@@ -403,16 +406,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=count, metavar="N", help="how many of the eight labels (default: all)"
     )
-    repeats_help = "timed runs, after one warm-up (default: %(default)s)"
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help=repeats_help)
-    naive_help = "the same of the plain loop, which takes long (default: as --repeats)"
-    parser.add_argument("--naive-repeats", type=count, metavar="N", help=naive_help)
-    add_device(parser)
-    output_help = (
-        "where the table, the chart and the JSON go; made if need be (default: %(default)s)"
+    parser.add_argument(
+        "--repeats",
+        type=count,
+        default=3,
+        metavar="N",
+        help="timed runs, after one warm-up (default: %(default)s)",
     )
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help
+        "--naive-repeats",
+        type=count,
+        metavar="N",
+        help="the same of the plain loop, which takes long (default: as --repeats)",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("speedup"),
+        metavar="DIR",
+        help=("where the table, the chart and the JSON go; made if need be (default: %(default)s)"),
     )
     # in the fresh process
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

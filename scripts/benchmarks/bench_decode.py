@@ -212,22 +212,30 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_models(parser)
-    rows_help = (
-        "rows that run at once: even numbers, with commas between them (default: "
-        f"{_ROWS}{on_cpu(_CPU_ROWS)})"
+    parser.add_argument(
+        "--rows",
+        type=row_counts,
+        metavar="NUMBERS",
+        help=(
+            "rows that run at once: even numbers, with commas between them (default: "
+            f"{_ROWS}{on_cpu(_CPU_ROWS)})"
+        ),
     )
-    parser.add_argument("--rows", type=row_counts, metavar="NUMBERS", help=rows_help)
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
         help="256, 384 or 512 (default: 384); GPT-demo: 128",
     )
-    images_help = (
-        "also more than run at once; goes with one number of --rows (default: as many as "
-        "run at once)"
+    parser.add_argument(
+        "--images",
+        type=at_least(1),
+        metavar="N",
+        help=(
+            "also more than run at once; goes with one number of --rows (default: as many as "
+            "run at once)"
+        ),
     )
-    parser.add_argument("--images", type=at_least(1), metavar="N", help=images_help)
     parser.add_argument(
         "--repeats",
         type=at_least(1),

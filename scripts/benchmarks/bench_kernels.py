@@ -177,15 +177,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_models(parser, gpu_only=True)
-    rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
     parser.add_argument(
-        "--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help
+        "--rows",
+        type=row_counts,
+        default="2,16,64",
+        metavar="NUMBERS",
+        help="rows of a step: even numbers, with commas between them (default: %(default)s)",
     )
-    context_help = "tokens that attention reads of each row (default: %(default)s)"
-    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
-    precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
     parser.add_argument(
-        "--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help
+        "--context",
+        type=int,
+        default=288,
+        metavar="TOKENS",
+        help="tokens that attention reads of each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        default="bf16",
+        metavar="P",
+        help="none (float32), fp16 or bf16 (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)"

@@ -225,20 +225,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model_help = f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)"
     parser.add_argument(
-        "--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help
+        "--gpt-model",
+        choices=list(GPT_models),
+        default="GPT-L",
+        metavar="NAME",
+        help=f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)",
     )
-    kinds_help = f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)"
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
     )
-    device_help = "where the model goes: cpu, cuda or cuda:N (default: %(default)s)"
-    parser.add_argument("--device", default="cpu", metavar="D", help=device_help)
-    folder_help = (
-        "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="D",
+        help="where the model goes: cpu, cuda or cuda:N (default: %(default)s)",
     )
-    parser.add_argument("--folder", type=Path, metavar="DIR", help=folder_help)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help=(
+            "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+        ),
+    )
     add_output(parser)
     parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)

@@ -145,12 +145,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model_help = f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})"
-    parser.add_argument("--vq-model", choices=list(VQ_models), metavar="NAME", help=model_help)
-    size_help = f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})"
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size_help)
-    images_help = f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})"
-    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help=images_help)
+    parser.add_argument(
+        "--vq-model",
+        choices=list(VQ_models),
+        metavar="NAME",
+        help=f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help=f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})",
+    )
+    parser.add_argument(
+        "--images",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help=f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})",
+    )
     parser.add_argument(
         "--repeats",
         type=at_least(1),

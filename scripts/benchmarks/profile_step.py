@@ -264,8 +264,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    model_help = f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})"
-    parser.add_argument("--gpt-model", choices=list(GPT_models), metavar="NAME", help=model_help)
+    parser.add_argument(
+        "--gpt-model",
+        choices=list(GPT_models),
+        metavar="NAME",
+        help=f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})",
+    )
     parser.add_argument(
         "--rows",
         type=int,
@@ -279,8 +283,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
         metavar="TOKENS",
         help="that each row attends to (default: half of an image's)",
     )
-    precision_help = f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})"
-    parser.add_argument("--precision", choices=list(PRECISIONS), metavar="P", help=precision_help)
+    parser.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        metavar="P",
+        help=f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})",
+    )
     parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
     parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
     add_device(parser)

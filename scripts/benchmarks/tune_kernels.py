@@ -383,16 +383,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_models(parser, gpu_only=True)
-    sections_help = (
-        f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+    parser.add_argument(
+        "--sections",
+        type=names(list(SECTIONS)),
+        metavar="NAMES",
+        help=(
+            f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+        ),
     )
     parser.add_argument(
-        "--sections", type=names(list(SECTIONS)), metavar="NAMES", help=sections_help
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help=(
+            "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
+        ),
     )
-    output_help = (
-        "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
     typed = parser.parse_args(argv)
     check_output(typed.output)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):

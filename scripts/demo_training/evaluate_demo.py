@@ -188,23 +188,40 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     pretrained = ROOT / "pretrained_models"
-    weights_help = "where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)"
     parser.add_argument(
-        "--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help
+        "--weights-dir",
+        type=Path,
+        default=pretrained,
+        metavar="DIR",
+        help="where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)",
     )
     parser.add_argument(
         "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
     )
     add_device(parser)
     scales = [model_defaults("GPT-demo").cfg_scale, 1.0]
-    scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
     parser.add_argument(
-        "--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help
+        "--cfg-scale",
+        type=float,
+        nargs="+",
+        default=scales,
+        metavar="X",
+        help=f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})",
     )
-    samples_help = "pictures of each class (default: %(default)s)"
-    parser.add_argument("--samples", type=at_least(2), default=16, metavar="N", help=samples_help)
-    batch_help = "pictures drawn at a time (default: %(default)s)"
-    parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help=batch_help)
+    parser.add_argument(
+        "--samples",
+        type=at_least(2),
+        default=16,
+        metavar="N",
+        help="pictures of each class (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="pictures drawn at a time (default: %(default)s)",
+    )
     parser.add_argument(
         "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
     )
@@ -218,8 +235,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help
     )
-    seed_help = "of the judge, the renderings and the pictures (default: %(default)s)"
-    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help=seed_help)
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=1,
+        metavar="N",
+        help="of the judge, the renderings and the pictures (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")
     parser.add_argument(
         "--grid",

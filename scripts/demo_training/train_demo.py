@@ -114,13 +114,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
     parser.add_argument(
         "--stage",
         choices=["all", "tokenizer", "gpt"],
         default="all",
         metavar="STAGE",
-        help=stage_help,
+        help="all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)",
     )
     parser.add_argument(
         "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
@@ -151,9 +150,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STEPS",
         help=f"of a stage in this run; {stop}",
     )
-    save_help = "between savings of the state (default: %(default)s)"
     parser.add_argument(
-        "--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help
+        "--save-every",
+        type=at_least(1),
+        default=2000,
+        metavar="STEPS",
+        help="between savings of the state (default: %(default)s)",
     )
     plan = parser.add_argument_group(
         "plan", "what the weights depend on; the defaults are those of the weights that ship"
