@@ -57,7 +57,8 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
     from autoregressive.serve.sample_c2i import sampling_params
-    from autoregressive.weights.loading import find_weights, load_models
+    from autoregressive.weights.finding import find_weights
+    from autoregressive.weights.loading import load_models
 
 ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16

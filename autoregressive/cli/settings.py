@@ -27,7 +27,7 @@ from autoregressive.models.defaults import (
     model_defaults,
 )
 from autoregressive.output.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
-from autoregressive.weights.loading import ModelSettings, file_in
+from autoregressive.weights.finding import ModelSettings, file_in
 from autoregressive.weights.published import (
     DEMO_GPT,
     PUBLISHED_FILES,

@@ -29,12 +29,8 @@ with slow_imports(__name__):
     from autoregressive.devices import now, threads_that_pay
     from autoregressive.models.generate import NonFiniteLogitsError, generate
     from autoregressive.models.gpt import Transformer
-    from autoregressive.weights.loading import (
-        LoadedModels,
-        find_weights,
-        load_models,
-        untrained_warning,
-    )
+    from autoregressive.weights.finding import find_weights, untrained_warning
+    from autoregressive.weights.loading import LoadedModels, load_models
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 

@@ -15,7 +15,7 @@ from autoregressive.cli.settings import smaller_precision
 from autoregressive.devices import PRECISIONS
 from autoregressive.errors import UserError, either
 from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
-from autoregressive.weights.loading import ModelSettings
+from autoregressive.weights.finding import ModelSettings
 from kernels.dispatch import BACKENDS
 
 _DEFAULTS = EngineConfig()

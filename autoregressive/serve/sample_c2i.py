@@ -40,12 +40,8 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.engine.scheduler import Limits, Scheduler
     from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
-    from autoregressive.weights.loading import (
-        LoadedModels,
-        find_weights,
-        load_models,
-        untrained_warning,
-    )
+    from autoregressive.weights.finding import find_weights, untrained_warning
+    from autoregressive.weights.loading import LoadedModels, load_models
     from kernels.dispatch import select_operations
 
 COMMAND = "autoregressive/serve/sample_c2i.py"

@@ -58,7 +58,7 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.process import ChildProcess, MakeEngine, start_child
     from autoregressive.serve.worker.worker import STATS_SECONDS
-    from autoregressive.weights.loading import FoundWeights
+    from autoregressive.weights.finding import FoundWeights
 
 _SERVE = "--serve"  # how this script runs itself
 # Engines' processes import `draw_nothing` by its module's name, so that must not be __main__.

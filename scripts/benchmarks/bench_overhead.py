@@ -48,7 +48,7 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.partial import fill_undrawn
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
     from autoregressive.serve.worker.worker import serve
-    from autoregressive.weights.loading import FoundWeights
+    from autoregressive.weights.finding import FoundWeights
 
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
 _LONE_REQUESTS = 21  # of which the first warms up

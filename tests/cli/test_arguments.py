@@ -18,7 +18,7 @@ from autoregressive.cli.settings import (
 )
 from autoregressive.devices import resolve_device
 from autoregressive.errors import UserError
-from autoregressive.weights.loading import FoundWeights, find_weights, untrained_warning
+from autoregressive.weights.finding import FoundWeights, find_weights, untrained_warning
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
 
@@ -443,7 +443,7 @@ def test_download_fetches_what_is_published_and_not_there(
         fetched.append(file.file_name)
         return into / file.file_name
 
-    monkeypatch.setattr("autoregressive.weights.loading.fetch", fetch)
+    monkeypatch.setattr("autoregressive.weights.finding.fetch", fetch)
     (folder / "vq_ds16_c2i.pt").touch()
     assert find_weights(resolved(folder, "--gpt-model", "GPT-L").model).gpt is None
     assert not fetched
