@@ -137,16 +137,32 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     """A layer whose norms have kernels of their own, and the head."""
-    dim, ffn = setting.config.dim, setting.config.ffn_dim
-    yield linear_case(setting, layers, "qkv product", dim, layers.qkv)
+    dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
+    reference = torch_operations()
+
+    def linear(name: str, inputs: int, out: Tensor) -> Case:
+        """Its consumer adds up the partial sums."""
+        x = _input(setting, inputs)
+
+        def product(weight: Tensor) -> None:
+            layers.product(x, weight, out)
+
+        return product_case(setting, name, x, out.shape[2], out, product, reference.linear)
+
+    yield linear("qkv product", dim, layers.qkv)
     yield from attention_cases(setting)
-    yield linear_case(setting, layers, "output product", dim, layers.projected)
+    yield linear("output product", dim, layers.projected)
     yield add_norm_case(setting, layers)
-    yield swiglu_case(setting, layers)
+    x, hidden, logits = _normed(setting), layers.hidden, layers.logits
+    yield product_case(
+        setting, "swiglu", x, 2 * ffn, hidden, layers.gated_product, reference.swiglu
+    )
     if isinstance(layers, LibraryLayers):
         yield gate_case(setting, layers)
-    yield linear_case(setting, layers, "down product", ffn, layers.down)
-    yield head_case(setting, layers)
+    yield linear("down product", ffn, layers.down)
+    yield product_case(
+        setting, "head", _normed(setting), vocab, logits, layers.head, reference.whole_linear
+    )
 
 
 def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
@@ -154,25 +170,34 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
     head.
     """
     dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
-    products, reference, squares = layers.products, reference_products(), layers.squares
-    yield norming_case(
-        setting, "qkv product", 3 * dim, squares, layers.qkv, products.linear, reference.linear
-    )
+    fused, reference = layers.products, reference_products()
+
+    def norming(
+        name: str,
+        outputs: int,
+        squares: Tensor,
+        out: Tensor,
+        product: Callable[..., None],
+        exact: Callable[..., None],
+    ) -> Case:
+        """Norms its input, by `squares` [blocks, rows] as the product before leaves them."""
+        x = _input_of_fused(setting, squares)
+
+        def run(weight: Tensor) -> None:
+            product(x, squares, weight, out, eps=_EPS)
+
+        def compare(x: Tensor, weight: Tensor, wanted: Tensor) -> None:
+            exact(x, squares, weight, wanted, eps=_EPS)
+
+        return product_case(setting, name, x, outputs, out, run, compare)
+
+    squares, ffn_squares = layers.squares, layers.ffn_squares
+    yield norming("qkv product", 3 * dim, squares, layers.qkv, fused.linear, reference.linear)
     yield from attention_cases(setting)
-    yield project_case(setting, layers, "output product", dim, layers.ffn_squares)
-    yield norming_case(
-        setting,
-        "swiglu",
-        2 * ffn,
-        layers.ffn_squares,
-        layers.hidden,
-        products.swiglu,
-        reference.swiglu,
-    )
+    yield project_case(setting, layers, "output product", dim, ffn_squares)
+    yield norming("swiglu", 2 * ffn, ffn_squares, layers.hidden, fused.swiglu, reference.swiglu)
     yield project_case(setting, layers, "down product", ffn, squares)
-    yield norming_case(
-        setting, "head", vocab, squares, layers.logits, products.head, reference.head
-    )
+    yield norming("head", vocab, squares, layers.logits, fused.head, reference.head)
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
@@ -215,7 +240,7 @@ def compared(
     """What measures the error of one run.
 
     Args:
-        out: what `run` writes.
+        out: what `run` writes, [rows, columns] or partial sums of it.
         reference: writes the same into the float32 tensor that it is given.
     """
 
@@ -223,48 +248,38 @@ def compared(
         run(0)
         wanted = torch.empty_like(out, dtype=torch.float32)
         reference(wanted)
-        return relative_error(out, wanted)
+        whole = (each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
+        return relative_error(*whole)
 
     return error
 
 
-def linear_case(setting: Setting, layers: PlainLayers, name: str, inputs: int, out: Tensor) -> Case:
-    """A product whose consumer adds up its partial sums, [splits, rows, outputs]."""
-    weights, x = _weights(setting, out.shape[2], inputs), _input(setting, inputs)
+def product_case(
+    setting: Setting,
+    name: str,
+    x: Tensor,
+    outputs: int,
+    out: Tensor,
+    product: Callable[[Tensor], object],
+    reference: Callable[[Tensor, Tensor, Tensor], object],
+) -> Case:
+    """A product by weights [outputs, inputs]; the library's is the product alone.
+
+    Args:
+        x: [rows, inputs]
+        out: written by `product`, [rows, columns] or partial sums of it.
+        product: of `x` and one copy of the weights.
+        reference: of `x`, the weights and a tensor like `out` to write, all in float32.
+    """
+    weights = _weights(setting, outputs, x.shape[1])
 
     def run(copy: int) -> None:
-        layers.product(x, weights[copy], out)
+        product(weights[copy])
 
-    def error() -> float:
-        run(0)
-        return relative_error(out.sum(dim=0), _product(x, weights[0]))
+    def compare(wanted: Tensor) -> None:
+        reference(x.float(), weights[0].float(), wanted)
 
-    return _product_case(setting, name, weights, x, run, error)
-
-
-def head_case(setting: Setting, layers: PlainLayers) -> Case:
-    """The logits, in one piece."""
-    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _normed(setting)
-
-    def run(copy: int) -> None:
-        layers.head(weights[copy])
-
-    error = compared(run, layers.logits, lambda wanted: wanted.copy_(_product(x, weights[0])))
-    return _product_case(setting, "head", weights, x, run, error)
-
-
-def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
-    """The gated product; the library's is the product alone."""
-    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _normed(setting)
-
-    def run(copy: int) -> None:
-        layers.gated_product(weights[copy])
-
-    def reference(wanted: Tensor) -> None:
-        torch_operations().swiglu(x.float(), weights[0].float(), wanted)
-
-    error = compared(run, layers.hidden, reference)
-    return _product_case(setting, "swiglu", weights, x, run, error)
+    return _timed_product(setting, name, weights, x, run, compared(run, out, compare))
 
 
 def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
@@ -276,50 +291,6 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
 
     error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
     return Case.of("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
-
-
-def norming_case(
-    setting: Setting,
-    name: str,
-    outputs: int,
-    squares: Tensor,
-    out: Tensor,
-    product: Callable[..., None],
-    reference: Callable[..., None],
-) -> Case:
-    """A product of `FusedProducts` that norms its input; the library's is the product alone.
-
-    Args:
-        outputs: of the weights, [outputs, width].
-        squares: float32 [blocks, rows], as the product before leaves them; written here.
-        out: written, [rows, columns] or partial sums of it.
-        product, reference: of x, squares, weight and out.
-    """
-    dim = setting.config.dim
-    weights, residual = (
-        _weights(setting, outputs, dim),
-        setting.random(setting.rows, dim, dtype=torch.float32),
-    )
-    norm_weight = setting.random(dim).mul_(dim**-0.5)
-    x = (residual * norm_weight * HEADROOM).to(setting.dtype)
-    squares.copy_(
-        torch.stack(
-            [block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]
-        )
-    )
-
-    def run(copy: int) -> None:
-        product(x, squares, weights[copy], out, eps=_EPS)
-
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        reference(x.float(), squares, weights[0].float(), wanted, eps=_EPS)
-        return relative_error(
-            *(each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
-        )
-
-    return _product_case(setting, name, weights, x, run, error)
 
 
 def project_case(
@@ -348,7 +319,7 @@ def project_case(
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
         return largest(relative_error(*pair) for pair in pairs)
 
-    return _product_case(setting, name, weights, x, run, error)
+    return _timed_product(setting, name, weights, x, run, error)
 
 
 def attention_case(setting: Setting) -> Case:
@@ -513,19 +484,24 @@ def _input(setting: Setting, inputs: int) -> Tensor:
     return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
 
 
+def _input_of_fused(setting: Setting, squares: Tensor) -> Tensor:
+    """The same [rows, width], as the product before leaves it for one that norms it; writes its
+    sums of squares [blocks, rows].
+    """
+    dim = setting.config.dim
+    residual = setting.random(setting.rows, dim, dtype=torch.float32)
+    norm_weight = setting.random(dim).mul_(dim**-0.5)
+    blocks = residual.square().tensor_split(squares.shape[0], dim=1)
+    squares.copy_(torch.stack([block.sum(dim=1) for block in blocks]))
+    return (residual * norm_weight * HEADROOM).to(setting.dtype)
+
+
 def _normed(setting: Setting) -> Tensor:
     """The same [rows, width], as the last norm left it."""
     return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """The reference's, in float32 [rows, outputs]."""
-    wanted = torch.empty(x.shape[0], weight.shape[0], device=x.device)
-    torch_operations().whole_linear(x.float(), weight.float(), wanted)
-    return wanted
-
-
-def _product_case(
+def _timed_product(
     setting: Setting,
     name: str,
     weights: Tensor,
