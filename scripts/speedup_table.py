@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError, tell
 
 with slow_imports(__name__):
@@ -35,16 +35,20 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.arguments import (
         add_device,
+        add_image_size,
         add_models,
-        at_least,
+        add_repeats,
         models_for,
         names,
+        script_parser,
+        use_device,
+        whole_number,
     )
     from autoregressive.benchmarks.models import empty_transformer
     from autoregressive.benchmarks.speedup_report import METHODS, ModelRow, chart, markdown
     from autoregressive.cli.flags import build_parser
     from autoregressive.cli.settings import Settings, resolve_settings
-    from autoregressive.devices import now, resolve_device, threads_that_pay
+    from autoregressive.devices import now, threads_that_pay
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
@@ -52,7 +56,8 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
-    from autoregressive.weights.loading import find_weights, load_models
+    from autoregressive.weights.finding import find_weights
+    from autoregressive.weights.loading import load_models
 
 ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16
@@ -381,62 +386,62 @@ def parameters_of(model: str, image_size: int | None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    count = at_least(1)
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add_models(parser)
-    methods_help = (
-        "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
-        "with commas (default: all)"
-    )
     parser.add_argument(
-        "--methods", type=names(METHODS), default=list(METHODS), metavar="NAMES", help=methods_help
+        "--methods",
+        type=names(METHODS),
+        default=list(METHODS),
+        metavar="NAMES",
+        help=(
+            "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
+            "with commas (default: all)"
+        ),
     )
+    add_image_size(parser)
     parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="256, 384 or 512 (default: 384); GPT-demo: 128",
+        "--images",
+        type=whole_number(1),
+        metavar="N",
+        help="how many of the eight labels (default: all)",
     )
+    add_repeats(parser, 3)
     parser.add_argument(
-        "--images", type=count, metavar="N", help="how many of the eight labels (default: all)"
+        "--naive-repeats",
+        type=whole_number(1),
+        metavar="N",
+        help="the same of the plain loop, which takes long (default: as --repeats)",
     )
-    repeats_help = "timed runs, after one warm-up (default: %(default)s)"
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help=repeats_help)
-    naive_help = "the same of the plain loop, which takes long (default: as --repeats)"
-    parser.add_argument("--naive-repeats", type=count, metavar="N", help=naive_help)
     add_device(parser)
-    output_help = (
-        "where the table, the chart and the JSON go; made if need be (default: %(default)s)"
-    )
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("speedup"), metavar="DIR", help=output_help
+        "--output-dir",
+        type=Path,
+        default=Path("speedup"),
+        metavar="DIR",
+        help=("where the table, the chart and the JSON go; made if need be (default: %(default)s)"),
     )
     # in the fresh process
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    device, typed_models = resolve_device(arguments.device), arguments.models
-    arguments.models = models_for(typed_models, device)
-    if typed_models is None and device.type != "cuda" and arguments.image_size is not None:
+    if arguments.models is None and arguments.device.type != "cuda" and arguments.image_size:
         tell(
             "without a GPU the demo model takes the others' place, at its size: --image-size "
             f"{arguments.image_size} is left out"
         )
         arguments.image_size = None
+    arguments.models = models_for(arguments.models, arguments.device)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
-    device = resolve_device(arguments.device)
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    device_name = use_device(arguments.device)
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
     job = Job(
         arguments.image_size,
         arguments.images,
-        arguments.device,
+        str(arguments.device),
         device_name,
         torch.__version__,
         code_version(),
@@ -457,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--repeats",
         str(arguments.repeats),
         "--device",
-        arguments.device,
+        str(arguments.device),
         "--output-dir",
         str(folder),
     ]

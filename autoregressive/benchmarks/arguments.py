@@ -1,7 +1,7 @@
-"""What the scripts' command lines have in common: models, lists with commas, least values, the
-device, the figures' file.
+"""What the scripts' command lines have in common: models, lists with commas, numbers, the device,
+the file for the figures.
 
-What is wrong with a value is said in one line, and before any measuring.
+A value that cannot be used is refused in one line before any measuring begins.
 """
 
 import argparse
@@ -12,18 +12,24 @@ from pathlib import Path
 import torch
 
 from autoregressive.benchmarks.models import PAPER_MODELS
+from autoregressive.cli.command import OneLineParser
+from autoregressive.devices import resolve_device
 from autoregressive.files import check_file, write_whole
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
 
-ENFORCE_EAGER_HELP = "launch kernels one by one, no CUDA graphs; no effect on a CPU"
-DETERMINISTIC_HELP = (
-    "as the engine's flag: Triton kernels for products of more than 64 rows too; no effect on a CPU"
-)
+
+def script_parser(purpose: str | None) -> OneLineParser:
+    """A parser whose --help begins with a script's docstring, as it is."""
+    return OneLineParser(
+        description=purpose,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names."""
+    """A type of flag: comma-separated names."""
 
     def parse(typed: str) -> list[str]:
         chosen = [name for name in typed.split(",") if name]
@@ -38,7 +44,7 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def row_counts(typed: str) -> list[int]:
-    """Comma-separated numbers of rows, each of whole guided pairs."""
+    """A type of flag: comma-separated numbers of rows, each of whole guided pairs."""
     counts = [int(count) if count.isdecimal() else 0 for count in typed.split(",")]
     if any(count < 2 or count % 2 for count in counts):
         raise argparse.ArgumentTypeError(
@@ -47,25 +53,44 @@ def row_counts(typed: str) -> list[int]:
     return counts
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` on."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of flag: a whole number from `least` to `most`, or without an upper end."""
 
     def parse(typed: str) -> int:
-        if not typed.isdecimal() or int(typed) < least:
-            raise argparse.ArgumentTypeError(f"{typed}: must be a whole number, {least} or more")
+        if not typed.isdecimal() or int(typed) < least or (most is not None and int(typed) > most):
+            bounds = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{typed}: must be a whole number, {bounds}")
         return int(typed)
 
     return parse
 
 
-def service_key(environment: Mapping[str, str]) -> str | None:
-    """The key to send: the first one in LLAMAGEN_API_KEY, where a service may have several."""
-    keys = environment.get("LLAMAGEN_API_KEY")
-    return keys.split(",")[0].strip() if keys else None
+def positive(typed: str) -> float:
+    """A type of flag: a number of seconds."""
+    try:
+        value = float(typed)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise argparse.ArgumentTypeError(f"{typed}: must be a number above 0")
+    return value
+
+
+def output_file(flag: str, suffix: str) -> Callable[[str], Path]:
+    """A type of flag: a file with that suffix. `UserError` if it cannot be written, now and not
+    after the measuring.
+    """
+
+    def parse(typed: str) -> Path:
+        path = Path(typed)
+        check_file(flag, path, suffix)
+        return path
+
+    return parse
 
 
 def add_models(parser: argparse.ArgumentParser, *, gpu_only: bool = False) -> None:
-    """Adds --models: to be given to `models_for`, unless the script needs a GPU anyway."""
+    """Adds --models. Its value goes to `models_for`, unless the script needs a GPU anyway."""
     default = ",".join(PAPER_MODELS)
     parser.add_argument(
         "--models",
@@ -84,36 +109,74 @@ def models_for(typed: list[str] | None, device: torch.device) -> list[str]:
     return typed or (list(PAPER_MODELS) if device.type == "cuda" else [DEMO_MODEL])
 
 
-def on_cpu(default: object) -> str:
-    """How a flag's help tells the default of a CPU behind that of a GPU."""
-    return f"; on a CPU {default}"
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    """Adds --image-size, which the models' families check."""
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="256, 384 or 512 (default: 384); GPT-demo: 128",
+    )
+
+
+def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds --repeats, of which a benchmark reports the median."""
+    parser.add_argument(
+        "--repeats",
+        type=whole_number(1),
+        default=default,
+        metavar="N",
+        help="timed runs after the warm-up, of which the median counts (default: %(default)s)",
+    )
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the engine's flags --deterministic and --enforce-eager."""
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="as the engine's flag: Triton kernels for products of more than 64 rows too; no "
+        "effect on a CPU",
+    )
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="launch kernels one by one, no CUDA graphs; no effect on a CPU",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds --device: to be given to `resolve_device`."""
+    """Adds --device, a `torch.device` that is here."""
     parser.add_argument(
         "--device",
+        type=resolve_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         metavar="D",
         help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
 
 
+def on_cpu(default: object) -> str:
+    """How a flag's help tells the default of a CPU behind that of a GPU."""
+    return f"; on a CPU {default}"
+
+
+def use_device(device: torch.device) -> str:
+    """Makes the device the current one; its name for people."""
+    if device.type != "cuda":
+        return "cpu"
+    torch.cuda.set_device(device)
+    return torch.cuda.get_device_name(device)
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds --output: to be given to `check_output` before the work and to `give_figures`
-    after it.
-    """
+    """Adds --output: its value goes to `give_figures` after the work."""
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="also write the figures here"
+        "--output",
+        type=output_file("--output", ".json"),
+        metavar="FILE.json",
+        help="also write the figures here",
     )
-
-
-def check_output(path: Path | None) -> None:
-    """Raises `UserError` if --output was typed and cannot be written, now and not after the
-    measuring.
-    """
-    if path is not None:
-        check_file("--output", path, ".json")
 
 
 def give_figures(figures: Mapping[str, object], path: Path | None) -> None:

@@ -111,6 +111,18 @@ class Case:
     # relative, against the torch reference in float32; of the draw the share of other tokens
     error: Callable[[], float]
 
+    @classmethod
+    def of(
+        cls,
+        operation: str,
+        shape: str,
+        moved: int,
+        run: Callable[[int], object],
+        error: Callable[[], float],
+    ) -> "Case":
+        """An operation that is no product, on the one copy of its inputs."""
+        return cls(operation, shape, moved, 0, 1, run, None, error)
+
 
 def cases(setting: Setting) -> Iterator[Case]:
     """Every operation of a step, each built when its turn comes: they need memory."""
@@ -125,16 +137,32 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     """A layer whose norms have kernels of their own, and the head."""
-    dim, ffn = setting.config.dim, setting.config.ffn_dim
-    yield linear_case(setting, layers, "qkv product", dim, layers.qkv)
+    dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
+    reference = torch_operations()
+
+    def linear(name: str, inputs: int, out: Tensor) -> Case:
+        """Its consumer adds up the partial sums."""
+        x = _input(setting, inputs)
+
+        def product(weight: Tensor) -> None:
+            layers.product(x, weight, out)
+
+        return product_case(setting, name, x, out.shape[2], out, product, reference.linear)
+
+    yield linear("qkv product", dim, layers.qkv)
     yield from attention_cases(setting)
-    yield linear_case(setting, layers, "output product", dim, layers.projected)
+    yield linear("output product", dim, layers.projected)
     yield add_norm_case(setting, layers)
-    yield swiglu_case(setting, layers)
+    x, hidden, logits = _normed(setting), layers.hidden, layers.logits
+    yield product_case(
+        setting, "swiglu", x, 2 * ffn, hidden, layers.gated_product, reference.swiglu
+    )
     if isinstance(layers, LibraryLayers):
         yield gate_case(setting, layers)
-    yield linear_case(setting, layers, "down product", ffn, layers.down)
-    yield head_case(setting, layers)
+    yield linear("down product", ffn, layers.down)
+    yield product_case(
+        setting, "head", _normed(setting), vocab, logits, layers.head, reference.whole_linear
+    )
 
 
 def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
@@ -142,25 +170,34 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
     head.
     """
     dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
-    products, reference, squares = layers.products, reference_products(), layers.squares
-    yield norming_case(
-        setting, "qkv product", 3 * dim, squares, layers.qkv, products.linear, reference.linear
-    )
+    fused, reference = layers.products, reference_products()
+
+    def norming(
+        name: str,
+        outputs: int,
+        squares: Tensor,
+        out: Tensor,
+        product: Callable[..., None],
+        exact: Callable[..., None],
+    ) -> Case:
+        """Norms its input, by `squares` [blocks, rows] as the product before leaves them."""
+        x = _input_of_fused(setting, squares)
+
+        def run(weight: Tensor) -> None:
+            product(x, squares, weight, out, eps=_EPS)
+
+        def compare(x: Tensor, weight: Tensor, wanted: Tensor) -> None:
+            exact(x, squares, weight, wanted, eps=_EPS)
+
+        return product_case(setting, name, x, outputs, out, run, compare)
+
+    squares, ffn_squares = layers.squares, layers.ffn_squares
+    yield norming("qkv product", 3 * dim, squares, layers.qkv, fused.linear, reference.linear)
     yield from attention_cases(setting)
-    yield project_case(setting, layers, "output product", dim, layers.ffn_squares)
-    yield norming_case(
-        setting,
-        "swiglu",
-        2 * ffn,
-        layers.ffn_squares,
-        layers.hidden,
-        products.swiglu,
-        reference.swiglu,
-    )
+    yield project_case(setting, layers, "output product", dim, ffn_squares)
+    yield norming("swiglu", 2 * ffn, ffn_squares, layers.hidden, fused.swiglu, reference.swiglu)
     yield project_case(setting, layers, "down product", ffn, squares)
-    yield norming_case(
-        setting, "head", vocab, squares, layers.logits, products.head, reference.head
-    )
+    yield norming("head", vocab, squares, layers.logits, fused.head, reference.head)
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
@@ -197,46 +234,52 @@ def largest(errors: Iterable[float]) -> float:
     return float(torch.tensor(list(errors)).max())
 
 
-def linear_case(setting: Setting, layers: PlainLayers, name: str, inputs: int, out: Tensor) -> Case:
-    """A product whose consumer adds up its partial sums, [splits, rows, outputs]."""
-    weights, x = _weights(setting, out.shape[2], inputs), _input(setting, inputs)
+def compared(
+    run: Callable[[int], object], out: Tensor, reference: Callable[[Tensor], object]
+) -> Callable[[], float]:
+    """What measures the error of one run.
 
-    def run(copy: int) -> None:
-        layers.product(x, weights[copy], out)
+    Args:
+        out: what `run` writes, [rows, columns] or partial sums of it.
+        reference: writes the same into the float32 tensor that it is given.
+    """
 
     def error() -> float:
         run(0)
-        return relative_error(out.sum(dim=0), _product(x, weights[0]))
+        wanted = torch.empty_like(out, dtype=torch.float32)
+        reference(wanted)
+        whole = (each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
+        return relative_error(*whole)
 
-    return _product_case(setting, name, weights, x, run, error)
-
-
-def head_case(setting: Setting, layers: PlainLayers) -> Case:
-    """The logits, in one piece."""
-    weights, x = _weights(setting, setting.config.vocab_size, setting.config.dim), _normed(setting)
-
-    def error() -> float:
-        layers.head(weights[0])
-        return relative_error(layers.logits, _product(x, weights[0]))
-
-    return _product_case(
-        setting, "head", weights, x, lambda copy: layers.head(weights[copy]), error
-    )
+    return error
 
 
-def swiglu_case(setting: Setting, layers: PlainLayers) -> Case:
-    """The gated product; the library's is the product alone."""
-    weights, x = _weights(setting, 2 * setting.config.ffn_dim, setting.config.dim), _normed(setting)
+def product_case(
+    setting: Setting,
+    name: str,
+    x: Tensor,
+    outputs: int,
+    out: Tensor,
+    product: Callable[[Tensor], object],
+    reference: Callable[[Tensor, Tensor, Tensor], object],
+) -> Case:
+    """A product by weights [outputs, inputs]; the library's is the product alone.
 
-    def error() -> float:
-        layers.gated_product(weights[0])
-        wanted = torch.empty_like(layers.hidden, dtype=torch.float32)
-        torch_operations().swiglu(x.float(), weights[0].float(), wanted)
-        return relative_error(layers.hidden, wanted)
+    Args:
+        x: [rows, inputs]
+        out: written by `product`, [rows, columns] or partial sums of it.
+        product: of `x` and one copy of the weights.
+        reference: of `x`, the weights and a tensor like `out` to write, all in float32.
+    """
+    weights = _weights(setting, outputs, x.shape[1])
 
-    return _product_case(
-        setting, "swiglu", weights, x, lambda copy: layers.gated_product(weights[copy]), error
-    )
+    def run(copy: int) -> None:
+        product(weights[copy])
+
+    def compare(wanted: Tensor) -> None:
+        reference(x.float(), weights[0].float(), wanted)
+
+    return _timed_product(setting, name, weights, x, run, compared(run, out, compare))
 
 
 def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
@@ -246,59 +289,8 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
     def run(_: int) -> None:
         setting.operations.gate(products, out)
 
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        torch_operations().gate(products.float(), wanted)
-        return relative_error(out, wanted)
-
-    return Case(
-        "gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, 0, 1, run, None, error
-    )
-
-
-def norming_case(
-    setting: Setting,
-    name: str,
-    outputs: int,
-    squares: Tensor,
-    out: Tensor,
-    product: Callable[..., None],
-    reference: Callable[..., None],
-) -> Case:
-    """A product of `FusedProducts` that norms its input; the library's is the product alone.
-
-    Args:
-        outputs: of the weights, [outputs, width].
-        squares: float32 [blocks, rows], as the product before leaves them; written here.
-        out: written, [rows, columns] or partial sums of it.
-        product, reference: of x, squares, weight and out.
-    """
-    dim = setting.config.dim
-    weights, residual = (
-        _weights(setting, outputs, dim),
-        setting.random(setting.rows, dim, dtype=torch.float32),
-    )
-    gain = setting.random(dim).mul_(dim**-0.5)
-    x = (residual * gain * HEADROOM).to(setting.dtype)
-    squares.copy_(
-        torch.stack(
-            [block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]
-        )
-    )
-
-    def run(copy: int) -> None:
-        product(x, squares, weights[copy], out, eps=_EPS)
-
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        reference(x.float(), squares, weights[0].float(), wanted, eps=_EPS)
-        return relative_error(
-            *(each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
-        )
-
-    return _product_case(setting, name, weights, x, run, error)
+    error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
+    return Case.of("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
 
 
 def project_case(
@@ -309,10 +301,10 @@ def project_case(
     """
     dim, normed = setting.config.dim, layers.normed
     weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
-    residual, gain = layers.residual.normal_(), setting.random(dim)
+    residual, norm_weight = layers.residual.normal_(), setting.random(dim)
 
     def run(copy: int) -> None:
-        layers.products.project(x, weights[copy], residual, gain, normed, squares)
+        layers.products.project(x, weights[copy], residual, norm_weight, normed, squares)
 
     def error() -> float:
         own, wanted, sums = (
@@ -321,11 +313,13 @@ def project_case(
             torch.empty_like(squares),
         )
         run(0)
-        fused_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
+        fused_project_reference(
+            x.float(), weights[0].float(), own, norm_weight.float(), wanted, sums
+        )
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
         return largest(relative_error(*pair) for pair in pairs)
 
-    return _product_case(setting, name, weights, x, run, error)
+    return _timed_product(setting, name, weights, x, run, error)
 
 
 def attention_case(setting: Setting) -> Case:
@@ -372,51 +366,45 @@ def attention_case(setting: Setting) -> Case:
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
     """The chunks' results, where those beyond the context are NaN."""
     config, rows = setting.config, setting.rows
-    heads, size, chunks, live = (
-        config.n_head,
-        config.head_size,
-        tiles.chunks(config.block_size),
-        tiles.chunks(setting.context),
-    )
-    mixed = setting.random(rows, heads, chunks, size, dtype=torch.float32)
+    heads, size = config.n_head, config.head_size
+    chunks, written = tiles.chunks(config.block_size), tiles.chunks(setting.context)
+    attn_out = setting.random(rows, heads, chunks, size, dtype=torch.float32)
     # largest score, sum of weights
     stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)
     stats[..., 1].abs_().add_(1)
-    for unwritten in (mixed, stats):
-        unwritten[:, :, live:] = torch.nan
+    for partial in (attn_out, stats):
+        partial[:, :, written:] = torch.nan
     positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
     out = setting.empty(rows, config.dim)
 
     def run(_: int) -> None:
-        combine(mixed, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
+        combine(attn_out, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
 
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        combine_reference(mixed, stats, positions, wanted, tiles.chunk)
-        return relative_error(out, wanted)
+    def reference(wanted: Tensor) -> None:
+        combine_reference(attn_out, stats, positions, wanted, tiles.chunk)
 
-    moved = rows * heads * live * (size + 2) * mixed.itemsize + out.nbytes
-    return Case("combine", f"{heads} x {size}, {live} chunks", moved, 0, 1, run, None, error)
+    moved = rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes
+    shape = f"{heads} x {size}, {written} chunks"
+    return Case.of("combine", shape, moved, run, compared(run, out, reference))
 
 
 def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
     """The residual stream after the attention's output product."""
     dim = setting.config.dim
-    residual, gain, normed = layers.residual.normal_(), setting.random(dim), layers.normed
+    residual, norm_weight, normed = layers.residual.normal_(), setting.random(dim), layers.normed
     partials = layers.projected.normal_()
 
     def run(_: int) -> None:
-        setting.operations.add_norm(residual, partials, gain, normed, eps=_EPS)
+        setting.operations.add_norm(residual, partials, norm_weight, normed, eps=_EPS)
 
     def error() -> float:
         own, wanted = residual.clone(), torch.empty_like(normed, dtype=torch.float32)
         run(0)
-        torch_operations().add_norm(own, partials, gain, wanted, eps=_EPS)
+        torch_operations().add_norm(own, partials, norm_weight, wanted, eps=_EPS)
         return relative_error(normed, wanted)
 
-    moved = 2 * residual.nbytes + partials.nbytes + gain.nbytes + normed.nbytes
-    return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, 0, 1, run, None, error)
+    moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
+    return Case.of("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
 
 
 def embed_case(setting: Setting) -> Case:
@@ -426,7 +414,7 @@ def embed_case(setting: Setting) -> Case:
         setting.random(config.vocab_size, config.dim),
         setting.random(config.num_classes + 1, config.dim),
     )
-    gain = setting.random(config.dim)
+    norm_weight = setting.random(config.dim)
     written = [layers.residual, layers.normed]
     headroom = 1.0
     if isinstance(layers, FusedLayers):  # the first product norms
@@ -434,20 +422,20 @@ def embed_case(setting: Setting) -> Case:
         headroom = layers.products.headroom
 
     def run(_: int) -> None:
-        layers.embed(*tables, gain, batch)
+        layers.embed(*tables, norm_weight, batch)
 
     def error() -> float:
         run(0)
         wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
         fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
-        torch_operations().embed(*fed, *tables, gain, *wanted, eps=_EPS, headroom=headroom)
+        torch_operations().embed(*fed, *tables, norm_weight, *wanted, eps=_EPS, headroom=headroom)
         return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
     moved = (
         sum(each.nbytes for each in written)
         + (setting.rows + 1) * config.dim * setting.dtype.itemsize
     )
-    return Case("embed", f"{config.dim}", moved, 0, 1, run, None, error)
+    return Case.of("embed", f"{config.dim}", moved, run, error)
 
 
 def draw_case(setting: Setting) -> Case:
@@ -478,16 +466,10 @@ def draw_case(setting: Setting) -> Case:
         draw(torch_operations(), wanted)
         return float((got[1][:, 0] != wanted[1][:, 0]).double().mean())
 
-    return Case(
-        "draw",
-        f"{vocab}",
-        logits.nbytes,
-        0,
-        1,
-        lambda _: draw(setting.operations, own),
-        None,
-        error,
-    )
+    def run(_: int) -> None:
+        draw(setting.operations, own)
+
+    return Case.of("draw", f"{vocab}", logits.nbytes, run, error)
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
@@ -502,19 +484,24 @@ def _input(setting: Setting, inputs: int) -> Tensor:
     return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
 
 
+def _input_of_fused(setting: Setting, squares: Tensor) -> Tensor:
+    """The same [rows, width], as the product before leaves it for one that norms it; writes its
+    sums of squares [blocks, rows].
+    """
+    dim = setting.config.dim
+    residual = setting.random(setting.rows, dim, dtype=torch.float32)
+    norm_weight = setting.random(dim).mul_(dim**-0.5)
+    blocks = residual.square().tensor_split(squares.shape[0], dim=1)
+    squares.copy_(torch.stack([block.sum(dim=1) for block in blocks]))
+    return (residual * norm_weight * HEADROOM).to(setting.dtype)
+
+
 def _normed(setting: Setting) -> Tensor:
     """The same [rows, width], as the last norm left it."""
     return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """The reference's, in float32 [rows, outputs]."""
-    wanted = torch.empty(x.shape[0], weight.shape[0], device=x.device)
-    torch_operations().whole_linear(x.float(), weight.float(), wanted)
-    return wanted
-
-
-def _product_case(
+def _timed_product(
     setting: Setting,
     name: str,
     weights: Tensor,

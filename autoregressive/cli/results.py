@@ -9,7 +9,7 @@ from autoregressive.cli.settings import Settings
 from autoregressive.errors import UserError
 from autoregressive.output.images import individual_file, picture_grid, save_codes, save_picture
 from autoregressive.output.records import Loop, generation_record, readable
-from autoregressive.weights.loading import FoundWeights
+from autoregressive.weights.finding import FoundWeights
 
 
 def save_results(

@@ -13,7 +13,7 @@ from autoregressive.models.classes import ClassNames
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.output.images import PICTURE_FORMATS, check_grid_fits, check_record_fits
 from autoregressive.weights.choice import ModelChoice, resolve_model
-from autoregressive.weights.loading import ModelSettings
+from autoregressive.weights.finding import ModelSettings
 from autoregressive.weights.options import resolve_labels
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from autoregressive.devices import PRECISIONS
-from autoregressive.weights.loading import FoundWeights, ModelSettings
+from autoregressive.weights.finding import FoundWeights, ModelSettings
 
 PROGRAM = "llamagen-serve"
 Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve

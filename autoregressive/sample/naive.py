@@ -18,7 +18,8 @@ from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.progress import progress_bar
 from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.loading import LoadedModels, find_weights, load_models, missing_weights
+from autoregressive.weights.finding import find_weights, missing_weights
+from autoregressive.weights.loading import LoadedModels, load_models
 
 
 def run(arguments: argparse.Namespace) -> None:

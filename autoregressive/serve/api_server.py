@@ -43,7 +43,7 @@ with signals_watched(__name__) as WATCH:  # from the first line on
         StartProcess,
         start_process,
     )
-    from autoregressive.weights.loading import FoundWeights, find_weights, missing_weights
+    from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold

@@ -8,7 +8,7 @@ import torch
 from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory
 from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.loading import ModelSettings
+from autoregressive.weights.finding import ModelSettings
 
 
 @contextmanager

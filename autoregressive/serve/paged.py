@@ -15,7 +15,7 @@ from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
 from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
 from autoregressive.serve.pipeline import Pipeline
-from autoregressive.weights.loading import FoundWeights, find_weights, missing_weights
+from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 
 @dataclass(frozen=True)

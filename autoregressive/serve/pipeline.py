@@ -33,13 +33,8 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.memory import saying_what_needs_less_memory
 from autoregressive.weights.choice import ModelChoice, resolve_model
-from autoregressive.weights.loading import (
-    FoundWeights,
-    LoadedModels,
-    find_weights,
-    load_models,
-    missing_weights,
-)
+from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
+from autoregressive.weights.loading import LoadedModels, load_models
 from autoregressive.weights.options import ModelOptions
 
 _IMAGES_DECODED_AT_ONCE = 64  # 113 MB of pixels at 384 px, and enough to keep a GPU busy

@@ -18,7 +18,7 @@ from autoregressive.weights.safetensors_file import (
     read_safetensors,
 )
 from autoregressive.weights.sharded import METADATA_FILE, open_sharded
-from autoregressive.weights.stored_file import StoredFile, StoredTensor, visible_names
+from autoregressive.weights.stored_tensor import StoredFile, StoredTensor, visible_names
 from autoregressive.weights.torch_file import TorchFile, read_torch_archive, read_torch_stream
 from autoregressive.weights.weight_source import (
     AVERAGED_WEIGHTS,

@@ -10,7 +10,7 @@ from autoregressive.devices import PRECISIONS, default_precision, resolve_device
 from autoregressive.errors import Change, SettingError, SettingName, UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults, model_defaults
-from autoregressive.weights.loading import ModelSettings
+from autoregressive.weights.finding import ModelSettings
 from autoregressive.weights.options import (
     ModelOptions,
     check_size,

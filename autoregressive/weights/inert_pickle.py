@@ -1,20 +1,22 @@
 """Reads a pickle as data: no name in it is resolved, nothing in it is called, and no value of it is
 hashed.
 
-What comes out are strings, numbers, tuples, lists, `Pairs` in the place of dictionaries, and
-records of what the pickle would have called. Time and memory are bounded by the number of
-instructions. Nothing here recurses, so nesting may be of any depth.
+`pickletools` decodes the instructions and builds nothing. What comes out are
+strings, numbers, tuples, lists, `Pairs` in the place of dictionaries, and records of what the
+pickle would have called. Time and memory are bounded by the number of instructions. Nothing here
+recurses, so nesting may be of any depth.
 """
 
-import struct
+import io
+import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Collection
+from itertools import islice
 from typing import Any
 
 # About 100 bytes of memory and 1 us each. A checkpoint of 1,000 weights with the optimizer's state
 # has some 100,000.
 MOST_INSTRUCTIONS = 1_000_000
-_INT, _SHORT, _SIZE, _DOUBLE = map(struct.Struct, ("<i", "<H", "<I", ">d"))
 _LONGEST_KEY = 8  # items of a tuple that is a key
 
 
@@ -114,13 +116,17 @@ class InertUnpickler:
         storages: bool = False,
         most_instructions: int = MOST_INSTRUCTIONS,
     ) -> None:
-        self.position = 0
         self.storage_ids: list[tuple[Any, ...]] = []
-        self._data, self._known_names, self._storages = data, known_names, storages
+        self._stream, self._known_names, self._storages = io.BytesIO(data), known_names, storages
         self._most_instructions = most_instructions
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+
+    @property
+    def position(self) -> int:
+        """Where the next pickle starts."""
+        return self._stream.tell()
 
     def load(self) -> Any:
         """The value of the next pickle.
@@ -129,41 +135,16 @@ class InertUnpickler:
             PickleRefused: it has something that no checkpoint needs.
             Exception: it is damaged, which shows in many ways.
         """
-        data, instructions, stop = self._data, _INSTRUCTIONS, ord(".")
         self._stack, self._marks, self._memo = [], [], {}
-        for _ in range(self._most_instructions):
-            code = data[self.position]
-            self.position += 1
-            if code == stop:
+        for instruction, argument, _ in islice(
+            pickletools.genops(self._stream), self._most_instructions
+        ):
+            if instruction.name == "STOP":
                 return self._stack.pop()
-            instruction = instructions.get(code)
-            if instruction is None:
+            if instruction.name not in _INSTRUCTIONS:
                 raise PickleRefused("it has an instruction that none needs")
-            instruction(self)
+            _INSTRUCTIONS[instruction.name](self, argument)
         raise PickleRefused(f"it has more than {self._most_instructions:,} instructions")
-
-    def _take(self, size: int) -> bytes:
-        start = self.position
-        self.position = start + size
-        if self.position > len(self._data):
-            raise EOFError
-        return self._data[start : self.position]
-
-    def _byte(self) -> int:
-        position = self.position
-        self.position = position + 1
-        return self._data[position]
-
-    def _number(self, layout: struct.Struct) -> Any:
-        position = self.position
-        self.position = position + layout.size
-        return layout.unpack_from(self._data, position)[0]
-
-    def _line(self) -> str:
-        end = self._data.index(b"\n", self.position)
-        line = self._data[self.position : end].decode()
-        self.position = end + 1
-        return line
 
     def _pop_to_mark(self) -> list[Any]:
         mark = self._marks.pop()
@@ -171,60 +152,17 @@ class InertUnpickler:
         del self._stack[mark:]
         return items
 
-    # --- numbers and texts ---
-
-    def _push_byte(self) -> None:
-        self._stack.append(self._byte())
-
-    def _push_number(self, layout: struct.Struct) -> None:
-        self._stack.append(self._number(layout))
-
-    def _push_long(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._byte()), "little", signed=True))
-
-    def _push_text(self, size: int) -> None:
-        self._stack.append(self._take(size).decode("utf-8", "surrogatepass"))
-
-    def _push_bytes(self, size: int) -> None:
-        self._stack.append(self._take(size))
-
-    # --- memo ---
-
-    def _memoize(self) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
-
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
-
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
-
-    # --- containers ---
-
-    def _mark(self) -> None:
-        self._marks.append(len(self._stack))
-
-    def _tuple(self) -> None:
-        self._stack.append(tuple(self._pop_to_mark()))
-
     def _tuple_of(self, count: int) -> None:
         items = tuple(self._stack[-count:])
         if len(items) != count:
             raise EOFError
         self._stack[-count:] = [items]
 
-    def _append(self) -> None:
-        self._extend([self._stack.pop()])
-
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
             raise PickleRefused(f"it appends to a {kind_of(target)}")
         target.extend(items)
-
-    def _set_item(self) -> None:
-        value, key = self._stack.pop(), self._stack.pop()
-        self._set_items([key, value])
 
     def _set_items(self, items: list[Any]) -> None:
         target, keys = self._stack[-1], items[::2]
@@ -233,11 +171,6 @@ class InertUnpickler:
         if not all(map(_may_be_key, keys)):
             raise OddKey
         target.extend(zip(keys, items[1::2], strict=True))
-
-    # --- names and what is done with them ---
-
-    def _global(self) -> None:
-        self._push_name(self._line(), self._line())
 
     def _stack_global(self) -> None:
         name, module = self._stack.pop(), self._stack.pop()
@@ -294,47 +227,44 @@ def _may_be_key(value: object) -> bool:
 
 
 # All that Python writes for what `torch.save` and torch.distributed.checkpoint are given (protocols
-# 2 to 5).
-_INSTRUCTIONS: dict[int, Callable[[InertUnpickler], object]] = {
-    ord(code): instruction
-    for code, instruction in {
-        "\x80": lambda self: self._take(1),  # PROTO
-        "\x95": lambda self: self._take(8),  # FRAME
-        "N": lambda self: self._stack.append(None),
-        "\x88": lambda self: self._stack.append(True),
-        "\x89": lambda self: self._stack.append(False),
-        "J": lambda self: self._push_number(_INT),  # BININT
-        "K": InertUnpickler._push_byte,  # BININT1
-        "M": lambda self: self._push_number(_SHORT),  # BININT2
-        "G": lambda self: self._push_number(_DOUBLE),  # BINFLOAT
-        "\x8a": InertUnpickler._push_long,  # LONG1
-        "\x8c": lambda self: self._push_text(self._byte()),  # SHORT_BINUNICODE
-        "X": lambda self: self._push_text(self._number(_SIZE)),  # BINUNICODE
-        "U": lambda self: self._push_bytes(self._byte()),  # SHORT_BINSTRING
-        "C": lambda self: self._push_bytes(self._byte()),  # SHORT_BINBYTES
-        "B": lambda self: self._push_bytes(self._number(_SIZE)),  # BINBYTES
-        "\x94": InertUnpickler._memoize,
-        "q": lambda self: self._put(self._byte()),  # BINPUT
-        "r": lambda self: self._put(self._number(_SIZE)),  # LONG_BINPUT
-        "h": lambda self: self._get(self._byte()),  # BINGET
-        "j": lambda self: self._get(self._number(_SIZE)),  # LONG_BINGET
-        "(": InertUnpickler._mark,
-        ")": lambda self: self._stack.append(()),  # EMPTY_TUPLE
-        "\x85": lambda self: self._tuple_of(1),
-        "\x86": lambda self: self._tuple_of(2),
-        "\x87": lambda self: self._tuple_of(3),
-        "t": InertUnpickler._tuple,
-        "]": lambda self: self._stack.append([]),  # EMPTY_LIST
-        "a": InertUnpickler._append,
-        "e": lambda self: self._extend(self._pop_to_mark()),  # APPENDS
-        "}": lambda self: self._stack.append(Pairs()),  # EMPTY_DICT
-        "s": InertUnpickler._set_item,
-        "u": lambda self: self._set_items(self._pop_to_mark()),  # SETITEMS
-        "c": InertUnpickler._global,
-        "\x93": InertUnpickler._stack_global,
-        "R": InertUnpickler._call,  # REDUCE
-        "\x81": InertUnpickler._call,  # NEWOBJ
-        "b": InertUnpickler._build,
-        "Q": InertUnpickler._persistent,  # BINPERSID
-    }.items()
+# 2 to 5), by the names that `pickletools` has for it. Each gets the instruction's argument.
+_INSTRUCTIONS: dict[str, Callable[[InertUnpickler, Any], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda self, value: None),
+    "NONE": lambda self, _: self._stack.append(None),
+    "NEWTRUE": lambda self, _: self._stack.append(True),
+    "NEWFALSE": lambda self, _: self._stack.append(False),
+    **dict.fromkeys(
+        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+        lambda self, number: self._stack.append(number),
+    ),
+    **dict.fromkeys(
+        ("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES"),
+        lambda self, text: self._stack.append(text),
+    ),
+    # Python 2's strings, of which `pickletools` makes texts
+    "SHORT_BINSTRING": lambda self, value: self._stack.append(value.encode("latin-1")),
+    "MEMOIZE": lambda self, _: self._memo.update({len(self._memo): self._stack[-1]}),
+    **dict.fromkeys(
+        ("BINPUT", "LONG_BINPUT"), lambda self, index: self._memo.update({index: self._stack[-1]})
+    ),
+    **dict.fromkeys(
+        ("BINGET", "LONG_BINGET"), lambda self, index: self._stack.append(self._memo[index])
+    ),
+    "MARK": lambda self, _: self._marks.append(len(self._stack)),
+    "EMPTY_TUPLE": lambda self, _: self._stack.append(()),
+    "TUPLE1": lambda self, _: self._tuple_of(1),
+    "TUPLE2": lambda self, _: self._tuple_of(2),
+    "TUPLE3": lambda self, _: self._tuple_of(3),
+    "TUPLE": lambda self, _: self._stack.append(tuple(self._pop_to_mark())),
+    "EMPTY_LIST": lambda self, _: self._stack.append([]),
+    "APPEND": lambda self, _: self._extend([self._stack.pop()]),
+    "APPENDS": lambda self, _: self._extend(self._pop_to_mark()),
+    "EMPTY_DICT": lambda self, _: self._stack.append(Pairs()),
+    "SETITEM": lambda self, _: self._set_items([self._stack.pop(), self._stack.pop()][::-1]),
+    "SETITEMS": lambda self, _: self._set_items(self._pop_to_mark()),
+    "GLOBAL": lambda self, value: self._push_name(*value.split(" ", 1)),
+    "STACK_GLOBAL": lambda self, _: self._stack_global(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda self, _: self._call()),
+    "BUILD": lambda self, _: self._build(),
+    "BINPERSID": lambda self, _: self._persistent(),
 }

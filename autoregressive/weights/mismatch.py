@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autoregressive.models.config import GPT_SHAPES, GPTShape
+from autoregressive.models.config import GPT_SHAPES
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS
 
 # Tables that old checkpoints may carry and that are computed here: never read.
@@ -107,7 +107,7 @@ def _identify(shapes: Shapes) -> _Identity | None:
     if len(tokens) == 2:
         layers, width = _count_blocks(shapes, "layers."), tokens[1]
         for name, shape in GPT_SHAPES.items():
-            if _same_size(shape, layers, width):
+            if (shape.n_layer, shape.dim) == (layers, width):
                 return _Identity(
                     name, f"{name} ({layers} layers, width {width})", "--gpt-model", "--gpt-ckpt"
                 )
@@ -121,10 +121,6 @@ def _identify(shapes: Shapes) -> _Identity | None:
                 )
                 return _Identity(name, details, "--vq-model", "--vq-ckpt")
     return None
-
-
-def _same_size(shape: GPTShape, layers: int, width: int) -> bool:
-    return (shape.n_layer, shape.dim) == (layers, width)
 
 
 def _count_blocks(shapes: Shapes, prefix: str) -> int:

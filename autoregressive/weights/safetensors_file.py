@@ -5,7 +5,6 @@ The library maps files; a mapped file that becomes shorter kills the process. Th
 in JSON and numbers behind it.
 """
 
-import functools
 import json
 import math
 import re
@@ -16,9 +15,22 @@ from typing import Any
 
 import torch
 
-from autoregressive.weights.chunks import BadChunksError, Chunk, ChunkedTensor, chunked_source
-from autoregressive.weights.stored_file import StoredFile, StoredTensor, is_shape, visible_names
-from autoregressive.weights.weight_source import DAMAGED, CheckpointError, WeightSource
+from autoregressive.weights.stored_tensor import (
+    Chunk,
+    ChunkedTensor,
+    StoredFile,
+    StoredTensor,
+    chunked_source,
+    is_shape,
+    visible_names,
+)
+from autoregressive.weights.weight_source import (
+    DAMAGED,
+    BadContentError,
+    CheckpointError,
+    WeightSource,
+    require,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SUFFIX = ".safetensors"
@@ -37,10 +49,6 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
-
-
-class _BadJsonError(Exception):
-    """JSON that is not what it should be; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +82,25 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         extra = header.pop("__metadata__", None)
         tensors = _tensors(header, file, 8 + size)
         return SafetensorsFile(file, tensors, _offsets(extra, tensors), size)
-    except _BadJsonError as error:
+    except BadContentError as error:
         raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:
     """A table; its nesting is bounded by the interpreter, its size by the caller."""
+    table: Any
     try:
         table = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        raise _BadJsonError("its description is not JSON") from error
-    if not isinstance(table, dict):
-        raise _BadJsonError("its description is no table")
+        raise BadContentError("its description is not JSON") from error
+    require(isinstance(table, dict), "its description is no table")
     return table
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, value in pairs:
-        if name in table:
-            raise _BadJsonError(f"{name} is there twice")
+        require(name not in table, f"{name} is there twice")
         table[name] = value
     return table
 
@@ -102,49 +109,37 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
     """Checked as the format demands: one behind the other, from the header to the file's end."""
     tensors, ends = {}, []
     for name, entry in header.items():
-        if not isinstance(entry, dict):
-            raise _BadJsonError(f"{name} is not described")
+        require(isinstance(entry, dict), f"{name} is not described")
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise _BadJsonError(f"{name} is of no known dtype")
-        if (
-            not is_shape(shape)
-            or not is_shape(place)
-            or not isinstance(place, list)
-            or len(place) != 2
-        ):
-            raise _BadJsonError(f"{name} has no shape or place")
-        assert isinstance(shape, list)
+        require(isinstance(dtype, str) and dtype in _DTYPES, f"{name} is of no known dtype")
+        placed = isinstance(place, list) and is_shape(place) and len(place) == 2
+        require(is_shape(shape) and placed, f"{name} has no shape or place")
         begin, end = place
-        if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
-            raise _BadJsonError(f"{name} has other bytes than its shape")
+        size = math.prod(shape) * _DTYPES[dtype].itemsize
+        require(size == end - begin, f"{name} has other bytes than its shape")
         ends.append((begin, end))
         tensors[name] = StoredTensor(file, start + begin, _DTYPES[dtype], torch.Size(shape))
     position = 0
     for begin, end in sorted(ends):
-        if begin != position:
-            raise _BadJsonError("its tensors overlap, or leave holes")
+        require(begin == position, "its tensors overlap, or leave holes")
         position = end
-    if start + position != file.size:
-        raise _BadJsonError("it is longer or shorter than its tensors")
+    require(start + position == file.size, "it is longer or shorter than its tensors")
     return tensors
 
 
-def _offsets(
-    extra: object, tensors: Mapping[str, StoredTensor]
-) -> dict[str, tuple[int, ...]] | None:
+def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]] | None:
     if extra is None:
         return None
-    if not isinstance(extra, dict) or not all(isinstance(value, str) for value in extra.values()):
-        raise _BadJsonError("__metadata__ is no table of texts")
+    texts = isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values())
+    require(texts, "__metadata__ is no table of texts")
     if _SHARDING_KEY not in extra:
         return None
     sharding, offsets = _parse(extra[_SHARDING_KEY]), {}
     for name, tensor in tensors.items():
         entry = sharding.get(name)
-        offset = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
-        if not isinstance(offset, list) or not is_shape(offset) or len(offset) != len(tensor.shape):
-            raise _BadJsonError(f"{_SHARDING_KEY} does not say where {name} belongs")
+        offset: Any = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
+        placed = isinstance(offset, list) and is_shape(offset) and len(offset) == len(tensor.shape)
+        require(placed, f"{_SHARDING_KEY} does not say where {name} belongs")
         offsets[name] = tuple(offset)
     return offsets
 
@@ -185,7 +180,7 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
     pieces = _pieces(parts)
     try:
         return chunked_source(path, pieces, lambda name: _joined(path, name, pieces[name]), ema)
-    except BadChunksError as error:
+    except BadContentError as error:
         raise CheckpointError(
             path, f"is not complete: {error}; copy the whole folder again"
         ) from error
@@ -200,7 +195,7 @@ def _read_index(path: Path) -> dict[str, str]:
         )
     try:
         index = _parse(file.read(0, file.size)).get("weight_map")
-    except _BadJsonError as error:
+    except BadContentError as error:
         raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
     if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
         raise CheckpointError(
@@ -290,12 +285,8 @@ def _joined(
             path, f"the pieces of {name} are of several kinds; copy the whole folder again"
         )
     chunks = [
-        Chunk(offsets, tuple(piece.shape), functools.partial(_itself, piece))
+        Chunk(offsets, tuple(piece.shape), lambda piece=piece: piece)  # type: ignore[misc]
         for offsets, piece in pieces
     ]
     shape = torch.Size(max(ends) for ends in zip(*(chunk.ends for chunk in chunks), strict=True))
     return ChunkedTensor(name, path, dtypes.pop(), shape, chunks)
-
-
-def _itself(piece: StoredTensor) -> StoredTensor:
-    return piece

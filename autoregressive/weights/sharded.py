@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from autoregressive.weights.chunks import BadChunksError, Chunk, ChunkedTensor, chunked_source
 from autoregressive.weights.inert_pickle import (
     MOST_INSTRUCTIONS,
     InertUnpickler,
@@ -24,14 +23,27 @@ from autoregressive.weights.inert_pickle import (
     Record,
     kind_of,
 )
-from autoregressive.weights.stored_file import StoredFile, StoredTensor, is_shape, visible_names
+from autoregressive.weights.stored_tensor import (
+    Chunk,
+    ChunkedTensor,
+    StoredFile,
+    StoredTensor,
+    chunked_source,
+    is_shape,
+    visible_names,
+)
 from autoregressive.weights.torch_file import (
     DTYPES,
     READABLE_DTYPES,
     ArchiveLimits,
     read_torch_archive,
 )
-from autoregressive.weights.weight_source import CheckpointError, WeightSource
+from autoregressive.weights.weight_source import (
+    BadContentError,
+    CheckpointError,
+    WeightSource,
+    require,
+)
 
 METADATA_FILE = ".metadata"
 _DAMAGED = "is damaged or cut short; copy the whole directory again"
@@ -70,10 +82,6 @@ _KNOWN_NAMES = frozenset(f"{module}.{name}" for module, name in (
 ))  # fmt: skip
 
 
-class _BadMetadataError(Exception):
-    """Metadata whose fields contradict each other or point elsewhere; the message says which."""
-
-
 def open_sharded(path: Path, ema: bool) -> WeightSource:
     """The weights in such a directory; entries beside them (optimizer, steps) are left alone.
 
@@ -96,7 +104,7 @@ def open_sharded(path: Path, ema: bool) -> WeightSource:
         return source
     except CheckpointError:
         raise
-    except (_BadMetadataError, BadChunksError) as error:
+    except BadContentError as error:
         raise CheckpointError(path / METADATA_FILE, f"refused: {error}") from error
     except Exception as error:  # what is missing or of another type can raise anything
         raise CheckpointError(path / METADATA_FILE, _DAMAGED) from error
@@ -138,9 +146,9 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
     fields = _state(entry, "TensorStorageMetadata")
     size = _shape(fields["size"])
     named = _state(fields["properties"], "TensorProperties", tuple)[0]
-    _check(type(named) is Name and named.name in DTYPES, f"{name} has no dtype")
+    require(type(named) is Name and named.name in DTYPES, f"{name} has no dtype")
     dtype = DTYPES[named.name]
-    _check(dtype in READABLE_DTYPES, f"{name} is {named.name}, which torch cannot convert")
+    require(dtype in READABLE_DTYPES, f"{name} is {named.name}, which torch cannot convert")
     parts = _exactly(list, fields["chunks"])
     shards.count_chunks(len(parts))
     chunks, bytes_stored, seen = [], 0, set()
@@ -150,9 +158,9 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
         if 0 in sizes:  # an empty rank of an uneven split, for which nothing is stored
             continue
         # Hashes of texts cannot be made to collide.
-        _check(str(offsets) not in seen, f"parts of {name} overlap")
+        require(str(offsets) not in seen, f"parts of {name} overlap")
         seen.add(str(offsets))
-        _check(len(seen) <= size.numel(), f"{name} has more parts than elements")
+        require(len(seen) <= size.numel(), f"{name} has more parts than elements")
         file, start, length = shards.place(name, offsets)
         bytes_stored += length
         chunks.append(
@@ -162,7 +170,7 @@ def _tensor(name: str, entry: Record, shards: "_Shards") -> ChunkedTensor:
                 functools.partial(_read_piece, name, shards.path, file, start, length),
             )
         )
-    _check(bytes_stored >= size.numel() * dtype.itemsize, f"{name} is stored only in part")
+    require(bytes_stored >= size.numel() * dtype.itemsize, f"{name} is stored only in part")
     return ChunkedTensor(name, shards.path, dtype, size, chunks)
 
 
@@ -193,40 +201,42 @@ class _Shards:
         """Where a chunk is: the file, its first byte there, and how many it has."""
         place = self._places.get((name, str(offsets)))
         if place is None:
-            raise _BadMetadataError(f"a part of {name} is stored nowhere")
+            raise BadContentError(f"a part of {name} is stored nowhere")
         file, start, length = place
         self._used.append((file.path.name, start, start + length))
         return place
 
     def count_chunks(self, count: int) -> None:
-        """Raises `_BadMetadataError` if there are more, with those that were counted before, than a
+        """Raises `BadContentError` if there are more, with those that were counted before, than a
         checkpoint has.
         """
         self._chunks += count
-        _check(self._chunks <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts")
+        require(
+            self._chunks <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts"
+        )
 
     def check_disjoint(self) -> None:
-        """Raises `_BadMetadataError` if two chunks share bytes: reading a file would take many
+        """Raises `BadContentError` if two chunks share bytes: reading a file would take many
         times as long as its size.
         """
         for (file, _, end), (next_file, start, _) in itertools.pairwise(sorted(self._used)):
-            _check(file != next_file or end <= start, f"two parts share bytes of {file}")
+            require(file != next_file or end <= start, f"two parts share bytes of {file}")
 
     def _checked(self, info: object) -> tuple[StoredFile, int, int]:
         """In a file that is there, beside `.metadata`, and long enough."""
         fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
-        _check(
+        require(
             type(file_name) is str,
             "it refers to a shard without a name, which is no file of this directory",
         )
         plain = file_name not in ("", ".", "..") and not set(file_name) & set("/\\\0")
-        _check(plain, f"it refers to {file_name!r}, which is no file of this directory")
-        _check(
+        require(plain, f"it refers to {file_name!r}, which is no file of this directory")
+        require(
             all(type(n) is int and n >= 0 for n in (start, length)),
             f"it gives no place in {file_name}",
         )
-        _check(
+        require(
             not fields.get("transform_descriptors"),
             "its shards are compressed, which is not supported",
         )
@@ -247,30 +257,25 @@ class _Shards:
         return self._files[name]
 
 
-def _state(value: object, kind: str, wanted: type = Pairs) -> Any:
+def _state(value: Any, kind: str, wanted: type = Pairs) -> Any:
     """The state of a record of that kind; a dictionary by its names."""
-    if type(value) is not Record or value.kind != kind:
-        raise _BadMetadataError(f"a {kind} is not what it should be")
+    there = type(value) is Record and value.kind == kind
+    require(there, f"a {kind} is not what it should be")
     state = _exactly(wanted, value.state)
-    _check(len(state) <= _MOST_FIELDS, f"a {kind} has more fields than it should")
+    require(len(state) <= _MOST_FIELDS, f"a {kind} has more fields than it should")
     return state.entries() if wanted is Pairs else state
 
 
-def _shape(value: object) -> torch.Size:
-    if type(value) is not Record or value.kind != "Size" or len(value.arguments) != 1:
-        raise _BadMetadataError("something has no shape")
+def _shape(value: Any) -> torch.Size:
+    there = type(value) is Record and value.kind == "Size" and len(value.arguments) == 1
+    require(there, "something has no shape")
     sides = _exactly(tuple, value.arguments[0])
-    _check(is_shape(sides), "a shape has impossible sides")
+    require(is_shape(sides), "a shape has impossible sides")
     return torch.Size(sides)
 
 
 def _exactly(wanted: type, value: object) -> Any:
-    _check(
+    require(
         type(value) is wanted, f"a {wanted.__name__} is needed where there is a {kind_of(value)}"
     )
     return value
-
-
-def _check(holds: bool, what: str) -> None:
-    if not holds:
-        raise _BadMetadataError(what)

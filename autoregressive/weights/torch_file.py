@@ -29,7 +29,7 @@ from autoregressive.weights.inert_pickle import (
     UnknownName,
     kind_of,
 )
-from autoregressive.weights.stored_file import (
+from autoregressive.weights.stored_tensor import (
     StoredFile,
     StoredTensor,
     contiguous_stride,

@@ -63,6 +63,18 @@ class CheckpointError(UserError):
         super().__init__(f"{shown}: {shortened(reason, _LONGEST_MESSAGE - len(shown) - 2)}")
 
 
+class BadContentError(Exception):
+    """Content of a checkpoint that is not what it should be; the message says how. Readers turn it
+    into a `CheckpointError`, for they know which file it is.
+    """
+
+
+def require(holds: bool, problem: str) -> None:
+    """Raises `BadContentError` with that message unless the condition holds."""
+    if not holds:
+        raise BadContentError(problem)
+
+
 class Readable(Protocol):
     """A tensor in a checkpoint."""
 

@@ -15,7 +15,6 @@ the demo model shows that it works; there is no floor then. Exit status 1 if a m
 others are measured all the same.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -23,27 +22,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import torch
 
     from autoregressive.benchmarks.arguments import (
-        DETERMINISTIC_HELP,
-        ENFORCE_EAGER_HELP,
         add_device,
+        add_engine_flags,
+        add_image_size,
         add_models,
         add_output,
-        at_least,
-        check_output,
+        add_repeats,
         give_figures,
         models_for,
         on_cpu,
         row_counts,
+        script_parser,
+        use_device,
+        whole_number,
     )
     from autoregressive.benchmarks.models import random_transformer
-    from autoregressive.devices import default_precision, now, resolve_device
+    from autoregressive.devices import default_precision, now
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.config import EngineConfig
@@ -207,44 +208,38 @@ def measure_or_say_why(
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add_models(parser)
-    rows_help = (
-        "rows that run at once: even numbers, with commas between them (default: "
-        f"{_ROWS}{on_cpu(_CPU_ROWS)})"
-    )
-    parser.add_argument("--rows", type=row_counts, metavar="NUMBERS", help=rows_help)
     parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="256, 384 or 512 (default: 384); GPT-demo: 128",
+        "--rows",
+        type=row_counts,
+        metavar="NUMBERS",
+        help=(
+            "rows that run at once: even numbers, with commas between them (default: "
+            f"{_ROWS}{on_cpu(_CPU_ROWS)})"
+        ),
     )
-    images_help = (
-        "also more than run at once; goes with one number of --rows (default: as many as "
-        "run at once)"
-    )
-    parser.add_argument("--images", type=at_least(1), metavar="N", help=images_help)
+    add_image_size(parser)
     parser.add_argument(
-        "--repeats",
-        type=at_least(1),
-        default=3,
+        "--images",
+        type=whole_number(1),
         metavar="N",
-        help="timed runs (default: %(default)s)",
+        help=(
+            "also more than run at once; goes with one number of --rows (default: as many as "
+            "run at once)"
+        ),
     )
+    add_repeats(parser, 3)
     parser.add_argument(
         "--pixels",
         action="store_true",
         help="decode the images' pixels too (default: tokens alone)",
     )
-    parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
-    parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
+    add_engine_flags(parser)
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
-    device = resolve_device(typed.device)
+    device = typed.device
     typed.models = models_for(typed.models, device)
     typed.rows = typed.rows or row_counts(_ROWS if device.type == "cuda" else _CPU_ROWS)
     if typed.image_size is not None:
@@ -252,7 +247,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
             check_image_size(model, typed.image_size)
     if typed.images is not None and len(typed.rows) > 1:
         raise UserError(f"--images {typed.images}: goes with one number of --rows")
-    check_output(typed.output)
     options = Options(
         rows=typed.rows,
         image_size=typed.image_size,
@@ -269,11 +263,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     models, options, output = parse_arguments(argv)
-    on_gpu = options.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(options.device)
     torch.set_num_threads(1)  # a GPU computes, or the demo model's products are too small to share
-    device_name = torch.cuda.get_device_name(options.device) if on_gpu else "cpu"
+    device_name = use_device(options.device)
     print(f"{device_name}, median of {options.repeats}")
     print(f"{'model':<9} {'rows':>5} {'ms/step':>9} {'floor ms':>9} {'share':>7} {'images/s':>9}")
     results = list(measure_all(models, options))

@@ -27,16 +27,21 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import httpx2
-    from bench_overhead import last_json, running_service, saturate
-    from bench_serve import positive
 
-    from autoregressive.benchmarks.arguments import at_least, service_key
+    from autoregressive.benchmarks.arguments import positive, script_parser, whole_number
     from autoregressive.benchmarks.serve_report import WAVES
+    from autoregressive.benchmarks.service import (
+        authorization,
+        last_json,
+        running_service,
+        saturate,
+        script,
+    )
     from autoregressive.serve import api_server
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.messages import (
@@ -53,13 +58,12 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.process import ChildProcess, MakeEngine, start_child
     from autoregressive.serve.worker.worker import STATS_SECONDS
-    from autoregressive.weights.loading import FoundWeights
+    from autoregressive.weights.finding import FoundWeights
 
-_SCRIPTS = Path(__file__).parent
 _SERVE = "--serve"  # how this script runs itself
 # Engines' processes import `draw_nothing` by its module's name, so that must not be __main__.
 _AS_A_MODULE = (
-    f"import sys; sys.path.insert(0, {str(_SCRIPTS)!r}); import bench_http; "
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_http; "
     "sys.exit(bench_http.main())"
 )
 _SIZE = 256  # pixels a side
@@ -138,6 +142,13 @@ def spent(processes: Iterable[int]) -> list[Spent]:
     return found
 
 
+def cost(then: Spent, now: Spent, images: int) -> dict[str, float]:
+    """Of an image, in between."""
+    milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
+    switches = (now.switches - then.switches) / images
+    return {"milliseconds": round(milliseconds, 3), "switches": round(switches, 2)}
+
+
 def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     """A service's processes, which are numbered in the order of their start."""
     children = sorted(
@@ -156,9 +167,7 @@ def images_drawn(url: str) -> int:
     Raises:
         UserError: the service does not say.
     """
-    key = service_key(os.environ)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    answer = httpx2.get(f"{url}/metrics", headers=headers, timeout=60)
+    answer = httpx2.get(f"{url}/metrics", headers=authorization(), timeout=60)
     if answer.status_code != 200:
         raise UserError(
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
@@ -175,36 +184,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[:1] == [_SERVE]:
         return serve(given[1], given[2], given[3], given[4:])
     arguments = parse_arguments(given)
-    engines, fronts = (
-        arguments.data_parallel_size,
-        arguments.api_server_count or arguments.data_parallel_size,
-    )
-    flags = [
-        "--gpt-model",
-        "GPT-XL",
-        "--image-size",
-        str(_SIZE),
-        "--random-weights",
-        "--port",
-        "0",
-        "--max-queue-size",
-        "100000",
-    ]
-    flags += ["--api-server-count", str(fronts)]
+    engines = arguments.data_parallel_size
+    fronts = arguments.api_server_count or engines
+    flags = ["--gpt-model", "GPT-XL", "--image-size", str(_SIZE), "--random-weights", "--port", "0"]
+    flags += ["--max-queue-size", "100000", "--api-server-count", str(fronts)]
     stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
     with running_service([sys.executable, "-c", _AS_A_MODULE, _SERVE, *stand_in, *flags]) as (
         service,
         url,
     ):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
-        bench = [
-            sys.executable,
-            str(_SCRIPTS / "bench_serve.py"),
-            "--url",
-            url,
-            "--output-format",
-            "jpeg",
-        ]
+        bench = script("bench_serve.py", "--url", url, "--output-format", "jpeg")
         last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm
         before, drawn = spent(processes.values()), images_drawn(url)
         result = saturate(bench, url, 2 * arguments.places * engines, arguments.seconds, engines)
@@ -215,17 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{result['images_per_second']:.1f} images/s"
     )
     print(f"probes: {result['probes']}")
-    costs = {}
-    for name, then, now in zip(processes, before, after, strict=True):
-        milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
-        costs[name] = {
-            "milliseconds": round(milliseconds, 3),
-            "switches": round((now.switches - then.switches) / images, 2),
-        }
-        print(
-            f"{name}: {costs[name]['milliseconds']:.2f} ms, {costs[name]['switches']:.1f} switches "
-            "an image"
-        )
+    costs = {
+        name: cost(then, now, images)
+        for name, then, now in zip(processes, before, after, strict=True)
+    }
+    for name, spent_an_image in costs.items():
+        milliseconds, switches = spent_an_image.values()
+        print(f"{name}: {milliseconds:.2f} ms, {switches:.1f} switches an image")
     options = {
         "places": arguments.places,
         "seconds_per_image": arguments.seconds_per_image,
@@ -238,22 +224,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The flags."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--data-parallel-size",
-        type=at_least(1),
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="engines (default: 1)",
     )
     parser.add_argument(
-        "--api-server-count", type=at_least(1), metavar="N", help="(default: as many as engines)"
+        "--api-server-count",
+        type=whole_number(1),
+        metavar="N",
+        help="(default: as many as engines)",
     )
     parser.add_argument(
         "--places",
-        type=at_least(1),
+        type=whole_number(1),
         default=32,
         metavar="N",
         help="images that an engine holds (default: 32)",
@@ -266,7 +253,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="that it takes for each of them (default: 0.05)",
     )
     parser.add_argument(
-        "--seconds", type=at_least(1), default=10, metavar="S", help="of load (default: 10)"
+        "--seconds", type=whole_number(1), default=10, metavar="S", help="of load (default: 10)"
     )
     arguments = parser.parse_args(argv)
     if arguments.seconds < WAVES * arguments.seconds_per_image:

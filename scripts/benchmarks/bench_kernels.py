@@ -22,7 +22,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError, tell
 
 with slow_imports(__name__):
@@ -31,9 +31,10 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.arguments import (
         add_models,
         add_output,
-        check_output,
         give_figures,
         row_counts,
+        script_parser,
+        use_device,
     )
     from autoregressive.benchmarks.kernel_cases import Case, Setting, cases
     from autoregressive.benchmarks.models import config_of
@@ -173,19 +174,28 @@ def measure_model(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add_models(parser, gpu_only=True)
-    rows_help = "rows of a step: even numbers, with commas between them (default: %(default)s)"
     parser.add_argument(
-        "--rows", type=row_counts, default="2,16,64", metavar="NUMBERS", help=rows_help
+        "--rows",
+        type=row_counts,
+        default="2,16,64",
+        metavar="NUMBERS",
+        help="rows of a step: even numbers, with commas between them (default: %(default)s)",
     )
-    context_help = "tokens that attention reads of each row (default: %(default)s)"
-    parser.add_argument("--context", type=int, default=288, metavar="TOKENS", help=context_help)
-    precision_help = "none (float32), fp16 or bf16 (default: %(default)s)"
     parser.add_argument(
-        "--precision", choices=list(PRECISIONS), default="bf16", metavar="P", help=precision_help
+        "--context",
+        type=int,
+        default=288,
+        metavar="TOKENS",
+        help="tokens that attention reads of each row (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        default="bf16",
+        metavar="P",
+        help="none (float32), fp16 or bf16 (default: %(default)s)",
     )
     parser.add_argument(
         "--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)"
@@ -198,7 +208,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the "
                 f"tokens of {model}'s image"
             )
-    check_output(typed.output)
     device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
     if device.type != "cuda" or not triton_runs_on(device):
         raise UserError(
@@ -211,8 +220,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     typed = parse_arguments(argv)
-    torch.cuda.set_device(typed.device)
-    device_name = torch.cuda.get_device_name(typed.device)
+    device_name = use_device(typed.device)
     print(f"{device_name}, precision {typed.precision}, median of {REPEATS}, microseconds")
     print(HEADER)
     dtype, results = PRECISIONS[typed.precision], []

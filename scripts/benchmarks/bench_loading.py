@@ -10,21 +10,20 @@ exit status 1 if a kind is over the limit.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
-import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
@@ -35,7 +34,7 @@ with slow_imports(__name__):
     from torch import Tensor, distributed
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from autoregressive.benchmarks.arguments import add_output, check_output, give_figures
+    from autoregressive.benchmarks.arguments import add_output, give_figures, script_parser
     from autoregressive.devices import now, resolve_device
     from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
@@ -180,27 +179,18 @@ def measure_here(kind: str, name: str, path: Path, device: torch.device) -> Meas
     )
 
 
-def measure(kind: str, name: str, folder: Path, device: str) -> Measurement:
+def measure(kind: str, name: str, folder: Path, device: torch.device) -> Measurement:
     """Writes a checkpoint, loads it in a fresh process, and removes it."""
-    place = Path(tempfile.mkdtemp(dir=folder))
-    try:
-        path = write_checkpoint(kind, name, place)
-        command = [
-            sys.executable,
-            __file__,
-            "--measure",
-            kind,
-            "--path",
-            str(path),
-            "--gpt-model",
-            name,
-        ]
-        done = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise UserError(f"the process that loads {kind} failed; its message is above")
-        return Measurement(**json.loads(done.stdout))
-    finally:
-        shutil.rmtree(place)
+    fresh = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        ProcessPoolExecutor(1, mp_context=fresh) as process,
+    ):
+        path = write_checkpoint(kind, name, Path(place))
+        try:
+            return process.submit(measure_here, kind, name, path, device).result()
+        except Exception as error:  # whatever a loader raises, or the end of its process
+            raise UserError(f"the process that loads {kind} failed: {error}") from error
 
 
 def print_table(measurements: list[Measurement]) -> None:
@@ -222,31 +212,40 @@ def print_table(measurements: list[Measurement]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    model_help = f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)"
+    parser = script_parser(__doc__)
     parser.add_argument(
-        "--gpt-model", choices=list(GPT_models), default="GPT-L", metavar="NAME", help=model_help
+        "--gpt-model",
+        choices=list(GPT_models),
+        default="GPT-L",
+        metavar="NAME",
+        help=f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)",
     )
-    kinds_help = f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)"
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=kinds_help
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        metavar="KIND",
+        help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
     )
-    device_help = "where the model goes: cpu, cuda or cuda:N (default: %(default)s)"
-    parser.add_argument("--device", default="cpu", metavar="D", help=device_help)
-    folder_help = (
-        "for the checkpoints, which are removed (default: the system's folder for temporary files)"
+    parser.add_argument(
+        "--device",
+        type=resolve_device,
+        default="cpu",
+        metavar="D",
+        help="where the model goes: cpu, cuda or cuda:N (default: %(default)s)",
     )
-    parser.add_argument("--folder", type=Path, metavar="DIR", help=folder_help)
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="for the checkpoints, which are removed (default: the system's folder for temporary "
+        "files)",
+    )
     add_output(parser)
-    parser.add_argument("--measure", metavar="KIND", help=argparse.SUPPRESS)  # in the fresh process
-    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     typed = parser.parse_args(argv)
-    resolve_device(typed.device)
     if typed.folder is not None:
         check_folder("--folder", typed.folder)
-    check_output(typed.output)
     anonymous_bytes()
     return typed
 
@@ -255,12 +254,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
     name: str = arguments.gpt_model
-    if arguments.measure is not None:
-        here = measure_here(
-            arguments.measure, name, arguments.path, resolve_device(arguments.device)
-        )
-        print(json.dumps(asdict(here)))
-        return
     measurements = []
     for kind in arguments.kinds:
         print(f"{name}, {kind} ...", file=sys.stderr)
@@ -269,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {
         "benchmark": "loading",
         "gpt_model": name,
-        "device": arguments.device,
+        "device": str(arguments.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "measurements": [

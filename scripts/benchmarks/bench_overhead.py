@@ -18,25 +18,27 @@ import argparse
 import json
 import math
 import os
-import re
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
-    from autoregressive.benchmarks.arguments import at_least
-    from autoregressive.benchmarks.serve_report import WAVES, percentiles, steady_rate
+    from autoregressive.benchmarks.arguments import add_repeats, script_parser, whole_number
+    from autoregressive.benchmarks.serve_report import WAVES, percentiles
+    from autoregressive.benchmarks.service import (
+        at_once,
+        last_json,
+        running_service,
+        saturate,
+        script,
+    )
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
     from autoregressive.serve.engine.request import SamplingParams
@@ -46,42 +48,35 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.partial import fill_undrawn
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
     from autoregressive.serve.worker.worker import serve
-    from autoregressive.weights.loading import FoundWeights
+    from autoregressive.weights.finding import FoundWeights
 
-_SCRIPTS = Path(__file__).parent
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
 _LONE_REQUESTS = 21  # of which the first warms up
 _LEAST_SECONDS = 10  # of a run
 
 
-class ThreadedEngine:
+class EngineThread(threading.Thread):
     """Stands in for the engine's process: the same loop in a thread of the service's own
     process.
     """
 
-    def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
-        outbox = Outbox(connection, "events")
-        self._thread = threading.Thread(
-            target=lambda: serve(make_engine, connection, outbox), daemon=True
-        )
-        self._thread.start()
-
-    def join(self, timeout: float | None = None) -> None:
-        """As a process's."""
-        self._thread.join(timeout)
-
     def is_alive(self) -> bool:
-        """Never, once it has been waited for: there is nothing to kill."""
+        """False: the service asks once it has waited for the thread, and there is nothing to
+        kill.
+        """
         return False
 
     def kill(self) -> None:
-        """Threads cannot be."""
+        """Does nothing: a thread cannot be killed."""
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
     """As `worker.process.start_process`."""
     ours, theirs = connect()
-    return ThreadedEngine(make_engine, theirs), ours
+    arguments = (make_engine, theirs, Outbox(theirs, "events"))
+    thread = EngineThread(target=serve, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread, ours
 
 
 def serve_in_a_thread(flags: Sequence[str]) -> int:
@@ -121,33 +116,6 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
     return 0
 
 
-@contextmanager
-def running_service(command: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The process id and the URL of a service that is ready."""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if (ready := re.match(r"ready after .*: (http\S+)", line)) is not None:
-                    yield process.pid, ready[1]
-                    break
-            else:
-                raise UserError("the service did not start: run its command by hand to see why")
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def last_json(command: Sequence[str]) -> dict[str, Any]:
-    """What a script ends in."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise UserError(f"{Path(command[1]).name} failed: run it by hand to see why")
-    return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the flags, measures, prints a table and JSON."""
     given = sys.argv[1:] if argv is None else list(argv)
@@ -164,22 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.in_a_thread:
         commands["in a thread"] = ([sys.executable, __file__, _IN_THREAD, *flags], 1)
     if engines > 1:
-        commands[f"in {engines} processes"] = (
-            [*process, "--data-parallel-size", str(engines)],
-            engines,
-        )
-    decode = [
-        sys.executable,
-        str(_SCRIPTS / "bench_decode.py"),
-        "--models",
-        model,
-        "--rows",
-        str(rows),
-        *size,
-    ]
-    alone = last_json([*decode, "--images", str(2 * rows), "--pixels"])["models"][0]["results"][0][
-        "images_per_second"
-    ]
+        several = [*process, "--data-parallel-size", str(engines)]
+        commands[f"in {engines} processes"] = (several, engines)
+    decode = script("bench_decode.py", "--models", model, "--rows", rows, *size)
+    decoded = last_json([*decode, "--images", str(2 * rows), "--pixels"])
+    alone = decoded["models"][0]["results"][0]["images_per_second"]
     lone = last_json([sys.executable, __file__, _LONE, *flags])["first_preview_seconds"]
     seconds = seconds_of_load(arguments.seconds, rows / 2 / alone)
     results: dict[str, Any] = {
@@ -188,13 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"the engine alone: {alone:.2f} images/s, lone preview {lone}", flush=True)
     for where, (command, count) in commands.items():
         results[where] = result = behind(command, rows * count, seconds, arguments.repeats, count)
-        what = (
-            f"{result['images_per_second']:.2f} images/s "
-            f"({result['images_per_second'] / (alone * count):.1%})"
-        )
+        rate = result["images_per_second"]
         print(
-            f"behind HTTP, engine {where}: {what}, lone preview "
-            f"{result['lone_first_preview_seconds']}",
+            f"behind HTTP, engine {where}: {rate:.2f} images/s ({rate / (alone * count):.1%}), "
+            f"lone preview {result['lone_first_preview_seconds']}",
             flush=True,
         )
         for run in result["runs"]:
@@ -220,7 +174,7 @@ def seconds_of_load(asked: int | None, wave_seconds: float) -> int:
 
 
 def behind(
-    command: Sequence[str], under_way: int, seconds: int, repeats: int, clients: int
+    command: Sequence[str], concurrency: int, seconds: int, repeats: int, clients: int
 ) -> dict[str, Any]:
     """What a service that `command` starts does: with a lone request at a time, then several times
     with so many.
@@ -231,10 +185,10 @@ def behind(
         clients: processes that ask.
     """
     with running_service(command) as (_, url):
-        bench = [sys.executable, str(_SCRIPTS / "bench_serve.py"), "--url", url]
-        at_once([[*bench, "--rates", str(under_way / clients / 2), "--seconds", "2"]] * clients)
+        bench = script("bench_serve.py", "--url", url)
+        at_once([[*bench, "--rates", str(concurrency / clients / 2), "--seconds", "2"]] * clients)
         lone = last_json([*bench, "--saturate", "1", "--seconds", str(seconds / 2)])["results"][0]
-        runs = [saturate(bench, url, under_way, seconds, clients) for _ in range(repeats)]
+        runs = [saturate(bench, url, concurrency, seconds, clients) for _ in range(repeats)]
     return {
         "images_per_second": median(run["images_per_second"] for run in runs),
         "lone_first_preview_seconds": lone["first_preview_seconds"],
@@ -243,57 +197,9 @@ def behind(
     }
 
 
-def at_once(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """What several scripts end in that run beside each other."""
-    with ThreadPoolExecutor(len(commands)) as pool:
-        return list(pool.map(last_json, commands))
-
-
-def saturate(
-    bench: Sequence[str], url: str, under_way: int, seconds: int, clients: int
-) -> dict[str, Any]:
-    """One run with so many requests all the time, from so many client processes, and what the
-    service's supervisor sees of it.
-
-    Raises:
-        UserError: a script fails, or the time was too short for images to count.
-    """
-    load = [
-        *bench,
-        "--saturate",
-        str(under_way // clients),
-        "--previews",
-        "0",
-        "--seconds",
-        str(seconds),
-        "--moments",
-    ]
-    commands = [
-        [sys.executable, str(_SCRIPTS / "bench_probes.py"), "--url", url, "--seconds", str(seconds)]
-    ]
-    commands += [[*load, "--seed", str(seed)] for seed in range(clients)]
-    probed, *loads = at_once(commands)
-    results = [one["results"][0] for one in loads]
-    moments = [moment for result in results for moment in result["moments"]]
-    ends = [result["until"] for result in results]  # in between all of them ask
-    images, _, pace = steady_rate(moments, under_way, max(ends) - seconds, min(ends))
-    if images == 0:
-        raise UserError(
-            f"--seconds {seconds}: the first requests took more than a third of that; give more "
-            "seconds"
-        )
-    return {
-        "images_per_second": round(pace, 3),
-        "failures": [result["failures"] for result in results],
-        "probes": probed["results"],
-    }
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The flags."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--gpt-model",
         choices=list(GPT_SHAPES),
@@ -302,18 +208,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="(default: GPT-XL)",
     )
     parser.add_argument(
-        "--image-size", type=at_least(1), metavar="PIXELS", help="(default: the model's)"
+        "--image-size", type=whole_number(1), metavar="PIXELS", help="(default: the model's)"
     )
     parser.add_argument(
         "--rows",
-        type=at_least(4),
+        type=whole_number(4),
         default=512,
         metavar="N",
         help="rows that run at once (default: 512)",
     )
     parser.add_argument(
         "--seconds",
-        type=at_least(1),
+        type=whole_number(1),
         metavar="S",
         help="of load a run (default: fifteen waves of images)",
     )
@@ -322,18 +228,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data-parallel-size",
-        type=at_least(1),
+        type=whole_number(1),
         default=1,
         metavar="N",
         help="also N engines (default: 1)",
     )
-    parser.add_argument(
-        "--repeats",
-        type=at_least(1),
-        default=3,
-        metavar="N",
-        help="runs, of which the median counts (default: 3)",
-    )
+    add_repeats(parser, 3)
     return parser.parse_args(argv)
 
 

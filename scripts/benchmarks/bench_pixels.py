@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
@@ -24,12 +24,14 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.arguments import (
         add_device,
         add_output,
-        at_least,
-        check_output,
+        add_repeats,
         give_figures,
         on_cpu,
+        script_parser,
+        use_device,
+        whole_number,
     )
-    from autoregressive.devices import now, resolve_device
+    from autoregressive.devices import now
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
     from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
@@ -142,26 +144,31 @@ def _reserved_bytes(device: torch.device) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, what was not typed filled in; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    model_help = f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})"
-    parser.add_argument("--vq-model", choices=list(VQ_models), metavar="NAME", help=model_help)
-    size_help = f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})"
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help=size_help)
-    images_help = f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})"
-    parser.add_argument("--images", type=at_least(1), nargs="+", metavar="N", help=images_help)
+    parser = script_parser(__doc__)
     parser.add_argument(
-        "--repeats",
-        type=at_least(1),
-        default=10,
-        metavar="N",
-        help="timed runs (default: %(default)s)",
+        "--vq-model",
+        choices=list(VQ_models),
+        metavar="NAME",
+        help=f"the tokenizer: {', '.join(VQ_models)} (default: VQ-16{on_cpu('VQ-demo')})",
     )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help=f"one size or more, of whole tokens (default: 256 384{on_cpu(128)})",
+    )
+    parser.add_argument(
+        "--images",
+        type=whole_number(1),
+        nargs="+",
+        metavar="N",
+        help=f"one number or more of images at once (default: 1 8 16 64{on_cpu(1)})",
+    )
+    add_repeats(parser, 10)
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
-    typed.device = resolve_device(typed.device)
     on_gpu = typed.device.type == "cuda"
     typed.vq_model = typed.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
     typed.image_size = typed.image_size or ([256, 384] if on_gpu else [128])
@@ -173,7 +180,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 f"--image-size {size}: must be a multiple of {token}, the side of a token of "
                 f"{typed.vq_model}"
             )
-    check_output(typed.output)
     return typed
 
 
@@ -181,9 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
     device, name = arguments.device, arguments.vq_model
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
+    device_name = use_device(device)
     torch.manual_seed(0)
     vq = VQ_models[name]().to(device).eval().requires_grad_(False)
     report: dict[str, object] = {
@@ -191,9 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "vq_model": name,
         "torch": torch.__version__,
         "repeats": arguments.repeats,
+        "device": device_name,
     }
-    report["device"] = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    print(f"{name} on {report['device']}, median of {arguments.repeats}, milliseconds")
+    print(f"{name} on {device_name}, median of {arguments.repeats}, milliseconds")
     print(
         f"{'size':>7} {'images':>6} {'naive':>9} {'engine':>9} {'an image':>9} {'speed-up':>9} "
         f"{'PSNR dB':>7}"

@@ -8,51 +8,47 @@ of its own, as a supervisor's. The service's key, if it has one, is taken from L
 Ends in JSON.
 """
 
-import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import httpx2
 
-    from autoregressive.benchmarks.arguments import at_least, service_key
+    from autoregressive.benchmarks.arguments import script_parser, whole_number
     from autoregressive.benchmarks.serve_report import PERCENTILES, percentiles
+    from autoregressive.benchmarks.service import add_url, authorization, service_at
 
-_URL = "http://127.0.0.1:8000"
 _PATHS = ("/health", "/metrics")
 _EVERY_SECONDS = 0.05  # from one question to the next
 _PATIENCE_SECONDS = 10.0
 
 
-def probe(url: str, key: str | None, seconds: float) -> dict[str, list[float]]:
+def probe(url: str, seconds: float) -> dict[str, list[float]]:
     """Seconds that each answer took, by path.
 
     Raises:
         UserError: nobody answers at `url`, or an answer is not 200.
     """
     took: dict[str, list[float]] = {path: [] for path in _PATHS}
-    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        with httpx2.Client(base_url=url, headers=headers, timeout=_PATIENCE_SECONDS) as client:
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                for path in _PATHS:
-                    asked = time.monotonic()
-                    status = client.get(path).status_code
-                    took[path].append(time.monotonic() - asked)
-                    if status != 200:
-                        raise UserError(f"--url {url}: {path} answers {status}, not 200")
-                    time.sleep(max(0.0, asked + _EVERY_SECONDS - time.monotonic()))
-    except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise UserError(
-            f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first"
-        ) from error
+    headers = {"Connection": "close"} | authorization()
+    with (
+        service_at(url),
+        httpx2.Client(base_url=url, headers=headers, timeout=_PATIENCE_SECONDS) as client,
+    ):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for path in _PATHS:
+                asked = time.monotonic()
+                status = client.get(path).status_code
+                took[path].append(time.monotonic() - asked)
+                if status != 200:
+                    raise UserError(f"--url {url}: {path} answers {status}, not 200")
+                time.sleep(max(0.0, asked + _EVERY_SECONDS - time.monotonic()))
     return took
 
 
@@ -62,17 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: see `probe`.
     """
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
+    add_url(parser)
     parser.add_argument(
-        "--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})"
-    )
-    parser.add_argument(
-        "--seconds", type=at_least(1), default=30, metavar="S", help="to ask for (default: 30)"
+        "--seconds", type=whole_number(1), default=30, metavar="S", help="to ask for (default: 30)"
     )
     arguments = parser.parse_args(argv)
-    took = probe(arguments.url.rstrip("/"), service_key(os.environ), arguments.seconds)
+    took = probe(arguments.url, arguments.seconds)
     results: dict[str, dict[str, Any]] = {
         path: {"answers": len(seconds), "seconds": percentiles(seconds) or {}}
         for path, seconds in took.items()

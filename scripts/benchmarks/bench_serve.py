@@ -15,23 +15,27 @@ Ends in JSON.
 
 import argparse
 import asyncio
-import json
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError, tell
 
 with slow_imports(__name__):
     import httpx2
 
-    from autoregressive.benchmarks.arguments import at_least, service_key
+    from autoregressive.benchmarks.arguments import (
+        add_output,
+        give_figures,
+        output_file,
+        positive,
+        script_parser,
+        whole_number,
+    )
     from autoregressive.benchmarks.serve_report import (
         PERCENTILES,
         chart,
@@ -39,7 +43,8 @@ with slow_imports(__name__):
         percentiles,
         steady_rate,
     )
-    from autoregressive.files import check_file, write_whole
+    from autoregressive.benchmarks.service import add_url, authorization, service_at
+    from autoregressive.files import write_whole
 
 _PREVIEW, _COMPLETED = (
     b"event: image_generation.partial_image",
@@ -47,7 +52,6 @@ _PREVIEW, _COMPLETED = (
 )
 _PATIENCE_SECONDS = 600.0
 _AFTER_REFUSAL_SECONDS = 0.1  # before a saturating client asks again
-_URL = "http://127.0.0.1:8000"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ class Load:
     """What is asked for, again and again."""
 
     url: str
-    key: str | None
     n: int
     previews: int  # of each image
     classes: int
@@ -65,10 +68,9 @@ class Load:
 
     def client(self) -> httpx2.AsyncClient:
         """With as many connections as it takes."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx2.AsyncClient(
-            base_url=self.url, headers=headers, timeout=_PATIENCE_SECONDS, limits=limits
+            base_url=self.url, headers=authorization(), timeout=_PATIENCE_SECONDS, limits=limits
         )
 
     def bodies(self) -> Iterator[dict[str, Any]]:
@@ -198,11 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: no service is there, or it does not take the key.
     """
     arguments = parse_arguments(argv)
-    key = service_key(os.environ)
-    model, classes = describe(arguments.url, key)
+    model, classes = describe(arguments.url)
     load = Load(
         arguments.url,
-        key,
         arguments.n,
         arguments.previews,
         classes,
@@ -240,30 +240,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "moments": [round(moment, 4) for moment in result.moments],
                 "until": round(result.until, 4),
             }
-    text = json.dumps(
-        {"benchmark": "serve", "model": model, "options": options, "results": summaries}
+    give_figures(
+        {"benchmark": "serve", "model": model, "options": options, "results": summaries},
+        arguments.output,
     )
-    if arguments.output is not None:
-        write_whole(arguments.output, lambda path: path.write_text(text + "\n"))
-    print(text)
 
 
-def describe(url: str, key: str | None) -> tuple[str, int]:
+def describe(url: str) -> tuple[str, int]:
     """The served model's name and how many classes it has.
 
     Raises:
         UserError: see `main`.
     """
-    try:
-        answer = httpx2.get(
-            f"{url}/v1/models",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=10,
-        )
-    except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise UserError(
-            f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first"
-        ) from error
+    with service_at(url):
+        answer = httpx2.get(f"{url}/v1/models", headers=authorization(), timeout=10)
     if answer.status_code == 401:
         raise UserError(f"--url {url}: the service wants a key: set LLAMAGEN_API_KEY")
     try:
@@ -286,25 +276,10 @@ def rates(typed: str) -> list[float]:
     return values
 
 
-def positive(typed: str) -> float:
-    """A number of seconds."""
-    try:
-        value = float(typed)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 10**6:
-        raise argparse.ArgumentTypeError(f"{typed}: must be a number above 0")
-    return value
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; files that cannot be written are refused before any measuring."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--url", metavar="URL", default=_URL, help=f"where the service is (default: {_URL})"
-    )
+    parser = script_parser(__doc__)
+    add_url(parser)
     parser.add_argument(
         "--rates",
         type=rates,
@@ -314,7 +289,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--saturate",
-        type=at_least(1),
+        type=whole_number(1),
         metavar="N",
         help="so many requests at a time instead of --rates",
     )
@@ -323,14 +298,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--n",
-        type=at_least(1),
+        type=whole_number(1, 10),
         default=1,
         metavar="N",
         help="images a request, at most 10 (default: 1)",
     )
     parser.add_argument(
         "--previews",
-        type=at_least(0),
+        type=whole_number(0, 3),
         default=1,
         metavar="N",
         help="of each image, 0 to 3 (default: 1)",
@@ -343,7 +318,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--seed",
-        type=at_least(0),
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="of arrivals, classes and images (default: 0)",
@@ -354,22 +329,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also when images came and asking ended, for others to count",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="seconds to an image over the rate"
+        "--plot",
+        type=output_file("--plot", ".png"),
+        metavar="FILE.png",
+        help="seconds to an image over the rate",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="also write the figures here"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.n > 10:
-        parser.error("argument --n: must be 1 to 10")
-    if arguments.previews > 3:
-        parser.error("argument --previews: must be 0 to 3")
-    arguments.url = arguments.url.rstrip("/")
-    if arguments.plot is not None:
-        check_file("--plot", arguments.plot, ".png")
-    if arguments.output is not None:
-        check_file("--output", arguments.output, ".json")
-    return arguments
+    add_output(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

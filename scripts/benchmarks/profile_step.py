@@ -17,14 +17,13 @@ profiler, which makes kernels a little slower. On a CPU, operations are timed by
 attention and combine are one, and there is no floor.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
@@ -33,13 +32,13 @@ with slow_imports(__name__):
     from torch.profiler import ProfilerActivity, profile
 
     from autoregressive.benchmarks.arguments import (
-        DETERMINISTIC_HELP,
-        ENFORCE_EAGER_HELP,
         add_device,
+        add_engine_flags,
         add_output,
-        check_output,
         give_figures,
         on_cpu,
+        script_parser,
+        use_device,
     )
     from autoregressive.benchmarks.models import config_of, random_transformer
     from autoregressive.benchmarks.step_times import (
@@ -50,7 +49,7 @@ with slow_imports(__name__):
         summed,
         with_floor,
     )
-    from autoregressive.devices import PRECISIONS, resolve_device, threads_that_pay
+    from autoregressive.devices import PRECISIONS, threads_that_pay
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -261,11 +260,13 @@ def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--gpt-model",
+        choices=list(GPT_models),
+        metavar="NAME",
+        help=f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})",
     )
-    model_help = f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})"
-    parser.add_argument("--gpt-model", choices=list(GPT_models), metavar="NAME", help=model_help)
     parser.add_argument(
         "--rows",
         type=int,
@@ -279,22 +280,24 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
         metavar="TOKENS",
         help="that each row attends to (default: half of an image's)",
     )
-    precision_help = f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})"
-    parser.add_argument("--precision", choices=list(PRECISIONS), metavar="P", help=precision_help)
-    parser.add_argument("--enforce-eager", action="store_true", help=ENFORCE_EAGER_HELP)
-    parser.add_argument("--deterministic", action="store_true", help=DETERMINISTIC_HELP)
+    parser.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        metavar="P",
+        help=f"none (float32), fp16 or bf16 (default: bf16{on_cpu('none')})",
+    )
+    add_engine_flags(parser)
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
     if typed.rows < 2 or typed.rows % 2:
         raise UserError(f"--rows {typed.rows}: must be an even number, 2 or more")
-    device = resolve_device(typed.device)
+    device = typed.device
     model = typed.gpt_model or (_MODEL if device.type == "cuda" else DEMO_MODEL)
     tokens = config_of(model).block_size
     context = tokens // 2 if typed.context is None else typed.context
     if not 1 <= context <= tokens:
         raise UserError(f"--context {context}: must be 1 to {tokens}, the tokens of an image")
-    check_output(typed.output)
     if device.type == "cuda" and not triton_runs_on(device):
         raise UserError(
             "this GPU runs torch's operations, whose kernels' names do not tell what they are of: "
@@ -308,10 +311,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     case, device, output = parse_arguments(argv)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    device_name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+    device_name = use_device(device)
     print(
         f"{case.model} on {device_name}: one step of {case.rows} rows at context {case.context}, "
         f"precision {case.precision}"

@@ -19,14 +19,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import torch
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_models, check_output, names
+    from autoregressive.benchmarks.arguments import add_models, names, output_file, script_parser
     from autoregressive.benchmarks.tune_candidates import (
         attention_candidates,
         fused_candidates,
@@ -36,7 +36,7 @@ with slow_imports(__name__):
         swiglu_candidates,
         whole_candidates,
     )
-    from autoregressive.files import write_whole
+    from autoregressive.files import check_file, write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from autoregressive.serve.engine.batch import Batch, BatchShape
     from autoregressive.serve.engine.layers import Layers, LayersFactory, LayerWeights, ModelWeights
@@ -377,24 +377,24 @@ def table_so_far(path: Path) -> TileTable:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with the path of the table; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     add_models(parser, gpu_only=True)
-    sections_help = (
-        f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+    parser.add_argument(
+        "--sections",
+        type=names(list(SECTIONS)),
+        metavar="NAMES",
+        help=(
+            f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
+        ),
     )
     parser.add_argument(
-        "--sections", type=names(list(SECTIONS)), metavar="NAMES", help=sections_help
+        "--output",
+        type=output_file("--output", ".json"),
+        metavar="FILE.json",
+        help="the table (default: that of this GPU's architecture in kernels/, which the engine "
+        "reads)",
     )
-    output_help = (
-        "the table (default: that of this GPU's architecture in kernels/, which the engine reads)"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help=output_help)
     typed = parser.parse_args(argv)
-    check_output(typed.output)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
     used = sections_of(hopper=torch.cuda.get_device_capability() == (9, 0))
@@ -405,7 +405,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if typed.output is None:
         major, minor = torch.cuda.get_device_capability()
         typed.output = Path(tile_tables.__file__).parent / f"tiles_sm{major}{minor}.json"
-        check_output(typed.output)
+        check_file("--output", typed.output, ".json")
     return typed
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
@@ -42,9 +42,13 @@ with slow_imports(__name__):
     from torchvision.utils import make_grid, save_image
     from train_demo import ROOT
 
-    from autoregressive.benchmarks.arguments import add_device, at_least, check_output
-    from autoregressive.devices import resolve_device
-    from autoregressive.files import check_file, write_whole
+    from autoregressive.benchmarks.arguments import (
+        add_device,
+        output_file,
+        script_parser,
+        whole_number,
+    )
+    from autoregressive.files import write_whole
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import GPT_models, Transformer
@@ -180,27 +184,42 @@ def judge(
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     pretrained = ROOT / "pretrained_models"
-    weights_help = "where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)"
     parser.add_argument(
-        "--weights-dir", type=Path, default=pretrained, metavar="DIR", help=weights_help
+        "--weights-dir",
+        type=Path,
+        default=pretrained,
+        metavar="DIR",
+        help="where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)",
     )
     parser.add_argument(
         "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
     )
     add_device(parser)
     scales = [model_defaults("GPT-demo").sampling.cfg_scale, 1.0]
-    scales_help = f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})"
     parser.add_argument(
-        "--cfg-scale", type=float, nargs="+", default=scales, metavar="X", help=scales_help
+        "--cfg-scale",
+        type=float,
+        nargs="+",
+        default=scales,
+        metavar="X",
+        help=f"guidance, one scale or more; 1: none (default: {' '.join(map(str, scales))})",
     )
-    samples_help = "pictures of each class (default: %(default)s)"
-    parser.add_argument("--samples", type=at_least(2), default=16, metavar="N", help=samples_help)
-    batch_help = "pictures drawn at a time (default: %(default)s)"
-    parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help=batch_help)
+    parser.add_argument(
+        "--samples",
+        type=whole_number(2),
+        default=16,
+        metavar="N",
+        help="pictures of each class (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1),
+        default=256,
+        metavar="N",
+        help="pictures drawn at a time (default: %(default)s)",
+    )
     parser.add_argument(
         "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
     )
@@ -209,17 +228,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "renderings of a step (default: %(default)s)",
     )
     parser.add_argument(
-        "--classifier-steps", type=at_least(1), default=2000, metavar="STEPS", help=steps_help
+        "--classifier-steps", type=whole_number(1), default=2000, metavar="STEPS", help=steps_help
     )
     parser.add_argument(
-        "--classifier-batch", type=at_least(_BLURRED), default=128, metavar="N", help=at_once_help
+        "--classifier-batch",
+        type=whole_number(_BLURRED),
+        default=128,
+        metavar="N",
+        help=at_once_help,
     )
-    seed_help = "of the judge, the renderings and the pictures (default: %(default)s)"
-    parser.add_argument("--seed", type=at_least(0), default=1, metavar="N", help=seed_help)
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures here")
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0),
+        default=1,
+        metavar="N",
+        help="of the judge, the renderings and the pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=output_file("--output", ".json"),
+        metavar="FILE.json",
+        help="write the figures here",
+    )
     parser.add_argument(
         "--grid",
-        type=Path,
+        type=output_file("--grid", ".png"),
         metavar="FILE.png",
         help="write the first scale's pictures here, a class a row",
     )
@@ -231,9 +264,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             SamplingParams(cfg_scale=scale)
     except ValueError as error:
         raise UserError(str(error).replace("cfg_scale", "--cfg-scale")) from error
-    check_output(typed.output)
-    if typed.grid is not None:
-        check_file("--grid", typed.grid, ".png")
     return typed
 
 
@@ -251,7 +281,7 @@ def load_models(folder: Path, device: torch.device) -> tuple[Transformer, VQMode
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the judge, draws, counts."""
     arguments = parse_arguments(argv)
-    device = resolve_device(arguments.device)
+    device = arguments.device
     sprites = load_sprites(arguments.font).to(device)
     gpt, tokenizer = load_models(arguments.weights_dir, device)
     names = model_defaults("GPT-demo").classes.names

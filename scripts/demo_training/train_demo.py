@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
@@ -31,8 +31,7 @@ with slow_imports(__name__):
     from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_device, at_least
-    from autoregressive.devices import resolve_device
+    from autoregressive.benchmarks.arguments import add_device, script_parser, whole_number
     from autoregressive.files import check_folder, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,16 +110,13 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process on a mistake."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    stage_help = "all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)"
+    parser = script_parser(__doc__)
     parser.add_argument(
         "--stage",
         choices=["all", "tokenizer", "gpt"],
         default="all",
         metavar="STAGE",
-        help=stage_help,
+        help="all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)",
     )
     parser.add_argument(
         "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
@@ -146,14 +142,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--stop-after",
-        type=at_least(1),
+        type=whole_number(1),
         default=10**9,
         metavar="STEPS",
         help=f"of a stage in this run; {stop}",
     )
-    save_help = "between savings of the state (default: %(default)s)"
     parser.add_argument(
-        "--save-every", type=at_least(1), default=2000, metavar="STEPS", help=save_help
+        "--save-every",
+        type=whole_number(1),
+        default=2000,
+        metavar="STEPS",
+        help="between savings of the state (default: %(default)s)",
     )
     plan = parser.add_argument_group(
         "plan", "what the weights depend on; the defaults are those of the weights that ship"
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
     check_plan(plan)
-    device = resolve_device(arguments.device)
+    device = arguments.device
     limits = Limits(
         time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every
     )

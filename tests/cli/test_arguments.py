@@ -16,7 +16,7 @@ from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.devices import resolve_device
 from autoregressive.errors import Change, UserError
 from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.loading import FoundWeights, find_weights, missing_weights
+from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 from autoregressive.weights.options import list_classes
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 

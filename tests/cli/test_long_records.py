@@ -15,7 +15,7 @@ from autoregressive.cli.results import save_results
 from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.errors import UserError
 from autoregressive.output.images import JSON_KEY, PICTURE_FORMATS, check_record_fits, save_picture
-from autoregressive.weights.loading import FoundWeights
+from autoregressive.weights.finding import FoundWeights
 
 LONGEST_NAME = "\u00fc" * 127  # of a file: 254 bytes, each letter six characters of JSON
 COMMAND = [

@@ -16,7 +16,8 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.schema import CodesRequest
-from autoregressive.weights.loading import LoadedModels, find_weights, load_models
+from autoregressive.weights.finding import find_weights
+from autoregressive.weights.loading import LoadedModels, load_models
 
 FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu"]
 LABELS = [6, 9]  # whose likeliest pictures are more than background

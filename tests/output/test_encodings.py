@@ -14,7 +14,7 @@ from autoregressive.cli.flags import build_parser
 from autoregressive.cli.settings import resolve_settings
 from autoregressive.output.images import save_picture
 from autoregressive.output.records import generation_record, readable
-from autoregressive.weights.loading import FoundWeights
+from autoregressive.weights.finding import FoundWeights
 
 ROOT = Path(__file__).resolve().parents[2]
 ASCII = {

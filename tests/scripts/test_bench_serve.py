@@ -12,6 +12,7 @@ import pytest
 from fake_service import Service, running_service
 from PIL import Image
 
+from autoregressive.benchmarks import service as service_bench
 from autoregressive.benchmarks.serve_report import _ticks, percentiles, steady_rate
 from autoregressive.errors import UserError
 
@@ -167,7 +168,7 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"results": "as they were"}
         return {"results": [told[int(command[command.index("--seed") + 1])]]}
 
-    monkeypatch.setattr(bench_overhead, "last_json", ended_in)
+    monkeypatch.setattr(service_bench, "last_json", ended_in)
     asked: list[tuple[int, float, float]] = []
 
     def noted(
@@ -176,8 +177,8 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((first, begun, until))
         return steady_rate(moments, first, begun, until)
 
-    monkeypatch.setattr(bench_overhead, "steady_rate", noted)
-    result = bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
+    monkeypatch.setattr(service_bench, "steady_rate", noted)
+    result = service_bench.saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
     assert asked == [(20, BEGUN + 1, BEGUN + 10)]
     assert result == {
         "images_per_second": pytest.approx(20),
@@ -190,7 +191,7 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
         if "--saturate" in command
     )
     with pytest.raises(UserError, match="more than a third"):
-        bench_overhead.saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
+        service_bench.saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
 
 
 def test_a_run_lasts_for_enough_waves() -> None:

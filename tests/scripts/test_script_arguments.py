@@ -21,15 +21,15 @@ import torch
 import tune_kernels
 
 from autoregressive.benchmarks.arguments import (
-    at_least,
-    check_output,
     give_figures,
     models_for,
     names,
+    output_file,
     row_counts,
-    service_key,
+    whole_number,
 )
 from autoregressive.benchmarks.models import PAPER_MODELS
+from autoregressive.benchmarks.service import authorization
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from kernels.attention import AttentionTiles
@@ -397,17 +397,23 @@ def test_what_is_typed_is_what_is_meant() -> None:
     """Fails if a list loses an element or its order."""
     assert row_counts("512,2,16") == [512, 2, 16]
     assert names(["a", "b", "c"])("c,a") == ["c", "a"]
-    assert at_least(2)("10") == 10
+    assert whole_number(2)("10") == 10
+    assert whole_number(2, 10)("10") == 10
 
 
-def test_of_several_keys_a_script_sends_one() -> None:
+@pytest.mark.parametrize(
+    ("keys", "sent"), [("old, new", "old"), ("only", "only"), (None, None), ("", None)]
+)
+def test_of_several_keys_a_script_sends_one(
+    keys: str | None, sent: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if the variable that gives the service its keys is sent whole, which the service would
     refuse.
     """
-    assert service_key({"LLAMAGEN_API_KEY": "old, new"}) == "old"
-    assert service_key({"LLAMAGEN_API_KEY": "only"}) == "only"
-    assert service_key({}) is None
-    assert service_key({"LLAMAGEN_API_KEY": ""}) is None
+    monkeypatch.delenv("LLAMAGEN_API_KEY", raising=False)
+    if keys is not None:
+        monkeypatch.setenv("LLAMAGEN_API_KEY", keys)
+    assert authorization() == ({} if sent is None else {"Authorization": f"Bearer {sent}"})
 
 
 def test_the_figures_are_printed_and_written(
@@ -415,7 +421,7 @@ def test_the_figures_are_printed_and_written(
 ) -> None:
     """Fails if the last line is no JSON, or the file says anything else."""
     figures, path = {"benchmark": "x", "results": [1.5, None]}, tmp_path / "x.json"
-    check_output(path)
+    assert output_file("--output", ".json")(str(path)) == path
     give_figures(figures, path)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert json.loads(path.read_text()) == figures

@@ -24,7 +24,8 @@ from autoregressive.output.images import picture_grid
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.weights.loading import find_weights, load_models
+from autoregressive.weights.finding import find_weights
+from autoregressive.weights.loading import load_models
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-tests"

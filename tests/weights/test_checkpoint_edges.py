@@ -17,7 +17,7 @@ from torch import Tensor
 from autoregressive.files import unused_name
 from autoregressive.weights import safetensors_file
 from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
-from autoregressive.weights.stored_file import StoredTensor
+from autoregressive.weights.stored_tensor import StoredTensor
 
 ALL_DTYPES = sorted({str(value) for value in vars(torch).values() if type(value) is torch.dtype})
 

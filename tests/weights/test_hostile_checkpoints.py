@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from autoregressive.weights import stored_file
+from autoregressive.weights import stored_tensor
 from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
 from autoregressive.weights.weight_source import WeightSource
 
@@ -519,9 +519,9 @@ def test_a_file_that_becomes_shorter_during_one_read_is_one_line(
     """
     path = written(tmp_path, "safetensors")
     source = open_checkpoint(path)
-    source_identity = stored_file._identity(path.stat())
+    source_identity = stored_tensor._identity(path.stat())
     os.truncate(path, path.stat().st_size - 4)
-    monkeypatch.setattr(stored_file, "_identity", lambda found: source_identity)
+    monkeypatch.setattr(stored_tensor, "_identity", lambda found: source_identity)
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         read_all(source)
 
@@ -687,7 +687,7 @@ def test_numbers_are_converted_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a tensor larger than a piece is read wrong where pieces meet."""
-    monkeypatch.setattr(stored_file, "_PIECE_BYTES", 4 * 37)
+    monkeypatch.setattr(stored_tensor, "_PIECE_BYTES", 4 * 37)
     weights = drawn_weights(tiny_gpt())
     torch.save(weights, tmp_path / "w.pt")
     assert_loads(tmp_path / "w.pt", weights, dtype=torch.float16)

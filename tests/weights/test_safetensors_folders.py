@@ -120,7 +120,7 @@ def test_no_weight_is_read_before_it_is_asked_for(
     written: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a folder is held in memory instead of one weight at a time."""
-    from autoregressive.weights.stored_file import StoredTensor
+    from autoregressive.weights.stored_tensor import StoredTensor
 
     read: list[torch.Size] = []
     original = StoredTensor.read_into

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.weights.checkpoint import CheckpointError, load_weights
-from autoregressive.weights.chunks import BadChunksError, Chunk, ChunkedTensor, CoverageCheck
-from autoregressive.weights.stored_file import StoredTensor
+from autoregressive.weights.stored_tensor import Chunk, ChunkedTensor, CoverageCheck, StoredTensor
+from autoregressive.weights.weight_source import BadContentError
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -342,7 +342,7 @@ import torch
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from autoregressive.weights.checkpoint import CheckpointError, load_weights
-from autoregressive.weights.chunks import BadChunksError, Chunk, ChunkedTensor, CoverageCheck
+from autoregressive.weights.stored_tensor import Chunk, ChunkedTensor, CoverageCheck
 from autoregressive.models.gpt import GPT_models
 known = [cls for cls in vars(metadata).values() if isinstance(cls, type)]
 known += [_StorageInfo, PurePosixPath]
@@ -602,7 +602,7 @@ def test_parts_of_thousands_of_ranks_are_compared_quickly(rows: int, columns: in
     CoverageCheck().check(as_weight(chunks, 2 * rows, 3 * columns))
     assert time.process_time() - start < 2
     chunks[-1] = chunks[0]
-    with pytest.raises(BadChunksError, match=r"overlap|takes too long"):
+    with pytest.raises(BadContentError, match=r"overlap|takes too long"):
         CoverageCheck().check(as_weight(chunks, 2 * rows, 3 * columns))
 
 
@@ -612,7 +612,7 @@ def test_parts_that_form_no_grid_are_compared_with_their_neighbours() -> None:
     CoverageCheck().check(as_weight(chunks, 12, 15))
     place = next(i for i, chunk in enumerate(chunks) if chunk.offsets == (2, 2))
     chunks[place] = Chunk((2, 3), (2, 3), unread)  # leaves a hole and covers as much twice
-    with pytest.raises(BadChunksError, match="overlap"):
+    with pytest.raises(BadContentError, match="overlap"):
         CoverageCheck().check(as_weight(chunks, 12, 15))
 
 
@@ -621,6 +621,6 @@ def test_parts_that_each_reach_beyond_all_others_are_refused_in_time() -> None:
     """Fails if thousands of hostile parts cost the square of their number: it was 45 s."""
     CoverageCheck().check(as_weight(staircase(100), 100, 100))  # nothing is wrong with a small one
     start = time.process_time()
-    with pytest.raises(BadChunksError, match="takes too long"):
+    with pytest.raises(BadContentError, match="takes too long"):
         CoverageCheck().check(as_weight(staircase(5000), 5000, 5000))
     assert time.process_time() - start < 5

@@ -10,13 +10,8 @@ from autoregressive.cli.flags import build_parser
 from autoregressive.cli.settings import resolve_settings
 from autoregressive.models.gpt import GPT_models
 from autoregressive.weights.checkpoint import CheckpointError
-from autoregressive.weights.loading import (
-    FoundWeights,
-    LoadedModels,
-    ModelSettings,
-    find_weights,
-    load_models,
-)
+from autoregressive.weights.finding import FoundWeights, ModelSettings, find_weights
+from autoregressive.weights.loading import LoadedModels, load_models
 
 
 def settings_of(folder: Path, *typed: str) -> ModelSettings:

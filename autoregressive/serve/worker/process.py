@@ -35,7 +35,8 @@ from autoregressive.serve.worker import child
 from autoregressive.serve.worker.messages import Heartbeat, Unable
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
-from autoregressive.weights.loading import FoundWeights, ModelSettings, load_models
+from autoregressive.weights.finding import FoundWeights, ModelSettings
+from autoregressive.weights.loading import load_models
 
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 _WAITING_BYTES = 4 * 2**20  # in a connection

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from demo_support.emoji_data import IMAGE_SIZE, render_batch, step_generator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.models.gpt import GPT_models
+from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.weights.checkpoint import load_weights
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+
+_PARTS = ("model", "average", "optimizer")  # of a stage, that a saved state has
 
 
 def _told(default: Any, meaning: str) -> Any:
@@ -45,25 +47,6 @@ class Plan:
     gpt_rate: float = _told(1e-3, "peak learning rate")
     gpt_weight_decay: float = _told(0.05, "AdamW's")
     class_dropout: float = _told(0.1, 'share of labels replaced by "no class"')
-
-
-class Stage(Protocol):
-    """One thing to train. `step` changes the state in place and returns figures to log."""
-
-    steps: int
-    made_with: dict[str, Any]  # what a saved state must have been made with to be resumed
-
-    def step(self, step: int) -> dict[str, Tensor]:
-        """Runs one optimisation step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """What is shipped: the averaged weights."""
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int = 300) -> float:
@@ -193,12 +176,47 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     return channels_last(tokenizer.eval().requires_grad_(False))
 
 
-class TokenizerStage:
+class Stage:
+    """One thing to train: a model, its optimizer, and the averaged weights that are shipped.
+
+    Attributes:
+        steps: how many the training has.
+        made_with: what a saved state must have been made with to be resumed.
+    """
+
+    model: nn.Module
+    average: Average
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, plan: Plan, sprites: Tensor, steps: int) -> None:
+        self.plan, self.sprites, self.device, self.steps = plan, sprites, sprites.device, steps
+        self.made_with: dict[str, Any] = asdict(plan)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Runs one optimisation step, which changes the state in place. Returns figures to log."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {name: getattr(self, name).state_dict() for name in _PARTS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse."""
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is shipped: the averaged weights."""
+        return self.average.values
+
+
+class TokenizerStage(Stage):
     """Reconstruction (absolute error and edges) and codebook loss."""
 
+    model: VQModel
+
     def __init__(self, plan: Plan, sprites: Tensor) -> None:
-        self.plan, self.sprites, self.device = plan, sprites, sprites.device
-        self.steps, self.made_with = plan.tokenizer_steps, asdict(plan)
+        super().__init__(plan, sprites, plan.tokenizer_steps)
         torch.manual_seed(plan.seed)
         self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
         self.optimizer = adamw(self.model.parameters(), self.device)
@@ -259,37 +277,26 @@ class TokenizerStage:
             torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1))
         )
 
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
-
     def state_dict(self) -> dict[str, Any]:
         """See `Stage`."""
-        return {name: part.state_dict() for name, part in self._parts().items()} | {
-            "used": self.used
-        }
+        return super().state_dict() | {"used": self.used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Stage`."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        super().load_state_dict(state)
         self.used.copy_(state["used"])
 
-    def weights(self) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self.average.values
 
-
-class GPTStage:
+class GPTStage(Stage):
     """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance
     works.
     """
 
+    model: Transformer
+
     def __init__(self, plan: Plan, sprites: Tensor, tokenizer_path: Path) -> None:
-        self.plan, self.sprites, self.device = plan, sprites, sprites.device
-        self.steps = plan.gpt_steps
-        self.made_with = asdict(plan) | {
-            "tokenizer": hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
-        }
+        super().__init__(plan, sprites, plan.gpt_steps)
+        self.made_with["tokenizer"] = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
         tokenizer = load_tokenizer(tokenizer_path, self.device)
         grid = IMAGE_SIZE // tokenizer.config.downsample_size
         model = GPT_models["GPT-demo"](
@@ -343,18 +350,3 @@ class GPTStage:
     def _loss(self, codes: Tensor, labels: Tensor) -> Tensor:
         logits = self.model(idx=codes[:, :-1], cond_idx=labels)  # [batch, tokens, vocab_size]
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Stage`."""
-        return {
-            name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Stage`."""
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-
-    def weights(self) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self.average.values

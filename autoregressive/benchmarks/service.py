@@ -1,0 +1,131 @@
+"""What the benchmarks of the service share: to start it, to ask it with its key, and to keep it
+busy from other processes.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+
+from autoregressive.benchmarks.serve_report import steady_rate
+from autoregressive.errors import UserError
+
+_SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+_URL = "http://127.0.0.1:8000"
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """Adds --url, without a slash at its end."""
+    parser.add_argument(
+        "--url",
+        type=lambda typed: typed.rstrip("/"),
+        metavar="URL",
+        default=_URL,
+        help=f"where the service is (default: {_URL})",
+    )
+
+
+def authorization() -> dict[str, str]:
+    """The header with the service's key: the first one in LLAMAGEN_API_KEY, where a service may
+    have several. Empty without a key.
+    """
+    key = os.environ.get("LLAMAGEN_API_KEY", "").split(",")[0].strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+@contextmanager
+def service_at(url: str) -> Iterator[None]:
+    """Around questions to a service.
+
+    Raises:
+        UserError: no service answers at that address.
+    """
+    try:
+        yield
+    except (httpx2.TransportError, httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise UserError(
+            f"--url {url}: no service answers there; start autoregressive/serve/api_server.py first"
+        ) from error
+
+
+def script(name: str, *flags: object) -> list[str]:
+    """The command that runs one of the benchmarks."""
+    return [sys.executable, str(_SCRIPTS / name), *map(str, flags)]
+
+
+@contextmanager
+def running_service(command: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The process id and the URL of a service that is ready."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if (ready := re.match(r"ready after .*: (http\S+)", line)) is not None:
+                    yield process.pid, ready[1]
+                    break
+            else:
+                raise UserError("the service did not start: run its command by hand to see why")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def last_json(command: Sequence[str]) -> dict[str, Any]:
+    """What a script ends in."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{Path(command[1]).name} failed: run it by hand to see why")
+    return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
+
+
+def at_once(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """What several scripts end in that run beside each other."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(last_json, commands))
+
+
+def saturate(
+    bench: Sequence[str], url: str, concurrency: int, seconds: int, clients: int
+) -> dict[str, Any]:
+    """One run with `concurrency` requests all the time, from so many client processes, and what
+    the service's supervisor sees of it.
+
+    Args:
+        bench: the command of bench_serve.py with the flags that all clients have.
+
+    Raises:
+        UserError: a script fails, or the time was too short for images to count.
+    """
+    load = [*bench, "--saturate", str(concurrency // clients), "--previews", "0", "--moments"]
+    load += ["--seconds", str(seconds)]
+    probed, *loads = at_once(
+        [
+            script("bench_probes.py", "--url", url, "--seconds", seconds),
+            *([*load, "--seed", str(seed)] for seed in range(clients)),
+        ]
+    )
+    results = [one["results"][0] for one in loads]
+    moments = [moment for result in results for moment in result["moments"]]
+    ends = [result["until"] for result in results]  # in between all of them ask
+    images, _, pace = steady_rate(moments, concurrency, max(ends) - seconds, min(ends))
+    if images == 0:
+        raise UserError(
+            f"--seconds {seconds}: the first requests took more than a third of that; give more "
+            "seconds"
+        )
+    return {
+        "images_per_second": round(pace, 3),
+        "failures": [result["failures"] for result in results],
+        "probes": probed["results"],
+    }
