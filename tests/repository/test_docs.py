@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_service import running_service
 from PIL import Image
 
 from autoregressive.cli.flags import build_parser
@@ -90,7 +92,41 @@ def test_the_engines_example_runs() -> None:
     assert lines[-1] == "torch.Size([2, 3, 32, 32])"
 
 
-def test_make_demo_draws_the_readmes_picture_with_the_engine(tmp_path: Path) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the example is of curl")
+def test_the_services_examples_save_images(tmp_path: Path) -> None:
+    """Fails if a request of OpenAI's client or of curl, as service.md has it, saves no image."""
+    requests = section(ROOT / "docs" / "service.md", "## Requests")
+    ((kind, of_client), (other_kind, of_curl)) = re.findall(
+        r"```(python|sh)\n(.*?)```", requests, flags=re.DOTALL
+    )
+    assert (kind, other_kind) == ("python", "sh")
+    commands = ([sys.executable, "-c", of_client], ["bash", "-c", f"set -o pipefail\n{of_curl}"])
+    with running_service(tmp_path) as service:
+        for command in commands:
+            command[2] = command[2].replace("http://127.0.0.1:8000", service.url)
+            command[2] = command[2].replace("python -c", f"{sys.executable} -c")
+            done = subprocess.run(
+                command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+            )
+            assert done.returncode == 0, done.stderr
+            with Image.open(tmp_path / "fox.png") as image:
+                assert image.format == "PNG"
+            (tmp_path / "fox.png").unlink()
+
+
+def test_every_python_example_is_python() -> None:
+    """Fails if an example that no test runs has a mistake of syntax."""
+    examples = [
+        code
+        for document in DOCUMENTS
+        for code in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    ]
+    assert len(examples) >= 5
+    for code in examples:
+        ast.parse(code)
+
+
+def test_make_demo_draws_the_readmes_image_with_the_engine(tmp_path: Path) -> None:
     """Fails if the demo's command ends in an error, is not the engine's, or draws anything but what
     the README shows.
     """
@@ -231,12 +267,13 @@ def test_every_flag_of_the_scripts_is_listed(heading: str, pattern: str, help_of
     assert listed_flags(text) == flags
 
 
-def test_every_console_script_is_named() -> None:
-    """Fails if a console script is added and no document tells of it."""
+def test_every_console_script_and_the_version_are_documented() -> None:
+    """Fails if a console script or a version is added and no document tells of it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"]
     for name in project["scripts"]:
         assert f"`{name}`" in CLI.read_text(), name
+    assert f"\n## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def anchors(document: Path) -> set[str]:
