@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fake_service import running_service
 from PIL import Image
 
 from autoregressive.cli.flags import build_parser
+from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
 from autoregressive.serve.sample_c2i import build_engine_parser
 from autoregressive.serve.web.schema import ImageRequest
 from autoregressive.serve.web.settings import build_server_parser
+from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).resolve().parents[2]
 README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
@@ -274,6 +277,29 @@ def test_every_console_script_and_the_version_are_documented() -> None:
     for name in project["scripts"]:
         assert f"`{name}`" in CLI.read_text(), name
     assert f"\n## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readmes_memory_figures_are_computed() -> None:
+    """Fails if a figure of memory in the README is not that of the model's shape."""
+    rows = re.findall(
+        r"^\| (GPT-\w+) \| \S+ \| (\S+) GiB \| (\S+) MiB \| (\S+) GiB \|",
+        section(README, "## Models, memory and GPUs"),
+        flags=re.MULTILINE,
+    )
+    assert len(rows) == 5
+    with torch.device("meta"):
+        tokenizer = VQ_models["VQ-16"]()
+    tokenizer_bytes = 4 * sum(weight.numel() for weight in tokenizer.parameters())
+    for name, weights, cache, memory in rows:
+        with torch.device("meta"):
+            gpt = GPT_models[name](vocab_size=16384, block_size=24**2, num_classes=1000)
+        weight_bytes = 2 * sum(weight.numel() for weight in gpt.parameters())
+        # Two rows, keys and values, two bytes each.
+        cache_bytes = 2 * 2 * 2 * gpt.config.n_layer * gpt.config.dim * gpt.config.block_size
+        needed = (weight_bytes + tokenizer_bytes + 2 * 2**30 + 8 * cache_bytes) / 0.9
+        assert float(weights) == round(weight_bytes / 2**30, 2), name
+        assert float(cache) == round(cache_bytes / 2**20, 1), name
+        assert float(memory) == round(needed / 2**30, 1), name
 
 
 def anchors(document: Path) -> set[str]:
