@@ -23,7 +23,6 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
 from autoregressive.serve.sample_c2i import build_engine_parser
 from autoregressive.serve.web.schema import ImageRequest
-from autoregressive.serve.web.settings import build_server_parser
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,16 +32,16 @@ DOCUMENTS = sorted(
 )
 COLUMNS = 100
 README_LINES = 120
+SERVICE = "autoregressive/serve/api_server.py"
 # Console script -> the file with its flags.
 CONSOLE_SCRIPTS = {
     "llamagen-sample": "autoregressive/serve/sample_c2i.py",
-    "llamagen-serve": "autoregressive/serve/api_server.py",
+    "llamagen-serve": SERVICE,
     "llamagen-download": "scripts/download_models.py",
 }
 PARSERS = {
     "autoregressive/sample/sample_c2i.py": lambda: build_parser("purpose", "command.py"),
     "autoregressive/serve/sample_c2i.py": build_engine_parser,
-    "autoregressive/serve/api_server.py": build_server_parser,
 }
 
 
@@ -178,9 +177,12 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """What a script prints for --help."""
 
     def read(script: str | Path) -> str:
+        # The folders of the scripts are on the path, and the service is in a package.
+        name = "autoregressive.serve.api_server" if script == SERVICE else Path(script).stem
+        module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [str(script), "--help"])
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module(Path(script).stem).main()
+            module.main()
         assert ended.value.code == 0
         return capsys.readouterr().out
 
@@ -200,7 +202,7 @@ def test_every_command_of_the_documents_parses(help_of: HelpOf) -> None:
         program, typed = words[0], words[1:]
         if program in PARSERS:
             PARSERS[program]().parse_args(typed)
-        elif program.startswith("scripts/"):
+        elif program.startswith("scripts/") or program == SERVICE:
             used = {word for word in typed if word.startswith("--")}
             assert used <= help_flags(help_of(program)), (document, words)
         elif program == "make":
@@ -234,11 +236,11 @@ def listed_flags(text: str) -> set[str]:
     return {flag for head in heads for flag in re.findall(r"--[a-z-]+", head)}
 
 
-def test_every_flag_of_the_commands_is_listed() -> None:
+def test_every_flag_of_the_commands_is_listed(help_of: HelpOf) -> None:
     """Fails if a flag that was added, renamed or removed leaves the documents behind."""
     both = parser_flags(build_parser("purpose", "command.py"))
     engine = parser_flags(build_engine_parser())
-    service = parser_flags(build_server_parser())
+    service = help_flags(help_of(SERVICE))
     assert listed_flags(section(CLI, "## Flags of both commands")) == both
     assert listed_flags(section(CLI, "## Flags of the engine's command")) == engine - both | {
         "--precision",
