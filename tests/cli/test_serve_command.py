@@ -298,7 +298,7 @@ def test_help_says_that_the_seeds_differ(capsys: pytest.CaptureFixture[str]) -> 
     assert f"python {COMMAND} --gpt-model GPT-demo" in shown
 
 
-@pytest.mark.parametrize("source", ["--help", "README.md"])
+@pytest.mark.parametrize("source", ["--help", "docs/cli.md"])
 def test_what_a_flag_does_not_do_is_said(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a flag's line promises something on a CPU, or of torch's operations, that
     is not so.
@@ -308,8 +308,8 @@ def test_what_a_flag_does_not_do_is_said(source: str, capsys: pytest.CaptureFixt
             sample_c2i.main(["--help"])
         entries = capsys.readouterr().out.split("\n  --")
     else:
-        entries = (ROOT / source).read_text().split("\n| `--")
-    of_flag = {entry.split()[0].strip("`"): " ".join(entry.split()) for entry in entries}
+        entries = (ROOT / source).read_text().split("\n- `--")
+    of_flag = {entry.split()[0].strip("`:"): " ".join(entry.split()) for entry in entries}
     assert "none on a CPU" in of_flag["gpu-memory-utilization"]
     assert "no effect on a CPU" in of_flag["enforce-eager"]
     assert "with torch's operations (a CPU, an older GPU, " in of_flag["deterministic"]
