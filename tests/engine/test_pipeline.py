@@ -1,0 +1,159 @@
+"""The front door: classes in, pictures out."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from source_tree import ROOT
+
+import autoregressive
+from autoregressive import Pipeline
+from autoregressive.errors import UserError
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve import EngineConfig
+from autoregressive.serve.pipeline import GeneratedImage
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    """The demo model on the CPU."""
+    engine = EngineConfig(max_num_seqs=8, attention_backend="torch")
+    return Pipeline.from_pretrained("GPT-demo", device="cpu", engine=engine)
+
+
+def test_each_image_can_be_drawn_again_by_its_seed(pipe: Pipeline) -> None:
+    """Fails if images of one call are alike, out of order, or not those of their seeds."""
+    result = pipe(["fox", 2], n=2, seed=7, cfg_scale=2.0, progress=False)
+    assert (result.labels, result.seeds) == ([7, 7, 2, 2], [7, 8, 9, 10])
+    assert result.codes.shape == (4, 256)
+    assert not torch.equal(result.codes[0], result.codes[1])
+    again = pipe(result.labels[1], seed=result.seeds[1], cfg_scale=2.0, progress=False)
+    assert torch.equal(again.codes[0], result.codes[1])
+    assert again.images[0].tobytes() == result.images[1].tobytes()
+
+
+def test_the_first_image_is_the_commands(pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if the defaults, the numbers of images, or the engine differ from the command's."""
+    from autoregressive.serve.sample_c2i import main
+
+    output = tmp_path / "x.png"
+    main(
+        ["--gpt-model", "GPT-demo", "--class-labels", "fox", "--seed", "7", "--output", str(output)]
+    )
+    [image] = pipe("fox", seed=7, progress=False).images
+    with Image.open(output) as drawn:
+        assert image.tobytes() == drawn.tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_pictures_carry_their_parameters(pipe: Pipeline, tmp_path: Path, suffix: str) -> None:
+    """Fails if a saved picture does not say how it was made, whatever its format."""
+    [image] = pipe("fox", seed=7, cfg_scale=1.5, progress=False).images
+    path = tmp_path / f"fox{suffix}"
+    image.save(path)
+    with Image.open(path) as saved:
+        text = saved.info.get("llamagen") or json.dumps(
+            json.loads(saved.getexif()[270])["llamagen"]
+        )
+    assert json.loads(text) == image.record
+    assert (image.record["seed"], image.record["cfg_scale"]) == (7, 1.5)
+    assert image.record["class_name"] == "fox"
+
+
+def test_pillows_other_ways_to_save_work(pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if the record gets in the way of Pillow's other uses."""
+    [image] = pipe("fox", seed=7, progress=False).images
+    assert isinstance(image, GeneratedImage)
+    stream = io.BytesIO()
+    image.save(stream, format="png")
+    assert b"llamagen" in stream.getvalue()
+    image.save(tmp_path / "fox.bmp")
+    assert image.resize((32, 32)).size == (32, 32)
+
+
+def test_a_notebook_shows_the_grid(pipe: Pipeline) -> None:
+    """Fails if a result is shown as text, or the grid lacks an image."""
+    result = pipe("fox", n=5, seed=1, progress=False)
+    with Image.open(io.BytesIO(result._repr_png_())) as shown:
+        assert shown.size == result.grid.size
+        assert shown.width == 4 * 130 + 2
+        assert shown.height > 2 * 130
+
+
+def test_without_a_seed_each_call_differs(pipe: Pipeline) -> None:
+    """Fails if a user who gives no seed gets the same image for ever."""
+    assert pipe("fox", progress=False).seeds != pipe("fox", progress=False).seeds
+
+
+def test_the_engines_own_defaults_run_on_the_shipped_model(pipe: Pipeline) -> None:
+    """Fails if top_k 2000, LlamaGen's default, is refused for a codebook of 1024."""
+    codes = pipe.engine.generate([7], SamplingParams(), decode=False)
+    assert codes.shape == (1, 256)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"classes": "foxx"}, "class 'foxx' is unknown; the closest are fox (7)"),
+        ({"classes": 64}, "class 64: ids go from 0 to 63"),
+        ({"classes": []}, "give one or more"),
+        ({"classes": "fox", "n": 0}, "n 0: must be 1 to"),
+        ({"classes": "fox", "top_p": 2.0}, "top_p 2.0: must be above 0 and at most 1"),
+        ({"classes": "fox", "seed": -1}, "seed -1: must be 0 to 2**63 - 1"),
+    ],
+)
+def test_a_mistake_is_a_value_error(
+    pipe: Pipeline, arguments: dict[str, object], told: str
+) -> None:
+    """Fails if a call that cannot be meant draws, or its error does not say what to do."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        pipe(**arguments, progress=False)  # type: ignore[arg-type]
+    assert told in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "told"),
+    [
+        ("gpt-xl", {}, "did you mean GPT-XL?"),
+        ("nonsense", {}, "use GPT-B"),
+        ("missing.pt", {}, "there is no such file or folder"),
+        ("GPT-XL", {}, "there are no trained weights for GPT-XL"),
+        ("GPT-XL", {"devise": "cpu"}, "there is no option devise: did you mean device?"),
+        ("GPT-demo", {"image_size": 300}, "image_size 300: must be 128 for GPT-demo"),
+        ("GPT-demo", {"device": "gpu"}, "device gpu: must be cpu, cuda or cuda:N"),
+        ("GPT-demo", {"precision": "int3"}, "precision int3: must be one of none, fp16, bf16"),
+    ],
+)
+def test_a_model_that_is_not_there_is_a_value_error(
+    tmp_path: Path, model: str, options: dict[str, object], told: str
+) -> None:
+    """Fails if noise is drawn unasked, or an error speaks of flags."""
+    with pytest.raises(UserError) as caught:
+        Pipeline.from_pretrained(model, **({"pretrained_dir": tmp_path} | options))
+    assert told in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_a_checkpoint_is_loaded_by_its_path() -> None:
+    """Fails if a path is taken for a name."""
+    path = ROOT / "pretrained_models" / "demo_gpt.safetensors"
+    engine = EngineConfig(max_num_seqs=2, attention_backend="torch")
+    pipe = Pipeline.from_pretrained(path, device="cpu", engine=engine)
+    assert pipe.choice.model.gpt_model == "GPT-demo"
+    assert len(pipe.classes) == 64
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    """Fails if `import autoregressive` takes seconds."""
+    code = "import sys, autoregressive, autoregressive.serve; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False)
+    assert done.returncode == 0
+    with pytest.raises(AttributeError, match="has no attribute 'Pipelin'"):
+        _ = autoregressive.Pipelin
