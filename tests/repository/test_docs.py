@@ -1,13 +1,10 @@
-"""The documents are true: their examples run, their commands parse, their flags and files exist."""
+"""The documents are true: their commands parse, and their flags, figures and files exist."""
 
 import argparse
 import ast
 import importlib
-import json
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -15,28 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_service import running_service
-from PIL import Image
+from documents import CLI, DOCUMENTS, README, ROOT, SERVICE, examples, section
 
 from autoregressive.cli.flags import build_parser
 from autoregressive.models.gpt import GPT_models
-from autoregressive.output.images import JSON_KEY
 from autoregressive.serve.sample_c2i import build_engine_parser
 from autoregressive.serve.web.schema import ImageRequest
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
-ROOT = Path(__file__).resolve().parents[2]
-README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "pretrained_models" / "README.md"]
-)
 COLUMNS = 100
 README_LINES = 120
-SERVICE = "autoregressive/serve/api_server.py"
+SERVICE_COMMAND = "autoregressive/serve/api_server.py"
 # Console script -> the file with its flags.
 CONSOLE_SCRIPTS = {
     "llamagen-sample": "autoregressive/serve/sample_c2i.py",
-    "llamagen-serve": SERVICE,
+    "llamagen-serve": SERVICE_COMMAND,
     "llamagen-download": "scripts/download_models.py",
 }
 PARSERS = {
@@ -45,124 +35,10 @@ PARSERS = {
 }
 
 
-def section(document: Path, heading: str) -> str:
-    """What stands below a heading, up to the next one of its level or above."""
-    level = heading.split()[0]
-    after = document.read_text().split(f"\n{heading}\n")[1]
-    return re.split(rf"^#{{1,{len(level)}}} ", after, flags=re.MULTILINE)[0]
-
-
-def python_example(document: Path, heading: str) -> str:
-    """The one Python example below a heading."""
-    (code,) = re.findall(r"```python\n(.*?)```", section(document, heading), flags=re.DOTALL)
-    return str(code)
-
-
-def run_python(code: str) -> str:
-    """Runs an example from the repository's root on one thread, and returns what it prints."""
-    one_thread = "import torch\ntorch.set_num_threads(1)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", one_thread + code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_example_with_llamagens_import_paths_draws_an_image(tmp_path: Path) -> None:
-    """Fails if an import path of LlamaGen is gone, or the example saves anything but two images."""
-    code = python_example(ROOT / "docs" / "python.md", "## LlamaGen's import paths")
-    run_python(code.replace('"dog_and_fox.png"', repr(str(tmp_path / "x.png"))))
-    with Image.open(tmp_path / "x.png") as image:
-        assert image.size == (262, 132)
-
-
-def test_the_engines_example_runs() -> None:
-    """Fails if the engine's example names something that is gone, or does not come to an end."""
-    code = python_example(ROOT / "docs" / "python.md", "## The engine")
-    # The weights fit any number of tokens, and 16 are sampled quickly.
-    small = code.replace("block_size=256", "block_size=16")
-    assert small != code
-    lines = run_python(f"{small}\nprint(pixels.shape)").splitlines()
-    # `generate` made requests 0 and 1.
-    assert any(line.startswith("2 finished") for line in lines)
-    assert any(line.startswith(("3 finished", "3 cancelled")) for line in lines)
-    assert lines[-1] == "torch.Size([2, 3, 32, 32])"
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the example is of curl")
-def test_the_services_examples_save_images(tmp_path: Path) -> None:
-    """Fails if a request of OpenAI's client or of curl, as service.md has it, saves no image."""
-    requests = section(ROOT / "docs" / "service.md", "## Requests")
-    ((kind, of_client), (other_kind, of_curl)) = re.findall(
-        r"```(python|sh)\n(.*?)```", requests, flags=re.DOTALL
-    )
-    assert (kind, other_kind) == ("python", "sh")
-    commands = ([sys.executable, "-c", of_client], ["bash", "-c", f"set -o pipefail\n{of_curl}"])
-    with running_service(tmp_path) as service:
-        for command in commands:
-            command[2] = command[2].replace("http://127.0.0.1:8000", service.url)
-            command[2] = command[2].replace("python -c", f"{sys.executable} -c")
-            done = subprocess.run(
-                command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-            )
-            assert done.returncode == 0, done.stderr
-            with Image.open(tmp_path / "fox.png") as image:
-                assert image.format == "PNG"
-            (tmp_path / "fox.png").unlink()
-
-
-def test_every_python_example_is_python() -> None:
-    """Fails if an example that no test runs has a mistake of syntax."""
-    examples = [
-        code
-        for document in DOCUMENTS
-        for code in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
-    ]
-    assert len(examples) >= 5
-    for code in examples:
-        ast.parse(code)
-
-
-def test_make_demo_draws_the_readmes_image_with_the_engine(tmp_path: Path) -> None:
-    """Fails if the demo's command ends in an error, is not the engine's, or draws anything but what
-    the README shows.
-    """
-    (line,) = re.findall(
-        r"^\t\$\(VENV\)/bin/python (.* --output demo.png)$",
-        (ROOT / "Makefile").read_text(),
-        flags=re.MULTILINE,
-    )
-    command = [
-        sys.executable,
-        *shlex.split(line),
-        "--output",
-        str(tmp_path / "x.png"),
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with (
-        Image.open(tmp_path / "x.png") as drawn,
-        Image.open(ROOT / "docs" / "images" / "demo.png") as shown,
-    ):
-        assert drawn.size == shown.size
-        made, promised = (json.loads(image.text[JSON_KEY]) for image in (drawn, shown))  # type: ignore[attr-defined]
-    # cpu and cuda builds of one version
-    assert made.pop("torch").split("+")[0] == promised.pop("torch").split("+")[0]
-    assert made == promised
-    assert made["loop"] == "paged"
-
-
 def shell_commands() -> Iterator[tuple[Path, list[str]]]:
     """Every command of the documents' shell examples, as words."""
     for document in DOCUMENTS:
-        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL):
+        for block in examples(document.read_text(), "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
@@ -178,7 +54,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def read(script: str | Path) -> str:
         # The folders of the scripts are on the path, and the service is in a package.
-        name = "autoregressive.serve.api_server" if script == SERVICE else Path(script).stem
+        name = "autoregressive.serve.api_server" if script == SERVICE_COMMAND else Path(script).stem
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [str(script), "--help"])
         with pytest.raises(SystemExit) as ended:
@@ -202,7 +78,7 @@ def test_every_command_of_the_documents_parses(help_of: HelpOf) -> None:
         program, typed = words[0], words[1:]
         if program in PARSERS:
             PARSERS[program]().parse_args(typed)
-        elif program.startswith("scripts/") or program == SERVICE:
+        elif program.startswith("scripts/") or program == SERVICE_COMMAND:
             used = {word for word in typed if word.startswith("--")}
             assert used <= help_flags(help_of(program)), (document, words)
         elif program == "make":
@@ -240,16 +116,16 @@ def test_every_flag_of_the_commands_is_listed(help_of: HelpOf) -> None:
     """Fails if a flag that was added, renamed or removed leaves the documents behind."""
     both = parser_flags(build_parser("purpose", "command.py"))
     engine = parser_flags(build_engine_parser())
-    service = help_flags(help_of(SERVICE))
+    service = help_flags(help_of(SERVICE_COMMAND))
     assert listed_flags(section(CLI, "## Flags of both commands")) == both
     assert listed_flags(section(CLI, "## Flags of the engine's command")) == engine - both | {
         "--precision",
         "--compile",
     }
     # The service's own: the model's and the engine's flags are in cli.md.
-    assert listed_flags(
-        section(ROOT / "docs" / "service.md", "## Flags")
-    ) == service - both - engine | {"--max-num-seqs"}
+    assert listed_flags(section(SERVICE, "## Flags")) == service - both - engine | {
+        "--max-num-seqs"
+    }
 
 
 @pytest.mark.parametrize(
@@ -367,7 +243,7 @@ def test_every_message_of_the_troubleshooting_page_is_said_by_the_program() -> N
 
 def test_every_test_that_a_promise_names_exists() -> None:
     """Fails if a test of a promise is gone or was renamed."""
-    promises = section(ROOT / "docs" / "service.md", "## What it promises")
+    promises = section(SERVICE, "## What it promises")
     named = {
         name
         for tests in re.findall(r"Tests:((?:[^.]|\.(?!\n))*)\.\n", promises)
