@@ -3,11 +3,11 @@
 import os
 import sys
 
-from autoregressive.cli.command import run_command
+from autoregressive.cli.command import run_command, saying_what_to_install
 from autoregressive.errors import UserError, tell
 from autoregressive.serve.signals import SignalWatch, signals_watched
 
-with signals_watched(__name__) as WATCH:  # from the first line on
+with signals_watched(__name__) as WATCH, saying_what_to_install():  # from the first line on
     import asyncio
     import logging
     import socket
