@@ -9,15 +9,15 @@ CPU, slowly; Hopper's do not.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.attention import HEAD_SIZES, attention, attention_reference
+from kernels.attention import HEAD_SIZES, AttentionTiles, attention
+from kernels.attention_reference import attention_reference
 from kernels.group_norm import (
-    GroupStatistics,
     add_with_statistics,
     add_with_statistics_reference,
     normalize,
@@ -25,65 +25,35 @@ from kernels.group_norm import (
     supports,
 )
 from kernels.hopper.attention import hopper_attention
-from kernels.hopper.products import HEADROOM, fused_linear, fused_project, fused_swiglu
-from kernels.linear import linear, linear_reference
+from kernels.hopper.products import (
+    HEADROOM,
+    FusedTiles,
+    fused_linear,
+    fused_project,
+    fused_swiglu,
+)
+from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.operations import FusedProducts, GroupNormOperations, Operations
 from kernels.sampling import draw_tokens
 from kernels.sampling_reference import draw_tokens as draw_tokens_reference
 from kernels.swiglu import gate, gate_reference, swiglu, swiglu_reference
-from kernels.tiles import TileTable, tile_table
+from kernels.tiles import (
+    ATTENTION,
+    FUSED_HEAD,
+    FUSED_LINEAR,
+    FUSED_PROJECT,
+    FUSED_SWIGLU,
+    LINEAR,
+    SWIGLU,
+    WHOLE_LINEAR,
+    Section,
+    TileTable,
+    tile_table,
+)
 
 BACKENDS = ("auto", "triton", "torch")
 MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
-
-
-@dataclass(frozen=True)
-class Operations:
-    """What a decode step is made of; the arguments are those of the torch references beside each
-    kernel.
-    """
-
-    embed: Callable[..., None]
-    linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, partial sums
-    # outputs, inputs, bytes of an element -> partial sums of `linear`
-    linear_splits: Callable[[int, int, int], int]
-    whole_linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, product [rows, outputs]
-    swiglu: Callable[[Tensor, Tensor, Tensor], None]
-    gate: Callable[[Tensor, Tensor], None]
-    attention: Callable[..., None]
-    # tokens, bytes of an element -> chunks of its scratch tensors
-    attention_chunks: Callable[[int, int], int]
-    add_norm: Callable[..., None]
-    draw_tokens: Callable[..., None]
-    fused: "FusedProducts | None" = (
-        None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
-    )
-
-
-@dataclass(frozen=True)
-class FusedProducts:
-    """A layer's products where each norms its own input and adds itself to the residual stream; see
-    kernels/hopper/products.py.
-    """
-
-    linear: Callable[..., None]  # x, squares, weight, partial sums
-    linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
-    project: Callable[..., None]
-    # outputs, inputs -> blocks of squares that `project` writes
-    project_blocks: Callable[[int, int], int]
-    swiglu: Callable[..., None]  # x, squares, weight, out
-    head: Callable[..., None]  # x, squares, weight, logits
-    headroom: float  # factor of every x
-
-
-@dataclass(frozen=True)
-class GroupNormOperations:
-    """The pixel decoder's two fused operations; the arguments are those of the torch references in
-    kernels/group_norm.py.
-    """
-
-    add: Callable[..., tuple[Tensor | None, GroupStatistics]]
-    normalize: Callable[..., Tensor]
 
 
 def select_group_norm(
@@ -192,49 +162,62 @@ def torch_operations() -> Operations:
 def triton_operations(
     table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False
 ) -> Operations:
-    """The fused kernels, cut up as the table says.
+    """The Triton kernels, cut up as the table says.
 
     Args:
         hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
     """
 
+    def linear_tiles(outputs: int, inputs: int, itemsize: int) -> LinearTiles:
+        return table.find(LINEAR, outputs, inputs, itemsize)
+
+    def attention_tiles(itemsize: int) -> AttentionTiles:
+        return table.find(ATTENTION, heads, head_size, itemsize)
+
     def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        linear(
-            x,
-            weight,
-            out,
-            table.linear_tiles(*weight.shape, weight.element_size()),
-            launch_pdl=launch_pdl,
-        )
+        outputs, inputs = weight.shape
+        tiles = linear_tiles(outputs, inputs, weight.element_size())
+        linear(x, weight, out, tiles, launch_pdl=launch_pdl)
 
     def whole_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        tiles = table.whole_linear_tiles(*weight.shape, weight.element_size())
+        outputs, inputs = weight.shape
+        tiles = table.find(WHOLE_LINEAR, outputs, inputs, weight.element_size())
         linear(x, weight, out[None], tiles, launch_pdl=launch_pdl)
 
     def gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        tiles = table.swiglu_tiles(weight.shape[0] // 2, weight.shape[1], weight.element_size())
+        both_halves, inputs = weight.shape
+        tiles = table.find(SWIGLU, both_halves // 2, inputs, weight.element_size())
         swiglu(x, weight, out, tiles, launch_pdl=launch_pdl)
 
-    def attend(*tensors: Tensor) -> None:
-        tiles = table.attention_tiles(heads, head_size, tensors[2].element_size())
+    def attend(
+        qkv: Tensor,
+        rotary: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        page_table: Tensor,
+        positions: Tensor,
+        chunk_out: Tensor,
+        chunk_stats: Tensor,
+        out: Tensor,
+    ) -> None:
+        cache = key_pages, value_pages, page_table
+        scratch, tiles = (chunk_out, chunk_stats), attention_tiles(key_pages.element_size())
         if hopper:
-            hopper_attention(*tensors, tiles=tiles)
+            hopper_attention(qkv, rotary, *cache, positions, *scratch, out, tiles)
         else:
-            attention(*tensors, tiles=tiles, launch_pdl=launch_pdl)
+            attention(qkv, rotary, *cache, positions, *scratch, out, tiles, launch_pdl=launch_pdl)
 
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
         linear=split_linear,
-        linear_splits=lambda outputs, inputs, itemsize: table.linear_tiles(
+        linear_splits=lambda outputs, inputs, itemsize: linear_tiles(
             outputs, inputs, itemsize
         ).splits(inputs),
         whole_linear=whole_linear,
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=attend,
-        attention_chunks=lambda tokens, itemsize: table.attention_tiles(
-            heads, head_size, itemsize
-        ).chunks(tokens),
+        attention_chunks=lambda tokens, itemsize: attention_tiles(itemsize).chunks(tokens),
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see
         # `embed`).
@@ -246,31 +229,40 @@ def triton_operations(
 def fused_products(table: TileTable) -> FusedProducts:
     """Hopper's products, cut up as the table says."""
 
+    def tiles_of(section: Section[FusedTiles], outputs: int, inputs: int) -> FusedTiles:
+        return table.find(section, outputs, inputs, itemsize=2)
+
     def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        fused_linear(x, squares, weight, out, table.fused_linear_tiles(*weight.shape), eps=eps)
+        outputs, inputs = weight.shape
+        fused_linear(x, squares, weight, out, tiles_of(FUSED_LINEAR, outputs, inputs), eps=eps)
 
     def project(
-        x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        normed: Tensor,
+        squares: Tensor,
     ) -> None:
-        fused_project(
-            x, weight, residual, gain, normed, squares, table.fused_project_tiles(*weight.shape)
-        )
+        outputs, inputs = weight.shape
+        tiles = tiles_of(FUSED_PROJECT, outputs, inputs)
+        fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
 
     def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        tiles = table.fused_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
+        both_halves, inputs = weight.shape
+        tiles = tiles_of(FUSED_SWIGLU, both_halves // 2, inputs)
         fused_swiglu(x, squares, weight, out, tiles, eps=eps)
 
-    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        fused_linear(
-            x, squares, weight, logits[None], table.fused_head_tiles(*weight.shape), eps=eps
-        )
+    def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        outputs, inputs = weight.shape
+        fused_linear(x, squares, weight, out[None], tiles_of(FUSED_HEAD, outputs, inputs), eps=eps)
 
     return FusedProducts(
         linear=linear,
-        linear_splits=lambda outputs, inputs: table.fused_linear_tiles(outputs, inputs).splits,
+        linear_splits=lambda outputs, inputs: tiles_of(FUSED_LINEAR, outputs, inputs).splits,
         project=project,
         project_blocks=lambda outputs, inputs: (
-            -(-outputs // table.fused_project_tiles(outputs, inputs).outputs)
+            -(-outputs // tiles_of(FUSED_PROJECT, outputs, inputs).outputs)
         ),
         swiglu=swiglu,
         head=head,

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a product is cut up; from the measured table, or `kernels.tiles.default_linear_tiles`."""
+    """How a product is cut up; from the measured table, or `kernels.tiles.linear_rule`."""
 
     outputs: int  # outputs of a program
     inputs: int  # inputs of one tile
@@ -53,48 +53,48 @@ def _linear_kernel(
     output_block, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = row_block * ROW_TILE + tl.arange(0, ROW_TILE)
     output = output_block * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
-    lane = tl.arange(0, INPUT_TILE)
+    offset = tl.arange(0, INPUT_TILE)
     first_input = split * (TILES * INPUT_TILE)
-    live_row = row < rows
-    live_output = output < OUTPUTS
+    row_mask = row < rows
+    output_mask = output < OUTPUTS
     weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
     x_rows = x + row[None, :] * INPUTS
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    early_weights = ()
+    early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = first_input + tile * INPUT_TILE + lane
+        column = first_input + tile * INPUT_TILE + offset
         early_weights = early_weights + (
-            _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE),
+            _load_weights(weight_rows, column, output_mask, INPUTS, OUTPUTS, OUTPUT_TILE),
         )
     if LAUNCH_PDL:
         gdc_wait()  # only now is x valid
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
-        column = first_input + tile * INPUT_TILE + lane
-        weights = _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE)
+        column = first_input + tile * INPUT_TILE + offset
+        weights = _load_weights(weight_rows, column, output_mask, INPUTS, OUTPUTS, OUTPUT_TILE)
         values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
         )
         total = tl.dot(weights, values, total, input_precision="ieee")
-    early_values = ()
+    early_values: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = first_input + tile * INPUT_TILE + lane
+        column = first_input + tile * INPUT_TILE + offset
         values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
         )
         early_values = early_values + (values,)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
     at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
-    tl.store(out + at, total, mask=live_row[None, :] & live_output[:, None])
+    tl.store(out + at, total, mask=row_mask[None, :] & output_mask[:, None])
 
 
 @triton.jit
 def _load_weights(
     weight_rows,
     column,
-    live_output,
+    output_mask,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     OUTPUT_TILE: tl.constexpr,
@@ -102,10 +102,10 @@ def _load_weights(
     """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's
     outputs exist.
     """
-    live = (column < INPUTS)[None, :]
+    mask = (column < INPUTS)[None, :]
     if OUTPUTS % OUTPUT_TILE != 0:
-        live = live & live_output[:, None]
-    return tl.load(weight_rows + column[None, :], mask=live, other=0.0)
+        mask = mask & output_mask[:, None]
+    return tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
 
 
 def row_tile(rows: int) -> int:

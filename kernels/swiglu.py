@@ -44,17 +44,17 @@ def _swiglu_kernel(
 ):
     block, row_block = tl.program_id(0), tl.program_id(1)
     row = row_block * ROW_TILE + tl.arange(0, ROW_TILE)
-    live_row = row < rows
+    row_mask = row < rows
     index = tl.arange(0, 2 * HALF)
     output = tl.where(index < HALF, block * HALF + index, HIDDEN + block * HALF + index - HALF)
-    lane = tl.arange(0, INPUT_TILE)
+    offset = tl.arange(0, INPUT_TILE)
     weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
     x_rows = x + row[None, :] * INPUTS
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    early_weights = ()
+    early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = tile * INPUT_TILE + lane
+        column = tile * INPUT_TILE + offset
         early_weights = early_weights + (
             tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0),
         )
@@ -62,17 +62,17 @@ def _swiglu_kernel(
         gdc_wait()
     total = tl.zeros([2 * HALF, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, (INPUTS + INPUT_TILE - 1) // INPUT_TILE, num_stages=STAGES):
-        column = tile * INPUT_TILE + lane
+        column = tile * INPUT_TILE + offset
         weights = tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0)
         values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
         )
         total = tl.dot(weights, values, total, input_precision="ieee")
-    early_values = ()
+    early_values: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = tile * INPUT_TILE + lane
+        column = tile * INPUT_TILE + offset
         values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
+            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
         )
         early_values = early_values + (values,)
     for tile in tl.static_range(EARLY):
@@ -84,7 +84,7 @@ def _swiglu_kernel(
     tl.store(
         out + row[None, :] * HIDDEN + column[:, None],
         hidden.to(out.dtype.element_ty),
-        mask=live_row[None, :],
+        mask=row_mask[None, :],
     )
 
 
@@ -130,15 +130,15 @@ def swiglu_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _gate_kernel(products, out, HIDDEN: tl.constexpr, TILE: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1)
     column = block * TILE + tl.arange(0, TILE)
-    live = column < HIDDEN
+    mask = column < HIDDEN
     at = products + row.to(tl.int64) * 2 * HIDDEN + column
     if LAUNCH_PDL:
         gdc_launch_dependents()
         gdc_wait()
-    gate = tl.load(at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(at + HIDDEN, mask=live, other=0.0).to(tl.float32)
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + HIDDEN, mask=mask, other=0.0).to(tl.float32)
     hidden = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out + row.to(tl.int64) * HIDDEN + column, hidden.to(out.dtype.element_ty), mask=live)
+    tl.store(out + row.to(tl.int64) * HIDDEN + column, hidden.to(out.dtype.element_ty), mask=mask)
 
 
 def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:

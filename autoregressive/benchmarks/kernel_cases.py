@@ -25,14 +25,16 @@ from autoregressive.serve.engine.layers import (
     LibraryLayers,
     PlainLayers,
 )
-from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
-from kernels.dispatch import FusedProducts, Operations, torch_operations
-from kernels.hopper.products import (
-    HEADROOM,
+from kernels.attention import AttentionTiles, combine, head_stride
+from kernels.attention_reference import combine_reference
+from kernels.dispatch import torch_operations
+from kernels.hopper.products import HEADROOM
+from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
     fused_swiglu_reference,
 )
+from kernels.operations import FusedProducts, NormingProduct, Operations
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -173,8 +175,8 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
 def reference_products() -> FusedProducts:
     """The torch references of `Operations.fused`, nothing cut up."""
 
-    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        fused_linear_reference(x, squares, weight, logits[None], eps=eps)
+    def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        fused_linear_reference(x, squares, weight, out[None], eps=eps)
 
     return FusedProducts(
         linear=fused_linear_reference,
@@ -263,8 +265,8 @@ def norming_case(
     outputs: int,
     squares: Tensor,
     out: Tensor,
-    product: Callable[..., None],
-    reference: Callable[..., None],
+    product: NormingProduct,
+    reference: NormingProduct,
 ) -> Case:
     """A product of `FusedProducts` that norms its input; the library's is the product alone.
 
@@ -279,8 +281,8 @@ def norming_case(
         _weights(setting, outputs, dim),
         setting.random(setting.rows, dim, dtype=torch.float32),
     )
-    gain = setting.random(dim).mul_(dim**-0.5)
-    x = (residual * gain * HEADROOM).to(setting.dtype)
+    norm_weight = setting.random(dim).mul_(dim**-0.5)
+    x = (residual * norm_weight * HEADROOM).to(setting.dtype)
     squares.copy_(
         torch.stack(
             [block.sum(dim=1) for block in residual.square().tensor_split(squares.shape[0], dim=1)]
@@ -309,10 +311,10 @@ def project_case(
     """
     dim, normed = setting.config.dim, layers.normed
     weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
-    residual, gain = layers.residual.normal_(), setting.random(dim)
+    residual, norm_weight = layers.residual.normal_(), setting.random(dim)
 
     def run(copy: int) -> None:
-        layers.products.project(x, weights[copy], residual, gain, normed, squares)
+        layers.products.project(x, weights[copy], residual, norm_weight, normed, squares)
 
     def error() -> float:
         own, wanted, sums = (
@@ -321,7 +323,9 @@ def project_case(
             torch.empty_like(squares),
         )
         run(0)
-        fused_project_reference(x.float(), weights[0].float(), own, gain.float(), wanted, sums)
+        fused_project_reference(
+            x.float(), weights[0].float(), own, norm_weight.float(), wanted, sums
+        )
         pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
         return largest(relative_error(*pair) for pair in pairs)
 
@@ -349,12 +353,12 @@ def attention_case(setting: Setting) -> Case:
     def error() -> float:
         keys, values = kv[0].float()  # before the kernel writes the newest token
         run(0)
-        wanted = torch.empty_like(layers.attention_out, dtype=torch.float32)
-        scratch = layers.attention_chunks, layers.chunk_stats
+        wanted = torch.empty_like(layers.attn_out, dtype=torch.float32)
+        scratch = layers.chunk_out, layers.chunk_stats
         torch_operations().attention(
             layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted
         )
-        return relative_error(layers.attention_out, wanted)
+        return relative_error(layers.attn_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
     return Case(
@@ -378,44 +382,44 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
         tiles.chunks(config.block_size),
         tiles.chunks(setting.context),
     )
-    mixed = setting.random(rows, heads, chunks, size, dtype=torch.float32)
+    chunk_out = setting.random(rows, heads, chunks, size, dtype=torch.float32)
     # largest score, sum of weights
     stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)
     stats[..., 1].abs_().add_(1)
-    for unwritten in (mixed, stats):
+    for unwritten in (chunk_out, stats):
         unwritten[:, :, live:] = torch.nan
     positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
     out = setting.empty(rows, config.dim)
 
     def run(_: int) -> None:
-        combine(mixed, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
+        combine(chunk_out, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
 
     def error() -> float:
         run(0)
         wanted = torch.empty_like(out, dtype=torch.float32)
-        combine_reference(mixed, stats, positions, wanted, tiles.chunk)
+        combine_reference(chunk_out, stats, positions, wanted, tiles.chunk)
         return relative_error(out, wanted)
 
-    moved = rows * heads * live * (size + 2) * mixed.itemsize + out.nbytes
+    moved = rows * heads * live * (size + 2) * chunk_out.itemsize + out.nbytes
     return Case("combine", f"{heads} x {size}, {live} chunks", moved, 0, 1, run, None, error)
 
 
 def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
     """The residual stream after the attention's output product."""
     dim = setting.config.dim
-    residual, gain, normed = layers.residual.normal_(), setting.random(dim), layers.normed
+    residual, norm_weight, normed = layers.residual.normal_(), setting.random(dim), layers.normed
     partials = layers.projected.normal_()
 
     def run(_: int) -> None:
-        setting.operations.add_norm(residual, partials, gain, normed, eps=_EPS)
+        setting.operations.add_norm(residual, partials, norm_weight, normed, eps=_EPS)
 
     def error() -> float:
         own, wanted = residual.clone(), torch.empty_like(normed, dtype=torch.float32)
         run(0)
-        torch_operations().add_norm(own, partials, gain, wanted, eps=_EPS)
+        torch_operations().add_norm(own, partials, norm_weight, wanted, eps=_EPS)
         return relative_error(normed, wanted)
 
-    moved = 2 * residual.nbytes + partials.nbytes + gain.nbytes + normed.nbytes
+    moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
     return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, 0, 1, run, None, error)
 
 
@@ -426,7 +430,7 @@ def embed_case(setting: Setting) -> Case:
         setting.random(config.vocab_size, config.dim),
         setting.random(config.num_classes + 1, config.dim),
     )
-    gain = setting.random(config.dim)
+    norm_weight = setting.random(config.dim)
     written = [layers.residual, layers.normed]
     headroom = 1.0
     if isinstance(layers, FusedLayers):  # the first product norms
@@ -434,13 +438,13 @@ def embed_case(setting: Setting) -> Case:
         headroom = layers.products.headroom
 
     def run(_: int) -> None:
-        layers.embed(*tables, gain, batch)
+        layers.embed(*tables, norm_weight, batch)
 
     def error() -> float:
         run(0)
         wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
         fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
-        torch_operations().embed(*fed, *tables, gain, *wanted, eps=_EPS, headroom=headroom)
+        torch_operations().embed(*fed, *tables, norm_weight, *wanted, eps=_EPS, headroom=headroom)
         return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
 
     moved = (

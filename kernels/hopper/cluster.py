@@ -19,12 +19,12 @@ _PADDING = gl.constexpr(4)
 
 
 @gluon.jit
-def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
+def open_exchange(OUTPUT_TILE: gl.constexpr, ROW_TILE: gl.constexpr):
     """The address, in shared memory, of room for partial sums; announces to the cluster that this
     program has it.
     """
     return gl.inline_asm_elementwise(
-        _open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        _open_text(OUTPUT_TILE, ROW_TILE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
@@ -82,22 +82,27 @@ def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constex
     No two threads may hold the same element: each sends what it holds, and the receiver's barrier
     counts the bytes.
     """
-    OUTPUTS: gl.constexpr = partial.shape[0]
-    ROWS: gl.constexpr = partial.shape[1]
-    OWN: gl.constexpr = ROWS // RANKS
-    STRIDE: gl.constexpr = OUTPUTS + _PADDING
+    OUTPUT_TILE: gl.constexpr = partial.shape[0]
+    ROW_TILE: gl.constexpr = partial.shape[1]
+    OWNED_ROWS: gl.constexpr = ROW_TILE // RANKS
+    STRIDE: gl.constexpr = OUTPUT_TILE + _PADDING
     source: gl.constexpr = partial.type.layout
-    output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, source))[:, None]
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, source))[None, :]
-    barrier = exchange + _barrier_offset(OUTPUTS, ROWS)
-    _send(exchange + 4 * ((rank * OWN + row % OWN) * STRIDE + output), barrier, row // OWN, partial)
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, source))[:, None]
+    row = gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, source))[None, :]
+    barrier = exchange + _barrier_offset(OUTPUT_TILE, ROW_TILE)
+    _send(
+        exchange + 4 * ((rank * OWNED_ROWS + row % OWNED_ROWS) * STRIDE + output),
+        barrier,
+        row // OWNED_ROWS,
+        partial,
+    )
     _wait(barrier)
-    own_output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))[:, None]
-    own_row = gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))[None, :]
-    at = exchange + 4 * (own_row * STRIDE + own_output)
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    row = gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))[None, :]
+    at = exchange + 4 * (row * STRIDE + output)
     total = _received(at)
     for sender in gl.static_range(1, RANKS):
-        total += _received(at + 4 * sender * OWN * STRIDE)
+        total += _received(at + 4 * sender * OWNED_ROWS * STRIDE)
     return total
 
 

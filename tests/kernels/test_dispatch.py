@@ -12,7 +12,8 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, StepBytes
-from kernels.attention import HEAD_SIZES, attention_reference
+from kernels.attention import HEAD_SIZES
+from kernels.attention_reference import attention_reference
 from kernels.dispatch import select_group_norm, select_operations, torch_operations
 from kernels.group_norm import normalize, normalize_reference
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
-from kernels.dispatch import MANY_ROWS, FusedProducts, Operations
+from kernels.dispatch import MANY_ROWS
+from kernels.operations import FusedProducts, Operations
 
 Dims = tuple[int, ...]
 
@@ -114,11 +115,9 @@ class Layers(ABC):
         chunks = operations.attention_chunks(config.block_size, dtype.itemsize)
         self.residual = empty("residual", (rows, width), torch.float32)
         self.normed = empty("normed", (rows, width), dtype)
-        self.attention_chunks = empty(
-            "attention_chunks", (rows, heads, chunks, config.head_size), torch.float32
-        )
+        self.chunk_out = empty("chunk_out", (rows, heads, chunks, config.head_size), torch.float32)
         self.chunk_stats = empty("chunk_stats", (rows, heads, chunks, 2), torch.float32)
-        self.attention_out = empty("attention_out", (rows, width), dtype)
+        self.attn_out = empty("attn_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
 
@@ -170,7 +169,7 @@ class Layers(ABC):
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
     def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
-        """Writes the newest keys and values to their pages, and `attention_out`."""
+        """Writes the newest keys and values to their pages, and `attn_out`."""
         key_pages, value_pages = kv_pages
         self.operations.attention(
             self.qkv,
@@ -179,9 +178,9 @@ class Layers(ABC):
             value_pages,
             batch.page_table[: self.rows],
             batch.positions[: self.rows],
-            self.attention_chunks,
+            self.chunk_out,
             self.chunk_stats,
-            self.attention_out,
+            self.attn_out,
         )
 
     def _embed(
@@ -234,7 +233,7 @@ class PlainLayers(Layers):
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
-        self.product(self.attention_out, layer.output, self.projected)
+        self.product(self.attn_out, layer.output, self.projected)
         add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
         self.gated_product(layer.gate_up)
         self.product(self.hidden, layer.down, self.down)
@@ -321,7 +320,7 @@ class FusedLayers(Layers):
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
         products.project(
-            self.attention_out,
+            self.attn_out,
             layer.output,
             self.residual,
             layer.ffn_norm,

@@ -16,8 +16,10 @@ from autoregressive.errors import tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch
-from kernels.attention import attention_reference, head_stride
-from kernels.dispatch import Operations, select_operations
+from kernels.attention import head_stride
+from kernels.attention_reference import attention_reference
+from kernels.dispatch import select_operations
+from kernels.operations import Operations
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class Convolution:
 class Norm:
     """A group norm's parameters."""
 
-    gain: Tensor  # float32 [channels]
-    shift: Tensor  # float32 [channels]
+    weight: Tensor  # float32 [channels]
+    bias: Tensor  # float32 [channels]
     groups: int
     eps: float
 
@@ -213,9 +213,9 @@ class VQForward:
             channels, dim=-1
         )
         # one head: [images, 1, positions, channels]
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        attn_out = F.scaled_dot_product_attention(queries, keys, values)
         return self._add(
-            block.project(mixed.view(images, height, width, channels)),
+            block.project(attn_out.view(images, height, width, channels)),
             block.project.bias,
             image.values,
             dtype,
@@ -242,8 +242,8 @@ class VQForward:
         return self._operations.normalize(
             image.values,
             image.statistics,
-            norm.gain,
-            norm.shift,
+            norm.weight,
+            norm.bias,
             norm.eps,
             bias=bias,
             silu=silu,
