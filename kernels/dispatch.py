@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.attention import HEAD_SIZES, AttentionTiles, attention
+from kernels.attention import HEAD_SIZES, attention
 from kernels.attention_reference import attention_reference
 from kernels.group_norm import (
     add_with_statistics,
@@ -27,12 +27,11 @@ from kernels.group_norm import (
 from kernels.hopper.attention import hopper_attention
 from kernels.hopper.products import (
     HEADROOM,
-    FusedTiles,
     fused_linear,
     fused_project,
     fused_swiglu,
 )
-from kernels.linear import LinearTiles, linear, linear_reference
+from kernels.linear import linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.operations import FusedProducts, GroupNormOperations, Operations
 from kernels.sampling import draw_tokens
@@ -47,7 +46,6 @@ from kernels.tiles import (
     LINEAR,
     SWIGLU,
     WHOLE_LINEAR,
-    Section,
     TileTable,
     tile_table,
 )
@@ -148,12 +146,12 @@ def torch_operations() -> Operations:
     return Operations(
         embed=embed_reference,
         linear=linear_reference,
-        linear_splits=lambda outputs, inputs, itemsize: 1,
+        linear_splits=lambda outputs, inputs: 1,
         whole_linear=lambda x, weight, out: linear_reference(x, weight, out[None]),
         swiglu=swiglu_reference,
         gate=gate_reference,
         attention=attention_reference,
-        attention_chunks=lambda tokens, itemsize: 1,
+        attention_chunks=lambda tokens: 1,
         add_norm=add_norm_reference,
         draw_tokens=draw_tokens_reference,
     )
@@ -168,56 +166,31 @@ def triton_operations(
         hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
     """
 
-    def linear_tiles(outputs: int, inputs: int, itemsize: int) -> LinearTiles:
-        return table.find(LINEAR, outputs, inputs, itemsize)
-
-    def attention_tiles(itemsize: int) -> AttentionTiles:
-        return table.find(ATTENTION, heads, head_size, itemsize)
-
     def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        outputs, inputs = weight.shape
-        tiles = linear_tiles(outputs, inputs, weight.element_size())
-        linear(x, weight, out, tiles, launch_pdl=launch_pdl)
+        linear(x, weight, out, table.find(LINEAR, *_shape(weight)), launch_pdl=launch_pdl)
 
     def whole_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        outputs, inputs = weight.shape
-        tiles = table.find(WHOLE_LINEAR, outputs, inputs, weight.element_size())
+        tiles = table.find(WHOLE_LINEAR, *_shape(weight))
         linear(x, weight, out[None], tiles, launch_pdl=launch_pdl)
 
     def gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        both_halves, inputs = weight.shape
-        tiles = table.find(SWIGLU, both_halves // 2, inputs, weight.element_size())
+        tiles = table.find(SWIGLU, *_half_shape(weight))
         swiglu(x, weight, out, tiles, launch_pdl=launch_pdl)
 
-    def attend(
-        qkv: Tensor,
-        rotary: Tensor,
-        key_pages: Tensor,
-        value_pages: Tensor,
-        page_table: Tensor,
-        positions: Tensor,
-        chunk_out: Tensor,
-        chunk_stats: Tensor,
-        out: Tensor,
-    ) -> None:
-        cache = key_pages, value_pages, page_table
-        scratch, tiles = (chunk_out, chunk_stats), attention_tiles(key_pages.element_size())
-        if hopper:
-            hopper_attention(qkv, rotary, *cache, positions, *scratch, out, tiles)
-        else:
-            attention(qkv, rotary, *cache, positions, *scratch, out, tiles, launch_pdl=launch_pdl)
-
+    attention_tiles = table.find(ATTENTION, heads, head_size)
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
         linear=split_linear,
-        linear_splits=lambda outputs, inputs, itemsize: linear_tiles(
-            outputs, inputs, itemsize
-        ).splits(inputs),
+        linear_splits=lambda outputs, inputs: table.find(LINEAR, outputs, inputs).splits(inputs),
         whole_linear=whole_linear,
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
-        attention=attend,
-        attention_chunks=lambda tokens, itemsize: attention_tiles(itemsize).chunks(tokens),
+        attention=(
+            partial(hopper_attention, tiles=attention_tiles)
+            if hopper
+            else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
+        ),
+        attention_chunks=attention_tiles.chunks,
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see
         # `embed`).
@@ -229,12 +202,8 @@ def triton_operations(
 def fused_products(table: TileTable) -> FusedProducts:
     """Hopper's products, cut up as the table says."""
 
-    def tiles_of(section: Section[FusedTiles], outputs: int, inputs: int) -> FusedTiles:
-        return table.find(section, outputs, inputs, itemsize=2)
-
     def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        outputs, inputs = weight.shape
-        fused_linear(x, squares, weight, out, tiles_of(FUSED_LINEAR, outputs, inputs), eps=eps)
+        fused_linear(x, squares, weight, out, table.find(FUSED_LINEAR, *_shape(weight)), eps=eps)
 
     def project(
         x: Tensor,
@@ -244,27 +213,36 @@ def fused_products(table: TileTable) -> FusedProducts:
         normed: Tensor,
         squares: Tensor,
     ) -> None:
-        outputs, inputs = weight.shape
-        tiles = tiles_of(FUSED_PROJECT, outputs, inputs)
+        tiles = table.find(FUSED_PROJECT, *_shape(weight))
         fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
 
     def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        both_halves, inputs = weight.shape
-        tiles = tiles_of(FUSED_SWIGLU, both_halves // 2, inputs)
+        tiles = table.find(FUSED_SWIGLU, *_half_shape(weight))
         fused_swiglu(x, squares, weight, out, tiles, eps=eps)
 
     def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        outputs, inputs = weight.shape
-        fused_linear(x, squares, weight, out[None], tiles_of(FUSED_HEAD, outputs, inputs), eps=eps)
+        tiles = table.find(FUSED_HEAD, *_shape(weight))
+        fused_linear(x, squares, weight, out[None], tiles, eps=eps)
+
+    def project_blocks(outputs: int, inputs: int) -> int:
+        return -(-outputs // table.find(FUSED_PROJECT, outputs, inputs).outputs)
 
     return FusedProducts(
         linear=linear,
-        linear_splits=lambda outputs, inputs: tiles_of(FUSED_LINEAR, outputs, inputs).splits,
+        linear_splits=lambda outputs, inputs: table.find(FUSED_LINEAR, outputs, inputs).splits,
         project=project,
-        project_blocks=lambda outputs, inputs: (
-            -(-outputs // tiles_of(FUSED_PROJECT, outputs, inputs).outputs)
-        ),
+        project_blocks=project_blocks,
         swiglu=swiglu,
         head=head,
         headroom=HEADROOM,
     )
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return weight.shape[0], weight.shape[1]
+
+
+def _half_shape(weight: Tensor) -> tuple[int, int]:
+    """Outputs of each half, and inputs."""
+    return weight.shape[0] // 2, weight.shape[1]

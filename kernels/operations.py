@@ -98,14 +98,12 @@ class Operations:
 
     embed: Embed
     linear: Product  # leaves partial sums
-    # outputs, inputs, bytes of an element -> partial sums of `linear`
-    linear_splits: Callable[[int, int, int], int]
+    linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
     whole_linear: Product  # out: [rows, outputs]
     swiglu: Product
     gate: Callable[[Tensor, Tensor], None]  # products, out
     attention: Attention
-    # tokens, bytes of an element -> chunks of its scratch tensors
-    attention_chunks: Callable[[int, int], int]
+    attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
     add_norm: AddNorm
     draw_tokens: DrawTokens
     # take the place of `linear`, `swiglu` and `add_norm` for few rows

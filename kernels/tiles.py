@@ -8,7 +8,7 @@ the start. Settings do not depend on the number of rows, so neither does the ord
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -33,21 +33,12 @@ Tiles = TypeVar("Tiles")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a rule may go by."""
-
-    shape: tuple[int, int]  # outputs and inputs; of attention heads and head size
-    itemsize: int  # bytes of a weight, or of a key
-    shared_memory: int  # bytes that a program may have
-
-
-@dataclass(frozen=True)
 class Section(Generic[Tiles]):
     """One kind of setting in a table."""
 
     name: str
     tiles: type[Tiles]
-    rule: Callable[[Question], Tiles]  # for shapes that were not measured
+    rule: Callable[[int, int, "TileTable"], Tiles]  # of both keys, for what was not measured
     keys: tuple[str, str] = ("outputs", "inputs")  # what a setting is found by
     # A setting of the nearest first key serves, too, if the second one is the same.
     nearest: bool = False
@@ -63,51 +54,46 @@ def _input_tile(inputs: int, itemsize: int, shared_memory: int) -> int:
     return largest
 
 
-def linear_rule(question: Question) -> LinearTiles:
+def linear_rule(outputs: int, inputs: int, table: "TileTable") -> LinearTiles:
     """One tile of weights a program, 32 KiB of 64 outputs, as many splits as that takes."""
-    _, inputs = question.shape
-    # 64 KiB with the most rows: every GPU has as much
-    tile = _input_tile(inputs, question.itemsize, shared_memory=160 * 1024)
+    # every GPU has the 64 KiB that this takes with the most rows
+    tile = _input_tile(inputs, table.itemsize, shared_memory=160 * 1024)
     return LinearTiles(outputs=64, inputs=tile, tiles=1, early=1, stages=1, warps=4)
 
 
-def whole_linear_rule(question: Question) -> LinearTiles:
+def whole_linear_rule(outputs: int, inputs: int, table: "TileTable") -> LinearTiles:
     """A tile early, the rest through a pipeline of three."""
-    _, inputs = question.shape
-    tile = _input_tile(inputs, question.itemsize, question.shared_memory)
+    tile = _input_tile(inputs, table.itemsize, table.shared_memory)
     tiles = -(-inputs // tile)
     return LinearTiles(outputs=64, inputs=tile, tiles=tiles, early=1, stages=3, warps=4)
 
 
-def swiglu_rule(question: Question) -> SwigluTiles:
+def swiglu_rule(hidden: int, inputs: int, table: "TileTable") -> SwigluTiles:
     """Thirty-two outputs of each half, a tile early, the rest through a pipeline of three."""
-    _, inputs = question.shape
-    tile = _input_tile(inputs, question.itemsize, question.shared_memory)
+    tile = _input_tile(inputs, table.itemsize, table.shared_memory)
     return SwigluTiles(outputs=32, inputs=tile, early=1, stages=3, warps=4)
 
 
-def attention_rule(question: Question) -> AttentionTiles:
+def attention_rule(heads: int, head_size: int, table: "TileTable") -> AttentionTiles:
     """A chunk of 16 KiB of keys and values a warp: many small programs, none of which waits for
     another warp.
     """
-    _, head_size = question.shape
-    return AttentionTiles(chunk=32 if head_size * question.itemsize <= 256 else 16, warps=1)
+    return AttentionTiles(chunk=32 if head_size * table.itemsize <= 256 else 16, warps=1)
 
 
-def fused_rule(question: Question) -> FusedTiles:
+def fused_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
     """Sixty-four outputs a program, and splits enough for a hundred programs as long as each has
     two tiles.
     """
-    outputs, inputs = question.shape
     splits = 1
     while splits < 8 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
         splits *= 2
     return FusedTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
 
 
-def _unsplit(outputs: int) -> Callable[[Question], FusedTiles]:
+def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
     """The rule of products whose result nothing adds up."""
-    return lambda question: FusedTiles(outputs, inputs=64, splits=1, stages=8, warps=4)
+    return lambda *_: FusedTiles(outputs, inputs=64, splits=1, stages=8, warps=4)
 
 
 LINEAR = Section("linear", LinearTiles, linear_rule)  # its consumer adds up partial sums
@@ -142,27 +128,23 @@ class TileTable:
 
     # by a section's name, then by the two keys of the section
     measured: Mapping[str, Mapping[tuple[int, int], Any]] = field(default_factory=dict)
+    itemsize: int = 2  # bytes of a weight, and of a key
     shared_memory: int = 163 * 1024  # bytes that a program may have; the rules keep to it
 
-    def find(self, section: Section[Tiles], first: int, second: int, itemsize: int) -> Tiles:
-        """The measured setting, else what the section's rule says.
-
-        Args:
-            first, second: the keys of the section.
-            itemsize: bytes of a weight, or of a key.
-        """
+    def find(self, section: Section[Tiles], first: int, second: int) -> Tiles:
+        """The setting for the two keys of a section: the measured one, else what its rule says."""
         measured = self.measured.get(section.name, {})
         known = [key for key in measured if key == (first, second)]
         if section.nearest:  # how many heads there are decides how many programs there are
             known = [key for key in measured if key[1] == second]
         if not known:
-            return section.rule(Question((first, second), itemsize, self.shared_memory))
+            return section.rule(first, second, self)
         return measured[min(known, key=lambda key: (abs(key[0] - first), key))]
 
     def with_setting(self, section: str, key: tuple[int, int], tiles: object) -> "TileTable":
         """The table with one setting changed."""
         changed = {**self.measured.get(section, {}), key: tiles}
-        return TileTable({**self.measured, section: changed}, self.shared_memory)
+        return replace(self, measured={**self.measured, section: changed})
 
 
 @cache
@@ -177,7 +159,7 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
     # tiles of these are the same.
     shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024
     measured = {} if dtype.itemsize != 2 or not path.exists() else read_table(path).measured
-    return TileTable(measured, shared_memory)
+    return TileTable(measured, dtype.itemsize, shared_memory)
 
 
 def read_table(path: Path) -> TileTable:

@@ -37,8 +37,9 @@ def main() -> None:
     device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
     for dtype in (torch.bfloat16, torch.float32):
         place = Place(device, dtype, launch_pdl=capability >= (9, 0))
-        check_linear(place, 17, 200, 328, TileTable().find(LINEAR, 200, 328, dtype.itemsize))
-        check_swiglu(place, 17, 96, 328, TileTable().find(SWIGLU, 96, 328, dtype.itemsize))
+        table = TileTable(itemsize=dtype.itemsize)
+        check_linear(place, 17, 200, 328, table.find(LINEAR, 200, 328))
+        check_swiglu(place, 17, 96, 328, table.find(SWIGLU, 96, 328))
         check_gate(place, 3, 96)
         check_add_norm(place, 3, 200, 3)
         check_embed(place, 9, 200, blocks=5)

@@ -144,9 +144,7 @@ def measure_model(
         device, dtype, config.n_head, config.head_size, "triton", tell=tell
     )
     capability = torch.cuda.get_device_capability(device)
-    tiles = tile_table(capability, dtype).find(
-        ATTENTION, config.n_head, config.head_size, dtype.itemsize
-    )
+    tiles = tile_table(capability, dtype).find(ATTENTION, config.n_head, config.head_size)
     attention_tiles = None if operations.attention is attention_reference else tiles
     launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)

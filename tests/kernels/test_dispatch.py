@@ -88,10 +88,10 @@ def test_torchs_attention_is_not_given_the_kernels_chunks(monkeypatch: pytest.Mo
     told: list[str] = []
     operations = select_operations(CUDA, torch.bfloat16, 4, 72, "auto", tell=told.append)
     assert operations.attention is attention_reference
-    assert operations.attention_chunks(576, 2) == torch_operations().attention_chunks(576, 2) == 1
+    assert operations.attention_chunks(576) == torch_operations().attention_chunks(576) == 1
     kept = select_operations(CUDA, torch.bfloat16, 4, 96, "auto", tell=told.append)
     assert kept.attention is not attention_reference
-    assert kept.attention_chunks(576, 2) > 1
+    assert kept.attention_chunks(576) > 1
     assert len(told) == 1
 
 

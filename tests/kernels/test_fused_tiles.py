@@ -30,7 +30,6 @@ MEASURED = Path(tile_tables.__file__).parent / "tiles_sm90.json"
 PROGRAM_BYTES = 227 * 1024  # shared memory of a program on compute capability 9.0
 CLUSTERS = (1, 2, 4, 8)
 FUSED_SECTIONS = ("fused_linear", "fused_project", "fused_swiglu", "fused_head")
-IN_FLOAT16 = 2  # bytes of a weight
 
 
 def config_of(model: str) -> GPTConfig:
@@ -49,7 +48,7 @@ def asked(table: TileTable, config: GPTConfig) -> dict[tuple[str, int, int], Fus
         ("fused_head", vocabulary, width),
     ]
     return {
-        (section, outputs, inputs): table.find(SECTIONS[section], outputs, inputs, IN_FLOAT16)
+        (section, outputs, inputs): table.find(SECTIONS[section], outputs, inputs)
         for section, outputs, inputs in keys
     }
 
@@ -111,7 +110,7 @@ def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None
     """Fails if no cluster has such a size, or inputs are split below two tiles a program or though
     programs are many.
     """
-    tiles = TileTable().find(FUSED_PROJECT, outputs, inputs, IN_FLOAT16)
+    tiles = TileTable().find(FUSED_PROJECT, outputs, inputs)
     check_runs("fused_project", inputs, tiles)
     if tiles.splits > 1:
         assert tiles.tiles(inputs) >= 2
@@ -167,9 +166,7 @@ def test_a_table_without_fused_products_leaves_them_to_the_rules(tmp_path: Path)
     write_table(old, tmp_path / "table.json", "a GPU")
     read = read_table(tmp_path / "table.json")
     assert read == old
-    assert read.find(FUSED_LINEAR, 96, 32, IN_FLOAT16) == TileTable().find(
-        FUSED_LINEAR, 96, 32, IN_FLOAT16
-    )
+    assert read.find(FUSED_LINEAR, 96, 32) == TileTable().find(FUSED_LINEAR, 96, 32)
 
 
 def test_tables_are_of_16_bit_weights() -> None:
@@ -190,13 +187,11 @@ def test_attention_is_cut_up_as_with_the_nearest_number_of_heads() -> None:
     table = TileTable(
         {"attention": {(12, 64): few, (24, 64): many, (32, 100): AttentionTiles(32, 1)}}
     )
-    assert [table.find(ATTENTION, heads, 64, IN_FLOAT16) for heads in (3, 12, 18, 19, 40)] == [
+    assert [table.find(ATTENTION, heads, 64) for heads in (3, 12, 18, 19, 40)] == [
         few,
         few,
         few,
         many,
         many,
     ]
-    assert table.find(ATTENTION, 12, 128, IN_FLOAT16) == TileTable().find(
-        ATTENTION, 12, 128, IN_FLOAT16
-    )
+    assert table.find(ATTENTION, 12, 128) == TileTable().find(ATTENTION, 12, 128)

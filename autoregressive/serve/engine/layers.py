@@ -112,7 +112,7 @@ class Layers(ABC):
         self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
         self._empty = empty
         width, heads = config.dim, config.n_head
-        chunks = operations.attention_chunks(config.block_size, dtype.itemsize)
+        chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
         self.normed = empty("normed", (rows, width), dtype)
         self.chunk_out = empty("chunk_out", (rows, heads, chunks, config.head_size), torch.float32)
@@ -252,7 +252,7 @@ class PlainLayers(Layers):
         self.operations.swiglu(self.normed, gate_up, self.hidden)
 
     def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
-        splits = self.operations.linear_splits(outputs, inputs, self.dtype.itemsize)
+        splits = self.operations.linear_splits(outputs, inputs)
         return self._empty(name, (splits, self.rows, outputs), torch.float32)
 
 
