@@ -73,16 +73,15 @@ def _attention_kernel(
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    # Written before this step began: positions, page table, and every key and value but the newest
-    # token's.
+    # README, rule 2: positions, page table, and every key and value but the newest token's were
+    # written before this step began.
     position = tl.load(positions + row)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     page = tl.load(
         page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
     ).to(tl.int64)
     if chunk * CHUNK > position:
-        # without waiting: the row's first chunk waits, so the kernel still ends after the one
-        # before it
+        # README, rule 5: the row's first chunk waits, so this program need not
         return
     offset = tl.arange(0, HEAD_TILE)
     head_mask = offset < HEAD_SIZE
@@ -102,7 +101,7 @@ def _attention_kernel(
     sine = tl.load(angle + 1, mask=head_mask, other=0.0)
     sine = tl.where(offset % 2 == 0, -sine, sine)
     if LAUNCH_PDL:
-        gdc_wait()
+        gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
     SCALE: tl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(tl.int64) * 3 * WIDTH + head * HEAD_SIZE
@@ -198,7 +197,7 @@ def _combine_kernel(
     chunk_mask = (chunk * CHUNK <= position) & (chunk < CHUNKS)
     result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
     if LAUNCH_PDL:
-        gdc_wait()
+        gdc_wait()  # README, rule 3: the chunks come after it
     largest = tl.load(chunk_stats + result * 2, mask=chunk_mask, other=float("-inf"))
     total = tl.load(chunk_stats + result * 2 + 1, mask=chunk_mask, other=0.0)
     parts = tl.load(

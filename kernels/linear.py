@@ -68,7 +68,7 @@ def _linear_kernel(
             _load_weights(weight_rows, column, output_mask, INPUTS, OUTPUTS, OUTPUT_TILE),
         )
     if LAUNCH_PDL:
-        gdc_wait()  # only now is x valid
+        gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         column = first_input + tile * INPUT_TILE + offset

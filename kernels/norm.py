@@ -41,7 +41,7 @@ def _embed_kernel(
     offset = tl.arange(0, TILE)
     mask = offset < WIDTH
     if LAUNCH_PDL:
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # and no wait: README, rule 2
     weight = tl.load(norm_weight + offset, mask=mask, other=0.0).to(tl.float32)
     position = tl.load(positions + row)
     slot = tl.load(row_slots + row).to(tl.int64)
@@ -182,7 +182,7 @@ def _add_norm_kernel(
         gdc_launch_dependents()
     weight = tl.load(norm_weight + offset, mask=mask, other=0.0).to(tl.float32)
     if LAUNCH_PDL:
-        gdc_wait()
+        gdc_wait()  # README, rules 1 and 3: the norm's weight comes before it, sums after it
     x = tl.load(residual + at, mask=mask, other=0.0)
     parts: tl.tuple = ()
     for split in tl.static_range(SPLITS):  # all on their way before the first is added

@@ -170,7 +170,7 @@ def _draw_kernel(
     if LAUNCH_PDL:
         gdc_launch_dependents()
         if not EARLY_POSITIONS:
-            gdc_wait()
+            gdc_wait()  # README, rule 3: positions may be of the kernel before
     image = tl.program_id(0)
     conditional_row = tl.load(conditional_rows_ptr + image)
     row = tl.maximum(conditional_row, 0)
@@ -184,7 +184,7 @@ def _draw_kernel(
     )
     if LAUNCH_PDL and EARLY_POSITIONS:
         noise0, noise1, noise2, noise3 = _computed_here(noise0, noise1, noise2, noise3)
-        gdc_wait()
+        gdc_wait()  # README, rules 2 and 3: positions come before it, logits after it
 
     # An image that is left alone goes through with no round and no store. It waits like the rest:
     # the next kernel relies on it.

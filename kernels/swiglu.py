@@ -59,7 +59,7 @@ def _swiglu_kernel(
             tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0),
         )
     if LAUNCH_PDL:
-        gdc_wait()
+        gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([2 * HALF, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, (INPUTS + INPUT_TILE - 1) // INPUT_TILE, num_stages=STAGES):
         column = tile * INPUT_TILE + offset
@@ -134,7 +134,7 @@ def _gate_kernel(products, out, HIDDEN: tl.constexpr, TILE: tl.constexpr, LAUNCH
     at = products + row.to(tl.int64) * 2 * HIDDEN + column
     if LAUNCH_PDL:
         gdc_launch_dependents()
-        gdc_wait()
+        gdc_wait()  # README, rule 3: all that is read is the product's
     gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at + HIDDEN, mask=mask, other=0.0).to(tl.float32)
     hidden = gate / (1 + tl.exp(-gate)) * up

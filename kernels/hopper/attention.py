@@ -55,8 +55,8 @@ def _hopper_attention_kernel(
     narrow_layout: gl.constexpr = gl.DotOperandLayout(1, product_layout, 2)
     shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     dtype: gl.constexpr = key_pages.dtype.element_ty
-    # Written before this step began: positions, page table, and every key and value but the newest
-    # token's.
+    # README, rule 2: positions, page table, and every key and value but the newest token's were
+    # written before this step began.
     position = gl.load(positions + row)
     first_token = chunk * CHUNK
     token = first_token + gl.arange(0, CHUNK, layout=token_layout)
@@ -64,8 +64,7 @@ def _hopper_attention_kernel(
         page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
     )
     if first_token > position:
-        # without waiting: the row's first chunk waits, so the kernel still ends after the one
-        # before it
+        # README, rule 5: the row's first chunk waits, so this program need not
         return
     page = gl.convert_layout(page, gl.SliceLayout(1, copy_layout)).to(gl.int64)
     token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, copy_layout))
@@ -91,7 +90,7 @@ def _hopper_attention_kernel(
     newest = position < first_token + CHUNK  # the newest token falls into this chunk
     new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
     new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
-    gdc_wait()
+    gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE

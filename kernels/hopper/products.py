@@ -137,7 +137,7 @@ class _Share:
             )
         if CLUSTER > 1:
             meet()
-        gdc_wait()  # rules 1, 3 and 6: weights came before, x is written only now
+        gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
         for stage in gl.static_range(self.STAGES):
             self.copy_values(
                 self.first_input + stage * self.INPUT_TILE,
