@@ -148,7 +148,7 @@ def _planned_spans(
         if span == 0:
             return
         scheduler.allocate(span)
-        positions = [row.position for running in scheduler.running for row in running.rows]
+        positions = [row.position for request in scheduler.running for row in request.rows]
         yield span, positions
         for ended in scheduler.advance(span):
             scheduler.release_slots(ended.slots)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoregressive.serve.engine.device_future import DeviceFuture, copy_to_host
 from autoregressive.serve.engine.request import ImageState, RowState
 
 _ALIGNMENT = 64  # bytes; what kernels may assume of a pointer, with room to spare
@@ -65,6 +66,7 @@ class Batch:
     # per slot
     codes: Tensor  # int32 [num_slots, tokens]
     failed: Tensor  # int32 [num_slots], 1: a step's logits were NaN or infinite
+    keep_failed: Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
 
     def __init__(self, shape: BatchShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -82,7 +84,7 @@ class Batch:
             "top_ps": (images, torch.float32),
             "seeds": (images, torch.int64),
             "image_indices": (images, torch.int32),
-            "under_way": ((shape.num_slots,), torch.int32),
+            "keep_failed": ((shape.num_slots,), torch.int32),
             # last: only the rows in use are uploaded
             "page_table": (
                 (shape.max_rows, shape.pages_per_row),
@@ -107,9 +109,6 @@ class Batch:
         self._page_table_start = start - padded["page_table"]
         self.codes = torch.zeros(shape.num_slots, shape.tokens, dtype=torch.int32, device=device)
         self.failed = torch.zeros(shape.num_slots, dtype=torch.int32, device=device)
-        self.under_way: (
-            Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
-        )
         self.load([], [])
 
     def load(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
@@ -129,20 +128,20 @@ class Batch:
             # what lies behind is of an earlier row, and not read
             table[: len(row.pages)] = row.pages
         self._fill_images(rows, images)
-        host["under_way"].fill(1)
-        host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
+        host["keep_failed"].fill(1)
+        host["keep_failed"][[row.slot for row in rows if row.position == 0]] = 0
         end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
         self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
-        self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
+        self.failed.mul_(self.keep_failed)  # an image that starts does not inherit the slot's past
 
-    def fetch(self, slots: Sequence[int]) -> "CodesOnTheWay":
-        """Begins to copy the codes of complete images to the host, behind the spans enqueued so
-        far.
+    def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
+        """Begins to copy codes and failures of images to the host, behind the spans enqueued so
+        far: int32 [images, tokens] and [images].
         """
         index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(
             self.device, non_blocking=True
         )
-        return CodesOnTheWay(self.codes[index], self.failed[index])
+        return copy_to_host(self.codes[index], self.failed[index])
 
     def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
         host = self._host
@@ -175,31 +174,6 @@ class Runner(Protocol):
         """
 
 
-class CodesOnTheWay:
-    """Codes [images, tokens] and failure flags [images] being copied to the host."""
-
-    def __init__(self, codes: Tensor, failed: Tensor) -> None:
-        # Copies to pinned memory do not wait; the device's side of them lives on until its stream
-        # has passed.
-        self._codes, self._failed = (
-            _staging_like(tensor).copy_(tensor, non_blocking=True) for tensor in (codes, failed)
-        )
-        self._copied: torch.cuda.Event | None = None
-        if codes.is_cuda:
-            self._copied = torch.cuda.Event(blocking=True)
-            self._copied.record(torch.cuda.current_stream(codes.device))
-
-    def arrived(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._copied is None or self._copied.query()
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Waits for the copy: int32 [images, tokens] and [images] on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._codes, self._failed
-
-
 def staged(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when
     its upload is done.
@@ -210,7 +184,3 @@ def staged(tensor: Tensor, device: torch.device) -> Tensor:
 def _fill(target: NDArray, values: Sequence[float], padding: float) -> None:
     target[: len(values)] = values
     target[len(values) :] = padding
-
-
-def _staging_like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

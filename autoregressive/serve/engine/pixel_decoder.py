@@ -13,52 +13,13 @@ import torch
 from torch import Tensor
 
 from autoregressive.devices import ieee_float32
+from autoregressive.serve.engine.batch import staged
+from autoregressive.serve.engine.device_future import DeviceEvent, DeviceFuture, copy_to_host
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _MOST_IMAGES = 16  # at once: more is no faster
 _MOST_PIXELS = 4 * 384 * 384  # at once: VQ-16 then needs about half a GiB beside its weights
-
-
-class Pending:
-    """Pixels on their way."""
-
-    def __init__(self, pixels: Tensor, done: torch.cuda.Event | None) -> None:
-        self._pixels, self._done = pixels, done
-
-    def ready(self) -> bool:
-        """Whether they are there; never waits."""
-        return self._done is None or self._done.query()
-
-    def pixels(self) -> Tensor:
-        """Float32 [images, 3, height, width], about -1..1: the current stream waits for them, the
-        host does not.
-        """
-        if self._done is not None:
-            current = torch.cuda.current_stream(self._pixels.device)
-            current.wait_event(self._done)
-            # their memory, the decoder's stream's, must not be reused while this one reads
-            self._pixels.record_stream(current)
-        return self._pixels
-
-
-class PendingPictures:
-    """Pictures on their way to the host."""
-
-    def __init__(self, pictures: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
-        self._pictures, self._finite, self._done = pictures, finite, done
-
-    def ready(self) -> bool:
-        """Whether they are there; never waits."""
-        return self._done is None or self._done.query()
-
-    def pictures(self) -> tuple[Tensor, Tensor]:
-        """Waits for them: uint8 [images, height, width, 3], and whether every pixel of an image was
-        finite: bool [images].
-        """
-        if self._done is not None:
-            self._done.synchronize()
-        return self._pictures, self._finite
 
 
 @dataclass(frozen=True)
@@ -111,17 +72,20 @@ class PixelDecoder:
         return len(self._captured)
 
     @torch.no_grad()
-    def submit(self, codes: Tensor) -> Pending:
+    def submit(self, codes: Tensor) -> DeviceFuture[Tensor]:
         """Enqueues the decoding behind what the current stream has been given; the codes may be
         overwritten after that.
 
         Args:
             codes: integers [images, grid * grid], on the device. Ids outside the codebook are
                 clamped.
+
+        Returns:
+            Pixels float32 [images, 3, height, width], about -1..1, on the device.
         """
         if self._device.type != "cuda":
             parts = [self._decode_plain(part) for part in codes.split(self.batch_sizes[-1])]
-            return Pending(torch.cat(parts), None)
+            return DeviceFuture.done(torch.cat(parts))
         # on the current stream, before whatever it does to them next
         codes = codes.to(torch.int32, copy=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -132,36 +96,32 @@ class PixelDecoder:
             for part in codes.split(self.batch_sizes[-1]):
                 pixels[start : start + len(part)] = self._decode_part(part)
                 start += len(part)
-            done = torch.cuda.Event()
-            done.record()
-        return Pending(pixels, done)
+            done = DeviceEvent(self._device)
+        return DeviceFuture(done.ready, lambda: done.hold_back(pixels))
 
     @torch.no_grad()
-    def submit_to_host(self, codes: Tensor) -> "PendingPictures":
+    def submit_to_host(self, codes: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
         """Enqueues decoding and the copy of the pictures to the host, beside whatever the current
         stream does.
 
         Args:
             codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
+
+        Returns:
+            Pictures uint8 [images, height, width, 3], and whether every pixel of an image was
+            finite: bool [images].
         """
         if self._device.type != "cuda":
-            return PendingPictures(*_as_pictures(self.submit(codes).pixels()), None)
+            return DeviceFuture.done(_as_pictures(self.submit(codes).result()))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pixels = self.submit(
-                codes.to(torch.int32).pin_memory().to(self._device, non_blocking=True)
-            ).pixels()
-            on_device = _as_pictures(pixels)
-            pictures, finite = (
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in on_device
+            on_device = staged(codes.to(torch.int32), self._device).to(
+                self._device, non_blocking=True
             )
-            done = torch.cuda.Event()
-            done.record()
-        return PendingPictures(pictures, finite, done)
+            return copy_to_host(*_as_pictures(self.submit(on_device).result()))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """`submit` and `pixels` in one."""
-        return self.submit(codes).pixels()
+        """`submit` and its result in one."""
+        return self.submit(codes).result()
 
     def _decode_part(self, codes: Tensor) -> Tensor:
         """At most the largest batch size; the result is valid until the next call."""

@@ -83,32 +83,6 @@ class RequestState(StrEnum):
 
 
 @dataclass(eq=False)
-class Request:
-    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread
-    changes it.
-
-    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
-    state is set last, so that a thread that sees the end sees the result.
-    """
-
-    id: int
-    class_label: int
-    params: SamplingParams
-    first_image: int = 0  # image k of the request draws with (seed, first_image + k)
-    client: str = ""  # whose it is; for `FairRequestQueue`
-    state: RequestState = RequestState.WAITING
-    steps: int = 0  # given to the device so far, out of the tokens of an image
-    codes: Tensor | None = None  # int32 [n, tokens] on the CPU
-    error: str | None = None
-    cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
-
-
-@dataclass(eq=False)
 class RowState:
     """What the host knows of one sequence of the batch."""
 
@@ -137,6 +111,45 @@ class ImageState:
             if self.unconditional is None
             else [self.conditional, self.unconditional]
         )
+
+
+@dataclass(eq=False)
+class Request:
+    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread
+    changes it.
+
+    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
+    state is set last, so that a thread that sees the end sees the result.
+    """
+
+    id: int
+    class_label: int
+    params: SamplingParams
+    first_image: int = 0  # image k of the request draws with (seed, first_image + k)
+    client: str = ""  # whose it is; for `FairRequestQueue`
+    state: RequestState = RequestState.WAITING
+    # given to the device so far, out of the tokens of an image; the position of all its rows
+    steps: int = 0
+    # in the batch, or waiting for their codes to arrive; empty until the request starts
+    images: list[ImageState] = field(default_factory=list)
+    codes: Tensor | None = None  # int32 [n, tokens] on the CPU
+    error: str | None = None
+    cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
+    @property
+    def rows(self) -> list[RowState]:
+        """All rows that are still in the batch."""
+        return [row for image in self.images for row in image.rows]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots of its images, in their order."""
+        return [image.slot for image in self.images]
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
