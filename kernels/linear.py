@@ -57,55 +57,89 @@ def _linear_kernel(
     first_input = split * (TILES * INPUT_TILE)
     row_mask = row < rows
     output_mask = output < OUTPUTS
-    weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
-    x_rows = x + row[None, :] * INPUTS
+    total = product(
+        weight + output[:, None].to(tl.int64) * INPUTS,
+        x + row[None, :] * INPUTS,
+        first_input,
+        offset,
+        output_mask,
+        row_mask,
+        INPUTS=INPUTS,
+        WHOLE_TILES=OUTPUTS % OUTPUT_TILE == 0,
+        OUTPUT_TILE=OUTPUT_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=TILES,
+        EARLY=EARLY,
+        STAGES=STAGES,
+        LAUNCH_PDL=LAUNCH_PDL,
+    )
+    at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
+    tl.store(out + at, total, mask=row_mask[None, :] & output_mask[:, None])
+
+
+@triton.jit
+def product(
+    weight_rows,  # [OUTPUT_TILE, 1] pointers
+    x_rows,  # [1, ROW_TILE] pointers
+    first_input,
+    offset,  # [INPUT_TILE]
+    output_mask,  # [OUTPUT_TILE]
+    row_mask,  # [ROW_TILE]
+    INPUTS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,  # all outputs exist, and need no mask
+    OUTPUT_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    INPUT_TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    """A program's product [OUTPUT_TILE, ROW_TILE], float32. The weights of EARLY tiles are loaded
+    before the wait; the other tiles come through a pipeline, and are added first.
+    """
     if LAUNCH_PDL:
         gdc_launch_dependents()
     early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
         column = first_input + tile * INPUT_TILE + offset
         early_weights = early_weights + (
-            _load_weights(weight_rows, column, output_mask, INPUTS, OUTPUTS, OUTPUT_TILE),
+            _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES),
         )
     if LAUNCH_PDL:
         gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         column = first_input + tile * INPUT_TILE + offset
-        weights = _load_weights(weight_rows, column, output_mask, INPUTS, OUTPUTS, OUTPUT_TILE)
-        values = tl.load(
-            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
+        weights = _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES)
+        values = _load_values(x_rows, column, row_mask, INPUTS)
         total = tl.dot(weights, values, total, input_precision="ieee")
     early_values: tl.tuple = ()
     for tile in tl.static_range(EARLY):
         column = first_input + tile * INPUT_TILE + offset
-        values = tl.load(
-            x_rows + column[:, None], mask=row_mask[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
-        early_values = early_values + (values,)
+        early_values = early_values + (_load_values(x_rows, column, row_mask, INPUTS),)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
-    at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
-    tl.store(out + at, total, mask=row_mask[None, :] & output_mask[:, None])
+    return total
 
 
 @triton.jit
 def _load_weights(
-    weight_rows,
-    column,
-    output_mask,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    OUTPUT_TILE: tl.constexpr,
+    weight_rows, column, output_mask, INPUTS: tl.constexpr, WHOLE_TILES: tl.constexpr
 ):
-    """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's
-    outputs exist.
-    """
+    """A tile of weights [outputs, inputs]."""
     mask = (column < INPUTS)[None, :]
-    if OUTPUTS % OUTPUT_TILE != 0:
+    if not WHOLE_TILES:
         mask = mask & output_mask[:, None]
     return tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_values(x_rows, column, row_mask, INPUTS: tl.constexpr):
+    """A tile of x [inputs, rows]."""
+    mask = row_mask[None, :] & (column < INPUTS)[:, None]
+    return tl.load(x_rows + column[:, None], mask=mask, other=0.0)
 
 
 def row_tile(rows: int) -> int:
