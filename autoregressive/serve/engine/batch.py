@@ -19,6 +19,15 @@ from autoregressive.serve.engine.request import ImageState, RowState
 
 _ALIGNMENT = 64  # bytes; what kernels may assume of a pointer, with room to spare
 _WORD = 8  # bytes
+# of what no row or image uses; zero elsewhere
+_PADDING = {
+    "positions": -1,
+    "conditional_rows": -1,
+    "unconditional_rows": -1,
+    "guidance_scales": 1,
+    "temperatures": 1,
+    "top_ps": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -121,13 +130,12 @@ class Batch:
         host = self._host
         assert len(rows) <= self.shape.max_rows
         assert len(images) <= self.shape.max_images
-        _fill(host["labels"], [row.label for row in rows], 0)
-        _fill(host["row_slots"], [row.slot for row in rows], 0)
-        _fill(host["positions"], [row.position for row in rows], -1)
+        for name, values in _columns(rows, images).items():
+            host[name][: len(values)] = values
+            host[name][len(values) :] = _PADDING.get(name, 0)
         for table, row in zip(host["page_table"], rows, strict=False):
             # what lies behind is of an earlier row, and not read
             table[: len(row.pages)] = row.pages
-        self._fill_images(rows, images)
         host["keep_failed"].fill(1)
         host["keep_failed"][[row.slot for row in rows if row.position == 0]] = 0
         end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
@@ -142,22 +150,6 @@ class Batch:
             self.device, non_blocking=True
         )
         return copy_to_host(self.codes[index], self.failed[index])
-
-    def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
-        host = self._host
-        row_index = {id(row): index for index, row in enumerate(rows)}
-        row_index[id(None)] = -1
-        _fill(host["conditional_rows"], [row_index[id(image.conditional)] for image in images], -1)
-        _fill(
-            host["unconditional_rows"], [row_index[id(image.unconditional)] for image in images], -1
-        )
-        _fill(host["image_slots"], [image.slot for image in images], 0)
-        _fill(host["image_indices"], [image.image_index for image in images], 0)
-        _fill(host["guidance_scales"], [image.params.cfg_scale for image in images], 1)
-        _fill(host["temperatures"], [image.params.temperature for image in images], 1)
-        _fill(host["top_ks"], [image.params.top_k for image in images], 0)
-        _fill(host["top_ps"], [image.params.top_p for image in images], 1)
-        _fill(host["seeds"], [image.params.seed for image in images], 0)
 
 
 class Runner(Protocol):
@@ -181,6 +173,20 @@ def staged(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _fill(target: NDArray, values: Sequence[float], padding: float) -> None:
-    target[: len(values)] = values
-    target[len(values) :] = padding
+def _columns(rows: Sequence[RowState], images: Sequence[ImageState]) -> dict[str, Sequence[float]]:
+    """The values of rows and images by the names of the batch's tensors."""
+    row_index = {id(row): index for index, row in enumerate(rows)} | {id(None): -1}
+    return {
+        "labels": [row.label for row in rows],
+        "row_slots": [row.slot for row in rows],
+        "positions": [row.position for row in rows],
+        "conditional_rows": [row_index[id(image.conditional)] for image in images],
+        "unconditional_rows": [row_index[id(image.unconditional)] for image in images],
+        "image_slots": [image.slot for image in images],
+        "image_indices": [image.image_index for image in images],
+        "guidance_scales": [image.params.cfg_scale for image in images],
+        "temperatures": [image.params.temperature for image in images],
+        "top_ks": [image.params.top_k for image in images],
+        "top_ps": [image.params.top_p for image in images],
+        "seeds": [image.params.seed for image in images],
+    }

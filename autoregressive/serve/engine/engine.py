@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -396,14 +397,10 @@ class Engine:
             return {}
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
         pixels = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
-        starts = itertools.accumulate((request.params.n for request in finished), initial=0)
-
-        def part(start: int, images: int) -> DeviceFuture[Tensor]:
-            return pixels.then(lambda all_pixels: all_pixels[start : start + images])
-
+        ends = itertools.accumulate(request.params.n for request in finished)
         return {
-            request: part(start, request.params.n)
-            for request, start in zip(finished, starts, strict=False)
+            request: pixels.then(itemgetter(slice(end - request.params.n, end)))
+            for request, end in zip(finished, ends, strict=True)
         }
 
     def _take_arrived(self, wait: bool) -> None:

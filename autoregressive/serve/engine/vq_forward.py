@@ -173,28 +173,24 @@ class VQForward:
             codes.shape[0], self._grid, self._grid, -1
         )
         image = self._add(self._conv_in(features), self._conv_in.bias, None, torch.float32)
-        for stage in (
-            self._stages
-        ):  # no more than one name for the image: three of them at a time are the decoder's peak
+        # No more than one name for the image: three of them at a time are the decoder's peak.
+        for stage in self._stages:
             for block in stage.blocks:
-                image = self._run_block(block, image, stage.residual_dtype)
+                if isinstance(block, _Attention):
+                    image = self._attend(block, image, stage.residual_dtype)
+                else:
+                    image = self._convolve(block, image, stage.residual_dtype)
             if stage.upsample is not None:
-                image = self._upsample(stage.upsample, image, stage.upsampled_dtype)
+                image = self._add(
+                    stage.upsample(image.values),
+                    stage.upsample.bias,
+                    None,
+                    stage.upsampled_dtype,
+                    interleaved=True,
+                )
         y = self._conv_out(self._normalize(image, self._norm_out))
         pixels = y[..., : self._outputs].float() + self._conv_out.bias
         return pixels.permute(0, 3, 1, 2).contiguous()
-
-    def _run_block(
-        self, block: "_Resnet | _Attention", image: Measured, dtype: torch.dtype
-    ) -> Measured:
-        return (
-            self._attend(block, image, dtype)
-            if isinstance(block, _Attention)
-            else self._convolve(block, image, dtype)
-        )
-
-    def _upsample(self, upsample: Convolution, image: Measured, dtype: torch.dtype) -> Measured:
-        return self._add(upsample(image.values), upsample.bias, None, dtype, interleaved=True)
 
     def _convolve(self, block: "_Resnet", image: Measured, dtype: torch.dtype) -> Measured:
         h = block.conv1(self._normalize(image, block.norm1))
