@@ -28,19 +28,17 @@ class AttentionTiles:
 
     chunk: int  # tokens of a program
     warps: int
-    registers: int | None = (
-        # most of a thread, so that more programs fit beside each other; None: the compiler's choice
-        None
-    )
+    # the most of a thread, so that more programs fit beside each other; None: the compiler's choice
+    registers: int | None = None
 
     def chunks(self, tokens: int) -> int:
-        """Programs for the longest context."""
+        """Programs that the longest context takes."""
         return -(-tokens // self.chunk)
 
 
 def head_stride(head_size: int, itemsize: int) -> int:
-    """Elements from one token to the next in a page: the head size, rounded up so that a token
-    starts at a multiple of 16 bytes.
+    """Elements from one token to the next in a page. This is the head size, rounded up so that a
+    token starts at a multiple of 16 bytes.
     """
     step = 16 // itemsize
     return -(-head_size // step) * step
@@ -158,8 +156,8 @@ def _rotated_sum(
     HEAD_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """A head's vector [HEAD_TILE]: its partial sums added in order, then turned; `sine` bears the
-    sign of the even elements.
+    """Adds a head's partial sums in order and rotates the vector [HEAD_TILE]. `sine` has the sign
+    of the even elements.
     """
     offset = tl.arange(0, HEAD_TILE)
     mask = offset < HEAD_SIZE
@@ -228,8 +226,8 @@ def attention(
     *,
     launch_pdl: bool,
 ) -> None:
-    """Writes the newest token's key and value, and attends from it to the row's whole context. Two
-    kernels.
+    """Writes the newest token's key and value, and attends from it to the row's whole context.
+    Launches two kernels.
 
     Args:
         qkv: [splits, rows, 3 * heads * head_size], partial sums of the query-key-value product.
@@ -282,8 +280,8 @@ def check_sizes(
     chunk_stats: Tensor,
     tiles: AttentionTiles,
 ) -> tuple[int, int, int, int, int, int, int]:
-    """Splits, rows, heads, head size, page size, stride and chunks of the tensors of `attention`,
-    once they agree.
+    """Returns splits, rows, heads, head size, page size, stride and chunks, once the tensors of
+    `attention` agree.
     """
     splits, rows = qkv.shape[:2]
     _, heads, page_size, stride = key_pages.shape
@@ -311,7 +309,9 @@ def combine(
     *,
     launch_pdl: bool,
 ) -> None:
-    """Weighs the chunks' results: `out` of `attention` from its `chunk_out` and `chunk_stats`."""
+    """Joins the chunks' results: writes `out` of `attention` from its `chunk_out` and
+    `chunk_stats`.
+    """
     rows, heads, chunks, head_size = chunk_out.shape
     _combine_kernel[(heads, rows)](
         chunk_out,

@@ -7,8 +7,8 @@ from torch import Tensor
 def combine_reference(
     chunk_out: Tensor, chunk_stats: Tensor, positions: Tensor, out: Tensor, chunk: int
 ) -> None:
-    """The same in torch, for chunks of so many tokens; what lies beyond a row's chunks may be
-    anything.
+    """Does the same as `combine` in torch, for chunks of so many tokens. Chunks beyond a row's
+    position may hold anything.
     """
     begins = torch.arange(chunk_out.shape[2], device=out.device) * chunk
     mask = (begins <= positions[:, None])[:, None]  # [rows, 1, chunks]
@@ -34,7 +34,9 @@ def attention_reference(
     chunk_stats: Tensor,
     out: Tensor,
 ) -> None:
-    """The same in torch, for any head size; `chunk_out` and `chunk_stats` are not used."""
+    """Does the same as `attention` in torch, for any head size. It does not use `chunk_out` and
+    `chunk_stats`.
+    """
     attend = _attend_in_place if out.device.type == "cpu" else _attend_to_copies
     attend(qkv.sum(dim=0), rotary, key_pages, value_pages, page_table, positions, out)
 
@@ -48,8 +50,8 @@ def _attend_in_place(
     positions: Tensor,
     out: Tensor,
 ) -> None:
-    """On a CPU, where a look at the positions costs nothing and a copy of the context more than all
-    else: none is made.
+    """Attends on a CPU. To look at the positions costs nothing there, and to copy the context would
+    cost more than all else, so no copy is made.
     """
     out.zero_()
     rows = (positions >= 0).nonzero()[:, 0]
@@ -102,16 +104,15 @@ def _attn_out_in_place(
     # [pages, heads, 1, page_size]
     weights_of_page = weights[row_of_page, :, column_of_page][:, :, None]
     parts = (weights_of_page @ values)[place, :, 0]  # [n, heads, head_size]
-    if (
-        not parts.sum().isfinite()
-    ):  # behind the newest token its page may hold anything, and 0 times NaN or infinity is not 0
+    # Behind the newest token its page may hold anything, and 0 times NaN or infinity is not 0.
+    if not parts.sum().isfinite():
         unseen_of_page = unseen[row_of_page, :, column_of_page]  # [pages, 1, page_size]
         parts = (weights_of_page @ values.masked_fill(unseen_of_page[..., None], 0))[place, :, 0]
     return torch.zeros_like(query).index_add_(0, row, parts)
 
 
 def _extent(pages: Tensor) -> tuple[slice | Tensor, Tensor]:
-    """What of a cache to read for those pages [n], and where therein each of them is.
+    """Which part of a cache to read for these pages [n], and where in it each of them is.
 
     All from the first to the last, a view, if at least half of that is wanted; else copies of the
     pages.
@@ -131,8 +132,8 @@ def _attend_to_copies(
     positions: Tensor,
     out: Tensor,
 ) -> None:
-    """Without a look at the positions, for which the host would have to wait: every page of every
-    row is copied, and masked.
+    """Attends without a look at the positions, for which the host would have to wait. Every page of
+    every row is copied and masked.
     """
     rows = len(positions)
     _, heads, page_size, stride = key_pages.shape
@@ -174,7 +175,7 @@ def _gathered(pages: Tensor, table: Tensor, rows: int) -> Tensor:
 
 
 def _rotated(vectors: Tensor, angles: Tensor) -> Tensor:
-    """Vectors [rows, heads, head_size] turned by angles [rows, head_size / 2, 2], in float32."""
+    """Rotates vectors [rows, heads, head_size] by angles [rows, head_size / 2, 2], in float32."""
     first, second = vectors.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = angles[:, None].unbind(-1)  # [rows, 1, head_size / 2]
     return torch.stack(

@@ -62,7 +62,7 @@ def select_group_norm(
     *,
     tell: Callable[[str], None],
 ) -> GroupNormOperations:
-    """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless
+    """The pixel decoder's operations. A GPU runs Triton for widths that its kernels take, unless
     torch is asked for.
 
     Args:
@@ -82,8 +82,8 @@ def select_group_norm(
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: a GPU of compute capability 8.0 and above, or the
-    interpreter.
+    """Whether Triton's kernels run on the device: on a GPU of compute capability 8.0 and above, or
+    in the interpreter.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -142,7 +142,7 @@ def select_operations(
 
 
 def torch_operations() -> Operations:
-    """The references: every device and dtype, nothing fused."""
+    """The torch references, for every device and dtype. Nothing is fused."""
     return Operations(
         embed=embed_reference,
         linear=linear_reference,

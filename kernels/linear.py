@@ -143,12 +143,12 @@ def _load_values(x_rows, column, row_mask, INPUTS: tl.constexpr):
 
 
 def row_tile(rows: int) -> int:
-    """Rows of a program's tile: the least the matrix unit takes, up to 64."""
+    """Rows of a program's tile: at least what the matrix unit takes, at most 64."""
     return max(16, min(64, triton.next_power_of_2(rows)))
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch_pdl: bool) -> None:
-    """Partial sums of x W^T.
+    """Writes partial sums of x W^T.
 
     Args:
         x: [rows, inputs], the weights' dtype; a multiple of 8 inputs.
@@ -181,13 +181,15 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
 
 
 def pdl_option(launch_pdl: bool) -> dict[str, bool]:
-    """The launch option of programmatic dependent launch; none where it is off (older GPUs do not
-    know it).
+    """The launch option of programmatic dependent launch. It is left out where it is off, because
+    older GPUs do not know it.
     """
     return {"launch_pdl": True} if launch_pdl else {}
 
 
 def linear_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same in torch: the product in the first of the partial sums, zeros in the others."""
+    """Does the same as `linear` in torch. The first partial sum is the product, the others are
+    zeros.
+    """
     out[0] = torch.nn.functional.linear(x, weight).to(out.dtype)
     out[1:] = 0

@@ -86,8 +86,8 @@ def embed(
     headroom: float = 1.0,
     launch_pdl: bool,
 ) -> None:
-    """Starts the residual stream of every row: its class at position 0, else the token drawn last;
-    and norms it.
+    """Starts the residual stream of every row and norms it. A row starts with its class at position
+    0, else with the token that was drawn last.
 
     The first kernel of a step. It is launched without the programmatic attribute, so that every
     kernel of earlier steps is complete before any kernel of this step starts: what these may load
@@ -148,7 +148,7 @@ def embed_reference(
     eps: float,
     headroom: float = 1.0,
 ) -> None:
-    """The same in torch."""
+    """Does the same as `embed` in torch."""
     cells = (positions.long() - 1).clamp(min=0)
     tokens = codes[row_slots.long(), cells].long().clamp(0, token_embedding.shape[0] - 1)
     classes = class_embedding[labels.long().clamp(0, class_embedding.shape[0] - 1)]
@@ -235,7 +235,7 @@ def add_norm(
 def add_norm_reference(
     residual: Tensor, partials: Tensor, norm_weight: Tensor, normed: Tensor, *, eps: float
 ) -> None:
-    """The same in torch."""
+    """Does the same as `add_norm` in torch."""
     for partial in partials:
         residual += partial
     normed.copy_(_rms_norm(residual, norm_weight, eps))
@@ -246,5 +246,5 @@ def _rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
 
 
 def _warps(tile: int) -> int:
-    """Threads for four elements each: what a thread loads at once stays in few registers."""
+    """Warps for four elements a thread, so that they stay in few registers."""
     return max(1, min(32, tile // 128))

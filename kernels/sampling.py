@@ -23,8 +23,8 @@ _LARGEST_VOCABULARY = 2**16
 
 @triton.jit
 def _log(x, FAST: tl.constexpr):
-    """Within 2^-22 of log(x) in (1/2, 2), relatively elsewhere; the accurate one takes ten times as
-    many instructions.
+    """log(x), within 2^-22 in (1/2, 2) and relatively elsewhere. The accurate function takes ten
+    times as many instructions.
     """
     if FAST:
         return libdevice.fast_logf(x)
@@ -34,7 +34,7 @@ def _log(x, FAST: tl.constexpr):
 
 @triton.jit
 def _gumbel(bits, FAST: tl.constexpr):
-    """-log(-log(u)), u = (top 24 bits + 1/2) / 2^24."""
+    """Returns -log(-log(u)) for u = (top 24 bits + 1/2) / 2^24."""
     whole = (bits >> 8).to(tl.int32)
     uniform = (whole.to(tl.float32) + 0.5) * (2.0**-24)
     # Near 1, where float32 is too coarse for u (and rounds the last one to 1), 1 - u is exact, and
@@ -60,8 +60,8 @@ def _gumbel_noise(seed, position, image_index, BLOCK: tl.constexpr, FAST: tl.con
 
 @triton.jit
 def _computed_here(x0, x1, x2, x3):
-    """The four tensors, computed by this point: the assembler moves arithmetic past the wait, to
-    where it is used, but no trap.
+    """Returns the four tensors, computed by this point. The assembler would move arithmetic past
+    the wait, to where it is used; it does not move a trap.
 
     The trap is on NaN, which noise never is.
     """
@@ -99,8 +99,8 @@ def _scaled_logits(
     tokens,
     VOCAB: tl.constexpr,
 ):
-    """Guided logits over the temperature; -inf beyond the vocabulary. Used for all tokens and for
-    one: equal bits.
+    """Guided logits over the temperature, -inf beyond the vocabulary. It gives equal bits for all
+    tokens at once and for one.
     """
     real = tokens < VOCAB
     guided = unconditional_row >= 0
@@ -129,8 +129,8 @@ def _key_of(value):
 
 @triton.jit
 def _top_k_threshold(scaled, highest, top_k):
-    """A value that exactly the tokens kept by top-k reach: bisection over float32's order, at most
-    32 counts.
+    """A value that exactly the tokens kept by top-k reach, found by bisection over float32's order
+    in at most 32 counts.
     """
     low = _key_of(tl.full((), float("-inf"), tl.float32))
     high = _key_of(highest) + 1
@@ -166,7 +166,7 @@ def _draw_kernel(
     LAUNCH_PDL: tl.constexpr,
     EARLY_POSITIONS: tl.constexpr,
 ):
-    """`draw_tokens` for one image a program."""
+    """Does `draw_tokens` for one image a program."""
     if LAUNCH_PDL:
         gdc_launch_dependents()
         if not EARLY_POSITIONS:
@@ -288,7 +288,7 @@ def draw_tokens(
     early_positions: bool = False,
     num_warps: int | None = None,
 ) -> None:
-    """Draws one token for each of the first `images` images; arguments and result are those of
+    """Draws one token for each of the first `images` images. Arguments and result are those of
     `sampling_reference.draw_tokens`.
 
     The random bits are the reference's; the noise may differ from its in the last bits, so that

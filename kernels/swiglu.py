@@ -81,7 +81,7 @@ def _swiglu_kernel(
 
 
 def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch_pdl: bool) -> None:
-    """silu(W1 x) * (W3 x).
+    """Writes silu(W1 x) * (W3 x).
 
     Args:
         x: [rows, inputs]
@@ -113,7 +113,7 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
 
 
 def swiglu_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same in torch."""
+    """Does the same as `swiglu` in torch."""
     gate, up = torch.nn.functional.linear(x, weight).chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
@@ -134,7 +134,7 @@ def _gate_kernel(products, out, HIDDEN: tl.constexpr, TILE: tl.constexpr, LAUNCH
 
 
 def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:
-    """silu of the first half times the second.
+    """Writes silu of the first half times the second half.
 
     Args:
         products: [rows, 2 * hidden]
@@ -153,6 +153,6 @@ def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:
 
 
 def gate_reference(products: Tensor, out: Tensor) -> None:
-    """The same in torch."""
+    """Does the same as `gate` in torch."""
     gate, up = products.chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)

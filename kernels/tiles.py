@@ -45,8 +45,8 @@ class Section(Generic[Tiles]):
 
 
 def _input_tile(inputs: int, itemsize: int, shared_memory: int) -> int:
-    """Inputs of a tile: 512 bytes of a 16-bit weight's row; fewer for narrow models, little memory,
-    and without a matrix unit.
+    """Inputs of a tile: 512 bytes of a 16-bit weight's row. Narrow models, little memory and
+    weights without a matrix unit get fewer.
     """
     largest = 64 if itemsize != 2 else 256 if shared_memory >= 160 * 1024 else 128
     while largest > 32 and largest > inputs:
@@ -55,35 +55,37 @@ def _input_tile(inputs: int, itemsize: int, shared_memory: int) -> int:
 
 
 def linear_rule(outputs: int, inputs: int, table: "TileTable") -> LinearTiles:
-    """One tile of weights a program, 32 KiB of 64 outputs, as many splits as that takes."""
+    """Gives a program one tile of weights, 32 KiB of 64 outputs. There are as many splits as tiles."""
     # every GPU has the 64 KiB that this takes with the most rows
     tile = _input_tile(inputs, table.itemsize, shared_memory=160 * 1024)
     return LinearTiles(outputs=64, inputs=tile, tiles=1, early=1, stages=1, warps=4)
 
 
 def whole_linear_rule(outputs: int, inputs: int, table: "TileTable") -> LinearTiles:
-    """A tile early, the rest through a pipeline of three."""
+    """Loads one tile early, and the rest through a pipeline of three."""
     tile = _input_tile(inputs, table.itemsize, table.shared_memory)
     tiles = -(-inputs // tile)
     return LinearTiles(outputs=64, inputs=tile, tiles=tiles, early=1, stages=3, warps=4)
 
 
 def swiglu_rule(hidden: int, inputs: int, table: "TileTable") -> SwigluTiles:
-    """Thirty-two outputs of each half, a tile early, the rest through a pipeline of three."""
+    """Gives a program thirty-two outputs of each half. Loads one tile early, and the rest through a
+    pipeline of three.
+    """
     tile = _input_tile(inputs, table.itemsize, table.shared_memory)
     return SwigluTiles(outputs=32, inputs=tile, early=1, stages=3, warps=4)
 
 
 def attention_rule(heads: int, head_size: int, table: "TileTable") -> AttentionTiles:
-    """A chunk of 16 KiB of keys and values a warp: many small programs, none of which waits for
-    another warp.
+    """Gives a warp a chunk of 16 KiB of keys and values. There are many small programs, none of
+    which waits for another warp.
     """
     return AttentionTiles(chunk=32 if head_size * table.itemsize <= 256 else 16, warps=1)
 
 
 def fused_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
-    """Sixty-four outputs a program, and splits enough for a hundred programs as long as each has
-    two tiles.
+    """Gives a program sixty-four outputs, and splits the inputs until there are a hundred programs,
+    as long as each has two tiles.
     """
     splits = 1
     while splits < 8 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
@@ -149,8 +151,8 @@ class TileTable:
 
 @cache
 def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
-    """The table for an architecture and dtype: empty where none was measured, so that the rules
-    hold.
+    """The table for an architecture and dtype. It is empty where none was measured; the rules hold
+    then.
 
     Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
     """

@@ -1,9 +1,9 @@
 """The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous
 copies.
 
-Same cut and same result; a program asks for the keys and values of its chunk all at once, into
-shared memory, and holds no register for what is on its way, where Triton's own loads would take the
-values only after the keys have come.
+It is cut the same way and gives the same result. A program asks for all keys and values of its
+chunk at once, into shared memory, and holds no register for what has not come yet. Triton's own
+loads would ask for the values only after the keys have come.
 """
 
 import triton
@@ -153,8 +153,8 @@ def _newest_token(
     HEAD_SIZE: gl.constexpr,
     SPLITS: gl.constexpr,
 ):
-    """A head's query, key and value: partial sums added in order; queries and keys then turned,
-    each element with its pair's other.
+    """Adds up a head's partial sums in order, rotates query and key, and returns query, key and
+    value. For the rotation each element is loaded with the other one of its pair.
 
     `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked,
     not under a condition, so that their loads do not wait for the query's.
@@ -185,8 +185,8 @@ def hopper_attention(
     out: Tensor,
     tiles: AttentionTiles,
 ) -> None:
-    """`kernels.attention.attention` for 16-bit keys and values, on compute capability 9.0; chunks
-    of at least 16 tokens a warp.
+    """Does the same as `kernels.attention.attention` for 16-bit keys and values, on compute
+    capability 9.0. A chunk has at least 16 tokens a warp.
     """
     splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
         qkv, rotary, key_pages, page_table, chunk_out, chunk_stats, tiles

@@ -20,8 +20,8 @@ _PADDING = gl.constexpr(4)
 
 @gluon.jit
 def open_exchange(OUTPUT_TILE: gl.constexpr, ROW_TILE: gl.constexpr):
-    """The address, in shared memory, of room for partial sums; announces to the cluster that this
-    program has it.
+    """Returns the address, in shared memory, of room for partial sums, and announces to the cluster
+    that this program has it.
     """
     return gl.inline_asm_elementwise(
         _open_text(OUTPUT_TILE, ROW_TILE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -30,8 +30,8 @@ def open_exchange(OUTPUT_TILE: gl.constexpr, ROW_TILE: gl.constexpr):
 
 @triton.constexpr_function
 def _open_text(outputs: int, rows: int) -> str:
-    """Behind the room lies a barrier that opens when all partial sums have come, which the copies
-    themselves tell it.
+    """The instructions of `open_exchange`. Behind the room lies a barrier, which opens when all
+    partial sums have come. The copies themselves count towards it.
     """
     barrier = f"[exchange+{_barrier_offset(outputs, rows)}]"
     return f"""
@@ -76,8 +76,8 @@ def meet():
 
 @gluon.jit
 def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
-    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows /
-    RANKS]. Once, after `meet`.
+    """The cluster's sum of [outputs, rows]. Returns the rows that the program owns: [outputs, rows
+    / RANKS]. It may be called once, after `meet`.
 
     No two threads may hold the same element: each sends what it holds, and the receiver's barrier
     counts the bytes.
@@ -108,8 +108,8 @@ def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constex
 
 @gluon.jit
 def _wait(barrier):
-    """Until it opens. The scope is the default, as in CUTLASS; the cluster's costs an instruction
-    more.
+    """Waits until the barrier opens. Its scope is the default one, as in CUTLASS; the cluster's
+    scope would cost one more instruction.
     """
     gl.inline_asm_elementwise(
         """
@@ -166,7 +166,7 @@ def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
 def launch_clustered(
     kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any
 ) -> None:
-    """Launches `clusters` clusters of `cluster` programs; a program's number along the first axis
+    """Launches `clusters` clusters of `cluster` programs. Along the first axis, a program's number
     counts all programs.
 
     Triton takes the size from `num_ctas`, with which it would also spread every tensor over the
@@ -177,11 +177,8 @@ def launch_clustered(
         compiled = kernel.warmup(*arguments, grid=clusters, **named)
         warps, _, shared_memory = compiled.packed_metadata
         compiled.packed_metadata = (warps, cluster, shared_memory)
-        if (
-            compiled.module is None
-            # Triton asks for more than 48 KiB only if its own part is more: the exchange is not in
-            # it
-        ):
+        # Triton asks for more than 48 KiB only if its own part, without the exchange, is more.
+        if compiled.module is None:
             compiled.metadata = compiled.metadata._replace(
                 shared=max(shared_memory, _UNASKED_SHARED_MEMORY + 1)
             )

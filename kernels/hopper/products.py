@@ -56,11 +56,11 @@ class FusedTiles:
     warps: int
 
     def tiles(self, inputs: int) -> int:
-        """Of a program, one after the other along the inputs."""
+        """Tiles of a program, which it takes one after the other along the inputs."""
         return -(-inputs // (self.inputs * self.splits))
 
     def held(self, inputs: int, outputs: int, rows: int, cluster: int) -> int:
-        """Tiles that a program holds."""
+        """Tiles that a program holds at once."""
         tile_bytes = (outputs + rows) * self.inputs * 2
         held = min(
             self.stages,
@@ -74,7 +74,7 @@ class FusedTiles:
 @aggregate
 class _Share:
     """What one program multiplies: a tile of outputs by a tile of rows, along its part of the
-    inputs. Offsets say where these begin.
+    inputs. `first_*` say where these begin in the whole matrices.
     """
 
     weight: tma.tensor_descriptor  # [OUTPUTS, inputs]; of the gated product [2, HIDDEN, inputs]
@@ -110,8 +110,8 @@ class _Share:
 
     @gluon.jit
     def start(self, CLUSTER: gl.constexpr):
-        """Asks for the first tiles: weights at once, inputs after the wait, before which the
-        programs of a cluster meet. Returns what `product` takes.
+        """Asks for the first tiles: for weights at once, for inputs after the wait. Before the wait
+        the programs of a cluster meet. Returns what `product` takes.
         """
         GATED: gl.constexpr = len(self.weight.block_shape) == 3
         box: gl.constexpr = (
@@ -170,8 +170,8 @@ class _Share:
 
     @gluon.jit
     def product(self, started):
-        """The product [OUTPUT_TILE, ROW_TILE] of what `start` asked for; asks for the other tiles
-        as room becomes free.
+        """Multiplies what `start` asked for, and asks for the other tiles as room becomes free.
+        Returns [OUTPUT_TILE, ROW_TILE].
         """
         weights, values, arrived = started
         layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -208,7 +208,9 @@ def _row_scales(
     ROW_TILE: gl.constexpr,
     EPS: gl.constexpr,
 ):
-    """What norms each row's product: [ROW_TILE]. The sum's order depends on BLOCKS alone."""
+    """The factors [ROW_TILE] that norm each row's product. The order of the sum depends on BLOCKS
+    alone.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
     row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(1, layout))[:, None]
     block = gl.arange(0, BLOCKS_TILE, layout=gl.SliceLayout(0, layout))[None, :]
@@ -376,7 +378,7 @@ def _fused_swiglu_kernel(
 def fused_linear(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
 ) -> None:
-    """Partial sums of norm(x) W^T.
+    """Writes partial sums of norm(x) W^T.
 
     Args:
         x: [rows, width], 16-bit: residual * norm_weight * HEADROOM; width a multiple of 8.
@@ -464,7 +466,7 @@ def fused_project(
 def fused_swiglu(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
 ) -> None:
-    """silu(W1 norm(x)) * (W3 norm(x)).
+    """Writes silu(W1 norm(x)) * (W3 norm(x)).
 
     Args:
         x, squares: as of `fused_linear`.
@@ -496,8 +498,8 @@ def fused_swiglu(
 
 
 def _descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """What bulk copies of boxes of a tensor need; what lies outside the tensor is copied
-    as zeros.
+    """Describes a tensor for bulk copies of boxes of it. Elements outside the tensor are copied as
+    zeros.
     """
     return TensorDescriptor.from_tensor(
         tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[tensor.dtype])

@@ -9,7 +9,9 @@ from kernels.hopper.products import HEADROOM
 def fused_linear_reference(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
 ) -> None:
-    """The same in torch: the product in the first of the partial sums, zeros in the others."""
+    """Does the same as `fused_linear` in torch. The first partial sum is the product, the others
+    are zeros.
+    """
     out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
     out[1:] = 0
 
@@ -22,7 +24,7 @@ def fused_project_reference(
     normed: Tensor,
     squares: Tensor,
 ) -> None:
-    """The same in torch: all squares in the first block."""
+    """Does the same as `fused_project` in torch. The first block has all squares."""
     residual += torch.nn.functional.linear(x, weight)
     normed.copy_(residual * norm_weight * HEADROOM)
     squares.zero_()
@@ -32,7 +34,7 @@ def fused_project_reference(
 def fused_swiglu_reference(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
 ) -> None:
-    """The same in torch."""
+    """Does the same as `fused_swiglu` in torch."""
     gate, up = (
         torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
     ).chunk(2, dim=-1)

@@ -1,8 +1,8 @@
 """The device-side state of the running rows: what the model runner's kernels read and write.
 
-Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join
-or leave or get pages; within a span only the device changes `positions`, `codes` and `failed`.
-Everything is enqueued on the current stream; nothing waits for the device.
+Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join,
+leave or get pages. Within a span only the device changes `positions`, `codes` and `failed`.
+Everything is enqueued on the current stream, and nothing waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,8 +43,8 @@ class BatchShape:
 
     @classmethod
     def of(cls, max_rows: int, tokens: int, page_size: int) -> "BatchShape":
-        """The shape for at most `max_rows` rows: each may be an image, and as many images again may
-        be on their way to the host.
+        """The shape for at most `max_rows` rows. Each of them may be an image, and the codes of as
+        many images again may be on their way to the host.
         """
         return cls(max_rows, max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
 
@@ -121,7 +121,7 @@ class Batch:
         self.load([], [])
 
     def load(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
-        """Uploads what the host knows of rows and images, in this order, and pads the rest.
+        """Uploads the state of rows and images, in this order, and pads the rest.
 
         Args:
             rows: every row of every image in `images`, and no other.
@@ -156,8 +156,8 @@ class Runner(Protocol):
     """What runs the model's steps over a batch."""
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles and captures all that `run` will need, with the batch still empty; tells how
-        much is done, of how much.
+        """Compiles and captures all that `run` needs, with the batch still empty. Calls `progress`
+        with how much is done and how much there is.
         """
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
@@ -167,8 +167,8 @@ class Runner(Protocol):
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when
-    its upload is done.
+    """Pins a tensor's memory, so that an upload does not wait. torch reuses pinned memory only when
+    its upload has ended.
     """
     return tensor.pin_memory() if device.type == "cuda" else tensor
 

@@ -50,8 +50,8 @@ RunnerFactory = Callable[[Transformer, BatchShape, int, RunnerConfig], Runner]
 
 
 class Engine:
-    """Requests wait, run a token a step beside each other, and end. What `step` does is the
-    engine's whole life.
+    """Runs any number of requests beside each other, a token of each row a step. `step` does all
+    the work.
 
     Args:
         gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the
@@ -167,8 +167,8 @@ class Engine:
             self._commands.notify_all()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
-        """Waits, at most `timeout` seconds, until a step has something to do; returns whether it
-        has. For the owner's loop.
+        """Waits, at most `timeout` seconds, until `step` has something to do, and returns whether
+        it has. Only the owner's thread calls it.
         """
         with self._commands:
             return self._commands.wait_for(self._has_work, timeout)
@@ -204,8 +204,8 @@ class Engine:
         progress: bool = False,
         decode: bool = True,
     ) -> Tensor:
-        """Draws `params.n` images for each label and waits for all of them; requests submitted
-        before go on beside them.
+        """Draws `params.n` images for each label and waits for all of them. Requests that were
+        submitted before go on meanwhile.
 
         Those that end meanwhile are not returned by a later `step`: look at their state, or run
         them to their end first.
@@ -279,8 +279,8 @@ class Engine:
         return torch.cat([request.codes for request in requests if request.codes is not None])
 
     def peek(self, requests: Sequence[Request]) -> DeviceFuture[list["PartialCodes"]]:
-        """Begins to copy what running requests have drawn so far to the host; the owner's thread
-        calls it, between steps.
+        """Begins to copy the codes that running requests have drawn so far to the host. Only the
+        owner's thread calls it, between steps.
 
         Args:
             requests: those that do not run, or have not drawn yet, are left out.
@@ -298,8 +298,8 @@ class Engine:
         return fetched.then(partial)
 
     def audit(self) -> None:
-        """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after
-        any step.
+        """Asserts that pages, rows, slots and the forecast agree with each other. Tests call it
+        after any step.
         """
         self.scheduler.audit()
         holders = [
@@ -327,8 +327,8 @@ class Engine:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _drain_commands(self) -> list[Request]:
-        """Carries out what was asked since the last span; returns the requests that this
-        has ended.
+        """Carries out what other threads have asked since the last span. Returns the requests that
+        this has cancelled.
         """
         with self._commands:
             submitted, self._submitted = self._submitted, []
@@ -362,7 +362,7 @@ class Engine:
         return steps, scheduler.advance(steps)
 
     def _retire(self, ended: list[Request]) -> None:
-        """Begins to fetch the codes of requests whose last step is on the device; their slots stay
+        """Begins to fetch the codes of requests whose last step is on the device. Their slots stay
         taken until the copy arrives.
         """
         if not ended:
@@ -376,7 +376,7 @@ class Engine:
             raise
 
     def _fail(self, requests: list[Request], error: BaseException) -> None:
-        """Ends requests that a failed span has taken along; the next `step` returns them."""
+        """Ends requests whose span has failed. The next `step` returns them."""
         for request in requests:
             reason = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
             request.error, request.cause = (
@@ -389,8 +389,8 @@ class Engine:
     def _decode(
         self, decoder: PixelDecoder, requests: list[Request]
     ) -> dict[Request, DeviceFuture[Tensor]]:
-        """Begins to decode those that have finished. The decoder has its own stream: other rows go
-        on meanwhile.
+        """Begins to decode the requests that have finished. The decoder has its own stream, so
+        other rows go on meanwhile.
         """
         finished = [request for request in requests if request.codes is not None]
         if not finished:
@@ -404,8 +404,8 @@ class Engine:
         }
 
     def _take_arrived(self, wait: bool) -> None:
-        """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as
-        there is nothing else to do.
+        """Ends the requests whose codes are on the host. With `wait` it waits for the oldest copy,
+        because there is nothing else to do.
         """
         while self._arriving:
             ended, fetched = self._arriving[0]
@@ -425,8 +425,8 @@ class Engine:
             wait = False
 
     def _leave(self, ended: list[Request]) -> None:
-        """The oldest copy has been dealt with: its slots are free, and the next `step` returns
-        those that it has finished.
+        """Frees the slots of the oldest copy. The next `step` returns the requests of it that have
+        ended.
         """
         self._arriving.popleft()
         self.scheduler.release_slots([slot for request in ended for slot in request.slots])

@@ -24,7 +24,7 @@ Dims = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters: the model's own memory, as the operations take it."""
+    """One layer's parameters as the operations take them. They share the model's memory."""
 
     attention_norm: Tensor  # [width]
     qkv: Tensor  # [3 * width, width]
@@ -36,7 +36,7 @@ class LayerWeights:
     @classmethod
     @torch.no_grad()
     def of(cls, block: TransformerBlock) -> "LayerWeights":
-        """A block's parameters.
+        """Takes the parameters of a block.
 
         w1 and w3 move into one tensor and become views of it, so that nothing is held twice.
         """
@@ -66,7 +66,7 @@ class ModelWeights:
 
     @classmethod
     def of(cls, gpt: Transformer) -> "ModelWeights":
-        """A model's parameters; see `LayerWeights.of`."""
+        """Takes the parameters of a model; see `LayerWeights.of`."""
         return cls(
             token_embedding=gpt.tok_embeddings.weight,
             class_embedding=gpt.cls_embedding.embedding_table.weight,
@@ -82,20 +82,20 @@ class ModelWeights:
 
     @property
     def next_norms(self) -> list[Tensor]:
-        """For each layer the weight of the norm that follows it."""
+        """The weight of the norm that follows each layer."""
         return [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
 
 
 class Empty(Protocol):
-    """Gives memory for a tensor of a name; tensors of one name and dtype may share it."""
+    """Gives memory for a tensor. Tensors of one name and dtype may share it."""
 
     def __call__(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """A tensor of whatever was there."""
+        """Returns a tensor that holds any values."""
         ...
 
 
 class Layers(ABC):
-    """A step from its embeddings to its logits, for one number of rows.
+    """Carries out a step from its embeddings to its logits, for one number of rows.
 
     Args:
         config: the model's shape.
@@ -209,8 +209,8 @@ class Layers(ABC):
 
 
 class PlainLayers(Layers):
-    """Kernels that run everywhere: products leave partial sums, which norms with kernels of their
-    own add up.
+    """Uses kernels that run everywhere. Products leave partial sums, which the kernels of the norms
+    add up.
     """
 
     def __init__(
@@ -223,13 +223,13 @@ class PlainLayers(Layers):
         self.down = self._partials("down", width, config.ffn_dim)
 
     def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self._embed(tokens, classes, next_norm, batch, squares=None, headroom=1.0)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
@@ -240,7 +240,7 @@ class PlainLayers(Layers):
         add_norm(self.residual, self.down, next_norm, self.normed, eps=eps)
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self.operations.whole_linear(self.normed, head, self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -257,7 +257,7 @@ class PlainLayers(Layers):
 
 
 class LibraryLayers(PlainLayers):
-    """The same with cuBLAS's products, which are the fastest for many rows."""
+    """Uses the products of cuBLAS, which are the fastest for many rows."""
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -266,7 +266,7 @@ class LibraryLayers(PlainLayers):
         self.gate_up = empty("gate_up", (rows, 2 * config.ffn_dim), dtype)
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -283,8 +283,8 @@ class LibraryLayers(PlainLayers):
 
 
 class FusedLayers(Layers):
-    """Products that norm their inputs and add themselves to the residual stream: two links less in
-    a layer's chain.
+    """Uses products that norm their inputs and add themselves to the residual stream. A layer has
+    two kernels fewer then.
 
     See kernels/hopper/products.py.
     """
@@ -309,13 +309,13 @@ class FusedLayers(Layers):
         )
 
     def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self._embed(tokens, classes, next_norm, batch, self.squares, self.products.headroom)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
@@ -333,7 +333,7 @@ class FusedLayers(Layers):
         )
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
 
 
@@ -347,7 +347,7 @@ class Scratch:
         }
 
     def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """The start of a name's memory; see `Empty`."""
+        """Returns the start of a name's memory; see `Empty`."""
         return self._memory[name, dtype][: prod(dims)].view(dims)
 
 
@@ -358,13 +358,13 @@ class ScratchPlan:
         self.elements: dict[tuple[str, torch.dtype], int] = {}  # the most of any number of rows
 
     def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """A tensor without memory; see `Empty`."""
+        """Returns a tensor without memory; see `Empty`."""
         self.elements[name, dtype] = max(self.elements.get((name, dtype), 0), prod(dims))
         return torch.empty(dims, dtype=dtype, device="meta")
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """Bytes of all that was asked for."""
         return sum(elements * dtype.itemsize for (_, dtype), elements in self.elements.items())
 
 
@@ -382,7 +382,9 @@ class LayersFactory:
     library: bool
 
     def kind(self, rows: int) -> type[Layers]:
-        """How a step of so many rows is carried out. This is the one place where it is decided."""
+        """The class that carries out a step of so many rows. This is the one place where it is
+        decided.
+        """
         if self.library and rows > MANY_ROWS:
             return LibraryLayers
         return PlainLayers if self.operations.fused is None else FusedLayers

@@ -1,9 +1,9 @@
-"""Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as
-CUDA graphs.
+"""Decodes codes to pixels beside the running steps, on a stream of its own. A few batch sizes are
+captured as CUDA graphs.
 
-On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on that
-stream, on a CPU the same at once, both in float32. A batch is split to the largest captured size,
-and what remains is padded to the next.
+On a GPU that computes in bf16 this runs `VQForward`. An older GPU runs `VQModel.decode_code` on
+that stream, a CPU runs it at once, both in float32. A batch is split into parts of the largest
+captured size, and the last part is padded to the next size.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ _MOST_PIXELS = 4 * 384 * 384  # at once: VQ-16 then needs about half a GiB besid
 
 @dataclass(frozen=True)
 class _Captured:
-    """The decoding of a fixed number of images, as a graph between fixed addresses."""
+    """The decoding of a fixed number of images, captured as a graph between fixed addresses."""
 
     graph: torch.cuda.CUDAGraph
     codes: Tensor  # int32 [images, tokens]
@@ -68,12 +68,12 @@ class PixelDecoder:
 
     @property
     def graphs(self) -> int:
-        """How many were captured."""
+        """How many graphs were captured."""
         return len(self._captured)
 
     @torch.no_grad()
     def submit(self, codes: Tensor) -> DeviceFuture[Tensor]:
-        """Enqueues the decoding behind what the current stream has been given; the codes may be
+        """Enqueues the decoding behind all that the current stream was given. The codes may be
         overwritten after that.
 
         Args:
@@ -101,8 +101,8 @@ class PixelDecoder:
 
     @torch.no_grad()
     def submit_to_host(self, codes: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
-        """Enqueues decoding and the copy of the pictures to the host, beside whatever the current
-        stream does.
+        """Enqueues decoding and the copy of the pictures to the host. The current stream goes on
+        meanwhile.
 
         Args:
             codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
@@ -124,7 +124,7 @@ class PixelDecoder:
         return self.submit(codes).result()
 
     def _decode_part(self, codes: Tensor) -> Tensor:
-        """At most the largest batch size; the result is valid until the next call."""
+        """Decodes at most the largest batch size. The result is valid until the next call."""
         if self._forward is None:
             return self._decode_plain(codes)
         images = codes.shape[0]
@@ -138,9 +138,8 @@ class PixelDecoder:
         )
         if captured is None:
             return _without_tuning(self._forward, codes)
-        captured.codes[:images] = (
-            codes  # the rest keeps older codes: valid ones, whose pixels nobody takes
-        )
+        # the rest keeps older codes, which are valid, and whose pixels nobody takes
+        captured.codes[:images] = codes
         captured.graph.replay()
         return captured.pixels[:images]
 
@@ -152,15 +151,14 @@ class PixelDecoder:
         )
 
     def _capture(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """Captures every batch size; they share one pool of memory, for they run one after the
+        """Captures every batch size. They share one pool of memory, because they run one after the
         other.
         """
         assert self._forward is not None
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
-            for images in reversed(
-                self.batch_sizes
-            ):  # the largest first: the others fit into its memory
+            # the largest first: the others fit into its memory
+            for images in reversed(self.batch_sizes):
                 codes = torch.zeros(images, self._grid**2, dtype=torch.int32, device=self._device)
                 self._stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._stream):
@@ -183,7 +181,7 @@ class PixelDecoder:
 
 
 def batch_sizes(image_size: int) -> tuple[int, ...]:
-    """Numbers of images that are decoded at once: powers of two, the largest as memory allows."""
+    """Numbers of images that are decoded at once: powers of two, up to what memory allows."""
     most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // image_size**2))
     return tuple(2**power for power in range(most.bit_length()))
 
@@ -198,8 +196,8 @@ def _as_pictures(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
-    """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last
-    bits from run to run.
+    """Decodes with convolutions chosen by rule. To choose by measurement takes seconds and changes
+    the last bits from run to run.
     """
     with (
         ieee_float32(),

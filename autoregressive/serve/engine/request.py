@@ -73,7 +73,7 @@ class SamplingParams:
 
 
 class RequestState(StrEnum):
-    """Where a request is on its way; the last three are ends."""
+    """Where a request stands. The last three states are ends."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -84,7 +84,7 @@ class RequestState(StrEnum):
 
 @dataclass(eq=False)
 class RowState:
-    """What the host knows of one sequence of the batch."""
+    """What the host knows about one sequence of the batch."""
 
     label: int  # class, or num_classes for an unconditional row
     slot: int  # of the image that it draws
@@ -95,7 +95,7 @@ class RowState:
 
 @dataclass(eq=False)
 class ImageState:
-    """What the host knows of one image of the batch."""
+    """What the host knows about one image of the batch."""
 
     params: SamplingParams
     image_index: int  # the draws' key beside the seed
@@ -115,8 +115,8 @@ class ImageState:
 
 @dataclass(eq=False)
 class Request:
-    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread
-    changes it.
+    """One class label and how often to draw it. `Engine.submit` makes it, and only the engine's
+    thread changes it.
 
     `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
     state is set last, so that a thread that sees the end sees the result.
@@ -138,7 +138,7 @@ class Request:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """Whether nothing more will happen to the request."""
         return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
 
     @property

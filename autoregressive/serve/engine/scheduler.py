@@ -35,9 +35,8 @@ class Limits:
     # images that are running or whose codes are on their way to the host; at least max_rows
     num_slots: int
     num_classes: int  # the label of unconditional rows
-    to_get_more_pages: str = (
-        "raise num_pages"  # what to do where a request needs more, for the message
-    )
+    # what to do where a request needs more pages, for the message
+    to_get_more_pages: str = "raise num_pages"
 
 
 def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray[np.int64]:
@@ -48,8 +47,8 @@ def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray
 
 
 class Scheduler:
-    """The queue, the running requests, their pages and slots, and the forecast. Used by the
-    engine's thread alone.
+    """Holds the queue, the running requests, their pages and slots, and the forecast. Only the
+    engine's thread uses it.
 
     Args:
         waiting: an empty queue, which says what starts next; by default first come, first served.
@@ -68,8 +67,8 @@ class Scheduler:
 
     @property
     def forecast(self) -> NDArray[np.int64]:
-        """Pages that the running requests will hold at the next step and each one after: int64
-        [tokens], a copy.
+        """Pages that the running requests will hold at the next step and at each one after it:
+        int64 [tokens], a copy.
         """
         return self._forecast.copy()
 
@@ -94,7 +93,7 @@ class Scheduler:
         return changed
 
     def check_fits(self, params: SamplingParams) -> None:
-        """Any thread may call it.
+        """Refuses a request that could never run. Any thread may call it.
 
         Raises:
             ValueError: such a request could never run, not even alone.
@@ -125,8 +124,8 @@ class Scheduler:
         self.waiting.add_request(request)
 
     def admit(self) -> list[Request]:
-        """Starts requests from the head of the queue while they fit; behind one that does not, all
-        wait. Returns those started.
+        """Starts requests from the head of the queue while they fit. Behind one that does not, all
+        wait. Returns those that have started.
         """
         admitted = []
         while self.waiting:
@@ -141,8 +140,8 @@ class Scheduler:
         return admitted
 
     def plan_span(self, limit: int) -> int:
-        """Steps until the next event (an image or an unconditional row ends), at most `limit`; 0 if
-        nothing runs.
+        """Steps until the next event (an image or an unconditional row ends), at most `limit`.
+        Returns 0 if nothing runs.
         """
         steps = limit if self.running else 0
         for request in self.running:
@@ -170,8 +169,8 @@ class Scheduler:
         """Notes that the span has been given to the device, and frees the pages of what ended with
         it.
 
-        The device may not have run it yet. Its pages may be dealt out again all the same: whoever
-        gets them writes them in a later span, and spans run in order on one stream.
+        The device may not have run it yet. Its pages may be dealt out again all the same, because
+        spans run in order on one stream, and the next owner writes them in a later span.
 
         Returns:
             The requests whose images are complete; their slots stay taken until `release_slots`.
@@ -210,8 +209,8 @@ class Scheduler:
         return True
 
     def abandon(self) -> list[Request]:
-        """Takes every running request out, in whatever state a span that could not be enqueued has
-        left it; returns them.
+        """Takes every running request out and returns them. A span that could not be enqueued may
+        have left them in any state.
         """
         abandoned = [*self.running]
         if abandoned:

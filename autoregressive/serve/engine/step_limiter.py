@@ -1,8 +1,8 @@
 """How long a span may be, and how far the host may run ahead of the device.
 
-A request to cancel waits for the spans that are already on the device, so all spans in flight
-together are at most 16 steps or 0.25 s, whichever is less. Durations are measured behind spans that
-have ended; nothing waits in the middle of one.
+A request to cancel waits for the spans that are already on the device. So all spans in flight
+together are at most 16 steps or 0.25 s, whichever is less. A span is measured when it has ended;
+nothing waits in the middle of one.
 """
 
 from collections import deque
