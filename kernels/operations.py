@@ -34,14 +34,14 @@ class Embed(Protocol):
         """Writes residual, normed and, where given, squares."""
 
 
-class Product(Protocol):
+class MatrixProduct(Protocol):
     """A matrix product; see `kernels.linear.linear` and `kernels.swiglu.swiglu`."""
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Writes out."""
 
 
-class Attention(Protocol):
+class PagedAttention(Protocol):
     """Attends from the newest token of each row; see `kernels.attention.attention`."""
 
     def __call__(
@@ -97,12 +97,12 @@ class Operations:
     """What a decode step is made of."""
 
     embed: Embed
-    linear: Product  # leaves partial sums
+    linear: MatrixProduct  # leaves partial sums
     linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
-    whole_linear: Product  # out: [rows, outputs]
-    swiglu: Product
+    whole_linear: MatrixProduct  # out: [rows, outputs]
+    swiglu: MatrixProduct
     gate: Callable[[Tensor, Tensor], None]  # products, out
-    attention: Attention
+    attention: PagedAttention
     attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
     add_norm: AddNorm
     draw_tokens: DrawTokens

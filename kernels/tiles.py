@@ -55,7 +55,7 @@ def _input_tile(inputs: int, itemsize: int, shared_memory: int) -> int:
 
 
 def linear_rule(outputs: int, inputs: int, table: "TileTable") -> LinearTiles:
-    """Gives a program one tile of weights, 32 KiB of 64 outputs. There are as many splits as tiles."""
+    """Gives a program one tile of weights: 32 KiB of 64 outputs. Each tile is a split."""
     # every GPU has the 64 KiB that this takes with the most rows
     tile = _input_tile(inputs, table.itemsize, shared_memory=160 * 1024)
     return LinearTiles(outputs=64, inputs=tile, tiles=1, early=1, stages=1, warps=4)
