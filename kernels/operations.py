@@ -166,7 +166,6 @@ class AddWithStatistics(Protocol):
         interleaved: bool = False,
     ) -> tuple[Tensor | None, GroupStatistics]:
         """Returns the sum, if an `out_dtype` is given, and its statistics."""
-        ...
 
 
 class Normalize(Protocol):
@@ -185,7 +184,6 @@ class Normalize(Protocol):
         out_dtype: torch.dtype = torch.bfloat16,
     ) -> Tensor:
         """Returns a tensor of x's shape."""
-        ...
 
 
 @dataclass(frozen=True)

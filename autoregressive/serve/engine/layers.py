@@ -91,7 +91,6 @@ class Empty(Protocol):
 
     def __call__(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
         """Returns a tensor that holds any values."""
-        ...
 
 
 class Layers(ABC):
@@ -105,6 +104,9 @@ class Layers(ABC):
     """
 
     qkv: Tensor  # [splits, rows, 3 * width]
+    # Where the products norm their inputs: [blocks, rows], sums of the residual stream's squares.
+    squares: Tensor | None = None
+    headroom = 1.0  # factor of what is not yet normed
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -143,7 +145,6 @@ class Layers(ABC):
         self.head(weights.head)
         return self.logits
 
-    @abstractmethod
     def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
         """Starts the residual stream, and prepares the first layer's input.
 
@@ -152,6 +153,20 @@ class Layers(ABC):
             classes: [classes + 1, width], the embedding of labels.
             next_norm: [width], the weight of the norm that follows.
         """
+        self.operations.embed(
+            batch.codes,
+            batch.row_slots[: self.rows],
+            batch.positions[: self.rows],
+            batch.labels[: self.rows],
+            tokens,
+            classes,
+            next_norm,
+            self.residual,
+            self.normed,
+            self.squares,
+            eps=self.config.norm_eps,
+            headroom=self.headroom,
+        )
 
     @abstractmethod
     def layer(
@@ -183,30 +198,6 @@ class Layers(ABC):
             self.attn_out,
         )
 
-    def _embed(
-        self,
-        tokens: Tensor,
-        classes: Tensor,
-        next_norm: Tensor,
-        batch: Batch,
-        squares: Tensor | None,
-        headroom: float,
-    ) -> None:
-        self.operations.embed(
-            batch.codes,
-            batch.row_slots[: self.rows],
-            batch.positions[: self.rows],
-            batch.labels[: self.rows],
-            tokens,
-            classes,
-            next_norm,
-            self.residual,
-            self.normed,
-            squares,
-            eps=self.config.norm_eps,
-            headroom=headroom,
-        )
-
 
 class PlainLayers(Layers):
     """Uses kernels that run everywhere. Products leave partial sums, which the kernels of the norms
@@ -221,10 +212,6 @@ class PlainLayers(Layers):
         self.qkv = self._partials("qkv", 3 * width, width)
         self.projected = self._partials("projected", width, width)
         self.down = self._partials("down", width, config.ffn_dim)
-
-    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """See `Layers`."""
-        self._embed(tokens, classes, next_norm, batch, squares=None, headroom=1.0)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
@@ -289,12 +276,15 @@ class FusedLayers(Layers):
     See kernels/hopper/products.py.
     """
 
+    squares: Tensor
+
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
     ) -> None:
         super().__init__(config, dtype, operations, rows, empty)
         assert operations.fused is not None
         self.products: FusedProducts = operations.fused
+        self.headroom = self.products.headroom
         width, ffn = config.dim, config.ffn_dim
         self.qkv = empty(
             "qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32
@@ -307,10 +297,6 @@ class FusedLayers(Layers):
         self.ffn_squares = empty(
             "ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32
         )
-
-    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """See `Layers`."""
-        self._embed(tokens, classes, next_norm, batch, self.squares, self.products.headroom)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
