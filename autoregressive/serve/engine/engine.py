@@ -96,15 +96,14 @@ class Engine:
             graphs_of_pixels = 0 if self.decoder is None else self.decoder.graphs
             self.batch = Batch(shape, self.device)
             num_pages = pool_pages(gpt, shape, config)
-            more = ways_to_more_pages(config, self.device)
             limits = Limits(
-                shape.tokens,
-                shape.page_size,
-                shape.max_rows,
-                num_pages,
-                shape.num_slots,
-                model.num_classes,
-                more,
+                tokens=shape.tokens,
+                page_size=shape.page_size,
+                max_rows=shape.max_rows,
+                num_pages=num_pages,
+                num_slots=shape.num_slots,
+                num_classes=model.num_classes,
+                to_get_more_pages=ways_to_more_pages(config, self.device),
             )
             self.scheduler = Scheduler(
                 limits, create_request_queue(config.scheduling_policy, shape.tokens)

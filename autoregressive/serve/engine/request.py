@@ -99,7 +99,7 @@ class ImageState:
 
     params: SamplingParams
     image_index: int  # the draws' key beside the seed
-    slot: int  # row of the codes buffer
+    slot: int  # line of the codes buffer
     conditional: RowState
     unconditional: RowState | None  # None without guidance, and after the guidance interval
 
@@ -131,7 +131,7 @@ class Request:
     # given to the device so far, out of the tokens of an image; the position of all its rows
     steps: int = 0
     # in the batch, or waiting for their codes to arrive; empty until the request starts
-    images: list[ImageState] = field(default_factory=list)
+    images: list[ImageState] = field(default_factory=list, repr=False)
     codes: Tensor | None = None  # int32 [n, tokens] on the CPU
     error: str | None = None
     cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
