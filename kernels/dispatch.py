@@ -9,15 +9,15 @@ CPU, slowly; Hopper's do not.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.attention import HEAD_SIZES, attention, attention_reference
+from kernels.attention import HEAD_SIZES, attention
+from kernels.attention_reference import attention_reference
 from kernels.group_norm import (
-    GroupStatistics,
     add_with_statistics,
     add_with_statistics_reference,
     normalize,
@@ -25,65 +25,33 @@ from kernels.group_norm import (
     supports,
 )
 from kernels.hopper.attention import hopper_attention
-from kernels.hopper.products import HEADROOM, fused_linear, fused_project, fused_swiglu
+from kernels.hopper.products import (
+    HEADROOM,
+    fused_linear,
+    fused_project,
+    fused_swiglu,
+)
 from kernels.linear import linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.operations import FusedProducts, GroupNormOperations, Operations
 from kernels.sampling import draw_tokens
 from kernels.sampling_reference import draw_tokens as draw_tokens_reference
 from kernels.swiglu import gate, gate_reference, swiglu, swiglu_reference
-from kernels.tiles import TileTable, tile_table
+from kernels.tiles import (
+    ATTENTION,
+    FUSED_HEAD,
+    FUSED_LINEAR,
+    FUSED_PROJECT,
+    FUSED_SWIGLU,
+    LINEAR,
+    SWIGLU,
+    WHOLE_LINEAR,
+    TileTable,
+    tile_table,
+)
 
 BACKENDS = ("auto", "triton", "torch")
 MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
-
-
-@dataclass(frozen=True)
-class Operations:
-    """What a decode step is made of; the arguments are those of the torch references beside each
-    kernel.
-    """
-
-    embed: Callable[..., None]
-    linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, partial sums
-    # outputs, inputs, bytes of an element -> partial sums of `linear`
-    linear_splits: Callable[[int, int, int], int]
-    whole_linear: Callable[[Tensor, Tensor, Tensor], None]  # x, weight, product [rows, outputs]
-    swiglu: Callable[[Tensor, Tensor, Tensor], None]
-    gate: Callable[[Tensor, Tensor], None]
-    attention: Callable[..., None]
-    # tokens, bytes of an element -> chunks of its scratch tensors
-    attention_chunks: Callable[[int, int], int]
-    add_norm: Callable[..., None]
-    draw_tokens: Callable[..., None]
-    fused: "FusedProducts | None" = (
-        None  # products that take the place of `linear`, `swiglu` and `add_norm` for few rows
-    )
-
-
-@dataclass(frozen=True)
-class FusedProducts:
-    """A layer's products where each norms its own input and adds itself to the residual stream; see
-    kernels/hopper/products.py.
-    """
-
-    linear: Callable[..., None]  # x, squares, weight, partial sums
-    linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
-    project: Callable[..., None]
-    # outputs, inputs -> blocks of squares that `project` writes
-    project_blocks: Callable[[int, int], int]
-    swiglu: Callable[..., None]  # x, squares, weight, out
-    head: Callable[..., None]  # x, squares, weight, logits
-    headroom: float  # factor of every x
-
-
-@dataclass(frozen=True)
-class GroupNormOperations:
-    """The pixel decoder's two fused operations; the arguments are those of the torch references in
-    kernels/group_norm.py.
-    """
-
-    add: Callable[..., tuple[Tensor | None, GroupStatistics]]
-    normalize: Callable[..., Tensor]
 
 
 def select_group_norm(
@@ -94,7 +62,7 @@ def select_group_norm(
     *,
     tell: Callable[[str], None],
 ) -> GroupNormOperations:
-    """The pixel decoder's operations: Triton on a GPU, for widths that its kernels take, unless
+    """The pixel decoder's operations. A GPU runs Triton for widths that its kernels take, unless
     torch is asked for.
 
     Args:
@@ -114,8 +82,8 @@ def select_group_norm(
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: a GPU of compute capability 8.0 and above, or the
-    interpreter.
+    """Whether Triton's kernels run on the device: on a GPU of compute capability 8.0 and above, or
+    in the interpreter.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -174,16 +142,16 @@ def select_operations(
 
 
 def torch_operations() -> Operations:
-    """The references: every device and dtype, nothing fused."""
+    """The torch references, for every device and dtype. Nothing is fused."""
     return Operations(
         embed=embed_reference,
         linear=linear_reference,
-        linear_splits=lambda outputs, inputs, itemsize: 1,
+        linear_splits=lambda outputs, inputs: 1,
         whole_linear=lambda x, weight, out: linear_reference(x, weight, out[None]),
         swiglu=swiglu_reference,
         gate=gate_reference,
         attention=attention_reference,
-        attention_chunks=lambda tokens, itemsize: 1,
+        attention_chunks=lambda tokens: 1,
         add_norm=add_norm_reference,
         draw_tokens=draw_tokens_reference,
     )
@@ -192,49 +160,37 @@ def torch_operations() -> Operations:
 def triton_operations(
     table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False
 ) -> Operations:
-    """The fused kernels, cut up as the table says.
+    """The Triton kernels, cut up as the table says.
 
     Args:
         hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
     """
 
     def split_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        linear(
-            x,
-            weight,
-            out,
-            table.linear_tiles(*weight.shape, weight.element_size()),
-            launch_pdl=launch_pdl,
-        )
+        linear(x, weight, out, table.find(LINEAR, *_shape(weight)), launch_pdl=launch_pdl)
 
     def whole_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        tiles = table.whole_linear_tiles(*weight.shape, weight.element_size())
+        tiles = table.find(WHOLE_LINEAR, *_shape(weight))
         linear(x, weight, out[None], tiles, launch_pdl=launch_pdl)
 
     def gated(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        tiles = table.swiglu_tiles(weight.shape[0] // 2, weight.shape[1], weight.element_size())
+        tiles = table.find(SWIGLU, *_half_shape(weight))
         swiglu(x, weight, out, tiles, launch_pdl=launch_pdl)
 
-    def attend(*tensors: Tensor) -> None:
-        tiles = table.attention_tiles(heads, head_size, tensors[2].element_size())
-        if hopper:
-            hopper_attention(*tensors, tiles=tiles)
-        else:
-            attention(*tensors, tiles=tiles, launch_pdl=launch_pdl)
-
+    attention_tiles = table.find(ATTENTION, heads, head_size)
     return Operations(
         embed=partial(embed, launch_pdl=launch_pdl),
         linear=split_linear,
-        linear_splits=lambda outputs, inputs, itemsize: table.linear_tiles(
-            outputs, inputs, itemsize
-        ).splits(inputs),
+        linear_splits=lambda outputs, inputs: table.find(LINEAR, outputs, inputs).splits(inputs),
         whole_linear=whole_linear,
         swiglu=gated,
         gate=partial(gate, launch_pdl=launch_pdl),
-        attention=attend,
-        attention_chunks=lambda tokens, itemsize: table.attention_tiles(
-            heads, head_size, itemsize
-        ).chunks(tokens),
+        attention=(
+            partial(hopper_attention, tiles=attention_tiles)
+            if hopper
+            else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
+        ),
+        attention_chunks=attention_tiles.chunks,
         add_norm=partial(add_norm, launch_pdl=launch_pdl),
         # Positions are of an earlier step: every step starts after the one before it has ended (see
         # `embed`).
@@ -247,32 +203,46 @@ def fused_products(table: TileTable) -> FusedProducts:
     """Hopper's products, cut up as the table says."""
 
     def linear(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        fused_linear(x, squares, weight, out, table.fused_linear_tiles(*weight.shape), eps=eps)
+        fused_linear(x, squares, weight, out, table.find(FUSED_LINEAR, *_shape(weight)), eps=eps)
 
     def project(
-        x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        normed: Tensor,
+        squares: Tensor,
     ) -> None:
-        fused_project(
-            x, weight, residual, gain, normed, squares, table.fused_project_tiles(*weight.shape)
-        )
+        tiles = table.find(FUSED_PROJECT, *_shape(weight))
+        fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
 
     def swiglu(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
-        tiles = table.fused_swiglu_tiles(weight.shape[0] // 2, weight.shape[1])
+        tiles = table.find(FUSED_SWIGLU, *_half_shape(weight))
         fused_swiglu(x, squares, weight, out, tiles, eps=eps)
 
-    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        fused_linear(
-            x, squares, weight, logits[None], table.fused_head_tiles(*weight.shape), eps=eps
-        )
+    def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        tiles = table.find(FUSED_HEAD, *_shape(weight))
+        fused_linear(x, squares, weight, out[None], tiles, eps=eps)
+
+    def project_blocks(outputs: int, inputs: int) -> int:
+        return -(-outputs // table.find(FUSED_PROJECT, outputs, inputs).outputs)
 
     return FusedProducts(
         linear=linear,
-        linear_splits=lambda outputs, inputs: table.fused_linear_tiles(outputs, inputs).splits,
+        linear_splits=lambda outputs, inputs: table.find(FUSED_LINEAR, outputs, inputs).splits,
         project=project,
-        project_blocks=lambda outputs, inputs: (
-            -(-outputs // table.fused_project_tiles(outputs, inputs).outputs)
-        ),
+        project_blocks=project_blocks,
         swiglu=swiglu,
         head=head,
         headroom=HEADROOM,
     )
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return weight.shape[0], weight.shape[1]
+
+
+def _half_shape(weight: Tensor) -> tuple[int, int]:
+    """Outputs of each half, and inputs."""
+    return weight.shape[0] // 2, weight.shape[1]

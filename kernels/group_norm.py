@@ -72,8 +72,8 @@ def add_with_statistics_reference(
 def normalize_reference(
     x: Tensor,
     statistics: GroupStatistics,
-    gain: Tensor,
-    shift: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     eps: float,
     *,
     bias: Tensor | None = None,
@@ -93,11 +93,11 @@ def normalize_reference(
         dim=1
     )
     deviation = torch.rsqrt(squares / (statistics.positions * group_size) + eps)  # [images, groups]
-    scale = deviation.repeat_interleave(group_size, dim=1) * gain  # [images, channels]
-    offset = shift - mean[:, 0].repeat_interleave(group_size, dim=1) * scale
+    scale = deviation.repeat_interleave(group_size, dim=1) * norm_weight  # [images, channels]
+    shift = norm_bias - mean[:, 0].repeat_interleave(group_size, dim=1) * scale
     if bias is not None:
-        offset = offset + bias * scale
-    y = x.float() * scale[:, None, None] + offset[:, None, None]
+        shift = shift + bias * scale
+    y = x.float() * scale[:, None, None] + shift[:, None, None]
     return (F.silu(y) if silu else y).to(out_dtype)
 
 
@@ -183,8 +183,8 @@ def add_with_statistics(
 def normalize(
     x: Tensor,
     statistics: GroupStatistics,
-    gain: Tensor,
-    shift: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     eps: float,
     *,
     bias: Tensor | None = None,
@@ -196,8 +196,8 @@ def normalize(
     Args:
         x: [images, height, width, channels]
         statistics: of x, or of x + bias.
-        gain: float32 [channels], the norm's weight.
-        shift: float32 [channels], the norm's bias.
+        norm_weight: float32 [channels], the norm's weight.
+        norm_bias: float32 [channels], the norm's bias.
         eps: added to the variance.
         bias: float32 [channels], added to x first: the bias of a convolution whose sum was not
             stored.
@@ -209,15 +209,15 @@ def normalize(
     assert positions == statistics.positions
     assert x.is_contiguous()
     scale = x.new_empty(images, channels, dtype=torch.float32)
-    offset = torch.empty_like(scale)
+    shift = torch.empty_like(scale)
     _merge_statistics_kernel[(groups // _GROUPS_AT_ONCE, images)](
         statistics.means,
         statistics.squares,
-        gain,
-        shift,
-        gain if bias is None else bias,
+        norm_weight,
+        norm_bias,
+        norm_weight if bias is None else bias,
         scale,
-        offset,
+        shift,
         statistics.means.shape[1],
         positions,
         statistics.chunk_positions,
@@ -234,7 +234,7 @@ def normalize(
     _apply_kernel[(triton.cdiv(positions, tile_positions), images)](
         x,
         scale,
-        offset,
+        shift,
         out,
         positions,
         CHANNELS=channels,
@@ -266,7 +266,7 @@ def _add_with_statistics_kernel(
     group_size: tl.constexpr = CHANNELS // GROUPS
     channel = tl.arange(0, CHANNELS)
     position = chunk * CHUNK + tl.arange(0, CHUNK)
-    valid = (position < positions)[:, None]
+    mask = (position < positions)[:, None]
     # 64 bits: sixteen images of 1024 x 1024 with 128 channels have 2**31 elements.
     # [CHUNK, CHANNELS]
     place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]
@@ -280,19 +280,19 @@ def _add_with_statistics_kernel(
         low = image.to(tl.int64) * low_positions + low_row * low_width + low_column
         source = (low * 4 + phase)[:, None] * CHANNELS + channel[None, :]
     total = (
-        tl.load(x_ptr + source, mask=valid, other=0.0).to(tl.float32)
+        tl.load(x_ptr + source, mask=mask, other=0.0).to(tl.float32)
         + tl.load(bias_ptr + channel)[None, :]
     )
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + place, mask=valid, other=0.0).to(tl.float32)
+        total += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if STORES:
         rounded = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + place, rounded, mask=valid)
+        tl.store(out_ptr + place, rounded, mask=mask)
         total = rounded.to(tl.float32)
 
     count = tl.minimum(positions - chunk * CHUNK, CHUNK).to(tl.float32)
-    channel_means = tl.sum(tl.where(valid, total, 0.0), axis=0) / count  # [CHANNELS]
-    deviations = tl.where(valid, total - channel_means[None, :], 0.0)
+    channel_means = tl.sum(tl.where(mask, total, 0.0), axis=0) / count  # [CHANNELS]
+    deviations = tl.where(mask, total - channel_means[None, :], 0.0)
     channel_squares = tl.sum(deviations * deviations, axis=0)  # [CHANNELS]
     by_group = tl.reshape(channel_means, (GROUPS, group_size))
     group_means = tl.sum(by_group, axis=1) / group_size  # [GROUPS]
@@ -308,11 +308,11 @@ def _add_with_statistics_kernel(
 def _merge_statistics_kernel(
     means_ptr,
     squares_ptr,
-    gain_ptr,
-    shift_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     bias_ptr,
     scale_ptr,
-    offset_ptr,
+    shift_ptr,
     chunks,
     positions,
     chunk_positions,
@@ -332,17 +332,17 @@ def _merge_statistics_kernel(
     spread = tl.zeros((CHUNKS_AT_ONCE, GROUPS_AT_ONCE), tl.float32)
     for start in range(0, chunks, CHUNKS_AT_ONCE):
         chunk = start + tl.arange(0, CHUNKS_AT_ONCE)
-        valid = (chunk < chunks)[:, None]
+        mask = (chunk < chunks)[:, None]
         slot = (image * chunks + chunk)[:, None] * GROUPS + group[None, :]
         count = (
             tl.minimum(positions - chunk * chunk_positions, chunk_positions).to(tl.float32)[:, None]
             * GROUP_SIZE
         )
         distance = tl.where(
-            valid, tl.load(means_ptr + slot, mask=valid, other=0.0) - pivot[None, :], 0.0
+            mask, tl.load(means_ptr + slot, mask=mask, other=0.0) - pivot[None, :], 0.0
         )
         weighted += count * distance
-        spread += tl.load(squares_ptr + slot, mask=valid, other=0.0) + count * distance * distance
+        spread += tl.load(squares_ptr + slot, mask=mask, other=0.0) + count * distance * distance
     total = (positions * GROUP_SIZE).to(tl.float32)
     shifted = tl.sum(weighted, axis=0) / total
     mean = pivot + shifted  # [GROUPS_AT_ONCE]
@@ -351,20 +351,20 @@ def _merge_statistics_kernel(
 
     # [GROUPS_AT_ONCE, GROUP_SIZE]
     channel = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
-    scale = deviation[:, None] * tl.load(gain_ptr + channel)
-    offset = tl.load(shift_ptr + channel) - mean[:, None] * scale
+    scale = deviation[:, None] * tl.load(norm_weight_ptr + channel)
+    shift = tl.load(norm_bias_ptr + channel) - mean[:, None] * scale
     if HAS_BIAS:
-        offset += tl.load(bias_ptr + channel) * scale
+        shift += tl.load(bias_ptr + channel) * scale
     place = image * GROUPS * GROUP_SIZE + channel
     tl.store(scale_ptr + place, scale)
-    tl.store(offset_ptr + place, offset)
+    tl.store(shift_ptr + place, shift)
 
 
 @triton.jit
 def _apply_kernel(
     x_ptr,
     scale_ptr,
-    offset_ptr,
+    shift_ptr,
     out_ptr,
     positions,
     CHANNELS: tl.constexpr,
@@ -374,12 +374,12 @@ def _apply_kernel(
     tile, image = tl.program_id(0), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     position = tile * TILE + tl.arange(0, TILE)
-    valid = (position < positions)[:, None]
+    mask = (position < positions)[:, None]
     # [TILE, CHANNELS]
     place = (image.to(tl.int64) * positions + position)[:, None] * CHANNELS + channel[None, :]
     scale = tl.load(scale_ptr + image * CHANNELS + channel)[None, :]
-    offset = tl.load(offset_ptr + image * CHANNELS + channel)[None, :]
-    y = tl.load(x_ptr + place, mask=valid, other=0.0).to(tl.float32) * scale + offset
+    shift = tl.load(shift_ptr + image * CHANNELS + channel)[None, :]
+    y = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * scale + shift
     if SILU:
         y = y * tl.sigmoid(y)
-    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """How a product is cut up; from the measured table, or `kernels.tiles.default_linear_tiles`."""
+    """How a product is cut up; from the measured table, or `kernels.tiles.linear_rule`."""
 
     outputs: int  # outputs of a program
     inputs: int  # inputs of one tile
@@ -53,68 +53,102 @@ def _linear_kernel(
     output_block, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = row_block * ROW_TILE + tl.arange(0, ROW_TILE)
     output = output_block * OUTPUT_TILE + tl.arange(0, OUTPUT_TILE)
-    lane = tl.arange(0, INPUT_TILE)
+    offset = tl.arange(0, INPUT_TILE)
     first_input = split * (TILES * INPUT_TILE)
-    live_row = row < rows
-    live_output = output < OUTPUTS
-    weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
-    x_rows = x + row[None, :] * INPUTS
+    row_mask = row < rows
+    output_mask = output < OUTPUTS
+    total = product(
+        weight + output[:, None].to(tl.int64) * INPUTS,
+        x + row[None, :] * INPUTS,
+        first_input,
+        offset,
+        output_mask,
+        row_mask,
+        INPUTS=INPUTS,
+        WHOLE_TILES=OUTPUTS % OUTPUT_TILE == 0,
+        OUTPUT_TILE=OUTPUT_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=TILES,
+        EARLY=EARLY,
+        STAGES=STAGES,
+        LAUNCH_PDL=LAUNCH_PDL,
+    )
+    at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
+    tl.store(out + at, total, mask=row_mask[None, :] & output_mask[:, None])
+
+
+@triton.jit
+def product(
+    weight_rows,  # [OUTPUT_TILE, 1] pointers
+    x_rows,  # [1, ROW_TILE] pointers
+    first_input,
+    offset,  # [INPUT_TILE]
+    output_mask,  # [OUTPUT_TILE]
+    row_mask,  # [ROW_TILE]
+    INPUTS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,  # all outputs exist, and need no mask
+    OUTPUT_TILE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    INPUT_TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    EARLY: tl.constexpr,
+    STAGES: tl.constexpr,
+    LAUNCH_PDL: tl.constexpr,
+):
+    """A program's product [OUTPUT_TILE, ROW_TILE], float32. The weights of EARLY tiles are loaded
+    before the wait; the other tiles come through a pipeline, and are added first.
+    """
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    early_weights = ()
+    early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = first_input + tile * INPUT_TILE + lane
+        column = first_input + tile * INPUT_TILE + offset
         early_weights = early_weights + (
-            _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE),
+            _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES),
         )
     if LAUNCH_PDL:
-        gdc_wait()  # only now is x valid
+        gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
-        column = first_input + tile * INPUT_TILE + lane
-        weights = _load_weights(weight_rows, column, live_output, INPUTS, OUTPUTS, OUTPUT_TILE)
-        values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
+        column = first_input + tile * INPUT_TILE + offset
+        weights = _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES)
+        values = _load_values(x_rows, column, row_mask, INPUTS)
         total = tl.dot(weights, values, total, input_precision="ieee")
-    early_values = ()
+    early_values: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = first_input + tile * INPUT_TILE + lane
-        values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
-        early_values = early_values + (values,)
+        column = first_input + tile * INPUT_TILE + offset
+        early_values = early_values + (_load_values(x_rows, column, row_mask, INPUTS),)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
-    at = (split * rows + row[None, :]).to(tl.int64) * OUTPUTS + output[:, None]
-    tl.store(out + at, total, mask=live_row[None, :] & live_output[:, None])
+    return total
 
 
 @triton.jit
 def _load_weights(
-    weight_rows,
-    column,
-    live_output,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    OUTPUT_TILE: tl.constexpr,
+    weight_rows, column, output_mask, INPUTS: tl.constexpr, WHOLE_TILES: tl.constexpr
 ):
-    """A tile of weights [outputs, inputs]; the mask on outputs is left out where every program's
-    outputs exist.
-    """
-    live = (column < INPUTS)[None, :]
-    if OUTPUTS % OUTPUT_TILE != 0:
-        live = live & live_output[:, None]
-    return tl.load(weight_rows + column[None, :], mask=live, other=0.0)
+    """A tile of weights [outputs, inputs]."""
+    mask = (column < INPUTS)[None, :]
+    if not WHOLE_TILES:
+        mask = mask & output_mask[:, None]
+    return tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_values(x_rows, column, row_mask, INPUTS: tl.constexpr):
+    """A tile of x [inputs, rows]."""
+    mask = row_mask[None, :] & (column < INPUTS)[:, None]
+    return tl.load(x_rows + column[:, None], mask=mask, other=0.0)
 
 
 def row_tile(rows: int) -> int:
-    """Rows of a program's tile: the least the matrix unit takes, up to 64."""
+    """Rows of a program's tile: at least what the matrix unit takes, at most 64."""
     return max(16, min(64, triton.next_power_of_2(rows)))
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch_pdl: bool) -> None:
-    """Partial sums of x W^T.
+    """Writes partial sums of x W^T.
 
     Args:
         x: [rows, inputs], the weights' dtype; a multiple of 8 inputs.
@@ -147,13 +181,15 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
 
 
 def pdl_option(launch_pdl: bool) -> dict[str, bool]:
-    """The launch option of programmatic dependent launch; none where it is off (older GPUs do not
-    know it).
+    """The launch option of programmatic dependent launch. It is left out where it is off, because
+    older GPUs do not know it.
     """
     return {"launch_pdl": True} if launch_pdl else {}
 
 
 def linear_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same in torch: the product in the first of the partial sums, zeros in the others."""
+    """Does the same as `linear` in torch. The first partial sum is the product, the others are
+    zeros.
+    """
     out[0] = torch.nn.functional.linear(x, weight).to(out.dtype)
     out[1:] = 0

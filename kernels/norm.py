@@ -21,7 +21,7 @@ def _embed_kernel(
     labels,  # [rows]
     token_embedding,  # [vocabulary, WIDTH]
     class_embedding,  # [classes, WIDTH]
-    gain,  # [WIDTH]
+    norm_weight,  # [WIDTH]
     residual,  # [rows, WIDTH] float32
     normed,  # [rows, WIDTH]
     squares,  # [BLOCKS, rows] float32
@@ -38,11 +38,11 @@ def _embed_kernel(
     LAUNCH_PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    lane = tl.arange(0, TILE)
-    live = lane < WIDTH
+    offset = tl.arange(0, TILE)
+    mask = offset < WIDTH
     if LAUNCH_PDL:
-        gdc_launch_dependents()
-    gains = tl.load(gain + lane, mask=live, other=0.0).to(tl.float32)
+        gdc_launch_dependents()  # and no wait: README, rule 2
+    weight = tl.load(norm_weight + offset, mask=mask, other=0.0).to(tl.float32)
     position = tl.load(positions + row)
     slot = tl.load(row_slots + row).to(tl.int64)
     label = tl.load(labels + row)
@@ -50,12 +50,12 @@ def _embed_kernel(
     # Clamped: whatever a damaged model drew, no address outside the tables is read.
     token = tl.minimum(tl.maximum(token, 0), vocabulary - 1).to(tl.int64)
     label = tl.minimum(tl.maximum(label, 0), classes - 1).to(tl.int64)
-    x = tl.load(token_embedding + token * WIDTH + lane, mask=live & (position > 0), other=0.0).to(
+    x = tl.load(token_embedding + token * WIDTH + offset, mask=mask & (position > 0), other=0.0).to(
         tl.float32
     )
-    x += tl.load(class_embedding + label * WIDTH + lane, mask=live & (position <= 0), other=0.0).to(
-        tl.float32
-    )
+    x += tl.load(
+        class_embedding + label * WIDTH + offset, mask=mask & (position <= 0), other=0.0
+    ).to(tl.float32)
     total = tl.sum(x * x, 0)
     if BLOCKS > 0:  # the next product divides
         block = tl.arange(0, BLOCKS_TILE)
@@ -65,9 +65,9 @@ def _embed_kernel(
         scale = HEADROOM
     else:
         scale = tl.rsqrt(total / WIDTH + EPS)
-    at = row.to(tl.int64) * WIDTH + lane
-    tl.store(residual + at, x, mask=live)
-    tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
+    at = row.to(tl.int64) * WIDTH + offset
+    tl.store(residual + at, x, mask=mask)
+    tl.store(normed + at, (x * scale * weight).to(normed.dtype.element_ty), mask=mask)
 
 
 def embed(
@@ -77,7 +77,7 @@ def embed(
     labels: Tensor,
     token_embedding: Tensor,
     class_embedding: Tensor,
-    gain: Tensor,
+    norm_weight: Tensor,
     residual: Tensor,
     normed: Tensor,
     squares: Tensor | None = None,
@@ -86,8 +86,8 @@ def embed(
     headroom: float = 1.0,
     launch_pdl: bool,
 ) -> None:
-    """Starts the residual stream of every row: its class at position 0, else the token drawn last;
-    and norms it.
+    """Starts the residual stream of every row and norms it. A row starts with its class at position
+    0, else with the token that was drawn last.
 
     The first kernel of a step. It is launched without the programmatic attribute, so that every
     kernel of earlier steps is complete before any kernel of this step starts: what these may load
@@ -97,12 +97,13 @@ def embed(
         codes: int32 [slots, cells], tokens of the images.
         row_slots, positions, labels: int32 [rows]; positions below 0 are padding (any finite values
             come out).
-        token_embedding: [vocabulary, width]; class_embedding: [classes, width]; gain: [width].
+        token_embedding: [vocabulary, width]; class_embedding: [classes, width].
+        norm_weight: [width], of the first layer.
         residual: float32 [rows, width], written.
-        normed: [rows, width], written: the first layer's input, rms-normed times gain.
+        normed: [rows, width], written: the first layer's input, rms-normed times norm_weight.
         squares: float32 [blocks, rows]; if given, the norm is left to the first product
-            (kernels/hopper/products.py): `normed` is residual * gain * headroom, and the residual's
-            sum of squares is written here, in the first block.
+            (kernels/hopper/products.py). `normed` is then residual * norm_weight * headroom, and
+            the residual's sum of squares is written to the first block.
     """
     rows, width = residual.shape
     tile = triton.next_power_of_2(width)
@@ -113,7 +114,7 @@ def embed(
         labels,
         token_embedding,
         class_embedding,
-        gain,
+        norm_weight,
         residual,
         normed,
         squares,
@@ -139,7 +140,7 @@ def embed_reference(
     labels: Tensor,
     token_embedding: Tensor,
     class_embedding: Tensor,
-    gain: Tensor,
+    norm_weight: Tensor,
     residual: Tensor,
     normed: Tensor,
     squares: Tensor | None = None,
@@ -147,15 +148,15 @@ def embed_reference(
     eps: float,
     headroom: float = 1.0,
 ) -> None:
-    """The same in torch."""
+    """Does the same as `embed` in torch."""
     cells = (positions.long() - 1).clamp(min=0)
     tokens = codes[row_slots.long(), cells].long().clamp(0, token_embedding.shape[0] - 1)
     classes = class_embedding[labels.long().clamp(0, class_embedding.shape[0] - 1)]
     residual.copy_(torch.where(positions[:, None] > 0, token_embedding[tokens], classes))
     if squares is None:
-        normed.copy_(_rms_norm(residual, gain, eps))
+        normed.copy_(_rms_norm(residual, norm_weight, eps))
     else:
-        normed.copy_(residual * gain.float() * headroom)
+        normed.copy_(residual * norm_weight.float() * headroom)
         squares.zero_()
         squares[0] = residual.square().sum(dim=1)
 
@@ -164,7 +165,7 @@ def embed_reference(
 def _add_norm_kernel(
     residual,  # [rows, WIDTH] float32
     partials,  # [SPLITS, rows, WIDTH]
-    gain,  # [WIDTH]
+    norm_weight,  # [WIDTH]
     normed,  # [rows, WIDTH]
     rows,
     EPS: tl.constexpr,
@@ -174,31 +175,31 @@ def _add_norm_kernel(
     LAUNCH_PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
-    lane = tl.arange(0, TILE)
-    live = lane < WIDTH
-    at = row.to(tl.int64) * WIDTH + lane
+    offset = tl.arange(0, TILE)
+    mask = offset < WIDTH
+    at = row.to(tl.int64) * WIDTH + offset
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    gains = tl.load(gain + lane, mask=live, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight + offset, mask=mask, other=0.0).to(tl.float32)
     if LAUNCH_PDL:
-        gdc_wait()
-    x = tl.load(residual + at, mask=live, other=0.0)
-    parts = ()
+        gdc_wait()  # README, rules 1 and 3: the norm's weight comes before it, sums after it
+    x = tl.load(residual + at, mask=mask, other=0.0)
+    parts: tl.tuple = ()
     for split in tl.static_range(SPLITS):  # all on their way before the first is added
         parts = parts + (
-            tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=live, other=0.0),
+            tl.load(partials + split * rows.to(tl.int64) * WIDTH + at, mask=mask, other=0.0),
         )
     for split in tl.static_range(SPLITS):
         x += parts[split].to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS)
-    tl.store(residual + at, x, mask=live)
-    tl.store(normed + at, (x * scale * gains).to(normed.dtype.element_ty), mask=live)
+    tl.store(residual + at, x, mask=mask)
+    tl.store(normed + at, (x * scale * weight).to(normed.dtype.element_ty), mask=mask)
 
 
 def add_norm(
     residual: Tensor,
     partials: Tensor,
-    gain: Tensor,
+    norm_weight: Tensor,
     normed: Tensor,
     *,
     eps: float,
@@ -210,15 +211,15 @@ def add_norm(
     Args:
         residual: float32 [rows, width], updated.
         partials: [splits, rows, width]
-        gain: [width]
-        normed: [rows, width], written: x / rms(x) * gain.
+        norm_weight: [width]
+        normed: [rows, width], written: x / rms(x) * norm_weight.
     """
     splits, rows, width = partials.shape
     tile = triton.next_power_of_2(width)
     _add_norm_kernel[(rows,)](
         residual,
         partials,
-        gain,
+        norm_weight,
         normed,
         rows,
         EPS=eps,
@@ -232,18 +233,18 @@ def add_norm(
 
 
 def add_norm_reference(
-    residual: Tensor, partials: Tensor, gain: Tensor, normed: Tensor, *, eps: float
+    residual: Tensor, partials: Tensor, norm_weight: Tensor, normed: Tensor, *, eps: float
 ) -> None:
-    """The same in torch."""
+    """Does the same as `add_norm` in torch."""
     for partial in partials:
         residual += partial
-    normed.copy_(_rms_norm(residual, gain, eps))
+    normed.copy_(_rms_norm(residual, norm_weight, eps))
 
 
-def _rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * gain.float()
+def _rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * norm_weight.float()
 
 
 def _warps(tile: int) -> int:
-    """Threads for four elements each: what a thread loads at once stays in few registers."""
+    """Warps for four elements a thread, so that they stay in few registers."""
     return max(1, min(32, tile // 128))

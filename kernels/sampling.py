@@ -23,8 +23,8 @@ _LARGEST_VOCABULARY = 2**16
 
 @triton.jit
 def _log(x, FAST: tl.constexpr):
-    """Within 2^-22 of log(x) in (1/2, 2), relatively elsewhere; the accurate one takes ten times as
-    many instructions.
+    """log(x), within 2^-22 in (1/2, 2) and relatively elsewhere. The accurate function takes ten
+    times as many instructions.
     """
     if FAST:
         return libdevice.fast_logf(x)
@@ -34,7 +34,7 @@ def _log(x, FAST: tl.constexpr):
 
 @triton.jit
 def _gumbel(bits, FAST: tl.constexpr):
-    """-log(-log(u)), u = (top 24 bits + 1/2) / 2^24."""
+    """Returns -log(-log(u)) for u = (top 24 bits + 1/2) / 2^24."""
     whole = (bits >> 8).to(tl.int32)
     uniform = (whole.to(tl.float32) + 0.5) * (2.0**-24)
     # Near 1, where float32 is too coarse for u (and rounds the last one to 1), 1 - u is exact, and
@@ -60,8 +60,8 @@ def _gumbel_noise(seed, position, image_index, BLOCK: tl.constexpr, FAST: tl.con
 
 @triton.jit
 def _computed_here(x0, x1, x2, x3):
-    """The four tensors, computed by this point: the assembler moves arithmetic past the wait, to
-    where it is used, but no trap.
+    """Returns the four tensors, computed by this point. The assembler would move arithmetic past
+    the wait, to where it is used; it does not move a trap.
 
     The trap is on NaN, which noise never is.
     """
@@ -91,7 +91,7 @@ def _computed_here(x0, x1, x2, x3):
 
 @triton.jit
 def _scaled_logits(
-    logits_pointer,
+    logits_ptr,
     row,
     unconditional_row,
     guidance_scale,
@@ -99,17 +99,19 @@ def _scaled_logits(
     tokens,
     VOCAB: tl.constexpr,
 ):
-    """Guided logits over the temperature; -inf beyond the vocabulary. Used for all tokens and for
-    one: equal bits.
+    """Guided logits over the temperature, -inf beyond the vocabulary. It gives equal bits for all
+    tokens at once and for one.
     """
     real = tokens < VOCAB
     guided = unconditional_row >= 0
-    own = tl.load(logits_pointer + (row * VOCAB + tokens), mask=real, other=0.0)
-    free = tl.load(
-        logits_pointer + (unconditional_row * VOCAB + tokens), mask=real & guided, other=0.0
+    conditional = tl.load(logits_ptr + (row * VOCAB + tokens), mask=real, other=0.0)
+    unconditional = tl.load(
+        logits_ptr + (unconditional_row * VOCAB + tokens), mask=real & guided, other=0.0
     )
-    mixed = tl.where(guided, free + (own - free) * guidance_scale, own)
-    return tl.where(real, mixed * inverse_temperature, float("-inf"))
+    guided_logits = tl.where(
+        guided, unconditional + (conditional - unconditional) * guidance_scale, conditional
+    )
+    return tl.where(real, guided_logits * inverse_temperature, float("-inf"))
 
 
 @triton.jit
@@ -127,8 +129,8 @@ def _key_of(value):
 
 @triton.jit
 def _top_k_threshold(scaled, highest, top_k):
-    """A value that exactly the tokens kept by top-k reach: bisection over float32's order, at most
-    32 counts.
+    """A value that exactly the tokens kept by top-k reach, found by bisection over float32's order
+    in at most 32 counts.
     """
     low = _key_of(tl.full((), float("-inf"), tl.float32))
     high = _key_of(highest) + 1
@@ -144,19 +146,19 @@ def _top_k_threshold(scaled, highest, top_k):
 
 @triton.jit
 def _draw_kernel(
-    logits_pointer,  # float32 [rows, VOCAB]
-    positions_pointer,  # int32 [rows]
-    conditional_rows_pointer,  # int32 [images], as all up to image_indices
-    unconditional_rows_pointer,
-    image_slots_pointer,
-    guidance_scales_pointer,  # float32
-    temperatures_pointer,  # float32
-    top_ks_pointer,
-    top_ps_pointer,  # float32
-    seeds_pointer,  # int64
-    image_indices_pointer,
-    codes_pointer,  # int32 [slots, TOKENS]
-    failed_pointer,  # int32 [slots]
+    logits_ptr,  # float32 [rows, VOCAB]
+    positions_ptr,  # int32 [rows]
+    conditional_rows_ptr,  # int32 [images], as all up to image_indices
+    unconditional_rows_ptr,
+    image_slots_ptr,
+    guidance_scales_ptr,  # float32
+    temperatures_ptr,  # float32
+    top_ks_ptr,
+    top_ps_ptr,  # float32
+    seeds_ptr,  # int64
+    image_indices_ptr,
+    codes_ptr,  # int32 [slots, TOKENS]
+    failed_ptr,  # int32 [slots]
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -164,45 +166,46 @@ def _draw_kernel(
     LAUNCH_PDL: tl.constexpr,
     EARLY_POSITIONS: tl.constexpr,
 ):
-    """`draw_tokens` for one image a program."""
+    """Does `draw_tokens` for one image a program."""
     if LAUNCH_PDL:
         gdc_launch_dependents()
         if not EARLY_POSITIONS:
-            gdc_wait()
+            gdc_wait()  # README, rule 3: positions may be of the kernel before
     image = tl.program_id(0)
-    conditional_row = tl.load(conditional_rows_pointer + image)
+    conditional_row = tl.load(conditional_rows_ptr + image)
     row = tl.maximum(conditional_row, 0)
     # Past the L1 cache, which a kernel before may have filled on this multiprocessor when positions
     # were read early.
-    position = tl.load(positions_pointer + row, cache_modifier=".cg")
-    seed = tl.load(seeds_pointer + image)
-    image_index = tl.load(image_indices_pointer + image)
+    position = tl.load(positions_ptr + row, cache_modifier=".cg")
+    seed = tl.load(seeds_ptr + image)
+    image_index = tl.load(image_indices_ptr + image)
     noise0, noise1, noise2, noise3 = _gumbel_noise(
         seed, position, image_index, BLOCK=BLOCK, FAST=FAST
     )
     if LAUNCH_PDL and EARLY_POSITIONS:
         noise0, noise1, noise2, noise3 = _computed_here(noise0, noise1, noise2, noise3)
-        gdc_wait()
+        gdc_wait()  # README, rules 2 and 3: positions come before it, logits after it
 
     # An image that is left alone goes through with no round and no store. It waits like the rest:
     # the next kernel relies on it.
     active = (conditional_row >= 0) & (position >= 0) & (position < TOKENS)
-    unconditional_row = tl.load(unconditional_rows_pointer + image)
-    guidance_scale = tl.load(guidance_scales_pointer + image)
-    temperature = tl.load(temperatures_pointer + image)
-    top_k = tl.load(top_ks_pointer + image)
-    top_p = tl.load(top_ps_pointer + image)
+    unconditional_row = tl.load(unconditional_rows_ptr + image)
+    guidance_scale = tl.load(guidance_scales_ptr + image)
+    temperature = tl.load(temperatures_ptr + image)
+    top_k = tl.load(top_ks_ptr + image)
+    top_p = tl.load(top_ps_ptr + image)
     inverse_temperature = tl.where(
         temperature == 0.0, 1.0, tl.div_rn(1.0, tl.maximum(temperature, 1e-5))
     )
 
     tokens = tl.arange(0, BLOCK)
     scaled = _scaled_logits(
-        logits_pointer, row, unconditional_row, guidance_scale, inverse_temperature, tokens, VOCAB
+        logits_ptr, row, unconditional_row, guidance_scale, inverse_temperature, tokens, VOCAB
     )
     noise = tl.interleave(tl.interleave(noise0, noise2), tl.interleave(noise1, noise3))
     noise = tl.where(temperature == 0.0, 0.0, noise)
-    # NaN and +inf win the first round, so that its winner tells of them: no reduction of their own.
+    # NaN and +inf win the first round, so its winner shows that there are some. They need no
+    # reduction.
     perturbed = tl.where(scaled < float("inf"), scaled + noise, float("inf"))
 
     highest = 0.0
@@ -229,7 +232,7 @@ def _draw_kernel(
             tl.where(ruled_out, float("-inf"), perturbed), axis=0, return_indices=True
         )
         value = _scaled_logits(
-            logits_pointer,
+            logits_ptr,
             row,
             unconditional_row,
             guidance_scale,
@@ -251,14 +254,14 @@ def _draw_kernel(
         limit_token = tl.where(in_top_k, token, 0)
 
     broken = (best == float("inf")) | (best == float("-inf"))
-    slot = tl.load(image_slots_pointer + image)
+    slot = tl.load(image_slots_ptr + image)
     token = tl.where(broken, 0, tl.minimum(token, VOCAB - 1))
-    tl.store(codes_pointer + slot.to(tl.int64) * TOKENS + position, token, mask=active)
-    tl.store(failed_pointer + slot, 1, mask=active & broken)
-    tl.store(positions_pointer + row, position + 1, mask=active)
+    tl.store(codes_ptr + slot.to(tl.int64) * TOKENS + position, token, mask=active)
+    tl.store(failed_ptr + slot, 1, mask=active & broken)
+    tl.store(positions_ptr + row, position + 1, mask=active)
     paired = active & (unconditional_row >= 0)
-    pair_position = tl.load(positions_pointer + unconditional_row, mask=paired, other=0)
-    tl.store(positions_pointer + unconditional_row, pair_position + 1, mask=paired)
+    pair_position = tl.load(positions_ptr + unconditional_row, mask=paired, other=0)
+    tl.store(positions_ptr + unconditional_row, pair_position + 1, mask=paired)
 
 
 def warps_for(block: int) -> int:
@@ -285,7 +288,7 @@ def draw_tokens(
     early_positions: bool = False,
     num_warps: int | None = None,
 ) -> None:
-    """Draws one token for each of the first `images` images; arguments and result are those of
+    """Draws one token for each of the first `images` images. Arguments and result are those of
     `sampling_reference.draw_tokens`.
 
     The random bits are the reference's; the noise may differ from its in the last bits, so that

@@ -140,7 +140,7 @@ def draw_tokens(
         conditional_rows: int32 [images or more]; negative: no image here, nothing is read or
             written for it.
         unconditional_rows: int32; negative: no guidance.
-        image_slots: int32, the image's row in `codes` and `failed`; no two images share one.
+        image_slots: int32, the image's line in `codes` and `failed`; no two images share one.
         guidance_scales: float32; guided = unconditional + (conditional - unconditional) * scale.
         temperatures: float32; values below 1e-5 but above 0 count as 1e-5.
         top_ks: int32, 0 keeps all

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.linear import pdl_option, row_tile
+from kernels.linear import pdl_option, product, row_tile
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _swiglu_kernel(
     INPUTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     ROW_TILE: tl.constexpr,
-    HALF: tl.constexpr,
+    HIDDEN_TILE: tl.constexpr,
     INPUT_TILE: tl.constexpr,
     EARLY: tl.constexpr,
     STAGES: tl.constexpr,
@@ -44,52 +44,44 @@ def _swiglu_kernel(
 ):
     block, row_block = tl.program_id(0), tl.program_id(1)
     row = row_block * ROW_TILE + tl.arange(0, ROW_TILE)
-    live_row = row < rows
-    index = tl.arange(0, 2 * HALF)
-    output = tl.where(index < HALF, block * HALF + index, HIDDEN + block * HALF + index - HALF)
-    lane = tl.arange(0, INPUT_TILE)
-    weight_rows = weight + output[:, None].to(tl.int64) * INPUTS
-    x_rows = x + row[None, :] * INPUTS
-    if LAUNCH_PDL:
-        gdc_launch_dependents()
-    early_weights = ()
-    for tile in tl.static_range(EARLY):
-        column = tile * INPUT_TILE + lane
-        early_weights = early_weights + (
-            tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0),
-        )
-    if LAUNCH_PDL:
-        gdc_wait()
-    total = tl.zeros([2 * HALF, ROW_TILE], tl.float32)
-    for tile in tl.range(EARLY, (INPUTS + INPUT_TILE - 1) // INPUT_TILE, num_stages=STAGES):
-        column = tile * INPUT_TILE + lane
-        weights = tl.load(weight_rows + column[None, :], mask=(column < INPUTS)[None, :], other=0.0)
-        values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
-        total = tl.dot(weights, values, total, input_precision="ieee")
-    early_values = ()
-    for tile in tl.static_range(EARLY):
-        column = tile * INPUT_TILE + lane
-        values = tl.load(
-            x_rows + column[:, None], mask=live_row[None, :] & (column < INPUTS)[:, None], other=0.0
-        )
-        early_values = early_values + (values,)
-    for tile in tl.static_range(EARLY):
-        total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
-    # [HALF, ROW_TILE] each
-    gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, ROW_TILE]), [1, 2, 0]))
+    row_mask = row < rows
+    index = tl.arange(0, 2 * HIDDEN_TILE)
+    output = tl.where(
+        index < HIDDEN_TILE,
+        block * HIDDEN_TILE + index,
+        HIDDEN + block * HIDDEN_TILE + index - HIDDEN_TILE,
+    )
+    offset = tl.arange(0, INPUT_TILE)
+    total = product(
+        weight + output[:, None].to(tl.int64) * INPUTS,
+        x + row[None, :] * INPUTS,
+        0,
+        offset,
+        None,
+        row_mask,
+        INPUTS=INPUTS,
+        WHOLE_TILES=True,
+        OUTPUT_TILE=2 * HIDDEN_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=(INPUTS + INPUT_TILE - 1) // INPUT_TILE,
+        EARLY=EARLY,
+        STAGES=STAGES,
+        LAUNCH_PDL=LAUNCH_PDL,
+    )
+    # [HIDDEN_TILE, ROW_TILE] each
+    gate, up = tl.split(tl.permute(tl.reshape(total, [2, HIDDEN_TILE, ROW_TILE]), [1, 2, 0]))
     hidden = gate / (1 + tl.exp(-gate)) * up
-    column = block * HALF + tl.arange(0, HALF)
+    column = block * HIDDEN_TILE + tl.arange(0, HIDDEN_TILE)
     tl.store(
         out + row[None, :] * HIDDEN + column[:, None],
         hidden.to(out.dtype.element_ty),
-        mask=live_row[None, :],
+        mask=row_mask[None, :],
     )
 
 
 def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch_pdl: bool) -> None:
-    """silu(W1 x) * (W3 x).
+    """Writes silu(W1 x) * (W3 x).
 
     Args:
         x: [rows, inputs]
@@ -110,7 +102,7 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
         INPUTS=inputs,
         HIDDEN=hidden,
         ROW_TILE=row_block,
-        HALF=tiles.outputs,
+        HIDDEN_TILE=tiles.outputs,
         INPUT_TILE=tiles.inputs,
         EARLY=tiles.early,
         STAGES=tiles.stages,
@@ -121,7 +113,7 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
 
 
 def swiglu_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same in torch."""
+    """Does the same as `swiglu` in torch."""
     gate, up = torch.nn.functional.linear(x, weight).chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
@@ -130,19 +122,19 @@ def swiglu_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
 def _gate_kernel(products, out, HIDDEN: tl.constexpr, TILE: tl.constexpr, LAUNCH_PDL: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1)
     column = block * TILE + tl.arange(0, TILE)
-    live = column < HIDDEN
+    mask = column < HIDDEN
     at = products + row.to(tl.int64) * 2 * HIDDEN + column
     if LAUNCH_PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    gate = tl.load(at, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(at + HIDDEN, mask=live, other=0.0).to(tl.float32)
+        gdc_wait()  # README, rule 3: all that is read is the product's
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(at + HIDDEN, mask=mask, other=0.0).to(tl.float32)
     hidden = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out + row.to(tl.int64) * HIDDEN + column, hidden.to(out.dtype.element_ty), mask=live)
+    tl.store(out + row.to(tl.int64) * HIDDEN + column, hidden.to(out.dtype.element_ty), mask=mask)
 
 
 def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:
-    """silu of the first half times the second.
+    """Writes silu of the first half times the second half.
 
     Args:
         products: [rows, 2 * hidden]
@@ -161,6 +153,6 @@ def gate(products: Tensor, out: Tensor, *, launch_pdl: bool) -> None:
 
 
 def gate_reference(products: Tensor, out: Tensor) -> None:
-    """The same in torch."""
+    """Does the same as `gate` in torch."""
     gate, up = products.chunk(2, dim=-1)
     out.copy_(torch.nn.functional.silu(gate) * up)

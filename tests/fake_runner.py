@@ -5,6 +5,7 @@ A row "writes its KV" into its pages and "attends" to all of it, so that a page 
 moved changes the codes. On the CPU only.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay
+from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, SamplingParams
@@ -169,21 +171,13 @@ class LateCopies:
     def __init__(self, batch: Batch, delay: int) -> None:
         self.batch, self.delay = batch, delay
 
-    def fetch(self, slots: Sequence[int]) -> CodesOnTheWay:
+    def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
         """As `Batch.fetch`."""
-        return _LateCopy(self.batch, list(slots), self.delay)
-
-
-class _LateCopy(CodesOnTheWay):
-    def __init__(self, batch: Batch, slots: list[int], delay: int) -> None:
-        self.batch, self.slots, self.delay = batch, slots, delay
-
-    def arrived(self) -> bool:
-        self.delay -= 1
-        return self.delay < 0
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        return self.batch.codes[self.slots], self.batch.failed[self.slots]
+        questions = itertools.count()
+        return DeviceFuture(
+            lambda: next(questions) >= self.delay,
+            lambda: (self.batch.codes[list(slots)], self.batch.failed[list(slots)]),
+        )
 
 
 def first_ints(values: Tensor, count: int) -> list[int]:

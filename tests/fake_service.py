@@ -34,8 +34,9 @@ with signals_watched(__name__) as WATCH:
     from autoregressive.models.defaults import DEMO_DEFAULTS
     from autoregressive.serve.api_server import listen, serve
     from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.device_future import DeviceFuture
     from autoregressive.serve.engine.engine import Engine
-    from autoregressive.serve.engine.pixel_decoder import PendingPictures, PixelDecoder
+    from autoregressive.serve.engine.pixel_decoder import PixelDecoder
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
     from autoregressive.serve.worker.process import MakeEngine
@@ -109,14 +110,14 @@ class FakeDecoder:
             else None
         )
 
-    def submit_to_host(self, codes: Tensor) -> PendingPictures:
+    def submit_to_host(self, codes: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
         """As `PixelDecoder`'s."""
         if self._faults.take("out_of_memory_in_pixels"):
             raise torch.OutOfMemoryError("CUDA out of memory")
         images = codes.shape[0]
         finite = torch.ones(images, dtype=torch.bool)
         if self._noise is not None:
-            return PendingPictures(self._noise.expand(images, -1, -1, -1), finite, None)
+            return DeviceFuture.done((self._noise.expand(images, -1, -1, -1), finite))
         pixels = torch.zeros(images, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
         side = IMAGE_SIZE // GRID
         pixels[..., 0] = (
@@ -125,7 +126,7 @@ class FakeDecoder:
             .repeat_interleave(side, 2)
             .to(torch.uint8)
         )
-        return PendingPictures(pixels, finite, None)
+        return DeviceFuture.done((pixels, finite))
 
 
 def make_engine(

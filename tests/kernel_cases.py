@@ -12,27 +12,19 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
-from kernels.attention import (
-    AttentionTiles,
-    attention,
-    attention_reference,
-    combine,
-    combine_reference,
-    head_stride,
-)
-from kernels.dispatch import Operations, triton_operations
+from kernels.attention import AttentionTiles, attention, combine, head_stride
+from kernels.attention_reference import attention_reference, combine_reference
+from kernels.dispatch import triton_operations
 from kernels.hopper.attention import hopper_attention
-from kernels.hopper.products import (
-    FusedTiles,
-    fused_linear,
+from kernels.hopper.products import FusedTiles, fused_linear, fused_project, fused_swiglu
+from kernels.hopper.products_reference import (
     fused_linear_reference,
-    fused_project,
     fused_project_reference,
-    fused_swiglu,
     fused_swiglu_reference,
 )
 from kernels.linear import LinearTiles, linear, linear_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.operations import Operations
 from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
 from kernels.tiles import TileTable
 
@@ -105,14 +97,14 @@ def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
     bit for bit).
     """
     residual = place.random(rows, width, seed=1, dtype=torch.float32)
-    partials, gain = (
+    partials, norm_weight = (
         place.random(splits, rows, width, seed=2, dtype=torch.float32),
         place.random(width, seed=3),
     )
     normed, wanted_residual = place.poisoned(rows, width), residual.clone()
     wanted = torch.empty(rows, width, device=place.device)
-    add_norm(residual, partials, gain, normed, eps=1e-5, launch_pdl=place.launch_pdl)
-    add_norm_reference(wanted_residual, partials, gain, wanted, eps=1e-5)
+    add_norm(residual, partials, norm_weight, normed, eps=1e-5, launch_pdl=place.launch_pdl)
+    add_norm_reference(wanted_residual, partials, norm_weight, wanted, eps=1e-5)
     assert torch.equal(residual, wanted_residual)
     assert relative_error(normed, wanted) < place.tolerance
 
@@ -138,7 +130,7 @@ def check_fused_project(
         place.random(rows, inputs, seed=1) * inputs**-0.5,
         place.random(width, inputs, seed=2),
     )
-    residual, gain = (
+    residual, norm_weight = (
         place.random(rows, width, seed=3, dtype=torch.float32),
         place.random(width, seed=4),
     )
@@ -148,9 +140,9 @@ def check_fused_project(
     )
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.empty_like(squares)
-    fused_project(x, weight, residual, gain, normed, squares, tiles)
+    fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
     fused_project_reference(
-        x.float(), weight.float(), wanted_residual, gain.float(), wanted, wanted_squares
+        x.float(), weight.float(), wanted_residual, norm_weight.float(), wanted, wanted_squares
     )
     assert relative_error(residual, wanted_residual) < place.tolerance
     assert relative_error(normed, wanted) < place.tolerance
@@ -239,7 +231,7 @@ def check_attention(
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
     at = torch.tensor(positions, dtype=torch.int32, device=place.device)
     chunks = tiles.chunks(tokens)
-    mixed, stats = (
+    chunk_out, chunk_stats = (
         place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2)
     )
     out, wanted = (
@@ -247,12 +239,14 @@ def check_attention(
         place.poisoned(rows, heads * head_size, dtype=torch.float32),
     )
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    tensors = qkv, rotary, keys, values, table, at, mixed, stats, out
+    tensors = qkv, rotary, keys, values, table, at, chunk_out, chunk_stats, out
     if hopper:
         hopper_attention(*tensors, tiles)
     else:
         attention(*tensors, tiles, launch_pdl=place.launch_pdl)
-    attention_reference(qkv, rotary, wanted_keys, wanted_values, table, at, mixed, stats, wanted)
+    attention_reference(
+        qkv, rotary, wanted_keys, wanted_values, table, at, chunk_out, chunk_stats, wanted
+    )
     assert relative_error(out, wanted) < place.tolerance
     for got, expected in ((keys, wanted_keys), (values, wanted_values)):
         written = ~expected.isnan()
@@ -274,13 +268,13 @@ def check_combine(
     read.
     """
     rows = len(positions)
-    mixed = place.random(rows, heads, chunks, head_size, seed=1, dtype=torch.float32)
+    chunk_out = place.random(rows, heads, chunks, head_size, seed=1, dtype=torch.float32)
     largest = place.random(rows, heads, chunks, seed=2, dtype=torch.float32) * 4
-    stats = torch.stack(
+    chunk_stats = torch.stack(
         [largest, place.random(rows, heads, chunks, seed=3, dtype=torch.float32).abs() + 1], dim=-1
     )
     for row, position in enumerate(positions):
-        for unwritten in (mixed, stats):
+        for unwritten in (chunk_out, chunk_stats):
             unwritten[row, :, position // tiles.chunk + 1 :] = (
                 POISON  # all of it where the row is padding
             )
@@ -289,8 +283,8 @@ def check_combine(
         place.poisoned(rows, heads * head_size),
         place.poisoned(rows, heads * head_size, dtype=torch.float32),
     )
-    combine(mixed, stats, at, out, tiles, launch_pdl=place.launch_pdl)
-    combine_reference(mixed, stats, at, wanted, tiles.chunk)
+    combine(chunk_out, chunk_stats, at, out, tiles, launch_pdl=place.launch_pdl)
+    combine_reference(chunk_out, chunk_stats, at, wanted, tiles.chunk)
     assert relative_error(out, wanted) < place.tolerance
     for result in (out, wanted):
         assert not result[at < 0].any()
@@ -318,19 +312,23 @@ def large_tiles(model: GPTConfig, pieces: int) -> TileTable:
 
     largest_half = max(power for power in (64, 128, 256, 512, 1024) if ffn % power == 0)
     return TileTable(
-        linear={
-            # the many programs of the attention add the partial sums
-            (3 * width, width): product(3 * width, width, whole=True),
-            (width, width): product(width, width, whole=False),
-            (width, ffn): product(width, ffn, whole=False),
-        },
-        whole_linear={(model.vocab_size, width): product(model.vocab_size, width, whole=True)},
-        swiglu={
-            (ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)
-        },
-        attention={
-            (model.n_head, model.head_size): AttentionTiles(part_of(model.block_size), warps=2)
-        },
+        {
+            "linear": {
+                # the many programs of the attention add the partial sums
+                (3 * width, width): product(3 * width, width, whole=True),
+                (width, width): product(width, width, whole=False),
+                (width, ffn): product(width, ffn, whole=False),
+            },
+            "whole_linear": {
+                (model.vocab_size, width): product(model.vocab_size, width, whole=True)
+            },
+            "swiglu": {
+                (ffn, width): SwigluTiles(largest_half, part_of(width), early=1, stages=1, warps=4)
+            },
+            "attention": {
+                (model.n_head, model.head_size): AttentionTiles(part_of(model.block_size), warps=2)
+            },
+        }
     )
 
 

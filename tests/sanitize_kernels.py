@@ -28,7 +28,7 @@ from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.sampling import draw_tokens
-from kernels.tiles import default_linear_tiles, default_swiglu_tiles
+from kernels.tiles import LINEAR, SWIGLU, TileTable
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 
 
@@ -37,8 +37,9 @@ def main() -> None:
     device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
     for dtype in (torch.bfloat16, torch.float32):
         place = Place(device, dtype, launch_pdl=capability >= (9, 0))
-        check_linear(place, 17, 200, 328, default_linear_tiles(328, dtype.itemsize))
-        check_swiglu(place, 17, 96, 328, default_swiglu_tiles(328, dtype.itemsize, 160 * 1024))
+        table = TileTable(itemsize=dtype.itemsize)
+        check_linear(place, 17, 200, 328, table.find(LINEAR, 200, 328))
+        check_swiglu(place, 17, 96, 328, table.find(SWIGLU, 96, 328))
         check_gate(place, 3, 96)
         check_add_norm(place, 3, 200, 3)
         check_embed(place, 9, 200, blocks=5)

@@ -15,7 +15,11 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import ATTENTION_BACKENDS
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.serve.engine.batch import Batch
+from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner
+from autoregressive.serve.engine.request import SamplingParams
+
+TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 
 
 def reference_model(name: str) -> tuple[Transformer, dict[str, Any], dict[str, np.ndarray]]:
@@ -74,6 +78,24 @@ class TeacherForced:
 
 
 @torch.no_grad()
+def engine_codes(
+    name: str,
+    device: torch.device,
+    backend: str,
+    make_runner: RunnerFactory = ModelRunner,
+    **engine: object,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy codes of the engine for a reference file, and the file's own."""
+    model, meta, expected = reference_model(name)
+    model.to(device)
+    config = EngineConfig(max_num_seqs=8, page_size=4, attention_backend=backend, **engine)  # type: ignore[arg-type]
+    params = SamplingParams(
+        cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0
+    )
+    codes = Engine(model, None, config, make_runner).generate(meta["labels"], params, decode=False)
+    return codes.numpy(), expected["tokens"]
+
+
 def naive_logits(
     model: Transformer, codes: Tensor, labels: Sequence[int], positions: int
 ) -> Tensor:

@@ -25,14 +25,16 @@ from autoregressive.serve.engine.layers import (
     LibraryLayers,
     PlainLayers,
 )
-from kernels.attention import AttentionTiles, combine, combine_reference, head_stride
-from kernels.dispatch import FusedProducts, Operations, torch_operations
-from kernels.hopper.products import (
-    HEADROOM,
+from kernels.attention import AttentionTiles, combine, head_stride
+from kernels.attention_reference import combine_reference
+from kernels.dispatch import torch_operations
+from kernels.hopper.products import HEADROOM
+from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
     fused_swiglu_reference,
 )
+from kernels.operations import FusedProducts, Operations
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -210,8 +212,8 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
 def reference_products() -> FusedProducts:
     """The torch references of `Operations.fused`, nothing cut up."""
 
-    def head(x: Tensor, squares: Tensor, weight: Tensor, logits: Tensor, *, eps: float) -> None:
-        fused_linear_reference(x, squares, weight, logits[None], eps=eps)
+    def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+        fused_linear_reference(x, squares, weight, out[None], eps=eps)
 
     return FusedProducts(
         linear=fused_linear_reference,
@@ -343,12 +345,12 @@ def attention_case(setting: Setting) -> Case:
     def error() -> float:
         keys, values = kv[0].float()  # before the kernel writes the newest token
         run(0)
-        wanted = torch.empty_like(layers.attention_out, dtype=torch.float32)
-        scratch = layers.attention_chunks, layers.chunk_stats
+        wanted = torch.empty_like(layers.attn_out, dtype=torch.float32)
+        scratch = layers.chunk_out, layers.chunk_stats
         torch_operations().attention(
             layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted
         )
-        return relative_error(layers.attention_out, wanted)
+        return relative_error(layers.attn_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
     return Case(

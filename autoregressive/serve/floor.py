@@ -1,11 +1,11 @@
-"""The least time that a step can take on a device: what every report of the engine's speed is held
-against.
+"""The memory floor: the least time that a step can take on a device. Every report of the engine's
+speed is compared with it.
 
 A step reads every weight of the layers and of the head once, and every row's keys and values once.
-Each matrix product takes at least the larger of its weights' bytes over the read bandwidth and its
-operations over the rate of the matrix units; reading keys and values comes on top. Embeddings,
-norms, activations and the draw count as nothing. Both ceilings are measured, in the run they are
-used in.
+Each matrix product takes at least the larger of two times: its weights' bytes over the read
+bandwidth, and its operations over the rate of the matrix units (a roofline, which for few rows is
+the memory's side). Reading keys and values comes on top. Embeddings, norms, activations and the
+draw count as nothing. Both ceilings are measured in the run that uses them.
 """
 
 import statistics
@@ -27,16 +27,15 @@ _MATRIX_SIDE = 8192
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do at most, as measured."""
+    """The most that a device can do, as measured."""
 
     read_bytes_per_second: float
-    operations_per_second: (
-        float  # of a large matrix product; a multiplication and an addition are two
-    )
+    # of a large matrix product; a multiplication and an addition are two
+    operations_per_second: float
 
     def or_higher(self, other: "Ceilings") -> "Ceilings":
-        """The higher of each: a GPU that is hot from what ran before measures less, which would
-        flatter what is held against it.
+        """The higher of each ceiling. A GPU that is hot from earlier work measures less, which
+        would flatter the results that are compared with it.
         """
         return Ceilings(
             max(self.read_bytes_per_second, other.read_bytes_per_second),
@@ -46,7 +45,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Product:
-    """A weight matrix, and how many of its shape a step multiplies by."""
+    """A weight matrix of a step, and how many matrices of its shape a step multiplies by."""
 
     inputs: int
     outputs: int
@@ -54,7 +53,7 @@ class Product:
 
     @property
     def elements(self) -> int:
-        """Of all of them."""
+        """Elements of all these matrices together."""
         return self.inputs * self.outputs * self.count
 
 
@@ -72,7 +71,7 @@ def products(config: GPTConfig) -> tuple[Product, ...]:
 
 @dataclass(frozen=True)
 class Floor:
-    """The floor of one model on one device."""
+    """The memory floor of one model on one device; the module says what it is."""
 
     config: GPTConfig
     element_bytes: int  # of a weight, and of a key or value
@@ -80,16 +79,16 @@ class Floor:
 
     @property
     def weight_bytes(self) -> int:
-        """Read by every step."""
+        """Bytes of weights that every step reads."""
         return sum(product.elements for product in products(self.config)) * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token of one row, all layers."""
+        """Bytes of the keys and values of one token of one row, in all layers."""
         return 2 * self.config.dim * self.config.n_layer * self.element_bytes
 
     def step_seconds(self, rows: int, kv_tokens: float) -> float:
-        """One step.
+        """The floor of one step.
 
         Args:
             rows: that take the step.
@@ -102,28 +101,30 @@ class Floor:
         )
 
     def product_seconds(self, product: Product, rows: int) -> float:
-        """All products of one shape in a step."""
+        """The floor of all products of one shape in a step."""
         reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
         computing = 2 * product.elements * rows / self.ceilings.operations_per_second
         return max(reading, computing)
 
     def image_seconds(self, rows: int, tokens: int) -> float:
-        """All `tokens` steps of rows that start together; row by row, step p reads p + 1 tokens."""
+        """The floor of all `tokens` steps of rows that start together. At step p each row reads p +
+        1 tokens.
+        """
         # linear in the context: the mean step times the number
         return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)
 
 
 @dataclass(frozen=True)
 class JobFloor:
-    """The floor of a whole job of the engine."""
+    """The memory floor of a whole job of the engine."""
 
     steps: int
     seconds: float
 
 
 def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> JobFloor:
-    """Steps that the engine's scheduling needs for these requests, all there at the start, and
-    their floor together.
+    """Counts the steps that the engine needs for requests that are all there at the start, and adds
+    up their floor.
     """
     steps, seconds = 0, 0.0
     for span, positions in _planned_spans(limits, jobs):
@@ -136,7 +137,7 @@ def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> J
 def _planned_spans(
     limits: Limits, jobs: Sequence[SamplingParams]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Runs the scheduler alone: spans of steps, each with the positions of its rows at
+    """Runs the scheduler alone, and yields spans of steps, each with the positions of its rows at
     the start.
     """
     scheduler = Scheduler(limits)
@@ -148,7 +149,7 @@ def _planned_spans(
         if span == 0:
             return
         scheduler.allocate(span)
-        positions = [row.position for running in scheduler.running for row in running.rows]
+        positions = [row.position for request in scheduler.running for row in request.rows]
         yield span, positions
         for ended in scheduler.advance(span):
             scheduler.release_slots(ended.slots)
@@ -156,8 +157,8 @@ def _planned_spans(
 
 @ieee_float32()
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
-    """Measures both on a GPU in well under a second: the medians of `repeats`, on random data
-    (zeros run faster).
+    """Measures both ceilings on a GPU in well under a second. Each is the median of `repeats` runs
+    on random data, because zeros run faster.
 
     Args:
         dtype: of the matrix product; float32 is IEEE float32, as the engine's.
@@ -170,7 +171,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5)
 
 
 def _read_bytes_per_second(device: torch.device, repeats: int) -> float:
-    """A sum over 2 GiB, or over half of the free memory where that is less."""
+    """Times a sum over 2 GiB, or over half of the free memory where that is less."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
     size = max(min(_BUFFER_BYTES, free_bytes // 2), _SMALLEST_BUFFER_BYTES)
     data = torch.rand(size // 4, device=device)  # float32
@@ -193,7 +194,8 @@ def median_seconds(
     repeats: int,
     before: Callable[[], object] | None = None,
 ) -> float:
-    """Of one run on a GPU: the median of `repeats` by the device's clock, after two warm-ups.
+    """The time of one run on a GPU: the median of `repeats` runs by the device's clock, after two
+    warm-ups.
 
     Args:
         before: called ahead of each run; what it enqueues is not timed.

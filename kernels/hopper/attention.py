@@ -1,9 +1,9 @@
 """The paged decode attention of `kernels.attention` on Hopper, keys and values as asynchronous
 copies.
 
-Same cut and same result; a program asks for the keys and values of its chunk all at once, into
-shared memory, and holds no register for what is on its way, where Triton's own loads would take the
-values only after the keys have come.
+It is cut the same way and gives the same result. A program asks for all keys and values of its
+chunk at once, into shared memory, and holds no register for what has not come yet. Triton's own
+loads would ask for the values only after the keys have come.
 """
 
 import triton
@@ -26,8 +26,9 @@ def _hopper_attention_kernel(
     value_pages,  # likewise
     page_table,  # [rows, PAGES]
     positions,  # [rows]
-    mixed,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
-    stats,  # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
+    chunk_out,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
+    # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
+    chunk_stats,
     rows,
     HEADS: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
@@ -54,8 +55,8 @@ def _hopper_attention_kernel(
     narrow_layout: gl.constexpr = gl.DotOperandLayout(1, product_layout, 2)
     shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     dtype: gl.constexpr = key_pages.dtype.element_ty
-    # Written before this step began: positions, page table, and every key and value but the newest
-    # token's.
+    # README, rule 2: positions, page table, and every key and value but the newest token's were
+    # written before this step began.
     position = gl.load(positions + row)
     first_token = chunk * CHUNK
     token = first_token + gl.arange(0, CHUNK, layout=token_layout)
@@ -63,44 +64,45 @@ def _hopper_attention_kernel(
         page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
     )
     if first_token > position:
-        # without waiting: the row's first chunk waits, so the kernel still ends after the one
-        # before it
+        # README, rule 5: the row's first chunk waits, so this program need not
         return
     page = gl.convert_layout(page, gl.SliceLayout(1, copy_layout)).to(gl.int64)
     token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, copy_layout))
-    lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, copy_layout))[None, :]
-    at = ((page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE)[:, None] + lane
-    live = (token < position)[:, None] & (lane < STRIDE)  # what is not comes as zeros
+    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, copy_layout))[None, :]
+    at = ((page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE)[
+        :, None
+    ] + offset
+    mask = (token < position)[:, None] & (offset < STRIDE)  # what is not comes as zeros
     keys = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
     values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
     # Past the first-level cache, which another step's token beside these may have filled.
-    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=live, cache_modifier=".cg")
+    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=mask, cache_modifier=".cg")
     async_copy.async_copy_global_to_shared(
-        values, value_pages + at, mask=live, cache_modifier=".cg"
+        values, value_pages + at, mask=mask, cache_modifier=".cg"
     )
     async_copy.commit_group()
-    lane = gl.arange(0, HEAD_TILE, layout=head_layout)
-    live_lane, stored_lane = lane < HEAD_SIZE, lane < STRIDE
-    angle = rotary + position * HEAD_SIZE + lane // 2 * 2
-    cosine = gl.load(angle, mask=live_lane, other=0.0)
-    sine = gl.load(angle + 1, mask=live_lane, other=0.0)
-    sine = gl.where(lane % 2 == 0, -sine, sine)
+    offset = gl.arange(0, HEAD_TILE, layout=head_layout)
+    head_mask, stride_mask = offset < HEAD_SIZE, offset < STRIDE
+    angle = rotary + position * HEAD_SIZE + offset // 2 * 2
+    cosine = gl.load(angle, mask=head_mask, other=0.0)
+    sine = gl.load(angle + 1, mask=head_mask, other=0.0)
+    sine = gl.where(offset % 2 == 0, -sine, sine)
     newest = position < first_token + CHUNK  # the newest token falls into this chunk
     new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
     new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
-    gdc_wait()
+    gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
     source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(gl.int64) * 3 * WIDTH
     query, key, value = _newest_token(
-        source, split_size, lane, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS
+        source, split_size, offset, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS
     )
     new_key, new_value = key.to(dtype), value.to(dtype)
     new_score = gl.to_tensor(float("-inf"))
     if newest:
-        gl.store(key_pages + new_at + lane, new_key, mask=stored_lane)
-        gl.store(value_pages + new_at + lane, new_value, mask=stored_lane)
+        gl.store(key_pages + new_at + offset, new_key, mask=stride_mask)
+        gl.store(value_pages + new_at + offset, new_value, mask=stride_mask)
         new_score = gl.sum(query * new_key.to(gl.float32), 0) * SCALE
     new_value = new_value.to(gl.float32)
     async_copy.wait_group(0)
@@ -127,23 +129,23 @@ def _hopper_attention_kernel(
         * new_weight[None, :]
     )
     result = (row.to(gl.int64) * HEADS + head) * CHUNKS + chunk
-    lane = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
+    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
     column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, product_layout))
     first = column == 0
     gl.store(
-        mixed + result * HEAD_SIZE + lane + column[None, :],
+        chunk_out + result * HEAD_SIZE + offset + column[None, :],
         total,
-        mask=(lane < HEAD_SIZE) & first[None, :],
+        mask=(offset < HEAD_SIZE) & first[None, :],
     )
-    gl.store(stats + result * 2 + column, largest, mask=first)
-    gl.store(stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
+    gl.store(chunk_stats + result * 2 + column, largest, mask=first)
+    gl.store(chunk_stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
 
 
 @gluon.jit
 def _newest_token(
     source,
     split_size,
-    lane,
+    offset,
     cosine,
     sine,
     newest,
@@ -151,23 +153,23 @@ def _newest_token(
     HEAD_SIZE: gl.constexpr,
     SPLITS: gl.constexpr,
 ):
-    """A head's query, key and value: partial sums added in order; queries and keys then turned,
-    each element with its pair's other.
+    """Adds up a head's partial sums in order, rotates query and key, and returns query, key and
+    value. For the rotation each element is loaded with the other one of its pair.
 
     `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked,
     not under a condition, so that their loads do not wait for the query's.
     """
-    live = lane < HEAD_SIZE
-    wanted = live & newest
+    mask = offset < HEAD_SIZE
+    wanted = mask & newest
     query, key, value = gl.zeros_like(cosine), gl.zeros_like(cosine), gl.zeros_like(cosine)
     other_query, other_key = gl.zeros_like(cosine), gl.zeros_like(cosine)
     for split in gl.static_range(SPLITS):
         part = source + split * split_size
-        query += gl.load(part + lane, mask=live, other=0.0).to(gl.float32)
-        other_query += gl.load(part + (lane ^ 1), mask=live, other=0.0).to(gl.float32)
-        key += gl.load(part + WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
-        other_key += gl.load(part + WIDTH + (lane ^ 1), mask=wanted, other=0.0).to(gl.float32)
-        value += gl.load(part + 2 * WIDTH + lane, mask=wanted, other=0.0).to(gl.float32)
+        query += gl.load(part + offset, mask=mask, other=0.0).to(gl.float32)
+        other_query += gl.load(part + (offset ^ 1), mask=mask, other=0.0).to(gl.float32)
+        key += gl.load(part + WIDTH + offset, mask=wanted, other=0.0).to(gl.float32)
+        other_key += gl.load(part + WIDTH + (offset ^ 1), mask=wanted, other=0.0).to(gl.float32)
+        value += gl.load(part + 2 * WIDTH + offset, mask=wanted, other=0.0).to(gl.float32)
     return query * cosine + other_query * sine, key * cosine + other_key * sine, value
 
 
@@ -178,16 +180,16 @@ def hopper_attention(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
-    mixed: Tensor,
-    stats: Tensor,
+    chunk_out: Tensor,
+    chunk_stats: Tensor,
     out: Tensor,
     tiles: AttentionTiles,
 ) -> None:
-    """`kernels.attention.attention` for 16-bit keys and values, on compute capability 9.0; chunks
-    of at least 16 tokens a warp.
+    """Does the same as `kernels.attention.attention` for 16-bit keys and values, on compute
+    capability 9.0. A chunk has at least 16 tokens a warp.
     """
     splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
-        qkv, rotary, key_pages, page_table, mixed, stats, tiles
+        qkv, rotary, key_pages, page_table, chunk_out, chunk_stats, tiles
     )
     assert key_pages.element_size() == 2
     _hopper_attention_kernel[(heads, chunks, rows)](
@@ -197,8 +199,8 @@ def hopper_attention(
         value_pages,
         page_table,
         positions,
-        mixed,
-        stats,
+        chunk_out,
+        chunk_stats,
         rows,
         HEADS=heads,
         HEAD_SIZE=head_size,
@@ -213,4 +215,4 @@ def hopper_attention(
         maxnreg=tiles.registers,
         launch_pdl=True,
     )
-    combine(mixed, stats, positions, out, tiles, launch_pdl=True)
+    combine(chunk_out, chunk_stats, positions, out, tiles, launch_pdl=True)

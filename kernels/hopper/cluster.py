@@ -19,19 +19,19 @@ _PADDING = gl.constexpr(4)
 
 
 @gluon.jit
-def open_exchange(OUTPUTS: gl.constexpr, ROWS: gl.constexpr):
-    """The address, in shared memory, of room for partial sums; announces to the cluster that this
-    program has it.
+def open_exchange(OUTPUT_TILE: gl.constexpr, ROW_TILE: gl.constexpr):
+    """Returns the address, in shared memory, of room for partial sums, and announces to the cluster
+    that this program has it.
     """
     return gl.inline_asm_elementwise(
-        _open_text(OUTPUTS, ROWS), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        _open_text(OUTPUT_TILE, ROW_TILE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @triton.constexpr_function
 def _open_text(outputs: int, rows: int) -> str:
-    """Behind the room lies a barrier that opens when all partial sums have come, which the copies
-    themselves tell it.
+    """The instructions of `open_exchange`. Behind the room lies a barrier, which opens when all
+    partial sums have come. The copies themselves count towards it.
     """
     barrier = f"[exchange+{_barrier_offset(outputs, rows)}]"
     return f"""
@@ -76,35 +76,40 @@ def meet():
 
 @gluon.jit
 def cluster_sum(exchange, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
-    """The cluster's sum of [outputs, rows], of it the rows that the program owns: [outputs, rows /
-    RANKS]. Once, after `meet`.
+    """The cluster's sum of [outputs, rows]. Returns the rows that the program owns: [outputs, rows
+    / RANKS]. It may be called once, after `meet`.
 
     No two threads may hold the same element: each sends what it holds, and the receiver's barrier
     counts the bytes.
     """
-    OUTPUTS: gl.constexpr = partial.shape[0]
-    ROWS: gl.constexpr = partial.shape[1]
-    OWN: gl.constexpr = ROWS // RANKS
-    STRIDE: gl.constexpr = OUTPUTS + _PADDING
+    OUTPUT_TILE: gl.constexpr = partial.shape[0]
+    ROW_TILE: gl.constexpr = partial.shape[1]
+    OWNED_ROWS: gl.constexpr = ROW_TILE // RANKS
+    STRIDE: gl.constexpr = OUTPUT_TILE + _PADDING
     source: gl.constexpr = partial.type.layout
-    output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, source))[:, None]
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, source))[None, :]
-    barrier = exchange + _barrier_offset(OUTPUTS, ROWS)
-    _send(exchange + 4 * ((rank * OWN + row % OWN) * STRIDE + output), barrier, row // OWN, partial)
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, source))[:, None]
+    row = gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, source))[None, :]
+    barrier = exchange + _barrier_offset(OUTPUT_TILE, ROW_TILE)
+    _send(
+        exchange + 4 * ((rank * OWNED_ROWS + row % OWNED_ROWS) * STRIDE + output),
+        barrier,
+        row // OWNED_ROWS,
+        partial,
+    )
     _wait(barrier)
-    own_output = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))[:, None]
-    own_row = gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))[None, :]
-    at = exchange + 4 * (own_row * STRIDE + own_output)
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    row = gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))[None, :]
+    at = exchange + 4 * (row * STRIDE + output)
     total = _received(at)
     for sender in gl.static_range(1, RANKS):
-        total += _received(at + 4 * sender * OWN * STRIDE)
+        total += _received(at + 4 * sender * OWNED_ROWS * STRIDE)
     return total
 
 
 @gluon.jit
 def _wait(barrier):
-    """Until it opens. The scope is the default, as in CUTLASS; the cluster's costs an instruction
-    more.
+    """Waits until the barrier opens. Its scope is the default one, as in CUTLASS; the cluster's
+    scope would cost one more instruction.
     """
     gl.inline_asm_elementwise(
         """
@@ -161,7 +166,7 @@ def exchange_bytes(outputs: int, rows: int, cluster: int) -> int:
 def launch_clustered(
     kernel: JITFunction, clusters: tuple[int, int], cluster: int, *arguments: Any, **named: Any
 ) -> None:
-    """Launches `clusters` clusters of `cluster` programs; a program's number along the first axis
+    """Launches `clusters` clusters of `cluster` programs. Along the first axis, a program's number
     counts all programs.
 
     Triton takes the size from `num_ctas`, with which it would also spread every tensor over the
@@ -172,11 +177,8 @@ def launch_clustered(
         compiled = kernel.warmup(*arguments, grid=clusters, **named)
         warps, _, shared_memory = compiled.packed_metadata
         compiled.packed_metadata = (warps, cluster, shared_memory)
-        if (
-            compiled.module is None
-            # Triton asks for more than 48 KiB only if its own part is more: the exchange is not in
-            # it
-        ):
+        # Triton asks for more than 48 KiB only if its own part, without the exchange, is more.
+        if compiled.module is None:
             compiled.metadata = compiled.metadata._replace(
                 shared=max(shared_memory, _UNASKED_SHARED_MEMORY + 1)
             )

@@ -5,10 +5,11 @@ Like `kernels.linear` (the weights are the wide operand, and on their way before
 computes the input), but without the norms' kernels: `fused_project` adds its result to the residual
 stream and prepares the next product's input itself, a sum over a cluster of programs taking the
 place of partial sums in memory. A norm needs whole rows, which no program has, so the next product
-divides: its input is residual * gain, not yet normed, beside the sums of squares.
+divides: its input is residual * norm_weight, not yet normed, beside the sums of squares.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hopper.cluster import (
@@ -45,7 +47,7 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @dataclass(frozen=True)
 class FusedTiles:
-    """How a product is cut up; from the measured table, or `kernels.tiles.default_fused_tiles`."""
+    """How a product is cut up; from the measured table, or `kernels.tiles.fused_rule`."""
 
     outputs: int  # outputs of a program; of the gated product, of each half
     inputs: int  # inputs of a tile
@@ -54,11 +56,11 @@ class FusedTiles:
     warps: int
 
     def tiles(self, inputs: int) -> int:
-        """Of a program, one after the other along the inputs."""
+        """Tiles of a program, which it takes one after the other along the inputs."""
         return -(-inputs // (self.inputs * self.splits))
 
     def held(self, inputs: int, outputs: int, rows: int, cluster: int) -> int:
-        """Tiles that a program holds."""
+        """Tiles that a program holds at once."""
         tile_bytes = (outputs + rows) * self.inputs * 2
         held = min(
             self.stages,
@@ -69,121 +71,150 @@ class FusedTiles:
         return held
 
 
-@gluon.jit
-def _start(
-    weight,
-    x,
-    output,
-    input_,
-    row,
-    OUTPUTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    INPUTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
-):
-    """Asks for the first tiles: weights at once, inputs after the wait, before which the programs
-    of a cluster meet.
+@aggregate
+class _Share:
+    """What one program multiplies: a tile of outputs by a tile of rows, along its part of the
+    inputs. `first_*` say where these begin in the whole matrices.
     """
-    GATED: gl.constexpr = len(weight.block_shape) == 3
-    box: gl.constexpr = [STAGES, 2, OUTPUTS // 2, INPUTS] if GATED else [STAGES, OUTPUTS, INPUTS]
-    weights = gl.allocate_shared_memory(weight.dtype, box, weight.layout)
-    values = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, INPUTS], x.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(arrived.index(stage), count=1)
-    fence_async_shared()
-    gdc_launch_dependents()
-    for stage in gl.static_range(STAGES):
-        mbarrier.expect(arrived.index(stage), (OUTPUTS + ROWS) * INPUTS * 2)
-        _copy_weights(
-            weight,
-            output,
-            input_ + stage * INPUTS,
-            arrived.index(stage),
-            weights.index(stage),
-            GATED,
+
+    weight: tma.tensor_descriptor  # [OUTPUTS, inputs]; of the gated product [2, HIDDEN, inputs]
+    x: tma.tensor_descriptor  # [rows, inputs]
+    first_output: gl.tensor
+    first_input: gl.tensor
+    first_row: gl.tensor
+    OUTPUT_TILE: gl.constexpr  # of the gated product both halves together
+    ROW_TILE: gl.constexpr
+    INPUT_TILE: gl.constexpr
+    TILES: gl.constexpr  # along the inputs
+    STAGES: gl.constexpr  # tiles that shared memory holds at once
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        weight: Any,
+        x: Any,
+        first_output: Any,
+        first_input: Any,
+        first_row: Any,
+        OUTPUT_TILE: int,
+        ROW_TILE: int,
+        INPUT_TILE: int,
+        TILES: int,
+        STAGES: int,
+    ) -> None:
+        self.weight, self.x = weight, x
+        self.first_output, self.first_input, self.first_row = first_output, first_input, first_row
+        self.OUTPUT_TILE, self.ROW_TILE = gl.constexpr(OUTPUT_TILE), gl.constexpr(ROW_TILE)
+        self.INPUT_TILE = gl.constexpr(INPUT_TILE)
+        self.TILES, self.STAGES = gl.constexpr(TILES), gl.constexpr(STAGES)
+
+    @gluon.jit
+    def start(self, CLUSTER: gl.constexpr):
+        """Asks for the first tiles: for weights at once, for inputs after the wait. Before the wait
+        the programs of a cluster meet. Returns what `product` takes.
+        """
+        GATED: gl.constexpr = len(self.weight.block_shape) == 3
+        box: gl.constexpr = (
+            [self.STAGES, 2, self.OUTPUT_TILE // 2, self.INPUT_TILE]
+            if GATED
+            else [self.STAGES, self.OUTPUT_TILE, self.INPUT_TILE]
         )
-    if CLUSTER > 1:
-        meet()
-    gdc_wait()  # only now is x valid
-    for stage in gl.static_range(STAGES):
-        tma.async_copy_global_to_shared(
-            x, [row, input_ + stage * INPUTS], arrived.index(stage), values.index(stage)
+        weights = gl.allocate_shared_memory(self.weight.dtype, box, self.weight.layout)
+        values = gl.allocate_shared_memory(
+            self.x.dtype, [self.STAGES, self.ROW_TILE, self.INPUT_TILE], self.x.layout
         )
-    return weights, values, arrived
-
-
-@gluon.jit
-def _copy_weights(weight, output, input_, arrived, target, GATED: gl.constexpr):
-    if GATED:
-        tma.async_copy_global_to_shared(weight, [0, output, input_], arrived, target)
-    else:
-        tma.async_copy_global_to_shared(weight, [output, input_], arrived, target)
-
-
-@gluon.jit
-def _product(
-    started,
-    weight,
-    x,
-    output,
-    input_,
-    row,
-    OUTPUTS: gl.constexpr,
-    ROWS: gl.constexpr,
-    INPUTS: gl.constexpr,
-    TILES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """The product [OUTPUTS, ROWS] of what `_start` asked for; asks for the other tiles as room
-    becomes free.
-    """
-    weights, values, arrived = started
-    GATED: gl.constexpr = len(weight.block_shape) == 3
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
-    total = gl.zeros([OUTPUTS, ROWS], gl.float32, layout)
-    for tile in gl.static_range(TILES):
-        mbarrier.wait(arrived.index(tile % STAGES), (tile // STAGES) & 1)
-        tile_weights = weights.index(tile % STAGES).reshape([OUTPUTS, INPUTS])
-        total = warpgroup_mma(
-            tile_weights, values.index(tile % STAGES).permute((1, 0)), total, is_async=True
-        )
-        if tile + STAGES < TILES:
-            total = warpgroup_mma_wait(0, deps=(total,))
-            gl.thread_barrier()  # every warp has read the tile
-            column = input_ + (tile + STAGES) * INPUTS
-            mbarrier.expect(arrived.index(tile % STAGES), (OUTPUTS + ROWS) * INPUTS * 2)
-            _copy_weights(
-                weight,
-                output,
-                column,
-                arrived.index(tile % STAGES),
-                weights.index(tile % STAGES),
-                GATED,
+        arrived = gl.allocate_shared_memory(gl.int64, [self.STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(self.STAGES):
+            mbarrier.init(arrived.index(stage), count=1)
+        fence_async_shared()
+        gdc_launch_dependents()
+        for stage in gl.static_range(self.STAGES):
+            self.expect(arrived.index(stage))
+            self.copy_weights(
+                self.first_input + stage * self.INPUT_TILE,
+                arrived.index(stage),
+                weights.index(stage),
             )
+        if CLUSTER > 1:
+            meet()
+        gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+        for stage in gl.static_range(self.STAGES):
+            self.copy_values(
+                self.first_input + stage * self.INPUT_TILE,
+                arrived.index(stage),
+                values.index(stage),
+            )
+        return weights, values, arrived
+
+    @gluon.jit
+    def expect(self, arrived):
+        """Lets the barrier open when a tile of weights and one of inputs have come."""
+        mbarrier.expect(arrived, (self.OUTPUT_TILE + self.ROW_TILE) * self.INPUT_TILE * 2)
+
+    @gluon.jit
+    def copy_weights(self, first_input, arrived, target):
+        """Begins to copy a tile of weights."""
+        if len(self.weight.block_shape) == 3:
             tma.async_copy_global_to_shared(
-                x, [row, column], arrived.index(tile % STAGES), values.index(tile % STAGES)
+                self.weight, [0, self.first_output, first_input], arrived, target
             )
-    return warpgroup_mma_wait(0, deps=(total,))
+        else:
+            tma.async_copy_global_to_shared(
+                self.weight, [self.first_output, first_input], arrived, target
+            )
+
+    @gluon.jit
+    def copy_values(self, first_input, arrived, target):
+        """Begins to copy a tile of inputs."""
+        tma.async_copy_global_to_shared(self.x, [self.first_row, first_input], arrived, target)
+
+    @gluon.jit
+    def product(self, started):
+        """Multiplies what `start` asked for, and asks for the other tiles as room becomes free.
+        Returns [OUTPUT_TILE, ROW_TILE].
+        """
+        weights, values, arrived = started
+        layout: gl.constexpr = gl.NVMMADistributedLayout(
+            [3, 0], [gl.num_warps(), 1], [16, self.ROW_TILE, 16]
+        )
+        total = gl.zeros([self.OUTPUT_TILE, self.ROW_TILE], gl.float32, layout)
+        for tile in gl.static_range(self.TILES):
+            stage = tile % self.STAGES
+            mbarrier.wait(arrived.index(stage), (tile // self.STAGES) & 1)
+            total = warpgroup_mma(
+                weights.index(stage).reshape([self.OUTPUT_TILE, self.INPUT_TILE]),
+                values.index(stage).permute((1, 0)),
+                total,
+                is_async=True,
+            )
+            if tile + self.STAGES < self.TILES:
+                total = warpgroup_mma_wait(0, deps=(total,))
+                gl.thread_barrier()  # every warp has read the tile
+                first_input = self.first_input + (tile + self.STAGES) * self.INPUT_TILE
+                self.expect(arrived.index(stage))
+                self.copy_weights(first_input, arrived.index(stage), weights.index(stage))
+                self.copy_values(first_input, arrived.index(stage), values.index(stage))
+        return warpgroup_mma_wait(0, deps=(total,))
 
 
 @gluon.jit
 def _row_scales(
     squares,
-    row,
+    first_row,
     rows,
     WIDTH: gl.constexpr,
     BLOCKS: gl.constexpr,
-    LANES: gl.constexpr,
-    ROWS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    ROW_TILE: gl.constexpr,
     EPS: gl.constexpr,
 ):
-    """What norms each row's product: [ROWS]. The sum's order depends on BLOCKS alone."""
+    """The factors [ROW_TILE] that norm each row's product. The order of the sum depends on BLOCKS
+    alone.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
-    own = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))[:, None]
-    block = gl.arange(0, LANES, layout=gl.SliceLayout(0, layout))[None, :]
-    parts = gl.load(squares + block * rows + own, mask=(block < BLOCKS) & (own < rows), other=0.0)
+    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    block = gl.arange(0, BLOCKS_TILE, layout=gl.SliceLayout(0, layout))[None, :]
+    parts = gl.load(squares + block * rows + row, mask=(block < BLOCKS) & (row < rows), other=0.0)
     return gl.rsqrt(gl.sum(parts, 1) / WIDTH + EPS) / _HEADROOM
 
 
@@ -197,7 +228,7 @@ def _fused_linear_kernel(
     WIDTH: gl.constexpr,
     OUTPUTS: gl.constexpr,
     BLOCKS: gl.constexpr,
-    LANES: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
     EPS: gl.constexpr,
     ROW_TILE: gl.constexpr,
     OUTPUT_TILE: gl.constexpr,
@@ -210,33 +241,21 @@ def _fused_linear_kernel(
         gl.program_id(1),
         gl.program_id(2) * ROW_TILE,
     )
-    first_input = split * (TILES * INPUT_TILE)
-    started = _start(
+    share = _Share(
         weight,
         x,
-        first_output,
-        first_input,
-        first_row,
-        OUTPUT_TILE,
-        ROW_TILE,
-        INPUT_TILE,
-        STAGES,
-        CLUSTER=1,
+        first_output=first_output,
+        first_input=split * (TILES * INPUT_TILE),
+        first_row=first_row,
+        OUTPUT_TILE=OUTPUT_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=TILES,
+        STAGES=STAGES,
     )
-    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
-    total = _product(
-        started,
-        weight,
-        x,
-        first_output,
-        first_input,
-        first_row,
-        OUTPUT_TILE,
-        ROW_TILE,
-        INPUT_TILE,
-        TILES,
-        STAGES,
-    )
+    started = share.start(CLUSTER=1)
+    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, BLOCKS_TILE, ROW_TILE, EPS)
+    total = share.product(started)
     layout: gl.constexpr = total.type.layout
     total = total * gl.convert_layout(scales, gl.SliceLayout(0, layout))[None, :]
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
@@ -250,7 +269,7 @@ def _fused_project_kernel(
     weight,  # [OUTPUTS, inputs], as a descriptor
     x,  # [rows, inputs], as a descriptor
     residual,  # [rows, OUTPUTS] float32
-    gain,  # [OUTPUTS]
+    norm_weight,  # [OUTPUTS]
     normed,  # [rows, OUTPUTS]
     squares,  # [blocks, rows] float32
     rows,
@@ -270,48 +289,38 @@ def _fused_project_kernel(
     )
     if CLUSTER > 1:
         exchange = open_exchange(OUTPUT_TILE, ROW_TILE)
-    OWN: gl.constexpr = ROW_TILE // CLUSTER
+    OWNED_ROWS: gl.constexpr = ROW_TILE // CLUSTER
     layout: gl.constexpr = gl.BlockedLayout(
         [OUTPUT_TILE // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1]
     )
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
-    row = first_row + rank * OWN + gl.arange(0, OWN, layout=gl.SliceLayout(0, layout))
-    gains = gl.load(gain + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
-    started = _start(
+    row = first_row + rank * OWNED_ROWS
+    row = row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
+    scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
+    share = _Share(
         weight,
         x,
-        first_output,
-        first_input,
-        first_row,
-        OUTPUT_TILE,
-        ROW_TILE,
-        INPUT_TILE,
-        STAGES,
-        CLUSTER,
+        first_output=first_output,
+        first_input=first_input,
+        first_row=first_row,
+        OUTPUT_TILE=OUTPUT_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=TILES,
+        STAGES=STAGES,
     )
-    live = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    started = share.start(CLUSTER)
+    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
-    grown = gl.load(residual + at, mask=live, other=0.0)
-    total = _product(
-        started,
-        weight,
-        x,
-        first_output,
-        first_input,
-        first_row,
-        OUTPUT_TILE,
-        ROW_TILE,
-        INPUT_TILE,
-        TILES,
-        STAGES,
-    )
+    grown = gl.load(residual + at, mask=mask, other=0.0)
+    total = share.product(started)
     if CLUSTER > 1:
         grown += cluster_sum(exchange, rank, total, layout, CLUSTER)
     else:
         grown += gl.convert_layout(total, layout)
-    gl.store(residual + at, grown, mask=live)
+    gl.store(residual + at, grown, mask=mask)
     gl.store(
-        normed + at, (grown * gains[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=live
+        normed + at, (grown * scale[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=mask
     )
     gl.store(squares + block * rows + row, gl.sum(grown * grown, 0), mask=row < rows)
 
@@ -326,35 +335,33 @@ def _fused_swiglu_kernel(
     WIDTH: gl.constexpr,
     HIDDEN: gl.constexpr,
     BLOCKS: gl.constexpr,
-    LANES: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
     EPS: gl.constexpr,
     ROW_TILE: gl.constexpr,
-    HALF: gl.constexpr,
+    HIDDEN_TILE: gl.constexpr,
     INPUT_TILE: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    first_output, first_row = gl.program_id(0) * HALF, gl.program_id(1) * ROW_TILE
-    started = _start(
-        weight, x, first_output, 0, first_row, 2 * HALF, ROW_TILE, INPUT_TILE, STAGES, CLUSTER=1
-    )
-    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, LANES, ROW_TILE, EPS)
-    total = _product(
-        started,
+    first_output, first_row = gl.program_id(0) * HIDDEN_TILE, gl.program_id(1) * ROW_TILE
+    share = _Share(
         weight,
         x,
-        first_output,
-        0,
-        first_row,
-        2 * HALF,
-        ROW_TILE,
-        INPUT_TILE,
-        TILES,
-        STAGES,
+        first_output=first_output,
+        first_input=gl.to_tensor(0),
+        first_row=first_row,
+        OUTPUT_TILE=2 * HIDDEN_TILE,
+        ROW_TILE=ROW_TILE,
+        INPUT_TILE=INPUT_TILE,
+        TILES=TILES,
+        STAGES=STAGES,
     )
+    started = share.start(CLUSTER=1)
+    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, BLOCKS_TILE, ROW_TILE, EPS)
+    total = share.product(started)
     product_layout: gl.constexpr = total.type.layout
     total = total * gl.convert_layout(scales, gl.SliceLayout(0, product_layout))[None, :]
-    pairs = total.reshape([2, HALF, ROW_TILE]).permute((1, 2, 0))  # [HALF, ROW_TILE, 2]
+    pairs = total.reshape([2, HIDDEN_TILE, ROW_TILE]).permute((1, 2, 0))  # the halves innermost
     WARPS: gl.constexpr = gl.num_warps()
     pair_layout: gl.constexpr = gl.BlockedLayout(
         [1, ROW_TILE // WARPS, 2], [32, 1, 1], [1, WARPS, 1], [2, 1, 0]
@@ -362,19 +369,19 @@ def _fused_swiglu_kernel(
     gate, up = gl.convert_layout(pairs, pair_layout).split()
     hidden = gate / (1 + gl.exp(-gate)) * up
     layout: gl.constexpr = hidden.type.layout
-    output = first_output + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))[:, None]
+    output = first_output + gl.arange(0, HIDDEN_TILE, layout=gl.SliceLayout(1, layout))[:, None]
     row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))[None, :]
-    live = (row < rows) & (output < HIDDEN)
-    gl.store(out + row.to(gl.int64) * HIDDEN + output, hidden.to(out.dtype.element_ty), mask=live)
+    mask = (row < rows) & (output < HIDDEN)
+    gl.store(out + row.to(gl.int64) * HIDDEN + output, hidden.to(out.dtype.element_ty), mask=mask)
 
 
 def fused_linear(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
 ) -> None:
-    """Partial sums of norm(x) W^T.
+    """Writes partial sums of norm(x) W^T.
 
     Args:
-        x: [rows, width], 16-bit: residual * gain * HEADROOM; width a multiple of 8.
+        x: [rows, width], 16-bit: residual * norm_weight * HEADROOM; width a multiple of 8.
         squares: float32 [blocks, rows]; their sum over the first dimension is that of the
             residual's squares.
         weight: [outputs, width], contiguous.
@@ -395,7 +402,7 @@ def fused_linear(
         WIDTH=width,
         OUTPUTS=outputs,
         BLOCKS=squares.shape[0],
-        LANES=_lanes(squares),
+        BLOCKS_TILE=_blocks_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
         OUTPUT_TILE=tiles.outputs,
@@ -411,7 +418,7 @@ def fused_project(
     x: Tensor,
     weight: Tensor,
     residual: Tensor,
-    gain: Tensor,
+    norm_weight: Tensor,
     normed: Tensor,
     squares: Tensor,
     tiles: FusedTiles,
@@ -422,8 +429,8 @@ def fused_project(
         x: [rows, inputs], 16-bit; inputs a multiple of 8.
         weight: [width, inputs], contiguous.
         residual: float32 [rows, width], updated.
-        gain: [width], of the norm that follows.
-        normed: [rows, width], written: residual * gain * HEADROOM.
+        norm_weight: [width], of the norm that follows.
+        normed: [rows, width], written: residual * norm_weight * HEADROOM.
         squares: float32 [blocks of tiles.outputs of the width, rows], written: sums of the
             residual's squares.
     """
@@ -440,7 +447,7 @@ def fused_project(
         _descriptor(weight, tiles.outputs, tiles.inputs),
         _descriptor(x, row_block, tiles.inputs),
         residual,
-        gain,
+        norm_weight,
         normed,
         squares,
         rows,
@@ -459,7 +466,7 @@ def fused_project(
 def fused_swiglu(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, tiles: FusedTiles, *, eps: float
 ) -> None:
-    """silu(W1 norm(x)) * (W3 norm(x)).
+    """Writes silu(W1 norm(x)) * (W3 norm(x)).
 
     Args:
         x, squares: as of `fused_linear`.
@@ -478,10 +485,10 @@ def fused_swiglu(
         WIDTH=width,
         HIDDEN=hidden,
         BLOCKS=squares.shape[0],
-        LANES=_lanes(squares),
+        BLOCKS_TILE=_blocks_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
-        HALF=tiles.outputs,
+        HIDDEN_TILE=tiles.outputs,
         INPUT_TILE=tiles.inputs,
         TILES=tiles.tiles(width),
         STAGES=tiles.held(width, 2 * tiles.outputs, row_block, cluster=1),
@@ -491,45 +498,13 @@ def fused_swiglu(
 
 
 def _descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
-    """What bulk copies of boxes of a tensor need; what lies outside the tensor is copied
-    as zeros.
+    """Describes a tensor for bulk copies of boxes of it. Elements outside the tensor are copied as
+    zeros.
     """
     return TensorDescriptor.from_tensor(
         tensor, list(box), gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[tensor.dtype])
     )
 
 
-def _lanes(squares: Tensor) -> int:
+def _blocks_tile(squares: Tensor) -> int:
     return max(32, triton.next_power_of_2(squares.shape[0]))
-
-
-def fused_linear_reference(
-    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
-) -> None:
-    """The same in torch: the product in the first of the partial sums, zeros in the others."""
-    out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    out[1:] = 0
-
-
-def fused_project_reference(
-    x: Tensor, weight: Tensor, residual: Tensor, gain: Tensor, normed: Tensor, squares: Tensor
-) -> None:
-    """The same in torch: all squares in the first block."""
-    residual += torch.nn.functional.linear(x, weight)
-    normed.copy_(residual * gain * HEADROOM)
-    squares.zero_()
-    squares[0] = residual.square().sum(dim=1)
-
-
-def fused_swiglu_reference(
-    x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
-) -> None:
-    """The same in torch."""
-    gate, up = (
-        torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    ).chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
-
-
-def _row_scales_reference(x: Tensor, squares: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(squares.sum(dim=0) / x.shape[1] + eps)[:, None] / HEADROOM

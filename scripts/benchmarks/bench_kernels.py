@@ -40,9 +40,9 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.models import config_of
     from autoregressive.devices import PRECISIONS, resolve_device
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
-    from kernels.attention import attention_reference
+    from kernels.attention_reference import attention_reference
     from kernels.dispatch import select_operations, triton_runs_on
-    from kernels.tiles import tile_table
+    from kernels.tiles import ATTENTION, tile_table
 
 REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
@@ -145,9 +145,7 @@ def measure_model(
         device, dtype, config.n_head, config.head_size, "triton", tell=tell
     )
     capability = torch.cuda.get_device_capability(device)
-    tiles = tile_table(capability, dtype).attention_tiles(
-        config.n_head, config.head_size, dtype.itemsize
-    )
+    tiles = tile_table(capability, dtype).find(ATTENTION, config.n_head, config.head_size)
     attention_tiles = None if operations.attention is attention_reference else tiles
     launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)

@@ -106,8 +106,8 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
         request = engine.submit(seed, settings.choice.defaults.sampling.updated(top_k=0, seed=seed))
         while request.steps < rows * model.grid:
             engine.step()
-        codes = engine.peek([request]).codes()[0]
-        engine.decoder.submit_to_host(fill_undrawn(codes, rows, model.grid)).pictures()
+        codes = engine.peek([request]).result()[0].codes
+        engine.decoder.submit_to_host(fill_undrawn(codes, rows, model.grid)).result()
         times.append(time.monotonic() - begun)
         engine.cancel(request)
         while not request.ended:

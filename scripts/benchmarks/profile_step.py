@@ -56,7 +56,8 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
     from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
     from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
-    from kernels.dispatch import Operations, triton_runs_on
+    from kernels.dispatch import triton_runs_on
+    from kernels.operations import Operations
 
 STEPS = 16  # of a span; the context grows by as many
 REPEATS = 11

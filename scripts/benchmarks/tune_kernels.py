@@ -14,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ with slow_imports(__name__):
     from autoregressive.serve.floor import median_seconds
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
-    from kernels.dispatch import MANY_ROWS, Operations, triton_operations
-    from kernels.tiles import SECTIONS, TileTable, key_names, read_table, tile_table
+    from kernels.dispatch import MANY_ROWS, triton_operations
+    from kernels.operations import Operations
+    from kernels.tiles import SECTIONS, TileTable, read_table, tile_table
 
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
@@ -243,7 +244,7 @@ def tune(
     for stage in stages:
         tried = {}
         for candidate in stage.candidates:
-            changed = with_setting(table, stage, candidate)
+            changed = table.with_setting(stage.section, stage.key, candidate)
             try:
                 tried[candidate] = score(chain, changed, kernels, heads=stage.of_head)
             except Exception as error:  # a setting that does not fit the GPU is no candidate
@@ -255,7 +256,7 @@ def tune(
             )
             continue
         best = min(tried, key=lambda candidate: sum(tried[candidate]))
-        table = with_setting(table, stage, best)
+        table = table.with_setting(stage.section, stage.key, best)
         times = ", ".join(
             f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True)
         )
@@ -294,12 +295,6 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
     return times
 
 
-def with_setting(table: TileTable, stage: Stage, tiles: Any) -> TileTable:
-    """The table with one setting changed."""
-    changed: dict[str, Any] = {stage.section: {**getattr(table, stage.section), stage.key: tiles}}
-    return replace(table, **changed)
-
-
 def compile_in_parallel(
     config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels
 ) -> None:
@@ -308,7 +303,7 @@ def compile_in_parallel(
         (stage.section, stage.key, tiles): stage for stage in stages for tiles in stage.candidates
     }
     jobs = [
-        (config, with_setting(table, stage, key[2]), kernels, stage.of_head)
+        (config, table.with_setting(stage.section, stage.key, key[2]), kernels, stage.of_head)
         for key, stage in tried.items()
     ]
     context = multiprocessing.get_context("spawn")
@@ -339,15 +334,14 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
     def lines(entries: list[dict[str, Any]]) -> str:
         return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
 
-    def entries(section: str, settings: dict[Any, Any]) -> list[dict[str, Any]]:
-        names = key_names(section)
+    def entries(section: str, settings: Mapping[Any, Any]) -> list[dict[str, Any]]:
         return [
-            dict(zip(names, key, strict=True)) | {"tiles": asdict(tiles)}
+            dict(zip(SECTIONS[section].keys, key, strict=True)) | {"tiles": asdict(tiles)}
             for key, tiles in sorted(settings.items())
         ]
 
     parts = {
-        name: entries(name, settings) for name in SECTIONS if (settings := getattr(table, name))
+        name: entries(name, settings) for name in SECTIONS if (settings := table.measured.get(name))
     }
     versions = f"torch {torch.__version__}"
     members = [f'  "measured_on": {json.dumps(f"{gpu}, {versions}")}']

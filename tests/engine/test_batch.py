@@ -158,9 +158,9 @@ def test_fetched_codes_are_those_of_the_slots() -> None:
     batch = Batch(SHAPE, CPU)
     batch.codes.copy_(torch.arange(100).view(10, 10))
     batch.failed[3] = 1
-    on_the_way = batch.fetch([7, 3])
+    fetched = batch.fetch([7, 3])
     batch.codes.zero_()
-    assert on_the_way.arrived()
-    codes, failed = on_the_way.wait()
+    assert fetched.ready()
+    codes, failed = fetched.result()
     assert codes.tolist() == [list(range(70, 80)), list(range(30, 40))]
     assert failed.tolist() == [0, 1]

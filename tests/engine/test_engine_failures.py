@@ -8,8 +8,8 @@ from fake_runner import FakeRunner, expected_codes, tiny_gpt
 from torch import Tensor
 
 import autoregressive.serve.engine.engine as engine_module
-from autoregressive.serve.engine.batch import CodesOnTheWay
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 
@@ -87,7 +87,7 @@ def test_a_copy_that_cannot_be_made_fails_its_request_alone(
     assert (request.state, neighbour.state) == (RequestState.FAILED, RequestState.FINISHED)
 
 
-@pytest.mark.parametrize("method", ["arrived", "wait"])
+@pytest.mark.parametrize("method", ["ready", "result"])
 def test_a_copy_that_fails_on_its_way_fails_its_request_alone(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -100,10 +100,10 @@ def test_a_copy_that_fails_on_its_way_fails_its_request_alone(
         engine.step()
     neighbour = engine.submit(4, SamplingParams(top_k=0))
 
-    def broken(on_the_way: CodesOnTheWay) -> None:
+    def broken(fetched: DeviceFuture[object]) -> None:
         raise RuntimeError("an illegal address")
 
-    monkeypatch.setattr(CodesOnTheWay, method, broken)
+    monkeypatch.setattr(DeviceFuture, method, broken)
     with pytest.raises(RuntimeError, match="illegal address"):
         until_ended(engine, [request])
     monkeypatch.undo()
@@ -196,7 +196,7 @@ def test_a_request_cancelled_under_generate_is_an_error() -> None:
     engine, runner = make_engine()
 
     def cancel(steps: int) -> None:
-        engine.cancel(engine.scheduler.running[0].request)
+        engine.cancel(engine.scheduler.running[0])
 
     runner.before_span = cancel
     with pytest.raises(RuntimeError, match="cancelled"):

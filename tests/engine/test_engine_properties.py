@@ -124,7 +124,7 @@ def test_every_request_ends_as_it_should(
     record = Record(engine, runner)
     late_copies = LateCopies(engine.batch, delay)
     with (
-        patch.object(engine._pacer, "span_limit", return_value=longest_span),
+        patch.object(engine._step_limiter, "span_limit", return_value=longest_span),
         patch.object(engine.batch, "fetch", late_copies.fetch),
         patch.object(runner, "before_span", record.check_forecast),
     ):

@@ -5,40 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from teacher import reference_model
+from teacher import TINY, engine_codes
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
-from autoregressive.serve.engine.request import SamplingParams
-from kernels.dispatch import FusedProducts, Operations
-from kernels.hopper.products import (
-    HEADROOM,
+from kernels.hopper.products import HEADROOM
+from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
     fused_swiglu_reference,
 )
-
-TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
-
-
-def engine_codes(
-    name: str,
-    device: torch.device,
-    backend: str,
-    make_runner: RunnerFactory = ModelRunner,
-    **engine: object,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy codes of the engine for a reference file, and the file's own."""
-    model, meta, expected = reference_model(name)
-    model.to(device)
-    config = EngineConfig(max_num_seqs=8, page_size=4, attention_backend=backend, **engine)  # type: ignore[arg-type]
-    params = SamplingParams(
-        cfg_scale=meta["cfg_scale"], cfg_interval=meta["cfg_interval"], temperature=0, top_k=0
-    )
-    codes = Engine(model, None, config, make_runner).generate(meta["labels"], params, decode=False)
-    return codes.numpy(), expected["tokens"]
+from kernels.operations import FusedProducts, Operations
 
 
 @pytest.mark.parametrize("name", [*TINY, "gpt_b_256"])
@@ -73,7 +51,7 @@ class FusedRunner(ModelRunner):
 @pytest.mark.parametrize("name", TINY)
 def test_a_fused_layer_draws_llamagens_tokens(name: str) -> None:
     """Guards what else only a GPU of compute capability 9.0 runs: who adds to the residual stream,
-    whose gain, whose squares.
+    whose norm, whose squares.
     """
     codes, expected = engine_codes(name, torch.device("cpu"), "torch", FusedRunner)
     assert np.array_equal(codes, expected)
@@ -89,10 +67,10 @@ def test_headroom_keeps_fp16_products_whole(size: float) -> None:
         torch.randn(4, 512, generator=drawn) * size,
         torch.randn(64, 512, generator=drawn),
     )
-    gain = torch.rand(512, generator=drawn) * 0.5 + 0.5
+    norm_weight = torch.rand(512, generator=drawn) * 0.5 + 0.5
     squares = residual.square().sum(dim=1)[None]
     got, wanted = (torch.empty(1, 4, 64) for _ in range(2))
-    x = residual * gain * HEADROOM
+    x = residual * norm_weight * HEADROOM
     fused_linear_reference(x, squares, weight, wanted, eps=1e-5)
     fused_linear_reference(x.half().float(), squares, weight, got, eps=1e-5)
     assert (got - wanted).norm() < 1e-3 * wanted.norm()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_a_mistake_is_a_value_error(
     ],
 )
 def test_a_model_that_is_not_there_is_a_value_error(
-    tmp_path: Path, model: str, options: dict[str, object], told: str
+    tmp_path: Path, model: str, options: dict[str, Any], told: str
 ) -> None:
     """Fails if noise is drawn unasked, or an error speaks of flags."""
     with pytest.raises(UserError) as caught:

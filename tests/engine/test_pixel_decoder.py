@@ -52,7 +52,7 @@ def test_on_a_cpu_the_pixels_are_the_tokenizers() -> None:
     codes = random_codes(model, 2, 16)
     pending = PixelDecoder(model, 16, CPU).submit(codes)
     assert pending.ready()
-    assert torch.equal(pending.pixels(), plain(model, codes, 16))
+    assert torch.equal(pending.result(), plain(model, codes, 16))
 
 
 def test_a_batch_larger_than_the_largest_is_split_and_keeps_its_order() -> None:

@@ -115,7 +115,7 @@ def test_admission_waits_for_the_peak_and_no_longer() -> None:
     for position in range(1, 5):
         assert scheduler.admit() == []
         run_span(scheduler, 1)
-        assert scheduler.running[0].position == position
+        assert scheduler.running[0].steps == position
     # the first one's last page meets the second one's third: 7
     assert scheduler.admit() == [second]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.rope import apply_rotary
-from kernels import attention
+from kernels import attention_reference
 from kernels.attention import head_stride
 
 HEADS, HEAD_SIZE, PAGE_SIZE, TOKENS = 3, 20, 4, 24
@@ -28,7 +28,9 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("attend", [attention._attend_in_place, attention._attend_to_copies])
+@pytest.mark.parametrize(
+    "attend", [attention_reference._attend_in_place, attention_reference._attend_to_copies]
+)
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("positions", [[9, 9, 9], [0, 3, 4], [23, -1, 7], [-1, -1, -1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

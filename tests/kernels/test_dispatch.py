@@ -12,7 +12,8 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, StepBytes
-from kernels.attention import HEAD_SIZES, attention_reference
+from kernels.attention import HEAD_SIZES
+from kernels.attention_reference import attention_reference
 from kernels.dispatch import select_group_norm, select_operations, torch_operations
 from kernels.group_norm import normalize, normalize_reference
 
@@ -87,10 +88,10 @@ def test_torchs_attention_is_not_given_the_kernels_chunks(monkeypatch: pytest.Mo
     told: list[str] = []
     operations = select_operations(CUDA, torch.bfloat16, 4, 72, "auto", tell=told.append)
     assert operations.attention is attention_reference
-    assert operations.attention_chunks(576, 2) == torch_operations().attention_chunks(576, 2) == 1
+    assert operations.attention_chunks(576) == torch_operations().attention_chunks(576) == 1
     kept = select_operations(CUDA, torch.bfloat16, 4, 96, "auto", tell=told.append)
     assert kept.attention is not attention_reference
-    assert kept.attention_chunks(576, 2) > 1
+    assert kept.attention_chunks(576) > 1
     assert len(told) == 1
 
 

@@ -2,7 +2,6 @@
 holds the table.
 """
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,11 @@ from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, row_tile
 from kernels.swiglu import SwigluTiles
 from kernels.tiles import (
+    ATTENTION,
+    FUSED_LINEAR,
+    FUSED_PROJECT,
     SECTIONS,
     TileTable,
-    default_attention_tiles,
-    default_fused_tiles,
     read_table,
     tile_table,
 )
@@ -40,12 +40,16 @@ def config_of(model: str) -> GPTConfig:
 def asked(table: TileTable, config: GPTConfig) -> dict[tuple[str, int, int], FusedTiles]:
     """What a step of a model asks a table for, by section, outputs and inputs."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
+    keys = [
+        ("fused_linear", 3 * width, width),
+        ("fused_project", width, width),
+        ("fused_project", width, ffn),
+        ("fused_swiglu", ffn, width),
+        ("fused_head", vocabulary, width),
+    ]
     return {
-        ("fused_linear", 3 * width, width): table.fused_linear_tiles(3 * width, width),
-        ("fused_project", width, width): table.fused_project_tiles(width, width),
-        ("fused_project", width, ffn): table.fused_project_tiles(width, ffn),
-        ("fused_swiglu", ffn, width): table.fused_swiglu_tiles(ffn, width),
-        ("fused_head", vocabulary, width): table.fused_head_tiles(vocabulary, width),
+        (section, outputs, inputs): table.find(SECTIONS[section], outputs, inputs)
+        for section, outputs, inputs in keys
     }
 
 
@@ -72,7 +76,7 @@ def test_every_measured_setting_runs() -> None:
     """
     table, seen = read_table(MEASURED), 0
     for section in FUSED_SECTIONS:
-        for (_, inputs), tiles in getattr(table, section).items():
+        for (_, inputs), tiles in table.measured[section].items():
             check_runs(section, inputs, tiles)
             seen += 1
     assert seen >= 5 * len(PAPER_MODELS)
@@ -93,7 +97,7 @@ def test_measured_settings_are_found(model: str) -> None:
     table, config = tile_table((9, 0), torch.bfloat16), config_of(model)
     found = asked(table, config)
     for (section, outputs, inputs), tiles in found.items():
-        assert tiles is getattr(table, section)[outputs, inputs]
+        assert tiles is table.measured[section][outputs, inputs]
     stages = stages_of(config, Kernels(launch_pdl=True, hopper=True))
     assert {
         (stage.section, *stage.key) for stage in stages if stage.section in FUSED_SECTIONS
@@ -106,7 +110,7 @@ def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None
     """Fails if no cluster has such a size, or inputs are split below two tiles a program or though
     programs are many.
     """
-    tiles = default_fused_tiles(outputs, inputs)
+    tiles = TileTable().find(FUSED_PROJECT, outputs, inputs)
     check_runs("fused_project", inputs, tiles)
     if tiles.splits > 1:
         assert tiles.tiles(inputs) >= 2
@@ -117,23 +121,28 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Fails if a section is written and not read, or read and not written, or a setting ends up
     under another shape.
     """
-    assert set(SECTIONS) == {each.name for each in fields(TileTable)} - {"shared_memory"}
     table = TileTable(
-        linear={(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)},
-        whole_linear={(100, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=8)},
-        swiglu={(64, 32): SwigluTiles(32, 64, early=1, stages=3, warps=4)},
-        attention={
-            (12, 64): AttentionTiles(64, 1),
-            (32, 100): AttentionTiles(32, 1, registers=128),
-        },
-        fused_linear={(96, 32): FusedTiles(64, 64, 3, 2, 4), (32, 96): FusedTiles(64, 64, 5, 2, 4)},
-        fused_project={
-            (32, 32): FusedTiles(64, 128, 4, 3, 4),
-            (32, 64): FusedTiles(128, 64, 8, 1, 8),
-        },
-        fused_swiglu={(64, 32): FusedTiles(32, 64, 1, 8, 4)},
-        fused_head={(100, 32): FusedTiles(64, 64, 1, 7, 4)},
+        {
+            "linear": {(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)},
+            "whole_linear": {(100, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=8)},
+            "swiglu": {(64, 32): SwigluTiles(32, 64, early=1, stages=3, warps=4)},
+            "attention": {
+                (12, 64): AttentionTiles(64, 1),
+                (32, 100): AttentionTiles(32, 1, registers=128),
+            },
+            "fused_linear": {
+                (96, 32): FusedTiles(64, 64, 3, 2, 4),
+                (32, 96): FusedTiles(64, 64, 5, 2, 4),
+            },
+            "fused_project": {
+                (32, 32): FusedTiles(64, 128, 4, 3, 4),
+                (32, 64): FusedTiles(128, 64, 8, 1, 8),
+            },
+            "fused_swiglu": {(64, 32): FusedTiles(32, 64, 1, 8, 4)},
+            "fused_head": {(100, 32): FusedTiles(64, 64, 1, 7, 4)},
+        }
     )
+    assert set(table.measured) == set(SECTIONS), "a section is not written here"
     write_table(table, tmp_path / "table.json", "a GPU")
     assert read_table(tmp_path / "table.json") == table
 
@@ -153,16 +162,16 @@ def test_a_tuning_run_keeps_what_it_does_not_tune(tmp_path: Path) -> None:
 
 def test_a_table_without_fused_products_leaves_them_to_the_rules(tmp_path: Path) -> None:
     """Fails if the table of another architecture, which has no such section, cannot be read."""
-    old = TileTable(linear={(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)})
+    old = TileTable({"linear": {(96, 32): LinearTiles(64, 32, 1, early=1, stages=1, warps=4)}})
     write_table(old, tmp_path / "table.json", "a GPU")
     read = read_table(tmp_path / "table.json")
     assert read == old
-    assert read.fused_linear_tiles(96, 32) == default_fused_tiles(96, 32)
+    assert read.find(FUSED_LINEAR, 96, 32) == TileTable().find(FUSED_LINEAR, 96, 32)
 
 
 def test_tables_are_of_16_bit_weights() -> None:
     """Fails if float32 weights, twice as large, are cut up as measured for others."""
-    assert tile_table((9, 0), torch.float32).fused_project == {}
+    assert tile_table((9, 0), torch.float32).measured == {}
     assert (
         tile_table((9, 0), torch.float16)
         == tile_table((9, 0), torch.bfloat16)
@@ -175,12 +184,14 @@ def test_attention_is_cut_up_as_with_the_nearest_number_of_heads() -> None:
     those of the farther model.
     """
     few, many = AttentionTiles(64, 1), AttentionTiles(128, 2)
-    table = TileTable(attention={(12, 64): few, (24, 64): many, (32, 100): AttentionTiles(32, 1)})
-    assert [table.attention_tiles(heads, 64, 2) for heads in (3, 12, 18, 19, 40)] == [
+    table = TileTable(
+        {"attention": {(12, 64): few, (24, 64): many, (32, 100): AttentionTiles(32, 1)}}
+    )
+    assert [table.find(ATTENTION, heads, 64) for heads in (3, 12, 18, 19, 40)] == [
         few,
         few,
         few,
         many,
         many,
     ]
-    assert table.attention_tiles(12, 128, 2) == default_attention_tiles(128, 2)
+    assert table.find(ATTENTION, 12, 128) == TileTable().find(ATTENTION, 12, 128)

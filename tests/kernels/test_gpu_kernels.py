@@ -16,12 +16,23 @@ from kernel_cases import (
     check_linear,
     check_swiglu,
 )
-from test_model_runner import TINY, engine_codes
+from teacher import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.hopper.products import FusedTiles
-from kernels.tiles import TileTable, default_attention_tiles, tile_table
+from kernels.tiles import (
+    ATTENTION,
+    FUSED_HEAD,
+    FUSED_LINEAR,
+    FUSED_PROJECT,
+    FUSED_SWIGLU,
+    LINEAR,
+    SWIGLU,
+    WHOLE_LINEAR,
+    TileTable,
+    tile_table,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -42,11 +53,11 @@ def test_products(place: Place, model: str, rows: int) -> None:
     shape = GPT_SHAPES[model]
     config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
     table = tile_table(torch.cuda.get_device_capability(), place.dtype)
-    width, ffn, size = config.dim, config.ffn_dim, place.dtype.itemsize
+    width, ffn = config.dim, config.ffn_dim
     for outputs, inputs in ((3 * width, width), (width, width), (width, ffn)):
-        check_linear(place, rows, outputs, inputs, table.linear_tiles(outputs, inputs, size))
-    check_linear(place, rows, 16384, width, table.whole_linear_tiles(16384, width, size))
-    check_swiglu(place, rows, ffn, width, table.swiglu_tiles(ffn, width, size))
+        check_linear(place, rows, outputs, inputs, table.find(LINEAR, outputs, inputs))
+    check_linear(place, rows, 16384, width, table.find(WHOLE_LINEAR, 16384, width))
+    check_swiglu(place, rows, ffn, width, table.find(SWIGLU, ffn, width))
     check_gate(place, rows, ffn)
     check_add_norm(place, rows, width, 3)
 
@@ -67,11 +78,11 @@ def test_fused_products(hopper: Place, model: str, rows: int, measured: bool) ->
     config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
     table = tile_table((9, 0), hopper.dtype) if measured else TileTable()
     width, ffn = config.dim, config.ffn_dim
-    check_fused_linear(hopper, rows, 3 * width, width, table.fused_linear_tiles(3 * width, width))
-    check_fused_linear(hopper, rows, 16384, width, table.fused_head_tiles(16384, width))
-    check_fused_swiglu(hopper, rows, ffn, width, table.fused_swiglu_tiles(ffn, width))
+    check_fused_linear(hopper, rows, 3 * width, width, table.find(FUSED_LINEAR, 3 * width, width))
+    check_fused_linear(hopper, rows, 16384, width, table.find(FUSED_HEAD, 16384, width))
+    check_fused_swiglu(hopper, rows, ffn, width, table.find(FUSED_SWIGLU, ffn, width))
     for inputs in (width, ffn):
-        check_fused_project(hopper, rows, width, inputs, table.fused_project_tiles(width, inputs))
+        check_fused_project(hopper, rows, width, inputs, table.find(FUSED_PROJECT, width, inputs))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
@@ -96,19 +107,24 @@ def test_embed(place: Place) -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
 def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
-    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).attention_tiles(
-        3, head_size, place.dtype.itemsize
+    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).find(
+        ATTENTION, 3, head_size
     )
     check_attention(place, positions, 3, head_size, 16, tiles)
     check_attention(
-        place, positions, 3, head_size, 7, default_attention_tiles(head_size, place.dtype.itemsize)
+        place,
+        positions,
+        3,
+        head_size,
+        7,
+        TileTable(itemsize=place.dtype.itemsize).find(ATTENTION, 3, head_size),
     )
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
 def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -> None:
-    tiles = tile_table((9, 0), hopper.dtype).attention_tiles(3, head_size, 2)
+    tiles = tile_table((9, 0), hopper.dtype).find(ATTENTION, 3, head_size)
     check_attention(hopper, positions, 3, head_size, 16, tiles, hopper=True)
     check_attention(
         hopper,
@@ -116,7 +132,7 @@ def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -
         3,
         head_size,
         7,
-        default_attention_tiles(head_size, 2),
+        TileTable().find(ATTENTION, 3, head_size),
         splits=1,
         hopper=True,
     )

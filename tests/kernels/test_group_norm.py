@@ -18,23 +18,23 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0, offset: float = 0.0) -
 
 @pytest.mark.parametrize("silu", [True, False])
 def test_the_references_are_torchs_group_norm(silu: bool) -> None:
-    """Fails if bias, gain, shift, groups or SiLU are applied in another order than the
+    """Fails if bias, norm_weight, norm_bias, groups or SiLU are applied in another order than the
     tokenizer's.
     """
-    x, bias, gain, shift = (
+    x, bias, norm_weight, norm_bias = (
         drawn(2, 6, 6, 32),
         drawn(32, seed=1),
         drawn(32, seed=2),
         drawn(32, seed=3),
     )
-    expected = F.group_norm((x + bias).permute(0, 3, 1, 2), GROUPS, gain, shift, EPS).permute(
-        0, 2, 3, 1
-    )
+    expected = F.group_norm(
+        (x + bias).permute(0, 3, 1, 2), GROUPS, norm_weight, norm_bias, EPS
+    ).permute(0, 2, 3, 1)
     expected = F.silu(expected) if silu else expected
     nothing, statistics = add_with_statistics_reference(x, bias, None, GROUPS, None)
     assert nothing is None
     found = normalize_reference(
-        x, statistics, gain, shift, EPS, bias=bias, silu=silu, out_dtype=torch.float32
+        x, statistics, norm_weight, norm_bias, EPS, bias=bias, silu=silu, out_dtype=torch.float32
     )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 

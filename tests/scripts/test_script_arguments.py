@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -319,14 +318,12 @@ def test_what_needs_a_gpu_writes_where_it_was_told(
     path = tmp_path / "table.json"
 
     def tune(config: GPTConfig, table: TileTable, *_: object) -> TileTable:
-        return replace(
-            table, attention=table.attention | {(config.n_head, config.head_size): TILES}
-        )
+        return table.with_setting("attention", (config.n_head, config.head_size), TILES)
 
     monkeypatch.setattr(tune_kernels, "tune", tune)
     for model in ("GPT-B", "GPT-3B"):
         run("tune_kernels", "--models", model, "--output", str(path))
-    kept = tune_kernels.table_so_far(path).attention
+    kept = tune_kernels.table_so_far(path).measured["attention"]
     assert kept == {(12, 64): TILES, (32, 100): TILES}, (
         "the second run starts from the first one's table"
     )

@@ -163,18 +163,16 @@ def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
     second = engine.submit(2, SamplingParams(seed=2, top_k=0, cfg_scale=1.0))
     engine.step()
     waiting = engine.submit(3, SamplingParams(seed=3, top_k=0, n=4))
-    partial = engine.peek([second, first, waiting])
-    assert waiting not in partial.requests
-    seen = dict(
-        zip(partial.requests, zip(partial.steps, partial.codes(), strict=True), strict=True)
-    )
+    seen = engine.peek([second, first, waiting]).result()
+    assert seen
+    assert waiting not in [part.request for part in seen]
     while not (first.ended and second.ended):
         engine.step()
-    for request, (steps, codes) in seen.items():
-        assert request.codes is not None
-        assert steps > 0
-        assert torch.equal(codes[:, :steps], request.codes[:, :steps])
-    assert engine.peek([first]).codes() == []
+    for part in seen:
+        assert part.request.codes is not None
+        assert part.steps > 0
+        assert torch.equal(part.codes[:, : part.steps], part.request.codes[:, : part.steps])
+    assert engine.peek([first]).result() == []
 
 
 def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any) -> list[Event]:

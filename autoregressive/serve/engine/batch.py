@@ -1,8 +1,8 @@
 """The device-side state of the running rows: what the model runner's kernels read and write.
 
-Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join
-or leave or get pages; within a span only the device changes `positions`, `codes` and `failed`.
-Everything is enqueued on the current stream; nothing waits for the device.
+Tensors have fixed sizes and addresses, as captured graphs need. The host fills them when rows join,
+leave or get pages. Within a span only the device changes `positions`, `codes` and `failed`.
+Everything is enqueued on the current stream, and nothing waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autoregressive.serve.engine.device_future import DeviceFuture, copy_to_host
 from autoregressive.serve.engine.request import ImageState, RowState
 
 _ALIGNMENT = 64  # bytes; what kernels may assume of a pointer, with room to spare
 _WORD = 8  # bytes
+# of what no row or image uses; zero elsewhere
+_PADDING = {
+    "positions": -1,
+    "conditional_rows": -1,
+    "unconditional_rows": -1,
+    "guidance_scales": 1,
+    "temperatures": 1,
+    "top_ps": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,8 @@ class BatchShape:
 
     @classmethod
     def of(cls, max_rows: int, tokens: int, page_size: int) -> "BatchShape":
-        """The shape for at most `max_rows` rows: each may be an image, and as many images again may
-        be on their way to the host.
+        """The shape for at most `max_rows` rows. Each of them may be an image, and the codes of as
+        many images again may be on their way to the host.
         """
         return cls(max_rows, max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
 
@@ -65,6 +75,7 @@ class Batch:
     # per slot
     codes: Tensor  # int32 [num_slots, tokens]
     failed: Tensor  # int32 [num_slots], 1: a step's logits were NaN or infinite
+    keep_failed: Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
 
     def __init__(self, shape: BatchShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -82,7 +93,7 @@ class Batch:
             "top_ps": (images, torch.float32),
             "seeds": (images, torch.int64),
             "image_indices": (images, torch.int32),
-            "under_way": ((shape.num_slots,), torch.int32),
+            "keep_failed": ((shape.num_slots,), torch.int32),
             # last: only the rows in use are uploaded
             "page_table": (
                 (shape.max_rows, shape.pages_per_row),
@@ -107,13 +118,10 @@ class Batch:
         self._page_table_start = start - padded["page_table"]
         self.codes = torch.zeros(shape.num_slots, shape.tokens, dtype=torch.int32, device=device)
         self.failed = torch.zeros(shape.num_slots, dtype=torch.int32, device=device)
-        self.under_way: (
-            Tensor  # int32 [num_slots], 0: the slot's image is yet to take its first step
-        )
         self.load([], [])
 
     def load(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
-        """Uploads what the host knows of rows and images, in this order, and pads the rest.
+        """Uploads the state of rows and images, in this order, and pads the rest.
 
         Args:
             rows: every row of every image in `images`, and no other.
@@ -122,51 +130,34 @@ class Batch:
         host = self._host
         assert len(rows) <= self.shape.max_rows
         assert len(images) <= self.shape.max_images
-        _fill(host["labels"], [row.label for row in rows], 0)
-        _fill(host["row_slots"], [row.slot for row in rows], 0)
-        _fill(host["positions"], [row.position for row in rows], -1)
+        for name, values in _columns(rows, images).items():
+            host[name][: len(values)] = values
+            host[name][len(values) :] = _PADDING.get(name, 0)
         for table, row in zip(host["page_table"], rows, strict=False):
             # what lies behind is of an earlier row, and not read
             table[: len(row.pages)] = row.pages
-        self._fill_images(rows, images)
-        host["under_way"].fill(1)
-        host["under_way"][[row.slot for row in rows if row.position == 0]] = 0
+        host["keep_failed"].fill(1)
+        host["keep_failed"][[row.slot for row in rows if row.position == 0]] = 0
         end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
         self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
-        self.failed.mul_(self.under_way)  # whoever starts in a slot is not to inherit its past
+        self.failed.mul_(self.keep_failed)  # an image that starts does not inherit the slot's past
 
-    def fetch(self, slots: Sequence[int]) -> "CodesOnTheWay":
-        """Begins to copy the codes of complete images to the host, behind the spans enqueued so
-        far.
+    def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
+        """Begins to copy codes and failures of images to the host, behind the spans enqueued so
+        far: int32 [images, tokens] and [images].
         """
         index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(
             self.device, non_blocking=True
         )
-        return CodesOnTheWay(self.codes[index], self.failed[index])
-
-    def _fill_images(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
-        host = self._host
-        row_index = {id(row): index for index, row in enumerate(rows)}
-        row_index[id(None)] = -1
-        _fill(host["conditional_rows"], [row_index[id(image.conditional)] for image in images], -1)
-        _fill(
-            host["unconditional_rows"], [row_index[id(image.unconditional)] for image in images], -1
-        )
-        _fill(host["image_slots"], [image.slot for image in images], 0)
-        _fill(host["image_indices"], [image.image_index for image in images], 0)
-        _fill(host["guidance_scales"], [image.params.cfg_scale for image in images], 1)
-        _fill(host["temperatures"], [image.params.temperature for image in images], 1)
-        _fill(host["top_ks"], [image.params.top_k for image in images], 0)
-        _fill(host["top_ps"], [image.params.top_p for image in images], 1)
-        _fill(host["seeds"], [image.params.seed for image in images], 0)
+        return copy_to_host(self.codes[index], self.failed[index])
 
 
 class Runner(Protocol):
     """What runs the model's steps over a batch."""
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles and captures all that `run` will need, with the batch still empty; tells how
-        much is done, of how much.
+        """Compiles and captures all that `run` needs, with the batch still empty. Calls `progress`
+        with how much is done and how much there is.
         """
 
     def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
@@ -175,42 +166,27 @@ class Runner(Protocol):
         """
 
 
-class CodesOnTheWay:
-    """Codes [images, tokens] and failure flags [images] being copied to the host."""
-
-    def __init__(self, codes: Tensor, failed: Tensor) -> None:
-        # Copies to pinned memory do not wait; the device's side of them lives on until its stream
-        # has passed.
-        self._codes, self._failed = (
-            _staging_like(tensor).copy_(tensor, non_blocking=True) for tensor in (codes, failed)
-        )
-        self._copied: torch.cuda.Event | None = None
-        if codes.is_cuda:
-            self._copied = torch.cuda.Event(blocking=True)
-            self._copied.record(torch.cuda.current_stream(codes.device))
-
-    def arrived(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._copied is None or self._copied.query()
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Waits for the copy: int32 [images, tokens] and [images] on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._codes, self._failed
-
-
 def staged(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the host that can be uploaded without waiting: torch reuses pinned memory only when
-    its upload is done.
+    """Pins a tensor's memory, so that an upload does not wait. torch reuses pinned memory only when
+    its upload has ended.
     """
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _fill(target: NDArray, values: Sequence[float], padding: float) -> None:
-    target[: len(values)] = values
-    target[len(values) :] = padding
-
-
-def _staging_like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+def _columns(rows: Sequence[RowState], images: Sequence[ImageState]) -> dict[str, Sequence[float]]:
+    """The values of rows and images by the names of the batch's tensors."""
+    row_index = {id(row): index for index, row in enumerate(rows)} | {id(None): -1}
+    return {
+        "labels": [row.label for row in rows],
+        "row_slots": [row.slot for row in rows],
+        "positions": [row.position for row in rows],
+        "conditional_rows": [row_index[id(image.conditional)] for image in images],
+        "unconditional_rows": [row_index[id(image.unconditional)] for image in images],
+        "image_slots": [image.slot for image in images],
+        "image_indices": [image.image_index for image in images],
+        "guidance_scales": [image.params.cfg_scale for image in images],
+        "temperatures": [image.params.temperature for image in images],
+        "top_ks": [image.params.top_k for image in images],
+        "top_ps": [image.params.top_p for image in images],
+        "seeds": [image.params.seed for image in images],
+    }

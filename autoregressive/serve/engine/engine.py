@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -32,14 +33,15 @@ from autoregressive.errors import SettingError, UserError
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
 from autoregressive.progress import progress_bar
-from autoregressive.serve.engine.batch import Batch, BatchShape, CodesOnTheWay, Runner, staged
+from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, staged
 from autoregressive.serve.engine.config import EngineConfig, pool_pages, ways_to_more_pages
+from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, row_buckets
-from autoregressive.serve.engine.pacing import Pacer
-from autoregressive.serve.engine.pixel_decoder import Pending, PixelDecoder
+from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 from autoregressive.serve.engine.request_queue import create_request_queue
-from autoregressive.serve.engine.scheduler import Limits, RunningRequest, Scheduler
+from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from autoregressive.serve.engine.step_limiter import StepLimiter
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 # transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the
@@ -48,8 +50,8 @@ RunnerFactory = Callable[[Transformer, BatchShape, int, RunnerConfig], Runner]
 
 
 class Engine:
-    """Requests wait, run a token a step beside each other, and end. What `step` does is the
-    engine's whole life.
+    """Runs any number of requests beside each other, a token of each row a step. `step` does all
+    the work.
 
     Args:
         gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the
@@ -94,15 +96,14 @@ class Engine:
             graphs_of_pixels = 0 if self.decoder is None else self.decoder.graphs
             self.batch = Batch(shape, self.device)
             num_pages = pool_pages(gpt, shape, config)
-            more = ways_to_more_pages(config, self.device)
             limits = Limits(
-                shape.tokens,
-                shape.page_size,
-                shape.max_rows,
-                num_pages,
-                shape.num_slots,
-                model.num_classes,
-                tuple(more),
+                tokens=shape.tokens,
+                page_size=shape.page_size,
+                max_rows=shape.max_rows,
+                num_pages=num_pages,
+                num_slots=shape.num_slots,
+                num_classes=model.num_classes,
+                to_get_more_pages=tuple(ways_to_more_pages(config, self.device)),
             )
             self.scheduler = Scheduler(
                 limits, create_request_queue(config.scheduling_policy, shape.tokens)
@@ -112,8 +113,9 @@ class Engine:
                 self.batch,
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),
             )
-        self._pacer = Pacer(self.device)
-        self._arriving: deque[tuple[list[RunningRequest], CodesOnTheWay]] = deque()
+        self._step_limiter = StepLimiter(self.device)
+        # requests whose last step is on the device, with their codes and failures
+        self._arriving: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]]]] = deque()
         self._ids = itertools.count()
         self._ended: list[Request] = []  # since the last call of `step` that returned
         self._commands = threading.Condition()  # guards the two lists
@@ -163,8 +165,8 @@ class Engine:
             self._commands.notify_all()
 
     def wait_for_work(self, timeout: float | None = None) -> bool:
-        """Waits, at most `timeout` seconds, until a step has something to do; returns whether it
-        has. For the owner's loop.
+        """Waits, at most `timeout` seconds, until `step` has something to do, and returns whether
+        it has. Only the owner's thread calls it.
         """
         with self._commands:
             return self._commands.wait_for(self._has_work, timeout)
@@ -200,8 +202,8 @@ class Engine:
         progress: bool = False,
         decode: bool = True,
     ) -> Tensor:
-        """Draws `params.n` images for each label and waits for all of them; requests submitted
-        before go on beside them.
+        """Draws `params.n` images for each label and waits for all of them. Requests that were
+        submitted before go on meanwhile.
 
         Those that end meanwhile are not returned by a later `step`: look at their state, or run
         them to their end first.
@@ -229,7 +231,7 @@ class Engine:
             raise UserError(f"{len(labels)} labels: {told}")
         decoder = self.decoder if decode else None
         requests: list[Request] = []
-        decoding: dict[Request, _Decoding] = {}
+        pixels: dict[Request, DeviceFuture[Tensor]] = {}
         try:
             for index, label in enumerate(labels):
                 if isinstance(params, SamplingParams):
@@ -243,12 +245,11 @@ class Engine:
                     ended = [request for request in self.step() if request in pending]
                     pending.difference_update(ended)
                     if decoder is not None:
-                        decoding |= self._decode(decoder, ended)
+                        pixels |= self._decode(decoder, ended)
                     drawn += sum(request.params.n * request.steps for request in ended)
-                    running = (running.request for running in self.scheduler.running)
-                    bar.update(
-                        drawn + sum(r.params.n * r.steps for r in running if r in pending) - bar.n
-                    )
+                    running = [each for each in self.scheduler.running if each in pending]
+                    drawing = sum(request.params.n * request.steps for request in running)
+                    bar.update(drawn + drawing - bar.n)
         except BaseException:  # Ctrl-C too: nobody would fetch the images
             for request in requests:
                 self.cancel(request)
@@ -261,37 +262,38 @@ class Engine:
         if failure is not None:
             raise NonFiniteLogitsError(failure)
         if decoder is not None:
-            return torch.cat([decoding[request].pixels() for request in requests])
+            return torch.cat([pixels[request].result() for request in requests])
         return torch.cat([request.codes for request in requests if request.codes is not None])
 
-    def peek(self, requests: Sequence[Request]) -> "PartialCodes":
-        """Begins to copy what running requests have drawn so far to the host; the owner's thread
-        calls it, between steps.
+    def peek(self, requests: Sequence[Request]) -> DeviceFuture[list["PartialCodes"]]:
+        """Begins to copy the codes that running requests have drawn so far to the host. Only the
+        owner's thread calls it, between steps.
 
         Args:
-            requests: those that do not run are left out.
+            requests: those that do not run, or have not drawn yet, are left out.
         """
         wanted = set(requests)
-        running = [
-            running
-            for running in self.scheduler.running
-            if running.request in wanted and running.position > 0
-        ]
+        drawn = [each for each in self.scheduler.running if each in wanted and each.steps > 0]
+        steps = [request.steps for request in drawn]
         with self._on_device():
-            on_the_way = self.batch.fetch([slot for each in running for slot in each.slots])
-        return PartialCodes(
-            [each.request for each in running], [each.position for each in running], on_the_way
-        )
+            fetched = self.batch.fetch([slot for request in drawn for slot in request.slots])
+
+        def partial(fetched: tuple[Tensor, ...]) -> list[PartialCodes]:
+            codes = fetched[0].split([request.params.n for request in drawn])
+            return list(map(PartialCodes, drawn, steps, codes))
+
+        return fetched.then(partial)
 
     def audit(self) -> None:
-        """Asserts that pages, rows, slots and the forecast agree with each other; for tests, after
-        any step.
+        """Asserts that pages, rows, slots and the forecast agree with each other. Tests call it
+        after any step.
         """
         self.scheduler.audit()
-        taken = [slot for running in self.scheduler.running for slot in running.slots]
-        taken += [
-            slot for ended, _ in self._arriving for running in ended for slot in running.slots
+        holders = [
+            *self.scheduler.running,
+            *(each for ended, _ in self._arriving for each in ended),
         ]
+        taken = [slot for request in holders for slot in request.slots]
         assert len(set(taken)) == len(taken), "two images share a slot"
         assert len(taken) + self.scheduler.free_slots == self.shape.num_slots, "a slot is lost"
 
@@ -312,8 +314,8 @@ class Engine:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _drain_commands(self) -> list[Request]:
-        """Carries out what was asked since the last span; returns the requests that this
-        has ended.
+        """Carries out what other threads have asked since the last span. Returns the requests that
+        this has cancelled.
         """
         with self._commands:
             submitted, self._submitted = self._submitted, []
@@ -325,7 +327,7 @@ class Engine:
             request.state = RequestState.CANCELLED
         return ended
 
-    def _run_span(self) -> tuple[int, list[RunningRequest]]:
+    def _run_span(self) -> tuple[int, list[Request]]:
         """Admits, plans, and gives the device several steps of every running request.
 
         Returns:
@@ -335,33 +337,33 @@ class Engine:
         scheduler.admit()
         images = scheduler.images
         rows = [row for image in images for row in image.rows]
-        steps = scheduler.plan_span(self._pacer.span_limit(len(rows)))
+        steps = scheduler.plan_span(self._step_limiter.span_limit(len(rows)))
         if steps == 0:
             return 0, []
         scheduler.allocate(steps)
         if scheduler.take_changed():
             batch.load(rows, images)
-        begun = self._pacer.begin()
+        begun = self._step_limiter.begin()
         self.runner.run(batch, len(rows), len(images), steps)
-        self._pacer.end(begun, steps, len(rows))
+        self._step_limiter.end(begun, steps, len(rows))
         return steps, scheduler.advance(steps)
 
-    def _retire(self, ended: list[RunningRequest]) -> None:
-        """Begins to fetch the codes of requests whose last step is on the device; their slots stay
+    def _retire(self, ended: list[Request]) -> None:
+        """Begins to fetch the codes of requests whose last step is on the device. Their slots stay
         taken until the copy arrives.
         """
         if not ended:
             return
-        slots = [slot for running in ended for slot in running.slots]
+        slots = [slot for request in ended for slot in request.slots]
         try:
             self._arriving.append((ended, self.batch.fetch(slots)))
         except BaseException as error:
             self.scheduler.release_slots(slots)
-            self._fail([running.request for running in ended], error)
+            self._fail(ended, error)
             raise
 
     def _fail(self, requests: list[Request], error: BaseException) -> None:
-        """Ends requests that a failed span has taken along; the next `step` returns them."""
+        """Ends requests whose span has failed. The next `step` returns them."""
         for request in requests:
             reason = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
             request.error, request.cause = (
@@ -371,84 +373,60 @@ class Engine:
             request.state = RequestState.FAILED
         self._ended += requests
 
-    def _decode(self, decoder: PixelDecoder, requests: list[Request]) -> "dict[Request, _Decoding]":
-        """Begins to decode those that have finished. The decoder has its own stream: other rows go
-        on meanwhile.
+    def _decode(
+        self, decoder: PixelDecoder, requests: list[Request]
+    ) -> dict[Request, DeviceFuture[Tensor]]:
+        """Begins to decode the requests that have finished. The decoder has its own stream, so
+        other rows go on meanwhile.
         """
         finished = [request for request in requests if request.codes is not None]
         if not finished:
             return {}
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
-        pending = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
-        starts = itertools.accumulate((request.params.n for request in finished), initial=0)
+        pixels = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
+        ends = itertools.accumulate(request.params.n for request in finished)
         return {
-            request: _Decoding(pending, start, request.params.n)
-            for request, start in zip(finished, starts, strict=False)
+            request: pixels.then(itemgetter(slice(end - request.params.n, end)))
+            for request, end in zip(finished, ends, strict=True)
         }
 
     def _take_arrived(self, wait: bool) -> None:
-        """Ends the requests whose codes are on the host; `wait`: the oldest copy is waited for, as
-        there is nothing else to do.
+        """Ends the requests whose codes are on the host. With `wait` it waits for the oldest copy,
+        because there is nothing else to do.
         """
         while self._arriving:
-            ended, on_the_way = self._arriving[0]
+            ended, fetched = self._arriving[0]
             try:
-                if not wait and not on_the_way.arrived():
+                if not wait and not fetched.ready():
                     return
-                codes, failed = on_the_way.wait()
-                start = 0
-                for running in ended:
-                    end = start + len(running.images)
-                    _finish(running.request, codes[start:end], failed[start:end])
-                    start = end
+                codes, failed = fetched.result()
+                counts = [request.params.n for request in ended]
+                parts = zip(ended, codes.split(counts), failed.split(counts), strict=True)
+                for request, codes_of_request, failed_of_request in parts:
+                    _finish(request, codes_of_request, failed_of_request)
             except BaseException as error:  # what a kernel did wrong may show only here
                 self._leave(ended)
-                self._fail(
-                    [running.request for running in ended if not running.request.ended], error
-                )
+                self._fail([request for request in ended if not request.ended], error)
                 raise
             self._leave(ended)
             wait = False
 
-    def _leave(self, ended: list[RunningRequest]) -> None:
-        """The oldest copy has been dealt with: its slots are free, and the next `step` returns
-        those that it has finished.
+    def _leave(self, ended: list[Request]) -> None:
+        """Frees the slots of the oldest copy. The next `step` returns the requests of it that have
+        ended.
         """
         self._arriving.popleft()
-        self.scheduler.release_slots([slot for running in ended for slot in running.slots])
-        self._ended += [running.request for running in ended if running.request.ended]
+        self.scheduler.release_slots([slot for request in ended for slot in request.slots])
+        self._ended += [request for request in ended if request.ended]
 
 
 @dataclass(frozen=True)
 class PartialCodes:
-    """Codes of images that go on being drawn, on their way to the host."""
+    """Codes of a request whose images are still being drawn."""
 
-    requests: list[Request]
-    # how many tokens of each request's images are drawn; what lies behind is of no meaning
-    steps: list[int]
-    on_the_way: CodesOnTheWay
-
-    def arrived(self) -> bool:
-        """Whether `codes` would return at once."""
-        return self.on_the_way.arrived()
-
-    def codes(self) -> list[Tensor]:
-        """Of each request, int32 [n, tokens] on the CPU; waits for the copy."""
-        codes, _ = self.on_the_way.wait()
-        return list(codes.split([request.params.n for request in self.requests]))
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """A request's share of pixels that are on their way."""
-
-    pending: Pending
-    start: int
-    images: int
-
-    def pixels(self) -> Tensor:
-        """Float32 [images, 3, size, size]."""
-        return self.pending.pixels()[self.start : self.start + self.images]
+    request: Request
+    steps: int  # tokens of each image that are drawn; what lies behind is of no meaning
+    codes: Tensor  # int32 [n, tokens] on the CPU
 
 
 def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:

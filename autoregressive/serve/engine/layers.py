@@ -16,14 +16,15 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
-from kernels.dispatch import MANY_ROWS, FusedProducts, Operations
+from kernels.dispatch import MANY_ROWS
+from kernels.operations import FusedProducts, Operations
 
 Dims = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters: the model's own memory, as the operations take it."""
+    """One layer's parameters as the operations take them. They share the model's memory."""
 
     attention_norm: Tensor  # [width]
     qkv: Tensor  # [3 * width, width]
@@ -35,7 +36,7 @@ class LayerWeights:
     @classmethod
     @torch.no_grad()
     def of(cls, block: TransformerBlock) -> "LayerWeights":
-        """A block's parameters.
+        """Takes the parameters of a block.
 
         w1 and w3 move into one tensor and become views of it, so that nothing is held twice.
         """
@@ -65,7 +66,7 @@ class ModelWeights:
 
     @classmethod
     def of(cls, gpt: Transformer) -> "ModelWeights":
-        """A model's parameters; see `LayerWeights.of`."""
+        """Takes the parameters of a model; see `LayerWeights.of`."""
         return cls(
             token_embedding=gpt.tok_embeddings.weight,
             class_embedding=gpt.cls_embedding.embedding_table.weight,
@@ -81,20 +82,19 @@ class ModelWeights:
 
     @property
     def next_norms(self) -> list[Tensor]:
-        """For each layer the weight of the norm that follows it."""
+        """The weight of the norm that follows each layer."""
         return [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
 
 
 class Empty(Protocol):
-    """Gives memory for a tensor of a name; tensors of one name and dtype may share it."""
+    """Gives memory for a tensor. Tensors of one name and dtype may share it."""
 
     def __call__(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """A tensor of whatever was there."""
-        ...
+        """Returns a tensor that holds any values."""
 
 
 class Layers(ABC):
-    """A step from its embeddings to its logits, for one number of rows.
+    """Carries out a step from its embeddings to its logits, for one number of rows.
 
     Args:
         config: the model's shape.
@@ -104,6 +104,9 @@ class Layers(ABC):
     """
 
     qkv: Tensor  # [splits, rows, 3 * width]
+    # Where the products norm their inputs: [blocks, rows], sums of the residual stream's squares.
+    squares: Tensor | None = None
+    headroom = 1.0  # factor of what is not yet normed
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -111,14 +114,12 @@ class Layers(ABC):
         self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
         self._empty = empty
         width, heads = config.dim, config.n_head
-        chunks = operations.attention_chunks(config.block_size, dtype.itemsize)
+        chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
         self.normed = empty("normed", (rows, width), dtype)
-        self.attention_chunks = empty(
-            "attention_chunks", (rows, heads, chunks, config.head_size), torch.float32
-        )
+        self.chunk_out = empty("chunk_out", (rows, heads, chunks, config.head_size), torch.float32)
         self.chunk_stats = empty("chunk_stats", (rows, heads, chunks, 2), torch.float32)
-        self.attention_out = empty("attention_out", (rows, width), dtype)
+        self.attn_out = empty("attn_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
 
@@ -144,7 +145,6 @@ class Layers(ABC):
         self.head(weights.head)
         return self.logits
 
-    @abstractmethod
     def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
         """Starts the residual stream, and prepares the first layer's input.
 
@@ -153,6 +153,20 @@ class Layers(ABC):
             classes: [classes + 1, width], the embedding of labels.
             next_norm: [width], the weight of the norm that follows.
         """
+        self.operations.embed(
+            batch.codes,
+            batch.row_slots[: self.rows],
+            batch.positions[: self.rows],
+            batch.labels[: self.rows],
+            tokens,
+            classes,
+            next_norm,
+            self.residual,
+            self.normed,
+            self.squares,
+            eps=self.config.norm_eps,
+            headroom=self.headroom,
+        )
 
     @abstractmethod
     def layer(
@@ -170,7 +184,7 @@ class Layers(ABC):
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
     def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
-        """Writes the newest keys and values to their pages, and `attention_out`."""
+        """Writes the newest keys and values to their pages, and `attn_out`."""
         key_pages, value_pages = kv_pages
         self.operations.attention(
             self.qkv,
@@ -179,39 +193,15 @@ class Layers(ABC):
             value_pages,
             batch.page_table[: self.rows],
             batch.positions[: self.rows],
-            self.attention_chunks,
+            self.chunk_out,
             self.chunk_stats,
-            self.attention_out,
-        )
-
-    def _embed(
-        self,
-        tokens: Tensor,
-        classes: Tensor,
-        next_norm: Tensor,
-        batch: Batch,
-        squares: Tensor | None,
-        headroom: float,
-    ) -> None:
-        self.operations.embed(
-            batch.codes,
-            batch.row_slots[: self.rows],
-            batch.positions[: self.rows],
-            batch.labels[: self.rows],
-            tokens,
-            classes,
-            next_norm,
-            self.residual,
-            self.normed,
-            squares,
-            eps=self.config.norm_eps,
-            headroom=headroom,
+            self.attn_out,
         )
 
 
 class PlainLayers(Layers):
-    """Kernels that run everywhere: products leave partial sums, which norms with kernels of their
-    own add up.
+    """Uses kernels that run everywhere. Products leave partial sums, which the kernels of the norms
+    add up.
     """
 
     def __init__(
@@ -223,25 +213,21 @@ class PlainLayers(Layers):
         self.projected = self._partials("projected", width, width)
         self.down = self._partials("down", width, config.ffn_dim)
 
-    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """As of `Layers`."""
-        self._embed(tokens, classes, next_norm, batch, squares=None, headroom=1.0)
-
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
-        self.product(self.attention_out, layer.output, self.projected)
+        self.product(self.attn_out, layer.output, self.projected)
         add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
         self.gated_product(layer.gate_up)
         self.product(self.hidden, layer.down, self.down)
         add_norm(self.residual, self.down, next_norm, self.normed, eps=eps)
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self.operations.whole_linear(self.normed, head, self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -253,12 +239,12 @@ class PlainLayers(Layers):
         self.operations.swiglu(self.normed, gate_up, self.hidden)
 
     def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
-        splits = self.operations.linear_splits(outputs, inputs, self.dtype.itemsize)
+        splits = self.operations.linear_splits(outputs, inputs)
         return self._empty(name, (splits, self.rows, outputs), torch.float32)
 
 
 class LibraryLayers(PlainLayers):
-    """The same with cuBLAS's products, which are the fastest for many rows."""
+    """Uses the products of cuBLAS, which are the fastest for many rows."""
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -267,7 +253,7 @@ class LibraryLayers(PlainLayers):
         self.gate_up = empty("gate_up", (rows, 2 * config.ffn_dim), dtype)
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -284,11 +270,13 @@ class LibraryLayers(PlainLayers):
 
 
 class FusedLayers(Layers):
-    """Products that norm their inputs and add themselves to the residual stream: two links less in
-    a layer's chain.
+    """Uses products that norm their inputs and add themselves to the residual stream. A layer has
+    two kernels fewer then.
 
     See kernels/hopper/products.py.
     """
+
+    squares: Tensor
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -296,6 +284,7 @@ class FusedLayers(Layers):
         super().__init__(config, dtype, operations, rows, empty)
         assert operations.fused is not None
         self.products: FusedProducts = operations.fused
+        self.headroom = self.products.headroom
         width, ffn = config.dim, config.ffn_dim
         self.qkv = empty(
             "qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32
@@ -309,19 +298,15 @@ class FusedLayers(Layers):
             "ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32
         )
 
-    def embed(self, tokens: Tensor, classes: Tensor, next_norm: Tensor, batch: Batch) -> None:
-        """As of `Layers`."""
-        self._embed(tokens, classes, next_norm, batch, self.squares, self.products.headroom)
-
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
         products.project(
-            self.attention_out,
+            self.attn_out,
             layer.output,
             self.residual,
             layer.ffn_norm,
@@ -334,7 +319,7 @@ class FusedLayers(Layers):
         )
 
     def head(self, head: Tensor) -> None:
-        """As of `Layers`."""
+        """See `Layers`."""
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
 
 
@@ -348,7 +333,7 @@ class Scratch:
         }
 
     def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """The start of a name's memory; see `Empty`."""
+        """Returns the start of a name's memory; see `Empty`."""
         return self._memory[name, dtype][: prod(dims)].view(dims)
 
 
@@ -359,13 +344,13 @@ class ScratchPlan:
         self.elements: dict[tuple[str, torch.dtype], int] = {}  # the most of any number of rows
 
     def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """A tensor without memory; see `Empty`."""
+        """Returns a tensor without memory; see `Empty`."""
         self.elements[name, dtype] = max(self.elements.get((name, dtype), 0), prod(dims))
         return torch.empty(dims, dtype=dtype, device="meta")
 
     @property
     def bytes(self) -> int:
-        """All of it."""
+        """Bytes of all that was asked for."""
         return sum(elements * dtype.itemsize for (_, dtype), elements in self.elements.items())
 
 
@@ -383,7 +368,9 @@ class LayersFactory:
     library: bool
 
     def kind(self, rows: int) -> type[Layers]:
-        """How a step of so many rows is carried out. This is the one place where it is decided."""
+        """The class that carries out a step of so many rows. This is the one place where it is
+        decided.
+        """
         if self.library and rows > MANY_ROWS:
             return LibraryLayers
         return PlainLayers if self.operations.fused is None else FusedLayers

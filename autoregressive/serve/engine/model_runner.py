@@ -16,8 +16,10 @@ from autoregressive.errors import SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch
-from kernels.attention import attention_reference, head_stride
-from kernels.dispatch import Operations, select_operations, triton_runs_on
+from kernels.attention import head_stride
+from kernels.attention_reference import attention_reference
+from kernels.dispatch import select_operations, triton_runs_on
+from kernels.operations import Operations
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,8 @@ class RunnerConfig:
 
     attention_backend: str = "auto"  # "auto", "triton" or "torch"
     enforce_eager: bool = False  # no CUDA graphs
-    deterministic: bool = (
-        False  # the same numbers whatever the batch: no library products for many rows
-    )
+    # the same numbers whatever the batch: no library's products for many rows
+    deterministic: bool = False
 
     def check_runs_on(self, device: torch.device) -> None:
         """Raises `SettingError` if the backend does not run on a device."""
@@ -37,8 +38,8 @@ class RunnerConfig:
             raise SettingError("attention_backend", "triton", told)
 
     def uses_graphs(self, device: torch.device) -> bool:
-        """Whether steps are captured, for each of `row_buckets`; else they run with any number of
-        rows.
+        """Whether steps are captured, for each of `row_buckets`. If not, they run with any number
+        of rows.
         """
         return device.type == "cuda" and not self.enforce_eager
 
@@ -51,14 +52,14 @@ class RunnerConfig:
         )
 
     def layers(self, gpt: Transformer, operations: Operations) -> LayersFactory:
-        """What makes the layers of steps."""
+        """The factory of the layers that steps use."""
         weight = gpt.output.weight
         library = weight.device.type == "cuda" and not self.deterministic
         return LayersFactory(gpt.config, weight.dtype, operations, library)
 
 
 class ModelRunner:
-    """See the module. Owns the KV pages.
+    """Runs steps, and owns the KV pages.
 
     Args:
         gpt: in eval mode on its device. w1 and w3 of each layer are moved into one tensor, of which
@@ -91,7 +92,7 @@ class ModelRunner:
     @torch.no_grad()
     @ieee_float32()
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles the kernels and captures a graph for every bucket of rows; without effect where
+        """Compiles the kernels and captures a graph for every bucket of rows. Does nothing where
         there are no graphs.
 
         Args:
@@ -132,7 +133,9 @@ class ModelRunner:
                 self._step(batch, bucket)
 
     def _step(self, batch: Batch, rows: int) -> None:
-        """One token for the first `rows` rows: padding among them touches no page and no code."""
+        """Draws one token for each of the first `rows` rows. Padding among them touches no page and
+        no code.
+        """
         logits = self.layers_for(rows).run(self.weights, self.kv_pages, batch)
         self.operations.draw_tokens(
             logits,
@@ -152,13 +155,13 @@ class ModelRunner:
         )
 
     def layers_for(self, rows: int) -> Layers:
-        """What carries out steps of so many rows."""
+        """The layers that carry out steps of so many rows."""
         if rows not in self._layers:
             self._layers[rows] = self._factory.make(rows, self._scratch.empty)
         return self._layers[rows]
 
     def make_operations(self, gpt: Transformer) -> Operations:
-        """What the device runs.
+        """The operations that the device runs.
 
         Raises:
             SettingError: the backend does not run on the model's device.
@@ -169,7 +172,7 @@ class ModelRunner:
 def operations_of(
     gpt: Transformer, config: RunnerConfig, tell: Callable[[str], None]
 ) -> Operations:
-    """The operations for a model where it is.
+    """The operations for a model on its device.
 
     Args:
         tell: called with one line for the user where something falls back.
@@ -190,8 +193,8 @@ def operations_of(
 
 
 def row_buckets(max_rows: int) -> list[int]:
-    """Numbers of rows that graphs are captured for; from 32 on, each is at most a third more than
-    the one before.
+    """The numbers of rows that graphs are captured for. From 32 on, each is at most a third more
+    than the one before.
     """
     sizes = [
         1,
@@ -249,7 +252,7 @@ class StepBytes:
 
     @classmethod
     def of(cls, gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> "StepBytes":
-        """From shapes alone, before any of it is taken.
+        """Computes the memory from shapes alone, before any of it is taken.
 
         Raises:
             SettingError: the backend does not run on the model's device.

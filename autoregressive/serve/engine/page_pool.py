@@ -27,7 +27,7 @@ class PagePool:
         return len(self._used)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` pages. There must be as many: admission by forecast sees to it."""
+        """Takes `count` pages. There must be as many; the forecast at admission ensures it."""
         assert 0 <= count <= self.free_pages, (
             f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
         )

@@ -1,9 +1,9 @@
-"""Codes -> pixels beside the running steps: on a stream of its own, a few batch sizes captured as
-CUDA graphs.
+"""Decodes codes to pixels beside the running steps, on a stream of its own. A few batch sizes are
+captured as CUDA graphs.
 
-On a GPU that computes in bf16 this runs `VQForward`; on an older one `VQModel.decode_code` on that
-stream, on a CPU the same at once, both in float32. A batch is split to the largest captured size,
-and what remains is padded to the next.
+On a GPU that computes in bf16 this runs `VQForward`. An older GPU runs `VQModel.decode_code` on
+that stream, a CPU runs it at once, both in float32. A batch is split into parts of the largest
+captured size, and the last part is padded to the next size.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from autoregressive.devices import ieee_float32
+from autoregressive.serve.engine.batch import staged
+from autoregressive.serve.engine.device_future import DeviceEvent, DeviceFuture, copy_to_host
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
 
@@ -20,50 +22,9 @@ _MOST_IMAGES = 16  # at once: more is no faster
 _MOST_PIXELS = 4 * 384 * 384  # at once: VQ-16 then needs about half a GiB beside its weights
 
 
-class Pending:
-    """Pixels on their way."""
-
-    def __init__(self, pixels: Tensor, done: torch.cuda.Event | None) -> None:
-        self._pixels, self._done = pixels, done
-
-    def ready(self) -> bool:
-        """Whether they are there; never waits."""
-        return self._done is None or self._done.query()
-
-    def pixels(self) -> Tensor:
-        """Float32 [images, 3, height, width], about -1..1: the current stream waits for them, the
-        host does not.
-        """
-        if self._done is not None:
-            current = torch.cuda.current_stream(self._pixels.device)
-            current.wait_event(self._done)
-            # their memory, the decoder's stream's, must not be reused while this one reads
-            self._pixels.record_stream(current)
-        return self._pixels
-
-
-class PendingPictures:
-    """Pictures on their way to the host."""
-
-    def __init__(self, pictures: Tensor, finite: Tensor, done: torch.cuda.Event | None) -> None:
-        self._pictures, self._finite, self._done = pictures, finite, done
-
-    def ready(self) -> bool:
-        """Whether they are there; never waits."""
-        return self._done is None or self._done.query()
-
-    def pictures(self) -> tuple[Tensor, Tensor]:
-        """Waits for them: uint8 [images, height, width, 3], and whether every pixel of an image was
-        finite: bool [images].
-        """
-        if self._done is not None:
-            self._done.synchronize()
-        return self._pictures, self._finite
-
-
 @dataclass(frozen=True)
 class _Captured:
-    """The decoding of a fixed number of images, as a graph between fixed addresses."""
+    """The decoding of a fixed number of images, captured as a graph between fixed addresses."""
 
     graph: torch.cuda.CUDAGraph
     codes: Tensor  # int32 [images, tokens]
@@ -107,21 +68,24 @@ class PixelDecoder:
 
     @property
     def graphs(self) -> int:
-        """How many were captured."""
+        """How many graphs were captured."""
         return len(self._captured)
 
     @torch.no_grad()
-    def submit(self, codes: Tensor) -> Pending:
-        """Enqueues the decoding behind what the current stream has been given; the codes may be
+    def submit(self, codes: Tensor) -> DeviceFuture[Tensor]:
+        """Enqueues the decoding behind all that the current stream was given. The codes may be
         overwritten after that.
 
         Args:
             codes: integers [images, grid * grid], on the device. Ids outside the codebook are
                 clamped.
+
+        Returns:
+            Pixels float32 [images, 3, height, width], about -1..1, on the device.
         """
         if self._device.type != "cuda":
             parts = [self._decode_plain(part) for part in codes.split(self.batch_sizes[-1])]
-            return Pending(torch.cat(parts), None)
+            return DeviceFuture.done(torch.cat(parts))
         # on the current stream, before whatever it does to them next
         codes = codes.to(torch.int32, copy=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -132,39 +96,35 @@ class PixelDecoder:
             for part in codes.split(self.batch_sizes[-1]):
                 pixels[start : start + len(part)] = self._decode_part(part)
                 start += len(part)
-            done = torch.cuda.Event()
-            done.record()
-        return Pending(pixels, done)
+            done = DeviceEvent(self._device)
+        return DeviceFuture(done.ready, lambda: done.hold_back(pixels))
 
     @torch.no_grad()
-    def submit_to_host(self, codes: Tensor) -> "PendingPictures":
-        """Enqueues decoding and the copy of the pictures to the host, beside whatever the current
-        stream does.
+    def submit_to_host(self, codes: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
+        """Enqueues decoding and the copy of the pictures to the host. The current stream goes on
+        meanwhile.
 
         Args:
             codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
+
+        Returns:
+            Pictures uint8 [images, height, width, 3], and whether every pixel of an image was
+            finite: bool [images].
         """
         if self._device.type != "cuda":
-            return PendingPictures(*_as_pictures(self.submit(codes).pixels()), None)
+            return DeviceFuture.done(_as_pictures(self.submit(codes).result()))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pixels = self.submit(
-                codes.to(torch.int32).pin_memory().to(self._device, non_blocking=True)
-            ).pixels()
-            on_device = _as_pictures(pixels)
-            pictures, finite = (
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-                for t in on_device
+            on_device = staged(codes.to(torch.int32), self._device).to(
+                self._device, non_blocking=True
             )
-            done = torch.cuda.Event()
-            done.record()
-        return PendingPictures(pictures, finite, done)
+            return copy_to_host(*_as_pictures(self.submit(on_device).result()))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """`submit` and `pixels` in one."""
-        return self.submit(codes).pixels()
+        """`submit` and its result in one."""
+        return self.submit(codes).result()
 
     def _decode_part(self, codes: Tensor) -> Tensor:
-        """At most the largest batch size; the result is valid until the next call."""
+        """Decodes at most the largest batch size. The result is valid until the next call."""
         if self._forward is None:
             return self._decode_plain(codes)
         images = codes.shape[0]
@@ -178,9 +138,8 @@ class PixelDecoder:
         )
         if captured is None:
             return _without_tuning(self._forward, codes)
-        captured.codes[:images] = (
-            codes  # the rest keeps older codes: valid ones, whose pixels nobody takes
-        )
+        # the rest keeps older codes, which are valid, and whose pixels nobody takes
+        captured.codes[:images] = codes
         captured.graph.replay()
         return captured.pixels[:images]
 
@@ -192,15 +151,14 @@ class PixelDecoder:
         )
 
     def _capture(self, on_progress: Callable[[int, int], None] | None) -> None:
-        """Captures every batch size; they share one pool of memory, for they run one after the
+        """Captures every batch size. They share one pool of memory, because they run one after the
         other.
         """
         assert self._forward is not None
         pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
-            for images in reversed(
-                self.batch_sizes
-            ):  # the largest first: the others fit into its memory
+            # the largest first: the others fit into its memory
+            for images in reversed(self.batch_sizes):
                 codes = torch.zeros(images, self._grid**2, dtype=torch.int32, device=self._device)
                 self._stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self._stream):
@@ -223,7 +181,7 @@ class PixelDecoder:
 
 
 def batch_sizes(image_size: int) -> tuple[int, ...]:
-    """Numbers of images that are decoded at once: powers of two, the largest as memory allows."""
+    """Numbers of images that are decoded at once: powers of two, up to what memory allows."""
     most = max(1, min(_MOST_IMAGES, _MOST_PIXELS // image_size**2))
     return tuple(2**power for power in range(most.bit_length()))
 
@@ -238,8 +196,8 @@ def _as_pictures(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_tuning(forward: VQForward, codes: Tensor) -> Tensor:
-    """Convolutions chosen by rule, not by measurement, which takes seconds and changes the last
-    bits from run to run.
+    """Decodes with convolutions chosen by rule. To choose by measurement takes seconds and changes
+    the last bits from run to run.
     """
     with (
         ieee_float32(),

@@ -14,7 +14,7 @@ from autoregressive.models.sampling import SamplingParams
 
 
 class RequestState(StrEnum):
-    """Where a request is on its way; the last three are ends."""
+    """Where a request stands. The last three states are ends."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -24,34 +24,8 @@ class RequestState(StrEnum):
 
 
 @dataclass(eq=False)
-class Request:
-    """One class label and how often to draw it. Made by `Engine.submit`; only the engine's thread
-    changes it.
-
-    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
-    state is set last, so that a thread that sees the end sees the result.
-    """
-
-    id: int
-    class_label: int
-    params: SamplingParams
-    first_image: int = 0  # image k of the request draws with (seed, first_image + k)
-    client: str = ""  # whose it is; for `FairRequestQueue`
-    state: RequestState = RequestState.WAITING
-    steps: int = 0  # given to the device so far, out of the tokens of an image
-    codes: Tensor | None = None  # int32 [n, tokens] on the CPU
-    error: str | None = None
-    cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
-
-
-@dataclass(eq=False)
 class RowState:
-    """What the host knows of one sequence of the batch."""
+    """What the host knows about one sequence of the batch."""
 
     label: int  # class, or num_classes for an unconditional row
     slot: int  # of the image that it draws
@@ -62,11 +36,11 @@ class RowState:
 
 @dataclass(eq=False)
 class ImageState:
-    """What the host knows of one image of the batch."""
+    """What the host knows about one image of the batch."""
 
     params: SamplingParams
     image_index: int  # the draws' key beside the seed
-    slot: int  # row of the codes buffer
+    slot: int  # line of the codes buffer
     conditional: RowState
     unconditional: RowState | None  # None without guidance, and after the guidance interval
 
@@ -78,3 +52,42 @@ class ImageState:
             if self.unconditional is None
             else [self.conditional, self.unconditional]
         )
+
+
+@dataclass(eq=False)
+class Request:
+    """One class label and how often to draw it. `Engine.submit` makes it, and only the engine's
+    thread changes it.
+
+    `codes` is set when the state is finished, `error` (one line) and `cause` when it is failed; the
+    state is set last, so that a thread that sees the end sees the result.
+    """
+
+    id: int
+    class_label: int
+    params: SamplingParams
+    first_image: int = 0  # image k of the request draws with (seed, first_image + k)
+    client: str = ""  # whose it is; for `FairRequestQueue`
+    state: RequestState = RequestState.WAITING
+    # given to the device so far, out of the tokens of an image; the position of all its rows
+    steps: int = 0
+    # in the batch, or waiting for their codes to arrive; empty until the request starts
+    images: list[ImageState] = field(default_factory=list, repr=False)
+    codes: Tensor | None = None  # int32 [n, tokens] on the CPU
+    error: str | None = None
+    cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to the request."""
+        return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
+    @property
+    def rows(self) -> list[RowState]:
+        """All rows that are still in the batch."""
+        return [row for image in self.images for row in image.rows]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots of its images, in their order."""
+        return [image.slot for image in self.images]

@@ -65,7 +65,8 @@ class _Flow:
 
 
 class FairRequestQueue:
-    """An equal share for each client that waits; first come, first served within a client.
+    """Gives an equal share to each client that waits. Within a client, the first request starts
+    first.
 
     This is deficit round robin (Shreedhar and Varghese, "Efficient Fair Queuing Using Deficit Round
     Robin", 1995). Clients take turns. In a turn a client starts requests worth one quantum, and
@@ -139,7 +140,7 @@ class FairRequestQueue:
 
 
 def create_request_queue(policy: SchedulingPolicy, tokens: int) -> RequestQueue:
-    """The queue of a policy; `tokens`: per image."""
+    """The queue of a policy, for images of so many tokens."""
     match policy:
         case "fcfs":
             return FCFSRequestQueue()

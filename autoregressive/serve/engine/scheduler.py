@@ -40,26 +40,6 @@ class Limits:
     to_get_more_pages: tuple[str | Change, ...] = (Change("raise", "num_pages"),)
 
 
-@dataclass(eq=False)
-class RunningRequest:
-    """A request with its images on the device. `position` is that of all its rows."""
-
-    request: Request
-    images: list[ImageState]
-    guided_steps: int  # steps that run the unconditional rows
-    position: int = 0
-
-    @property
-    def rows(self) -> list[RowState]:
-        """All rows that are still in the batch."""
-        return [row for image in self.images for row in image.rows]
-
-    @property
-    def slots(self) -> list[int]:
-        """The slots of its images, in their order."""
-        return [image.slot for image in self.images]
-
-
 def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray[np.int64]:
     """Pages that a request holds at each of its steps: int64 [tokens]."""
     step = np.arange(tokens)
@@ -68,8 +48,8 @@ def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray
 
 
 class Scheduler:
-    """The queue, the running requests, their pages and slots, and the forecast. Used by the
-    engine's thread alone.
+    """Holds the queue, the running requests, their pages and slots, and the forecast. Only the
+    engine's thread uses it.
 
     Args:
         waiting: an empty queue, which says what starts next; by default first come, first served.
@@ -80,7 +60,7 @@ class Scheduler:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self.waiting: RequestQueue = FCFSRequestQueue() if waiting is None else waiting
-        self.running: list[RunningRequest] = []  # in order of admission
+        self.running: list[Request] = []  # in order of admission
         # [k]: pages held at the k-th step from now
         self._forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)
         self._free_slots = list(range(limits.num_slots - 1, -1, -1))
@@ -88,8 +68,8 @@ class Scheduler:
 
     @property
     def forecast(self) -> NDArray[np.int64]:
-        """Pages that the running requests will hold at the next step and each one after: int64
-        [tokens], a copy.
+        """Pages that the running requests will hold at the next step and at each one after it:
+        int64 [tokens], a copy.
         """
         return self._forecast.copy()
 
@@ -101,12 +81,12 @@ class Scheduler:
     @property
     def images(self) -> list[ImageState]:
         """The images of the batch, in order of admission."""
-        return [image for running in self.running for image in running.images]
+        return [image for request in self.running for image in request.images]
 
     @property
     def num_rows(self) -> int:
         """Rows in the batch."""
-        return sum(len(image.rows) for running in self.running for image in running.images)
+        return sum(len(request.rows) for request in self.running)
 
     def take_changed(self) -> bool:
         """Whether rows, images or pages have changed since the last call."""
@@ -114,7 +94,7 @@ class Scheduler:
         return changed
 
     def check_fits(self, params: SamplingParams) -> None:
-        """Any thread may call it.
+        """Refuses a request that could never run. Any thread may call it.
 
         Raises:
             UserError: such a request could never run, not even alone.
@@ -146,8 +126,8 @@ class Scheduler:
         self.waiting.add_request(request)
 
     def admit(self) -> list[Request]:
-        """Starts requests from the head of the queue while they fit; behind one that does not, all
-        wait. Returns those started.
+        """Starts requests from the head of the queue while they fit. Behind one that does not, all
+        wait. Returns those that have started.
         """
         admitted = []
         while self.waiting:
@@ -162,16 +142,14 @@ class Scheduler:
         return admitted
 
     def plan_span(self, limit: int) -> int:
-        """Steps until the next event (an image or an unconditional row ends), at most `limit`; 0 if
-        nothing runs.
+        """Steps until the next event (an image or an unconditional row ends), at most `limit`.
+        Returns 0 if nothing runs.
         """
         steps = limit if self.running else 0
-        for running in self.running:
-            ends_guidance = running.position < running.guided_steps
-            steps = min(
-                steps,
-                (running.guided_steps if ends_guidance else self.limits.tokens) - running.position,
-            )
+        for request in self.running:
+            guided_steps = request.params.guided_steps(self.limits.tokens)
+            event = guided_steps if request.steps < guided_steps else self.limits.tokens
+            steps = min(steps, event - request.steps)
         return steps
 
     def allocate(self, steps: int) -> None:
@@ -180,21 +158,21 @@ class Scheduler:
         Between two events use only grows, so what a planned span holds is what the forecast says of
         its last step.
         """
-        for running in self.running:
-            pages_per_row = -(-(running.position + steps) // self.limits.page_size)
-            for row in running.rows:
+        for request in self.running:
+            pages_per_row = -(-(request.steps + steps) // self.limits.page_size)
+            for row in request.rows:
                 missing = pages_per_row - len(row.pages)
                 if missing > 0:
                     row.pages += self.pool.allocate(missing)
                     self._changed = True
         assert self.pool.used_pages == self._forecast[steps - 1], "the forecast is not what is used"
 
-    def advance(self, steps: int) -> list[RunningRequest]:
+    def advance(self, steps: int) -> list[Request]:
         """Notes that the span has been given to the device, and frees the pages of what ended with
         it.
 
-        The device may not have run it yet. Its pages may be dealt out again all the same: whoever
-        gets them writes them in a later span, and spans run in order on one stream.
+        The device may not have run it yet. Its pages may be dealt out again all the same, because
+        spans run in order on one stream, and the next owner writes them in a later span.
 
         Returns:
             The requests whose images are complete; their slots stay taken until `release_slots`.
@@ -202,17 +180,16 @@ class Scheduler:
         self._forecast[:-steps] = self._forecast[steps:]
         self._forecast[-steps:] = 0
         ended = []
-        for running in self.running:
-            running.position += steps
-            running.request.steps = running.position
-            for row in running.rows:
-                row.position = running.position
-            if running.position == self.limits.tokens:
-                ended.append(running)
-            elif running.position == running.guided_steps:
-                self._drop_unconditional_rows(running)
-        for running in ended:
-            self._remove(running)
+        for request in self.running:
+            request.steps += steps
+            for row in request.rows:
+                row.position = request.steps
+            if request.steps == self.limits.tokens:
+                ended.append(request)
+            elif request.steps == request.params.guided_steps(self.limits.tokens):
+                self._drop_unconditional_rows(request)
+        for request in ended:
+            self._remove(request)
         return ended
 
     def cancel(self, request: Request) -> bool:
@@ -223,31 +200,27 @@ class Scheduler:
         """
         if self.waiting.remove_request(request):
             return True
-        for running in self.running:
-            if running.request is request:
-                # As in `advance`: a span in flight may still write these slots and pages, but
-                # before whatever gets them next.
-                self._remove(running)
-                self.release_slots(running.slots)
-                left = self.limits.tokens - running.position
-                self._forecast[:left] -= page_profile(
-                    request.params, self.limits.tokens, self.limits.page_size
-                )[running.position :]
-                return True
-        return False
+        if request not in self.running:
+            return False
+        # As in `advance`: a span in flight may still write these slots and pages, but before
+        # whatever gets them next.
+        self._remove(request)
+        self.release_slots(request.slots)
+        profile = page_profile(request.params, self.limits.tokens, self.limits.page_size)
+        self._forecast[: self.limits.tokens - request.steps] -= profile[request.steps :]
+        return True
 
     def abandon(self) -> list[Request]:
-        """Takes every running request out, in whatever state a span that could not be enqueued has
-        left it; returns them.
+        """Takes every running request out and returns them. A span that could not be enqueued may
+        have left them in any state.
         """
-        abandoned = [running.request for running in self.running]
-        if (
-            abandoned
-        ):  # the last one may have been interrupted between its start and its leaving the queue
+        abandoned = [*self.running]
+        if abandoned:
+            # the last one may have been interrupted between its start and its leaving the queue
             self.waiting.remove_request(abandoned[-1])
-        for running in [*self.running]:
-            self._remove(running)
-            self.release_slots(running.slots)
+        for request in abandoned:
+            self._remove(request)
+            self.release_slots(request.slots)
         self._forecast[:] = 0
         return abandoned
 
@@ -260,7 +233,7 @@ class Scheduler:
         """Asserts that pages, rows, slots and the forecast agree with each other."""
         limits = self.limits
         self.pool.audit()
-        rows = [row for running in self.running for row in running.rows]
+        rows = [row for request in self.running for row in request.rows]
         held = [page for row in rows for page in row.pages]
         assert len(set(held)) == len(held) == self.pool.used_pages, (
             "the rows' pages are not the used ones"
@@ -269,17 +242,17 @@ class Scheduler:
             "a row has pages too many or too few"
         )
         assert len(rows) <= limits.max_rows, "more rows than max_rows"
-        slots = [slot for running in self.running for slot in running.slots]
+        slots = [slot for request in self.running for slot in request.slots]
         assert len(set(slots)) == len(slots), "two images share a slot"
         assert not set(slots) & set(self._free_slots), "a running image's slot is free"
         expected = np.zeros(limits.tokens, dtype=np.int64)
-        for running in self.running:
-            assert all(row.position == running.position for row in running.rows)
-            assert (running.position < running.guided_steps) == (
-                running.images[0].unconditional is not None
+        for request in self.running:
+            assert all(row.position == request.steps for row in request.rows)
+            assert (request.steps < request.params.guided_steps(limits.tokens)) == (
+                request.images[0].unconditional is not None
             )
-            profile = page_profile(running.request.params, limits.tokens, limits.page_size)
-            expected[: limits.tokens - running.position] += profile[running.position :]
+            profile = page_profile(request.params, limits.tokens, limits.page_size)
+            expected[: limits.tokens - request.steps] += profile[request.steps :]
         assert np.array_equal(expected, self._forecast), (
             "the forecast does not follow from what runs"
         )
@@ -299,25 +272,23 @@ class Scheduler:
         for index in range(request.first_image, request.first_image + params.n):
             slot = self._free_slots.pop()
             unconditional = RowState(self.limits.num_classes, slot) if params.guided else None
-            images.append(
-                ImageState(params, index, slot, RowState(request.class_label, slot), unconditional)
-            )
-        self.running.append(
-            RunningRequest(request, images, params.guided_steps(self.limits.tokens))
-        )
+            conditional = RowState(request.class_label, slot)
+            images.append(ImageState(params, index, slot, conditional, unconditional))
+        request.images = images
+        self.running.append(request)
         request.state = RequestState.RUNNING
         self._changed = True
 
-    def _drop_unconditional_rows(self, running: RunningRequest) -> None:
-        for image in running.images:
+    def _drop_unconditional_rows(self, request: Request) -> None:
+        for image in request.images:
             assert image.unconditional is not None
             self.pool.free(image.unconditional.pages)
             image.unconditional = None
         self._changed = True
 
-    def _remove(self, running: RunningRequest) -> None:
-        self.running.remove(running)
-        for row in running.rows:
+    def _remove(self, request: Request) -> None:
+        self.running.remove(request)
+        for row in request.rows:
             self.pool.free(row.pages)
             row.pages = []
         self._changed = True

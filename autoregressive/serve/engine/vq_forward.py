@@ -6,10 +6,10 @@ folded into a table of features; biases of convolutions are added where the next
 input; a nearest-neighbour upsampling and its 3 x 3 convolution are one 2 x 2 convolution of the
 small image to four phases (4/9 of the operations).
 
-Float32 are norms, statistics, biases and, where they cost little, the first convolution, the
-attention's projection and the residual stream below full resolution. With these in bf16 too, two
-random VQ-16s came to 43.7 and 45.5 dB PSNR against float32; so, to 45.8 and 47.0 (the trained demo
-tokenizer: to 58.6; measured on a CPU, 8 x 8 and 16 x 16 codes).
+Norms, statistics and biases are float32. So are, because they cost little, the first convolution,
+the attention's projection and the residual stream below full resolution. With all of these in bf16,
+two random VQ-16s reached 43.7 and 45.5 dB PSNR against float32. As it is, they reach 45.8 and 47.0,
+and the trained demo tokenizer 58.6 (measured on a CPU, with 8 x 8 and 16 x 16 codes).
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,8 @@ from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, norm
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _PRODUCTS = torch.bfloat16  # of convolutions and matrix products: operands and results
-_PADDED_OUTPUTS = (
-    8  # channels of the last convolution, whose three alone would leave the tensor cores
-)
+# channels of the last convolution; three alone would not run on the tensor cores
+_PADDED_OUTPUTS = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Stride 1, in the dtype of its weight; the bias is left to whoever consumes the result."""
+    """A convolution of stride 1, in the dtype of its weight. Whoever takes the result adds the
+    bias.
+    """
 
     weight: Tensor  # [out, in, k, k], channels last
     bias: Tensor  # float32 [out]
@@ -53,8 +54,8 @@ class Convolution:
 
     @classmethod
     def upsampling(cls, module: nn.Conv2d) -> "Convolution":
-        """Of the small image, what the module makes of the nearest-neighbour doubled one: four
-        phases side by side.
+        """A convolution of the small image that gives what the module makes of the image doubled by
+        nearest neighbour: four phases side by side.
 
         Row 2 i of the doubled image's convolution reads the small rows i - 1 (once) and i (twice),
         row 2 i + 1 reads i (twice) and i + 1; columns likewise. So each phase is a 2 x 2
@@ -83,17 +84,16 @@ class Convolution:
         if self.weight.shape[2] == 1:
             return F.linear(x, self.weight[:, :, 0, 0])
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, padding=1)
-        return y.permute(
-            0, 2, 3, 1
-        ).contiguous()  # it is contiguous already where the library kept the layout
+        # it is contiguous already where the library kept the layout
+        return y.permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
 class Norm:
     """A group norm's parameters."""
 
-    gain: Tensor  # float32 [channels]
-    shift: Tensor  # float32 [channels]
+    weight: Tensor  # float32 [channels]
+    bias: Tensor  # float32 [channels]
     groups: int
     eps: float
 
@@ -109,7 +109,7 @@ class Norm:
 
 
 class VQForward:
-    """Codes -> pixels, with copies of the decoder's parameters.
+    """Turns codes into pixels, with copies of the decoder's parameters.
 
     Args:
         vq: on the device to run on; later changes to its parameters have no effect.
@@ -173,28 +173,24 @@ class VQForward:
             codes.shape[0], self._grid, self._grid, -1
         )
         image = self._add(self._conv_in(features), self._conv_in.bias, None, torch.float32)
-        for stage in (
-            self._stages
-        ):  # no more than one name for the image: three of them at a time are the decoder's peak
+        # No more than one name for the image: three of them at a time are the decoder's peak.
+        for stage in self._stages:
             for block in stage.blocks:
-                image = self._run_block(block, image, stage.residual_dtype)
+                if isinstance(block, _Attention):
+                    image = self._attend(block, image, stage.residual_dtype)
+                else:
+                    image = self._convolve(block, image, stage.residual_dtype)
             if stage.upsample is not None:
-                image = self._upsample(stage.upsample, image, stage.upsampled_dtype)
+                image = self._add(
+                    stage.upsample(image.values),
+                    stage.upsample.bias,
+                    None,
+                    stage.upsampled_dtype,
+                    interleaved=True,
+                )
         y = self._conv_out(self._normalize(image, self._norm_out))
         pixels = y[..., : self._outputs].float() + self._conv_out.bias
         return pixels.permute(0, 3, 1, 2).contiguous()
-
-    def _run_block(
-        self, block: "_Resnet | _Attention", image: Measured, dtype: torch.dtype
-    ) -> Measured:
-        return (
-            self._attend(block, image, dtype)
-            if isinstance(block, _Attention)
-            else self._convolve(block, image, dtype)
-        )
-
-    def _upsample(self, upsample: Convolution, image: Measured, dtype: torch.dtype) -> Measured:
-        return self._add(upsample(image.values), upsample.bias, None, dtype, interleaved=True)
 
     def _convolve(self, block: "_Resnet", image: Measured, dtype: torch.dtype) -> Measured:
         h = block.conv1(self._normalize(image, block.norm1))
@@ -213,9 +209,9 @@ class VQForward:
             channels, dim=-1
         )
         # one head: [images, 1, positions, channels]
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        attn_out = F.scaled_dot_product_attention(queries, keys, values)
         return self._add(
-            block.project(mixed.view(images, height, width, channels)),
+            block.project(attn_out.view(images, height, width, channels)),
             block.project.bias,
             image.values,
             dtype,
@@ -242,8 +238,8 @@ class VQForward:
         return self._operations.normalize(
             image.values,
             image.statistics,
-            norm.gain,
-            norm.shift,
+            norm.weight,
+            norm.bias,
             norm.eps,
             bias=bias,
             silu=silu,
@@ -271,7 +267,7 @@ class _Attention:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What happens at one resolution."""
+    """The blocks of one resolution."""
 
     blocks: list[_Resnet | _Attention]
     upsample: Convolution | None

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.generate import NonFiniteLogitsError
+from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine, PartialCodes
-from autoregressive.serve.engine.pixel_decoder import PendingPictures
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import (
     Cancel,
@@ -54,7 +54,7 @@ class _Decoding:
     """Pictures of finished images on their way: one a request."""
 
     requests: list[Request]
-    pending: PendingPictures
+    pictures: DeviceFuture[tuple[Tensor, ...]]
     begun: float
 
 
@@ -62,10 +62,9 @@ class _Decoding:
 class _Previewing:
     """Pictures of images that go on: first their codes, then their pixels are on their way."""
 
-    requests: list[Request]
-    rows: list[int]
-    codes: PartialCodes | None
-    pending: PendingPictures | None
+    rows: dict[Request, int]  # of tokens, that each picture shows
+    codes: DeviceFuture[list[PartialCodes]] | None
+    pictures: DeviceFuture[tuple[Tensor, ...]] | None
 
 
 class Worker:
@@ -234,10 +233,10 @@ class Worker:
                 self._end_early(task, "out_of_memory", "")
 
     def _send_decoded(self) -> None:
-        while self._decodings and self._decodings[0].pending.ready():
+        while self._decodings and self._decodings[0].pictures.ready():
             decoding = self._decodings.popleft()
             try:
-                pictures, finite = decoding.pending.pictures()
+                pictures, finite = decoding.pictures.result()
             except _MEMORY_ERRORS as error:
                 self._lose_pictures(decoding.requests, error)
                 continue
@@ -293,15 +292,15 @@ class Worker:
         lot = self._previewing
         if lot is None and not self._undecoded and time.monotonic() >= self._next_preview:
             lot = self._begin_previews()
-        if lot is not None and lot.codes is not None and lot.codes.arrived():
+        if lot is not None and lot.codes is not None and lot.codes.ready():
             lot = self._decode_previews(lot)
-        if lot is not None and lot.pending is not None and lot.pending.ready():
-            self._send_previews(lot, lot.pending.pictures()[0])
+        if lot is not None and lot.pictures is not None and lot.pictures.ready():
+            self._send_previews(lot, lot.pictures.result()[0])
             lot = None
         self._previewing = lot
 
     def _send_previews(self, lot: _Previewing, pictures: Tensor) -> None:
-        for request, rows, picture in zip(lot.requests, lot.rows, pictures, strict=True):
+        for (request, rows), picture in zip(lot.rows.items(), pictures, strict=True):
             task = self._task_of.get(request)
             if task is not None and task.failure is None and not request.ended:
                 self._outbox.put(
@@ -322,20 +321,15 @@ class Worker:
             wanted[request] = task.previewed[request] = rows
         if not wanted:
             return None
-        codes = self._engine.peek(list(wanted))
-        return _Previewing(
-            codes.requests, [wanted[request] for request in codes.requests], codes, None
-        )
+        return _Previewing(wanted, self._engine.peek(list(wanted)), None)
 
-    def _decode_previews(self, under_way: _Previewing) -> _Previewing:
-        assert under_way.codes is not None
+    def _decode_previews(self, lot: _Previewing) -> _Previewing:
+        assert lot.codes is not None
         assert self._engine.decoder is not None
-        filled: list[Tensor] = [
-            fill_undrawn(codes, rows, self._grid)
-            for codes, rows in zip(under_way.codes.codes(), under_way.rows, strict=True)
-        ]
-        pending = self._engine.decoder.submit_to_host(torch.cat(filled))
-        return _Previewing(under_way.requests, under_way.rows, None, pending)
+        parts = lot.codes.result()
+        rows = {part.request: lot.rows[part.request] for part in parts}
+        filled = [fill_undrawn(part.codes, rows[part.request], self._grid) for part in parts]
+        return _Previewing(rows, None, self._engine.decoder.submit_to_host(torch.cat(filled)))
 
     def _tell(self) -> None:
         now = time.monotonic()

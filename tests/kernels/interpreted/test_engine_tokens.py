@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import LargeTilesRunner
-from test_model_runner import TINY, engine_codes
+from teacher import TINY, engine_codes
 
 
 @pytest.mark.parametrize("name", TINY)

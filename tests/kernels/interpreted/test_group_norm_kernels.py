@@ -28,7 +28,11 @@ def test_kernels_equal_the_references(
         drawn(2, height, width, channels).to(dtype),
         drawn(2, height, width, channels, seed=4).to(dtype),
     )
-    bias, gain, shift = drawn(channels, seed=1), drawn(channels, seed=2), drawn(channels, seed=3)
+    bias, norm_weight, norm_bias = (
+        drawn(channels, seed=1),
+        drawn(channels, seed=2),
+        drawn(channels, seed=3),
+    )
     for added, stored in ((residual, dtype), (None, None), (residual.float(), torch.float32)):
         total, statistics = add_with_statistics(x, bias, added, GROUPS, stored)
         expected_total, expected_statistics = add_with_statistics_reference(
@@ -42,13 +46,20 @@ def test_kernels_equal_the_references(
         source, folded = (x, bias) if total is None else (total, None)
         for silu in (True, False):
             found = normalize(
-                source, statistics, gain, shift, EPS, bias=folded, silu=silu, out_dtype=dtype
+                source,
+                statistics,
+                norm_weight,
+                norm_bias,
+                EPS,
+                bias=folded,
+                silu=silu,
+                out_dtype=dtype,
             )
             expected = normalize_reference(
                 source,
                 expected_statistics,
-                gain,
-                shift,
+                norm_weight,
+                norm_bias,
                 EPS,
                 bias=folded,
                 silu=silu,
