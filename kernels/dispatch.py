@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels import BACKENDS
 from kernels.attention import HEAD_SIZES, attention
 from kernels.attention_reference import attention_reference
 from kernels.group_norm import (
@@ -50,7 +51,6 @@ from kernels.tiles import (
     tile_table,
 )
 
-BACKENDS = ("auto", "triton", "torch")
 MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
 
 

@@ -18,7 +18,6 @@ from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, SamplingParams
 
 VOCABULARY, CLASSES = 97, 10
@@ -85,7 +84,7 @@ class FakeRunner:
     """Fulfils the `Runner` protocol; a factory of it is the class itself."""
 
     def __init__(
-        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
         self.shape, self.config = shape, config
         self.pages = np.full((num_pages, shape.page_size), -12345, dtype=np.int64)  # poison

@@ -11,7 +11,8 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.model_runner import ModelRunner
 from kernels.attention import AttentionTiles, attention, combine, head_stride
 from kernels.attention_reference import attention_reference, combine_reference
 from kernels.dispatch import triton_operations
@@ -340,7 +341,7 @@ class LargeTilesRunner(ModelRunner):
         gpt: Transformer,
         shape: BatchShape,
         num_pages: int,
-        config: RunnerConfig,
+        config: EngineConfig,
         pieces: int = 1,
     ) -> None:
         self._pieces = pieces

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from autoregressive.errors import UserError, missing_extra, one_line, tell
 from autoregressive.folders import prepare_compilers
+from autoregressive.version import PROGRAM, program_version
 
 _NO_FLAGS = {"n", "first_image"}  # of the engine's requests
 
@@ -44,6 +45,14 @@ class OneLineParser(argparse.ArgumentParser):
                 "; a value that begins with - is written behind an equals sign, as in --seed=-1"
             )
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help shows the options)\n")
+
+
+def add_version_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --version, which prints the program's name and version and stops."""
+    told = f"{PROGRAM} {program_version()}"
+    parser.add_argument(
+        "--version", action="version", version=told, help="show the version and stop"
+    )
 
 
 def did_you_mean(typed: str, known: Sequence[str]) -> str:

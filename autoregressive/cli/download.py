@@ -4,7 +4,13 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from autoregressive.cli.command import OneLineParser, did_you_mean, run_command, slow_imports
+from autoregressive.cli.command import (
+    OneLineParser,
+    add_version_flag,
+    did_you_mean,
+    run_command,
+    slow_imports,
+)
 from autoregressive.errors import UserError
 from autoregressive.folders import pretrained_folder
 from autoregressive.weights.published import (
@@ -61,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="URL",
         help="a mirror of the hub (default: the hub, or what HF_ENDPOINT says)",
     )
+    add_version_flag(parser)
     arguments = parser.parse_args()
     if not (arguments.names or arguments.all or arguments.list):
         parser.error("name a model or a file, or give --all or --list")

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, one_of
+from autoregressive.cli.command import OneLineParser, add_version_flag, one_of
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
@@ -53,6 +53,7 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
         ),
         allow_abbrev=False,
     )
+    add_version_flag(parser)
     _add_drawing(parser.add_argument_group("what to draw"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_output(parser.add_argument_group("output"))

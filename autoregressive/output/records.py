@@ -1,16 +1,15 @@
 """What a picture says inside of how it was made."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from autoregressive.devices import PRECISIONS
+from autoregressive.version import PROGRAM, program_version
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
-PROGRAM = "llamagen-serve"
 Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
 # what `readable` has on lines of their own
 _SAID_BEFORE = (
@@ -86,14 +85,6 @@ def _name(weights: Path | None) -> str:
         if weights
         else "untrained"
     )
-
-
-def program_version() -> str:
-    """Of the installed package."""
-    try:
-        return version(PROGRAM)
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "not installed"
 
 
 def _device_name(device: torch.device) -> str:

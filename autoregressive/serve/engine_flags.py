@@ -7,9 +7,8 @@ from typing import Any
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
-from autoregressive.devices import PRECISIONS
 from autoregressive.serve.engine.config import EngineConfig
-from kernels.dispatch import BACKENDS
+from kernels import BACKENDS
 
 _DEFAULTS = EngineConfig()
 MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then
@@ -74,7 +73,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=list(PRECISIONS),
+        choices=["none", "fp16", "bf16"],
         metavar="P",
         help=f"{PRECISION_HELP}; pixels are decoded in bf16 on a GPU that has it, 45 dB or more "
         "from float32's",

@@ -11,6 +11,7 @@ from autoregressive.errors import SettingName, UserError, tell
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
 from autoregressive.serve.floor import Ceilings, Floor, JobFloor, job_floor, measure_ceilings
@@ -116,7 +117,7 @@ def check_fits(settings: Settings, config: EngineConfig) -> None:
             device.
     """
     model, params = settings.model, settings.sampling
-    config.runner.check_runs_on(model.device)
+    check_backend(config, model.device)
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(

@@ -31,7 +31,7 @@ from autoregressive.output.records import generation_record, readable
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.memory import saying_what_needs_less_memory
+from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.weights.choice import ModelChoice, resolve_model
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 from autoregressive.weights.loading import LoadedModels, load_models
@@ -263,7 +263,7 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
     Raises:
         UserError: it does not fit on the device.
     """
-    captures = config.runner.uses_graphs(models.gpt.tok_embeddings.weight.device)
+    captures = config.uses_graphs(models.gpt.tok_embeddings.weight.device)
     shown = on_terminal() and captures
     with progress_bar("preparing", " graphs", shown=shown, leave=False) as bar:
 

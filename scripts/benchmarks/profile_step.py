@@ -53,7 +53,8 @@ with slow_imports(__name__):
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
-    from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.model_runner import ModelRunner
     from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
     from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
     from kernels.dispatch import triton_runs_on
@@ -211,7 +212,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     ceilings = measure_ceilings(device, dtype) if on_gpu else None
     gpt = random_transformer(case.model, None, device, dtype)
     shape = BatchShape.of(case.rows, gpt.config.block_size, PAGE_SIZE)
-    config = RunnerConfig(enforce_eager=case.enforce_eager, deterministic=case.deterministic)
+    config = EngineConfig(enforce_eager=case.enforce_eager, deterministic=case.deterministic)
     make_runner = ModelRunner if on_gpu else TimedRunner
     span = Span(
         make_runner(gpt, shape, case.rows * shape.pages_per_row, config), case.rows, case.context

@@ -218,7 +218,7 @@ def test_tokenizer_and_downsample_size_agree(
         ("--cfg-scale inf", "--cfg-scale inf"),
         ("--cfg-scale nan", "--cfg-scale nan"),
         ("--cfg-scale 1e300", "must be 0 to 1000"),
-        ("--cfg-interval -2", "--cfg-interval -2: must be -1 or more"),
+        ("--cfg-interval -2", "--cfg-interval -2: must be -1 (all) to"),
         ("--seed -1", "--seed -1: must be 0 to"),
         (f"--seed {2**63}", "--seed"),
         ("--image-size 300", "--image-size 300: must be 128"),

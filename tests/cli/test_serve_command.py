@@ -26,7 +26,7 @@ from autoregressive.output.images import JSON_KEY
 from autoregressive.sample import naive
 from autoregressive.sample import sample_c2i as naive_command
 from autoregressive.serve import paged, pipeline, sample_c2i
-from autoregressive.serve.engine import config
+from autoregressive.serve.engine import config, memory
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.floor import Ceilings, JobFloor
 from autoregressive.serve.paged import Speed
@@ -417,7 +417,7 @@ def test_a_pool_that_does_not_fit_is_refused(
     """Fails if the process is left to run out of memory, or the line advises another flag than the
     one that was typed.
     """
-    monkeypatch.setattr(config, "memory_of", lambda device: (16 * 2**20, 16 * 2**20))
+    monkeypatch.setattr(memory, "memory_of", lambda device: (16 * 2**20, 16 * 2**20))
     with refused(match=re.escape(said)):
         draw("--class-labels", "0", *typed.split())
 

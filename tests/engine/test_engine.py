@@ -11,10 +11,11 @@ import pytest
 import torch
 from fake_runner import VOCABULARY, FakeRunner, LateCopies, expected_codes, fake_engine, tiny_gpt
 
+from autoregressive.errors import UserError
 from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.serve.engine.config import EngineConfig, ways_to_less_memory, ways_to_more_pages
+from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.model_runner import RunnerConfig
+from autoregressive.serve.engine.memory import ways_to_less_memory, ways_to_more_pages
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -140,8 +141,8 @@ def test_a_slot_is_not_reused_before_its_codes_arrive(delay: int) -> None:
 @pytest.mark.parametrize(
     ("label", "params", "message"),
     [
-        (10, PLAIN, "class label 10: must be 0 to 9"),
-        (-1, PLAIN, "class label -1"),
+        (10, PLAIN, "class_label 10: must be 0 to 9"),
+        (-1, PLAIN, "class_label -1"),
         (1, SamplingParams(n=5, top_k=0), "10 rows .* and max_num_seqs is 8"),
     ],
 )
@@ -213,7 +214,7 @@ def test_generate_leaves_nothing_behind_when_it_stops(capfd: pytest.CaptureFixtu
     one.
     """
     engine, runner = fake_engine(SMALL)
-    with pytest.raises(ValueError, match="class label 99"):
+    with pytest.raises(ValueError, match="class_label 99"):
         engine.generate([1, 99], GUIDED)
     with pytest.raises(ValueError, match="0 labels"):
         engine.generate([], GUIDED)
@@ -323,8 +324,10 @@ def test_advice_about_a_gpus_memory_is_of_use(config: EngineConfig, more: str, l
     nothing.
     """
     cuda = torch.device("cuda")
-    assert ways_to_more_pages(config, cuda) == more
-    assert ways_to_less_memory(config, cuda)[0] == less
+    told = UserError("x", remedies=ways_to_more_pages(config, cuda))
+    assert str(told) == f"x: {more}"
+    told = UserError("x", remedies=ways_to_less_memory(config, cuda)[:1])
+    assert str(told) == f"x: {less}"
 
 
 def test_an_idle_owner_is_woken() -> None:
@@ -371,4 +374,6 @@ def test_the_runner_gets_what_the_engine_was_built_with() -> None:
     engine, runner = fake_engine(config)
     assert isinstance(runner, FakeRunner)
     assert runner.shape == engine.shape == engine.batch.shape
-    assert runner.config == RunnerConfig("torch", True, True)
+    assert runner.config == EngineConfig(
+        attention_backend="torch", enforce_eager=True, deterministic=True
+    )

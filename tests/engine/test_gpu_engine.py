@@ -19,7 +19,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -101,7 +101,7 @@ def test_bf16_is_as_precise_as_the_naive_model(images: int) -> None:
     naive = naive_logits(model.to(torch.bfloat16), codes[:2], labels[:2], positions)
     shape = BatchShape.of(2 * images, meta["block_size"], page_size=16)
     runner = ModelRunner(
-        model, shape, shape.max_rows * shape.pages_per_row, RunnerConfig(enforce_eager=True)
+        model, shape, shape.max_rows * shape.pages_per_row, EngineConfig(enforce_eager=True)
     )
     teacher = TeacherForced(runner, codes, labels)
     ours = torch.stack([teacher.logits(position)[:2] for position in range(positions)], dim=2)

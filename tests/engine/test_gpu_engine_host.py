@@ -16,7 +16,6 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.model_runner import RunnerConfig
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +29,7 @@ class ArithmeticRunner:
     """
 
     def __init__(
-        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
         self.page_size = shape.page_size
         device = gpt.tok_embeddings.weight.device

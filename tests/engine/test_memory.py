@@ -14,12 +14,12 @@ from compiled import launches_of
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine import config as engine_config
+from autoregressive.serve.engine import memory as engine_memory
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig, pool_pages
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.memory import pool_pages
 from autoregressive.serve.engine.model_runner import (
     ModelRunner,
-    RunnerConfig,
     StepBytes,
     page_bytes,
     row_buckets,
@@ -60,10 +60,10 @@ def held_bytes(runner: ModelRunner, row_counts: Iterable[int]) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [2, 200])
 @pytest.mark.parametrize(
-    "config", [RunnerConfig(), RunnerConfig(deterministic=True), RunnerConfig(enforce_eager=True)]
+    "config", [EngineConfig(), EngineConfig(deterministic=True), EngineConfig(enforce_eager=True)]
 )
 def test_what_steps_take_is_known_before(
-    dtype: torch.dtype, rows: int, config: RunnerConfig
+    dtype: torch.dtype, rows: int, config: EngineConfig
 ) -> None:
     """Fails if a tensor of a step is allocated that the forecast leaves out or counts otherwise, or
     is allocated twice.
@@ -80,11 +80,11 @@ def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
     """Fails if pages take the memory that steps of many rows need: several GiB in float32,
     deterministic.
     """
-    monkeypatch.setattr(engine_config, "memory_of", lambda device: (40 * GIB, 40 * GIB))
+    monkeypatch.setattr(engine_memory, "memory_of", lambda device: (40 * GIB, 40 * GIB))
     config = EngineConfig(max_num_seqs=4096, deterministic=True)
     shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.float32) as gpt:
-        steps_bytes = StepBytes.of(gpt, shape, config.runner).scratch
+        steps_bytes = StepBytes.of(gpt, shape, config).scratch
         pages_bytes = pool_pages(gpt, shape, config) * page_bytes(gpt, shape.page_size)
         assert steps_bytes > 3 * GIB
         # of 36, two are for graphs and libraries
@@ -100,7 +100,7 @@ def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     config = EngineConfig(max_num_seqs=64, gpu_memory_utilization=0.5)
     shape = BatchShape.of(64, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.bfloat16) as gpt:
-        monkeypatch.setattr(engine_config, "memory_of", lambda device: (5 * GIB, 16 * GIB))
+        monkeypatch.setattr(engine_memory, "memory_of", lambda device: (5 * GIB, 16 * GIB))
         expected = (
             "no memory for the KV cache: cuda:0 has 5.0 GiB of 16.0 GiB free, "
             "gpu_memory_utilization is 0.5, 2.0 GiB are kept "
@@ -109,7 +109,7 @@ def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         with pytest.raises(ValueError, match=re.escape(expected)):
             pool_pages(gpt, shape, config)
-        monkeypatch.setattr(engine_config, "memory_of", lambda device: (2**20, 16 * GIB))
+        monkeypatch.setattr(engine_memory, "memory_of", lambda device: (2**20, 16 * GIB))
         with pytest.raises(
             ValueError,
             match=r"^max_num_seqs 64: steps of so many rows take .* lower max_num_seqs or",
@@ -124,7 +124,7 @@ def test_torchs_attention_is_reckoned_with() -> None:
     shape = BatchShape.of(64, tokens=576, page_size=16)
     least = 64 * 576 * GPT_SHAPES["GPT-XL"].dim * 2 * 4  # keys and values in float32, of one layer
     with gpt_on_a_gpu(torch.float16, capability=75) as gpt:
-        assert least < StepBytes.of(gpt, shape, RunnerConfig()).gathered < 2 * least
+        assert least < StepBytes.of(gpt, shape, EngineConfig()).gathered < 2 * least
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_a_containers_limit_bounds_the_pages_of_a_cpu(
     path = tmp_path / "memory.max"
     if word is not None:
         path.write_text(word)
-    monkeypatch.setattr(engine_config, "_CONTAINER_LIMITS", ())
-    everything = engine_config.memory_of(torch.device("cpu"))
-    monkeypatch.setattr(engine_config, "_CONTAINER_LIMITS", (path,))
+    monkeypatch.setattr(engine_memory, "_CONTAINER_LIMITS", ())
+    everything = engine_memory.memory_of(torch.device("cpu"))
+    monkeypatch.setattr(engine_memory, "_CONTAINER_LIMITS", (path,))
     assert everything[0] > GIB
-    assert engine_config.memory_of(torch.device("cpu")) == ((GIB, GIB) if limited else everything)
+    assert engine_memory.memory_of(torch.device("cpu")) == ((GIB, GIB) if limited else everything)

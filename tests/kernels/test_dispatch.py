@@ -11,7 +11,8 @@ from compiled import launches_of, without_memory
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, StepBytes
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes
 from kernels.attention import HEAD_SIZES
 from kernels.attention_reference import attention_reference
 from kernels.dispatch import select_group_norm, select_operations, torch_operations
@@ -38,8 +39,8 @@ def step_kernels(capability: int, dtype: torch.dtype, heads: int) -> set[str]:
             ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
-        StepBytes.of(gpt, shape, RunnerConfig())
-        runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, RunnerConfig())
+        StepBytes.of(gpt, shape, EngineConfig())
+        runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, EngineConfig())
         # made on the host, whatever the default
         rotary = torch.empty_like(runner.weights.rotary, device=CUDA)
         runner.weights = replace(runner.weights, rotary=rotary)

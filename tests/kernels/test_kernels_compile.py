@@ -20,7 +20,8 @@ import kernels
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import HEAD_SIZES
 from kernels.hopper.cluster import exchange_bytes
@@ -124,7 +125,7 @@ def step_builds(
             ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
-        runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, RunnerConfig())
+        runner = ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, EngineConfig())
         batch = {
             name: torch.zeros(value.shape, dtype=value.dtype)
             for name, value in real.items()

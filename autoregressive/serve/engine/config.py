@@ -1,28 +1,19 @@
-"""What an engine is built with, and how many pages a device's memory gives it."""
+"""The settings that an engine is built with. Nothing here imports torch, so that a command can say
+its flags at once.
+"""
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+from autoregressive.errors import SettingError
+from kernels import BACKENDS
 
-from autoregressive.errors import Change, SettingError, SettingName, UserError
-from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig, StepBytes, page_bytes
-from autoregressive.serve.engine.page_pool import pages_that_fit
-from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
-from kernels.dispatch import BACKENDS
+if TYPE_CHECKING:
+    import torch
 
-# of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
-_RESERVE_BYTES = 2 * 2**30
-_CPU_SHARE = 0.25  # of the memory, for pages
-# version 2, 1
-_CONTAINER_LIMITS = tuple(
-    Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")
-)
+SchedulingPolicy = Literal["fcfs", "fair"]
+SCHEDULING_POLICIES: tuple[SchedulingPolicy, ...] = get_args(SchedulingPolicy)
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
 
@@ -38,16 +29,14 @@ class EngineConfig:
     max_num_seqs: int = 256  # rows that run at once; a guided image has two
     page_size: int = 16  # tokens of a page
     num_pages: int | None = None  # None: as many as fit, and as are of use
-    gpu_memory_utilization: float = (
-        0.9  # share of the GPU's memory that may be filled; without effect where num_pages is given
-    )
+    # share of the GPU's memory that may be filled; without effect where num_pages is given
+    gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    # Triton kernels for any number of rows: codes do not depend on neighbours; torch's may
+    # Triton's kernels for any number of rows: codes do not depend on neighbours; a library's may
     deterministic: bool = False
-    scheduling_policy: SchedulingPolicy = (
-        "fcfs"  # or "fair": an equal share for each client that waits
-    )
+    # "fcfs": first come, first served; "fair": an equal share for each client that waits
+    scheduling_policy: SchedulingPolicy = "fcfs"
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -70,106 +59,6 @@ class EngineConfig:
             if chosen not in choices:
                 raise SettingError(name, chosen, f"must be one of {', '.join(choices)}")
 
-    @property
-    def runner(self) -> RunnerConfig:
-        """The part of it that the runner goes by."""
-        return RunnerConfig(self.attention_backend, self.enforce_eager, self.deterministic)
-
-
-def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int:
-    """Pages of the KV cache: as many as were asked for, else as many as memory gives, at most for
-    `max_rows` rows.
-
-    Raises:
-        UserError: so many do not fit, or not even one. The message says what to do.
-    """
-    device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
-    free_bytes, total_bytes = memory_of(device)
-    steps = StepBytes.of(gpt, shape, config.runner)
-    there = f"{device} has {_readable(free_bytes)} of {_readable(total_bytes)} free"
-    page = f"a page of {shape.page_size} tokens takes {_readable(bytes_of_page)}"
-    if steps.scratch > free_bytes:
-        needed = f"steps of so many rows take {_readable(steps.scratch)}, and {there}"
-        remedies = (Change("lower", "max_num_seqs"), "use a smaller model")
-        raise SettingError("max_num_seqs", shape.max_rows, needed, remedies)
-    if config.num_pages is not None:
-        fitting = (free_bytes - steps.scratch) // bytes_of_page
-        if config.num_pages > fitting:
-            ways: list[str | Change] = [Change("lower", "num_pages", f"to {fitting} or less")]
-            if fitting <= 0:
-                ways = [*_smaller_pages(config), "use a smaller model"]
-            raise SettingError("num_pages", config.num_pages, f"{page}, and {there}", ways)
-        return config.num_pages
-    share, reserve_bytes = _CPU_SHARE, 0
-    if device.type == "cuda":
-        share, reserve_bytes = (
-            config.gpu_memory_utilization,
-            _RESERVE_BYTES + steps.scratch + steps.gathered,
-        )
-    most = shape.max_rows * shape.pages_per_row
-    pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
-    if pages == 0:
-        told: list[str | SettingName] = [f"no memory for the KV cache: {there}, "]
-        if device.type == "cuda":
-            kept = (
-                f"{_readable(reserve_bytes)} are kept for graphs and steps of {shape.max_rows} rows"
-            )
-            told += [SettingName("gpu_memory_utilization"), f" is {share:g}, {kept}, {page}"]
-        else:
-            told += [f"{share:.0%} of it may be pages, {page}"]
-        raise UserError(*told, remedies=ways_to_more_pages(config, device))
-    return pages
-
-
-def ways_to_more_pages(config: EngineConfig, device: torch.device) -> list[str | Change]:
-    """What to do where the pool has too few pages; what was set comes first."""
-    if config.num_pages is not None:
-        return [Change("raise", "num_pages")]
-    more = (
-        [Change("raise", "gpu_memory_utilization"), Change("lower", "max_num_seqs")]
-        if device.type == "cuda"
-        else [Change("give", "num_pages")]
-    )
-    return [*_smaller_pages(config), *more, "use a smaller model"]
-
-
-def ways_to_less_memory(config: EngineConfig, device: torch.device) -> list[Change]:
-    """Which settings of the engine to change where memory runs out in spite of all forecasts; what
-    was set comes first.
-    """
-    pages = [Change("lower", "num_pages")] if config.num_pages is not None else []
-    if not pages and device.type == "cuda":
-        pages = [Change("lower", "gpu_memory_utilization")]
-    return [*pages, *_smaller_pages(config), Change("lower", "max_num_seqs")]
-
-
-def _smaller_pages(config: EngineConfig) -> list[Change]:
-    return [Change("lower", "page_size")] if config.page_size > EngineConfig.page_size else []
-
-
-def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of a device that are free, and all; of a CPU, whose memory the system can clear, all
-    count as free.
-    """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading the weights has left counts as free
-        return torch.cuda.mem_get_info(device)
-    total_bytes = min(
-        [
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            *_container_limits(_CONTAINER_LIMITS),
-        ]
-    )
-    return total_bytes, total_bytes
-
-
-def _container_limits(paths: Sequence[Path]) -> list[int]:
-    """Bytes that a container may take, where one says so; without a limit there is no file, or a
-    word.
-    """
-    words = [path.read_text().strip() for path in paths if path.is_file()]
-    return [int(word) for word in words if word.isdecimal()]
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    def uses_graphs(self, device: "torch.device") -> bool:
+        """Whether steps are captured as CUDA graphs."""
+        return device.type == "cuda" and not self.enforce_eager

@@ -34,9 +34,10 @@ from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, staged
-from autoregressive.serve.engine.config import EngineConfig, pool_pages, ways_to_more_pages
+from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
-from autoregressive.serve.engine.model_runner import ModelRunner, RunnerConfig, row_buckets
+from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
+from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
 from autoregressive.serve.engine.request_queue import create_request_queue
@@ -46,7 +47,7 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 
 # transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the
 # pages' memory
-RunnerFactory = Callable[[Transformer, BatchShape, int, RunnerConfig], Runner]
+RunnerFactory = Callable[[Transformer, BatchShape, int, EngineConfig], Runner]
 
 
 class Engine:
@@ -80,7 +81,7 @@ class Engine:
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
             graphs_of_steps = (
-                len(row_buckets(shape.max_rows)) if config.runner.uses_graphs(self.device) else 0
+                len(row_buckets(shape.max_rows)) if config.uses_graphs(self.device) else 0
             )
             tell = on_progress or (lambda done, total: None)
             self.decoder = None
@@ -108,7 +109,7 @@ class Engine:
             self.scheduler = Scheduler(
                 limits, create_request_queue(config.scheduling_policy, shape.tokens)
             )
-            self.runner = make_runner(gpt, shape, num_pages, config.runner)
+            self.runner = make_runner(gpt, shape, num_pages, config)
             self.runner.prepare(
                 self.batch,
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),

@@ -15,47 +15,12 @@ from autoregressive.devices import ieee_float32
 from autoregressive.errors import SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
+from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
 from kernels.dispatch import select_operations, triton_runs_on
 from kernels.operations import Operations
-
-
-@dataclass(frozen=True)
-class RunnerConfig:
-    """How steps are carried out."""
-
-    attention_backend: str = "auto"  # "auto", "triton" or "torch"
-    enforce_eager: bool = False  # no CUDA graphs
-    # the same numbers whatever the batch: no library's products for many rows
-    deterministic: bool = False
-
-    def check_runs_on(self, device: torch.device) -> None:
-        """Raises `SettingError` if the backend does not run on a device."""
-        if self.attention_backend == "triton" and not triton_runs_on(device):
-            told = f"{device} is no GPU of compute capability 8.0 or above; use auto or torch"
-            raise SettingError("attention_backend", "triton", told)
-
-    def uses_graphs(self, device: torch.device) -> bool:
-        """Whether steps are captured, for each of `row_buckets`. If not, they run with any number
-        of rows.
-        """
-        return device.type == "cuda" and not self.enforce_eager
-
-    def row_counts(self, shape: BatchShape, device: torch.device) -> list[int]:
-        """The numbers of rows that steps are carried out with."""
-        return (
-            row_buckets(shape.max_rows)
-            if self.uses_graphs(device)
-            else list(range(1, shape.max_rows + 1))
-        )
-
-    def layers(self, gpt: Transformer, operations: Operations) -> LayersFactory:
-        """The factory of the layers that steps use."""
-        weight = gpt.output.weight
-        library = weight.device.type == "cuda" and not self.deterministic
-        return LayersFactory(gpt.config, weight.dtype, operations, library)
 
 
 class ModelRunner:
@@ -72,7 +37,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: RunnerConfig
+        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
         model, weight = gpt.config, gpt.output.weight
         self.model, self.shape, self.config = model, shape, config
@@ -82,9 +47,9 @@ class ModelRunner:
         stride = head_stride(model.head_size, weight.element_size())
         pages = (model.n_layer, 2, num_pages, model.n_head, shape.page_size, stride)
         self.kv_pages = torch.zeros(pages, dtype=self.dtype, device=self.device)
-        self._factory = config.layers(gpt, self.operations)
+        self._factory = layers_factory(gpt, self.operations, config)
         self._scratch = Scratch(
-            self._factory.plan(config.row_counts(shape, self.device)).elements, self.device
+            self._factory.plan(row_counts(config, shape, self.device)).elements, self.device
         )
         self._layers: dict[int, Layers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -169,8 +134,29 @@ class ModelRunner:
         return operations_of(gpt, self.config, tell)
 
 
+def check_backend(config: EngineConfig, device: torch.device) -> None:
+    """Raises `SettingError` if the backend does not run on a device."""
+    if config.attention_backend == "triton" and not triton_runs_on(device):
+        told = f"{device} is no GPU of compute capability 8.0 or above; use auto or torch"
+        raise SettingError("attention_backend", "triton", told)
+
+
+def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfig) -> LayersFactory:
+    """The factory of the layers that steps use."""
+    weight = gpt.output.weight
+    library = weight.device.type == "cuda" and not config.deterministic
+    return LayersFactory(gpt.config, weight.dtype, operations, library)
+
+
+def row_counts(config: EngineConfig, shape: BatchShape, device: torch.device) -> list[int]:
+    """The numbers of rows that steps are carried out with."""
+    if config.uses_graphs(device):
+        return row_buckets(shape.max_rows)
+    return list(range(1, shape.max_rows + 1))
+
+
 def operations_of(
-    gpt: Transformer, config: RunnerConfig, tell: Callable[[str], None]
+    gpt: Transformer, config: EngineConfig, tell: Callable[[str], None]
 ) -> Operations:
     """The operations for a model on its device.
 
@@ -181,7 +167,7 @@ def operations_of(
         SettingError: the backend does not run on the model's device.
     """
     weight, model = gpt.output.weight, gpt.config
-    config.check_runs_on(weight.device)
+    check_backend(config, weight.device)
     return select_operations(
         weight.device,
         weight.dtype,
@@ -251,7 +237,7 @@ class StepBytes:
     gathered: int
 
     @classmethod
-    def of(cls, gpt: Transformer, shape: BatchShape, config: RunnerConfig) -> "StepBytes":
+    def of(cls, gpt: Transformer, shape: BatchShape, config: EngineConfig) -> "StepBytes":
         """Computes the memory from shapes alone, before any of it is taken.
 
         Raises:
@@ -259,7 +245,11 @@ class StepBytes:
         """
         model, weight = gpt.config, gpt.output.weight
         operations = operations_of(gpt, config, tell=lambda message: None)
-        scratch = config.layers(gpt, operations).plan(config.row_counts(shape, weight.device)).bytes
+        scratch = (
+            layers_factory(gpt, operations, config)
+            .plan(row_counts(config, shape, weight.device))
+            .bytes
+        )
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
         # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in

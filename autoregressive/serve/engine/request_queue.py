@@ -6,12 +6,10 @@ The names are those of vLLM's request queues.
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
+from autoregressive.serve.engine.config import SchedulingPolicy
 from autoregressive.serve.engine.request import Request
-
-SchedulingPolicy = Literal["fcfs", "fair"]
-SCHEDULING_POLICIES: tuple[SchedulingPolicy, ...] = get_args(SchedulingPolicy)
 
 
 class RequestQueue(Protocol):

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from autoregressive.serve.engine.request_queue import SchedulingPolicy
+from autoregressive.serve.engine.config import SchedulingPolicy
 from autoregressive.serve.web.awake import TICK_SECONDS, AwakeClock
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.errors import ApiError, not_ready, queue_full, share_full

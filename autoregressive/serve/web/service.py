@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from autoregressive.output.records import program_version
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.desk import Desk
 from autoregressive.serve.web.dispatcher import Dispatcher
@@ -19,6 +18,7 @@ from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.settings import ServerSettings
 from autoregressive.serve.web.store import Store, StoreClaim
 from autoregressive.serve.worker.process import MakeEngine, StartProcess, start_process
+from autoregressive.version import program_version
 
 _MOST_ENCODERS = 8  # threads that make pictures' files
 

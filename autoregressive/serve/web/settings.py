@@ -21,8 +21,7 @@ from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import add_model_flags, model_options
 from autoregressive.errors import UserError, shortened, tell
 from autoregressive.folders import command_line
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.request_queue import SCHEDULING_POLICIES, SchedulingPolicy
+from autoregressive.serve.engine.config import SCHEDULING_POLICIES, EngineConfig, SchedulingPolicy
 from autoregressive.serve.engine_flags import add_engine_flags, engine_config
 from autoregressive.serve.web.addresses import is_loopback
 from autoregressive.serve.web.clients import check_forwarded_allow_ips

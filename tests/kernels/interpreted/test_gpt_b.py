@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.model_runner import RunnerConfig
+from autoregressive.serve.engine.config import EngineConfig
 
 
 def test_gpt_b_logits_are_llamagens() -> None:
@@ -30,7 +30,11 @@ def test_gpt_b_logits_are_llamagens() -> None:
         BatchShape.of(2 * len(positions), meta["block_size"], page_size=16),
     )
     runner = LargeTilesRunner(
-        model, shape, shape.max_rows * shape.pages_per_row, RunnerConfig("triton"), pieces=3
+        model,
+        shape,
+        shape.max_rows * shape.pages_per_row,
+        EngineConfig(attention_backend="triton"),
+        pieces=3,
     )
     cache = naive_keys_and_values(model, codes, labels)
     behind = torch.arange(shape.tokens) >= positions[:, None]  # [images, tokens]
