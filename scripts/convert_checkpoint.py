@@ -50,7 +50,7 @@ MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an out
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = OneLineParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

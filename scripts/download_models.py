@@ -31,7 +31,7 @@ exists: {UNPUBLISHED}.
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = OneLineParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,7 +111,7 @@ def check_folder(folder: Path) -> None:
 
 
 def print_list(folder: Path) -> None:
-    """One line a published file."""
+    """Prints one line for each published file."""
     print(f"{'file':<18} {'model':<8} {'pixels':<7} in {folder}")
     for file in PUBLISHED_FILES:
         state = "yes" if (folder / file.file_name).exists() else "no"

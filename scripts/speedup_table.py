@@ -84,7 +84,7 @@ def settings_for(model: str, job: Job, folder: Path) -> Settings:
 
 
 def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
-    """The plain loop, as the naive command runs it."""
+    """Times the plain loop as the naive command runs it."""
     set_numerics(settings)
     found = find_weights(settings.model)
     gpt = load_models(settings.model, found).gpt
@@ -117,7 +117,7 @@ def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
 
 
 def time_paged(settings: Settings, repeats: int) -> Timing:
-    """The engine, codes back on the host."""
+    """Times the engine until the codes are on the host."""
     set_numerics(settings)
     found = find_weights(settings.model)
     gpt = load_models(settings.model, found).gpt
@@ -143,7 +143,7 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Of one run, the device idle before and after."""
+    """Seconds of one run; the device is idle before and after it."""
     began = now(device)
     run()
     return now(device) - began
@@ -249,7 +249,7 @@ def code_version() -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser)
     parser.add_argument(
@@ -297,6 +297,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def worker_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags that every model's fresh process gets."""
+    flags = ["--repeats", str(arguments.repeats), "--device", str(arguments.device)]
+    flags += ["--output-dir", str(arguments.output_dir)]
+    for name in ("image_size", "images", "naive_repeats"):
+        if getattr(arguments, name) is not None:
+            flags += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return flags
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
@@ -322,17 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("speedup.json", "speedup.md", "speedup.png"):
         check_file("--output-dir", folder / name, Path(name).suffix)
     results = Results(folder / "speedup.json", job)
-    options = [
-        "--repeats",
-        str(arguments.repeats),
-        "--device",
-        str(arguments.device),
-        "--output-dir",
-        str(folder),
-    ]
-    for flag in ("image_size", "images", "naive_repeats"):
-        if getattr(arguments, flag) is not None:
-            options += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
+    options = worker_flags(arguments)
     for model in arguments.models:
         missing = results.missing(model, arguments.methods)
         kept = [method for method in arguments.methods if method not in missing]

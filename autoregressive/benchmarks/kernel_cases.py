@@ -57,12 +57,12 @@ class Setting:
 
     @property
     def factory(self) -> LayersFactory:
-        """The engine's, for the default configuration."""
+        """The factory of layers that the engine uses in its default configuration."""
         return LayersFactory(self.config, self.dtype, self.operations, library=True)
 
     @cached_property
     def layers(self) -> Layers:
-        """What carries out a step of so many rows, in memory of its own."""
+        """The layers that carry out a step of so many rows, with scratch memory of their own."""
         return self.factory.make(
             self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype)
         )
@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def pages_of_row(self) -> int:
-        """That the context fills, the last one in part."""
+        """How many pages the context fills, the last one in part."""
         return -(-self.context // _PAGE_SIZE)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -89,7 +89,7 @@ class Setting:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """To be written."""
+        """Memory that is to be written."""
         return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
 
     def copies(self, size: int) -> int:
@@ -120,7 +120,7 @@ class Case:
         run: Callable[[int], object],
         error: Callable[[], float],
     ) -> "Case":
-        """An operation that is no product, on the one copy of its inputs."""
+        """An operation that is no matrix product and has one copy of its inputs."""
         return cls(operation, shape, moved, 0, 1, run, None, error)
 
 
@@ -141,7 +141,7 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     reference = torch_operations()
 
     def linear(name: str, inputs: int, out: Tensor) -> Case:
-        """Its consumer adds up the partial sums."""
+        """A product whose consumer adds up the partial sums."""
         x = _input(setting, inputs)
 
         def product(weight: Tensor) -> None:
@@ -230,14 +230,14 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def largest(errors: Iterable[float]) -> float:
-    """NaN if one is, which `max` may pass over."""
+    """The largest error. It is NaN if one of them is, which `max` may pass over."""
     return float(torch.tensor(list(errors)).max())
 
 
 def compared(
     run: Callable[[int], object], out: Tensor, reference: Callable[[Tensor], object]
 ) -> Callable[[], float]:
-    """What measures the error of one run.
+    """A function that measures the error of one run.
 
     Args:
         out: what `run` writes, [rows, columns] or partial sums of it.
@@ -473,14 +473,14 @@ def draw_case(setting: Setting) -> Case:
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
-    """Copies [copies, outputs, inputs]."""
+    """Random weights in several copies, [copies, outputs, inputs]."""
     return setting.random(
         setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs
     )
 
 
 def _input(setting: Setting, inputs: int) -> Tensor:
-    """Something to multiply by weights [rows, inputs]; results are about 1."""
+    """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
     return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
 
 
@@ -497,7 +497,7 @@ def _input_of_fused(setting: Setting, squares: Tensor) -> Tensor:
 
 
 def _normed(setting: Setting) -> Tensor:
-    """The same [rows, width], as the last norm left it."""
+    """The same inputs [rows, width], in the memory that the last norm writes."""
     return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
 
 

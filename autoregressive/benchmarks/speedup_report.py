@@ -62,7 +62,7 @@ class Job:
     naive_repeats: int  # of the plain loop
 
     def medians_of(self) -> str:
-        """What the table's figures are."""
+        """A sentence that says what the times of the table are medians of."""
         plain = (
             f" (the plain loop: of {self.naive_repeats})"
             if self.naive_repeats != self.repeats
@@ -107,7 +107,7 @@ class Results:
                 )
 
     def timing(self, model: str, method: str) -> dict[str, Any]:
-        """Of a method that has finished; empty for one that failed or was not run."""
+        """The timing of a finished method; it is empty if the method failed or was not run."""
         timing: dict[str, Any] = self.timings.get(model, {}).get(method, {}).get("timing", {})
         return timing
 
@@ -126,7 +126,7 @@ class Results:
         write_whole(self._path, lambda part: part.write_text(text))
 
     def report(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All results, ready for JSON."""
         return {
             "benchmark": "speedup",
             "job": self._job,
@@ -166,7 +166,7 @@ class Results:
 
 
 def parameters_of(model: str, image_size: int | None) -> int:
-    """Elements of its weights."""
+    """The number of the model's parameters."""
     return sum(parameter.numel() for parameter in empty_transformer(model, image_size).parameters())
 
 

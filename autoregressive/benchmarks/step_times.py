@@ -52,12 +52,12 @@ class OperationTime:
 
     @property
     def mean_us(self) -> float:
-        """Of one launch, busy."""
+        """Microseconds that one launch is busy."""
         return self.busy_us / self.launches
 
     @property
     def share(self) -> float | None:
-        """Of the floor."""
+        """The floor divided by the operation's time; None without a floor."""
         return (
             None
             if self.floor_us is None
@@ -65,7 +65,7 @@ class OperationTime:
         )
 
     def line(self) -> str:
-        """Of the table."""
+        """The line of the table."""
         adds = "-" if self.adds_us is None else f"{self.adds_us:.2f}"
         megabytes = "-" if self.bytes is None else f"{self.bytes / 1e6:.2f}"
         floor = "-" if self.floor_us is None else f"{self.floor_us:.2f}"
@@ -144,7 +144,7 @@ def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Operation
 def with_floor(
     times: list[OperationTime], floor: Floor, rows: int, context: float
 ) -> list[OperationTime]:
-    """The same with each operation's bytes and least time.
+    """Adds each operation's bytes and its memory floor.
 
     Args:
         context: tokens that a row attends to.

@@ -89,7 +89,7 @@ def _name(weights: Path | None) -> str:
 
 
 def program_version() -> str:
-    """Of the installed package."""
+    """The version of the installed package."""
     try:
         return version(PROGRAM)
     except PackageNotFoundError:  # run from a checkout that was never installed

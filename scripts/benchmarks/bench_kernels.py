@@ -69,11 +69,11 @@ class Result:
 
     @property
     def share(self) -> float | None:
-        """Of the floor."""
+        """The floor divided by the time; None if the result was wrong."""
         return None if self.us is None else self.floor_us / self.us
 
     def line(self) -> str:
-        """Of the table."""
+        """The line of the table."""
         name = (
             f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} "
             f"{self.error:>8.1e}"
@@ -101,12 +101,12 @@ def floor_seconds(case: Case, ceilings: Ceilings) -> float:
 
 
 def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:
-    """Whether a result is too far from the reference's; NaN is."""
+    """Whether a result is too far from the reference's, as NaN always is."""
     return not error <= (_OTHER_TOKENS if case.operation == "draw" else _LARGEST_ERROR[dtype])
 
 
 def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -> float:
-    """Microseconds of a launch among its like."""
+    """Microseconds of one launch in a row of equal launches."""
     launches = max(FEWEST_LAUNCHES, copies)
     run(0)  # compiles, or builds the library's plan
     torch.cuda.synchronize(device)
@@ -118,7 +118,7 @@ def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -
 
 
 def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Result:
-    """Compares, then times."""
+    """Compares an operation with its reference, then times it."""
     error = case.error()
     wrong = is_wrong(case, error, setting.dtype)
     us = library_us = None
@@ -173,7 +173,7 @@ def measure_model(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser, gpu_only=True)
     parser.add_argument(

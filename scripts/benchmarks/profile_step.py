@@ -83,7 +83,7 @@ class TimedRunner(ModelRunner):
     """
 
     def make_operations(self, gpt: Transformer) -> Operations:
-        """The model's, each with a watch."""
+        """The model's operations, each of which is timed."""
         operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
         self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
         self._products = {
@@ -169,7 +169,7 @@ class Span:
 
 
 def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
-    """What the profiler sees of one span."""
+    """Runs one span under the profiler."""
     device = span.runner.device
     for _ in range(2):  # the first time pays for the profiler's own start
         span.rewind()
@@ -240,7 +240,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
 
 
 def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> None:
-    """The table, and below it the step."""
+    """Prints the table, and below it the time of the step."""
     print(HEADER)
     for each in times:
         print(each.line())
@@ -259,7 +259,7 @@ def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> 
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--gpt-model",

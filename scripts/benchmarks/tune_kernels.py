@@ -165,7 +165,7 @@ class Kernels:
     hopper: bool
 
     def operations(self, table: TileTable, config: GPTConfig) -> Operations:
-        """Cut up as the table says."""
+        """The operations with the table's tiles."""
         return triton_operations(
             table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper
         )
@@ -181,12 +181,12 @@ class Stage:
 
     @property
     def of_head(self) -> bool:
-        """Whether it is the last product's, which no layer has."""
+        """Whether the setting is of the head, which no layer has."""
         return self.section in ("whole_linear", "fused_head")
 
 
 def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
-    """In the order in which they are tuned."""
+    """The settings to tune, in their order."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
     candidates = list(attention_candidates(config.head_size, kernels.hopper))
     attention = Stage("attention", (config.n_head, config.head_size), candidates)
