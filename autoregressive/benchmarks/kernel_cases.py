@@ -50,9 +50,8 @@ class Setting:
     dtype: torch.dtype
     operations: Operations
     cold_bytes: int  # so much between two uses of the same memory leaves no cache warm
-    attention_tiles: AttentionTiles | None = (
-        None  # of the operations' attention; None: torch's, which has no chunks to combine
-    )
+    # of the operations' attention; None: torch's, which has no chunks to combine
+    attention_tiles: AttentionTiles | None = None
     launch_pdl: bool = False
 
     @property

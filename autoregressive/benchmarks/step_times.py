@@ -45,9 +45,8 @@ class OperationTime:
     busy_us: float  # from start to end
     # from the end of the kernel before to the own end; None: nothing overlaps
     adds_us: float | None
-    bytes: int | None = (
-        None  # that must come from memory; None: none but activations, which stay in the cache
-    )
+    # that must come from memory; None: none but activations, which stay in the cache
+    bytes: int | None = None
     floor_us: float | None = None
 
     @property

@@ -187,9 +187,8 @@ def select_flattened(names: Iterable[str], path: Path, ema: bool) -> dict[str, s
             names become the same one.
     """
     names = list(names)
-    sets: dict[
-        tuple[str, ...], dict[str, str]
-    ] = {}  # folder -> name in it -> name in the checkpoint
+    # folder -> name in it -> name in the checkpoint
+    sets: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
         folder, inside = _split_folder(name)
         if (

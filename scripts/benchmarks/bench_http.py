@@ -91,9 +91,9 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
         if now - told_at > STATS_SECONDS:
             told_at = now
             outbox.put(LoopStats(2 * len(running)))
-        patience = _STEP_SECONDS
-        while wait([connection], patience):
-            patience = 0.0
+        timeout = _STEP_SECONDS
+        while wait([connection], timeout):
+            timeout = 0.0
             for command in receive(connection):
                 if isinstance(command, Stop):
                     return

@@ -48,9 +48,8 @@ REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
 CACHES = 4  # copies fill the second-level cache so many times
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_OTHER_TOKENS = (
-    0.1  # share of draws that may differ from the reference's: ties within the noise's precision
-)
+# share of draws that may differ from the reference's: ties within the noise's precision
+_OTHER_TOKENS = 0.1
 
 
 @dataclass(frozen=True)

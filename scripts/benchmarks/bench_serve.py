@@ -50,7 +50,7 @@ _PREVIEW, _COMPLETED = (
     b"event: image_generation.partial_image",
     b"event: image_generation.completed",
 )
-_PATIENCE_SECONDS = 600.0
+_TIMEOUT_SECONDS = 600.0
 _AFTER_REFUSAL_SECONDS = 0.1  # before a saturating client asks again
 
 
@@ -70,7 +70,7 @@ class Load:
         """A client without a limit of connections."""
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx2.AsyncClient(
-            base_url=self.url, headers=authorization(), timeout=_PATIENCE_SECONDS, limits=limits
+            base_url=self.url, headers=authorization(), timeout=_TIMEOUT_SECONDS, limits=limits
         )
 
     def bodies(self) -> Iterator[dict[str, Any]]:
@@ -95,9 +95,8 @@ class Measured:
     rate: float | None  # requests a second that were due; None: as many as there were answers
     requests: int = 0
     images: int = 0
-    seconds: float = (
-        0.0  # from the first that was due to the last answer, or the first that counts to the last
-    )
+    # from the first that was due to the last answer, or the first that counts to the last
+    seconds: float = 0.0
     pace: float = 0.0  # images a second
     # seconds from when each request was due
     first_preview: list[float] = field(default_factory=list)

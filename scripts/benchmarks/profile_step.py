@@ -141,10 +141,8 @@ class Span:
         self._pages = order.view(rows, -1).tolist()
         self.batch = Batch(shape, runner.device)
         runner.prepare(self.batch)
-        for (
-            pages
-        ) in runner.kv_pages:  # a layer at a time, for memory's sake; zeros would run faster
-            pages.normal_()
+        for pages in runner.kv_pages:  # a layer at a time, for memory's sake
+            pages.normal_()  # zeros would run faster
         self.batch.codes.random_(0, runner.model.vocab_size)
 
     def rewind(self) -> None:

@@ -49,11 +49,7 @@ with slow_imports(__name__):
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
 # their mean is a whole image's; at one alone, tiles win that lose at the others
-_CONTEXTS = (
-    96,
-    288,
-    480,
-)
+_CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 
 
@@ -270,11 +266,8 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
     of rows.
     """
     operations = kernels.operations(table, chain.config)
-    prepare, repeats = (
-        (chain.heads_step, len(chain.heads))
-        if heads
-        else (chain.layers_step, len(chain.weights.layers))
-    )
+    prepare = chain.heads_step if heads else chain.layers_step
+    repeats = len(chain.heads if heads else chain.weights.layers)
     if not kernels.hopper:  # whose programs hold fewer tiles then
         prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
@@ -285,9 +278,8 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        contexts = _CONTEXTS[:1] if heads else _CONTEXTS
         medians = []
-        for context in contexts:
+        for context in _CONTEXTS[:1] if heads else _CONTEXTS:
             chain.batch.positions.fill_(context)
             medians.append(median_seconds(graph.replay, chain.batch.positions.device, repeats=9))
         times.append(sum(medians) / len(medians) / repeats * 1e6)

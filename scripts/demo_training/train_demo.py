@@ -199,9 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     emoji = load_sprites(arguments.font)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch._inductor.config.deterministic = (
-        True  # else reductions are tuned by timing, and the last bits vary
-    )
+    # else reductions are tuned by timing, and the last bits vary
+    torch._inductor.config.deterministic = True
     torch.set_float32_matmul_precision("high")
     sprites = emoji.to(device)
     vq_path, gpt_path = (
