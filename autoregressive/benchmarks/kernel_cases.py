@@ -103,24 +103,12 @@ class Case:
     operation: str
     shape: str
     bytes: int  # that must be moved
-    multiplications: int  # of a matrix product's elements; 0: counts as nothing
-    copies: int
     run: Callable[[int], object]  # on a copy
-    library: Callable[[int], object] | None  # cuBLAS's product on a copy
     # relative, against the torch reference in float32; of the draw the share of other tokens
     error: Callable[[], float]
-
-    @classmethod
-    def of(
-        cls,
-        operation: str,
-        shape: str,
-        moved: int,
-        run: Callable[[int], object],
-        error: Callable[[], float],
-    ) -> "Case":
-        """An operation that is no matrix product and has one copy of its inputs."""
-        return cls(operation, shape, moved, 0, 1, run, None, error)
+    multiplications: int = 0  # of a matrix product's elements; 0: counts as nothing
+    copies: int = 1  # of weights or pages
+    library: Callable[[int], object] | None = None  # cuBLAS's product on a copy
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -289,7 +277,7 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
         setting.operations.gate(products, out)
 
     error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
-    return Case.of("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
+    return Case("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
 
 
 def project_case(
@@ -350,16 +338,8 @@ def attention_case(setting: Setting) -> Case:
         return relative_error(layers.attention_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
-    return Case(
-        "attention",
-        f"{heads} x {size}, {setting.context} tokens",
-        kv_bytes,
-        0,
-        len(kv),
-        run,
-        None,
-        error,
-    )
+    shape = f"{heads} x {size}, {setting.context} tokens"
+    return Case("attention", shape, kv_bytes, run, error, copies=len(kv))
 
 
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
@@ -384,7 +364,7 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
 
     moved = rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes
     shape = f"{heads} x {size}, {written} chunks"
-    return Case.of("combine", shape, moved, run, compared(run, out, reference))
+    return Case("combine", shape, moved, run, compared(run, out, reference))
 
 
 def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
@@ -403,7 +383,7 @@ def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
         return relative_error(normed, wanted)
 
     moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
-    return Case.of("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
+    return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
 
 
 def embed_case(setting: Setting) -> Case:
@@ -434,7 +414,7 @@ def embed_case(setting: Setting) -> Case:
         sum(each.nbytes for each in written)
         + (setting.rows + 1) * config.dim * setting.dtype.itemsize
     )
-    return Case.of("embed", f"{config.dim}", moved, run, error)
+    return Case("embed", f"{config.dim}", moved, run, error)
 
 
 def draw_case(setting: Setting) -> Case:
@@ -468,7 +448,7 @@ def draw_case(setting: Setting) -> Case:
     def run(_: int) -> None:
         draw(setting.operations, own)
 
-    return Case.of("draw", f"{vocab}", logits.nbytes, run, error)
+    return Case("draw", f"{vocab}", logits.nbytes, run, error)
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
@@ -514,14 +494,13 @@ def _timed_product(
     def library(copy: int) -> None:
         torch.mm(x, weights[copy].t(), out=product)
 
-    size = outputs * inputs * setting.dtype.itemsize
     return Case(
         name,
         f"{outputs} x {inputs}",
-        size,
-        outputs * inputs * setting.rows,
-        copies,
+        outputs * inputs * setting.dtype.itemsize,
         run,
-        library,
         error,
+        multiplications=outputs * inputs * setting.rows,
+        copies=copies,
+        library=library,
     )

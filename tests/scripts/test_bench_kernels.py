@@ -345,8 +345,8 @@ def test_a_wrong_result_is_called_wrong() -> None:
     right = torch.ones(3)
     assert relative_error(right, right) == 0
     assert relative_error(torch.zeros(3), right) == 1
-    case = Case("head", "", 0, 0, 1, print, None, lambda: 0.0)
-    draw = Case("draw", "", 0, 0, 1, print, None, lambda: 0.0)
+    case = Case("head", "", 0, print, lambda: 0.0)
+    draw = Case("draw", "", 0, print, lambda: 0.0)
     assert not bench_kernels.is_wrong(case, 1e-5, torch.float32)
     assert bench_kernels.is_wrong(case, math.nan, torch.bfloat16)
     assert bench_kernels.is_wrong(case, 0.1, torch.bfloat16)
