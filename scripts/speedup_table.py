@@ -41,7 +41,6 @@ with slow_imports(__name__):
         models_for,
         names,
         script_parser,
-        use_device,
         whole_number,
     )
     from autoregressive.benchmarks.speedup_report import (
@@ -58,6 +57,7 @@ with slow_imports(__name__):
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
+    from autoregressive.output.records import device_name
     from autoregressive.sample.sample_c2i import set_numerics, threads_that_pay
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
@@ -310,13 +310,12 @@ def worker_flags(arguments: argparse.Namespace) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
-    device_name = use_device(arguments.device)
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
     job = Job(
         arguments.image_size,
         arguments.images,
         str(arguments.device),
-        device_name,
+        device_name(arguments.device),
         torch.__version__,
         code_version(),
         *repeats,
@@ -355,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [results.row(model, arguments.methods) for model in arguments.models]
     table = f"{markdown(rows)}\n{job.medians_of()}\n"
     write_whole(folder / "speedup.md", lambda part: part.write_text(table, encoding="utf-8"))
-    write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
+    write_whole(folder / "speedup.png", lambda part: chart(rows, job.device_name).save(part))
     print(table)
     print(json.dumps(results.report()))
     if any(row.errors for row in rows):

@@ -3,6 +3,7 @@ may pay.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
@@ -33,32 +34,28 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
     """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a
     program on their way.
     """
-    for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128, 256):
-            for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
-                tiles = -(-inputs // (tile * splits))
-                if (
-                    20 <= outputs // tile_outputs * splits <= 420
-                    and tiles * tile * splits <= 1.25 * inputs
-                ):
-                    for stages in _stages(tiles, tile_outputs, tile):
-                        yield FusedTiles(tile_outputs, tile, splits, stages, warps)
+    splits_tried = (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1)
+    blocks = ((64, 4), (128, 4), (128, 8))
+    for (tile_outputs, warps), tile, splits in product(blocks, (64, 128, 256), splits_tried):
+        tiles = -(-inputs // (tile * splits))
+        programs = outputs // tile_outputs * splits
+        if 20 <= programs <= 420 and tiles * tile * splits <= 1.25 * inputs:
+            for stages in _stages(tiles, tile_outputs, tile):
+                yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
 def fused_swiglu_candidates(inputs: int) -> Iterator[FusedTiles]:
     """Candidates for the fused gated product, which has no splits."""
-    for half, warps in ((32, 4), (64, 4), (64, 8)):
-        for tile in (64, 128, 256):
-            for stages in _stages(-(-inputs // tile), 2 * half, tile):
-                yield FusedTiles(half, tile, 1, stages, warps)
+    for (half, warps), tile in product(((32, 4), (64, 4), (64, 8)), (64, 128, 256)):
+        for stages in _stages(-(-inputs // tile), 2 * half, tile):
+            yield FusedTiles(half, tile, 1, stages, warps)
 
 
 def fused_head_candidates(inputs: int) -> Iterator[FusedTiles]:
     """Candidates for the fused head, which has no splits."""
-    for outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128):
-            for stages in _stages(-(-inputs // tile), outputs, tile):
-                yield FusedTiles(outputs, tile, 1, stages, warps)
+    for (outputs, warps), tile in product(((64, 4), (128, 4), (128, 8)), (64, 128)):
+        for stages in _stages(-(-inputs // tile), outputs, tile):
+            yield FusedTiles(outputs, tile, 1, stages, warps)
 
 
 def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
