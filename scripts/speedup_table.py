@@ -45,8 +45,8 @@ with slow_imports(__name__):
     )
     from autoregressive.benchmarks.speedup_report import (
         METHODS,
-        Job,
         Results,
+        SpeedupJob,
         Timing,
         chart,
         markdown,
@@ -70,7 +70,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16
 
 
-def settings_for(model: str, job: Job, folder: Path) -> Settings:
+def settings_for(model: str, job: SpeedupJob, folder: Path) -> Settings:
     """The naive command's settings for this model's job."""
     typed = ["--gpt-model", model, "--device", job.device, "--output", str(folder / "unused.png")]
     if job.image_size is not None:
@@ -149,7 +149,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return now(device) - began
 
 
-def work(arguments: argparse.Namespace, job: Job) -> None:
+def work(arguments: argparse.Namespace, job: SpeedupJob) -> None:
     """In the fresh process: times one model's methods in turn, a line of JSON each; the first
     failure is the last line.
     """
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
-    job = Job(
+    job = SpeedupJob(
         arguments.image_size,
         arguments.images,
         str(arguments.device),

@@ -48,7 +48,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class Job:
+class SpeedupJob:
     """What every method is timed on; results of another job are not mixed with these."""
 
     image_size: int | None  # None: the models' default
@@ -88,7 +88,7 @@ class Timing:
 class Results:
     """The finished timings of one job, kept in a file after each."""
 
-    def __init__(self, path: Path, job: Job) -> None:
+    def __init__(self, path: Path, job: SpeedupJob) -> None:
         self._path, self._job = path, asdict(job)
         # model -> method -> {"timing": a Timing} or {"error": why}
         self.timings: dict[str, dict[str, dict[str, Any]]] = {}
