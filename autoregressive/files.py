@@ -132,9 +132,8 @@ def _unfinished_file(target: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield unfinished
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # not there after success; an error here would hide the first one
+        # It is not there after success; an error here would hide the first one.
+        with contextlib.suppress(OSError):
             unfinished.unlink()
         with contextlib.suppress(OSError):
             os.close(descriptor)

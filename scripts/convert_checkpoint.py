@@ -16,7 +16,7 @@ with slow_imports(__name__):
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from autoregressive.files import write_whole
+    from autoregressive.files import check_file, write_whole
     from autoregressive.models.gpt import GPT_models
     from autoregressive.progress import progress_bar
     from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
@@ -50,7 +50,7 @@ MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an out
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = OneLineParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,24 +78,12 @@ def check_output(path: Path, force: bool) -> None:
     Raises:
         UserError: it cannot.
     """
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: the name of the output has to end in .safetensors")
     try:
         str(path).encode()
-        is_file_name = path.parent.is_dir() and not path.is_dir()
-        exists = path.exists()
     except UnicodeEncodeError as error:
         raise UserError(f"{path}: the name is not UTF-8; choose another") from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; choose another name"
-        ) from error
-    if not is_file_name:
-        raise UserError(
-            f"{path}: is a directory, or its folder does not exist; name a file in an existing "
-            "folder"
-        )
-    if exists and not force:
+    check_file("OUT", path, ".safetensors")
+    if path.exists() and not force:
         raise UserError(
             f"{path}: exists already; choose another name, or give --force to replace it"
         )

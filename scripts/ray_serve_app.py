@@ -34,7 +34,7 @@ class ReplicaApp:
 
     @property
     def failure(self) -> str | None:
-        """Why the replica is to be replaced."""
+        """Why the replica has to be replaced; None while it works."""
         if self._service is None:
             return None
         return self._service.dispatcher.failure or self._service.dispatcher.unable

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,17 +41,23 @@ with slow_imports(__name__):
         models_for,
         names,
         script_parser,
-        use_device,
         whole_number,
     )
-    from autoregressive.benchmarks.models import empty_transformer
-    from autoregressive.benchmarks.speedup_report import METHODS, ModelRow, chart, markdown
+    from autoregressive.benchmarks.speedup_report import (
+        METHODS,
+        Results,
+        SpeedupJob,
+        Timing,
+        chart,
+        markdown,
+    )
     from autoregressive.cli.flags import build_parser
     from autoregressive.cli.settings import Settings, resolve_settings
     from autoregressive.devices import now, threads_that_pay
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
+    from autoregressive.output.records import device_name
     from autoregressive.sample.naive import set_numerics
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
@@ -63,45 +69,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _EAGER_WARM_UP_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every method is timed on; results of another job are not mixed with these."""
-
-    image_size: int | None  # None: the models' default
-    images: int | None  # None: all labels
-    device: str
-    device_name: str
-    torch: str
-    # of the product's sources: what was measured before a change is not what is measured after it
-    code: str
-    repeats: int
-    naive_repeats: int  # of the plain loop
-
-    def medians_of(self) -> str:
-        """What the table's figures are."""
-        plain = (
-            f" (the plain loop: of {self.naive_repeats})"
-            if self.naive_repeats != self.repeats
-            else ""
-        )
-        return f"Each time is the median of {self.repeats} after one warm-up{plain}."
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One finished method of one model."""
-
-    seconds: float  # median
-    repeats: list[float]
-    warm_up_seconds: float  # of the warm-up, which for `compile` includes compiling
-    trained: bool
-    start_seconds: float | None = None  # of the engine: compiling kernels and capturing
-    floor_seconds: float | None = None
-    read_bytes_per_second: float | None = None
-    operations_per_second: float | None = None
-
-
-def settings_for(model: str, job: Job, folder: Path) -> Settings:
+def settings_for(model: str, job: SpeedupJob, folder: Path) -> Settings:
     """The naive command's settings for this model's job."""
     typed = ["--gpt-model", model, "--device", job.device, "--output", str(folder / "unused.png")]
     if job.image_size is not None:
@@ -115,7 +83,7 @@ def settings_for(model: str, job: Job, folder: Path) -> Settings:
 
 
 def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
-    """The plain loop, as the naive command runs it."""
+    """Times the plain loop as the naive command runs it."""
     set_numerics(settings)
     found = find_weights(settings.model)
     gpt = load_models(settings.model, found).gpt
@@ -148,7 +116,7 @@ def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
 
 
 def time_paged(settings: Settings, repeats: int) -> Timing:
-    """The engine, codes back on the host."""
+    """Times the engine until the codes are on the host."""
     set_numerics(settings)
     found = find_weights(settings.model)
     gpt = load_models(settings.model, found).gpt
@@ -174,13 +142,13 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Of one run, the device idle before and after."""
+    """Seconds of one run; the device is idle before and after it."""
     began = now(device)
     run()
     return now(device) - began
 
 
-def work(arguments: argparse.Namespace, job: Job) -> None:
+def work(arguments: argparse.Namespace, job: SpeedupJob) -> None:
     """In the fresh process: times one model's methods in turn, a line of JSON each; the first
     failure is the last line.
     """
@@ -244,120 +212,20 @@ def run_model(
                         left.remove(outcome["method"])
                         failed = failed or "error" in outcome
                         yield outcome.pop("method"), outcome
-                except (
-                    BaseException
-                ):  # Ctrl-C, which the worker need not have heard: it would go on using the GPU
+                except BaseException:
+                    # After Ctrl-C the worker, which need not have heard it, would go on using the
+                    # GPU.
                     process.kill()
                     raise
             errors.seek(0)
             said = errors.read().strip()
         if failed:
             print(said, file=sys.stderr)
-        elif (
-            process.returncode != 0 and left
-        ):  # it died without a word, as after a crash of the driver
+        elif process.returncode != 0 and left:
+            # It died without a line of its own, as after a crash of the driver.
             reason = said.splitlines()[-1] if said else "no message"
-            yield (
-                left.pop(0),
-                {"error": f"the process ended with status {process.returncode}: {reason}"},
-            )
-
-
-class Results:
-    """The finished timings of one job, kept in a file after each."""
-
-    def __init__(self, path: Path, job: Job) -> None:
-        self._path, self._job = path, asdict(job)
-        self.timings: dict[
-            str, dict[str, dict[str, Any]]
-        ] = {}  # model -> method -> Timing or error
-        if path.exists():
-            try:
-                kept = json.loads(path.read_text())
-                kept_job, self.timings = kept["job"], dict(kept["results"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path} is no file of this script's: remove it, or choose another --output-dir"
-                ) from error
-            if kept_job != self._job:
-                raise UserError(
-                    f"{path} holds the results of another job ({kept_job}): choose another "
-                    "--output-dir"
-                )
-
-    def missing(self, model: str, methods: Sequence[str]) -> list[str]:
-        """Methods that have not finished; failed ones are tried again."""
-        return [
-            method
-            for method in methods
-            if "timing" not in self.timings.get(model, {}).get(method, {})
-        ]
-
-    def keep(self, model: str, method: str, outcome: dict[str, Any]) -> None:
-        """Adds one, and writes the file."""
-        self.timings.setdefault(model, {})[method] = outcome
-        self.save()
-
-    def save(self) -> None:
-        """Writes the file."""
-        text = json.dumps(self.report(), indent=1) + "\n"
-        write_whole(self._path, lambda part: part.write_text(text))
-
-    def report(self) -> dict[str, Any]:
-        """Everything."""
-        return {
-            "benchmark": "speedup",
-            "job": self._job,
-            "highest_read_bytes_per_second": self._highest_bandwidth(),
-            "floor_seconds": {model: self._floor_seconds(model) for model in self.timings},
-            "results": self.timings,
-        }
-
-    def _highest_bandwidth(self) -> float | None:
-        """Of all models' processes, bytes a second: the same GPU, which measures less when it is
-        hot. None: not measured.
-        """
-        timings = (methods.get("paged", {}).get("timing", {}) for methods in self.timings.values())
-        return max(
-            (
-                timing["read_bytes_per_second"]
-                for timing in timings
-                if timing.get("read_bytes_per_second")
-            ),
-            default=None,
-        )
-
-    def _floor_seconds(self, model: str) -> float | None:
-        """At the highest bandwidth; eight pictures' rows are too few for arithmetic to bound a
-        product.
-        """
-        timing, highest = (
-            self.timings.get(model, {}).get("paged", {}).get("timing", {}),
-            self._highest_bandwidth(),
-        )
-        if highest is None or timing.get("floor_seconds") is None:
-            return None
-        return timing["floor_seconds"] * timing["read_bytes_per_second"] / highest
-
-    def row(self, model: str, methods: Sequence[str]) -> ModelRow:
-        """A model's line of the table."""
-        outcomes = {
-            method: outcome
-            for method, outcome in self.timings.get(model, {}).items()
-            if method in methods
-        }
-        seconds = {
-            method: outcome["timing"]["seconds"]
-            for method, outcome in outcomes.items()
-            if "timing" in outcome
-        }
-        errors = {
-            method: outcome["error"] for method, outcome in outcomes.items() if "error" in outcome
-        }
-        floor = self._floor_seconds(model) if "paged" in outcomes else None
-        return ModelRow(
-            model, parameters_of(model, self._job["image_size"]), seconds, errors, floor
-        )
+            told = f"the process ended with status {process.returncode}: {reason}"
+            yield left.pop(0), {"error": told}
 
 
 def code_version() -> str:
@@ -379,13 +247,8 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def parameters_of(model: str, image_size: int | None) -> int:
-    """Elements of its weights."""
-    return sum(parameter.numel() for parameter in empty_transformer(model, image_size).parameters())
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser)
     parser.add_argument(
@@ -433,16 +296,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def worker_flags(arguments: argparse.Namespace) -> list[str]:
+    """The flags that every model's fresh process gets."""
+    flags = ["--repeats", str(arguments.repeats), "--device", str(arguments.device)]
+    flags += ["--output-dir", str(arguments.output_dir)]
+    for name in ("image_size", "images", "naive_repeats"):
+        if getattr(arguments, name) is not None:
+            flags += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return flags
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
-    device_name = use_device(arguments.device)
     repeats = arguments.repeats, arguments.naive_repeats or arguments.repeats
-    job = Job(
+    job = SpeedupJob(
         arguments.image_size,
         arguments.images,
         str(arguments.device),
-        device_name,
+        device_name(arguments.device),
         torch.__version__,
         code_version(),
         *repeats,
@@ -458,17 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("speedup.json", "speedup.md", "speedup.png"):
         check_file("--output-dir", folder / name, Path(name).suffix)
     results = Results(folder / "speedup.json", job)
-    options = [
-        "--repeats",
-        str(arguments.repeats),
-        "--device",
-        str(arguments.device),
-        "--output-dir",
-        str(folder),
-    ]
-    for flag in ("image_size", "images", "naive_repeats"):
-        if getattr(arguments, flag) is not None:
-            options += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
+    options = worker_flags(arguments)
     for model in arguments.models:
         missing = results.missing(model, arguments.methods)
         kept = [method for method in arguments.methods if method not in missing]
@@ -491,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [results.row(model, arguments.methods) for model in arguments.models]
     table = f"{markdown(rows)}\n{job.medians_of()}\n"
     write_whole(folder / "speedup.md", lambda part: part.write_text(table, encoding="utf-8"))
-    write_whole(folder / "speedup.png", lambda part: chart(rows, device_name).save(part))
+    write_whole(folder / "speedup.png", lambda part: chart(rows, job.device_name).save(part))
     print(table)
     print(json.dumps(results.report()))
     if any(row.errors for row in rows):

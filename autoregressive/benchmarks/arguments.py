@@ -17,6 +17,7 @@ from autoregressive.devices import resolve_device
 from autoregressive.files import check_file, write_whole
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
+from autoregressive.output.records import device_name
 
 
 def script_parser(purpose: str | None) -> OneLineParser:
@@ -162,11 +163,10 @@ def on_cpu(default: object) -> str:
 
 
 def use_device(device: torch.device) -> str:
-    """Makes the device the current one; its name for people."""
-    if device.type != "cuda":
-        return "cpu"
-    torch.cuda.set_device(device)
-    return torch.cuda.get_device_name(device)
+    """Makes the device the current one. Returns its name."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device_name(device)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

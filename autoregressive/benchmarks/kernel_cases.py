@@ -52,19 +52,18 @@ class Setting:
     dtype: torch.dtype
     operations: Operations
     cold_bytes: int  # so much between two uses of the same memory leaves no cache warm
-    attention_tiles: AttentionTiles | None = (
-        None  # of the operations' attention; None: torch's, which has no chunks to combine
-    )
+    # of the operations' attention; None: torch's, which has no chunks to combine
+    attention_tiles: AttentionTiles | None = None
     launch_pdl: bool = False
 
     @property
     def factory(self) -> LayersFactory:
-        """The engine's, for the default configuration."""
+        """The factory of layers that the engine uses in its default configuration."""
         return LayersFactory(self.config, self.dtype, self.operations, library=True)
 
     @cached_property
     def layers(self) -> Layers:
-        """What carries out a step of so many rows, in memory of its own."""
+        """The layers that carry out a step of so many rows, with scratch memory of their own."""
         return self.factory.make(
             self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype)
         )
@@ -83,7 +82,7 @@ class Setting:
 
     @property
     def pages_of_row(self) -> int:
-        """That the context fills, the last one in part."""
+        """How many pages the context fills, the last one in part."""
         return -(-self.context // _PAGE_SIZE)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -91,7 +90,7 @@ class Setting:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """To be written."""
+        """Memory that is to be written."""
         return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
 
     def copies(self, size: int) -> int:
@@ -106,24 +105,12 @@ class Case:
     operation: str
     shape: str
     bytes: int  # that must be moved
-    multiplications: int  # of a matrix product's elements; 0: counts as nothing
-    copies: int
     run: Callable[[int], object]  # on a copy
-    library: Callable[[int], object] | None  # cuBLAS's product on a copy
     # relative, against the torch reference in float32; of the draw the share of other tokens
     error: Callable[[], float]
-
-    @classmethod
-    def of(
-        cls,
-        operation: str,
-        shape: str,
-        moved: int,
-        run: Callable[[int], object],
-        error: Callable[[], float],
-    ) -> "Case":
-        """An operation that is no product, on the one copy of its inputs."""
-        return cls(operation, shape, moved, 0, 1, run, None, error)
+    multiplications: int = 0  # of a matrix product's elements; 0: counts as nothing
+    copies: int = 1  # of weights or pages
+    library: Callable[[int], object] | None = None  # cuBLAS's product on a copy
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -143,7 +130,7 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     reference = torch_operations()
 
     def linear(name: str, inputs: int, out: Tensor) -> Case:
-        """Its consumer adds up the partial sums."""
+        """A product whose consumer adds up the partial sums."""
         x = _input(setting, inputs)
 
         def product(weight: Tensor) -> None:
@@ -232,14 +219,14 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def largest(errors: Iterable[float]) -> float:
-    """NaN if one is, which `max` may pass over."""
+    """The largest error. It is NaN if one of them is, which `max` may pass over."""
     return float(torch.tensor(list(errors)).max())
 
 
 def compared(
     run: Callable[[int], object], out: Tensor, reference: Callable[[Tensor], object]
 ) -> Callable[[], float]:
-    """What measures the error of one run.
+    """A function that measures the error of one run.
 
     Args:
         out: what `run` writes, [rows, columns] or partial sums of it.
@@ -292,7 +279,7 @@ def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
         setting.operations.gate(products, out)
 
     error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
-    return Case.of("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
+    return Case("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
 
 
 def project_case(
@@ -353,16 +340,8 @@ def attention_case(setting: Setting) -> Case:
         return relative_error(layers.attn_out, wanted)
 
     kv_bytes = rows * setting.context * 2 * config.dim * itemsize
-    return Case(
-        "attention",
-        f"{heads} x {size}, {setting.context} tokens",
-        kv_bytes,
-        0,
-        len(kv),
-        run,
-        None,
-        error,
-    )
+    shape = f"{heads} x {size}, {setting.context} tokens"
+    return Case("attention", shape, kv_bytes, run, error, copies=len(kv))
 
 
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
@@ -387,7 +366,7 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
 
     moved = rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes
     shape = f"{heads} x {size}, {written} chunks"
-    return Case.of("combine", shape, moved, run, compared(run, out, reference))
+    return Case("combine", shape, moved, run, compared(run, out, reference))
 
 
 def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
@@ -406,7 +385,7 @@ def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
         return relative_error(normed, wanted)
 
     moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
-    return Case.of("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
+    return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
 
 
 def embed_case(setting: Setting) -> Case:
@@ -437,7 +416,7 @@ def embed_case(setting: Setting) -> Case:
         sum(each.nbytes for each in written)
         + (setting.rows + 1) * config.dim * setting.dtype.itemsize
     )
-    return Case.of("embed", f"{config.dim}", moved, run, error)
+    return Case("embed", f"{config.dim}", moved, run, error)
 
 
 def draw_case(setting: Setting) -> Case:
@@ -471,18 +450,18 @@ def draw_case(setting: Setting) -> Case:
     def run(_: int) -> None:
         draw(setting.operations, own)
 
-    return Case.of("draw", f"{vocab}", logits.nbytes, run, error)
+    return Case("draw", f"{vocab}", logits.nbytes, run, error)
 
 
 def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
-    """Copies [copies, outputs, inputs]."""
+    """Random weights in several copies, [copies, outputs, inputs]."""
     return setting.random(
         setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs
     )
 
 
 def _input(setting: Setting, inputs: int) -> Tensor:
-    """Something to multiply by weights [rows, inputs]; results are about 1."""
+    """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
     return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
 
 
@@ -499,7 +478,7 @@ def _input_of_fused(setting: Setting, squares: Tensor) -> Tensor:
 
 
 def _normed(setting: Setting) -> Tensor:
-    """The same [rows, width], as the last norm left it."""
+    """The same inputs [rows, width], in the memory that the last norm writes."""
     return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
 
 
@@ -517,14 +496,13 @@ def _timed_product(
     def library(copy: int) -> None:
         torch.mm(x, weights[copy].t(), out=product)
 
-    size = outputs * inputs * setting.dtype.itemsize
     return Case(
         name,
         f"{outputs} x {inputs}",
-        size,
-        outputs * inputs * setting.rows,
-        copies,
+        outputs * inputs * setting.dtype.itemsize,
         run,
-        library,
         error,
+        multiplications=outputs * inputs * setting.rows,
+        copies=copies,
+        library=library,
     )

@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 420, 70, 60, 50, 60
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """By nearest rank; None of nothing."""
+    """The percentiles by nearest rank, in seconds; None if there are no values."""
     ordered = sorted(seconds)
     if not ordered:
         return None
@@ -62,7 +62,7 @@ def steady_rate(
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:
-    """One line a rate."""
+    """A table in Markdown with one line for each rate."""
     lines = [
         f"| requests/s | requests | images/s | first preview, {PERCENTILES} | image, {PERCENTILES} "
         "| failures |"

@@ -44,7 +44,7 @@ def authorization() -> dict[str, str]:
 
 @contextmanager
 def service_at(url: str) -> Iterator[None]:
-    """Around questions to a service.
+    """Turns a failure to connect to a service into one line.
 
     Raises:
         UserError: no service answers at that address.
@@ -82,7 +82,7 @@ def running_service(command: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def last_json(command: Sequence[str]) -> dict[str, Any]:
-    """What a script ends in."""
+    """Runs a script and returns the JSON in its last line."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[1]).name} failed: run it by hand to see why")
@@ -90,7 +90,7 @@ def last_json(command: Sequence[str]) -> dict[str, Any]:
 
 
 def at_once(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """What several scripts end in that run beside each other."""
+    """Runs several scripts at the same time and returns the JSON of each."""
     with ThreadPoolExecutor(len(commands)) as pool:
         return list(pool.map(last_json, commands))
 

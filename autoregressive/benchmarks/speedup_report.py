@@ -1,9 +1,17 @@
-"""The table and the bar chart of speedup_table.py."""
+"""The timings of speedup_table.py, kept in a file, its table and its bar chart."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from autoregressive.benchmarks.models import empty_transformer
+from autoregressive.errors import UserError
+from autoregressive.files import write_whole
 
 METHODS = ("naive", "compile", "paged")
 _COLUMNS = (
@@ -37,6 +45,129 @@ class ModelRow:
     seconds: dict[str, float]  # by method, where it finished
     errors: dict[str, str]  # by method, where it failed
     floor_seconds: float | None
+
+
+@dataclass(frozen=True)
+class SpeedupJob:
+    """What every method is timed on; results of another job are not mixed with these."""
+
+    image_size: int | None  # None: the models' default
+    images: int | None  # None: all labels
+    device: str
+    device_name: str
+    torch: str
+    # of the product's sources: what was measured before a change is not what is measured after it
+    code: str
+    repeats: int
+    naive_repeats: int  # of the plain loop
+
+    def medians_of(self) -> str:
+        """A sentence that says what the times of the table are medians of."""
+        plain = (
+            f" (the plain loop: of {self.naive_repeats})"
+            if self.naive_repeats != self.repeats
+            else ""
+        )
+        return f"Each time is the median of {self.repeats} after one warm-up{plain}."
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One finished method of one model."""
+
+    seconds: float  # median
+    repeats: list[float]
+    warm_up_seconds: float  # of the warm-up, which for `compile` includes compiling
+    trained: bool
+    start_seconds: float | None = None  # of the engine: compiling kernels and capturing
+    floor_seconds: float | None = None
+    read_bytes_per_second: float | None = None
+    operations_per_second: float | None = None
+
+
+class Results:
+    """The finished timings of one job, kept in a file after each."""
+
+    def __init__(self, path: Path, job: SpeedupJob) -> None:
+        self._path, self._job = path, asdict(job)
+        # model -> method -> {"timing": a Timing} or {"error": why}
+        self.timings: dict[str, dict[str, dict[str, Any]]] = {}
+        if path.exists():
+            try:
+                kept = json.loads(path.read_text())
+                kept_job, self.timings = kept["job"], dict(kept["results"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path} is no file of this script's: remove it, or choose another --output-dir"
+                ) from error
+            if kept_job != self._job:
+                raise UserError(
+                    f"{path} holds the results of another job ({kept_job}): choose another "
+                    "--output-dir"
+                )
+
+    def timing(self, model: str, method: str) -> dict[str, Any]:
+        """The timing of a finished method; it is empty if the method failed or was not run."""
+        timing: dict[str, Any] = self.timings.get(model, {}).get(method, {}).get("timing", {})
+        return timing
+
+    def missing(self, model: str, methods: Sequence[str]) -> list[str]:
+        """Methods that have not finished; failed ones are tried again."""
+        return [method for method in methods if not self.timing(model, method)]
+
+    def keep(self, model: str, method: str, outcome: dict[str, Any]) -> None:
+        """Adds a timing or an error, and writes the file."""
+        self.timings.setdefault(model, {})[method] = outcome
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file."""
+        text = json.dumps(self.report(), indent=1) + "\n"
+        write_whole(self._path, lambda part: part.write_text(text))
+
+    def report(self) -> dict[str, Any]:
+        """All results, ready for JSON."""
+        return {
+            "benchmark": "speedup",
+            "job": self._job,
+            "highest_read_bytes_per_second": self._highest_bandwidth(),
+            "floor_seconds": {model: self._floor_seconds(model) for model in self.timings},
+            "results": self.timings,
+        }
+
+    def _highest_bandwidth(self) -> float | None:
+        """Of all models' processes, bytes a second: the same GPU, which measures less when it is
+        hot. None: not measured.
+        """
+        rates = (self.timing(model, "paged").get("read_bytes_per_second") for model in self.timings)
+        return max(filter(None, rates), default=None)
+
+    def _floor_seconds(self, model: str) -> float | None:
+        """At the highest bandwidth; eight pictures' rows are too few for arithmetic to bound a
+        product.
+        """
+        timing, highest = self.timing(model, "paged"), self._highest_bandwidth()
+        if highest is None or timing.get("floor_seconds") is None:
+            return None
+        seconds: float = timing["floor_seconds"] * timing["read_bytes_per_second"] / highest
+        return seconds
+
+    def row(self, model: str, methods: Sequence[str]) -> ModelRow:
+        """A model's line of the table."""
+        kept = self.timings.get(model, {})
+        done = {method: kept[method] for method in methods if method in kept}
+        return ModelRow(
+            model,
+            parameters_of(model, self._job["image_size"]),
+            {name: done[name]["timing"]["seconds"] for name in done if "timing" in done[name]},
+            {name: done[name]["error"] for name in done if "error" in done[name]},
+            self._floor_seconds(model) if "paged" in done else None,
+        )
+
+
+def parameters_of(model: str, image_size: int | None) -> int:
+    """The number of the model's parameters."""
+    return sum(parameter.numel() for parameter in empty_transformer(model, image_size).parameters())
 
 
 def markdown(rows: list[ModelRow]) -> str:

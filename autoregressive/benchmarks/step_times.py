@@ -45,19 +45,18 @@ class OperationTime:
     busy_us: float  # from start to end
     # from the end of the kernel before to the own end; None: nothing overlaps
     adds_us: float | None
-    bytes: int | None = (
-        None  # that must come from memory; None: none but activations, which stay in the cache
-    )
+    # that must come from memory; None: none but activations, which stay in the cache
+    bytes: int | None = None
     floor_us: float | None = None
 
     @property
     def mean_us(self) -> float:
-        """Of one launch, busy."""
+        """Microseconds that one launch is busy."""
         return self.busy_us / self.launches
 
     @property
     def share(self) -> float | None:
-        """Of the floor."""
+        """The floor divided by the operation's time; None without a floor."""
         return (
             None
             if self.floor_us is None
@@ -65,7 +64,7 @@ class OperationTime:
         )
 
     def line(self) -> str:
-        """Of the table."""
+        """The line of the table."""
         adds = "-" if self.adds_us is None else f"{self.adds_us:.2f}"
         megabytes = "-" if self.bytes is None else f"{self.bytes / 1e6:.2f}"
         floor = "-" if self.floor_us is None else f"{self.floor_us:.2f}"
@@ -144,7 +143,7 @@ def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Operation
 def with_floor(
     times: list[OperationTime], floor: Floor, rows: int, context: float
 ) -> list[OperationTime]:
-    """The same with each operation's bytes and least time.
+    """Adds each operation's bytes and its memory floor.
 
     Args:
         context: tokens that a row attends to.

@@ -3,6 +3,7 @@ may pay.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
@@ -14,7 +15,7 @@ _ROWS = 16  # of a program, where shared memory is reckoned
 
 
 def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTiles]:
-    """Chunks of 16 to 128 tokens."""
+    """Candidates for the attention, in chunks of 16 to 128 tokens."""
     for chunk, warps in (
         (64, 1),
         (32, 1),
@@ -33,36 +34,32 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
     """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a
     program on their way.
     """
-    for tile_outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128, 256):
-            for splits in (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1):
-                tiles = -(-inputs // (tile * splits))
-                if (
-                    20 <= outputs // tile_outputs * splits <= 420
-                    and tiles * tile * splits <= 1.25 * inputs
-                ):
-                    for stages in _stages(tiles, tile_outputs, tile):
-                        yield FusedTiles(tile_outputs, tile, splits, stages, warps)
+    splits_tried = (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1)
+    blocks = ((64, 4), (128, 4), (128, 8))
+    for (tile_outputs, warps), tile, splits in product(blocks, (64, 128, 256), splits_tried):
+        tiles = -(-inputs // (tile * splits))
+        programs = outputs // tile_outputs * splits
+        if 20 <= programs <= 420 and tiles * tile * splits <= 1.25 * inputs:
+            for stages in _stages(tiles, tile_outputs, tile):
+                yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
 def fused_swiglu_candidates(inputs: int) -> Iterator[FusedTiles]:
-    """The same without splits."""
-    for half, warps in ((32, 4), (64, 4), (64, 8)):
-        for tile in (64, 128, 256):
-            for stages in _stages(-(-inputs // tile), 2 * half, tile):
-                yield FusedTiles(half, tile, 1, stages, warps)
+    """Candidates for the fused gated product, which has no splits."""
+    for (half, warps), tile in product(((32, 4), (64, 4), (64, 8)), (64, 128, 256)):
+        for stages in _stages(-(-inputs // tile), 2 * half, tile):
+            yield FusedTiles(half, tile, 1, stages, warps)
 
 
 def fused_head_candidates(inputs: int) -> Iterator[FusedTiles]:
-    """The same for the last product."""
-    for outputs, warps in ((64, 4), (128, 4), (128, 8)):
-        for tile in (64, 128):
-            for stages in _stages(-(-inputs // tile), outputs, tile):
-                yield FusedTiles(outputs, tile, 1, stages, warps)
+    """Candidates for the fused head, which has no splits."""
+    for (outputs, warps), tile in product(((64, 4), (128, 4), (128, 8)), (64, 128)):
+        for stages in _stages(-(-inputs // tile), outputs, tile):
+            yield FusedTiles(outputs, tile, 1, stages, warps)
 
 
 def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
-    """Tiles on their way at once that are worth a try."""
+    """How many tiles may be on their way at once."""
     tile_bytes = (outputs + _ROWS) * tile * 2
     return sorted(
         {min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0}
@@ -103,7 +100,7 @@ def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
 
 
 def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
-    """Few or many tiles early."""
+    """Candidates for the gated product, with few or many tiles early."""
     for tile in (256, 128, 64):
         whole = -(-inputs // tile)
         for early, stages in (
@@ -127,7 +124,7 @@ def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
 
 
 def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
-    """The head: whole inputs, so a pipeline."""
+    """Candidates for the head, whose inputs are not split; they use a pipeline."""
     for tile, early, stages in (
         (256, 1, 3),
         (128, 2, 4),

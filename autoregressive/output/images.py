@@ -28,9 +28,8 @@ JSON_KEY = "llamagen"  # of the record; a PNG's text "parameters" has the same f
 QUALITY = 90  # of JPEG and WebP
 _OTHER_RECORD_BYTES = 4096  # more than a record has beside the classes, file names included
 _DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
-_CAPTION_SHARE = (
-    10  # a caption's letters are this fraction of the picture's width, but stay readable
-)
+# a caption's letters are this fraction of the picture's width, but stay readable
+_CAPTION_SHARE = 10
 _SMALLEST_LETTERS = 10  # pixels
 
 

@@ -34,7 +34,7 @@ def generation_record(
         "program": PROGRAM,
         "version": program_version(),
         "torch": torch.__version__,
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "loop": loop,
         "trained": found.trained,
         "model": model.gpt_model,
@@ -87,5 +87,6 @@ def _name(weights: Path | None) -> str:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

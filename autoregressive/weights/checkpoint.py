@@ -29,7 +29,6 @@ from autoregressive.weights.weight_source import (
     no_averaged_weights,
     plain_names,
     select_flattened,
-    source_of,
 )
 
 __all__ = ["CheckpointError", "load_weights", "open_checkpoint"]
@@ -156,9 +155,7 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, path, ema)
-        return source_of(
-            path, {plain: tensors[stored] for plain, stored in names.items()}, is_fsdp=True
-        )
+        return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
     if start.startswith(_ZIP_START):
         return _open_pickled(path, read_torch_archive(file), ema)
     if start.startswith(_PICKLE_START):
@@ -191,7 +188,7 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
         if tensor is None:
             raise _no_weights(path, f"{name[:100]!r} is no plain tensor")
         tensors[plain] = tensor
-    return source_of(path, tensors, is_fsdp=wrapper is None)
+    return WeightSource(path, tensors, is_fsdp=wrapper is None)
 
 
 def _no_weights(path: Path, shown: str) -> CheckpointError:

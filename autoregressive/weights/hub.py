@@ -29,9 +29,8 @@ from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 # and raises ValueError if one of them is malformed. That must not end a command that downloads
 # nothing.
 
-_MOST_FAILURES = (
-    5  # of a download, one after another, none of which brought a byte that was not there before
-)
+# of a download, one after another, none of which brought a byte that was not there before
+_MOST_FAILURES = 5
 _PAUSE_SECONDS = 1.0  # after each of them
 _MOST_OPENINGS = 5  # of a part that other processes rename or remove
 _PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
@@ -78,9 +77,8 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
             _remove_parts(path, keep=None)
     except DownloadError:
         raise
-    except (
-        Exception
-    ) as error:  # the library passes on what the HTTP client, the TLS library and the system raise
+    except Exception as error:
+        # The library passes on what the HTTP client, the TLS library and the system raise.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
             f"{published.file_name}: the download failed ({reason}) from "

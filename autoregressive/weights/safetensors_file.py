@@ -187,7 +187,7 @@ def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file."""
+    """Reads an index: which tensor is in which file."""
     file = StoredFile(path)
     if file.size > _MOST_JSON_BYTES:
         raise CheckpointError(
@@ -250,7 +250,7 @@ def _check_numbers(path: Path, names: Sequence[str]) -> None:
 def _check_index(
     path: Path, parts: Sequence[SafetensorsFile], index: Mapping[str, str], index_name: str
 ) -> None:
-    """What the index says of each weight is so."""
+    """Refuses parts that hold other weights than the index says."""
     held = {(name, part.file.path.name) for part in parts for name in part.tensors}
     for name, file_name in sorted(held ^ set(index.items())):
         told = (

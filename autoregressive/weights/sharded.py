@@ -223,7 +223,7 @@ class _Shards:
             require(file != next_file or end <= start, f"two parts share bytes of {file}")
 
     def _checked(self, info: object) -> tuple[StoredFile, int, int]:
-        """In a file that is there, beside `.metadata`, and long enough."""
+        """Checks that a place is in a file beside `.metadata` that is long enough."""
         fields = _state(info, "_StorageInfo")
         file_name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         require(

@@ -21,7 +21,6 @@ from autoregressive.weights.weight_source import (
     WeightSource,
     require,
     select_flattened,
-    source_of,
 )
 
 _MOST_DIMENSIONS = 8  # weights have five at most
@@ -55,7 +54,7 @@ class StoredFile:
         self._identity = _identity(found)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly so many bytes from there."""
+        """Reads exactly `size` bytes from `offset` on."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise CheckpointError(self.path, "is cut short; download or copy it again")
         content = bytearray(size)
@@ -129,7 +128,7 @@ class StoredTensor:
             self._read_in_pieces(target.view(-1))
 
     def _read_whole(self, count: int) -> Tensor:
-        """So many elements, one behind the other."""
+        """Reads so many elements that lie one behind the other."""
         try:
             whole = torch.empty(count, dtype=self.dtype)
         except (RuntimeError, MemoryError) as error:
@@ -237,7 +236,7 @@ def chunked_source(
     for plain, stored in select_flattened(names, path, ema).items():
         tensors[plain] = tensor(stored)
         coverage.check(tensors[plain])
-    return source_of(path, tensors, is_fsdp=True)
+    return WeightSource(path, tensors)
 
 
 class CoverageCheck:

@@ -253,7 +253,7 @@ def read_torch_archive(
 
 
 def _short(place: tuple[int, int] | None) -> tuple[int, int]:
-    """At most a word of it."""
+    """The first eight bytes of a place, or no bytes without a place."""
     return (place[0], min(place[1], 8)) if place is not None else (0, 0)
 
 
@@ -271,11 +271,11 @@ class _Section(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """As of any file."""
+        """The position in the section, bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any file."""
+        """Moves to a position in the section."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         if base + offset < 0:
             raise ValueError("negative position")
@@ -283,7 +283,11 @@ class _Section(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        """As of any file."""
+        """Reads up to `size` bytes, or the rest.
+
+        Raises:
+            CheckpointError: that is more than a directory takes.
+        """
         left = max(0, self._size - self._position)
         size = left if size is None or size < 0 else min(size, left)
         if size > self._most_bytes:
@@ -371,7 +375,7 @@ def _unpickler(
 
 
 def _load(file: StoredFile, unpickler: InertUnpickler) -> Any:
-    """The next pickle."""
+    """Reads the next pickle."""
     try:
         return unpickler.load()
     except UnknownName as error:

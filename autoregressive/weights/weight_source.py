@@ -5,8 +5,9 @@ Nothing is read until it is asked for, and then one tensor at a time, so that me
 second copy of the weights.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -84,7 +85,7 @@ class Readable(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """As of any tensor."""
+        """The sides of the tensor."""
 
     def read_into(self, target: Tensor) -> None:
         """Copies it into a tensor of its shape, converting dtype and device; `CheckpointError` if
@@ -94,46 +95,42 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One set of weights in a checkpoint, by the names that the model gives its parameters."""
+    """One set of weights in a checkpoint."""
 
     path: Path
+    tensors: Mapping[str, Readable]  # by the names that the model gives its parameters
     # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
-    is_fsdp: bool
-    shapes: Mapping[str, torch.Size]
-    dtypes: Mapping[str, torch.dtype]
-    read_into: Callable[[str, Tensor], None]
-    """Copies the named tensor into one of its shape, converting dtype and device.
+    is_fsdp: bool = True
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each weight."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each weight is stored in."""
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies the named tensor into one of its shape, converting dtype and device.
 
         Raises:
             CheckpointError: it is damaged.
         """
-
-
-def source_of(path: Path, tensors: Mapping[str, Readable], is_fsdp: bool) -> WeightSource:
-    """The weights that these tensors are, by plain names."""
-
-    def read_into(name: str, target: Tensor) -> None:
         try:
-            tensors[name].read_into(target)
+            self.tensors[name].read_into(target)
         except CheckpointError:
             raise
         except Exception as error:  # whatever no check foresaw
             if _is_of_the_machine(error):
                 raise
             told = f"{name} cannot be read ({type(error).__name__})"
-            raise CheckpointError(path, f"{told}; download or copy it again") from error
-
-    return WeightSource(
-        path=path,
-        is_fsdp=is_fsdp,
-        shapes={name: tensor.shape for name, tensor in tensors.items()},
-        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        read_into=read_into,
-    )
+            raise CheckpointError(self.path, f"{told}; download or copy it again") from error
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether memory or the device failed, and not the checkpoint."""
+    """Whether memory or the device failed rather than the checkpoint."""
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
         return True
     return "DefaultCPUAllocator" in str(error)
@@ -190,9 +187,8 @@ def select_flattened(names: Iterable[str], path: Path, ema: bool) -> dict[str, s
             names become the same one.
     """
     names = list(names)
-    sets: dict[
-        tuple[str, ...], dict[str, str]
-    ] = {}  # folder -> name in it -> name in the checkpoint
+    # folder -> name in it -> name in the checkpoint
+    sets: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
         folder, inside = _split_folder(name)
         if (

@@ -85,16 +85,16 @@ class Result:
 
     @property
     def step_ms(self) -> float:
-        """Milliseconds."""
+        """Milliseconds that a step takes."""
         return self.seconds / self.steps * 1e3
 
     @property
     def share(self) -> float | None:
-        """Of the floor."""
+        """The floor divided by the time; None without a GPU."""
         return None if self.floor_seconds is None else self.floor_seconds / self.seconds
 
     def line(self) -> str:
-        """Of the table."""
+        """The line of the table."""
         share = "-" if self.share is None else f"{self.share:.1%}"
         floor = (
             "-" if self.floor_seconds is None else f"{self.floor_seconds / self.steps * 1e3:.3f}"
@@ -170,7 +170,7 @@ def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
 
 
 def with_rates(result: Result) -> dict[str, object]:
-    """Ready for JSON."""
+    """A result with its rates, ready for JSON."""
     return asdict(result) | {
         "step_ms": result.step_ms,
         "share": result.share,
@@ -193,7 +193,7 @@ def measure_all(models: Sequence[str], options: Options) -> Iterator[dict[str, o
 def measure_or_say_why(
     model: str, options: Options, ceilings: Ceilings | None
 ) -> dict[str, object]:
-    """A model that fails does not cost the others."""
+    """Measures one model. If that fails, it says why, so that the others are still measured."""
     try:
         return measure(model, options, ceilings)
     except Exception as error:  # a compiler's errors are of many kinds
@@ -207,7 +207,7 @@ def measure_or_say_why(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser)
     parser.add_argument(

@@ -91,9 +91,9 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
         if now - told_at > STATS_SECONDS:
             told_at = now
             outbox.put(LoopStats(2 * len(running)))
-        patience = _STEP_SECONDS
-        while wait([connection], patience):
-            patience = 0.0
+        timeout = _STEP_SECONDS
+        while wait([connection], timeout):
+            timeout = 0.0
             for command in receive(connection):
                 if isinstance(command, Stop):
                     return
@@ -120,14 +120,14 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Spent:
-    """By a process, so far."""
+    """What a process has used so far."""
 
     processor_seconds: float
     switches: int  # how often its threads were taken off a processor
 
 
 def spent(processes: Iterable[int]) -> list[Spent]:
-    """By each of some processes; Linux only."""
+    """What each of some processes has used so far. This needs Linux."""
     found = []
     for process in processes:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
@@ -143,7 +143,7 @@ def spent(processes: Iterable[int]) -> list[Spent]:
 
 
 def cost(then: Spent, now: Spent, images: int) -> dict[str, float]:
-    """Of an image, in between."""
+    """What an image has cost between two moments."""
     milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
     switches = (now.switches - then.switches) / images
     return {"milliseconds": round(milliseconds, 3), "switches": round(switches, 2)}
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags."""
+    """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--data-parallel-size",

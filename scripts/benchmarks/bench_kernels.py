@@ -48,9 +48,8 @@ REPEATS = 11
 FEWEST_LAUNCHES = 20  # of a graph, so that its start does not count
 CACHES = 4  # copies fill the second-level cache so many times
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_OTHER_TOKENS = (
-    0.1  # share of draws that may differ from the reference's: ties within the noise's precision
-)
+# share of draws that may differ from the reference's: ties within the noise's precision
+_OTHER_TOKENS = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ class Result:
 
     @property
     def share(self) -> float | None:
-        """Of the floor."""
+        """The floor divided by the time; None if the result was wrong."""
         return None if self.us is None else self.floor_us / self.us
 
     def line(self) -> str:
-        """Of the table."""
+        """The line of the table."""
         name = (
             f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} "
             f"{self.error:>8.1e}"
@@ -101,12 +100,12 @@ def floor_seconds(case: Case, ceilings: Ceilings) -> float:
 
 
 def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:
-    """Whether a result is too far from the reference's; NaN is."""
+    """Whether a result is too far from the reference's, as NaN always is."""
     return not error <= (_OTHER_TOKENS if case.operation == "draw" else _LARGEST_ERROR[dtype])
 
 
 def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -> float:
-    """Microseconds of a launch among its like."""
+    """Microseconds of one launch in a row of equal launches."""
     launches = max(FEWEST_LAUNCHES, copies)
     run(0)  # compiles, or builds the library's plan
     torch.cuda.synchronize(device)
@@ -118,7 +117,7 @@ def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -
 
 
 def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Result:
-    """Compares, then times."""
+    """Compares an operation with its reference, then times it."""
     error = case.error()
     wrong = is_wrong(case, error, setting.dtype)
     us = library_us = None
@@ -171,7 +170,7 @@ def measure_model(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser, gpu_only=True)
     parser.add_argument(

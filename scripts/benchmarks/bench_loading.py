@@ -64,12 +64,12 @@ class Measurement:
 
     @property
     def within_limit(self) -> bool:
-        """Whether it does not."""
+        """Whether the peak stays within the limit."""
         return self.peak_bytes <= self.limit_bytes
 
 
 def build_on_meta(name: str) -> Transformer:
-    """A transformer without memory."""
+    """The transformer on the meta device, which takes no memory."""
     with torch.device("meta"):
         return GPT_models[name](block_size=576)
 
@@ -194,7 +194,7 @@ def measure(kind: str, name: str, folder: Path, device: torch.device) -> Measure
 
 
 def print_table(measurements: list[Measurement]) -> None:
-    """Sizes in MB (10^6 bytes)."""
+    """Prints one line for each kind, with sizes in MB (10^6 bytes)."""
     print(
         f"{'kind':<13} {'on disk':>8} {'target':>8} {'peak':>8} {'limit':>8} {'seconds':>8}  MB "
         "above the start"
@@ -211,7 +211,7 @@ def print_table(measurements: list[Measurement]) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--gpt-model",

@@ -71,7 +71,7 @@ class EngineThread(threading.Thread):
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
-    """As `worker.process.start_process`."""
+    """Starts the engine in a thread; the arguments are those of `worker.process.start_process`."""
     ours, theirs = connect()
     arguments = (make_engine, theirs, Outbox(theirs, "events"))
     thread = EngineThread(target=serve, args=arguments, name=name, daemon=True)
@@ -198,7 +198,7 @@ def behind(
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags."""
+    """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--gpt-model",

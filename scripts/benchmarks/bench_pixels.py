@@ -51,7 +51,7 @@ class Result:
 
     @property
     def speed_up(self) -> float:
-        """Naive over engine."""
+        """The naive decoder's time divided by the engine's."""
         return self.naive_ms / self.engine_ms
 
 
@@ -66,7 +66,7 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> 
 
 
 def naive(vq: VQModel, codes: Tensor, grid: int) -> Tensor:
-    """As the naive command decodes, in parts where the batch is large."""
+    """Decodes as the naive command does, a large batch in parts."""
     shape = [vq.config.codebook_embed_dim, grid, grid]
     return torch.cat(
         [vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)]

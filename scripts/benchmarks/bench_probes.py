@@ -25,7 +25,7 @@ with slow_imports(__name__):
 
 _PATHS = ("/health", "/metrics")
 _EVERY_SECONDS = 0.05  # from one question to the next
-_PATIENCE_SECONDS = 10.0
+_TIMEOUT_SECONDS = 10.0
 
 
 def probe(url: str, seconds: float) -> dict[str, list[float]]:
@@ -38,7 +38,7 @@ def probe(url: str, seconds: float) -> dict[str, list[float]]:
     headers = {"Connection": "close"} | authorization()
     with (
         service_at(url),
-        httpx2.Client(base_url=url, headers=headers, timeout=_PATIENCE_SECONDS) as client,
+        httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT_SECONDS) as client,
     ):
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -50,7 +50,7 @@ _PREVIEW, _COMPLETED = (
     b"event: image_generation.partial_image",
     b"event: image_generation.completed",
 )
-_PATIENCE_SECONDS = 600.0
+_TIMEOUT_SECONDS = 600.0
 _AFTER_REFUSAL_SECONDS = 0.1  # before a saturating client asks again
 
 
@@ -67,14 +67,14 @@ class Load:
     output_format: str
 
     def client(self) -> httpx2.AsyncClient:
-        """With as many connections as it takes."""
+        """A client without a limit of connections."""
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx2.AsyncClient(
-            base_url=self.url, headers=authorization(), timeout=_PATIENCE_SECONDS, limits=limits
+            base_url=self.url, headers=authorization(), timeout=_TIMEOUT_SECONDS, limits=limits
         )
 
     def bodies(self) -> Iterator[dict[str, Any]]:
-        """Endless, and the same for one seed."""
+        """Endless bodies of requests, the same ones for one seed."""
         generator = random.Random(self.seed)
         while True:
             label, seed = generator.randrange(self.classes), generator.randrange(2**31)
@@ -90,14 +90,13 @@ class Load:
 
 @dataclass
 class Measured:
-    """What came of one rate."""
+    """What was measured at one rate."""
 
     rate: float | None  # requests a second that were due; None: as many as there were answers
     requests: int = 0
     images: int = 0
-    seconds: float = (
-        0.0  # from the first that was due to the last answer, or the first that counts to the last
-    )
+    # from the first that was due to the last answer, or the first that counts to the last
+    seconds: float = 0.0
     pace: float = 0.0  # images a second
     # seconds from when each request was due
     first_preview: list[float] = field(default_factory=list)
@@ -108,7 +107,7 @@ class Measured:
     failures: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures, ready for JSON."""
         return {
             "rate": self.rate,
             "requests": self.requests,
@@ -124,7 +123,7 @@ class Measured:
 async def request(
     client: httpx2.AsyncClient, body: dict[str, Any], due: float, measured: Measured
 ) -> None:
-    """One request; `due`: the moment from which it is timed."""
+    """Sends one request, which is timed from `due` on, and adds what came of it to `measured`."""
     measured.requests += 1
     try:
         async with client.stream("POST", "/v1/images/generations", json=body) as answer:
@@ -156,7 +155,7 @@ async def request(
 
 
 async def at_rate(load: Load, rate: float) -> Measured:
-    """Poisson arrivals for a while, then until the last answer."""
+    """Sends requests at random times for a while, then waits for the last answer."""
     measured, generator, bodies = Measured(rate), random.Random(load.seed), load.bodies()
     async with load.client() as client:
         begun = due = time.monotonic()
@@ -264,7 +263,7 @@ def describe(url: str) -> tuple[str, int]:
 
 
 def rates(typed: str) -> list[float]:
-    """Comma-separated requests a second."""
+    """A type of flag: comma-separated numbers of requests a second."""
     try:
         values = [float(word) for word in typed.split(",")]
     except ValueError:

@@ -85,7 +85,7 @@ class TimedRunner(ModelRunner):
     """
 
     def make_operations(self, gpt: Transformer) -> Operations:
-        """The model's, each with a watch."""
+        """The model's operations, each of which is timed."""
         operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
         self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
         self._products = {
@@ -143,10 +143,8 @@ class Span:
         self._pages = order.view(rows, -1).tolist()
         self.batch = Batch(shape, runner.device)
         runner.prepare(self.batch)
-        for (
-            pages
-        ) in runner.kv_pages:  # a layer at a time, for memory's sake; zeros would run faster
-            pages.normal_()
+        for pages in runner.kv_pages:  # a layer at a time, for memory's sake
+            pages.normal_()  # zeros would run faster
         self.batch.codes.random_(0, runner.model.vocab_size)
 
     def rewind(self) -> None:
@@ -171,7 +169,7 @@ class Span:
 
 
 def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
-    """What the profiler sees of one span."""
+    """Runs one span under the profiler."""
     device = span.runner.device
     for _ in range(2):  # the first time pays for the profiler's own start
         span.rewind()
@@ -242,7 +240,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
 
 
 def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> None:
-    """The table, and below it the step."""
+    """Prints the table, and below it the time of the step."""
     print(HEADER)
     for each in times:
         print(each.line())
@@ -261,7 +259,7 @@ def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> 
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--gpt-model",

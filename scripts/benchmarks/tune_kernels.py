@@ -50,11 +50,7 @@ with slow_imports(__name__):
 _ROWS = (16, 2)
 _TOKENS, _PAGE_SIZE = 576, 16
 # their mean is a whole image's; at one alone, tiles win that lose at the others
-_CONTEXTS = (
-    96,
-    288,
-    480,
-)
+_CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 
 
@@ -166,7 +162,7 @@ class Kernels:
     hopper: bool
 
     def operations(self, table: TileTable, config: GPTConfig) -> Operations:
-        """Cut up as the table says."""
+        """The operations with the table's tiles."""
         return triton_operations(
             table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper
         )
@@ -182,12 +178,12 @@ class Stage:
 
     @property
     def of_head(self) -> bool:
-        """Whether it is the last product's, which no layer has."""
+        """Whether the setting is of the head, which no layer has."""
         return self.section in ("whole_linear", "fused_head")
 
 
 def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
-    """In the order in which they are tuned."""
+    """The settings to tune, in their order."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
     candidates = list(attention_candidates(config.head_size, kernels.hopper))
     attention = Stage("attention", (config.n_head, config.head_size), candidates)
@@ -271,11 +267,8 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
     of rows.
     """
     operations = kernels.operations(table, chain.config)
-    prepare, repeats = (
-        (chain.heads_step, len(chain.heads))
-        if heads
-        else (chain.layers_step, len(chain.weights.layers))
-    )
+    prepare = chain.heads_step if heads else chain.layers_step
+    repeats = len(chain.heads if heads else chain.weights.layers)
     if not kernels.hopper:  # whose programs hold fewer tiles then
         prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
     times = []
@@ -286,9 +279,8 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        contexts = _CONTEXTS[:1] if heads else _CONTEXTS
         medians = []
-        for context in contexts:
+        for context in _CONTEXTS[:1] if heads else _CONTEXTS:
             chain.batch.positions.fill_(context)
             medians.append(median_seconds(graph.replay, chain.batch.positions.device, repeats=9))
         times.append(sum(medians) / len(medians) / repeats * 1e6)

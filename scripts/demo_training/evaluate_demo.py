@@ -28,10 +28,9 @@ with slow_imports(__name__):
     import torchvision
     from demo_support.demo_stages import load_tokenizer
     from demo_support.emoji_data import (
-        DEFAULT_FONT,
-        FONT_HELP,
         IMAGE_SIZE,
         LARGEST_SEED,
+        add_font,
         load_sprites,
         render,
         render_batch,
@@ -182,8 +181,26 @@ def judge(
     return SampleFigures(cfg_scale, by_class.mean().item(), distance, data_distance, weakest)
 
 
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the judge's training."""
+    parser.add_argument(
+        "--classifier-steps",
+        type=whole_number(1),
+        default=2000,
+        metavar="STEPS",
+        help="that the judge is trained for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classifier-batch",
+        type=whole_number(_BLURRED),
+        default=128,
+        metavar="N",
+        help="renderings of a step (default: %(default)s)",
+    )
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     pretrained = ROOT / "pretrained_models"
     parser.add_argument(
@@ -193,9 +210,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="where demo_gpt.safetensors and demo_vq.safetensors are (default: %(default)s)",
     )
-    parser.add_argument(
-        "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
-    )
+    add_font(parser)
     add_device(parser)
     scales = [model_defaults("GPT-demo").sampling.cfg_scale, 1.0]
     parser.add_argument(
@@ -223,20 +238,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
     )
-    steps_help, at_once_help = (
-        "that the judge is trained for (default: %(default)s)",
-        "renderings of a step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--classifier-steps", type=whole_number(1), default=2000, metavar="STEPS", help=steps_help
-    )
-    parser.add_argument(
-        "--classifier-batch",
-        type=whole_number(_BLURRED),
-        default=128,
-        metavar="N",
-        help=at_once_help,
-    )
+    add_judge(parser)
     parser.add_argument(
         "--seed",
         type=whole_number(0),

@@ -27,7 +27,7 @@ with slow_imports(__name__):
     import torch
     import torch._inductor.config
     from demo_support.demo_stages import GPTStage, Plan, Stage, TokenizerStage
-    from demo_support.emoji_data import DEFAULT_FONT, FONT_HELP, LARGEST_SEED, load_sprites
+    from demo_support.emoji_data import LARGEST_SEED, add_font, load_sprites
     from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
@@ -109,7 +109,7 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process on a mistake."""
+    """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     parser.add_argument(
         "--stage",
@@ -118,9 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STAGE",
         help="all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)",
     )
-    parser.add_argument(
-        "--font", type=Path, default=DEFAULT_FONT, metavar="FILE.ttf", help=FONT_HELP
-    )
+    add_font(parser)
     run_help, output_help = (
         f"{what}; made if need be (default: %(default)s)"
         for what in ("states to resume from, and logs", "weights")
@@ -201,9 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     emoji = load_sprites(arguments.font)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch._inductor.config.deterministic = (
-        True  # else reductions are tuned by timing, and the last bits vary
-    )
+    # else reductions are tuned by timing, and the last bits vary
+    torch._inductor.config.deterministic = True
     torch.set_float32_matmul_precision("high")
     sprites = emoji.to(device)
     vq_path, gpt_path = (

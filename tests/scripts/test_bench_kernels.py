@@ -14,7 +14,7 @@ import torch
 from compiled import Build, launches_of, without_memory
 from torch import Tensor
 
-from autoregressive.benchmarks import kernel_cases as bench_kernel_cases
+from autoregressive.benchmarks import kernel_cases
 from autoregressive.benchmarks.kernel_cases import (
     Case,
     Setting,
@@ -53,7 +53,7 @@ def combined_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> None:
         combine_reference(mixed, stats, positions, out, tiles.chunk)
 
-    monkeypatch.setattr(bench_kernel_cases, "combine", combined)
+    monkeypatch.setattr(kernel_cases, "combine", combined)
 
 
 def plain(rows: int = 4) -> Setting:
@@ -175,7 +175,7 @@ def test_a_wrong_combination_is_found(
     """Fails if chunks beyond the context, or the chunks' weights, make no difference to the
     comparison.
     """
-    monkeypatch.setattr(bench_kernel_cases, "combine", wrong)
+    monkeypatch.setattr(kernel_cases, "combine", wrong)
     found = [
         case.operation
         for case in cases(plain())
@@ -214,9 +214,9 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
                 model, setting.rows, case.operation, case.shape, 0.0, False, 1.0, 1.0, None
             )
 
-        monkeypatch.setattr(bench_kernel_cases, "combine", combine)
+        monkeypatch.setattr(kernel_cases, "combine", combine)
         monkeypatch.setattr(
-            bench_kernel_cases, "Batch", lambda shape, device: without_memory(batches[shape])
+            kernel_cases, "Batch", lambda shape, device: without_memory(batches[shape])
         )
         monkeypatch.setattr(bench_kernels, "measure", written_down)
         monkeypatch.setattr(
@@ -347,8 +347,8 @@ def test_a_wrong_result_is_called_wrong() -> None:
     right = torch.ones(3)
     assert relative_error(right, right) == 0
     assert relative_error(torch.zeros(3), right) == 1
-    case = Case("head", "", 0, 0, 1, print, None, lambda: 0.0)
-    draw = Case("draw", "", 0, 0, 1, print, None, lambda: 0.0)
+    case = Case("head", "", 0, print, lambda: 0.0)
+    draw = Case("draw", "", 0, print, lambda: 0.0)
     assert not bench_kernels.is_wrong(case, 1e-5, torch.float32)
     assert bench_kernels.is_wrong(case, math.nan, torch.bfloat16)
     assert bench_kernels.is_wrong(case, 0.1, torch.bfloat16)

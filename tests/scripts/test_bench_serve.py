@@ -12,8 +12,8 @@ import pytest
 from fake_service import Service, running_service
 from PIL import Image
 
-from autoregressive.benchmarks import service as service_bench
 from autoregressive.benchmarks.serve_report import _ticks, percentiles, steady_rate
+from autoregressive.benchmarks.service import saturate
 from autoregressive.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
@@ -168,7 +168,7 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"results": "as they were"}
         return {"results": [told[int(command[command.index("--seed") + 1])]]}
 
-    monkeypatch.setattr(service_bench, "last_json", ended_in)
+    monkeypatch.setattr("autoregressive.benchmarks.service.last_json", ended_in)
     asked: list[tuple[int, float, float]] = []
 
     def noted(
@@ -177,8 +177,8 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((first, begun, until))
         return steady_rate(moments, first, begun, until)
 
-    monkeypatch.setattr(service_bench, "steady_rate", noted)
-    result = service_bench.saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
+    monkeypatch.setattr("autoregressive.benchmarks.service.steady_rate", noted)
+    result = saturate(["python", "bench_serve.py"], "http://a", 20, 10, 2)
     assert asked == [(20, BEGUN + 1, BEGUN + 10)]
     assert result == {
         "images_per_second": pytest.approx(20),
@@ -191,7 +191,7 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
         if "--saturate" in command
     )
     with pytest.raises(UserError, match="more than a third"):
-        service_bench.saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
+        saturate(["python", "bench_serve.py"], "http://a", 200, 10, 2)
 
 
 def test_a_run_lasts_for_enough_waves() -> None:

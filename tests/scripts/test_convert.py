@@ -136,8 +136,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("out.pt", "has to end in .safetensors"),
-        ("missing/out.safetensors", "name a file in an existing folder"),
+        ("out.pt", "must end in .safetensors"),
+        ("missing/out.safetensors", "make it first, or choose another"),
         ("long" * 100 + ".safetensors", "File name too long"),
         (os.fsdecode(b"\xff.safetensors"), "is not UTF-8"),
     ],

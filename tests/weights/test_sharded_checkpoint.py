@@ -342,7 +342,6 @@ import torch
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from autoregressive.weights.checkpoint import CheckpointError, load_weights
-from autoregressive.weights.stored_tensor import Chunk, ChunkedTensor, CoverageCheck
 from autoregressive.models.gpt import GPT_models
 known = [cls for cls in vars(metadata).values() if isinstance(cls, type)]
 known += [_StorageInfo, PurePosixPath]

@@ -19,9 +19,8 @@ from tokenizer.tokenizer_image.layers import Decoder, Encoder, nearest_codes, no
 class Quantized(NamedTuple):
     """What the quantiser makes of features."""
 
-    vectors: (
-        Tensor  # [n, dim, h, w], codebook entries; gradients pass straight through to the features
-    )
+    # [n, dim, h, w], codebook entries; gradients pass straight through to the features
+    vectors: Tensor
     codes: Tensor  # int64 [n, h, w]
     codebook_loss: Tensor  # pulls entries to features, and features to entries at commit_loss_beta
 

@@ -98,7 +98,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves towards the parameters as they are now."""
+        """Moves the averages towards the parameters as they are now."""
         torch._foreach_lerp_(
             list(self.values.values()), list(self.parameters.values()), 1 - self.decay
         )
