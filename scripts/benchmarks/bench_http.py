@@ -38,16 +38,17 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.arguments import at_least, service_key
     from autoregressive.benchmarks.serve_report import WAVES
     from autoregressive.serve import api_server
-    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
-        Drawn,
         Ended,
+        EngineRequest,
         Image,
         LoopStats,
+        Progress,
         Ready,
         Started,
         Stop,
-        Submit,
         receive,
     )
     from autoregressive.serve.worker.outbox import Outbox
@@ -76,14 +77,14 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
     while True:
         now = time.monotonic()
         while running and running[0][0] <= now:
-            _, job = heapq.heappop(running)
-            outbox.put(Image(job, 0, now, 0.0, noise))
-            outbox.put(Ended(job, "finished", now))
+            _, served = heapq.heappop(running)
+            outbox.put(Image(served, 0, now, 0.0, noise))
+            outbox.put(Ended(served, "finished", now))
         while waiting and len(running) < places:
-            job = waiting.popleft()
-            heapq.heappush(running, (now + seconds, job))
-            outbox.put(Started(job, now))
-            outbox.put(Drawn(job, 1, now))
+            served = waiting.popleft()
+            heapq.heappush(running, (now + seconds, served))
+            outbox.put(Started(served, now))
+            outbox.put(Progress(served, 1, now))
         if now - told_at > STATS_SECONDS:
             told_at = now
             outbox.put(LoopStats(2 * len(running)))
@@ -93,8 +94,8 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
             for command in receive(connection):
                 if isinstance(command, Stop):
                     return
-                if isinstance(command, Submit):
-                    waiting.append(command.job)
+                if isinstance(command, EngineRequest):
+                    waiting.append(command.request_id)
 
 
 def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:

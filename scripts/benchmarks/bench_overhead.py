@@ -40,10 +40,11 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
     from autoregressive.serve.engine.request import SamplingParams
-    from autoregressive.serve.web.generation import partial_rows
-    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.openai_routes import partial_rows
+    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
-    from autoregressive.serve.worker.partial import fill_undrawn
+    from autoregressive.serve.worker.previews import fill_undrawn
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
     from autoregressive.serve.worker.worker import serve
     from autoregressive.weights.loading import FoundWeights
@@ -66,16 +67,13 @@ class ThreadedEngine:
         )
         self._thread.start()
 
-    def join(self, timeout: float | None = None) -> None:
-        """As a process's."""
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the thread; returns the status of a process that has ended."""
         self._thread.join(timeout)
-
-    def is_alive(self) -> bool:
-        """Never, once it has been waited for: there is nothing to kill."""
-        return False
+        return 0
 
     def kill(self) -> None:
-        """Threads cannot be."""
+        """Does nothing, because a thread cannot be killed."""
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:

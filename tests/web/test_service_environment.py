@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from autoregressive.errors import UserError
+from autoregressive.serve.web.config_layers import is_service_link, read_arguments
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.server import QuietServer
-from autoregressive.serve.web.service_links import is_service_link
-from autoregressive.serve.web.settings import build_server_parser, read_arguments
+from autoregressive.serve.web.server_flags import build_server_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,7 @@ from test_imports import ROOT
 from test_service_promises import send, status_of
 
 from autoregressive.serve.api_server import listen
-from autoregressive.serve.web.settings import ServerSettings
+from autoregressive.serve.web.server_settings import ServerSettings
 
 pytestmark = pytest.mark.timing
 STARTS = {

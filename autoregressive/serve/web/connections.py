@@ -39,27 +39,35 @@ _INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed fir
 class Connection(Protocol):
     """A connection as this module needs it."""
 
+    @property
+    def sends(self) -> bool:
+        """Whether the client is in the middle of a body, as far as is known."""
+
     def look(self, seconds: float) -> None:
-        """Called again and again; so many seconds after the last time."""
+        """Looks whether the client takes its answer; called again and again.
+
+        Args:
+            seconds: since the last time.
+        """
 
     @property
     def held_bytes(self) -> int:
-        """What this process holds of its requests and answers."""
+        """Bytes of its requests and answers that this process holds."""
 
     @property
     def promised(self) -> tuple[str, int]:
         """Its client, and the bytes of images that are still to come for it from the engine."""
 
     @property
-    def patience_left(self) -> float | None:
-        """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
+    def seconds_left(self) -> float | None:
+        """Until it is dropped if its client goes on like this; None: nothing waits for the
         client."""
 
     def drop(self) -> None:
         """Closes it; its answer is cut off, if there is one."""
 
     def close_idle(self) -> None:
-        """Closes it at once; what this process still holds of an answer is lost."""
+        """Closes it at once, even if this process still holds a part of an answer."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ class Connections:
         slow = [
             (left, connection)
             for connection in held
-            if (left := connection.patience_left) is not None
+            if (left := connection.seconds_left) is not None
         ]
         for _, connection in sorted(slow, key=lambda one: one[0]):
             if self.buffered_bytes <= self.most_bytes:
