@@ -234,7 +234,8 @@ async def _serve_here(
     app, encoders = build_service_app(settings, model, dispatcher, address)
     connections = Connections(settings.max_connections, settings.max_buffered_bytes)
     dispatcher.metrics.connection_stats = lambda: connections.stats
-    server = Server(app, policy, settings.timeouts.shutdown, connections)
+    server = Server(app, settings.timeouts.shutdown, connections, policy.due)
+    policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
     try:

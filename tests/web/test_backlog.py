@@ -184,7 +184,7 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
         front = FrontLink(
             recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
         )
-        front._take(Up(ConnectionStats()))
+        front._take(Up(ConnectionStats(), {}))
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
         moment = silent
         assert front.hangs == hangs

@@ -11,7 +11,7 @@ import pytest
 from autoregressive.errors import UserError
 from autoregressive.serve.web.config_layers import is_service_link, read_arguments
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.server import QuietServer
+from autoregressive.serve.web.server import Server
 from autoregressive.serve.web.server_flags import build_server_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,4 +144,4 @@ def test_a_platforms_number_of_workers_is_ignored(
     async def app(scope: object, receive: object, send: object) -> None:
         raise NotImplementedError
 
-    assert QuietServer(app, 1.0, Connections(8, 2**20)).config.workers == 1
+    assert Server(app, 1.0, Connections(8, 2**20)).config.workers == 1

@@ -14,7 +14,7 @@ from test_awake import ORDER, Front, until
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import SILENT_SECONDS
-from autoregressive.serve.web.fronts.front import KINDS, Count, State, Up
+from autoregressive.serve.web.fronts.front import KINDS, State, Up
 from autoregressive.serve.worker.messages import Heartbeat, receive
 
 
@@ -71,11 +71,10 @@ def test_answers_are_counted_together() -> None:
             front.broker.count(outcome)
         assert front.broker._channel.idle
         clock.moment += 1
-        counts: list[Count] = []
-        while len(counts) < 2:
-            messages = await asyncio.to_thread(receive, front.dispatcher, KINDS)
-            counts += [message for message in messages if not isinstance(message, Up)]
-        assert counts == [Count("invalid", 2000), Count("success", 1000)]
+        told: list[Up] = []
+        while not any(up.answered for up in told):
+            told += await asyncio.to_thread(receive, front.dispatcher, KINDS)
+        assert told[-1].answered == {"invalid": 2000, "success": 1000}
         front.say(Heartbeat())
 
     with_silent_dispatcher(visit)

@@ -21,12 +21,9 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's word for the kind."""
-        if self.status == 401:
-            return "authentication_error"
-        if self.status == 429:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
+        """OpenAI's name for this kind of error."""
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, other)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -101,14 +101,21 @@ class ShutdownPolicy:
         return self.at_once or (dispatcher.draining and dispatcher.unfinished == 0)
 
 
-class QuietServer(uvicorn.Server):
-    """Runs until `should_exit` is set, and handles no signals.
+class Server(uvicorn.Server):
+    """Runs until it is told to finish, and handles no signals.
 
     Args:
         shutdown: seconds that accepted requests have to finish.
+        due: asked ten times a second whether to finish at this moment.
     """
 
-    def __init__(self, app: App, shutdown: float, connections: Connections) -> None:
+    def __init__(
+        self,
+        app: App,
+        shutdown: float,
+        connections: Connections,
+        due: Callable[[float], bool] = lambda now: False,
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=PatientProtocol,
@@ -124,7 +131,7 @@ class QuietServer(uvicorn.Server):
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         )
         super().__init__(config)
-        self._connections = connections
+        self._connections, self._due = connections, due
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -147,20 +154,15 @@ class QuietServer(uvicorn.Server):
         # `SignalWatch` takes the signals
         yield
 
-
-class Server(QuietServer):
-    """Runs until `policy` says that the end is due."""
-
-    def __init__(
-        self, app: App, policy: ShutdownPolicy, shutdown: float, connections: Connections
-    ) -> None:
-        super().__init__(app, shutdown, connections)
-        self._policy = policy
-        policy.hurry = self._hurry
-
     @override
     async def on_tick(self, counter: int) -> bool:
-        return self._policy.due(time.monotonic()) or await super().on_tick(counter)
+        return self._due(time.monotonic()) or await super().on_tick(counter)
 
-    def _hurry(self) -> None:
-        self.force_exit = self.should_exit = True
+    def finish(self, *, at_once: bool) -> None:
+        """Ends the server when its answers are read.
+
+        Args:
+            at_once: without waiting for that.
+        """
+        self.should_exit = True
+        self.force_exit |= at_once  # a front may be told this first: it overtakes

@@ -1,11 +1,11 @@
 """A front: a process that answers HTTP for a dispatcher in another one. Several share an address,
 each with a socket of its own.
 
-A front sends `Up`, then `EngineRequest`, `Cancel`, `Count` and `AskMetrics`. The dispatcher answers
-with `Accepted` or `Refused`, then with the events of the request under the front's own id, and with
+A front sends `Up`, then `EngineRequest`, `Cancel` and `AskMetrics`. The dispatcher answers with
+`Accepted` or `Refused`, then with the events of the request under the front's own id, and with
 `MetricsText`. It sends each change of `State`, and `Finish` at the end. Several times a second it
-sends a `Heartbeat`, and the front sends `Up` and its counts, unless other messages wait to be
-written. `Refused`, `MetricsText` and a `Finish` at once overtake messages that wait to be written.
+sends a `Heartbeat`, and the front sends `Up`, unless other messages wait to be written. `Refused`,
+`MetricsText` and a `Finish` at once overtake messages that wait to be written.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.dispatcher import RequestBroker
 from autoregressive.serve.web.served_model import ServedModel
 from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.web.server import QuietServer
+from autoregressive.serve.web.server import Server
 from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.worker import messages
@@ -56,6 +56,7 @@ class Up:
     """
 
     connections: ConnectionStats
+    answered: dict[str, int]  # requests since the last `Up`, by outcome
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,6 @@ class State:
 
 
 @dataclass(frozen=True)
-class Count:
-    """Requests have been answered."""
-
-    outcome: str
-    requests: int
-
-
-@dataclass(frozen=True)
 class AskMetrics:
     """The front wants the metrics' text."""
 
@@ -117,7 +110,7 @@ class Finish:
     at_once: bool  # without waiting
 
 
-FrontMessage = Up | Accepted | Refused | State | Count | AskMetrics | MetricsText | Finish
+FrontMessage = Up | Accepted | Refused | State | AskMetrics | MetricsText | Finish
 KINDS: dict[str, type] = messages.KINDS | {kind.__name__: kind for kind in FrontMessage.__args__}
 
 
@@ -207,7 +200,7 @@ class RemoteBroker(RequestBroker):
     async def metrics_text(self) -> bytes:
         if self._silent_seconds > SILENT_SECONDS:
             raise _no_reply()
-        self._tell_counts()
+        self._tell()
         number = next(self._numbers)
         text: bytes = await self._ask(number, AskMetrics(number))
         return text
@@ -215,13 +208,12 @@ class RemoteBroker(RequestBroker):
     async def close(self) -> None:
         """Waits until all messages are written."""
         self._watching.cancel()
-        self._tell_counts()
+        self._tell()
         await self._channel.drain(_LAST_WORDS_SECONDS)
         self._channel.close()
 
-    def _tell_counts(self) -> None:
-        for outcome, requests in self._uncounted.items():
-            self._channel.put(Count(outcome, requests))
+    def _tell(self) -> None:
+        self._channel.put(Up(self._connection_stats(), dict(self._uncounted)))
         self._uncounted.clear()
 
     async def _ask(self, number: int, question: object) -> Any:
@@ -243,8 +235,7 @@ class RemoteBroker(RequestBroker):
             now = self._clock.now()
             if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
                 told_at = now
-                self._channel.put(Up(self._connection_stats()))
-                self._tell_counts()
+                self._tell()
             await asyncio.sleep(TICK_SECONDS)
         _log.critical(
             "the dispatcher has not been heard of for %g seconds: this process ends", self._timeout
@@ -306,17 +297,17 @@ class FrontRecipe:
         asyncio.run(self._serve(connection, listener))
 
     async def _serve(self, connection: socket.socket, listener: socket.socket) -> None:
-        def finish(at_once: bool) -> None:
-            server.should_exit = True
-            server.force_exit |= at_once  # this may come first: it overtakes
-
         settings, timeouts = self.settings, self.settings.timeouts
         connections = Connections(settings.max_connections, settings.max_buffered_bytes)
         broker = RemoteBroker(
-            connection, finish, lambda: sys.exit(1), timeouts.step, lambda: connections.stats
+            connection,
+            lambda at_once: server.finish(at_once=at_once),
+            lambda: sys.exit(1),
+            timeouts.step,
+            lambda: connections.stats,
         )
         app, encoders = build_service_app(settings, self.model, broker, self.address, self.share)
-        server = QuietServer(app, timeouts.shutdown, connections)
+        server = Server(app, timeouts.shutdown, connections)
         settle_heap()
         await server.serve(sockets=[listener])
         encoders.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,6 @@ from autoregressive.serve.web.fronts.front import (
     KINDS,
     Accepted,
     AskMetrics,
-    Count,
     Finish,
     FrontRecipe,
     MetricsText,
@@ -115,19 +114,19 @@ class FrontLink:
         self._channel.close()
         return status == 0
 
-    def _take(self, message: Up | EngineRequest | Cancel | Count | AskMetrics) -> None:
+    def _take(self, message: Up | EngineRequest | Cancel | AskMetrics) -> None:
         self._heard_at = self._dispatcher.clock.now()
         match message:
-            case Up(connections=stats):
+            case Up(connections=stats, answered=answered):
                 self.up = True
                 self.connection_stats = stats
+                for outcome, requests in answered.items():
+                    self._dispatcher.count(outcome, requests)
             case EngineRequest():
                 self._submit(message)
             case Cancel(request_id=number):
                 if (served := self._requests.get(number)) is not None:
                     self._dispatcher.abandon(served)
-            case Count(outcome=outcome, requests=requests):
-                self._dispatcher.count(outcome, requests)
             case AskMetrics(question=question):
                 text = self._dispatcher.metrics.text()
                 self._channel.put(MetricsText(question, text), urgent=True)
