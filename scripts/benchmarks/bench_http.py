@@ -77,14 +77,14 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
     while True:
         now = time.monotonic()
         while running and running[0][0] <= now:
-            _, served = heapq.heappop(running)
-            outbox.put(Image(served, 0, now, 0.0, noise))
-            outbox.put(Ended(served, "finished", now))
+            _, request_id = heapq.heappop(running)
+            outbox.put(Image(request_id, 0, now, 0.0, noise))
+            outbox.put(Ended(request_id, "finished", now))
         while waiting and len(running) < places:
-            served = waiting.popleft()
-            heapq.heappush(running, (now + seconds, served))
-            outbox.put(Started(served, now))
-            outbox.put(Progress(served, 1, now))
+            request_id = waiting.popleft()
+            heapq.heappush(running, (now + seconds, request_id))
+            outbox.put(Started(request_id, now))
+            outbox.put(Progress(request_id, 1, now))
         if now - told_at > STATS_SECONDS:
             told_at = now
             outbox.put(LoopStats(2 * len(running)))

@@ -16,13 +16,13 @@ import pytest
 from fake_service import CLASS_NAMES, IMAGE_SIZE, fake_model, running_service
 
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.generation import AppState
+from autoregressive.serve.web.app_state import AppState
 from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.worker.messages import Ended, EngineRequest, Image
 
 
-class DrawnDesk:
-    """Every served that it accepts is drawn already."""
+class DrawnBroker:
+    """Every request that it accepts is drawn already."""
 
     failure = unhealthy = None
 
@@ -32,10 +32,10 @@ class DrawnDesk:
     def require_ready(self) -> None:
         """It always is."""
 
-    async def accept(self, order: EngineRequest) -> ServedRequest:
-        served = ServedRequest(order, 0.0)
-        for image in range(order.n):
-            served.take(Image(0, image, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
+    async def accept(self, request: EngineRequest) -> ServedRequest:
+        served = ServedRequest(request, 0.0)
+        for index in range(request.n):
+            served.take(Image(0, index, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
         served.take(Ended(0, "finished", 0.0))
         self.requests.append(served)
         return served
@@ -52,7 +52,7 @@ def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
     """Fails if pictures for a slow disk take memory that the byte budget does not see, or stay
     counted afterwards.
     """
-    broker, written = DrawnDesk(), threading.Event()
+    broker, written = DrawnBroker(), threading.Event()
     held: list[int] = []
 
     def save(pictures: list[bytes], suffix: str) -> list[str]:

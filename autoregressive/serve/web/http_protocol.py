@@ -105,7 +105,7 @@ class PatientProtocol(H11Protocol, Connection):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
         self._tell_phase()
-        # What has come by now is read in the next turn of the event loop.
+        # A request that is here by now is read in the next turn of the event loop.
         self.loop.call_soon(self.loop.call_soon, self._arrive)
         if self._is_unwanted:
             transport.close()
@@ -264,22 +264,22 @@ class PatientProtocol(H11Protocol, Connection):
 
     @property
     def _context(self) -> RequestContext | None:
-        """Of the latest request; None: its answer is written, or none has come."""
+        """The record of the latest request; None: its answer is written, or no request has come."""
         return None if self.scope is None else context_of(self.scope)
 
     @property
     def _served(self) -> ServedRequest | None:
-        """What is drawn for the latest request."""
+        """The accepted request behind the latest HTTP request."""
         return None if (context := self._context) is None else context.served
 
     @property
     def _written_bytes(self) -> int:
-        """Of all answers of this connection, whether the client has taken them or not."""
+        """Bytes of all answers of this connection, whether the client has taken them or not."""
         return cast(_Transport, self.transport).written_bytes
 
     @property
     def _unread_bytes(self) -> int:
-        """That have come and are no event yet. h11 gives them, too, but copies them for that."""
+        """Bytes that have come and are no event yet. h11's own way to give them copies them."""
         return len(self.conn._receive_buffer)
 
     @property

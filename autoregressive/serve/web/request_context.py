@@ -1,4 +1,4 @@
-"""What the service knows of one HTTP request: one record, which goes with the request's scope."""
+"""The service's record of one HTTP request, which goes with the request's scope."""
 
 import secrets
 from dataclasses import dataclass, field

@@ -25,7 +25,7 @@ _RANDOM_SEEDS = 2**31  # small enough for JavaScript's numbers
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the service tells of its model and checks requests against."""
+    """The model as clients see it, against which requests are checked."""
 
     name: str
     created: int  # Unix time of the start
@@ -152,7 +152,7 @@ class ServedModel:
                 "missing_value",
                 "prompt",
             )
-        if len(body.prompt) > _LONGEST_NAME:  # to look for similar names would hold up everybody
+        if len(body.prompt) > _LONGEST_NAME:  # a search for similar names would take long
             message = (
                 "prompt must be the name or id of a class (see /v1/classes), not a description"
             )

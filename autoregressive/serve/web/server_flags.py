@@ -53,7 +53,9 @@ def build_server_parser() -> ServerParser:
         ),
         allow_abbrev=False,
     )
-    _add_service_flags(parser.add_argument_group("service"))
+    service = parser.add_argument_group("service")
+    _add_client_flags(service)
+    _add_service_flags(service)
     _add_timeout_flags(parser.add_argument_group("timeouts"))
     add_model_flags(
         parser, if_none="the service does not start, unless told to with --random-weights"
@@ -62,7 +64,7 @@ def build_server_parser() -> ServerParser:
     return parser
 
 
-def _add_service_flags(group: argparse._ArgumentGroup) -> None:
+def _add_client_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--host",
         metavar="ADDRESS",
@@ -112,6 +114,9 @@ def _add_service_flags(group: argparse._ArgumentGroup) -> None:
         "half of it drawings are refused, above it the slowest clients are dropped "
         f"(default: {BUFFERED_MIB})",
     )
+
+
+def _add_service_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data-parallel-size", type=int, metavar="N", help="engines, one a GPU (default: 1)"
     )

@@ -1,4 +1,4 @@
-"""What the values of the service's flags mean together."""
+"""The service's settings: its flags, checked together and with their defaults."""
 
 import argparse
 import os

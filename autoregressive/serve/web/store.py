@@ -227,9 +227,8 @@ class Store:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     if _NAME.fullmatch(entry.name) and self._is_mine(entry.name):
-                        with contextlib.suppress(
-                            FileNotFoundError
-                        ):  # removed by somebody else meanwhile
+                        # another program may remove it meanwhile
+                        with contextlib.suppress(FileNotFoundError):
                             state = entry.stat(follow_symlinks=False)
                             if stat.S_ISREG(state.st_mode):
                                 found.append((state.st_mtime_ns, entry.name, state.st_size))
@@ -284,7 +283,7 @@ class Store:
         self._kept_bytes -= size
         try:
             os.unlink(self._folder / name)
-        except FileNotFoundError:  # removed by somebody else
+        except FileNotFoundError:  # another program has removed it
             pass
         except OSError as error:  # it is found again, and counts, after the next start
             self._log_failure("a picture cannot be removed", error)

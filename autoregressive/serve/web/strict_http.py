@@ -13,7 +13,7 @@ from h11._receivebuffer import ReceiveBuffer
 # A request's line, its headers, and an empty line; or trailers. Once it is read, a header of four
 # bytes takes a hundred times as much.
 _MOST_LINES = 102
-_MOST_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody reads
+_MOST_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which are not used
 # A line feed without a return before it, a return without a line feed behind it, and a header that
 # goes on in the next line.
 _LENIENT = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")

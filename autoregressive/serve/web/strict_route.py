@@ -17,7 +17,7 @@ _SHOWN_CHARACTERS = 100  # of a name that a client made up
 # Monitors add parameters of their own to /health and the like, which take none.
 _CHECKED_QUERIES = "/v1/"
 # A body of a mebibyte takes up to a fifth of a second to read. Meanwhile the event loop would
-# answer nobody, so bodies above this size are read in a thread, one at a time.
+# answer no client, so bodies above this size are read in a thread, one at a time.
 _READ_AT_ONCE_BYTES = 16 * 2**10
 
 

@@ -42,8 +42,8 @@ def main() -> None:
 def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     """The life of a process that the service starts.
 
-    It ends at once when its work is done: to take down torch's modules one by one may take seconds
-    and serves nobody.
+    It ends at once when its work is done, because taking down torch's modules one by one may take
+    seconds.
     """
     end_with_the_parent(parent)
     ignore_signals()

@@ -279,7 +279,7 @@ def _no_reply() -> ApiError:
 
 @dataclass(frozen=True)
 class FrontRecipe:
-    """What a front's process is started with."""
+    """The arguments of a front's process, which it runs."""
 
     settings: ServerSettings
     model: ServedModel
