@@ -205,7 +205,7 @@ import slow_to_import
 from autoregressive.serve.worker.process import start_child
 os.environ["SLOW"] = "1"
 child, connection = start_child(slow_to_import.run, "engine")
-print(child._process.pid, flush=True)
+print(child.pid, flush=True)
 time.sleep(60)
 """
 
