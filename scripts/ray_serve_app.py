@@ -18,8 +18,9 @@ from ray import serve
 from autoregressive.errors import UserError
 from autoregressive.serve.api_server import prepare
 from autoregressive.serve.logs import log_our_loggers
+from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.web.service import Service, start_service
-from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
 
 _Message = MutableMapping[str, Any]
 
@@ -37,7 +38,7 @@ class ReplicaApp:
         """Why the replica has to be replaced; None while it works."""
         if self._service is None:
             return None
-        return self._service.dispatcher.failure or self._service.dispatcher.unable
+        return self._service.dispatcher.failure or self._service.dispatcher.start_failure
 
     async def __call__(
         self,

@@ -7,12 +7,15 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from fake_service import Service
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -47,6 +50,16 @@ def ieee_float32() -> Iterator[None]:
     turn_off()
     yield
     turn_off()
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
+    """A service with a key."""
+    from fake_service import KEY, running_service
+
+    folder = tmp_path_factory.mktemp("locked")
+    with running_service(folder, environment={"LLAMAGEN_API_KEY": KEY}) as service:
+        yield service
 
 
 def reference_weights(model: nn.Module, seed: int) -> None:

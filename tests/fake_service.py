@@ -37,8 +37,9 @@ with signals_watched(__name__) as WATCH:
     from autoregressive.serve.engine.device_future import DeviceFuture
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+    from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.served_model import ServedModel
-    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.process import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
@@ -47,6 +48,7 @@ LARGE_SIZE = (
 )
 LARGE = "FAKE_SERVICE_LARGE"
 CLASS_NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
+KEY = "k" * 32  # of the fixture `locked`
 FAULTS = "FAKE_SERVICE_FAULTS"  # the environment variable that names the folder
 _START_SECONDS = 60.0
 

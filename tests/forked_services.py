@@ -27,7 +27,7 @@ from fake_service import FAULTS, Faults, Service
 
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web import hub
+from autoregressive.serve.web.fronts import supervisor
 from autoregressive.serve.worker import child, process
 
 _START_SECONDS = 120.0
@@ -65,24 +65,23 @@ class ForkedChild:
         self._pid = pid
         self._status: int | None = None
 
-    @property
-    def exitcode(self) -> int | None:
+    def poll(self) -> int | None:
         if self._status is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
         return self._status
 
-    def is_alive(self) -> bool:
-        return self.exitcode is None
-
     def kill(self) -> None:
-        if self.is_alive():
+        if self.poll() is None:
             os.kill(self._pid, signal.SIGKILL)
 
-    def join(self, timeout: float | None = None) -> None:
-        deadline = time.monotonic() + (timeout if timeout is not None else 60)
-        while self.is_alive() and time.monotonic() < deadline:
+    def wait(self, timeout: float = 60) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked process", timeout)
             time.sleep(0.01)
+        return status
 
 
 def fork_child(
@@ -191,7 +190,8 @@ class Forge:
 
 def main() -> None:
     """Forks a service for each line of stdin."""
-    process.start_child = hub.start_child = fork_child
+    process.start_child = cast(Any, fork_child)
+    supervisor.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
     gc.collect()
     gc.freeze()  # or each fork's first collection would copy all memory

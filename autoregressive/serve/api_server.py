@@ -20,33 +20,29 @@ with signals_watched(__name__) as WATCH, saying_what_to_install():  # from the f
     import torch
 
     from autoregressive.output.records import generation_record
-    from autoregressive.serve.heap import settle_heap
     from autoregressive.serve.logs import ServiceLogs, service_logs
+    from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.connections import Connections
     from autoregressive.serve.web.descriptors import raise_descriptor_limit
     from autoregressive.serve.web.dispatcher import Dispatcher
-    from autoregressive.serve.web.ending import Ending
-    from autoregressive.serve.web.front import FrontRecipe
-    from autoregressive.serve.web.hub import Hub
+    from autoregressive.serve.web.fronts.front import FrontRecipe
+    from autoregressive.serve.web.fronts.supervisor import FrontSupervisor
     from autoregressive.serve.web.served_model import ServedModel
-    from autoregressive.serve.web.server import Server
+    from autoregressive.serve.web.server import Server, ShutdownPolicy
+    from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
     from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
-    from autoregressive.serve.web.settings import (
-        ServerSettings,
-        read_arguments,
-        resolve_server_settings,
-    )
     from autoregressive.serve.web.store import StoreClaim
     from autoregressive.serve.worker.process import (
         EngineRecipe,
         MakeEngine,
         StartProcess,
+        settle_heap,
         start_process,
     )
     from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
-_SEND_BUFFER_BYTES = 128 * 2**10  # of the system's, a connection: what a stalled reader can hold
+_SEND_BUFFER_BYTES = 128 * 2**10  # that the system holds for a connection's reader
 
 
 # A client that vanishes without a word, as when its cable is pulled, is noticed within half a
@@ -56,13 +52,13 @@ _PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_T
 
 
 def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) -> int:
-    """Reads the flags and serves until a signal; the status to end with.
+    """Reads the flags and serves until a signal; returns the exit status.
 
     Args:
         watch: as of `serve`.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: any error that the user can mend.
     """
     settings = resolve_server_settings(
         read_arguments(sys.argv[1:] if argv is None else argv, os.environ)
@@ -73,7 +69,7 @@ def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) ->
 
 
 def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], MakeEngine]]:
-    """Finds the weights: what clients are told of the model, and how each of the engines is built.
+    """Finds the weights; returns the model as clients see it, and how each engine is built.
 
     Raises:
         UserError: there are no trained weights, and untrained ones were not asked for.
@@ -97,8 +93,8 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
 
 @contextmanager
 def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """A socket for each process that answers HTTP, all of one address; clients are answered once
-    the service runs.
+    """Opens a socket for each process that answers HTTP, all at one address. Clients may connect at
+    once, and are answered when the service runs.
 
     Raises:
         UserError: the address is taken, or not this machine's.
@@ -137,7 +133,7 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
 
 def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
-    """What clients are told of the model."""
+    """The model as clients see it."""
     choice, model = settings.choice, settings.choice.model
     return ServedModel(
         name=settings.name,
@@ -160,17 +156,16 @@ def serve(
     start: StartProcess = start_process,
     watch: SignalWatch | None = None,
 ) -> int:
-    """Starts the engines and answers requests until a signal or the loss of a process; the status
-    to end with.
+    """Starts the engines and answers requests until a signal or the loss of a process; returns the
+    exit status.
 
     Args:
         recipe, start: as `start_service`.
-        listeners: where clients connect to; more than one: a process for each.
-        watch: of the signals; made here, if there is none.
+        listeners: clients connect to them; if there are several, each gets a process.
+        watch: of the signals; None: made here.
 
     Raises:
-        UserError: an engine could not be built, or the store's folder is another service's: the
-            user can mend it.
+        UserError: an engine could not be built, or the store's folder is another service's.
     """
     watch = watch or SignalWatch()
     with service_logs(settings.log_level) as logs:
@@ -188,49 +183,50 @@ async def _serve(
     logs: ServiceLogs,
 ) -> int:
     claim = StoreClaim(settings.store)
-    address = _url(listeners[0])
     dispatcher = start_dispatcher(settings, model, recipe, start)
     dispatcher.metrics.show_dropped_lines(lambda: logs.dropped)
-    ending = Ending(dispatcher, logs.announce)
+    policy = ShutdownPolicy(dispatcher, logs.announce)
     loop = asyncio.get_running_loop()
 
     def take_signal() -> None:
         with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(ending.signal)
+            loop.call_soon_threadsafe(policy.signal)
 
     watch.hand_over(take_signal)
     failure = None
     try:
+        address = _url(listeners[0])
         logs.announce(f"{model.name} is being loaded; it will be served at {address}")
         run = _serve_here if len(listeners) == 1 else _serve_through_fronts
-        failure = await run(settings, model, dispatcher, ending, address, listeners, logs)
-        watch.status = ending.status or int(dispatcher.failure is not None or failure is not None)
+        failure = await run(settings, model, dispatcher, policy, listeners, logs)
+        watch.status = policy.status or int(dispatcher.failure is not None or failure is not None)
     finally:
-        dispatcher.stop(at_once=ending.at_once)
+        dispatcher.stop(at_once=policy.at_once)
         claim.close()
-    if dispatcher.unable is not None:
-        raise UserError(dispatcher.unable)
+    if dispatcher.start_failure is not None:
+        raise UserError(dispatcher.start_failure)
     failure = dispatcher.failure or failure
     if failure is not None:
         _log.critical("%s: the service has ended; start it again", failure)
-        return ending.status or 1
-    return ending.status
+        return policy.status or 1
+    return policy.status
 
 
 async def _serve_here(
     settings: ServerSettings,
     model: ServedModel,
     dispatcher: Dispatcher,
-    ending: Ending,
-    address: str,
+    policy: ShutdownPolicy,
     listeners: Sequence[socket.socket],
     logs: ServiceLogs,
 ) -> None:
-    """HTTP in this process."""
+    """Answers HTTP in this process."""
+    address = _url(listeners[0])
     app, encoders = build_service_app(settings, model, dispatcher, address)
     connections = Connections(settings.max_connections, settings.max_buffered_bytes)
     dispatcher.metrics.connection_stats = lambda: connections.stats
-    server = Server(app, ending, settings.patience.shutdown, connections)
+    server = Server(app, settings.timeouts.shutdown, connections, policy.due)
+    policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
     announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
     try:
@@ -244,26 +240,28 @@ async def _serve_through_fronts(
     settings: ServerSettings,
     model: ServedModel,
     dispatcher: Dispatcher,
-    ending: Ending,
-    address: str,
+    policy: ShutdownPolicy,
     listeners: Sequence[socket.socket],
     logs: ServiceLogs,
 ) -> str | None:
-    """HTTP in a process for each listener; how one of them was lost, if one was."""
+    """Answers HTTP in a process for each listener; returns how one of them was lost, if one was."""
+    address = _url(listeners[0])
     recipes = [
         (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener)
         for index, listener in enumerate(listeners)
     ]
-    hub = Hub(dispatcher, ending, recipes)
+    fronts = FrontSupervisor(dispatcher, policy, recipes)
     for listener in listeners:  # each has its process's copy now
         listener.close()
     settle_heap()
-    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready and hub.up, address, logs))
+    announcing = asyncio.create_task(
+        _announce(lambda: dispatcher.ready and fronts.up, address, logs)
+    )
     try:
-        await hub.run()
+        await fronts.run()
     finally:
         announcing.cancel()
-    return hub.failure
+    return fronts.failure
 
 
 async def _announce(is_ready: Callable[[], bool], address: str, logs: ServiceLogs) -> None:
@@ -279,7 +277,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def command(watch: SignalWatch | None = None) -> NoReturn:
-    """The command; `watch` as of `serve`."""
+    """Runs the command; `watch` as of `serve`."""
     run_command(lambda: main(watch=watch))
 
 

@@ -1,5 +1,5 @@
-"""The installed command `llamagen-serve`. It hears signals while the service's own module, which
-takes seconds, is imported.
+"""The installed command `llamagen-serve`. It takes signals while the service's own module is
+imported, which lasts seconds.
 """
 
 import importlib

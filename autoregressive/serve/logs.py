@@ -1,10 +1,10 @@
-"""The log of the service and of the processes that it starts: a JSON object a line on stderr.
-Nobody waits for it to be read.
+"""The log of the service and of the processes that it starts: lines of JSON on stderr. No process
+waits for them to be read.
 
 `service_logs` makes stderr of the service's process a pipe to itself, which the processes that it
 starts inherit. A thread reads it, so that what a library, the interpreter or a dying process prints
-becomes a JSON line, too. Another thread writes all lines to where stderr led before; it alone waits
-if nobody reads them.
+becomes a JSON line, too. Another thread writes all lines to where stderr led before. It is the only
+one that waits while the lines are not read.
 """
 
 import atexit
@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 
-_WAITING_BYTES = 4 * 2**20  # of lines that are not written yet; what comes beyond that is dropped
+_WAITING_BYTES = 4 * 2**20  # of lines that are not written yet; further lines are dropped
 _PIPE_BYTES = 2**20  # of stderr's pipe, or less where the system allows less
 _READ_BYTES = 64 * 2**10
 _LONGEST_LINE_BYTES = 256 * 2**10  # of what others print
 _LAST_LINES_SECONDS = 1.0  # for waiting lines to be written when the process ends
-_PLAIN = (
-    b"\x00plain\x00"  # a line of stderr's pipe: what follows is for people, and passes as it is
-)
+# A line of stderr's pipe: the lines after it are for people, and are passed on unchanged.
+_PLAIN = b"\x00plain\x00"
 _log = logging.getLogger("llamagen.service")
 
 
@@ -47,7 +46,7 @@ def _line(level: str, logger: str, message: str, created: float, **fields: objec
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message, and what the record has in `fields`."""
+    """Formats time, level, logger, message and the record's `fields` as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Writes a record as one line of JSON."""
@@ -60,14 +59,13 @@ class JsonFormatter(logging.Formatter):
 
 
 class LineWriter:
-    """Writes lines to a descriptor, in a thread of its own. Who puts a line never waits.
+    """Writes lines to a descriptor, in a thread of its own, so that `put` never waits.
 
-    Lines are dropped, and counted, if too many wait because nobody reads, or if they cannot be
-    written.
+    Lines are dropped, and counted, if too many wait for a reader, or if they cannot be written.
 
     Args:
-        report: the line that is written once lines can be written again, from how many were
-            dropped.
+        report: makes a line from the number of dropped ones; it is written once lines can be
+            written again.
     """
 
     def __init__(self, descriptor: int, report: Callable[[int], bytes] | None = None) -> None:
@@ -80,7 +78,7 @@ class LineWriter:
         threading.Thread(target=self._write, name=f"lines to {descriptor}", daemon=True).start()
 
     def put(self, line: bytes) -> None:
-        """Queues a line, which has its end already."""
+        """Queues a line that has its end already."""
         with self._changed:
             if self._waiting_bytes + len(line) > _WAITING_BYTES:
                 self._dropped += 1
@@ -94,8 +92,14 @@ class LineWriter:
         """Lines that were dropped so far."""
         return self._dropped
 
-    def flush(self, timeout: float) -> bool:
-        """Waits until all lines are written, at most `timeout` seconds; whether they are."""
+    def write(self, text: str) -> None:
+        """Queues a line, as `logging.StreamHandler` has it."""
+        self.put(text.encode())
+
+    def drain(self, timeout: float) -> bool:
+        """Waits until all lines are written, at most `timeout` seconds; returns whether they
+        are.
+        """
         with self._changed:
             return self._changed.wait_for(lambda: self._waiting_bytes == 0, timeout)
 
@@ -114,15 +118,13 @@ class LineWriter:
                 self._changed.notify_all()
 
     def _write_line(self, line: bytes) -> bool:
-        """Waits until the line is written; whether it could be."""
+        """Waits until the line is written; returns whether it could be."""
         left = b"\n" + line if self._torn else line
         whole = len(left)
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except (
-                BlockingIOError
-            ):  # another process has made the same terminal or pipe non-blocking
+            except BlockingIOError:  # another process has made the terminal or pipe non-blocking
                 select.select([], [self._descriptor], [])
             except OSError:  # the reader has gone, or the disk is full
                 self._torn |= len(left) < whole
@@ -131,20 +133,11 @@ class LineWriter:
         return True
 
 
-class _LineHandler(logging.Handler):
-    """Hands records to a `LineWriter`."""
-
-    def __init__(self, writer: LineWriter) -> None:
-        super().__init__()
-        self.setFormatter(JsonFormatter())
-        self._writer = writer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Formats it here, for what it refers to may change."""
-        try:
-            self._writer.put(f"{self.format(record)}\n".encode())
-        except Exception:
-            self.handleError(record)
+def _line_handler(writer: LineWriter) -> logging.Handler:
+    """Formats records in the thread that logs, because the objects in them may change."""
+    handler = logging.StreamHandler(writer)
+    handler.setFormatter(JsonFormatter())
+    return handler
 
 
 def _report_dropped(count: int) -> bytes:
@@ -154,14 +147,16 @@ def _report_dropped(count: int) -> bytes:
 
 def _set_levels(level: str) -> None:
     logging.getLogger("llamagen").setLevel(level.upper())
-    # What uvicorn warns of is in the line of the request: "Invalid HTTP request received.",
+    # uvicorn's warnings are in the line of the request, too: "Invalid HTTP request received.",
     # "Unsupported upgrade request."
     logging.getLogger("uvicorn").setLevel("ERROR")
 
 
 def log_our_loggers(level: str) -> None:
-    """Only the service's loggers and uvicorn's, in a process that is not the service's own."""
-    handler = _LineHandler(LineWriter(sys.stderr.fileno(), _report_dropped))
+    """Logs what the service's loggers and uvicorn's say, in a process that is not the service's
+    own.
+    """
+    handler = _line_handler(LineWriter(sys.stderr.fileno(), _report_dropped))
     for name in ("llamagen", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -172,7 +167,7 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
     """Logs what all loggers, warnings and uncaught exceptions of this process say, as JSON."""
     writer = LineWriter(descriptor, _report_dropped)
     root = logging.getLogger()
-    root.handlers = [_LineHandler(writer)]
+    root.handlers = [_line_handler(writer)]
     root.setLevel("WARNING")
     _set_levels(level)
     logging.captureWarnings(True)
@@ -206,16 +201,14 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
 
 
 def log_in_child(level: str) -> LineWriter:
-    """`log_everything` in a process that the service has started; what it prints on stdout goes the
-    same way.
-    """
+    """Logs everything in a process that the service has started, its stdout included."""
     os.dup2(2, 1)
     faulthandler.enable()
     return log_everything(2, level)
 
 
 class ServiceLogs:
-    """The log, and what the service tells people on stdout. Made by `service_logs`."""
+    """The log, and the messages for people on stdout. Made by `service_logs`."""
 
     def __init__(self, level: str) -> None:
         self._stderr = _duplicate(2)
@@ -227,8 +220,8 @@ class ServiceLogs:
         os.close(sink)
         self._source = source
         self._writer = log_everything(self._stderr, level)
-        # The last words of a fault like SIGSEGV are plain text: the thread that reads the pipe ends
-        # with the process.
+        # A fault like SIGSEGV is reported in plain text, because the thread that reads the pipe
+        # ends with the process.
         faulthandler.enable(self._stderr)
         self._reading = threading.Thread(target=self._read, name="stderr", daemon=True)
         self._reading.start()
@@ -240,17 +233,17 @@ class ServiceLogs:
         return self._writer.dropped
 
     def announce(self, message: str) -> None:
-        """Tells people, on stdout."""
+        """Prints a message for people on stdout."""
         # there is none if stdout is closed
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self._stdout.put(f"{message}\n".encode(encoding, errors="backslashreplace"))
 
     def end_json(self) -> None:
-        """What this process prints from now on is for people: an error that they can mend."""
+        """Passes on all later lines unchanged: they are errors that people can mend."""
         os.write(2, b"\n" + _PLAIN + b"\n")
 
     def _end(self) -> None:
-        """Writes what waits, unless nobody reads it. The processes that the service started have
+        """Writes the waiting lines, if they are read. The processes that the service started have
         ended.
         """
         with contextlib.suppress(OSError):
@@ -262,9 +255,9 @@ class ServiceLogs:
         os.close(nowhere)
         deadline = time.monotonic() + _LAST_LINES_SECONDS
         self._reading.join(_LAST_LINES_SECONDS)
-        if self._writer.flush(max(0.0, deadline - time.monotonic())):
+        if self._writer.drain(max(0.0, deadline - time.monotonic())):
             os.dup2(self._stderr, 2)
-        self._stdout.flush(max(0.0, deadline - time.monotonic()))
+        self._stdout.drain(max(0.0, deadline - time.monotonic()))
 
     def _read(self) -> None:
         unfinished, plain = b"", False
@@ -290,7 +283,7 @@ class ServiceLogs:
 
 
 def _duplicate(descriptor: int) -> int:
-    """Another descriptor for the same, which processes that are started do not inherit."""
+    """Another descriptor for the same file, which child processes do not inherit."""
     try:
         return os.dup(descriptor)
     except OSError:  # it is closed
@@ -308,10 +301,8 @@ def _is_json_object(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def service_logs(level: str) -> Iterator[ServiceLogs]:
-    """While this lasts, every line on stderr is a JSON object; afterwards also those of uncaught
-    exceptions.
-
-    Used once in a process.
+    """Makes every line on stderr a JSON object, until the end of the context; used once in a
+    process.
     """
     logs = ServiceLogs(level)
     try:

@@ -1,5 +1,5 @@
-"""The signals that end the service. A thread waits for them, so the main thread may do, or wait
-for, whatever it likes.
+"""The signals that end the service. A thread waits for them, so they do not depend on what the main
+thread does or waits for.
 
 This module imports nothing that takes long: the service's command uses it before anything else.
 """
@@ -17,11 +17,10 @@ from typing import NoReturn
 from autoregressive.cli.command import say_interrupted
 from autoregressive.errors import tell
 
-# Ctrl-C, a supervisor's word, a terminal that closes
+# from Ctrl-C, from a supervisor, from a terminal that closes
 SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-_FORCED_SECONDS = (
-    1.7  # after the second signal; the service ends by itself sooner, unless something blocks
-)
+# After the second signal. The service ends by itself sooner, unless something blocks it.
+_FORCED_SECONDS = 1.7
 _SAME_SECONDS = 0.5  # signals that come so soon after the first count as the first
 _LAST_WORDS_SECONDS = 0.2
 _log = logging.getLogger("llamagen.service")
@@ -60,9 +59,8 @@ class SignalWatch:
         }
         self._numbers = SIGNALS - ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
-        for number in (
-            self._numbers
-        ):  # for threads of libraries that are older than this, and do not block it
+        # for threads of libraries that were started earlier, and do not block the signals
+        for number in self._numbers:
             signal.signal(number, lambda received, frame: self._receive(signal.Signals(received)))
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
@@ -102,7 +100,7 @@ class SignalWatch:
         saying = threading.Thread(
             target=_log.critical, args=(message, _FORCED_SECONDS), daemon=True
         )
-        saying.start()  # not in this thread: whatever blocks the service may hold a lock of the log
+        saying.start()  # not in this thread: the thread that blocks the service may hold the log
         time.sleep(_LAST_WORDS_SECONDS)
         os._exit(self.status)
 
@@ -114,7 +112,7 @@ def _end_before_the_service(number: signal.Signals) -> NoReturn:
         else:
             tell(f"{os.path.basename(sys.argv[0])}: ended by {number.name} before it served")
 
-    # nobody may be reading, and then it would wait
+    # in a thread, because it waits while stderr is not read
     saying = threading.Thread(target=say, daemon=True)
     saying.start()
     saying.join(_LAST_WORDS_SECONDS)

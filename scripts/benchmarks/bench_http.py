@@ -43,16 +43,17 @@ with slow_imports(__name__):
         script,
     )
     from autoregressive.serve import api_server
-    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
-        Drawn,
         Ended,
+        EngineRequest,
         Image,
         LoopStats,
+        Progress,
         Ready,
         Started,
         Stop,
-        Submit,
         receive,
     )
     from autoregressive.serve.worker.outbox import Outbox
@@ -80,14 +81,14 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
     while True:
         now = time.monotonic()
         while running and running[0][0] <= now:
-            _, job = heapq.heappop(running)
-            outbox.put(Image(job, 0, now, 0.0, noise))
-            outbox.put(Ended(job, "finished", now))
+            _, request_id = heapq.heappop(running)
+            outbox.put(Image(request_id, 0, now, 0.0, noise))
+            outbox.put(Ended(request_id, "finished", now))
         while waiting and len(running) < places:
-            job = waiting.popleft()
-            heapq.heappush(running, (now + seconds, job))
-            outbox.put(Started(job, now))
-            outbox.put(Drawn(job, 1, now))
+            request_id = waiting.popleft()
+            heapq.heappush(running, (now + seconds, request_id))
+            outbox.put(Started(request_id, now))
+            outbox.put(Progress(request_id, 1, now))
         if now - told_at > STATS_SECONDS:
             told_at = now
             outbox.put(LoopStats(2 * len(running)))
@@ -97,8 +98,8 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
             for command in receive(connection):
                 if isinstance(command, Stop):
                     return
-                if isinstance(command, Submit):
-                    waiting.append(command.job)
+                if isinstance(command, EngineRequest):
+                    waiting.append(command.request_id)
 
 
 def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:

@@ -42,10 +42,11 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.serve import api_server
     from autoregressive.serve.engine.request import SamplingParams
-    from autoregressive.serve.web.generation import partial_rows
-    from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.openai_routes import partial_rows
+    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.outbox import Outbox
-    from autoregressive.serve.worker.partial import fill_undrawn
+    from autoregressive.serve.worker.previews import fill_undrawn
     from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
     from autoregressive.serve.worker.worker import serve
     from autoregressive.weights.finding import FoundWeights
@@ -55,28 +56,31 @@ _LONE_REQUESTS = 21  # of which the first warms up
 _LEAST_SECONDS = 10  # of a run
 
 
-class EngineThread(threading.Thread):
+class EngineThread:
     """Stands in for the engine's process: the same loop in a thread of the service's own
     process.
     """
 
-    def is_alive(self) -> bool:
-        """False: the service asks once it has waited for the thread, and there is nothing to
-        kill.
-        """
-        return False
+    def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
+        outbox = Outbox(connection, "events")
+        self._thread = threading.Thread(
+            target=lambda: serve(make_engine, connection, outbox), daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the thread; returns the status of a process that has ended."""
+        self._thread.join(timeout)
+        return 0
 
     def kill(self) -> None:
-        """Does nothing: a thread cannot be killed."""
+        """Does nothing, because a thread cannot be killed."""
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
     """Starts the engine in a thread; the arguments are those of `worker.process.start_process`."""
     ours, theirs = connect()
-    arguments = (make_engine, theirs, Outbox(theirs, "events"))
-    thread = EngineThread(target=serve, args=arguments, name=name, daemon=True)
-    thread.start()
-    return thread, ours
+    return EngineThread(make_engine, theirs), ours
 
 
 def serve_in_a_thread(flags: Sequence[str]) -> int:

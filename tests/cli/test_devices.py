@@ -8,7 +8,8 @@ import torch
 from autoregressive.devices import threads_that_pay
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.serve import api_server
-from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
+from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.worker import process
 
 

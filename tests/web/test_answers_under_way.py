@@ -16,32 +16,32 @@ import pytest
 from fake_service import CLASS_NAMES, IMAGE_SIZE, fake_model, running_service
 
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.generation import Studio
-from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.worker.messages import Ended, Image, Submit
+from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import Ended, EngineRequest, Image
 
 
-class DrawnDesk:
-    """Every job that it accepts is drawn already."""
+class DrawnBroker:
+    """Every request that it accepts is drawn already."""
 
     failure = unhealthy = None
 
     def __init__(self) -> None:
-        self.jobs: list[Job] = []
+        self.requests: list[ServedRequest] = []
 
     def require_ready(self) -> None:
         """It always is."""
 
-    async def accept(self, order: Submit) -> Job:
-        job = Job(order, 0.0)
-        for image in range(order.n):
-            job.take(Image(0, image, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
-        job.take(Ended(0, "finished", 0.0))
-        self.jobs.append(job)
-        return job
+    async def accept(self, request: EngineRequest) -> ServedRequest:
+        served = ServedRequest(request, 0.0)
+        for index in range(request.n):
+            served.take(Image(0, index, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
+        served.take(Ended(0, "finished", 0.0))
+        self.requests.append(served)
+        return served
 
-    def abandon(self, job: Job) -> None:
-        job.abandon()
+    def abandon(self, served: ServedRequest) -> None:
+        served.abandon()
 
     def count(self, outcome: str) -> None:
         """Nobody asks."""
@@ -52,7 +52,7 @@ def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
     """Fails if pictures for a slow disk take memory that the byte budget does not see, or stay
     counted afterwards.
     """
-    desk, written = DrawnDesk(), threading.Event()
+    broker, written = DrawnBroker(), threading.Event()
     held: list[int] = []
 
     def save(pictures: list[bytes], suffix: str) -> list[str]:
@@ -65,23 +65,27 @@ def test_pictures_that_wait_for_the_disk_are_counted(fails: bool) -> None:
     store = SimpleNamespace(most_of_a_request=10, check=lambda images: None, save=save)
 
     async def run() -> None:
-        studio = Studio(
-            fake_model("fake"), cast(Any, desk), ThreadPoolExecutor(1), cast(Any, store)
+        state = AppState(
+            fake_model("fake"), cast(Any, broker), ThreadPoolExecutor(1), cast(Any, store)
         )
-        app: Any = build_app(studio, version="0", docs=False, api_keys=())
+        app: Any = build_app(state, version="0", docs=False, api_keys=())
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"prompt": CLASS_NAMES[0], "n": 3, "response_format": "url"}
             asking = asyncio.create_task(client.post("/v1/images/generations", json=body))
             async with asyncio.timeout(10):
-                while not desk.jobs or desk.jobs[0].held_bytes == 0 or desk.jobs[0].has_news:
+                while (
+                    not broker.requests
+                    or broker.requests[0].held_bytes == 0
+                    or broker.requests[0].has_news
+                ):
                     await asyncio.sleep(0.01)
-            waiting = desk.jobs[0].held_bytes
+            waiting = broker.requests[0].held_bytes
             written.set()
             answer = await asking
         assert answer.status_code == (500 if fails else 200)
         assert waiting == held[0] > 0
-        assert desk.jobs[0].held_bytes == 0
+        assert broker.requests[0].held_bytes == 0
 
     asyncio.run(run())
 

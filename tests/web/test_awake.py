@@ -8,15 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.web import front
-from autoregressive.serve.web.awake import SILENT_SECONDS, AwakeClock
-from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.front import RemoteDesk
-from autoregressive.serve.web.front_messages import Accepted, State
-from autoregressive.serve.worker.messages import Ended, Heartbeat, Submit, encode
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock
+from autoregressive.serve.web.fronts import front
+from autoregressive.serve.web.fronts.front import Accepted, RemoteBroker, State
+from autoregressive.serve.worker.messages import Ended, EngineRequest, Heartbeat, encode
 from autoregressive.serve.worker.process import connect
 
-ORDER = Submit(-1, 1, 1, SamplingParams(), True)
+ORDER = EngineRequest(-1, 1, 1, SamplingParams(), True)
 READY = State(None, None, 0, 1, (), ())
 
 
@@ -46,12 +45,12 @@ async def until(holds: Callable[[], bool], seconds: float = 5) -> None:
 
 
 class Front:
-    """A front's desk, and the dispatcher's end of its connection."""
+    """A front's broker, and the dispatcher's end of its connection."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, timeout: float) -> None:
         ours, self.dispatcher = connect()
         self.finished: list[bool] = []
-        self.desk = RemoteDesk(ours, self.finished.append, lambda: None, patience)
+        self.broker = RemoteBroker(ours, self.finished.append, lambda: None, timeout)
 
     def say(self, *messages: object) -> None:
         self.dispatcher.sendall(encode(messages))
@@ -59,12 +58,12 @@ class Front:
     async def get_ready(self) -> None:
         """Until it has heard that requests are accepted."""
         self.say(READY)
-        await until(lambda: self.desk._state == READY)
+        await until(lambda: self.broker._state == READY)
 
     async def close(self) -> None:
         self.dispatcher.shutdown(socket.SHUT_RDWR)
         self.dispatcher.close()
-        await self.desk.close()
+        await self.broker.close()
 
 
 @pytest.mark.timing
@@ -74,18 +73,18 @@ def test_a_front_judges_the_dispatcher_by_its_silence() -> None:
     """
 
     async def go() -> None:
-        front = Front(patience=60)
+        front = Front(timeout=60)
         front.say(State(None, None, 0, 1, (), ()))
         await asyncio.sleep(0.1)
-        front.desk.require_ready()
+        front.broker.require_ready()
         begun = time.monotonic()
-        await until(lambda: front.desk.unhealthy is not None)
+        await until(lambda: front.broker.unhealthy is not None)
         assert SILENT_SECONDS - 0.2 <= time.monotonic() - begun <= 2
         with pytest.raises(ApiError, match="does not respond"):
-            front.desk.require_ready()
+            front.broker.require_ready()
         front.say(Heartbeat())
-        await until(lambda: front.desk.unhealthy is None)
-        front.desk.require_ready()
+        await until(lambda: front.broker.unhealthy is None)
+        front.broker.require_ready()
         await front.close()
 
     asyncio.run(go())
@@ -98,16 +97,16 @@ def test_what_is_asked_of_the_dispatcher_has_a_deadline(monkeypatch: pytest.Monk
     monkeypatch.setattr(front, "_REPLY_SECONDS", 0.1)
 
     async def go() -> None:
-        front = Front(patience=60)
+        front = Front(timeout=60)
         await front.get_ready()
-        for asking in (front.desk.accept(ORDER), front.desk.metrics_text()):
+        for asking in (front.broker.accept(ORDER), front.broker.metrics_text()):
             with pytest.raises(ApiError) as refusal:
                 await asyncio.wait_for(asking, 5)
             assert refusal.value.status == 503
             assert refusal.value.retry_after is not None
         front.say(Accepted(0, 0), Ended(0, "cancelled", 1.0))
-        await until(lambda: not front.desk._jobs)
-        assert front.desk._replies == front.desk._questions == {}
+        await until(lambda: not front.broker._requests)
+        assert front.broker._replies == {}
         await front.close()
 
     asyncio.run(go())
@@ -117,13 +116,13 @@ def test_a_front_gives_up_a_dispatcher_that_stays_silent() -> None:
     """Fails if clients wait for ever for a dispatcher that hangs, or the front stays."""
 
     async def go() -> None:
-        front = Front(patience=0.5)
+        front = Front(timeout=0.5)
         await front.get_ready()
-        accepting = asyncio.create_task(front.desk.accept(ORDER))
-        await until(lambda: 0 in front.desk._replies)
+        accepting = asyncio.create_task(front.broker.accept(ORDER))
+        await until(lambda: 0 in front.broker._replies)
         front.say(Accepted(0, 0))
-        job = await accepting
-        event = await job.next_event(5)
+        served = await accepting
+        event = await served.next_event(5)
         assert isinstance(event, Ended)
         assert event.outcome == "engine_lost"
         await until(lambda: front.finished == [False])

@@ -8,39 +8,37 @@ from typing import cast
 
 import pytest
 
-from autoregressive.serve.web import hub
-from autoregressive.serve.web.awake import SILENT_SECONDS
-from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.web.channel import SILENT_SECONDS, Channel
+from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.front import FrontRecipe
-from autoregressive.serve.web.front_messages import State, Up
-from autoregressive.serve.web.hub import FrontLink
-from autoregressive.serve.worker.backlog import Backlog
+from autoregressive.serve.web.fronts import supervisor
+from autoregressive.serve.web.fronts.front import FrontRecipe, State, Up
+from autoregressive.serve.web.fronts.supervisor import FrontLink
 from autoregressive.serve.worker.messages import (
     KINDS,
-    Drawn,
     Ended,
     Image,
     LoopStats,
     Preview,
+    Progress,
     Started,
     receive,
 )
-from autoregressive.serve.worker.outbox import Outbox
+from autoregressive.serve.worker.outbox import Backlog, Outbox
 from autoregressive.serve.worker.process import connect
 
-JOBS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
+REQUESTS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
 LARGE = Image(99, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
 IMAGE = Image(1, 0, 9.0, 0.5, PIXELS)
 
 
 def rounds() -> list[object]:
-    """What an engine says of watched jobs as they are drawn."""
-    said: list[object] = [Started(job, 1.0) for job in range(JOBS)]
+    """What an engine says of watched requests as they are drawn."""
+    said: list[object] = [Started(request_id, 1.0) for request_id in range(REQUESTS)]
     for step in range(ROUNDS):
-        for job in range(JOBS):
-            said.append(Drawn(job, step, float(step)))
-            said += [Preview(job, image, step, PIXELS) for image in range(IMAGES)]
+        for request_id in range(REQUESTS):
+            said.append(Progress(request_id, step, float(step)))
+            said += [Preview(request_id, index, step, PIXELS) for index in range(IMAGES)]
         said.append(LoopStats(step))
     return [*said, IMAGE, Ended(1, "finished", 9.0)]
 
@@ -56,22 +54,23 @@ def check(heard: list[object]) -> None:
     """What a reader gets that was far behind: bounded, the newest of all progress, and all of the
     rest.
     """
-    assert len(heard) <= 64 + JOBS * (2 + IMAGES) + 3
-    for job in range(JOBS):
-        drawn = [one.tokens for one in heard if isinstance(one, Drawn) and one.job == job]
+    assert len(heard) <= 64 + REQUESTS * (2 + IMAGES) + 3
+    for request_id in range(REQUESTS):
+        progress = (one for one in heard if isinstance(one, Progress))
+        drawn = [one.tokens for one in progress if one.request_id == request_id]
         assert drawn == sorted(drawn)
         assert drawn[-1] == ROUNDS - 1
-        for image in range(IMAGES):
+        for index in range(IMAGES):
             of_image = (
                 one
                 for one in heard
-                if isinstance(one, Preview) and one.job == job and one.image == image
+                if isinstance(one, Preview) and one.request_id == request_id and one.index == index
             )
             rows = [one.rows for one in of_image]
             assert rows[-1] == ROUNDS - 1
     assert [one for one in heard if isinstance(one, LoopStats)][-1] == LoopStats(ROUNDS - 1)
     assert [one for one in heard if isinstance(one, (Started, Image, Ended))] == [
-        *(Started(job, 1.0) for job in range(JOBS)),
+        *(Started(request_id, 1.0) for request_id in range(REQUESTS)),
         IMAGE,
         Ended(1, "finished", 9.0),
     ]
@@ -84,7 +83,7 @@ def test_progress_that_waits_is_superseded_and_nothing_else_is() -> None:
     backlog = Backlog()
     for message in rounds():
         backlog.put(message)
-    assert backlog.bytes <= (64 + JOBS * IMAGES + 1) * len(PIXELS)
+    assert backlog.bytes <= (64 + REQUESTS * IMAGES + 1) * len(PIXELS)
     check(taken(backlog))
     assert (len(backlog), backlog.bytes, backlog._newest) == (0, 0, {})
 
@@ -94,7 +93,7 @@ def test_few_messages_all_arrive() -> None:
     token came.
     """
     backlog = Backlog()
-    sent = [Drawn(1, step, float(step)) for step in range(64)]
+    sent = [Progress(1, step, float(step)) for step in range(64)]
     for message in sent:
         backlog.put(message)
     assert taken(backlog) == sent
@@ -149,7 +148,7 @@ def test_an_outbox_to_a_stopped_process_is_bounded() -> None:
 
 
 def read_to_the_end(connection: socket.socket) -> list[object]:
-    """What comes after `LARGE`, up to the end of the job."""
+    """What comes after `LARGE`, up to the end of the request."""
     connection.settimeout(20)
     assert receive(connection) == [LARGE]
     heard: list[object] = []
@@ -173,19 +172,19 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
     """Fails if pictures pile up for a front that does not respond until --step-timeout
     has passed.
     """
-    monkeypatch.setattr(hub, "_MOST_BEHIND_BYTES", 2**20)
+    monkeypatch.setattr(supervisor, "_MOST_BEHIND_BYTES", 2**20)
 
     async def go() -> None:
         ours, theirs = connect()
-        monkeypatch.setattr(hub, "start_child", lambda recipe, name, listener: (None, ours))
+        monkeypatch.setattr(supervisor, "start_child", lambda recipe, name, listener: (None, ours))
         moment = 0.0
         clock = SimpleNamespace(now=lambda: moment)
-        dispatcher = SimpleNamespace(clock=clock, patience=SimpleNamespace(step=60.0))
+        dispatcher = SimpleNamespace(clock=clock, timeouts=SimpleNamespace(step=60.0))
         recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
         front = FrontLink(
             recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
         )
-        front._take(Up(0, 0, 0, 0, 0))
+        front._take(Up(ConnectionStats(), {}))
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
         moment = silent
         assert front.hangs == hangs

@@ -14,16 +14,15 @@ from test_worker import order
 
 from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.web.clients import client_of
-from autoregressive.serve.web.desk import Desk
-from autoregressive.serve.web.dispatcher import Dispatcher, Patience
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.clients import WaitingPlaces
+from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker, Timeouts
 from autoregressive.serve.web.generation import DRAWING_PATHS
-from autoregressive.serve.web.http_protocol import KEY
+from autoregressive.serve.web.request_context import client_of, context_of
+from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.web.service import build_service_app
-from autoregressive.serve.web.settings import read_arguments, resolve_server_settings
-from autoregressive.serve.web.waiting_places import WaitingPlaces
-from autoregressive.serve.worker.messages import Ended, Ready, Started, Submit
+from autoregressive.serve.worker.messages import Ended, EngineRequest, Ready, Started
 from autoregressive.serve.worker.process import connect
 
 
@@ -112,8 +111,9 @@ def test_a_hog_comes_down_to_its_share(size: int, clients: str) -> None:
 
 def scope(address: str | None, key: int | None = None) -> dict[str, Any]:
     """Of a request, as uvicorn makes it; `key`: the number of the key that let it in."""
-    state = {} if key is None else {KEY: key}
-    return {"type": "http", "client": None if address is None else (address, 1234), "state": state}
+    made = {"type": "http", "client": None if address is None else (address, 1234)}
+    context_of(made).key = key
+    return made
 
 
 @pytest.mark.parametrize(
@@ -201,17 +201,17 @@ def test_the_policy_is_fair_unless_it_is_told_otherwise() -> None:
     ],
 )
 @pytest.mark.parametrize("path", DRAWING_PATHS)
-def test_a_job_is_the_clients_who_asked_for_it(
+def test_a_request_is_the_clients_who_asked_for_it(
     flags: tuple[str, ...], peer: str, expected: str, key: int | None, path: str
 ) -> None:
-    """Fails if a route does not say whose job it is, the flags do not reach what tells clients
+    """Fails if a route does not say whose request it is, the flags do not reach what tells clients
     apart, a key is another client if it is written otherwise, or one counts that nobody has
     checked.
     """
-    orders: list[Submit] = []
+    orders: list[EngineRequest] = []
 
-    class FullDesk:
-        async def accept(self, order: Submit) -> None:
+    class FullBroker:
+        async def accept(self, order: EngineRequest) -> None:
             orders.append(order)
             raise ApiError(429, "", "queue_full")
 
@@ -221,7 +221,7 @@ def test_a_job_is_the_clients_who_asked_for_it(
     async def go() -> None:
         settings = resolve_server_settings(read_arguments(flags, {}))
         app, encoders = build_service_app(
-            settings, fake_model("fake"), cast(Desk, FullDesk()), "http://localhost"
+            settings, fake_model("fake"), cast(RequestBroker, FullBroker()), "http://localhost"
         )
         encoders.shutdown()
         transport = httpx2.ASGITransport(cast(Any, app), client=(peer, 1))
@@ -245,17 +245,17 @@ def test_the_dispatcher_gives_places_back_when_requests_start_or_end() -> None:
     """
 
     async def go() -> None:
-        process = SimpleNamespace(kill=lambda: None, join=lambda *_: None, is_alive=lambda: False)
+        process = SimpleNamespace(kill=lambda: None, wait=lambda *_: 0)
         pairs = [connect() for _ in range(2)]
         dispatcher = Dispatcher(
-            lambda index: (cast(Any, process), pairs[index][0]), 2, 8, Patience(), 64
+            lambda index: (cast(Any, process), pairs[index][0]), 2, 8, Timeouts(), 64
         )
         for link in dispatcher._links:
             link._take(Ready(max_rows=2, num_pages=100, pages_per_row=4))
         running = [dispatcher.admit(order(client="hog")) for _ in range(2)]
-        assert all(job.reserved for job in running)
-        for job, link in zip(running, dispatcher._links, strict=True):
-            link._take(Started(job.order.job, 1.0))
+        assert all(served.reserved for served in running)
+        for served, link in zip(running, dispatcher._links, strict=True):
+            link._take(Started(served.request_id, 1.0))
         waiting = [dispatcher.admit(order(client="hog")) for _ in range(6)]
         with pytest.raises(
             ApiError,
@@ -270,15 +270,17 @@ def test_the_dispatcher_gives_places_back_when_requests_start_or_end() -> None:
         others = [dispatcher.admit(order(client="other")), dispatcher.admit(order(client="third"))]
         with pytest.raises(ApiError, match="8 requests are waiting, and no more are taken"):
             dispatcher.admit(order(client="fourth"))
-        assert [dispatcher.ahead_of(job) for job in (*waiting[:2], *others)] == [0, 3, 1, 2]
+        assert [dispatcher.ahead_of(served) for served in (*waiting[:2], *others)] == [0, 3, 1, 2]
         by_number = {
-            job.order.job: link for link in dispatcher._links for job in link.jobs.values()
+            served.request_id: link
+            for link in dispatcher._links
+            for served in link.requests.values()
         }
-        for job in (waiting[0], others[0]):
-            by_number[job.order.job]._take(Started(job.order.job, 1.0))
-        for job in (waiting[0], waiting[1], others[1]):
-            by_number[job.order.job]._take(
-                Ended(job.order.job, "finished", 2.0, tokens=1, used_pages=0)
+        for served in (waiting[0], others[0]):
+            by_number[served.request_id]._take(Started(served.request_id, 1.0))
+        for served in (waiting[0], waiting[1], others[1]):
+            by_number[served.request_id]._take(
+                Ended(served.request_id, "finished", 2.0, tokens=1, used_pages=0)
             )
         places = dispatcher._places
         assert [places.taken_by(client) for client in ("hog", "other", "third")] == [4, 0, 0]

@@ -6,16 +6,21 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import uvicorn
+from fastapi import Request
 
+from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web import generation, http_protocol
 from autoregressive.serve.web.connections import Connections
+from autoregressive.serve.web.request_context import context_of
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import EngineRequest
 
 pytestmark = pytest.mark.timing
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -239,29 +244,32 @@ def test_who_lingers_does_not_hold_up_the_end() -> None:
 
 def test_a_stream_that_breaks_off_says_so() -> None:
     """Fails if a bug of ours looks like a connection that was lost: the reader gets an error event,
-    and the job ends.
+    and the request ends.
     """
 
-    async def broken() -> AsyncIterator[bytes]:
-        yield b"event: queued\ndata: {}\n\n"
+    events = iter([b"event: queued\ndata: {}\n\n"])
+
+    async def next_event() -> bytes:
+        for event in events:
+            return event
         raise ValueError("a bug")
 
     async def run() -> tuple[bytes, Any, list[Any]]:
         abandoned: list[Any] = []
-        studio = cast(Any, SimpleNamespace(desk=SimpleNamespace(abandon=abandoned.append)))
-        request = cast(Any, SimpleNamespace(state=SimpleNamespace()))
-        job = cast(Any, SimpleNamespace(order=SimpleNamespace(job=3)))
-        response = generation._event_stream(studio, request, job, broken())
+        state = cast(Any, SimpleNamespace(broker=SimpleNamespace(abandon=abandoned.append)))
+        request = Request({"type": "http"})
+        served = ServedRequest(EngineRequest(3, 0, 1, SamplingParams(), pixels=True), 0.0)
+        response = generation.event_stream(state, request, served, next_event)
         with contextlib.suppress(ValueError):
             told = b"".join([cast(bytes, part) async for part in response.body_iterator])
-        return told, request.state, abandoned
+        return told, context_of(request.scope), abandoned
 
-    told, state, abandoned = asyncio.run(run())
+    told, context, abandoned = asyncio.run(run())
     assert told.startswith(b"event: queued")
     assert b"event: error" in told
     assert b"internal_error" in told
     assert b"a bug" not in told
-    assert getattr(state, generation.FAILED)
+    assert context.failed
     assert len(abandoned) == 1
 
 

@@ -1,13 +1,13 @@
 """What h11 reads leniently and this service refuses, beside what it takes as the standard says."""
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
 from test_http_protocol import on_a_server
 
-from autoregressive.serve.web.guards import SizeLimits
+from autoregressive.serve.web.guards import limit_sizes
 
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -151,5 +151,5 @@ def test_other_versions_are_refused(fields: dict[str, Any], status: int) -> None
         if message["type"] == "http.response.start":
             told.append(message["status"])
 
-    asyncio.run(SizeLimits(app)(scope(**fields), receive, send))
+    asyncio.run(cast(Any, limit_sizes(app)(scope(**fields), receive, send)))
     assert told == [status]

@@ -6,7 +6,7 @@ from base64 import b64encode
 from types import SimpleNamespace
 from typing import Any, cast
 
-from autoregressive.serve.web.generation import _PicturesResponse
+from autoregressive.serve.web.openai_routes import PicturesResponse
 from autoregressive.serve.web.schema import ImageData, ImagesAnswer, Usage
 
 
@@ -19,9 +19,9 @@ def test_the_answer_is_the_models_and_is_let_go_of_as_it_is_sent() -> None:
     fields |= {"usage": Usage.of(3, 64), "model": 'a "b64_json":"" \\ ü'}
     empty = ImagesAnswer(data=[ImageData(b64_json="")] * 3, **fields)
     whole = ImagesAnswer(data=[ImageData(b64_json=text.decode()) for text in pictures], **fields)
-    job = SimpleNamespace(answer_bytes=0)
-    response = _PicturesResponse(
-        cast(Any, job), empty.model_dump_json(exclude_none=True).encode(), list(pictures)
+    served = SimpleNamespace(answer_bytes=0)
+    response = PicturesResponse(
+        cast(Any, served), empty.model_dump_json(exclude_none=True).encode(), list(pictures)
     )
     sent = bytearray()
     left: list[int] = []
@@ -30,7 +30,7 @@ def test_the_answer_is_the_models_and_is_let_go_of_as_it_is_sent() -> None:
     async def send(message: Any) -> None:
         messages.append(message)
         sent.extend(message.get("body", b""))
-        left.append(job.answer_bytes)
+        left.append(served.answer_bytes)
 
     asyncio.run(response(cast(Any, {}), cast(Any, None), send))
     assert json.loads(sent) == json.loads(whole.model_dump_json(exclude_none=True))

@@ -7,8 +7,12 @@ from typing import Any
 
 import uvicorn
 
+from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web import http_protocol
 from autoregressive.serve.web.connections import Connections, Phase
+from autoregressive.serve.web.request_context import context_of
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import EngineRequest
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 PICTURE = b"p" * 30_000  # less than what pauses the writing, more than what the system takes
@@ -19,7 +23,8 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
     await receive()
     body = b"word"
     if scope["path"] == "/picture":
-        scope["state"][http_protocol.JOB] = object()
+        request = EngineRequest(0, 0, 1, SamplingParams(), pixels=True)
+        context_of(scope).served = ServedRequest(request, 0.0)
         body = PICTURE
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -8,18 +8,20 @@ from fake_service import CLASS_NAMES, LARGE, LARGE_SIZE, running_service
 
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.worker.messages import Image, Submit
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import EngineRequest, Image
 
 
 def test_images_that_are_to_come_count_until_they_are_here() -> None:
     """Fails if an image counts twice, or for ever, or not while its file is made."""
-    job = Job(Submit(0, 0, 2, SamplingParams(), pixels=True), 0.0, image_bytes=100)
-    assert (job.promised_bytes, job.held_bytes) == (200, 0)
-    job.take(Image(0, 0, 0.0, 0.0, bytes(100)))
-    assert (job.promised_bytes, job.held_bytes) == (100, 100)
-    job.abandon()
-    assert (job.promised_bytes, job.held_bytes) == (0, 0)
+    served = ServedRequest(
+        EngineRequest(0, 0, 2, SamplingParams(), pixels=True), 0.0, image_bytes=100
+    )
+    assert (served.promised_bytes, served.held_bytes) == (200, 0)
+    served.take(Image(0, 0, 0.0, 0.0, bytes(100)))
+    assert (served.promised_bytes, served.held_bytes) == (100, 100)
+    served.abandon()
+    assert (served.promised_bytes, served.held_bytes) == (0, 0)
 
 
 def test_what_is_promised_bounds_what_is_accepted() -> None:

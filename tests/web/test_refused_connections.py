@@ -6,19 +6,17 @@ import json
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 import pytest
-from fake_service import Service, running_service
+from fake_service import Service
 
 from autoregressive.serve.web import acceptor as web_acceptor
-from autoregressive.serve.web import logs
+from autoregressive.serve.web import authentication
 from autoregressive.serve.web.acceptor import Acceptor
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
-
-KEY = "k" * 32
 
 
 def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]]) -> None:
@@ -80,15 +78,6 @@ def test_refused_connections_are_bounded_in_number_and_time() -> None:
     on_a_full_process(visit)
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with a key."""
-    with running_service(
-        tmp_path_factory.mktemp("locked"), environment={"LLAMAGEN_API_KEY": KEY}
-    ) as service:
-        yield service
-
-
 def test_guesses_that_are_slowed_down_write_a_line_a_second(locked: Service) -> None:
     """Fails if each throttled guess writes a line, or none tells how many there were."""
     statuses = Counter(
@@ -112,7 +101,9 @@ def test_a_warning_a_second_counts_what_happened(caplog: pytest.LogCaptureFixtur
     """Fails if a count is lost or told twice, or there is a line for each."""
 
     async def run() -> None:
-        warning = logs.CountedWarning(logging.getLogger("test"), "it happened", "times", 0.05)
+        warning = authentication._CountedWarning(
+            logging.getLogger("test"), "it happened", "times", 0.05
+        )
         for count in (3, 2):
             for _ in range(count):
                 warning.count()

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from fake_service import LARGE, Service, running_service
+from fake_service import KEY, LARGE, Service, running_service
 
 from autoregressive.errors import UserError
 from autoregressive.serve.web import connections as web_connections
@@ -35,7 +35,6 @@ HALF_A_BODY = b"POST /v1/codes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10
 GET_A_FILE = b"GET /docs-assets/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"  # 1.5 MB
 GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SLOW = 60  # bytes each 5 ms: 12 kB/s, which is faster than the least rate
-KEY = "k" * 32
 
 
 @pytest.fixture(scope="module")
@@ -313,15 +312,6 @@ def test_unfinished_bodies_are_bounded_in_all(service: Service) -> None:
 # Early answers
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service with a key."""
-    with running_service(
-        tmp_path_factory.mktemp("locked"), environment={"LLAMAGEN_API_KEY": KEY}
-    ) as service:
-        yield service
-
-
 @pytest.mark.parametrize("close", [False, True])
 @pytest.mark.parametrize(
     ("status", "headers"),
@@ -355,8 +345,9 @@ class FakeConnection:
     """What `Connections` sees of one."""
 
     def __init__(self, held: int = 0, left: float | None = None) -> None:
-        self.held_bytes, self.patience_left = held, left
+        self.held_bytes, self.seconds_left = held, left
         self.promised = ("", 0)
+        self.sends = False
         self.closed = False
 
     def look(self, seconds: float) -> None:
@@ -570,7 +561,7 @@ def test_the_soft_limit_is_raised_and_the_log_says_so() -> None:
         "import resource; from autoregressive.serve import logs;"
         "from autoregressive.serve.web import descriptors;"
         "writer = logs.log_everything(2, 'info'); descriptors.raise_descriptor_limit(); "
-        "writer.flush(5);"
+        "writer.drain(5);"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     command = [

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fake_service import Service, fake_model, running_service
+from fake_service import KEY, Service, fake_model, running_service
 
 from autoregressive.models.classes import ClassNames
 from autoregressive.serve.web.description import examples
 from autoregressive.serve.web.schema import CodesRequest
 
-KEY = "a-key-of-the-docs"
 BODIES = {
     "/v1/images/generations": "ImageRequest",
     "/v1/images/stream": "StreamRequest",
@@ -26,14 +25,6 @@ BODIES = {
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Without a key."""
     with running_service(tmp_path_factory.mktemp("docs")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """With a key."""
-    environment = {"LLAMAGEN_API_KEY": KEY}
-    with running_service(tmp_path_factory.mktemp("locked"), environment=environment) as service:
         yield service
 
 
@@ -98,7 +89,9 @@ def test_the_example_is_a_class_that_can_be_asked_for(names: tuple[str, ...]) ->
     """
     model = replace(fake_model("fake"), classes=ClassNames(names))
     for body in examples(model)["CodesRequest"]:
-        assert model.order(CodesRequest.model_validate(body), pixels=False).class_label == 0
+        assert (
+            model.engine_request(CodesRequest.model_validate(body), pixels=False).class_label == 0
+        )
 
 
 def test_the_description_has_nothing_left_of_what_is_not_answered(service: Service) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from autoregressive.errors import UserError
+from autoregressive.serve.web.config_layers import is_service_link, read_arguments
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.server import QuietServer
-from autoregressive.serve.web.service_links import is_service_link
-from autoregressive.serve.web.settings import build_server_parser, read_arguments
+from autoregressive.serve.web.server import Server
+from autoregressive.serve.web.server_flags import build_server_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,4 +144,4 @@ def test_a_platforms_number_of_workers_is_ignored(
     async def app(scope: object, receive: object, send: object) -> None:
         raise NotImplementedError
 
-    assert QuietServer(app, 1.0, Connections(8, 2**20)).config.workers == 1
+    assert Server(app, 1.0, Connections(8, 2**20)).config.workers == 1

@@ -23,25 +23,32 @@ from PIL import Image
 from test_service_promises import burst, send, status_of
 
 from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.web.awake import AwakeClock
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.channel import AwakeClock
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.front import FrontRecipe, RemoteDesk
-from autoregressive.serve.web.front_messages import (
+from autoregressive.serve.web.fronts.front import (
     KINDS,
     Accepted,
     AskMetrics,
-    Count,
     Finish,
     FrontMessage,
+    FrontRecipe,
     MetricsText,
     Refused,
+    RemoteBroker,
     State,
     Up,
 )
-from autoregressive.serve.web.hub import FrontLink
+from autoregressive.serve.web.fronts.supervisor import FrontLink
 from autoregressive.serve.web.store import Store
-from autoregressive.serve.worker.messages import Cancel, Drawn, Ended, Submit, encode, receive
+from autoregressive.serve.worker.messages import (
+    Cancel,
+    Ended,
+    EngineRequest,
+    Progress,
+    encode,
+    receive,
+)
 from autoregressive.serve.worker.process import connect
 
 pytestmark = pytest.mark.timing
@@ -362,15 +369,15 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
     async def go() -> None:
         ours, theirs = connect()
         finished: list[bool] = []
-        desk = RemoteDesk(ours, finished.append, lambda: None, 60)
+        broker = RemoteBroker(ours, finished.append, lambda: None, 60)
         theirs.sendall(encode([State(None, None, 0, 1, (), ())]))
         while True:
             try:
-                desk.require_ready()
+                broker.require_ready()
                 break
             except ApiError:
                 await asyncio.sleep(0.01)
-        asking = asyncio.create_task(desk.accept(Submit(-1, 1, 1, SamplingParams(), True)))
+        asking = asyncio.create_task(broker.accept(EngineRequest(-1, 1, 1, SamplingParams(), True)))
         await asyncio.sleep(0.05)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -378,26 +385,24 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         theirs.sendall(encode([Accepted(0, 0)]))
         theirs.sendall(encode([Ended(0, "cancelled", 1.0)]))
         await asyncio.sleep(0.1)
-        assert desk._jobs == {}
-        assert desk._replies == {}
-        assert desk._ahead == {}
+        assert broker._requests == {}
+        assert broker._replies == {}
+        assert broker._ahead == {}
         heard: list[type] = []
         while len(heard) < 2:
             heard += [
                 type(message) for message in receive(theirs, KINDS) if not isinstance(message, Up)
             ]
-        assert heard == [Submit, Cancel]
+        assert heard == [EngineRequest, Cancel]
         theirs.sendall(encode([Finish(at_once=True)]))
         await asyncio.sleep(0.05)
         assert finished == [True]
-        desk.count("success")
-        await desk.close()
-        counted: list[FrontMessage] = []
-        while not counted:
-            counted += [
-                message for message in receive(theirs, KINDS) if not isinstance(message, Up)
-            ]
-        assert counted == [Count("success", 1)]
+        broker.count("success")
+        await broker.close()
+        told: list[Up] = []
+        while not any(up.answered for up in told):
+            told += receive(theirs, KINDS)
+        assert told[-1].answered == {"success": 1}
         theirs.close()
 
     asyncio.run(go())
@@ -410,13 +415,14 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(
     pictures have been passed on.
     """
 
-    def refuse(order: Submit, forward: object) -> None:
+    def refuse(order: EngineRequest, forward: object) -> None:
         raise ApiError(429, "the queue is full", "queue_full", None, 3)
 
-    async def go() -> list[FrontMessage | Drawn]:
+    async def go() -> list[FrontMessage | Progress]:
         ours, theirs = connect()
         monkeypatch.setattr(
-            "autoregressive.serve.web.hub.start_child", lambda recipe, name, listener: (None, ours)
+            "autoregressive.serve.web.fronts.supervisor.start_child",
+            lambda recipe, name, listener: (None, ours),
         )
         metrics = SimpleNamespace(text=lambda: b"all is well")
         dispatcher = SimpleNamespace(admit=refuse, metrics=metrics, clock=AwakeClock())
@@ -425,15 +431,15 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(
             recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
         )
         for number in range(3):
-            front._forward(number, Drawn(99, number, 1.0))
+            front._forward(number, Progress(99, number, 1.0))
         front._take(AskMetrics(5))
-        front._take(Submit(7, 1, 1, SamplingParams(), True))
+        front._take(EngineRequest(7, 1, 1, SamplingParams(), True))
         await front._channel.drain(5)
         front._channel.close()
         heard = receive(theirs, KINDS) + receive(theirs, KINDS)
         theirs.close()
         return heard
 
-    refused = Refused(7, 429, "the queue is full", "queue_full", None, 3)
-    pictures = [Drawn(number, number, 1.0) for number in range(3)]
+    refused = Refused(7, ApiError(429, "the queue is full", "queue_full", None, 3))
+    pictures = [Progress(number, number, 1.0) for number in range(3)]
     assert asyncio.run(go()) == [MetricsText(5, b"all is well"), refused, *pictures]

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from fake_service import Service, running_service
+from fake_service import KEY, Service, running_service
 
 PUBLIC = "pictures.example"
 
@@ -21,15 +21,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Without a key, and known to its clients by another name too."""
     with running_service(
         tmp_path_factory.mktemp("hosts"), "--public-url", f"https://{PUBLIC}:8443/of"
-    ) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """With a key."""
-    with running_service(
-        tmp_path_factory.mktemp("locked"), environment={"LLAMAGEN_API_KEY": "a-key"}
     ) as service:
         yield service
 
@@ -154,7 +145,7 @@ def test_a_whole_url_is_no_way_past_the_key(locked: Service) -> None:
     for target in ("/v1/models", "/health/../v1/models", "//health", "/metrics"):
         assert ask(locked, f"GET http://localhost{target} HTTP/1.1", "Host: localhost")[0] == 401
     assert ask(locked, "GET http://localhost/health HTTP/1.1", "Host: localhost")[0] == 200
-    key = "Authorization: Bearer a-key"
+    key = f"Authorization: Bearer {KEY}"
     assert ask(locked, "GET http://evil.example/v1/models HTTP/1.1", "Host: x", key)[0] == 200
 
 

@@ -14,7 +14,6 @@ import pytest
 from fake_service import Service, running_service
 
 from autoregressive.serve.web import authentication
-from autoregressive.serve.web.addresses import client_network, is_loopback
 from autoregressive.serve.web.authentication import (
     FAILURE_SECONDS,
     FREE_FAILURES,
@@ -22,6 +21,7 @@ from autoregressive.serve.web.authentication import (
     Authentication,
     FailureThrottle,
 )
+from autoregressive.serve.web.clients import client_network, is_loopback
 
 OLD, NEW = "old-key-0123456789", "new/key+0123456789="
 LONGER = f"{OLD}-and-more"  # one key may be the beginning of another

@@ -45,7 +45,7 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch: pytest.Mon
     for _ in range(200):
         writer.put(line)
         time.sleep(0.0005)
-    assert not writer.flush(0.1)
+    assert not writer.drain(0.1)
     assert time.monotonic() - begun < 5
     dropped = writer.dropped
     assert 100 < dropped < 190
@@ -53,10 +53,10 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch: pytest.Mon
     assert [line for line in lines if not line.startswith(b"x")] == [b"%d dropped" % dropped]
     writer.put(b"last\n")
     assert read_lines(source, 1) == [b"last"]
-    assert writer.flush(5)
+    assert writer.drain(5)
     os.close(source)
     writer.put(line)  # nobody can read it any more
-    assert writer.flush(5)
+    assert writer.drain(5)
     assert writer.dropped == dropped + 1
     os.close(sink)
 

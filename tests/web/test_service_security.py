@@ -29,11 +29,11 @@ from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 from test_imports import import_graph, module_name, source_files
 
-from autoregressive.serve.web import authentication, guards, http_protocol
-from autoregressive.serve.web.app import build_app
+from autoregressive.serve.web import authentication, http_protocol, request_log
+from autoregressive.serve.web.app import build_app, build_routes
+from autoregressive.serve.web.app_state import AppState
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.dispatcher import Dispatcher, Patience
-from autoregressive.serve.web.generation import Studio
+from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker, Timeouts
 from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.store import Store
 
@@ -122,12 +122,12 @@ def without_engines(folder: Path, use: Callable[[App], Awaitable[None]], **setti
     """The application in this process; with no engine behind it, whatever draws runs into a bug."""
 
     async def run() -> None:
-        dispatcher = Dispatcher(cast(Any, None), 0, 1, Patience(), 64)
+        dispatcher = Dispatcher(cast(Any, None), 0, 1, Timeouts(), 64)
         with ThreadPoolExecutor(1) as encoders:
-            studio = Studio(
+            state = AppState(
                 fake_model("fake"), dispatcher, encoders, Store(folder, 3, "http://localhost")
             )
-            await use(build_app(studio, version="1", docs=True, api_keys=(), **settings))
+            await use(build_app(state, version="1", docs=True, api_keys=(), **settings))
         dispatcher.stop(at_once=True)
 
     asyncio.run(run())
@@ -144,16 +144,10 @@ def paths_of(routes: Sequence[Any]) -> Iterator[str]:
 
 def route_table(folder: Path) -> list[str]:
     """Paths of all routes of the service, as the application itself has them."""
-    found: list[str] = []
-
-    async def read(app: App) -> None:
-        inner: Any = app
-        while hasattr(inner, "_app"):
-            inner = inner._app
-        found.extend(paths_of(inner.routes))
-
-    without_engines(folder, read)
-    return found
+    broker = cast(RequestBroker, None)
+    with ThreadPoolExecutor(1) as encoders:
+        state = AppState(fake_model("fake"), broker, encoders, Store(folder, 3, "http://localhost"))
+        return list(paths_of(build_routes(state, version="1", docs=True).routes))
 
 
 WRONG_KEYS: list[list[tuple[str, str]]] = [
@@ -750,7 +744,10 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
     async def run() -> None:
         scope = {"type": "http", "method": "GET", "path": "/", "client": None}
         task = asyncio.create_task(
-            cast(Any, guards.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep))
+            cast(
+                Any,
+                request_log.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep),
+            )
         )
         await asyncio.sleep(0.01)
         task.cancel()
@@ -1314,7 +1311,7 @@ def test_nothing_that_the_service_imports_runs_what_it_is_given() -> None:
             reached.add(module)
             waiting += graph[module]
     expected = {
-        "autoregressive.serve.web.settings",
+        "autoregressive.serve.web.server_settings",
         "autoregressive.serve.worker.messages",
         "autoregressive.weights.sharded",
     }

@@ -18,13 +18,9 @@ from refusals import refused
 from autoregressive.cli.command import run_command
 from autoregressive.errors import UserError
 from autoregressive.serve import api_server
-from autoregressive.serve.web.settings import (
-    ENVIRONMENT,
-    ServerSettings,
-    build_server_parser,
-    read_arguments,
-    resolve_server_settings,
-)
+from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_flags import ENVIRONMENT, build_server_parser
+from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ["--gpt-model", "GPT-demo", "--device", "cpu", "--random-weights"]
@@ -306,8 +302,8 @@ def test_what_is_just_in_range_is_taken(typed: str) -> None:
 
 
 def test_zero_seconds_are_no_limit() -> None:
-    patience = settings("--queue-timeout", "0", "--request-timeout", "0").patience
-    assert (patience.queue, patience.run) == (None, None)
+    timeouts = settings("--queue-timeout", "0", "--request-timeout", "0").timeouts
+    assert (timeouts.queue, timeouts.run) == (None, None)
 
 
 def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
@@ -358,8 +354,8 @@ def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
         "http://x",
         False,
     )
-    patience = found.patience
-    assert (patience.queue, patience.run, patience.step, patience.shutdown) == (1, 2, 3, 4)
+    timeouts = found.timeouts
+    assert (timeouts.queue, timeouts.run, timeouts.step, timeouts.shutdown) == (1, 2, 3, 4)
     assert (found.log_level, found.engine.max_num_seqs, found.engines) == ("error", 6, 1)
 
 

@@ -22,7 +22,7 @@ from test_imports import ROOT
 from test_service_promises import send, status_of
 
 from autoregressive.serve.api_server import listen
-from autoregressive.serve.web.settings import ServerSettings
+from autoregressive.serve.web.server_settings import ServerSettings
 
 pytestmark = pytest.mark.timing
 STARTS = {
@@ -205,7 +205,7 @@ import slow_to_import
 from autoregressive.serve.worker.process import start_child
 os.environ["SLOW"] = "1"
 child, connection = start_child(slow_to_import.run, "engine")
-print(child._process.pid, flush=True)
+print(child.pid, flush=True)
 time.sleep(60)
 """
 

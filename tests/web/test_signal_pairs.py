@@ -10,7 +10,7 @@ import pytest
 from autoregressive.serve import signals
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.ending import Ending
+from autoregressive.serve.web.server import ShutdownPolicy
 
 PAIRS = [
     (signal.SIGTERM, signal.SIGHUP),
@@ -66,18 +66,17 @@ def test_a_second_signal_ends_it_with_status_1(idle: bool) -> None:
 
     class Draining:
         draining = False
-        unfinished = 0
-        patience = SimpleNamespace(shutdown=60.0)
+        timeouts = SimpleNamespace(shutdown=60.0)
 
         def drain(self) -> None:
             self.draining = True
 
     dispatcher = Draining()
-    dispatcher.idle = idle  # type: ignore[attr-defined]
+    dispatcher.unfinished = 0 if idle else 1  # type: ignore[attr-defined]
     hurried: list[bool] = []
-    ending = Ending(cast(Dispatcher, dispatcher), lambda message: None)
-    ending.hurry = lambda: hurried.append(True)
-    ending.signal()
-    assert (ending.status, ending.at_once, hurried) == (0, False, [])
-    ending.signal()
-    assert (ending.status, ending.at_once, hurried) == (1, True, [True])
+    policy = ShutdownPolicy(cast(Dispatcher, dispatcher), lambda message: None)
+    policy.hurry = lambda: hurried.append(True)
+    policy.signal()
+    assert (policy.status, policy.at_once, hurried) == (0, False, [])
+    policy.signal()
+    assert (policy.status, policy.at_once, hurried) == (1, True, [True])

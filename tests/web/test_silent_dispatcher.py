@@ -12,14 +12,14 @@ import pytest
 from fake_service import running_service
 from test_awake import ORDER, Front, until
 
-from autoregressive.serve.web.awake import SILENT_SECONDS
-from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.front_messages import KINDS, Count, State, Up
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.channel import SILENT_SECONDS
+from autoregressive.serve.web.fronts.front import KINDS, State, Up
 from autoregressive.serve.worker.messages import Heartbeat, receive
 
 
 class Clock:
-    """The desk's, which stands still until a test moves it."""
+    """The broker's, which stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.moment = 0.0
@@ -32,11 +32,11 @@ def with_silent_dispatcher(visit: Callable[[Front, Clock], Awaitable[None]]) -> 
     """Visits a front whose dispatcher was ready, and has been silent for too long since."""
 
     async def go() -> None:
-        front, clock = Front(patience=60), Clock()
+        front, clock = Front(timeout=60), Clock()
         await front.get_ready()
-        await until(lambda: front.desk._channel.idle)
-        front.desk._clock = clock  # type: ignore[assignment]
-        front.desk._heard_at = 0.0
+        await until(lambda: front.broker._channel.idle)
+        front.broker._clock = clock  # type: ignore[assignment]
+        front.broker._heard_at = 0.0
         clock.moment = SILENT_SECONDS + 0.1
         await visit(front, clock)
         await front.close()
@@ -48,14 +48,14 @@ def test_a_dispatcher_known_to_be_silent_is_not_asked() -> None:
     """Fails if a drawing or /metrics waits for its 503, or leaves messages that nobody reads."""
 
     async def visit(front: Front, _: Clock) -> None:
-        for asking in (front.desk.accept, lambda order: front.desk.metrics_text()):
+        for asking in (front.broker.accept, lambda order: front.broker.metrics_text()):
             with pytest.raises(ApiError) as refusal:
                 await asyncio.wait_for(asking(ORDER), 0.5)
             assert refusal.value.status == 503
             assert refusal.value.retry_after is not None
-        assert front.desk._jobs == {}
-        front.desk._watching.cancel()
-        assert front.desk._channel.idle
+        assert front.broker._requests == {}
+        front.broker._watching.cancel()
+        assert front.broker._channel.idle
 
     with_silent_dispatcher(visit)
 
@@ -68,14 +68,13 @@ def test_answers_are_counted_together() -> None:
 
     async def visit(front: Front, clock: Clock) -> None:
         for outcome in ("invalid", "success", "invalid") * 1000:
-            front.desk.count(outcome)
-        assert front.desk._channel.idle
+            front.broker.count(outcome)
+        assert front.broker._channel.idle
         clock.moment += 1
-        counts: list[Count] = []
-        while len(counts) < 2:
-            messages = await asyncio.to_thread(receive, front.dispatcher, KINDS)
-            counts += [message for message in messages if not isinstance(message, Up)]
-        assert counts == [Count("invalid", 2000), Count("success", 1000)]
+        told: list[Up] = []
+        while not any(up.answered for up in told):
+            told += await asyncio.to_thread(receive, front.dispatcher, KINDS)
+        assert told[-1].answered == {"invalid": 2000, "success": 1000}
         front.say(Heartbeat())
 
     with_silent_dispatcher(visit)
@@ -87,9 +86,9 @@ def test_metrics_are_asked_for_while_an_engine_is_lost() -> None:
     async def visit(front: Front, clock: Clock) -> None:
         clock.moment = 0.0
         front.say(State("the engine has stopped", "the engine has stopped", 10, 1, (), ()))
-        await until(lambda: front.desk.unhealthy is not None)
-        asking = asyncio.create_task(front.desk.metrics_text())
-        await until(lambda: front.desk._questions != {})
+        await until(lambda: front.broker.unhealthy is not None)
+        asking = asyncio.create_task(front.broker.metrics_text())
+        await until(lambda: front.broker._replies != {})
         asking.cancel()
 
     with_silent_dispatcher(visit)

@@ -10,34 +10,38 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
-from fake_service import fake_model
+import httpx2
+from fake_service import IMAGE_SIZE, fake_model
 from fastapi import Request
 
 from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.desk import Desk
-from autoregressive.serve.web.generation import DRAWING_PATHS, Studio, _event_stream, _OpenAIEvents
-from autoregressive.serve.web.guards import OneDrawingATurn
-from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.app_state import AppState, FairQueue
+from autoregressive.serve.web.dispatcher import RequestBroker
+from autoregressive.serve.web.generation import DRAWING_PATHS, event_stream
+from autoregressive.serve.web.guards import one_drawing_a_turn
+from autoregressive.serve.web.openai_routes import OpenAIEvents
+from autoregressive.serve.web.schema import ImageRequest
 from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.turns import Turns
-from autoregressive.serve.worker.messages import Preview, Submit
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import EngineRequest, Preview
 
 MANY, SIZE = 50, 8
 PREVIEW = Preview(0, 0, 4, bytes(SIZE * SIZE * 3))
+PREVIEW_OF_32 = Preview(0, 0, 4, bytes(IMAGE_SIZE * IMAGE_SIZE * 3))  # of the fake model's size
 
 
 def test_one_passes_at_each_turn_in_the_order_of_asking() -> None:
     passed: list[tuple[int, int]] = []  # (turn of the loop, who)
     turn_of_the_loop = 0
 
-    async def pass_one(turns: Turns, who: int) -> None:
+    async def pass_one(turns: FairQueue, who: int) -> None:
         await turns.take()
         passed.append((turn_of_the_loop, who))
 
     async def run() -> None:
         nonlocal turn_of_the_loop
-        turns = Turns()
+        turns = FairQueue()
         for _ in range(2):  # the second time after everybody has gone
             passed.clear()
             tasks = [asyncio.create_task(pass_one(turns, who)) for who in range(MANY)]
@@ -53,7 +57,7 @@ def test_one_passes_at_each_turn_in_the_order_of_asking() -> None:
 
 def test_who_is_cancelled_takes_no_turn() -> None:
     async def run() -> list[int]:
-        turns, passed = Turns(), []
+        turns, passed = FairQueue(), []
 
         async def pass_one(who: int) -> None:
             await turns.take()
@@ -78,7 +82,7 @@ def test_a_probe_passes_a_burst_of_drawings() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             served.append(scope["path"])
 
-        guard = OneDrawingATurn(app, Turns())
+        guard = one_drawing_a_turn(app, FairQueue())
         paths = [DRAWING_PATHS[who % len(DRAWING_PATHS)] for who in range(MANY)] + ["/health"]
         await asyncio.gather(*(guard({"type": "http", "path": path}, None, None) for path in paths))  # type: ignore[arg-type]
         return served
@@ -93,20 +97,18 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
         turn_of_the_loop = 0
         moments: list[int] = []
 
-        async def write(studio: Studio) -> None:
-            assert base64.b64decode(await studio.preview_text(PREVIEW, "png")).startswith(
-                b"\x89PNG"
-            )
+        async def write(state: AppState) -> None:
+            assert base64.b64decode(await state.preview_text(PREVIEW, "png")).startswith(b"\x89PNG")
             moments.append(turn_of_the_loop)
 
         with ThreadPoolExecutor(4) as encoders:
-            studio = Studio(
+            state = AppState(
                 cast(ServedModel, SimpleNamespace(image_size=SIZE)),
-                cast(Desk, None),
+                cast(RequestBroker, None),
                 encoders,
                 None,
             )
-            tasks = [asyncio.create_task(write(studio)) for _ in range(MANY)]
+            tasks = [asyncio.create_task(write(state)) for _ in range(MANY)]
             await asyncio.sleep(0)
             encoders.shutdown(wait=True)  # all are ready, and nobody has noticed yet
             while not all(task.done() for task in tasks):
@@ -120,21 +122,21 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
 
 
 def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
-    """Fails if the job is let go of only when the garbage collector comes by."""
+    """Fails if the request is let go of only when the garbage collector comes by."""
 
-    class NobodysTurn(Turns):
+    class NobodysTurn(FairQueue):
         async def take(self) -> None:
             waits.set()
             await asyncio.Event().wait()
 
     waits = asyncio.Event()
-    abandoned: list[Job] = []
+    abandoned: list[ServedRequest] = []
 
     async def run() -> None:
-        order = Submit(0, 1, 1, SamplingParams(), True, preview_rows=(4,))
-        job = Job(order, 0.0)
-        job.take(PREVIEW)
-        desk = cast(Desk, SimpleNamespace(abandon=abandoned.append))
+        order = EngineRequest(0, 1, 1, SamplingParams(), True, preview_rows=(4,))
+        served = ServedRequest(order, 0.0)
+        served.take(PREVIEW)
+        broker = cast(RequestBroker, SimpleNamespace(abandon=abandoned.append))
         sent: list[str] = []
 
         async def receive() -> dict[str, str]:
@@ -145,15 +147,16 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
             sent.append(message["type"])
 
         with ThreadPoolExecutor(1) as encoders:
-            studio = Studio(
+            state = AppState(
                 cast(ServedModel, SimpleNamespace(image_size=SIZE)),
-                desk,
+                broker,
                 encoders,
                 None,
                 NobodysTurn(),
             )
             request = Request({"type": "http", "state": {}})
-            response = _event_stream(studio, request, job, _OpenAIEvents(studio, job, "png", None))
+            events = OpenAIEvents(state, served, ImageRequest.model_validate({}))
+            response = event_stream(state, request, served, events.next_event)
             scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
             await response(scope, receive, send)
         assert sent == ["http.response.start"]
@@ -167,10 +170,25 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
 
 
 def test_the_service_takes_its_turns() -> None:
-    """Fails if the guard is left out, or has turns of its own."""
-    desk = cast(Desk, SimpleNamespace(count=None))
-    studio = Studio(fake_model("fake"), desk, ThreadPoolExecutor(1), None)
-    part: Any = build_app(studio, version="0", docs=False, api_keys=())
-    while not isinstance(part, OneDrawingATurn):
-        part = part._app
-    assert part._turns is studio.turns
+    """Fails if requests that draw, or the writing of images, wait for no turn or have turns of
+    their own.
+    """
+    asked: list[str] = []
+
+    class WatchedQueue(FairQueue):
+        async def take(self) -> None:
+            asked.append("turn")
+
+    async def run() -> None:
+        broker = cast(RequestBroker, SimpleNamespace(count=lambda outcome: None))
+        state = AppState(fake_model("fake"), broker, ThreadPoolExecutor(1), None, WatchedQueue())
+        app = build_app(state, version="0", docs=False, api_keys=())
+        transport = httpx2.ASGITransport(cast(Any, app))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for path in DRAWING_PATHS:
+                await client.post(path, json={"no such field": 1})
+            await client.get("/health/none")
+        await state.preview_text(PREVIEW_OF_32, "png")
+
+    asyncio.run(run())
+    assert len(asked) == len(DRAWING_PATHS) + 1

@@ -24,40 +24,40 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
-from autoregressive.serve.web.awake import AwakeClock
+from autoregressive.serve.web.channel import AwakeClock
+from autoregressive.serve.web.clients import WaitingPlaces
 from autoregressive.serve.web.engine_link import EngineLink
-from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.web.waiting_places import WaitingPlaces
+from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
     Cancel,
     Command,
-    Drawn,
     Ended,
+    EngineRequest,
     Event,
     Image,
     LoopStats,
     Preview,
+    Progress,
     Ready,
     Started,
     Stop,
-    Submit,
     decode,
     encode,
     receive,
 )
 from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.partial import fill_undrawn
+from autoregressive.serve.worker.previews import fill_undrawn
 from autoregressive.serve.worker.process import ChildProcess, connect, start_child
 from autoregressive.serve.worker.worker import serve
 
 GRID = round(TOKENS**0.5)
 
 
-def order(job: int = 0, *, seed: int = 5, **fields: Any) -> Submit:
+def order(request_id: int = 0, *, seed: int = 5, **fields: Any) -> EngineRequest:
     params = SamplingParams(cfg_scale=2.0, top_k=0, seed=seed)
     wanted: dict[str, Any] = {"class_label": 1, "n": 1, "params": params, "pixels": True}
-    return Submit(job=job, **(wanted | fields))
+    return EngineRequest(request_id=request_id, **(wanted | fields))
 
 
 @pytest.mark.parametrize(
@@ -212,14 +212,14 @@ class Side:
         for command in commands:
             self.connection.sendall(encode([command]))
 
-    def read_until_ended(self, *jobs: int) -> None:
-        left = set(jobs)
+    def read_until_ended(self, *requests: int) -> None:
+        left = set(requests)
         while left:
-            assert wait([self.connection], 20), f"jobs {left} did not end"
+            assert wait([self.connection], 20), f"requests {left} did not end"
             for event in cast(list[Event], receive(self.connection)):
                 self.events.append(event)
                 if isinstance(event, Ended):
-                    left.discard(event.job)
+                    left.discard(event.request_id)
 
     def read_all(self) -> None:
         with contextlib.suppress(EOFError):
@@ -227,11 +227,11 @@ class Side:
                 self.events += cast(list[Event], receive(self.connection))
 
 
-def of_job(events: list[Event], job: int) -> list[Event]:
-    return [event for event in events if getattr(event, "job", None) == job]
+def of_request(events: list[Event], request_id: int) -> list[Event]:
+    return [event for event in events if getattr(event, "request_id", None) == request_id]
 
 
-def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
+def test_a_request_is_told_of_in_order(tmp_path: Any) -> None:
     """Started, drawn, its images, the end; the end comes last and once, with every image
     before it.
     """
@@ -241,23 +241,25 @@ def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
         side.read_until_ended(0, 1)
 
     events = run_worker(commands, tmp_path, max_num_seqs=4)
-    for job, n in ((0, 3), (1, 2)):
-        told = of_job(events, job)
+    for request_id, n in ((0, 3), (1, 2)):
+        told = of_request(events, request_id)
         assert isinstance(told[0], Started)
         assert isinstance(told[-1], Ended)
         assert told[-1].outcome == "finished"
         assert sum(isinstance(event, Ended) for event in told) == 1
-        assert sorted(event.image for event in told if isinstance(event, Image)) == list(range(n))
+        assert sorted(event.index for event in told if isinstance(event, Image)) == list(range(n))
         assert told[-1].tokens == n * TOKENS
         assert told[-1].used_pages is not None
     drawn = {
-        job: [event.tokens for event in of_job(events, job) if isinstance(event, Drawn)]
-        for job in (0, 1)
+        request_id: [
+            event.tokens for event in of_request(events, request_id) if isinstance(event, Progress)
+        ]
+        for request_id in (0, 1)
     }
     assert drawn[0][-1] == 3 * TOKENS
-    assert len(drawn[1]) == 1, "of a job that nobody watches the first token is told, and no other"
+    assert len(drawn[1]) == 1, "of an unwatched request only the first token is told"
     params = SamplingParams(cfg_scale=2.0, top_k=0, seed=5, n=3)
-    codes = {event.image: event.data for event in of_job(events, 0) if isinstance(event, Image)}
+    codes = {event.index: event.data for event in of_request(events, 0) if isinstance(event, Image)}
     wanted = expected_codes(Request(0, 1, params), TOKENS)
     assert [
         torch.frombuffer(bytearray(codes[image]), dtype=torch.int32).tolist() for image in range(3)
@@ -265,7 +267,7 @@ def test_a_job_is_told_of_in_order(tmp_path: Any) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> None:
-    """Fails if a job that no engine can take ends the worker."""
+    """Fails if a request that no engine can take ends the worker."""
 
     def commands(side: Side) -> None:
         too_many = SamplingParams(n=3)  # six rows
@@ -273,17 +275,17 @@ def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> 
         side.read_until_ended(0, 1, 2)
 
     ends = {
-        event.job: event
+        event.request_id: event
         for event in run_worker(commands, tmp_path, max_num_seqs=4)
         if isinstance(event, Ended)
     }
-    assert [ends[job].outcome for job in (0, 1, 2)] == ["refused", "refused", "finished"]
+    assert [ends[number].outcome for number in (0, 1, 2)] == ["refused", "refused", "finished"]
     assert "class label" in ends[0].message
 
 
 def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
-    """A job whose time to start is over never starts, even if there is room; one cancelled twice
-    ends once.
+    """A request whose time to start is over never starts, even if there is room. One that is
+    cancelled twice ends once.
     """
 
     def commands(side: Side) -> None:
@@ -294,8 +296,8 @@ def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
     assert [event.outcome for event in events if isinstance(event, Ended)].count(
         "queue_timeout"
     ) == 1
-    assert not any(isinstance(event, (Started, Image)) for event in of_job(events, 0))
-    assert sum(isinstance(event, Ended) for event in of_job(events, 1)) == 1
+    assert not any(isinstance(event, (Started, Image)) for event in of_request(events, 0))
+    assert sum(isinstance(event, Ended) for event in of_request(events, 1)) == 1
 
 
 def test_a_worker_whose_service_has_gone_ends(tmp_path: Any) -> None:
@@ -333,11 +335,11 @@ def test_an_engine_with_much_to_say_ends_when_it_is_told_to() -> None:
         process, connection = start_child(talk_until_stopped, "engine")
         assert wait([connection], 60)  # it writes, and the loop does not read
         link = EngineLink(
-            process, connection, lambda job: None, WaitingPlaces(8, shared=True), AwakeClock()
+            process, connection, lambda request: None, WaitingPlaces(8, shared=True), AwakeClock()
         )
         link.begin_to_stop()
         link.stop(time.monotonic() + 3)
-        assert process.exitcode == 0
+        assert process.poll() == 0
 
     asyncio.run(go())
 
@@ -346,19 +348,19 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
     """Fails if old previews pile up, an image is lost, or the end overtakes an image."""
 
     async def read() -> list[Any]:
-        job = Job(order(0, n=2, watched=True), time.monotonic())
-        job.take(Started(0, 1.0))
+        served = ServedRequest(order(0, n=2, watched=True), time.monotonic())
+        served.take(Started(0, 1.0))
         for rows in range(1, 8):
-            job.take(Drawn(0, rows * 8, 1.0))
-            job.take(Preview(0, 0, rows, bytes([rows])))
-            job.take(Preview(0, 1, rows, bytes([rows])))
-        job.take(Image(0, 0, 2.0, 0.1, b"a"))
-        job.take(Image(0, 1, 2.0, 0.1, b"b"))
-        job.take(Ended(0, "finished", 2.0))
+            served.take(Progress(0, rows * 8, 1.0))
+            served.take(Preview(0, 0, rows, bytes([rows])))
+            served.take(Preview(0, 1, rows, bytes([rows])))
+        served.take(Image(0, 0, 2.0, 0.1, b"a"))
+        served.take(Image(0, 1, 2.0, 0.1, b"b"))
+        served.take(Ended(0, "finished", 2.0))
         events = []
-        while not isinstance(event := await job.next_event(), Ended):
+        while not isinstance(event := await served.next_event(), Ended):
             events.append(event)
-        assert not job.has_news
+        assert not served.has_news
         return events
 
     events = asyncio.run(read())
@@ -366,7 +368,7 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
     assert not any(isinstance(event, Preview) for event in events), (
         "a finished image needs no preview"
     )
-    assert [event.tokens for event in events if isinstance(event, Drawn)] == [56]
+    assert [event.tokens for event in events if isinstance(event, Progress)] == [56]
 
 
 def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
@@ -374,17 +376,17 @@ def test_a_reader_who_does_not_watch_is_not_woken_for_progress() -> None:
     known all the same.
     """
 
-    async def read() -> Job:
-        job = Job(order(0), 0.0)
-        job.take(Started(0, 1.0))
-        job.take(Drawn(0, 8, 1.5))
-        assert not job.has_news
-        job.take(Ended(0, "finished", 2.0, tokens=64, used_pages=0))
-        assert isinstance(await job.next_event(), Ended)
-        return job
+    async def read() -> ServedRequest:
+        served = ServedRequest(order(0), 0.0)
+        served.take(Started(0, 1.0))
+        served.take(Progress(0, 8, 1.5))
+        assert not served.has_news
+        served.take(Ended(0, "finished", 2.0, tokens=64, used_pages=0))
+        assert isinstance(await served.next_event(), Ended)
+        return served
 
-    job = asyncio.run(read())
-    assert (job.started_at, job.first_token_at, job.tokens) == (1.0, 1.5, 64)
+    served = asyncio.run(read())
+    assert (served.started_at, served.first_token_at, served.tokens) == (1.0, 1.5, 64)
 
 
 @settings(max_examples=50)
@@ -398,34 +400,38 @@ def test_what_an_engine_has_is_counted_as_it_comes_and_goes(
     steps: list[tuple[int, str, bool]],
 ) -> None:
     """Fails if the rows or the queue of an engine, which say who is let in, differ from those of
-    its jobs.
+    its requests.
     """
 
     async def go() -> None:
         ours, theirs = connect()
-        ended: list[Job] = []
+        ended: list[ServedRequest] = []
         places = WaitingPlaces(8, shared=True)
         link = EngineLink(cast(ChildProcess, None), ours, ended.append, places, AwakeClock())
         for number, what, reserved in steps:
-            if what == "submit" and number not in link.jobs:
+            if what == "submit" and number not in link.requests:
                 link.submit(
-                    Job(order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved)
+                    ServedRequest(
+                        order(number, n=number + 1, client=str(number % 2)), 0.0, reserved=reserved
+                    )
                 )
             elif what == "start":
                 link._take(Started(number, 1.0))
             elif what == "end":
                 link._take(Ended(number, "finished", 2.0, tokens=1, used_pages=number))
-            jobs = link.jobs.values()
-            assert link.rows == sum(job.rows for job in jobs)
+            requests = link.requests.values()
+            assert link.rows == sum(served.rows for served in requests)
             waiting = Counter(
-                job.order.client for job in jobs if job.started_at is None and not job.reserved
+                served.request.client
+                for served in requests
+                if served.started_at is None and not served.reserved
             )
             assert places.taken == waiting.total()
             assert all(places.taken_by(client) == waiting[client] for client in "01")
         link.begin_to_stop()
         link._channel.close()
         theirs.close()
-        assert all(job.ended is not None for job in ended)
+        assert all(served.ended is not None for served in ended)
 
     asyncio.run(go())
 
@@ -434,11 +440,11 @@ def test_nothing_is_kept_for_a_reader_who_has_left() -> None:
     """Fails if the pictures of an abandoned request stay in memory."""
 
     async def abandon() -> None:
-        job = Job(order(0), time.monotonic())
-        job.take(Image(0, 0, 2.0, 0.1, b"a"))
-        job.abandon()
-        job.take(Preview(0, 0, 3, b"b"))
-        assert not job.has_news
+        served = ServedRequest(order(0), time.monotonic())
+        served.take(Image(0, 0, 2.0, 0.1, b"a"))
+        served.abandon()
+        served.take(Preview(0, 0, 3, b"b"))
+        assert not served.has_news
 
     asyncio.run(abandon())
 

@@ -11,29 +11,29 @@ import logging
 import socket
 from collections.abc import Callable
 
+from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.connections import Connections, Phase
 from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
-from autoregressive.serve.web.errors import ApiError
 from autoregressive.serve.web.http_protocol import PatientProtocol
-from autoregressive.serve.web.logs import REQUESTS, new_request_id
+from autoregressive.serve.web.request_context import REQUESTS, new_request_id
 
 _ACCEPTS_A_TURN = 8  # so that a new one's request is read before many others have come
 _PAUSE_SECONDS = 0.1  # when the system has no room for another
 _BUSY_PAUSE_SECONDS = 0.02  # when all connections are busy
 # All connections may be busy for a moment only. New ones wait for so long before they are refused.
 _REFUSE_AFTER_SECONDS = 0.5
-# What a refused client still sends is read and dropped, for so long and so much. If it were not
-# read, the system would reset the connection, and the client would lose the answer.
+# A refused client may still send. That is read and dropped, up to these limits: otherwise the
+# system would reset the connection, and the client would lose the answer.
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 2 * 2**20
 _READ_BYTES = 64 * 2**10
-_NOBODY = (BlockingIOError, InterruptedError, ConnectionAbortedError)  # waits any more
+_NONE_WAITS = (BlockingIOError, InterruptedError, ConnectionAbortedError)
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger(REQUESTS)
 
 
 class Acceptor:
-    """Of one listening socket; stands for asyncio's server in uvicorn's.
+    """Accepts the connections of one listening socket; stands for asyncio's server in uvicorn's.
 
     Args:
         protocol: makes the protocol of a connection.
@@ -50,13 +50,13 @@ class Acceptor:
         self._opening: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._busy_since: float | None = None  # as far as new connections have shown it
-        # What may still be read of each, and what closes it in the end.
+        # How many bytes of each may still be read, and the timer that closes it.
         self._refused: dict[socket.socket, tuple[int, asyncio.TimerHandle]] = {}
         listener.setblocking(False)
         self._resume()
 
     def close(self) -> None:
-        """Accepts no more; the listener is its owner's to close."""
+        """Stops accepting. The listener's owner closes the listener."""
         self._loop.remove_reader(self._listener)
         if self._pause is not None:
             self._pause.cancel()
@@ -64,7 +64,7 @@ class Acceptor:
             self._close_refused(connection)
 
     async def wait_closed(self) -> None:
-        """Nothing is left to wait for: uvicorn waits for the connections."""
+        """Returns at once, because uvicorn waits for the connections."""
 
     def _resume(self) -> None:
         self._pause = None
@@ -77,7 +77,7 @@ class Acceptor:
                 return
             try:
                 connection, address = self._listener.accept()
-            except _NOBODY:
+            except _NONE_WAITS:
                 return
             except OSError as error:
                 if error.errno in _STARVED:
@@ -119,7 +119,7 @@ class Acceptor:
             connection.close()
 
     def _refuse(self, connection: socket.socket, address: tuple[str, int]) -> None:
-        """Says why, as far as that goes without waiting for the client."""
+        """Answers why, as far as that goes without waiting for the client."""
         connection.setblocking(False)
         number = new_request_id()
         # A warning a second counts the refused ones.

@@ -1,34 +1,36 @@
 """The service as an ASGI application: routes, the page, the guards around them."""
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-import fastapi_offline
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from autoregressive.serve.web.api_errors import ApiError, internal_error
+from autoregressive.serve.web.app_state import AppState
 from autoregressive.serve.web.authentication import Authentication
-from autoregressive.serve.web.description import RELATIVE_SERVER, complete_description
-from autoregressive.serve.web.errors import ApiError, internal_error
-from autoregressive.serve.web.generation import ClientLeft, Studio, add_generation_routes
+from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
+from autoregressive.serve.web.generation import ClientLeft
 from autoregressive.serve.web.guards import (
     App,
-    HeadAsGet,
-    OneDrawingATurn,
-    RequestLog,
-    SizeLimits,
+    Receive,
+    Scope,
+    Send,
+    accept_whole_urls,
+    answer_head,
+    known_hosts,
+    limit_sizes,
+    one_drawing_a_turn,
 )
-from autoregressive.serve.web.hosts import KnownHosts, WholeUrls
+from autoregressive.serve.web.openai_routes import add_openai_routes
+from autoregressive.serve.web.page_routes import add_page_routes
+from autoregressive.serve.web.request_log import RequestLog
 from autoregressive.serve.web.schema import (
     ClassesAnswer,
     ErrorAnswer,
@@ -45,7 +47,6 @@ PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
 _OPEN_PATHS = ("/", "/health", "/ready", "/static/")
 _DOCS_PATHS = ("/docs", "/openapi.json", "/docs-assets/")
-_DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
     "'self' data: blob:; "
@@ -76,7 +77,7 @@ _ANYWHERE: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(
-    studio: Studio,
+    state: AppState,
     *,
     version: str,
     docs: bool,
@@ -86,10 +87,10 @@ def build_app(
     """The whole service.
 
     Args:
-        studio: what the routes work with.
+        state: the objects that the routes work with.
         version: of the program.
         docs: whether /docs and /openapi.json are there.
-        api_keys: clients send one of them. Without keys, everybody may use the service as
+        api_keys: clients send one of them. Without keys, every client may use the service as
             localhost or `public_host`.
         public_host: the name that clients use, where it is not this machine's own.
     """
@@ -99,6 +100,23 @@ def build_app(
         folders = tuple(one for one in open_paths if one.endswith("/") and one != "/")
         return path in open_paths or path.startswith(folders)
 
+    app = build_routes(state, version=version, docs=docs)
+    complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
+    guarded = limit_sizes(one_drawing_a_turn(app, state.turns))
+    if api_keys:  # a key keeps other sites out, so any host will do
+        guarded = Authentication(guarded, api_keys, is_open)
+    else:
+        guarded = known_hosts(guarded, public_host)
+    logged = RequestLog(accept_whole_urls(answer_head(guarded)), state.broker.count, api_keys)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await (logged if scope["type"] == "http" else app)(scope, receive, send)
+
+    return answer
+
+
+def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
+    """The routes, without the guards around them; arguments as of `build_app`."""
     app = FastAPI(
         title="LlamaGen",
         version=version,
@@ -110,24 +128,21 @@ def build_app(
         redirect_slashes=False,  # a redirect would name the host that the request names
     )
     app.router.route_class = StrictRoute
-    add_generation_routes(app, studio)
-    _add_facts(app, studio, version)
-    if studio.store is not None:
-        _add_stored_images(app, studio)
-    _add_state(app, studio)
+    add_openai_routes(app, state)
+    add_page_routes(app, state)
+    _add_facts(app, state, version)
+    if state.store is not None:
+        _add_stored_images(app, state)
+    _add_state(app, state)
     _add_page(app)
     if docs:
-        _add_docs(app)
+        add_docs(app, _PAGE_HEADERS)
     _add_errors(app)
-    complete_description(app, studio.model, lambda path: bool(api_keys) and not is_open(path))
-    guarded: App = SizeLimits(OneDrawingATurn(app, studio.turns))
-    known = KnownHosts(guarded, public_host)  # a key keeps other sites out, too
-    guarded = Authentication(guarded, api_keys, is_open) if api_keys else known
-    return RequestLog(WholeUrls(HeadAsGet(guarded)), studio.desk.count, api_keys)
+    return app
 
 
-def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
-    model = studio.model
+def _add_facts(app: FastAPI, state: AppState, version: str) -> None:
+    model = state.model
 
     @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
     async def list_models() -> ModelsAnswer:
@@ -155,17 +170,17 @@ def _add_facts(app: FastAPI, studio: Studio, version: str) -> None:
         ),
         limit: int = Query(1000, ge=1, le=100_000, description="How many at most."),
     ) -> ClassesAnswer:
-        """What can be drawn."""
+        """The classes that can be drawn."""
         found = model.search(search)
         return ClassesAnswer(data=found[:limit], total=len(found))
 
     @app.get("/version", response_model=VersionAnswer, responses=_WRONG, tags=["facts"])
     async def tell_version() -> VersionAnswer:
-        """What runs."""
+        """The version of the program."""
         return VersionAnswer(version=version)
 
 
-def _add_stored_images(app: FastAPI, studio: Studio) -> None:
+def _add_stored_images(app: FastAPI, state: AppState) -> None:
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
         304: {"description": "The client has it already."},
@@ -181,7 +196,7 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
     )
     async def fetch_image(name: str, request: Request) -> Response:
         """A stored image."""
-        picture = await studio.stored(name)
+        picture = await state.stored(name)
         if picture is None:
             raise ApiError(404, "there is no such image, or not any more", "not_found")
         headers = {
@@ -197,8 +212,8 @@ def _add_stored_images(app: FastAPI, studio: Studio) -> None:
         return Response(picture.content, media_type=picture.media_type, headers=headers)
 
 
-def _add_state(app: FastAPI, studio: Studio) -> None:
-    desk = studio.desk
+def _add_state(app: FastAPI, state: AppState) -> None:
+    broker = state.broker
 
     @app.get(
         "/health",
@@ -210,7 +225,7 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
         """Whether the service is alive; 503 once one of its processes is lost, and while one does
         not respond.
         """
-        if (why := desk.unhealthy) is not None:
+        if (why := broker.unhealthy) is not None:
             raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
@@ -222,7 +237,7 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
     )
     async def tell_ready() -> StatusAnswer:
         """Whether requests are accepted."""
-        desk.require_ready()
+        broker.require_ready()
         return StatusAnswer(status="ready")
 
     text: dict[int | str, dict[str, Any]] = {
@@ -233,8 +248,8 @@ def _add_state(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
     async def tell_metrics() -> Response:
-        """For Prometheus."""
-        return Response(await desk.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+        """Metrics for Prometheus."""
+        return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -245,26 +260,6 @@ def _add_page(app: FastAPI) -> None:
         return page
 
     app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
-
-
-def _add_docs(app: FastAPI) -> None:
-    app.mount("/docs-assets", SharedFiles(_DOCS_ASSETS, _PAGE_HEADERS))
-    page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
-        openapi_url="openapi.json",
-        title="LlamaGen",
-        swagger_js_url="docs-assets/swagger-ui-bundle.js",
-        swagger_css_url="docs-assets/swagger-ui.css",
-        swagger_favicon_url="static/favicon.svg",
-    )
-    (script,) = re.findall(rb"<script>(.*?)</script>", page.body, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = _PAGE_HEADERS["Content-Security-Policy"]
-    policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
-    headers = _PAGE_HEADERS | {"Content-Security-Policy": policy}
-
-    @app.get("/docs", include_in_schema=False)
-    async def show_docs() -> HTMLResponse:
-        return HTMLResponse(page.body, headers=headers)
 
 
 def _add_errors(app: FastAPI) -> None:

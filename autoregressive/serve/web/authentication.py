@@ -1,5 +1,6 @@
 """Lets clients with a key in, and slows down clients that guess."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -9,11 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autoregressive.serve.web.addresses import client_network
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.clients import client_network
 from autoregressive.serve.web.guards import App, Receive, Scope, Send, answer
-from autoregressive.serve.web.http_protocol import COUNTED, KEY
-from autoregressive.serve.web.logs import CountedWarning
+from autoregressive.serve.web.request_context import context_of
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
 FAILURE_SECONDS = 6.0  # between two wrong keys after those
@@ -44,7 +44,7 @@ class FailureThrottle:
         self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def seconds_to_wait(self, network: str) -> float:
-        """Until the network may try a key; 0: it may now."""
+        """Seconds until the network may try a key; 0: it may now."""
         wait = (
             self._recovered_at.get(network, 0.0)
             - self._clock()
@@ -53,17 +53,17 @@ class FailureThrottle:
         return max(0.0, wait)
 
     def count_failure(self, network: str) -> None:
-        """A wrong key was tried."""
+        """Counts a wrong key."""
         now = self._clock()
         recovered_at = max(now, self._recovered_at.get(network, now)) + FAILURE_SECONDS
         _put(self._recovered_at, network, recovered_at)
 
     def is_proven(self, network: str, key: int) -> bool:
-        """Whether the key was right from there before."""
+        """Whether the key was right from that network before."""
         return (network, key) in self._proven
 
     def prove(self, network: str, key: int) -> None:
-        """The key was right."""
+        """Notes that the key was right from that network."""
         _put(self._proven, (network, key), None)
 
 
@@ -72,6 +72,27 @@ def _put(table: OrderedDict[Any, Any], name: object, value: object) -> None:
     table.move_to_end(name)
     if len(table) > MOST_NETWORKS:
         table.popitem(last=False)
+
+
+class _CountedWarning:
+    """One warning a second that says how often something has happened. Used in one event loop.
+
+    Args:
+        field: the name of the count.
+    """
+
+    def __init__(self, log: logging.Logger, message: str, field: str, seconds: float = 1.0) -> None:
+        self._log, self._message, self._field, self._seconds = log, message, field, seconds
+        self._count = 0
+
+    def count(self) -> None:
+        self._count += 1
+        if self._count == 1:
+            asyncio.get_running_loop().call_later(self._seconds, self._write)
+
+    def _write(self) -> None:
+        count, self._count = self._count, 0
+        self._log.warning(self._message, extra={"fields": {self._field: count}})
 
 
 class Authentication:
@@ -93,13 +114,11 @@ class Authentication:
         self._digests = [_digest(key.encode()) for key in keys]
         self._throttle = throttle or FailureThrottle()
         log = logging.getLogger("llamagen.authentication")
-        self._throttled = CountedWarning(log, "keys were not tried: too many are wrong", "guesses")
+        self._throttled = _CountedWarning(log, "keys were not tried: too many are wrong", "guesses")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        refusal = None
-        if scope["type"] == "http" and not self._is_open(scope["path"]):
-            refusal = self._refusal(scope)
+        """Answers a request, or passes it on."""
+        refusal = None if self._is_open(scope["path"]) else self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, send)
         else:
@@ -112,15 +131,15 @@ class Authentication:
                 401, "this service wants a key: Authorization: Bearer KEY", "invalid_api_key"
             )
         network = client_network(scope["client"][0] if scope.get("client") else "")
-        number = self._find(given)
-        scope.setdefault("state", {})[KEY] = number
+        context = context_of(scope)
+        context.key = number = self._find(given)
         if number is not None and self._throttle.is_proven(network, number):
             return None
         wait = self._throttle.seconds_to_wait(network)
         if wait > 0:
             # An attacker may send thousands a second.
             self._throttled.count()
-            scope["state"][COUNTED] = True
+            context.counted = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
             return ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
         if number is None:
@@ -136,8 +155,8 @@ class Authentication:
     def _find(self, given: list[bytes]) -> int | None:
         """The number of the key that was sent.
 
-        Digests have one length, and all are compared, so that the time tells nothing of a key's
-        length, content or place.
+        Digests have one length, and each is compared, so the time says nothing about the length,
+        the content or the place of a key.
         """
         scheme, _, credentials = given[0].partition(b" ")
         digest = _digest(credentials.lstrip(b" "))

@@ -1,30 +1,58 @@
-"""Messages to and from another process, in an event loop: without threads of its own, between which
-each would be handed over.
+"""Messages to and from another process, read and written in the event loop, and how long that
+process has been silent.
+
+No thread stands between the event loop and the connection: each message would have to change from
+one to the other.
 """
 
 import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autoregressive.serve.worker.backlog import Backlog
 from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes
+from autoregressive.serve.worker.outbox import Backlog
 
+# A process that has not been heard of for so long is not well; within 2 s all others know.
+SILENT_SECONDS = 1.5
+TICK_SECONDS = 0.1  # between two looks at an `AwakeClock`
+_LONGEST_TICK_SECONDS = 0.5
 _FRAMES_A_TURN = 8  # of the event loop, at most
 _NOTHING = memoryview(b"")
 _log = logging.getLogger("llamagen.messages")
 
 
+class AwakeClock:
+    """Seconds in which this process's event loop has gone round.
+
+    While this process is stopped, or the machine is frozen, it reads no messages, so their age then
+    says nothing about their sender. Of a long time between two looks only the first half of a
+    second counts. Somebody has to look every `TICK_SECONDS`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_at = clock()
+        self._awake = 0.0
+
+    def now(self) -> float:
+        """Seconds since it was made; looks at the clock."""
+        before, self._looked_at = self._looked_at, self._clock()
+        self._awake += min(self._looked_at - before, _LONGEST_TICK_SECONDS)
+        return self._awake
+
+
 class Channel:
     """The event loop's end of a connection; used in the loop in which it is made.
 
-    What is put in one turn of the loop goes out at the next, in frames of several messages. Each
-    turn writes one frame and reads a few, so that other work gets turns beside a lot of them;
-    reading is the greedier, for what comes last may be what is asked for most urgently. What cannot
-    be written yet waits here: nobody else waits for a slow reader. A reader that is far behind gets
-    only the newest of the messages that supersede each other.
+    Messages that are put in one turn of the loop go out at the next, in frames of several. Each
+    turn writes one frame and reads a few, so that other work gets its turns. It reads more than it
+    writes because the last message to come may be the most urgent one. Messages that cannot be
+    written yet wait here, so only this channel waits for a slow reader. A reader that is far behind
+    gets only the newest of the messages that supersede each other.
 
     Args:
         connection: one end of a pair of sockets.
@@ -54,11 +82,11 @@ class Channel:
         self._loop.add_reader(connection, self._read)
 
     def put(self, message: Any, *, urgent: bool = False) -> None:
-        """Queues a message; without effect once nobody reads any more.
+        """Queues a message; without effect once the reader has gone.
 
         Args:
-            urgent: it overtakes all that waits and is not urgent, so it must not follow from any of
-                that.
+            urgent: it overtakes all waiting messages that are not urgent, so it must not depend on
+                any of them.
         """
         if not self._writable:
             return
@@ -69,38 +97,36 @@ class Channel:
 
     @property
     def idle(self) -> bool:
-        """Whether all that was put is written."""
+        """Whether all messages are written."""
         return not (self._urgent or self._waiting or self._unsent)
 
     @property
     def waiting_bytes(self) -> int:
-        """Of pixels, codes and text in messages that nobody has begun to write, and of the frame
-        that is being written.
+        """The size of the pixels, codes and text in waiting messages, and of the frame that is
+        being written.
         """
         return self._urgent.bytes + self._waiting.bytes + len(self._unsent)
 
     def flush(self) -> None:
-        """Writes what was put, as far as that goes without waiting."""
+        """Writes waiting messages, as far as that goes without waiting."""
         while self._write_frame():
             pass
 
     async def drain(self, timeout: float) -> None:
-        """Waits until what was put is written, at most `timeout` seconds."""
+        """Waits until all messages are written, at most `timeout` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not self.idle:
                     await asyncio.sleep(0.01)
 
     def stop_reading(self) -> None:
-        """Whatever the other side still writes is for nobody, and it need not wait for anybody to
-        read it.
-        """
+        """Drops everything that the other side still writes, without making it wait."""
         if self._loop.remove_reader(self._connection):
             with contextlib.suppress(OSError):  # the other side has gone
                 self._connection.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
-        """Neither reads nor writes any more; `gone` is not called."""
+        """Stops reading and writing; `gone` is not called."""
         self._forget()
         if not self._closed:
             self._loop.remove_reader(self._connection)
@@ -112,7 +138,7 @@ class Channel:
         return self._connection.fileno() < 0
 
     def _forget(self) -> None:
-        """What waits is for nobody, and so is what follows."""
+        """Drops the waiting messages and all later ones: the reader has gone."""
         self._writable, self._unsent = False, _NOTHING
         self._urgent.clear()
         self._waiting.clear()
@@ -134,9 +160,7 @@ class Channel:
         self._write()
 
     def _write_frame(self) -> bool:
-        """Goes on with a frame, or begins one; whether there is another that could be
-        written now.
-        """
+        """Goes on with a frame, or begins one; returns whether another could be written now."""
         if not self._unsent:
             self._unsent = memoryview(
                 _frame_of(self._urgent.next_batch() or self._waiting.next_batch())
@@ -146,10 +170,7 @@ class Channel:
                 self._unsent = self._unsent[self._connection.send(self._unsent) :] or _NOTHING
             except (BlockingIOError, InterruptedError):
                 return False
-            except (
-                BrokenPipeError,
-                ConnectionResetError,
-            ):  # nobody reads any more, as will be read
+            except (BrokenPipeError, ConnectionResetError):  # `_read` will notice it, too
                 self._forget()
             except OSError:
                 _log.exception("messages could not be written")
@@ -158,13 +179,13 @@ class Channel:
         return not self._unsent and bool(self._urgent or self._waiting)
 
     def _read(self) -> None:
-        """Reads what has come, up to so many frames."""
+        """Reads a few of the frames that have come."""
         for _ in range(_FRAMES_A_TURN):
             if not self._read_frame():
                 return
 
     def _read_frame(self) -> bool:
-        """Reads on to the end of a frame; whether another may be there."""
+        """Reads on to the end of a frame; returns whether another may be there."""
         try:
             while self._missing:
                 count = self._connection.recv_into(self._missing)

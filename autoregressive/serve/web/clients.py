@@ -1,45 +1,99 @@
-"""Who a client is: whose share of the queue and of the engines a request takes, and which address a
-proxy's request is from.
-"""
+"""Who a client is, and its share of the places in the queue."""
 
-from collections.abc import MutableMapping
+from collections import Counter
 from hashlib import blake2b
-from ipaddress import ip_network
-from typing import Any
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from autoregressive.errors import UserError
-from autoregressive.serve.web.addresses import client_network
-from autoregressive.serve.web.http_protocol import KEY
+_HOST_BITS = 64  # of an IPv6 address: a subscriber may change the last 64 bits at will
+_SHARE = 4  # a client's places may be so many times those that stay free
 
 
-def client_of(scope: MutableMapping[str, Any]) -> str:
-    """Names the client of an ASGI request, by its address, and by the key that `Authentication` has
-    found it to have.
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is reached from this machine only."""
+    address = _parse(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
 
-    IPv6 addresses of one /64 are one client, because whoever has one of them has them all.
+
+def client_network(address: str) -> str:
+    """The part of an address that its client cannot change: of an IPv6 address, the first half.
+
+    All texts that are no address count as one client. A Unix socket's clients have no address.
+    """
+    parsed = _parse(address)
+    if isinstance(parsed, IPv6Address):
+        return f"{IPv6Address(int(parsed) >> _HOST_BITS << _HOST_BITS)}/{_HOST_BITS}"
+    return "" if parsed is None else str(parsed)
+
+
+def client_id(address: str, key: int | None) -> str:
+    """Names a client by its address and by the key that it has.
+
+    IPv6 addresses of one /64 are one client, because who has one of them has them all.
 
     Args:
-        scope: of a request that has been let in; behind a trusted proxy with the address that it
-            forwards.
+        address: behind a trusted proxy the address that it forwards.
+        key: the number of the key that `Authentication` has found.
     """
-    address = scope["client"][0] if scope.get("client") else ""
-    key = scope["state"].get(KEY)
     return blake2b(f"{client_network(address)}\n{key}".encode(), digest_size=8).hexdigest()
 
 
-def check_forwarded_allow_ips(text: str) -> None:
-    """Checks the value of --forwarded-allow-ips. uvicorn itself would take a misspelt address for a
-    name, and trust nobody.
+def _parse(text: str) -> IPv4Address | IPv6Address | None:
+    """An address; of an IPv4 address within an IPv6 one, the IPv4 address. None: it is none."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
-    Raises:
-        UserError: it is neither * nor addresses and networks.
+
+class WaitingPlaces:
+    """Counts the requests that wait for others, by client.
+
+    With shares, a client that waits already gets one more place only if it then has at most four
+    times as many as stay free; a client that does not wait gets any place that is free. These are
+    the dynamic thresholds by which switches share memory among their queues (Choudhury and Hahne,
+    1998). One client alone can fill four fifths of the queue, two can fill four ninths each, N can
+    fill 4 / (4 N + 1) each. As no waiting request is sent away, a client that came early may have
+    more for a while; until enough of its requests have started, it gets no further place.
+
+    Args:
+        size: how many may wait.
+        shared: whether clients have shares; otherwise places go to the first who ask.
     """
-    for item in [] if text == "*" else text.split(","):
-        try:
-            ip_network(item.strip())
-        except ValueError as error:
-            what = (
-                "must be addresses or networks, separated by commas, such as "
-                "10.0.0.7,10.1.0.0/16, or * alone"
-            )
-            raise UserError(f"--forwarded-allow-ips {text}: {what}") from error
+
+    def __init__(self, size: int, *, shared: bool) -> None:
+        self.size = size
+        self._shared = shared
+        self._taken: Counter[str] = Counter()
+
+    @property
+    def taken(self) -> int:
+        """Requests that wait."""
+        return self._taken.total()
+
+    def taken_by(self, client: str) -> int:
+        """Requests of a client that wait."""
+        return self._taken[client]
+
+    @property
+    def full(self) -> bool:
+        """Whether no place is free."""
+        return self.taken >= self.size
+
+    def admits(self, client: str) -> bool:
+        """Whether one more request of a client may wait."""
+        own = self._taken[client]
+        if self.full or not self._shared or own == 0:
+            return not self.full
+        return own + 1 <= _SHARE * (self.size - self.taken - 1)
+
+    def take(self, client: str) -> None:
+        """Counts a request that waits from now on."""
+        self._taken[client] += 1
+
+    def give_back(self, client: str) -> None:
+        """Counts a request that does not wait any more."""
+        self._taken[client] -= 1
+        if not self._taken[client]:
+            del self._taken[client]

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-_LOOK_SECONDS = 0.2  # so often the connections are looked at
+_LOOK_SECONDS = 0.2  # between two looks at the connections
 _GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it counts as idle
 _ARRIVAL_SECONDS = 0.05  # for the rest of a request that comes in two packets
 _LOG_SECONDS = 1.0  # between two lines of the log
 _CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is its connection's last
-_SHARE = 4  # a client may wait for so many times the bytes that stay free, as of the waiting places
+_SHARE = 4  # a client's images may take so many times the bytes that stay free
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 _log = logging.getLogger("llamagen.connections")
 
 
 class Phase(Enum):
-    """What a connection does."""
+    """What a connection is doing."""
 
     NEW = auto()  # the event loop has not looked yet whether a request has come with it
     IDLE = auto()  # no byte of a request has come
@@ -39,32 +39,40 @@ _INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed fir
 class Connection(Protocol):
     """A connection as this module needs it."""
 
+    @property
+    def sends(self) -> bool:
+        """Whether the client is in the middle of a body, as far as is known."""
+
     def look(self, seconds: float) -> None:
-        """Called again and again; so many seconds after the last time."""
+        """Looks whether the client takes its answer; called again and again.
+
+        Args:
+            seconds: since the last time.
+        """
 
     @property
     def held_bytes(self) -> int:
-        """What this process holds of its requests and answers."""
+        """Bytes of its requests and answers that this process holds."""
 
     @property
     def promised(self) -> tuple[str, int]:
         """Its client, and the bytes of images that are still to come for it from the engine."""
 
     @property
-    def patience_left(self) -> float | None:
-        """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
+    def seconds_left(self) -> float | None:
+        """Until it is dropped if its client goes on like this; None: nothing waits for the
         client."""
 
     def drop(self) -> None:
         """Closes it; its answer is cut off, if there is one."""
 
     def close_idle(self) -> None:
-        """Closes it at once; what this process still holds of an answer is lost."""
+        """Closes it at once, even if this process still holds a part of an answer."""
 
 
 @dataclass(frozen=True)
 class ConnectionStats:
-    """For the metrics."""
+    """Counts for the metrics."""
 
     connections: int = 0
     shed: int = 0  # closed to make room for new ones
@@ -108,19 +116,19 @@ class Connections:
         # Since when each has been waiting for a request, for the rest of one, or for its reader;
         # the longest first, or nearly so.
         self._by_phase: dict[Phase, dict[Connection, float]] = {phase: {} for phase in Phase}
-        self._shed = self._refused = self._dropped = self._starved = 0
+        # of connections by what became of them, now and when they were last logged
+        self._counts: Counter[str] = Counter()
+        self._logged: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._looked_at = 0.0
         self._logged_at = 0.0
         self._crowded_until = 0.0
-        self._logged = (0, 0, 0, 0)
 
     @property
     def stats(self) -> ConnectionStats:
         """The counts of this moment."""
-        return ConnectionStats(
-            len(self._phases), self._shed, self._refused, self._dropped, self.buffered_bytes
-        )
+        shed, refused, dropped = (self._counts[kind] for kind in ("shed", "refused", "dropped"))
+        return ConnectionStats(len(self._phases), shed, refused, dropped, self.buffered_bytes)
 
     @property
     def overload(self) -> str | None:
@@ -138,7 +146,7 @@ class Connections:
         return free >= 0 and (own == 0 or own + count <= _SHARE * free)
 
     def promise(self, count: int, client: str) -> None:
-        """A client has asked for images of so many bytes."""
+        """Notes that a client has asked for images of so many bytes."""
         self._promised[client] += count
 
     @property
@@ -163,16 +171,16 @@ class Connections:
         """Whether another connection may be opened; closes one for it if it must."""
         if len(self._phases) < self.most or self.shed():
             return True
-        self._refused += 1
+        self._counts["refused"] += 1
         return False
 
     def shed(self) -> bool:
-        """Closes a connection; whether there was one that may be closed."""
+        """Closes a connection; returns whether there was one that may be closed."""
         connection = self._first_to_close()
         if connection is None:
             return False
         self.remove(connection)
-        self._shed += 1
+        self._counts["shed"] += 1
         connection.close_idle()
         return True
 
@@ -198,12 +206,12 @@ class Connections:
         return next(iter(self._by_phase[phase].items()))
 
     def starve(self) -> None:
-        """The system has no descriptor or no memory for another connection."""
-        self._starved += 1
+        """Closes a connection, because the system has no descriptor or no memory for another."""
+        self._counts["out_of_descriptors"] += 1
         self.shed()
 
     def move(self, connection: Connection, phase: Phase) -> None:
-        """A connection is new, or does something else than before."""
+        """Notes what a connection is doing; it may be new."""
         before = self._phases.get(connection)
         if before is phase:
             return
@@ -220,18 +228,20 @@ class Connections:
             self._timer = loop.call_later(_LOOK_SECONDS, self._look)
 
     def remove(self, connection: Connection) -> None:
-        """A connection is closed, or about to be; without effect if it is not known."""
+        """Forgets a connection that is closed, or about to be; without effect if it is not
+        known.
+        """
         phase = self._phases.pop(connection, None)
         if phase is not None:
             del self._by_phase[phase][connection]
 
     def add_bytes(self, count: int) -> None:
-        """So many have come, and are held at least until the next look."""
+        """Counts bytes that have come. They count until the next look."""
         self.buffered_bytes += count
 
     def count_dropped(self) -> None:
-        """A client was too slow."""
-        self._dropped += 1
+        """Counts a client that was too slow."""
+        self._counts["dropped"] += 1
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
@@ -260,12 +270,12 @@ class Connections:
         self._timer = loop.call_later(_LOOK_SECONDS, self._look) if self._phases else None
 
     def _drop_slowest(self, held: dict[Connection, int]) -> None:
-        """Until the rest fits. One that holds no more than its share is not to blame."""
+        """Drops the slowest until the rest fits, but none that holds no more than its share."""
         share = self.most_bytes // self.most
         slow = [
             (left, connection)
             for connection in held
-            if (left := connection.patience_left) is not None
+            if (left := connection.seconds_left) is not None
         ]
         for _, connection in sorted(slow, key=lambda one: one[0]):
             if self.buffered_bytes <= self.most_bytes:
@@ -278,12 +288,11 @@ class Connections:
 
     def _log(self, now: float) -> None:
         """At most a line a second, however many connections come and go."""
-        counts = (self._shed, self._refused, self._dropped, self._starved)
-        if counts == self._logged or (self._phases and now - self._logged_at < _LOG_SECONDS):
+        new = self._counts - self._logged
+        if not new or (self._phases and now - self._logged_at < _LOG_SECONDS):
             return
-        new = [count - before for count, before in zip(counts, self._logged, strict=True)]
-        fields = dict(zip(("shed", "refused", "dropped", "out_of_descriptors"), new, strict=True))
-        self._logged, self._logged_at = counts, now
+        self._logged, self._logged_at = self._counts.copy(), now
+        fields = {kind: new[kind] for kind in ("shed", "refused", "dropped", "out_of_descriptors")}
         known = {
             "connections": len(self._phases),
             "most": self.most,

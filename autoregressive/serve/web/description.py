@@ -1,16 +1,25 @@
-"""The service's OpenAPI document: FastAPI's, and what FastAPI cannot know."""
+"""The service's OpenAPI document, completed with facts that FastAPI cannot know, and its page."""
 
-from collections.abc import Callable
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import fastapi_offline
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import CodesRequest
 from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.static_files import SharedFiles
 
 # where the document itself is: behind a proxy the service may be below a path of the proxy's
 RELATIVE_SERVER = [{"url": "."}]
+_DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
 _KEY = "HTTPBearer"
 _SEED = 7
 
@@ -71,7 +80,32 @@ def _prompt(model: ServedModel) -> str:
     """The name of the first class, or its id: several classes may bear that name."""
     name = model.classes[0]
     try:
-        model.order(CodesRequest.model_validate({"prompt": name}), pixels=False)
+        model.engine_request(CodesRequest.model_validate({"prompt": name}), pixels=False)
     except ApiError:
         return "0"
     return name
+
+
+def add_docs(app: FastAPI, headers: Mapping[str, str]) -> None:
+    """Adds the page /docs, which shows the document.
+
+    Args:
+        headers: of the service's pages; the page's own script is added to their policy.
+    """
+    app.mount("/docs-assets", SharedFiles(_DOCS_ASSETS, headers))
+    page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
+        openapi_url="openapi.json",
+        title="LlamaGen",
+        swagger_js_url="docs-assets/swagger-ui-bundle.js",
+        swagger_css_url="docs-assets/swagger-ui.css",
+        swagger_favicon_url="static/favicon.svg",
+    )
+    (script,) = re.findall(rb"<script>(.*?)</script>", page.body, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    policy = headers["Content-Security-Policy"]
+    policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
+    own = {**headers, "Content-Security-Policy": policy}
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_docs() -> HTMLResponse:
+        return HTMLResponse(page.body, headers=own)

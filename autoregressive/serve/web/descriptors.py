@@ -5,7 +5,7 @@ import resource
 
 from autoregressive.errors import UserError
 
-MOST_DESCRIPTORS = 65535  # nobody needs more here, and some systems allow a thousand million
+MOST_DESCRIPTORS = 65535  # more are not needed, and some systems allow a thousand million
 _DEFAULT_CONNECTIONS = 4096
 _LEAST_CONNECTIONS = 8
 REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
@@ -18,7 +18,7 @@ _log = logging.getLogger("llamagen.connections")
 
 
 def descriptor_limit() -> int:
-    """What `raise_descriptor_limit` raises the limit to, or finds it at."""
+    """The limit that `raise_descriptor_limit` sets, or finds."""
     soft, hard = (
         MOST_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in _limits()
     )
@@ -48,11 +48,11 @@ def connection_limit(asked: int | None, children: int) -> int:
     """How many connections a process that answers HTTP holds at most.
 
     Args:
-        asked: for so many; None: the default, or as many as fit.
+        asked: the number that was asked for; None: the default, or as many as fit.
         children: processes that it may start.
 
     Raises:
-        UserError: so many do not fit, or hardly any do.
+        UserError: so many do not fit, or fewer than eight do.
     """
     limit = descriptor_limit()
     fit = limit - _RESERVE - _RESERVE_FOR_A_CHILD * children

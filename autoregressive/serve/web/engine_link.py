@@ -1,18 +1,18 @@
 """The service's end of the connection to one engine's process."""
 
+import contextlib
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 
-from autoregressive.serve.web.awake import SILENT_SECONDS, AwakeClock
-from autoregressive.serve.web.channel import Channel
-from autoregressive.serve.web.jobs import Job
-from autoregressive.serve.web.waiting_places import WaitingPlaces
+from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock, Channel
+from autoregressive.serve.web.clients import WaitingPlaces
+from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.worker.messages import (
     KINDS,
     Cancel,
-    Drawn,
     Ended,
     Event,
     Heartbeat,
@@ -20,10 +20,11 @@ from autoregressive.serve.worker.messages import (
     LoopStats,
     Preparing,
     Preview,
+    Progress,
     Ready,
     Started,
+    StartFailed,
     Stop,
-    Unable,
 )
 from autoregressive.serve.worker.process import ChildProcess
 
@@ -38,11 +39,11 @@ def _how_it_ended(exit_code: int | None) -> str:
 
 
 class EngineLink:
-    """One engine: what is known of it, and the jobs that it has. Used in the event loop.
+    """One engine: what is known of it, and the requests that it has. Used in the event loop.
 
     Args:
-        on_ended: called in the event loop with each job that has come to its end.
-        places: of the service's queue; jobs with rows reserved do not take one.
+        on_ended: called in the event loop with each request that has come to its end.
+        places: of the service's queue; requests with rows reserved do not take one.
         clock: which this event loop keeps.
     """
 
@@ -50,17 +51,17 @@ class EngineLink:
         self,
         process: ChildProcess,
         connection: socket.socket,
-        on_ended: Callable[[Job], None],
+        on_ended: Callable[[ServedRequest], None],
         places: WaitingPlaces,
         clock: AwakeClock,
     ) -> None:
         self.process = process
         self.ready: Ready | None = None
         self.prepared = (0, 0)  # how much, of how much
-        self.unable: str | None = None  # why it could not be built, for the user
+        self.start_failure: str | None = None  # why it could not be built, for the user
         self.lost: str | None = None  # why, once it has died or was given up
-        self.jobs: dict[int, Job] = {}
-        self.rows = 0  # that its jobs take, running or not
+        self.requests: dict[int, ServedRequest] = {}
+        self.rows = 0  # that its requests take, running or not
         self.used_pages = 0
         self._clock = clock
         self._heard_at = self._loop_heard_at = clock.now()
@@ -70,9 +71,7 @@ class EngineLink:
 
     @property
     def silent(self) -> bool:
-        """Whether nothing comes from the process, its heartbeat included; known of an engine that
-        is built.
-        """
+        """Whether a built engine's process sends nothing, not even its heartbeat."""
         return self.ready is not None and self._clock.now() - self._heard_at > SILENT_SECONDS
 
     @property
@@ -82,31 +81,31 @@ class EngineLink:
         """
         return self._clock.now() - self._loop_heard_at if self.ready is not None else 0.0
 
-    def submit(self, job: Job) -> None:
-        """Gives it a job."""
-        self.jobs[job.order.job] = job
-        self.rows += job.rows
-        if not job.reserved:
-            self._places.take(job.order.client)
-        self._channel.put(job.order)
+    def submit(self, served: ServedRequest) -> None:
+        """Gives it a request."""
+        self.requests[served.request_id] = served
+        self.rows += served.rows
+        if not served.reserved:
+            self._places.take(served.request.client)
+        self._channel.put(served.request)
 
-    def cancel(self, job: Job) -> None:
-        """Asks it to end a job early; the job stays until it says so."""
-        self._channel.put(Cancel(job.order.job))
+    def cancel(self, served: ServedRequest) -> None:
+        """Asks it to end a request early; the request stays until the engine says so."""
+        self._channel.put(Cancel(served.request_id))
 
     def give_up(self, why: str) -> None:
-        """Kills the process, and ends its jobs; without effect once it is lost or stopped."""
+        """Kills the process, and ends its requests; without effect once it is lost or stopped."""
         if self.lost is not None or self._stopped:
             return
         self.lost = why
         self.process.kill()
-        for job in list(self.jobs.values()):
-            self._take(Ended(job.order.job, "engine_lost", time.monotonic()))
+        for request_id in list(self.requests):
+            self._take(Ended(request_id, "engine_lost", time.monotonic()))
 
     def begin_to_stop(self) -> None:
-        """Tells the process to end; it holds nothing that is still wanted.
+        """Tells the process to end; its results are not wanted any more.
 
-        From now on nothing of it is read, for whoever waits for the process may hold up the loop.
+        From now on its messages are dropped, because waiting for the process may hold up the loop.
         """
         self._stopped = True
         self._channel.put(Stop())
@@ -114,29 +113,25 @@ class EngineLink:
         self._channel.stop_reading()
 
     def stop(self, deadline: float) -> None:
-        """Waits for the process, until that moment; then kills it."""
-        self.process.join(max(0.0, deadline - time.monotonic()))
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        """Waits for the process until that moment; then kills it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        self.process.kill()
+        self.process.wait()
         self._channel.close()
 
     def _died(self) -> None:
-        """The connection has ended. Before the engine was ready, starting it anew would end in the
-        same way.
+        """The connection has ended. An engine that was not ready yet would end in the same way
+        again.
         """
-        if (
-            self.ready is not None
-            or self.unable is not None
-            or self.lost is not None
-            or self._stopped
-        ):
+        if self.ready or self.start_failure or self.lost or self._stopped:
             self.give_up("an engine's process has died")
             return
-        self.process.join(_EXIT_SECONDS)
-        self.unable = (
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_EXIT_SECONDS)
+        self.start_failure = (
             "an engine's process died while it loaded the model "
-            f"({_how_it_ended(self.process.exitcode)}); "
+            f"({_how_it_ended(self.process.poll())}); "
             "check the checkpoints and the memory, and what it wrote before"
         )
 
@@ -151,22 +146,21 @@ class EngineLink:
                 self.prepared = (done, total)
             case Ready():
                 self.ready = event
-            case Unable(message=message):
-                self.unable = message
+            case StartFailed(message=message):
+                self.start_failure = message
             case LoopStats(used_pages=used_pages):
                 self.used_pages = used_pages
-            case Started() | Drawn() | Preview() | Image() | Ended():
-                job = self.jobs.get(event.job)
-                if job is None:
+            case Started() | Progress() | Preview() | Image() | Ended():
+                served = self.requests.get(event.request_id)
+                if served is None:
                     return
-                waited = job.started_at is None
-                job.take(event)
-                if waited and not job.reserved and isinstance(event, (Started, Ended)):
-                    self._places.give_back(job.order.client)
+                waited = served.started_at is None
+                served.take(event)
+                if waited and not served.reserved and isinstance(event, (Started, Ended)):
+                    self._places.give_back(served.request.client)
                 if isinstance(event, Ended):
-                    self.used_pages = (
-                        self.used_pages if event.used_pages is None else event.used_pages
-                    )
-                    self.rows -= job.rows
-                    del self.jobs[event.job]
-                    self._on_ended(job)
+                    if event.used_pages is not None:
+                        self.used_pages = event.used_pages
+                    self.rows -= served.rows
+                    del self.requests[event.request_id]
+                    self._on_ended(served)

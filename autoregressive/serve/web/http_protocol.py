@@ -1,5 +1,5 @@
-"""uvicorn's HTTP/1.1 connection, with patience that has an end: for slow senders, for stalled
-readers, for garbage.
+"""uvicorn's HTTP/1.1 connection, which drops slow senders and stalled readers, and answers what is
+not HTTP.
 """
 
 import asyncio
@@ -10,16 +10,22 @@ import sys
 from typing import Any, cast
 
 import h11
+from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from autoregressive.serve.web.connections import Connections, Phase
-from autoregressive.serve.web.errors import ApiError
-from autoregressive.serve.web.logs import REQUESTS, new_request_id
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.connections import Connection, Connections, Phase
+from autoregressive.serve.web.request_context import (
+    REQUESTS,
+    RequestContext,
+    context_of,
+    new_request_id,
+)
+from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.web.strict_http import read_strictly
 
-SEND_SECONDS = (
-    20.0  # for a client to send a request, from its first byte to its last, or to begin one
-)
+# For a client to send a request, from its first byte to its last, or to begin one.
+SEND_SECONDS = 20.0
 # A client has so many seconds to take what waits for it. Each byte that it takes gives it time
 # back, as long as a client of the least rate takes for it; time in which nothing waits for it does
 # not count.
@@ -31,20 +37,6 @@ LEAST_READ_BYTES_PER_SECOND = 8 * 2**10
 LINGER_SECONDS = 10.0
 LINGER_BYTES = 16 * 2**20
 
-# In a request's state:
-CONNECTION = "connection"  # the `PatientProtocol` that it came through
-BODY_BYTES = "body_bytes"  # what is held of its body
-UNSENT_BYTES = "unsent_bytes"  # of its answer, which are not even with the connection yet
-JOB = "job"  # what is drawn for it
-COUNTED = (
-    "counted"  # a warning a second counts it with others of its kind; its own line is for DEBUG
-)
-CUT = "cut"  # the connection went before the answer was complete
-KEY = "key"  # the number of the key that let it in, where the service has keys
-REQUEST_ID = "request_id"  # what it has been told, if its answer has come already
-# status and bytes of an answer that was given while its body was read, which turned out to be no
-# HTTP
-REFUSED = "refused"
 _MOST_AHEAD_BYTES = 64 * 2**10  # of requests that come before the answer to the one before
 
 _REFUSALS = {
@@ -58,8 +50,8 @@ _log = logging.getLogger(REQUESTS)
 
 
 class _Transport:
-    """A connection's transport as uvicorn sees it: counts what is written, and leaves it to the
-    protocol how it is closed."""
+    """A connection's transport as uvicorn sees it. It counts what is written, and lets the protocol
+    close it."""
 
     def __init__(self, transport: asyncio.Transport, protocol: "PatientProtocol") -> None:
         self._transport, self._protocol = transport, protocol
@@ -79,12 +71,12 @@ class _Transport:
         return getattr(self._transport, name)
 
 
-class PatientProtocol(H11Protocol):
-    """Drops who is too slow. Headers that are too large are answered by 431, what is not HTTP by
-    400.
+class PatientProtocol(H11Protocol, Connection):
+    """Drops clients that are too slow. It answers headers that are too large by 431, and bytes that
+    are not HTTP by 400.
 
     Args:
-        connections: where this one is known.
+        connections: of this process, which this one joins.
     """
 
     def __init__(self, *arguments: Any, connections: Connections, **keywords: Any) -> None:
@@ -103,8 +95,8 @@ class PatientProtocol(H11Protocol):
         self._is_new = True  # the event loop has not looked yet whether a request is here
         self._real_transport: asyncio.Transport  # once it is open
 
+    @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Waits for the first request."""
         self._real_transport = transport
         super().connection_made(cast(asyncio.Transport, _Transport(transport, self)))
         # asyncio does this only where a socket names its protocol. Without it the second part of an
@@ -113,7 +105,7 @@ class PatientProtocol(H11Protocol):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
         self._tell_phase()
-        # What has come by now is read in the next turn of the event loop.
+        # A request that is here by now is read in the next turn of the event loop.
         self.loop.call_soon(self.loop.call_soon, self._arrive)
         if self._is_unwanted:
             transport.close()
@@ -122,21 +114,20 @@ class PatientProtocol(H11Protocol):
         self._is_new = False
         self._tell_phase()
 
+    @override
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits for nothing any more."""
         self._connections.remove(self)
         self._stop_sender_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
-        if self._is_answering:
-            self.scope["state"][CUT] = True
-        if self.scope is not None:
+        if (context := self._context) is not None:
+            context.cut |= self._is_answering
             # Else each would keep the other until the garbage collector comes.
-            self.scope["state"].pop(CONNECTION, None)
+            context.connection = None
         super().connection_lost(exc)
 
+    @override
     def data_received(self, data: bytes) -> None:
-        """Part of a request, or of one that is to be answered later."""
         if self.lingers:
             self._lingered_bytes += len(data)
             if self._lingered_bytes > LINGER_BYTES:
@@ -155,17 +146,17 @@ class PatientProtocol(H11Protocol):
         if self._phase in (Phase.HEAD, Phase.BODY):
             self._connections.add_bytes(len(data))
 
+    @override
     def handle_events(self) -> None:
-        """Reads what has come; a request gets to know the connection that it came through."""
         super().handle_events()
-        if self.scope is not None and CONNECTION not in self.scope["state"]:
-            self.scope["state"][CONNECTION] = self
+        if (context := self._context) is not None and context.connection is None:
+            context.connection, context.connections = self, self._connections
             self._head_bytes = sum(len(name) + len(value) for name, value in self.headers)
 
+    @override
     def on_response_complete(self) -> None:
-        """An answer is written, though perhaps not read; the next request may be here in part."""
         self._stop_sender_timer()
-        if JOB in self.scope["state"]:  # noted here: the next request may take the scope's place
+        if self._served is not None:  # noted here: the next request may take the scope's place
             self._drawn_bytes = self._written_bytes
         # A connection that is idle, or whose answer is not read, holds nothing of the request.
         self.scope = self.headers = self.cycle = None  # type: ignore[assignment]
@@ -174,77 +165,53 @@ class PatientProtocol(H11Protocol):
             self._watch_sender()
         self._tell_phase()
 
+    @override
     def shutdown(self) -> None:
-        """The server ends: closes it, or lets its answer be finished first."""
         if not self._is_answering:
             self._real_transport.close()
         else:
             super().shutdown()
 
+    @override
     def pause_writing(self) -> None:
-        """The client does not take the answer as fast as it is made."""
         super().pause_writing()
         self._tell_phase()
 
+    @override
     def resume_writing(self) -> None:
-        """The client has taken most of what was written."""
         super().resume_writing()
         self._tell_phase()
 
     @property
-    def is_crowded(self) -> bool:
-        """Whether this answer should be the last of its connection, so that others get in."""
-        return self._connections.crowded
-
-    def has_room_for(self, count: int, client: str) -> bool:
-        """Whether a client may ask for images of so many bytes."""
-        return self._connections.has_room_for(count, client)
-
-    def promise(self, count: int, client: str) -> None:
-        """A client has asked for images of so many bytes."""
-        self._connections.promise(count, client)
-
-    @property
+    @override
     def promised(self) -> tuple[str, int]:
-        """Its client, and the bytes of images that are still to come for it from the engine."""
-        job = None if self.scope is None else self.scope["state"].get(JOB)
-        return ("", 0) if job is None else (job.order.client, job.promised_bytes)
+        served = self._served
+        return ("", 0) if served is None else (served.request.client, served.promised_bytes)
 
     @property
-    def overload(self) -> str | None:
-        """Why no drawing is accepted now, as far as connections go."""
-        return self._connections.overload
-
-    @property
+    @override
     def sends(self) -> bool:
-        """Whether the client is in the middle of a body, as far as is known."""
         return self.conn.their_state is h11.SEND_BODY
 
     @property
+    @override
     def held_bytes(self) -> int:
-        """What this process holds of its requests and answers."""
         held: int = self._unread_bytes + self.transport.get_write_buffer_size()
-        if self.scope is not None:
-            state = self.scope["state"]
-            held += (
-                self._head_bytes
-                + len(self.cycle.body)
-                + state.get(BODY_BYTES, 0)
-                + state.get(UNSENT_BYTES, 0)
-            )
-            held += getattr(state.get(JOB), "held_bytes", 0)
+        if (context := self._context) is not None:
+            held += self._head_bytes + len(self.cycle.body)
+            held += context.body_bytes + context.unsent_bytes
+            held += 0 if context.served is None else context.served.held_bytes
         return held
 
     @property
-    def patience_left(self) -> float | None:
-        """Seconds until it is dropped if its client goes on like this; None: nothing waits for the
-        client."""
+    @override
+    def seconds_left(self) -> float | None:
         if self.transport.get_write_buffer_size() > 0:
             return self._read_seconds
         return None if self._sender_timer is None else self._sender_timer.when() - self.loop.time()
 
+    @override
     def look(self, seconds: float) -> None:
-        """Sees whether the client takes what waits for it; so many seconds after the last time."""
         waiting = self.transport.get_write_buffer_size()
         taken = self._written_bytes - waiting
         new, self._taken_bytes = taken - self._taken_bytes, taken
@@ -255,14 +222,14 @@ class PatientProtocol(H11Protocol):
             self.drop()
         self._tell_phase()
 
+    @override
     def drop(self) -> None:
-        """Closes it; its answer is cut off, if there is one."""
         if self._is_answering and not self._draws:
-            self.scope["state"][COUNTED] = True
+            context_of(self.scope).counted = True
         self.transport.abort()
 
+    @override
     def close_idle(self) -> None:
-        """Closes it at once; what this process still holds of an answer is lost."""
         if self.transport is None:
             self._is_unwanted = True
         elif self.transport.get_write_buffer_size() > 0:
@@ -270,12 +237,15 @@ class PatientProtocol(H11Protocol):
             self.drop()
         else:
             if self._is_answering:
-                self.scope["state"][COUNTED] = True
+                context_of(self.scope).counted = True
             self._real_transport.close()
 
     def close_gently(self, transport: asyncio.Transport) -> None:
-        """Closes it when what is written is sent, and the client has had time to read it before
-        what it still sends is refused."""
+        """Closes it when its answers are sent.
+
+        A client that still sends gets time to read its answer before the system refuses what it
+        sends.
+        """
         if self.lingers or transport.is_closing():
             return
         if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR) and not self._unread_bytes:
@@ -293,13 +263,23 @@ class PatientProtocol(H11Protocol):
         self._tell_phase()
 
     @property
+    def _context(self) -> RequestContext | None:
+        """The record of the latest request; None: its answer is written, or no request has come."""
+        return None if self.scope is None else context_of(self.scope)
+
+    @property
+    def _served(self) -> ServedRequest | None:
+        """The accepted request behind the latest HTTP request."""
+        return None if (context := self._context) is None else context.served
+
+    @property
     def _written_bytes(self) -> int:
-        """Of all answers of this connection, whether the client has taken them or not."""
+        """Bytes of all answers of this connection, whether the client has taken them or not."""
         return cast(_Transport, self.transport).written_bytes
 
     @property
     def _unread_bytes(self) -> int:
-        """That have come and are no event yet. h11 gives them, too, but copies them for that."""
+        """Bytes that have come and are no event yet. h11's own way to give them copies them."""
         return len(self.conn._receive_buffer)
 
     @property
@@ -309,11 +289,11 @@ class PatientProtocol(H11Protocol):
 
     @property
     def _draws(self) -> bool:
-        """Whether something was drawn, or is, for the latest request, or for one whose answer
-        waits for the client before it."""
+        """Whether something is drawn for the latest request, or for an earlier one whose answer
+        still waits for the client."""
         if self._written_bytes - self.transport.get_write_buffer_size() < self._drawn_bytes:
             return True
-        return self.scope is not None and JOB in self.scope["state"]
+        return self._served is not None
 
     @property
     def _phase(self) -> Phase:
@@ -334,10 +314,9 @@ class PatientProtocol(H11Protocol):
         if not self._real_transport.is_closing():  # else it keeps its phase until it is gone
             self._connections.move(self, self._phase)
 
+    @override
     def send_400_response(self, msg: str) -> None:
-        """The end of a connection that does not speak HTTP; the reason is in the exception that is
-        being handled.
-        """
+        # the reason is in the exception that is being handled
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
@@ -346,8 +325,8 @@ class PatientProtocol(H11Protocol):
         status = status if status in _REFUSALS else 400
         message, code = _REFUSALS[status]
         headers, body = ApiError(status, message, code).encode(last=True)
-        number = new_request_id()
-        headers.append((b"x-request-id", number.encode()))
+        request_id = new_request_id() if self._context is None else self._context.request_id
+        headers.append((b"x-request-id", request_id.encode()))
         parts: list[Any] = [
             h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
             h11.Data(data=body),
@@ -357,14 +336,13 @@ class PatientProtocol(H11Protocol):
             self.transport.write(self.conn.send(part))
         self.transport.close()
         if self._is_answering:  # it was a request before; the line is written at its end
-            self.scope["state"] |= {REQUEST_ID: number, REFUSED: (status, len(body))}
-            self.cycle.disconnected = (
-                True  # so that uvicorn drops what the application answers, and wakes it if it reads
-            )
+            context_of(self.scope).refused = (status, len(body))
+            # so that uvicorn drops what the application answers, and wakes it if it reads
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
             return
         line = {
-            "request_id": number,
+            "request_id": request_id,
             "client": self.client[0] if self.client else None,
             "status": status,
             "bytes": len(body),
@@ -380,7 +358,7 @@ class PatientProtocol(H11Protocol):
             self._sender_timer = self.loop.call_later(SEND_SECONDS, self._drop_sender)
 
     def _drop_sender(self) -> None:
-        if self._phase is not Phase.IDLE:  # whoever has sent nothing is not slow
+        if self._phase is not Phase.IDLE:  # a client that has sent nothing is not slow
             self._connections.count_dropped()
         self.drop()
 

@@ -1,54 +1,28 @@
-"""What Prometheus is told, under vLLM's names with our prefix. A registry of its own, not the
-library's global one.
-"""
+"""Metrics for Prometheus, under vLLM's names with our prefix, in a registry of their own."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 from autoregressive.serve.web.connections import ConnectionStats
-from autoregressive.serve.web.jobs import Job
+from autoregressive.serve.web.served_request import ServedRequest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
 
 
-class _Count(Collector):
-    """A counter that others keep."""
+class _Collected(Collector):
+    """Metrics that others keep, read when they are asked for."""
 
-    def __init__(self, name: str, text: str, value: Callable[[], int]) -> None:
-        self._name, self._text, self._value = name, text, value
+    def __init__(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        self._collect = collect
 
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        """Reads the values at the moment that they are asked for."""
-        yield CounterMetricFamily(self._name, self._text, value=self._value())
-
-
-class _ConnectionCollector(Collector):
-    """What the processes that answer HTTP tell of their connections.
-
-    Args:
-        stats: their sum.
-    """
-
-    def __init__(self, stats: Callable[[], ConnectionStats]) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        """The values of this moment."""
-        stats = self._stats()
-        name = "llamagen:http_connections"
-        yield GaugeMetricFamily(name, "Open HTTP connections.", stats.connections)
-        for kind, text, value in (
-            ("shed", "Idle connections that were closed for new ones.", stats.shed),
-            ("refused", "Connections that were refused: all others were busy.", stats.refused),
-            ("dropped", "Connections whose clients read or sent too slowly.", stats.dropped),
-        ):
-            yield CounterMetricFamily(f"{name}_{kind}", text, value)
-        text = "Bytes of unread answers and unfinished requests."
-        yield GaugeMetricFamily("llamagen:http_buffered_bytes", text, stats.buffered_bytes)
+    @override
+    def collect(self) -> Iterable[Metric]:
+        return self._collect()
 
 
 class Metrics:
@@ -108,34 +82,44 @@ class Metrics:
         self._images = counter("images", "Images of finished requests.")
         self.requests = counter("requests", "Requests for images or codes by outcome.", "outcome")
         self.connection_stats: Callable[[], ConnectionStats] = ConnectionStats
-        self.registry.register(_ConnectionCollector(lambda: self.connection_stats()))
+        self.registry.register(_Collected(lambda: _of_connections(self.connection_stats())))
 
     def show_dropped_lines(self, count: Callable[[], int]) -> None:
         """Adds the lines of the log that could not be written."""
-        self.registry.register(
-            _Count(
-                "llamagen:log_lines_dropped", "Lines of the log that could not be written.", count
-            )
-        )
+        name, text = "llamagen:log_lines_dropped", "Lines of the log that could not be written."
+        self.registry.register(_Collected(lambda: [CounterMetricFamily(name, text, count())]))
 
-    def ended(self, job: Job, tokens_of_image: int) -> None:
-        """A job has come to its end, whatever that is."""
-        assert job.ended is not None
-        if job.started_at is not None:
-            self._queue.observe(job.started_at - job.accepted_at)
-        if job.first_token_at is not None:
-            self._first_token.observe(job.first_token_at - job.accepted_at)
-        if job.ended.outcome != "finished":
+    def ended(self, served: ServedRequest, tokens_of_image: int) -> None:
+        """Counts a request that has come to its end, with any outcome."""
+        assert served.ended is not None
+        if served.started_at is not None:
+            self._queue.observe(served.started_at - served.accepted_at)
+        if served.first_token_at is not None:
+            self._first_token.observe(served.first_token_at - served.accepted_at)
+        if served.ended.outcome != "finished":
             return
-        self._end_to_end.observe(job.ended.at - job.accepted_at)
-        if job.started_at is not None:
-            self._inter_token.observe((job.ended.at - job.started_at) / tokens_of_image)
-        if job.order.pixels:
-            self._decode.observe(job.decode_seconds / job.order.n)
-        self._prompt_tokens.inc(job.order.n)
-        self._tokens.inc(job.order.n * tokens_of_image)
-        self._images.inc(job.order.n)
+        self._end_to_end.observe(served.ended.at - served.accepted_at)
+        if served.started_at is not None:
+            self._inter_token.observe((served.ended.at - served.started_at) / tokens_of_image)
+        if served.request.pixels:
+            self._decode.observe(served.decode_seconds / served.request.n)
+        self._prompt_tokens.inc(served.request.n)
+        self._tokens.inc(served.request.n * tokens_of_image)
+        self._images.inc(served.request.n)
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus' format."""
         return generate_latest(self.registry)
+
+
+def _of_connections(stats: ConnectionStats) -> Iterator[Metric]:
+    name = "llamagen:http_connections"
+    yield GaugeMetricFamily(name, "Open HTTP connections.", stats.connections)
+    for kind, text, value in (
+        ("shed", "Idle connections that were closed for new ones.", stats.shed),
+        ("refused", "Connections that were refused: all others were busy.", stats.refused),
+        ("dropped", "Connections whose clients read or sent too slowly.", stats.dropped),
+    ):
+        yield CounterMetricFamily(f"{name}_{kind}", text, value)
+    text = "Bytes of unread answers and unfinished requests."
+    yield GaugeMetricFamily("llamagen:http_buffered_bytes", text, stats.buffered_bytes)

@@ -1,4 +1,4 @@
-"""Pixels -> the bytes of a picture's file, with how it was made inside."""
+"""Makes picture files in memory, with the record of how each was made."""
 
 import io
 
@@ -21,7 +21,7 @@ def encode_picture(
     quality: int | None,
     record: dict[str, object],
 ) -> bytes:
-    """A file in memory.
+    """Makes a picture's file.
 
     Args:
         pixels: uint8 [size, size, 3]
@@ -40,14 +40,16 @@ def encode_picture(
 
 
 def largest_picture_bytes(size: int) -> int:
-    """How large the file of a picture of so many pixels a side can become: as PNG, with pixels that
-    nothing makes smaller.
+    """The largest size of a picture's file: a PNG whose pixels cannot be compressed.
+
+    Args:
+        size: pixels of a side.
     """
     return 3 * size * size + _RECORD_BYTES
 
 
 def encode_preview(pixels: bytes, size: int, output_format: OutputFormat) -> bytes:
-    """A file in memory, small and quickly made."""
+    """Makes a preview's file, small and quickly."""
     picture, file = _picture(pixels, size), io.BytesIO()
     options = {"compress_level": 1} if output_format == "png" else {"quality": _PREVIEW_QUALITY}
     if output_format == "webp":

@@ -70,7 +70,7 @@ class CodesRequest(_Body):
 
 
 class StreamRequest(CodesRequest):
-    """The same, for images."""
+    """What to draw, and how, with the format of the files."""
 
     size: str | None = Field(
         None, max_length=20, description="WIDTHxHEIGHT of the served model, or auto."
@@ -87,6 +87,11 @@ class StreamRequest(CodesRequest):
     quality: _Optional
     style: _Optional
     svg: _Optional
+
+    @property
+    def picture_format(self) -> OutputFormat:
+        """The format of the files."""
+        return self.output_format or "png"
 
 
 class ImageRequest(StreamRequest):
@@ -119,7 +124,7 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, images: int, tokens_of_image: int) -> "Usage":
-        """Of so many finished images."""
+        """The usage of so many finished images."""
         drawn = images * tokens_of_image
         return cls(
             input_tokens=images,
@@ -156,7 +161,7 @@ class CodesData(BaseModel):
 
 
 class CodesAnswer(BaseModel):
-    """Codes for those who have their own decoder."""
+    """Codes, for clients that have their own decoder."""
 
     created: int
     data: list[CodesData]
@@ -168,7 +173,7 @@ class CodesAnswer(BaseModel):
 
 
 class SamplingDefaults(BaseModel):
-    """What counts where a request says nothing."""
+    """The values of fields that a request leaves out."""
 
     cfg_scale: float
     cfg_interval: int
@@ -216,19 +221,19 @@ class ClassesAnswer(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """A word."""
+    """The state of the service in one word."""
 
     status: str
 
 
 class VersionAnswer(BaseModel):
-    """What runs."""
+    """The version of the program."""
 
     version: str
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong, and with which field."""
+    """An error, and the field that it is about."""
 
     message: str
     type: str

@@ -7,7 +7,7 @@ from typing import TypeVar
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import (
     ClassData,
     CodesRequest,
@@ -15,16 +15,16 @@ from autoregressive.serve.web.schema import (
     SamplingDefaults,
     StreamRequest,
 )
-from autoregressive.serve.worker.messages import Submit
+from autoregressive.serve.worker.messages import EngineRequest
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _LONGEST_NAME = 64  # characters
 _RANDOM_SEEDS = 2**31  # small enough for JavaScript's numbers
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the service tells of its model and checks requests against."""
+    """The model as clients see it, against which requests are checked."""
 
     name: str
     created: int  # Unix time of the start
@@ -44,11 +44,11 @@ class ServedModel:
 
     @property
     def size(self) -> str:
-        """OpenAI's way to say it."""
+        """The size of an image as OpenAI writes it."""
         return f"{self.image_size}x{self.image_size}"
 
     def described(self) -> ModelData:
-        """For /v1/models."""
+        """The model as /v1/models has it."""
         return ModelData(
             id=self.name,
             created=self.created,
@@ -62,7 +62,7 @@ class ServedModel:
         )
 
     def no_such_model(self, name: str) -> ApiError:
-        """For whoever asks for another."""
+        """The error for a client that asks for another model."""
         return ApiError(
             404,
             f"the model '{name}' does not exist: this service has {self.name}",
@@ -85,8 +85,10 @@ class ServedModel:
             key=lambda one: (str(one.id) != word, not one.name.lower().startswith(word), one.id),
         )
 
-    def order(self, body: CodesRequest, *, pixels: bool) -> Submit:
-        """What the engine is to draw; job number and deadlines are the dispatcher's.
+    def engine_request(
+        self, body: CodesRequest, *, pixels: bool, client: str = ""
+    ) -> EngineRequest:
+        """The request to the engine; the dispatcher fills in its id and its deadlines.
 
         Raises:
             ApiError: no such model, class or size.
@@ -95,8 +97,8 @@ class ServedModel:
             raise self.no_such_model(body.model)
         if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
             raise ApiError(400, f"size must be {self.size} or auto", "invalid_value", "size")
-        return Submit(
-            job=-1,
+        return EngineRequest(
+            request_id=-1,
             class_label=self._class_label(body),
             n=_or(body.n, 1),
             params=self.defaults.sampling.updated(
@@ -108,19 +110,20 @@ class ServedModel:
                 seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
             ),
             pixels=pixels,
+            client=client,
         )
 
-    def record_of(self, order: Submit, image: int) -> dict[str, object]:
-        """How one image was made: enough to make it again on the same machine."""
-        sampling = asdict(order.params)
+    def record_of(self, request: EngineRequest, index: int) -> dict[str, object]:
+        """How one image of a request was made: enough to make it again on the same machine."""
+        sampling = asdict(request.params)
         del sampling["n"]
         return {
             **self.record,
             **sampling,
-            "images": order.n,
-            "image": image,
-            "label": order.class_label,
-            "class_name": self.classes[order.class_label],
+            "images": request.n,
+            "image": index,
+            "label": request.class_label,
+            "class_name": self.classes[request.class_label],
         }
 
     def _class_label(self, body: CodesRequest) -> int:
@@ -140,9 +143,7 @@ class ServedModel:
                 "missing_value",
                 "prompt",
             )
-        if (
-            len(body.prompt) > _LONGEST_NAME
-        ):  # a sentence: looking for names alike would hold up everybody
+        if len(body.prompt) > _LONGEST_NAME:  # a search for similar names would take long
             message = (
                 "prompt must be the name or id of a class (see /v1/classes), not a description"
             )
@@ -154,5 +155,5 @@ class ServedModel:
             raise ApiError(400, message, "invalid_value", "prompt") from error
 
 
-def _or(given: T | None, otherwise: T) -> T:
+def _or(given: _T | None, otherwise: _T) -> _T:
     return otherwise if given is None else given

@@ -1,4 +1,4 @@
-"""Everything of the service but the server around it: engines, the application, and their end."""
+"""The service without the server around it: engines, the application, and their end."""
 
 import os
 from collections.abc import Callable
@@ -9,13 +9,12 @@ from typing import Any, cast
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.desk import Desk
-from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.generation import Studio
+from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker
 from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.settings import ServerSettings
+from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.store import Store, StoreClaim
 from autoregressive.serve.worker.process import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
@@ -33,8 +32,8 @@ class Service:
     claim: StoreClaim
 
     def close(self) -> None:
-        """Ends the engines, whatever they do; waits for their processes. Called in the
-        event loop.
+        """Ends the engines, even those that hang; waits for their processes. Called in the event
+        loop.
         """
         self.dispatcher.stop(at_once=False)
         self.encoders.shutdown(wait=False, cancel_futures=True)
@@ -91,14 +90,18 @@ def start_dispatcher(
         lambda index: start(recipe(index), f"engine-{index}"),
         settings.engines,
         settings.max_queue_size,
-        settings.patience,
+        settings.timeouts,
         model.tokens_of_image,
         settings.engine.scheduling_policy,
     )
 
 
 def build_service_app(
-    settings: ServerSettings, model: ServedModel, desk: Desk, address: str, share: Share = _ONLY
+    settings: ServerSettings,
+    model: ServedModel,
+    broker: RequestBroker,
+    address: str,
+    share: Share = _ONLY,
 ) -> tuple[App, ThreadPoolExecutor]:
     """The application, and the threads that make its pictures' files.
 
@@ -118,9 +121,8 @@ def build_service_app(
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
-    studio = Studio(model, desk, encoders, store)
     app = build_app(
-        studio,
+        AppState(model, broker, encoders, store),
         version=program_version(),
         docs=settings.docs,
         api_keys=settings.api_keys,

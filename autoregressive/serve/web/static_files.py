@@ -27,8 +27,8 @@ _MEDIA_TYPES = {  # Python's and the system's tables differ from one version to 
 class SharedFile(Response):
     """A file as the answer to any number of requests.
 
-    Its readers share the content, so it is sent in parts: only the part that waits for a reader
-    counts as held for it.
+    All readers share the content. It is sent in parts, because the part that waits for a reader
+    counts as held for that reader.
 
     Args:
         headers: of the answer, beside `ETag` and those of the content.
@@ -42,7 +42,7 @@ class SharedFile(Response):
         self._unchanged = Response(status_code=304, headers={**headers, "ETag": self.etag})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it, or says that the client has it already."""
+        """Sends the file, or a 304 if the client has it already."""
         if has_already(Request(scope), self.etag):
             await self._unchanged(scope, receive, send)
             return
@@ -68,7 +68,7 @@ class SharedFiles:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request.
+        """Answers one request.
 
         Raises:
             HTTPException: no such file, or another method than GET.

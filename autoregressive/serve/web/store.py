@@ -1,8 +1,8 @@
-"""Pictures kept on disk for those who want a URL. The names are the service's own; none is ever
-taken from a request.
+"""Pictures kept on disk for clients that want a URL. The service makes their names; none comes from
+a request.
 
-A picture's file is whole or not there, is never changed, and is read in one go through one
-descriptor: what is evicted meanwhile is still delivered.
+A picture's file is whole or not there. It is never changed, and it is read at once through one
+descriptor, so a picture that is evicted meanwhile is still delivered.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 class StoreFailed(Exception):
-    """The disk does not do what was asked of it; the log says why."""
+    """The disk cannot store or read pictures; the log says why."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Store:
         folder: exists, and is claimed; files of other names in it are left alone.
         most: how many pictures are kept.
         base_url: what comes before /v1/files/NAME.
-        index, count: which of so many processes with the same folder this is. Each may keep an
-            equal share of the pictures and of the bytes, evicts those whose names are its own, and
-            reads all.
+        index, count: which of so many processes with the same folder this is. Each keeps an equal
+            share of the pictures and of the bytes, and reads all. A picture's name tells in whose
+            share it is.
         most_bytes: how large the pictures may be together; None: no limit.
         picture_bytes: how large a picture can become.
 
@@ -227,9 +227,8 @@ class Store:
             with os.scandir(self._folder) as entries:
                 for entry in entries:
                     if _NAME.fullmatch(entry.name) and self._is_mine(entry.name):
-                        with contextlib.suppress(
-                            FileNotFoundError
-                        ):  # removed by somebody else meanwhile
+                        # another program may remove it meanwhile
+                        with contextlib.suppress(FileNotFoundError):
                             state = entry.stat(follow_symlinks=False)
                             if stat.S_ISREG(state.st_mode):
                                 found.append((state.st_mtime_ns, entry.name, state.st_size))
@@ -248,10 +247,10 @@ class Store:
         return name
 
     def _make_room(self, pictures: int, size: int) -> bool:
-        """Evicts the oldest for so many pictures and bytes to come; whether the limits hold then.
+        """Evicts the oldest for so many pictures and bytes to come; returns whether they fit then.
 
-        They may not while others are being written, which can only be evicted later. The lock is
-        held.
+        They may not fit while others are being written, which can only be evicted later. The lock
+        is held.
         """
         while not (fits := self._fits(pictures, size)) and self._kept:
             self._evict_oldest()
@@ -265,8 +264,8 @@ class Store:
         return count <= self._most and (self._most_bytes is None or total <= self._most_bytes)
 
     def _evict_while_full(self, size: int, work: Callable[[], _Result]) -> _Result:
-        """Does what needs so many bytes of the disk; while it is full, evicts the oldest, but not
-        many times as much.
+        """Calls `work`, which needs `size` bytes of the disk. While the disk is full it evicts the
+        oldest pictures, but not many times as much.
         """
         freed = 0
         while True:
@@ -284,14 +283,14 @@ class Store:
         self._kept_bytes -= size
         try:
             os.unlink(self._folder / name)
-        except FileNotFoundError:  # removed by somebody else
+        except FileNotFoundError:  # another program has removed it
             pass
         except OSError as error:  # it is found again, and counts, after the next start
             self._log_failure("a picture cannot be removed", error)
         return size
 
     def _allocate(self, size: int) -> None:
-        """Has the disk set so many bytes aside, which writes nothing, and gives them back."""
+        """Has the disk reserve so many bytes, which writes nothing, and gives them back."""
         place = unused_name(self._folder, ".png")
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -301,7 +300,7 @@ class Store:
             os.unlink(place)
 
     def _write(self, pictures: Sequence[bytes], suffix: str) -> list[str]:
-        """Files that the disk has when this returns; none, if one fails."""
+        """Writes files, all or none; the disk has them when this returns."""
         names = [self._new_name(suffix) for _ in pictures]
         unfinished = [unused_name(self._folder, f".{suffix}") for _ in pictures]
         try:
@@ -319,7 +318,7 @@ class Store:
         return names
 
     def _log_failure(self, what: str, error: OSError) -> StoreFailed:
-        """Writes down what the disk said; the exception for callers, who must not see that."""
+        """Logs the disk's error; returns the exception for callers, who must not see the reason."""
         number = errno.errorcode.get(error.errno or 0, "unknown")
         _log.error(
             what,

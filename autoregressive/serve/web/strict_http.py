@@ -1,5 +1,5 @@
-"""HTTP/1.1 as h11 reads it, without what it reads leniently: another program on the way may read
-that differently.
+"""HTTP/1.1 read more strictly than h11 does. It refuses bytes that h11 accepts leniently, and that
+another program on the way may read differently.
 
 Two programs that disagree about where a request ends can be made to take one client's request for
 another's (request smuggling).
@@ -13,7 +13,7 @@ from h11._receivebuffer import ReceiveBuffer
 # A request's line, its headers, and an empty line; or trailers. Once it is read, a header of four
 # bytes takes a hundred times as much.
 _MOST_LINES = 102
-_MOST_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which nobody reads
+_MOST_CHUNK_LINE_BYTES = 256  # a chunk's size and its extensions, which are not used
 # A line feed without a return before it, a return without a line feed behind it, and a header that
 # goes on in the next line.
 _LENIENT = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]")
@@ -23,7 +23,7 @@ _CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
 
 
 class StrictReceiveBuffer(ReceiveBuffer):
-    """What has come and is not read yet; refuses what its reader would let pass."""
+    """The bytes that are not read yet; refuses those that h11 would let pass."""
 
     _is_head = False  # whether headers are being taken out
 
@@ -54,6 +54,6 @@ class StrictReceiveBuffer(ReceiveBuffer):
 
 
 def read_strictly(connection: h11.Connection) -> None:
-    """Puts the strict buffer into a new connection; h11 has no other way to be told."""
+    """Puts the strict buffer into a new connection; h11 has no setting for it."""
     assert not connection._receive_buffer, "something has been read already"
     connection._receive_buffer = StrictReceiveBuffer()

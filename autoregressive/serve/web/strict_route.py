@@ -1,4 +1,4 @@
-"""Checks what a request consists of: its query, the type of its body, and its JSON."""
+"""Checks a request's query, the type of its body, and its JSON."""
 
 import difflib
 import json
@@ -11,13 +11,13 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from autoregressive.serve.web.errors import ApiError
+from autoregressive.serve.web.api_errors import ApiError
 
 _SHOWN_CHARACTERS = 100  # of a name that a client made up
 # Monitors add parameters of their own to /health and the like, which take none.
 _CHECKED_QUERIES = "/v1/"
 # A body of a mebibyte takes up to a fifth of a second to read. Meanwhile the event loop would
-# answer nobody, so bodies above this size are read in a thread, one at a time.
+# answer no client, so bodies above this size are read in a thread, one at a time.
 _READ_AT_ONCE_BYTES = 16 * 2**10
 
 
@@ -67,12 +67,12 @@ class _ReadRequest(Request):
         return self._bytes
 
     async def json(self) -> object:
-        """What it says."""
+        """Returns the value that the body says."""
         return self._content
 
 
 def read_fields(body: bytes, schema: type[BaseModel]) -> object:
-    """What a body says, without the fields that have no effect.
+    """Reads a body, and drops the fields that have no effect.
 
     A value of JSON takes up to thirty times as much memory as its text, and would be held until the
     request is answered. Values of fields that have a type are small, or are refused.
@@ -90,7 +90,7 @@ def read_fields(body: bytes, schema: type[BaseModel]) -> object:
 
 
 def check_query(given: Iterable[str], known: Collection[str]) -> None:
-    """A slip must not pass for a setting.
+    """Checks a query, in which a misspelt parameter must not be ignored.
 
     Raises:
         ApiError: a parameter is unknown, or is there twice.
@@ -105,7 +105,8 @@ def check_query(given: Iterable[str], known: Collection[str]) -> None:
 
 
 def check_fields(given: Iterable[str], known: Collection[str]) -> None:
-    """Looks for the first unknown field only: a body may have 100,000 of them.
+    """Checks the fields of a body. It looks for the first unknown field only, because a body may
+    have 100,000 of them.
 
     Raises:
         ApiError: a field is unknown.
@@ -123,13 +124,14 @@ def _unknown(name: str, known: Collection[str], kind: str, code: str) -> ApiErro
 
 
 def _shown(name: str) -> str:
-    """A client's name for something, cut. JSON allows half a character, UTF-8 does not."""
+    """A name that a client gave, shortened. JSON allows half a character, which UTF-8 does not."""
     cut = name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..."
     return cut.encode(errors="backslashreplace").decode()
 
 
 def check_type(content_type: str | None, content_encoding: str | None, body: bytes) -> None:
-    """A page of another site can have a browser send text or a form here, but not JSON.
+    """Checks that a body is declared as JSON, which pages of other sites cannot have a browser send
+    here, unlike text or a form.
 
     Raises:
         ApiError: the body is not declared as JSON, or is compressed, or there is none.
@@ -155,7 +157,7 @@ def check_type(content_type: str | None, content_encoding: str | None, body: byt
 
 
 def read_json(body: bytes) -> object:
-    """What a body says, in which 1.0 is 1: JSON knows one kind of number.
+    """Reads JSON, in which 1.0 is 1: JSON knows one kind of number.
 
     Raises:
         ApiError: it is not JSON in UTF-8, or has two values for one name. A byte order mark in

@@ -1,8 +1,8 @@
 """Where a process that the service starts begins: `python -m autoregressive.serve.worker.child NAME
 PARENT CONNECTION SOCKET...`.
 
-Nothing that takes long is imported before the process is bound to its parent's life, leaves signals
-to it, and logs as it does.
+The process first binds itself to its parent's life, leaves signals to the parent, and sets up its
+log. Only then does it import anything that takes long.
 """
 
 import ctypes
@@ -26,15 +26,15 @@ _log = logging.getLogger("llamagen.service")
 
 
 def main() -> None:
-    """Runs the function that comes through the connection, with the connection and the other
-    sockets as its arguments.
+    """Calls the function that comes through the connection with the connection and the other
+    sockets.
     """
     name, parent, *descriptors = sys.argv[1:]
 
     def work() -> None:
         connection, *others = (socket.socket(fileno=int(descriptor)) for descriptor in descriptors)
-        (size,) = HEAD.unpack(_receive(connection, HEAD.size))
-        pickle.loads(_receive(connection, size))(connection, *others)
+        (size,) = HEAD.unpack(receive_bytes(connection, HEAD.size))
+        pickle.loads(receive_bytes(connection, size))(connection, *others)
 
     live(name, int(parent), work)
 
@@ -42,8 +42,8 @@ def main() -> None:
 def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     """The life of a process that the service starts.
 
-    It ends at once when its work is done: to take down torch's modules one by one may take seconds,
-    and nobody needs it.
+    It ends at once when its work is done, because taking down torch's modules one by one may take
+    seconds.
     """
     end_with_the_parent(parent)
     ignore_signals()
@@ -59,24 +59,31 @@ def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     except BaseException:
         _log.critical("%s has ended by an error", name, exc_info=True)
     finally:
-        writer.flush(_LAST_LINES_SECONDS)
+        writer.drain(_LAST_LINES_SECONDS)
         os._exit(status)
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
-    received = bytearray()
-    while len(received) < size:
-        chunk = connection.recv(size - len(received))
-        if not chunk:
+def receive_bytes(connection: socket.socket, count: int) -> bytearray:
+    """Waits for the next `count` bytes of a connection.
+
+    Raises:
+        EOFError: the other side has gone, or the connection is closed here.
+    """
+    received = bytearray(count)
+    missing = memoryview(received)
+    while missing:
+        try:
+            size = connection.recv_into(missing)
+        except OSError as error:
+            raise EOFError from error
+        if size == 0:
             raise EOFError
-        received += chunk
-    return bytes(received)
+        missing = missing[size:]
+    return received
 
 
 def end_with_the_parent(parent: int) -> None:
-    """However the parent ends, the system ends this process with it: one that still loads, or
-    hangs, would not notice.
-    """
+    """Has the system end this process when the parent ends, even while it loads or hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent != os.getppid():  # it has gone already
@@ -84,7 +91,7 @@ def end_with_the_parent(parent: int) -> None:
 
 
 def ignore_signals() -> None:
-    """When this process ends is the service's to say."""
+    """Leaves it to the service when this process ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,58 +1,60 @@
-"""What passes between the service and the process that owns an engine: commands one way, events the
+"""Messages between the service and the process that owns an engine: commands one way, events the
 other.
 
-A message is a frozen dataclass. They go over a pair of sockets in frames of one message or several,
-so that the more there is to say, the less each costs: two lengths, names and fields as JSON, and
-behind them the messages' bytes as they are (pixels, codes). No pickle: neither side runs what the
+A message is a frozen dataclass. Messages go over a pair of sockets in frames of one or several, so
+that each costs less when there are many. A frame is two lengths, then names and fields as JSON,
+then the messages' bytes as they are (pixels, codes). There is no pickle: neither side runs what the
 other sends. Moments are of `time.monotonic`, which all processes of a host share.
 
 A kind of message may have `SUPERSEDES`: names of fields. A newer message of the kind with the same
-values in these fields then supersedes an older one that still waits to be sent (see `backlog`).
+values in these fields then supersedes an older one that still waits to be sent (see `Backlog`).
 """
 
 import json
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, is_dataclass
+from typing import Any, ClassVar, cast
 
 from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.serve.worker.child import receive_bytes
 
 _HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
 HEAD_BYTES = _HEAD.size
 
 
 @dataclass(frozen=True)
-class Submit:
-    """Draw `n` images of a class."""
+class EngineRequest:
+    """A command: draw `n` images of a class.
 
-    job: int
+    The route fills in what to draw; the dispatcher fills in the id and the deadlines.
+    """
+
+    request_id: int
     class_label: int
     n: int
     params: SamplingParams  # of each image, so with n = 1
     pixels: bool  # False: codes
-    preview_rows: tuple[
-        int, ...
-    ] = ()  # rows of the token grid at which a preview is wanted; the last that is reached is sent
-    watched: bool = False  # `Drawn` again and again, not only once
-    start_by: float | None = None  # moment; whoever has not begun by then ends with `queue_timeout`
-    run_seconds: float | None = (
-        None  # whoever has not ended that long after the start ends with `run_timeout`
-    )
-    client: str = ""  # whose it is, as `client_of` names it
+    # Rows of the token grid at which a preview is wanted. Of those that are reached, the last is
+    # sent.
+    preview_rows: tuple[int, ...] = ()
+    watched: bool = False  # `Progress` is sent again and again, not only for the first token
+    start_by: float | None = None  # moment; later it ends with `queue_timeout`
+    run_seconds: float | None = None  # from its start; after these it ends with `run_timeout`
+    client: str = ""  # whose it is, as `client_id` names it
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """End a job early."""
+    """A command: end a request early."""
 
-    job: int
+    request_id: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Leave the loop at once."""
+    """A command: leave the loop at once."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine takes jobs; what it is like."""
+    """The engine takes requests; its size."""
 
     max_rows: int
     num_pages: int
@@ -73,7 +75,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Unable:
+class StartFailed:
     """The start failed for a reason that the user can mend: one line."""
 
     message: str
@@ -88,7 +90,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class LoopStats:
-    """The engine's loop has gone round; sent some times a second while it does."""
+    """The engine's loop advances. It is sent some times a second."""
 
     used_pages: int
     SUPERSEDES: ClassVar[tuple[str, ...]] = ()
@@ -96,39 +98,39 @@ class LoopStats:
 
 @dataclass(frozen=True)
 class Started:
-    """A job's first image has been admitted."""
+    """A request's first image has been admitted."""
 
-    job: int
+    request_id: int
     at: float
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """How many tokens of a job, over all its images, have been given to the device."""
+class Progress:
+    """How many tokens of a request, over all its images, have been given to the device."""
 
-    job: int
+    request_id: int
     tokens: int
     at: float
-    SUPERSEDES: ClassVar[tuple[str, ...]] = ("job",)
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ("request_id",)
 
 
 @dataclass(frozen=True)
 class Preview:
     """A picture of which the top rows are drawn; pixels uint8 [size, size, 3]."""
 
-    job: int
-    image: int
+    request_id: int
+    index: int  # of the image in its request
     rows: int
     pixels: bytes
-    SUPERSEDES: ClassVar[tuple[str, ...]] = ("job", "image")
+    SUPERSEDES: ClassVar[tuple[str, ...]] = ("request_id", "index")
 
 
 @dataclass(frozen=True)
 class Image:
     """A finished image: pixels uint8 [size, size, 3], or codes int32 [tokens]."""
 
-    job: int
-    image: int
+    request_id: int
+    index: int  # of the image in its request
     at: float
     decode_seconds: float
     data: bytes
@@ -136,14 +138,17 @@ class Image:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job has ended, and holds nothing any more: `finished`, `cancelled`, or why it failed."""
+    """A request has ended, and the engine holds nothing for it any more.
 
-    job: int
+    The outcome is `finished`, `cancelled`, or the reason of the failure.
+    """
+
+    request_id: int
     outcome: str  # one of OUTCOMES
     at: float
     message: str = ""
     tokens: int | None = None  # that were given to the device, over all its images
-    used_pages: int | None = None  # of the engine, now that this job's are free
+    used_pages: int | None = None  # of the engine, now that this request's are free
 
 
 OUTCOMES = (
@@ -156,21 +161,13 @@ OUTCOMES = (
     "refused",
 )
 
-Command = Submit | Cancel | Stop
-Event = (
-    Preparing | Ready | Unable | Heartbeat | LoopStats | Started | Drawn | Preview | Image | Ended
-)
+Command = EngineRequest | Cancel | Stop
+RequestEvent = Started | Progress | Preview | Image | Ended  # of one request
+Event = Preparing | Ready | StartFailed | Heartbeat | LoopStats | RequestEvent
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 
-def _plain(value: object) -> dict[str, Any]:
-    """What JSON does not know."""
-    if isinstance(value, SamplingParams):
-        return vars(value)
-    raise TypeError(f"a message cannot hold a {type(value).__name__}")
-
-
-_as_json = json.JSONEncoder(default=_plain).encode
+_as_json = json.JSONEncoder(default=vars).encode  # of a dataclass within a message: its fields
 
 
 def encode(messages: Iterable[Any]) -> bytes:
@@ -189,12 +186,16 @@ def encode(messages: Iterable[Any]) -> bytes:
 
 
 def frame_bytes(head: bytes | bytearray) -> int:
-    """How long the frame is, head and all, of which this is the head."""
+    """The length of a whole frame, its head included, from its head."""
     return HEAD_BYTES + sum(_HEAD.unpack_from(head))
 
 
 def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[Any]:
-    """What `encode` made a frame of; `kinds`: those that they may be of, by name."""
+    """The messages of a frame that `encode` has made.
+
+    Args:
+        kinds: the kinds that they may be of, by name.
+    """
     length, _ = _HEAD.unpack_from(frame)
     place = HEAD_BYTES + length
     messages = []
@@ -203,8 +204,8 @@ def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[
         for field, annotation in kind.__annotations__.items():
             if annotation is bytes:
                 fields[field] = bytes(memoryview(frame)[place : place + size])
-            elif annotation is SamplingParams:
-                fields[field] = SamplingParams(**fields[field])
+            elif is_dataclass(annotation):
+                fields[field] = cast(type, annotation)(**fields[field])
             elif isinstance(fields.get(field), list):
                 fields[field] = tuple(fields[field])
         place += size
@@ -213,24 +214,10 @@ def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[
 
 
 def receive(connection: socket.socket, kinds: Mapping[str, type] = KINDS) -> list[Any]:
-    """The messages of the next frame, of these kinds; waits for it.
+    """Waits for the next frame; its messages, which are of these kinds.
 
     Raises:
         EOFError: the other side has gone.
     """
-    head = _receive_bytes(connection, HEAD_BYTES)
-    return decode(head + _receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)
-
-
-def _receive_bytes(connection: socket.socket, count: int) -> bytearray:
-    received = bytearray(count)
-    missing = memoryview(received)
-    while missing:
-        try:
-            size = connection.recv_into(missing)
-        except OSError as error:  # closed here, or reset by the other side
-            raise EOFError from error
-        if size == 0:
-            raise EOFError
-        missing = missing[size:]
-    return received
+    head = receive_bytes(connection, HEAD_BYTES)
+    return decode(head + receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)

@@ -1,4 +1,4 @@
-"""The engine's process: what it builds its engine from, how it is started, and how it ends.
+"""The processes that the service starts, and the engine's: how it is built, and how it ends.
 
 A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever
 kills the engine does not kill the service, and a hung one can be killed. docs/design.md says what
@@ -6,6 +6,7 @@ it costs.
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -29,36 +29,24 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.request import SamplingParams
-from autoregressive.serve.heap import settle_heap
 from autoregressive.serve.signals import SIGNALS
 from autoregressive.serve.worker import child
-from autoregressive.serve.worker.messages import Heartbeat, Unable
+from autoregressive.serve.worker.messages import Heartbeat, StartFailed
 from autoregressive.serve.worker.outbox import Outbox
 from autoregressive.serve.worker.worker import serve
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 from autoregressive.weights.loading import load_models
 
+ChildProcess = subprocess.Popen[bytes]
+# Builds an engine. Its argument is called with how much of the preparation is done, and how much
+# there is.
 MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 _WAITING_BYTES = 4 * 2**20  # in a connection
+# New objects after which the garbage collector looks at them: by default 700, or 2000 from Python
+# 3.13 on.
+_NEW_OBJECTS = 20_000
 _HEARTBEAT_SECONDS = 0.25
-_LAST_WORDS_SECONDS = 5.0  # what is left to say is written by then, or nobody reads it
-
-
-class ChildProcess(Protocol):
-    """A process that the service has started."""
-
-    @property
-    def exitcode(self) -> int | None:
-        """Its status; a signal's number below zero; None while it runs."""
-
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-
-    def kill(self) -> None:
-        """Ends it, whatever it does."""
-
-    def join(self, timeout: float | None = None) -> None:
-        """Waits until it has ended, or for so many seconds."""
+_LAST_WORDS_SECONDS = 5.0  # for the last messages to be written
 
 
 StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  # as `start_process`
@@ -66,7 +54,7 @@ StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """Loads the models and builds an engine, in whatever process calls it."""
+    """Loads the models and builds an engine, in the process that calls it."""
 
     model: ModelSettings
     found: FoundWeights
@@ -92,30 +80,24 @@ class EngineRecipe:
         return engine
 
 
+def settle_heap() -> None:
+    """Takes all objects that exist out of later garbage collections, and makes collections rare.
+
+    A process calls it when it has started. Modules, models and graphs stay to its end, and a full
+    collection would look at each of them: some 0.2 s for torch's and FastAPI's, in which the
+    process does nothing else. Afterwards a collection looks at newer objects only: hundreds for
+    each request that is being answered. Python would collect fully again and again as those become
+    more, for 50 ms where hundreds of requests come and go, and would find little: most of what a
+    request holds is freed with it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+
+
 def start_process(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
     """Starts a process that builds an engine and runs it; the connection to it."""
     return start_child(partial(_run, make_engine), name)
-
-
-class _Child:
-    """A `ChildProcess` around `subprocess`."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self._process = process
-
-    @property
-    def exitcode(self) -> int | None:
-        return self._process.poll()
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def join(self, timeout: float | None = None) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
 
 
 def start_child(
@@ -123,9 +105,9 @@ def start_child(
 ) -> tuple[ChildProcess, socket.socket]:
     """Starts a process; the connection to it.
 
-    Not by `multiprocessing`: its processes import all that the function needs, and the parent's
-    main module, before the first line of ours, and meanwhile outlive a parent that is killed. Not
-    by a fork: CUDA does not survive one.
+    `multiprocessing` does not fit: its processes import everything that the function needs, and the
+    parent's main module, before our first line runs, and until then they outlive a parent that is
+    killed. A fork does not fit either: CUDA does not survive one.
 
     Args:
         run: called there with the other end of the connection, and with the sockets; pickled, so it
@@ -157,14 +139,14 @@ def start_child(
         BrokenPipeError, ConnectionResetError
     ):  # it has died already, as will be noticed
         ours.sendall(child.HEAD.pack(len(data)) + data)
-    return _Child(process), ours
+    return process, ours
 
 
 def connect() -> tuple[socket.socket, socket.socket]:
-    """Two sockets, each of which receives what is sent to the other.
+    """A pair of connected sockets.
 
-    Some MB may wait in them, or as much as the system allows: else a frame of pictures is written
-    in pieces of 0.2 MB, and each wakes both sides.
+    Some MB may wait in them, or as much as the system allows. With less, a frame of pictures would
+    be written in pieces of 0.2 MB, and each piece would wake both sides.
     """
     ends = socket.socketpair()
     for end in ends:
@@ -174,8 +156,8 @@ def connect() -> tuple[socket.socket, socket.socket]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals to this thread, or to a process that it starts, wait: a child calls `ignore_signals`
-    when it can.
+    """Holds back signals to this thread and to a process that it starts, which calls
+    `ignore_signals` as soon as it can.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -191,7 +173,7 @@ def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
     try:
         serve(make_engine, connection, outbox)
     except UserError as error:
-        outbox.put(Unable(error.spelled(flag_of)))
+        outbox.put(StartFailed(error.spelled(flag_of)))
         status = 2
     finally:
         outbox.close(_LAST_WORDS_SECONDS)
@@ -199,7 +181,7 @@ def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
 
 
 def _send_heartbeats(outbox: Outbox) -> None:
-    """Says that the process lives, whatever its loop does: a step may take long, or hang."""
+    """Sends heartbeats even while a step takes long, or hangs."""
     while True:
         outbox.put_if_silent(Heartbeat())
         time.sleep(_HEARTBEAT_SECONDS)

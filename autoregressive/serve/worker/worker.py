@@ -1,10 +1,10 @@
 """The engine's owner: a loop that takes commands, steps the engine, decodes pictures, and tells
 what happens.
 
-It never waits but for commands when there is nothing else to do, so a step is delayed by no reader
-and no encoder of pictures. What it survives is memory that runs out: the jobs concerned fail, the
-others go on. Whatever else is raised ends it, for an engine that has failed in a way not foreseen
-is not to be trusted.
+The loop waits only for commands, and only when there is nothing else to do, so no reader and no
+encoder of pictures delays a step. When memory runs out, the requests concerned fail and the others
+go on. Any other exception ends the loop: an engine that has failed in a way not foreseen is not to
+be trusted.
 """
 
 import gc
@@ -20,51 +20,41 @@ from torch import Tensor
 
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.engine.device_future import DeviceFuture
-from autoregressive.serve.engine.engine import Engine, PartialCodes
+from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import (
     Cancel,
     Command,
-    Drawn,
     Ended,
+    EngineRequest,
     Image,
     LoopStats,
     Preparing,
     Preview,
+    Progress,
     Ready,
     Started,
     Stop,
-    Submit,
     receive,
 )
 from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.partial import fill_undrawn
-from autoregressive.serve.worker.task import Task
+from autoregressive.serve.worker.parent_request import ParentRequest
+from autoregressive.serve.worker.previews import Previewer
 
 STATS_SECONDS = 0.25  # between two `LoopStats`, while no step takes longer
-_WATCHED_SECONDS = 0.1  # between two `Drawn` of a task
-_DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that what is on its way takes bounded memory
-_PREVIEW_SHARE = 0.2  # of the time at most, where decoding holds up the loop
+_WATCHED_SECONDS = 0.1  # between two `Progress` of a request
+_DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that those on their way take bounded memory
 _MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `_out_of_memory` tells those of memory
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
 
 @dataclass(frozen=True)
 class _Decoding:
-    """Pictures of finished images on their way: one a request."""
+    """Pictures of finished images on their way: one for each request of the engine."""
 
-    requests: list[Request]
+    images: list[Request]
     pictures: DeviceFuture[tuple[Tensor, ...]]
     begun: float
-
-
-@dataclass(frozen=True)
-class _Previewing:
-    """Pictures of images that go on: first their codes, then their pixels are on their way."""
-
-    rows: dict[Request, int]  # of tokens, that each picture shows
-    codes: DeviceFuture[list[PartialCodes]] | None
-    pictures: DeviceFuture[tuple[Tensor, ...]] | None
 
 
 class Worker:
@@ -78,9 +68,8 @@ class Worker:
 
     def __init__(self, engine: Engine, connection: socket.socket, outbox: Outbox) -> None:
         self._engine, self._connection, self._outbox = engine, connection, outbox
-        self._grid = round(engine.shape.tokens**0.5)
-        self._tasks: dict[int, Task] = {}
-        self._task_of: dict[Request, Task] = {}
+        self._parents: dict[int, ParentRequest] = {}
+        self._parent_of: dict[Request, ParentRequest] = {}
         self._undecoded: deque[Request] = deque()
         self._decodings: deque[_Decoding] = deque()
         # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one
@@ -90,13 +79,12 @@ class Worker:
             if engine.decoder is not None and engine.device.type == "cuda"
             else 1
         )
-        self._next_preview = 0.0
-        self._previewing: _Previewing | None = None
+        self._previewer = Previewer(engine, self._at_once)
         self._stats_at = 0.0
         self._serving = True
 
     def run(self) -> None:
-        """Until a `Stop` comes, or the other side has gone.
+        """Runs until a `Stop` comes, or the other side has gone.
 
         Raises:
             Exception: the engine cannot go on.
@@ -115,7 +103,7 @@ class Worker:
 
     def _take_commands(self) -> None:
         busy = self._engine.wait_for_work(0)
-        on_the_way = self._undecoded or self._decodings or self._previewing
+        on_the_way = self._undecoded or self._decodings or self._previewer.busy
         timeout = 0.0 if busy else _POLL_SECONDS if on_the_way else STATS_SECONDS
         while wait([self._connection], timeout):
             for command in receive(self._connection):
@@ -125,43 +113,46 @@ class Worker:
 
     def _carry_out(self, command: Command) -> None:
         match command:
-            case Submit():
+            case EngineRequest():
                 self._submit(command)
-            case Cancel(job=number):
-                if (task := self._tasks.get(number)) is not None:
-                    self._end_early(task, "cancelled", "")
+            case Cancel(request_id=request_id):
+                if (parent := self._parents.get(request_id)) is not None:
+                    self._end_early(parent, "cancelled", "")
             case Stop():
                 self._serving = False
 
-    def _submit(self, order: Submit) -> None:
-        task = Task(order, left=order.n)
+    def _submit(self, request: EngineRequest) -> None:
+        parent = ParentRequest(request, left=request.n)
         try:
-            task.requests = [
+            parent.images = [
                 self._engine.submit(
-                    order.class_label, order.params, first_image=image, client=order.client
+                    request.class_label, request.params, first_image=index, client=request.client
                 )
-                for image in range(order.n)
+                for index in range(request.n)
             ]
         except ValueError as error:
-            self._outbox.put(Ended(order.job, "refused", time.monotonic(), str(error)))
+            self._outbox.put(Ended(request.request_id, "refused", time.monotonic(), str(error)))
             return
-        self._tasks[order.job] = task
-        self._task_of |= dict.fromkeys(task.requests, task)
+        self._parents[request.request_id] = parent
+        self._parent_of |= dict.fromkeys(parent.images, parent)
 
-    def _end_early(self, task: Task, outcome: str, message: str) -> None:
-        """The first reason counts; the task ends when the engine has let go of all its images."""
-        if task.failure is None:
-            task.failure = (outcome, message)
-            for request in task.requests:
-                self._engine.cancel(request)
+    def _end_early(self, parent: ParentRequest, outcome: str, message: str) -> None:
+        """The first reason counts; the request ends when the engine has let go of all its
+        images.
+        """
+        if parent.failure is None:
+            parent.failure = (outcome, message)
+            for image in parent.images:
+                self._engine.cancel(image)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for task in self._tasks.values():
-            if not task.running and task.order.start_by is not None and now > task.order.start_by:
-                self._end_early(task, "queue_timeout", "")
-            if task.deadline is not None and now > task.deadline:
-                self._end_early(task, "run_timeout", "")
+        for parent in self._parents.values():
+            start_by = parent.request.start_by
+            if not parent.running and start_by is not None and now > start_by:
+                self._end_early(parent, "queue_timeout", "")
+            if parent.deadline is not None and now > parent.deadline:
+                self._end_early(parent, "run_timeout", "")
 
     def _step(self) -> list[Request]:
         if not self._engine.wait_for_work(0):
@@ -170,36 +161,33 @@ class Worker:
         try:
             ended = self._engine.step()
         except _MEMORY_ERRORS as error:
-            if not _out_of_memory(error):
-                raise
-            _clear_memory()
+            _free_memory(error)
             ended = []  # the next step returns those that have failed
-        for task in self._tasks.values():
-            if not task.begun and task.failure is None and task.running:
-                task.begun = True
-                task.deadline = (
-                    begun + task.order.run_seconds if task.order.run_seconds is not None else None
-                )
-                self._outbox.put(Started(task.order.job, begun))
+        for parent in self._parents.values():
+            if not parent.begun and parent.failure is None and parent.running:
+                parent.begun = True
+                if parent.request.run_seconds is not None:
+                    parent.deadline = begun + parent.request.run_seconds
+                self._outbox.put(Started(parent.request.request_id, begun))
         return ended
 
     def _finish(self, ended: Sequence[Request]) -> None:
-        for request in ended:
-            task = self._task_of.pop(request, None)
-            if task is None:  # it was cancelled and has been dropped
+        for image in ended:
+            parent = self._parent_of.pop(image, None)
+            if parent is None:  # it was cancelled and has been dropped
                 continue
-            if request.state is RequestState.FAILED:
-                self._end_early(task, *_reason(request))
-            elif request.state is RequestState.FINISHED and task.failure is None:
-                if task.order.pixels:
-                    self._undecoded.append(request)
-                    self._task_of[request] = task  # until its picture is sent
+            if image.state is RequestState.FAILED:
+                self._end_early(parent, *_reason(image))
+            elif image.state is RequestState.FINISHED and parent.failure is None:
+                if parent.request.pixels:
+                    self._undecoded.append(image)
+                    self._parent_of[image] = parent  # until its picture is sent
                 else:
-                    assert request.codes is not None
-                    self._send_image(task, request, request.codes[0].numpy().tobytes(), 0.0)
-        for task in list(self._tasks.values()):
-            if task.failure is not None and not task.held:
-                self._drop(task, *task.failure)
+                    assert image.codes is not None
+                    self._send_image(parent, image, image.codes[0].numpy().tobytes(), 0.0)
+        for parent in list(self._parents.values()):
+            if parent.failure is not None and not parent.held:
+                self._drop(parent, *parent.failure)
 
     def _decode(self) -> None:
         """Gives the decoder its next lot, unless it has enough to do."""
@@ -209,28 +197,25 @@ class Worker:
             and len(finished) < self._at_once
             and len(self._decodings) < _DECODINGS_AT_ONCE
         ):
-            request = self._undecoded.popleft()
-            if request in self._task_of:  # nobody wants the others any more
-                finished.append(request)
+            image = self._undecoded.popleft()
+            if image in self._parent_of:  # the others are not wanted any more
+                finished.append(image)
         if not finished:
             return
         assert self._engine.decoder is not None
         begun = time.monotonic()
-        codes = torch.cat([request.codes for request in finished if request.codes is not None])
+        codes = torch.cat([image.codes for image in finished if image.codes is not None])
         try:
-            self._decodings.append(
-                _Decoding(finished, self._engine.decoder.submit_to_host(codes), begun)
-            )
+            pictures = self._engine.decoder.submit_to_host(codes)
+            self._decodings.append(_Decoding(finished, pictures, begun))
         except _MEMORY_ERRORS as error:
             self._lose_pictures(finished, error)
 
-    def _lose_pictures(self, requests: Sequence[Request], error: Exception) -> None:
-        if not _out_of_memory(error):
-            raise error
-        _clear_memory()
-        for request in requests:
-            if (task := self._task_of.pop(request, None)) is not None:
-                self._end_early(task, "out_of_memory", "")
+    def _lose_pictures(self, images: Sequence[Request], error: Exception) -> None:
+        _free_memory(error)
+        for image in images:
+            if (parent := self._parent_of.pop(image, None)) is not None:
+                self._end_early(parent, "out_of_memory", "")
 
     def _send_decoded(self) -> None:
         while self._decodings and self._decodings[0].pictures.ready():
@@ -238,132 +223,84 @@ class Worker:
             try:
                 pictures, finite = decoding.pictures.result()
             except _MEMORY_ERRORS as error:
-                self._lose_pictures(decoding.requests, error)
+                self._lose_pictures(decoding.images, error)
                 continue
-            seconds = (time.monotonic() - decoding.begun) / len(decoding.requests)
-            for request, picture, is_finite in zip(
-                decoding.requests, pictures, finite.tolist(), strict=True
+            seconds = (time.monotonic() - decoding.begun) / len(decoding.images)
+            for image, picture, is_finite in zip(
+                decoding.images, pictures, finite.tolist(), strict=True
             ):
-                task = self._task_of.pop(request, None)
-                if task is None or task.failure is not None:
+                parent = self._parent_of.pop(image, None)
+                if parent is None or parent.failure is not None:
                     continue
                 if is_finite:
-                    self._send_image(task, request, picture.numpy().tobytes(), seconds)
+                    self._send_image(parent, image, picture.numpy().tobytes(), seconds)
                 else:
-                    self._end_early(task, "non_finite", "the decoder's pixels are NaN or infinite")
+                    message = "the decoder's pixels are NaN or infinite"
+                    self._end_early(parent, "non_finite", message)
 
-    def _send_image(self, task: Task, request: Request, data: bytes, decode_seconds: float) -> None:
-        now = time.monotonic()
-        self._outbox.put(Image(task.order.job, request.first_image, now, decode_seconds, data))
-        task.left -= 1
-        if task.left == 0:
-            self._drop(task, "finished", "")
+    def _send_image(
+        self, parent: ParentRequest, image: Request, data: bytes, decode_seconds: float
+    ) -> None:
+        request_id, now = parent.request.request_id, time.monotonic()
+        self._outbox.put(Image(request_id, image.first_image, now, decode_seconds, data))
+        parent.left -= 1
+        if parent.left == 0:
+            self._drop(parent, "finished", "")
 
-    def _drop(self, task: Task, outcome: str, message: str) -> None:
-        del self._tasks[task.order.job]
-        for request in task.requests:
-            self._task_of.pop(request, None)
-        now, tokens, used_pages = (
-            time.monotonic(),
-            task.tokens,
-            self._engine.scheduler.pool.used_pages,
-        )
-        self._tell_drawn(task, now)
-        self._outbox.put(Ended(task.order.job, outcome, now, message, tokens, used_pages))
+    def _drop(self, parent: ParentRequest, outcome: str, message: str) -> None:
+        request_id, now = parent.request.request_id, time.monotonic()
+        del self._parents[request_id]
+        for image in parent.images:
+            self._parent_of.pop(image, None)
+        used_pages = self._engine.scheduler.pool.used_pages
+        self._tell_progress(parent, now)
+        self._outbox.put(Ended(request_id, outcome, now, message, parent.tokens, used_pages))
 
     def _preview(self) -> None:
-        """One lot of previews at a time, and of each image the newest: a slow decoder makes them
-        rarer, not later.
-        """
-        begun = time.monotonic()
         try:
-            self._go_on_with_previews()
+            previews = self._previewer.advance(
+                self._parents.values(), may_begin=not self._undecoded
+            )
         except _MEMORY_ERRORS as error:
-            if not _out_of_memory(error):
-                raise
-            _clear_memory()  # nobody has lost more than a glimpse
-            self._previewing = None
-        ended = time.monotonic()
-        self._next_preview = max(
-            self._next_preview, ended + (ended - begun) * (1 / _PREVIEW_SHARE - 1)
-        )
-
-    def _go_on_with_previews(self) -> None:
-        lot = self._previewing
-        if lot is None and not self._undecoded and time.monotonic() >= self._next_preview:
-            lot = self._begin_previews()
-        if lot is not None and lot.codes is not None and lot.codes.ready():
-            lot = self._decode_previews(lot)
-        if lot is not None and lot.pictures is not None and lot.pictures.ready():
-            self._send_previews(lot, lot.pictures.result()[0])
-            lot = None
-        self._previewing = lot
-
-    def _send_previews(self, lot: _Previewing, pictures: Tensor) -> None:
-        for (request, rows), picture in zip(lot.rows.items(), pictures, strict=True):
-            task = self._task_of.get(request)
-            if task is not None and task.failure is None and not request.ended:
+            _free_memory(error)  # only previews are lost
+            return
+        for image, rows, picture in previews:
+            parent = self._parent_of.get(image)
+            if parent is not None and parent.failure is None and not image.ended:
+                pixels = picture.numpy().tobytes()
                 self._outbox.put(
-                    Preview(task.order.job, request.first_image, rows, picture.numpy().tobytes())
+                    Preview(parent.request.request_id, image.first_image, rows, pixels)
                 )
-
-    def _begin_previews(self) -> _Previewing | None:
-        candidates: list[tuple[int, int, Request, Task]] = []  # rows sent, rows to send
-        for task in self._tasks.values():
-            if task.order.preview_rows and task.order.pixels and task.failure is None:
-                for request in task.requests:
-                    rows = task.rows_to_preview(request, self._grid)
-                    if rows is not None and request.state is RequestState.RUNNING:
-                        candidates.append((task.previewed.get(request, 0), rows, request, task))
-        candidates.sort(key=lambda candidate: candidate[0])  # whoever has seen least comes first
-        wanted: dict[Request, int] = {}
-        for _, rows, request, task in candidates[: self._at_once]:
-            wanted[request] = task.previewed[request] = rows
-        if not wanted:
-            return None
-        return _Previewing(wanted, self._engine.peek(list(wanted)), None)
-
-    def _decode_previews(self, lot: _Previewing) -> _Previewing:
-        assert lot.codes is not None
-        assert self._engine.decoder is not None
-        parts = lot.codes.result()
-        rows = {part.request: lot.rows[part.request] for part in parts}
-        filled = [fill_undrawn(part.codes, rows[part.request], self._grid) for part in parts]
-        return _Previewing(rows, None, self._engine.decoder.submit_to_host(torch.cat(filled)))
 
     def _tell(self) -> None:
         now = time.monotonic()
-        for task in self._tasks.values():
-            first = not task.first_token and task.tokens > 0
-            if first or (
-                task.order.watched and task.begun and now - task.told_at >= _WATCHED_SECONDS
-            ):
-                self._tell_drawn(task, now)
+        for parent in self._parents.values():
+            due = parent.begun and now - parent.told_at >= _WATCHED_SECONDS
+            if not parent.first_token or (parent.request.watched and due):
+                self._tell_progress(parent, now)
         if now - self._stats_at >= STATS_SECONDS:
-            self._tell_stats()
+            self._stats_at = now
+            self._outbox.put(LoopStats(self._engine.scheduler.pool.used_pages))
 
-    def _tell_drawn(self, task: Task, now: float) -> None:
-        if task.tokens > 0 and (task.order.watched or not task.first_token):
-            task.first_token, task.told_at = True, now
-            self._outbox.put(Drawn(task.order.job, task.tokens, now))
-
-    def _tell_stats(self) -> None:
-        self._stats_at = time.monotonic()
-        self._outbox.put(LoopStats(self._engine.scheduler.pool.used_pages))
+    def _tell_progress(self, parent: ParentRequest, now: float) -> None:
+        if parent.tokens > 0 and (parent.request.watched or not parent.first_token):
+            parent.first_token, parent.told_at = True, now
+            self._outbox.put(Progress(parent.request.request_id, parent.tokens, now))
 
 
-def _reason(request: Request) -> tuple[str, str]:
-    if isinstance(request.cause, NonFiniteLogitsError):
+def _reason(image: Request) -> tuple[str, str]:
+    """Outcome and message of a failed request of the engine."""
+    if isinstance(image.cause, NonFiniteLogitsError):
         return (
             "non_finite",
             "the model's logits are NaN or infinite: its weights are damaged or overflow this "
             "precision",
         )
-    if request.cause is not None and _out_of_memory(request.cause):
+    if image.cause is not None and _out_of_memory(image.cause):
         return "out_of_memory", ""
     raise RuntimeError(
         "a request failed for a reason that does not leave the engine running"
-    ) from request.cause
+    ) from image.cause
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -375,7 +312,10 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _clear_memory() -> None:
+def _free_memory(error: Exception) -> None:
+    """Frees memory after an error for lack of it; raises any other error again."""
+    if not _out_of_memory(error):
+        raise error
     # an error's traceback holds the tensors of where it was raised, and may be part of a cycle
     gc.collect()
     if torch.cuda.is_available():
@@ -390,8 +330,7 @@ def serve(
     """Builds the engine, telling how far it is, and runs it.
 
     Args:
-        make_engine: given what to call with how much of the preparation is done, and how much there
-            is.
+        make_engine: as `MakeEngine` of `process`.
 
     Raises:
         Exception: as `Worker.run`, or of building the engine.

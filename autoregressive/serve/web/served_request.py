@@ -1,24 +1,30 @@
-"""A request of the service on its way through an engine, as the event loop sees it."""
+"""An accepted request on its way through an engine, as the event loop sees it."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from autoregressive.serve.worker.messages import Drawn, Ended, Image, Preview, Started, Submit
-
-JobEvent = Started | Drawn | Preview | Image | Ended
+from autoregressive.serve.worker.messages import (
+    Ended,
+    EngineRequest,
+    Image,
+    Preview,
+    Progress,
+    RequestEvent,
+    Started,
+)
 
 
 @dataclass(eq=False)
-class Job:
+class ServedRequest:
     """Made where it is accepted; lives until its engine says that it holds nothing for it any more.
 
-    Whoever reads its events slowly gets of `Drawn`, and of each image's `Preview`, the newest only:
-    what is kept for a reader is bounded by the images that were asked for.
+    A slow reader receives only the newest `Progress` and the newest preview of each image, so the
+    images that were asked for bound what is kept for it.
     """
 
-    order: Submit
+    request: EngineRequest
     accepted_at: float
     started_at: float | None = None
     first_token_at: float | None = None
@@ -26,35 +32,39 @@ class Job:
     tokens: int = 0
     decode_seconds: float = 0.0
     reserved: bool = False  # rows were free for it when it came: it waits for no other
-    abandoned: bool = False  # nobody reads its events any more
+    abandoned: bool = False  # its events are not read any more
     answer_bytes: int = 0  # of its images' files that wait to be sent
     image_bytes: int = 0  # of the pixels or codes of one of its images
     images_here: int = 0  # that have come from the engine
-    forward: Callable[[JobEvent], None] | None = (
-        None  # where events go, if the mailbox is in another process
-    )
+    # takes the events, if they are read in another process
+    forward: Callable[[RequestEvent], None] | None = None
     _read_bytes: int = 0  # of the image that its reader makes a file of
     # in the order of their coming
-    _events: dict[tuple[str, int], JobEvent] = field(default_factory=dict)
+    _events: dict[tuple[str, int], RequestEvent] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def request_id(self) -> int:
+        """The number by which this process and its engine know it."""
+        return self.request.request_id
 
     @property
     def rows(self) -> int:
         """Rows of the batch that it takes at most."""
-        return self.order.n * self.order.params.rows
+        return self.request.n * self.request.params.rows
 
-    def take(self, event: JobEvent) -> None:
-        """What the engine says of it; called in the event loop."""
+    def take(self, event: RequestEvent) -> None:
+        """Takes an event from the engine; called in the event loop."""
         match event:
             case Started(at=at):
                 self.started_at = at
-            case Drawn(tokens=tokens, at=at):
+            case Progress(tokens=tokens, at=at):
                 self.tokens = tokens
                 self.first_token_at = self.first_token_at or at
             case Image():
                 self.decode_seconds += event.decode_seconds
                 self.images_here += 1
-                self._events.pop(("Preview", event.image), None)
+                self._events.pop(("Preview", event.index), None)
             case Ended():
                 self.ended = event
                 self.tokens = self.tokens if event.tokens is None else event.tokens
@@ -62,22 +72,22 @@ class Job:
             if not self.abandoned or isinstance(event, Ended):
                 self.forward(event)
             return
-        # others' readers need not be woken for these
-        told = self.order.watched or not isinstance(event, (Started, Drawn))
+        # readers that do not watch need not be woken for these
+        told = self.request.watched or not isinstance(event, (Started, Progress))
         if told and not self.abandoned:
-            key = (type(event).__name__, getattr(event, "image", 0))
+            key = (type(event).__name__, getattr(event, "index", 0))
             self._events.pop(key, None)
             self._events[key] = event
             self._news.set()
 
     def abandon(self) -> None:
-        """Nobody reads its events any more: what has come, and what will, is dropped."""
+        """Drops its events and all later ones, because their reader has gone."""
         self.abandoned = True
         self._events.clear()
 
     @property
     def held_bytes(self) -> int:
-        """Of pixels, codes and files that wait for its reader in this process."""
+        """Bytes of the pixels, codes and files that wait for its reader in this process."""
         events = self._events.values()
         images = sum(len(event.data) for event in events if isinstance(event, Image))
         previews = sum(len(event.pixels) for event in events if isinstance(event, Preview))
@@ -85,19 +95,21 @@ class Job:
 
     @property
     def promised_bytes(self) -> int:
-        """Of its images that are still to come from the engine."""
+        """Bytes of its images that are still to come from the engine."""
         if self.ended is not None or self.abandoned:
             return 0
-        return (self.order.n - self.images_here) * self.image_bytes
+        return (self.request.n - self.images_here) * self.image_bytes
 
     @property
     def has_news(self) -> bool:
         """Whether `next_event` would return at once."""
         return bool(self._events)
 
-    async def next_event(self, timeout: float | None = None) -> JobEvent | None:
-        """What happens next, the end last; None if nothing does within so many seconds. Not to be
-        called after the end.
+    async def next_event(self, timeout: float | None = None) -> RequestEvent | None:
+        """Waits for the next event, the last of which is `Ended`; not to be called after that one.
+
+        Returns:
+            None if no event comes within `timeout` seconds.
         """
         self._read_bytes = 0
         try:
@@ -112,8 +124,8 @@ class Job:
         return event
 
     def seconds_left(self, tokens_of_image: int) -> float | None:
-        """A guess, from its own speed so far; None while nothing is drawn."""
+        """A guess from its own speed so far; None while no token is drawn."""
         if self.started_at is None or self.tokens == 0:
             return None
         passed = time.monotonic() - self.started_at
-        return passed / self.tokens * (self.order.n * tokens_of_image - self.tokens)
+        return passed / self.tokens * (self.request.n * tokens_of_image - self.tokens)

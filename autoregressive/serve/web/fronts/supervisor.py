@@ -1,6 +1,4 @@
-"""The dispatcher's end of the fronts: several processes that answer HTTP, one that says who is let
-in.
-"""
+"""The dispatcher's end of the fronts: starts them, passes on requests and events, and ends them."""
 
 import asyncio
 import logging
@@ -11,27 +9,30 @@ from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
-from autoregressive.serve.web.awake import SILENT_SECONDS, TICK_SECONDS
-from autoregressive.serve.web.channel import Channel
+from autoregressive.serve.web.api_errors import ApiError, internal_error, not_ready
+from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, Channel
 from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.ending import Ending
-from autoregressive.serve.web.errors import ApiError, internal_error, not_ready
-from autoregressive.serve.web.front import FrontRecipe
-from autoregressive.serve.web.front_messages import (
+from autoregressive.serve.web.fronts.front import (
     KINDS,
     Accepted,
     AskMetrics,
-    Count,
     Finish,
+    FrontRecipe,
     MetricsText,
     Refused,
     State,
     Up,
 )
-from autoregressive.serve.web.jobs import Job, JobEvent
-from autoregressive.serve.web.server import writing_seconds
-from autoregressive.serve.worker.messages import Cancel, Ended, Heartbeat, Submit
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.web.server import ShutdownPolicy, writing_seconds
+from autoregressive.serve.worker.messages import (
+    Cancel,
+    Ended,
+    EngineRequest,
+    Heartbeat,
+    RequestEvent,
+)
 from autoregressive.serve.worker.process import start_child
 
 _LEAVE_SECONDS = 3.0  # for a front to end once its answers are read, or have had their time
@@ -41,10 +42,10 @@ _log = logging.getLogger("llamagen.fronts")
 
 
 class FrontLink:
-    """One front's process, and the jobs that its clients have.
+    """One front's process, and the requests that its clients have.
 
     Args:
-        gone: called in the event loop when it has ended, whatever for.
+        gone: called in the event loop when the process has ended, whatever the cause.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class FrontLink:
     ) -> None:
         self.process, connection = start_child(recipe, f"front-{recipe.share.index}", listener)
         self._dispatcher, self._gone = dispatcher, gone
-        self._jobs: dict[int, Job] = {}  # by the front's numbers
+        self._requests: dict[int, ServedRequest] = {}  # by the front's numbers
         self.up = False  # whether it answers
         self.connection_stats = ConnectionStats()
         self._heard_at = dispatcher.clock.now()
@@ -70,27 +71,27 @@ class FrontLink:
 
     @property
     def hangs(self) -> bool:
-        """Whether it has been silent for too long, or so much waits for it meanwhile that memory is
-        at stake.
-        """
+        """Whether it has been silent for too long, or its waiting messages endanger the memory."""
         silent = self.silent_seconds
-        if silent > self._dispatcher.patience.step:
+        if silent > self._dispatcher.timeouts.step:
             return True
         return silent > SILENT_SECONDS and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
 
     def tell(self, state: State) -> None:
-        """Of what is the same for all fronts; its own jobs' places are added here. If nothing is
-        new, that the dispatcher lives.
+        """Sends a state if it is new, else a heartbeat.
+
+        Args:
+            state: the same for all fronts; the places of the front's own requests are added here.
         """
         waiting = {
-            number: job
-            for number, job in self._jobs.items()
-            if job.order.watched and job.started_at is None
+            number: served
+            for number, served in self._requests.items()
+            if served.request.watched and served.started_at is None
         }
         state = replace(
             state,
             waiting=tuple(waiting),
-            ahead=tuple(self._dispatcher.ahead_of(job) for job in waiting.values()),
+            ahead=tuple(self._dispatcher.ahead_of(served) for served in waiting.values()),
         )
         if state != self._told:
             self._told = state
@@ -99,64 +100,65 @@ class FrontLink:
             self._channel.put(Heartbeat())
 
     def finish(self, *, at_once: bool) -> None:
-        """Tells it to end; without waiting for anything, if `at_once`."""
+        """Tells it to end.
+
+        Args:
+            at_once: without waiting for anything.
+        """
         self._channel.put(Finish(at_once), urgent=at_once)
 
     def kill(self) -> bool:
-        """Ends it for certain; whether it had ended in order by itself."""
+        """Ends it for certain; returns whether it had ended in order by itself."""
         self.process.kill()
-        self.process.join()
+        status = self.process.wait()
         self._channel.close()
-        return self.process.exitcode == 0
+        return status == 0
 
-    def _take(self, message: Up | Submit | Cancel | Count | AskMetrics) -> None:
+    def _take(self, message: Up | EngineRequest | Cancel | AskMetrics) -> None:
         self._heard_at = self._dispatcher.clock.now()
         match message:
-            case Up():
+            case Up(connections=stats, answered=answered):
                 self.up = True
-                self.connection_stats = ConnectionStats(**vars(message))
-            case Submit():
+                self.connection_stats = stats
+                for outcome, requests in answered.items():
+                    self._dispatcher.count(outcome, requests)
+            case EngineRequest():
                 self._submit(message)
-            case Cancel(job=number):
-                if (job := self._jobs.get(number)) is not None:
-                    self._dispatcher.abandon(job)
-            case Count(outcome=outcome, requests=requests):
-                self._dispatcher.count(outcome, requests)
+            case Cancel(request_id=number):
+                if (served := self._requests.get(number)) is not None:
+                    self._dispatcher.abandon(served)
             case AskMetrics(question=question):
-                self._channel.put(
-                    MetricsText(question, self._dispatcher.metrics.text()), urgent=True
-                )
+                text = self._dispatcher.metrics.text()
+                self._channel.put(MetricsText(question, text), urgent=True)
             case _:
                 assert_never(message)
 
-    def _submit(self, order: Submit) -> None:
-        number = order.job
+    def _submit(self, request: EngineRequest) -> None:
+        number = request.request_id
         try:
-            job = self._dispatcher.admit(order, partial(self._forward, number))
+            served = self._dispatcher.admit(request, partial(self._forward, number))
         except Exception as caught:
             if not isinstance(caught, ApiError):
                 _log.exception("a request could not be accepted")
             error = caught if isinstance(caught, ApiError) else internal_error()
-            refused = Refused(
-                number, error.status, error.message, error.code, error.param, error.retry_after
-            )
-            self._channel.put(refused, urgent=True)
+            self._channel.put(Refused(number, error), urgent=True)
             return
-        self._jobs[number] = job
-        self._channel.put(Accepted(number, self._dispatcher.ahead_of(job) if order.watched else 0))
+        self._requests[number] = served
+        ahead = self._dispatcher.ahead_of(served) if request.watched else 0
+        self._channel.put(Accepted(number, ahead))
 
     def _leave(self) -> None:
-        for job in list(self._jobs.values()):  # their clients have gone with it
-            self._dispatcher.abandon(job)
+        for served in list(self._requests.values()):  # their clients have gone with it
+            self._dispatcher.abandon(served)
         self._gone()
 
-    def _forward(self, number: int, event: JobEvent) -> None:
-        self._channel.put(replace(event, job=number))
+    def _forward(self, number: int, event: RequestEvent) -> None:
+        self._channel.put(replace(event, request_id=number))
         if isinstance(event, Ended):
-            del self._jobs[number]
+            del self._requests[number]
 
 
-class Hub:
+class FrontSupervisor:
     """Runs the fronts until the service ends.
 
     Args:
@@ -169,10 +171,10 @@ class Hub:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        ending: Ending,
+        policy: ShutdownPolicy,
         recipes: Sequence[tuple[FrontRecipe, socket.socket]],
     ) -> None:
-        self._dispatcher, self._ending = dispatcher, ending
+        self._dispatcher, self._policy = dispatcher, policy
         self.failure: str | None = None
         self._ends = False  # fronts that go are not lost
         self._fronts: list[FrontLink] = []
@@ -192,23 +194,19 @@ class Hub:
         return all(front.up for front in self._fronts)
 
     async def run(self) -> None:
-        """Until the end is due, or a front is lost. All fronts have ended then."""
+        """Runs until the end is due, or a front is lost. All fronts have ended then."""
         try:
-            while not self._ending.due(time.monotonic()) and self.failure is None:
+            while not self._policy.due(time.monotonic()) and self.failure is None:
                 self._tell_fronts()
                 await asyncio.sleep(TICK_SECONDS)
-                self._watch()
+                for front in self._fronts:
+                    if front.hangs:
+                        front.process.kill()
+                        self._lose_front("has not been heard of")
             self._tell_fronts()
             await self._end_fronts()
         finally:
             self._kill_fronts()
-
-    def _watch(self) -> None:
-        """Looks for a front that hangs."""
-        for front in self._fronts:
-            if front.hangs:
-                front.process.kill()
-                self._lose_front("has not been heard of")
 
     def _tell_fronts(self) -> None:
         dispatcher = self._dispatcher
@@ -243,20 +241,21 @@ class Hub:
         writing = [front for front in self._fronts if front.up]
         for front in writing:
             front.finish(at_once=False)
-        patience = writing_seconds(self._dispatcher.patience.shutdown) + _LEAVE_SECONDS
-        await self._wait_for(writing, time.monotonic() + patience, lambda: self._ending.at_once)
-        if self._ending.at_once:  # told meanwhile, perhaps
+        seconds = writing_seconds(self._dispatcher.timeouts.shutdown) + _LEAVE_SECONDS
+        await self._wait_for(writing, seconds, lambda: self._policy.at_once)
+        if self._policy.at_once:  # told meanwhile, perhaps
             for front in writing:
                 front.finish(at_once=True)
-            await self._wait_for(writing, time.monotonic() + _LAST_ANSWERS_SECONDS, lambda: False)
-        if not all([front.kill() for front in writing]) and not self._ending.at_once:
-            self._ending.status = 1
+            await self._wait_for(writing, _LAST_ANSWERS_SECONDS, lambda: False)
+        if not all([front.kill() for front in writing]) and not self._policy.at_once:
+            self._policy.status = 1
 
     async def _wait_for(
-        self, fronts: Sequence[FrontLink], deadline: float, enough: Callable[[], bool]
+        self, fronts: Sequence[FrontLink], seconds: float, enough: Callable[[], bool]
     ) -> None:
+        deadline = time.monotonic() + seconds
         while (
-            any(front.process.is_alive() for front in fronts)
+            any(front.process.poll() is None for front in fronts)
             and time.monotonic() < deadline
             and not enough()
         ):

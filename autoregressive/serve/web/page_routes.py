@@ -1,0 +1,121 @@
+"""The route of the page: a stream of all that happens to a request."""
+
+import time
+from dataclasses import dataclass, replace
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+
+from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.generation import (
+    DRAWING_ERRORS,
+    EVENT_STREAM,
+    IMAGE_TAGS,
+    KEEP_ALIVE_SECONDS,
+    SILENCE,
+    STREAM_PATH,
+    accept,
+    event_bytes,
+    event_stream,
+)
+from autoregressive.serve.web.request_context import client_of
+from autoregressive.serve.web.schema import StreamRequest, Usage
+from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import Ended, Image, Preview, Progress, Started
+
+_QUEUE_LOOK_SECONDS = 0.5  # between two looks at a waiting request's place in the queue
+
+
+def add_page_routes(app: FastAPI, state: AppState) -> None:
+    """Adds the route, to the application itself as `add_openai_routes` does."""
+
+    @app.post(
+        STREAM_PATH,
+        responses={**DRAWING_ERRORS, **EVENT_STREAM},
+        response_class=StreamingResponse,
+        tags=IMAGE_TAGS,
+    )
+    async def stream_images(body: StreamRequest, request: Request) -> Response:
+        """The page's events: queued, started, progress, preview, image, then done or error."""
+        model = state.model
+        wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
+        wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
+        served = await accept(state, wanted, request)
+        events = PageEvents(state, served, body)
+        return event_stream(state, request, served, events.next_event)
+
+
+@dataclass
+class PageEvents:
+    """What the page shows, as it happens."""
+
+    state: AppState
+    served: ServedRequest
+    body: StreamRequest
+    ahead: int | None = None  # in the queue, as last told
+    told_at: float = 0.0
+
+    async def next_event(self) -> bytes:
+        """As `event_stream` wants it."""
+        if event := await self._next():
+            self.told_at = time.monotonic()
+        return event
+
+    async def _next(self) -> bytes:
+        state, served, request = self.state, self.served, self.served.request
+        tokens = state.model.tokens_of_image
+        if self.ahead is None:
+            return self._queued(state.broker.ahead_of(served))
+        match await served.next_event(_QUEUE_LOOK_SECONDS):
+            case None:
+                ahead = state.broker.ahead_of(served)
+                if served.started_at is None and ahead != self.ahead:
+                    return self._queued(ahead)
+                return SILENCE if time.monotonic() - self.told_at > KEEP_ALIVE_SECONDS else b""
+            case Started():
+                return event_bytes("started")
+            case Progress(tokens=drawn):
+                left = served.seconds_left(tokens)
+                rounded = None if left is None else round(left, 2)
+                total = request.n * tokens
+                return event_bytes(
+                    "progress", tokens_drawn=drawn, tokens=total, seconds_left=rounded
+                )
+            case Preview() as preview:
+                picture = await state.preview_text(preview, "webp")
+                return event_bytes(
+                    "preview",
+                    picture,
+                    image_index=preview.index,
+                    rows=preview.rows,
+                    grid=state.model.grid,
+                    output_format="webp",
+                )
+            case Image() as image:
+                picture = await state.picture_text(request, image, self.body)
+                return event_bytes(
+                    "image",
+                    picture,
+                    image_index=image.index,
+                    output_format=self.body.picture_format,
+                    seed=request.params.seed,
+                )
+            case Ended() as ended if ended.outcome == "finished":
+                seconds = round(ended.at - served.accepted_at, 3)
+                usage = Usage.of(request.n, tokens).model_dump()
+                return event_bytes("done", seconds=seconds, usage=usage)
+            case Ended() as ended:
+                return event_bytes("error", **state.failure(ended).body)
+
+    def _queued(self, ahead: int) -> bytes:
+        self.ahead, model, request = ahead, self.state.model, self.served.request
+        return event_bytes(
+            "queued",
+            ahead=ahead,
+            seed=request.params.seed,
+            n=request.n,
+            class_label=request.class_label,
+            class_name=model.classes[request.class_label],
+            size=model.size,
+            grid=model.grid,
+        )

@@ -1,0 +1,118 @@
+"""Previews of images that are not drawn to their end: the codes so far, and a filling for the
+rest.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autoregressive.serve.engine.device_future import DeviceFuture
+from autoregressive.serve.engine.engine import Engine, PartialCodes
+from autoregressive.serve.engine.request import Request, RequestState
+from autoregressive.serve.worker.parent_request import ParentRequest
+
+_TIME_SHARE = 0.2  # of the loop's time at most, where decoding holds it up
+
+
+@dataclass(frozen=True)
+class _Lot:
+    """Previews that are made together: first their codes, then their pixels are on their way."""
+
+    rows: dict[Request, int]  # of tokens, that each picture shows
+    codes: DeviceFuture[list[PartialCodes]] | None
+    pictures: DeviceFuture[tuple[Tensor, ...]] | None
+
+
+class Previewer:
+    """Makes one lot of previews at a time, each from the newest codes of its image.
+
+    A slow decoder thus makes previews rarer, not later.
+
+    Args:
+        most: images of a lot.
+    """
+
+    def __init__(self, engine: Engine, most: int) -> None:
+        self._engine, self._most = engine, most
+        self._grid = round(engine.shape.tokens**0.5)
+        self._lot: _Lot | None = None
+        self._next_at = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a lot is on its way."""
+        return self._lot is not None
+
+    def advance(
+        self, parents: Iterable[ParentRequest], *, may_begin: bool
+    ) -> list[tuple[Request, int, Tensor]]:
+        """Goes on with a lot as far as that takes no waiting, or begins one.
+
+        Returns:
+            Images of a lot that is complete, each with its number of drawn rows and its pixels,
+            uint8 [size, size, 3].
+
+        Raises:
+            Exception: as the decoder's; the lot is dropped.
+        """
+        begun = time.monotonic()
+        lot, self._lot = self._lot, None
+        try:
+            if lot is None and may_begin and begun >= self._next_at:
+                lot = self._begin(parents)
+            if lot is not None and lot.codes is not None and lot.codes.ready():
+                lot = self._decode(lot, lot.codes.result())
+            if lot is not None and lot.pictures is not None and lot.pictures.ready():
+                pictures = lot.pictures.result()[0]
+                return list(zip(lot.rows, lot.rows.values(), pictures, strict=True))
+            self._lot = lot
+            return []
+        finally:
+            ended = time.monotonic()
+            pause = (ended - begun) * (1 / _TIME_SHARE - 1)
+            self._next_at = max(self._next_at, ended + pause)
+
+    def _begin(self, parents: Iterable[ParentRequest]) -> _Lot | None:
+        candidates: list[tuple[int, int, Request, ParentRequest]] = []  # rows sent, rows to send
+        for parent in parents:
+            if parent.request.preview_rows and parent.request.pixels and parent.failure is None:
+                for image in parent.images:
+                    rows = parent.rows_to_preview(image, self._grid)
+                    if rows is not None and image.state is RequestState.RUNNING:
+                        candidates.append((parent.previewed.get(image, 0), rows, image, parent))
+        candidates.sort(key=lambda candidate: candidate[0])  # the least seen image comes first
+        wanted: dict[Request, int] = {}
+        for _, rows, image, parent in candidates[: self._most]:
+            wanted[image] = parent.previewed[image] = rows
+        if not wanted:
+            return None
+        return _Lot(wanted, self._engine.peek(list(wanted)), None)
+
+    def _decode(self, lot: _Lot, parts: list[PartialCodes]) -> _Lot:
+        assert self._engine.decoder is not None
+        rows = {part.request: lot.rows[part.request] for part in parts}
+        filled = [fill_undrawn(part.codes, rows[part.request], self._grid) for part in parts]
+        return _Lot(rows, None, self._engine.decoder.submit_to_host(torch.cat(filled)))
+
+
+def fill_undrawn(codes: Tensor, rows: int, grid: int) -> Tensor:
+    """Fills the undrawn rows of images with codes of their drawn rows.
+
+    The decoder's attention and norms look at the whole picture, so the filling shows in the drawn
+    part: codes of the same picture disturb it least. The drawn rows are mirrored at the last one,
+    as often as it takes.
+
+    Args:
+        codes: int32 [images, grid * grid], of which the first `rows` rows are drawn.
+        rows: 1 to grid
+
+    Returns:
+        int32 [images, grid * grid]
+    """
+    period = max(1, 2 * rows)
+    row = torch.arange(grid) % period
+    row = torch.where(row < rows, row, period - 1 - row)
+    return codes.view(-1, grid, grid)[:, row].reshape(codes.shape)
