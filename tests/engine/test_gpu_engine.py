@@ -198,7 +198,7 @@ def test_memory_beyond_weights_and_pages() -> None:
 
     That counts all that a process of its own takes, CUDA's context too.
     """
-    script = Path(__file__).parents[1].joinpath("measure_memory.py")
+    script = Path(__file__).parents[1].joinpath("helpers", "measure_memory.py")
     torch.cuda.empty_cache()
     free_before = torch.cuda.mem_get_info()[0]
     done = subprocess.run(

@@ -160,7 +160,7 @@ def test_a_second_service_in_the_folder_ends_with_status_2(tmp_path: Path) -> No
     with running_service(tmp_path, *flags) as service:
         command = [
             sys.executable,
-            str(Path(__file__).parents[1].joinpath("fake_service.py")),
+            str(Path(__file__).parents[1].joinpath("helpers", "fake_service.py")),
             "--port",
             "0",
             *flags,

@@ -36,7 +36,7 @@ def fuzz(kind: str, seed: int, cases: int, folder: Path) -> dict[str, int]:
     """One process's outcomes; after a failure its folder is there, with the case in it."""
     command = [
         sys.executable,
-        "tests/checkpoint_fuzzer.py",
+        "tests/helpers/checkpoint_fuzzer.py",
         kind,
         str(seed),
         str(cases),

@@ -149,7 +149,7 @@ def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
             raise UserError(
                 f"--public-url {url}: names no host; such as https://pictures.example.org"
             )
-    elif folder is not None and host in ("0.0.0.0", "::"):
+    elif folder is not None and host in ("0.0.0.0", "::"):  # noqa: S104 -- a comparison
         raise UserError(
             f"--store-dir: at --host {host} the images' URLs need an address: give --public-url"
         )

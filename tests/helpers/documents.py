@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README, CLI = ROOT / "README.md", ROOT / "docs" / "cli.md"
 PYTHON, SERVICE = ROOT / "docs" / "python.md", ROOT / "docs" / "service.md"
 DOCUMENTS = sorted(

@@ -1,8 +1,8 @@
 """Fake services that take a tenth of a second to start: they are forked from a process that has
 imported everything.
 
-`python tests/forked_services.py` reads a line of JSON for each service, and answers with its
-process id.
+`python tests/helpers/forked_services.py` reads a line of JSON for each service, and answers with
+its process id.
 """
 
 import atexit

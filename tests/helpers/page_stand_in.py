@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from autoregressive.models.demo_classes import DEMO_EMOJI
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "autoregressive" / "serve" / "web" / "static"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "

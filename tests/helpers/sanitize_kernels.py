@@ -1,7 +1,8 @@
 """Every kernel once, on odd shapes, compared with its reference: small enough for
 compute-sanitizer. Needs a GPU.
 
-    PYTHONPATH=tests compute-sanitizer --tool memcheck python tests/sanitize_kernels.py
+    export PYTHONPATH=tests/helpers
+    compute-sanitizer --tool memcheck python tests/helpers/sanitize_kernels.py
 
 `--tool racecheck` looks for races.
 

@@ -1,5 +1,5 @@
 """The service with an engine that costs nothing and fails when told to: `python
-tests/fake_service.py`, and `Service` to run it.
+tests/helpers/fake_service.py`, and `Service` to run it.
 
 Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images
 have 8 x 8 tokens and 32 px. What is to go wrong is told by files in a folder, which the engine's
