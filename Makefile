@@ -1,14 +1,16 @@
-# make demo   draw eight pictures with the model that ships with the repository
-# make test   ruff, mypy and the test suite
-# make audit  look up known vulnerabilities of the locked packages
-# make lock   write requirements.lock anew after a change of requirements.txt
-# The first two create .venv from requirements.lock first, once.
+# make demo     draw eight pictures with the model that ships with the repository
+# make check    ruff, mypy and the tests that start nothing, in a minute or two
+# make test     ruff, mypy and the test suite
+# make install  create .venv from requirements.lock
+# make audit    look up known vulnerabilities of the locked packages
+# make lock     write requirements.lock anew after a change of requirements.txt
+# The first three create .venv from requirements.lock first, once.
 
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.requirements-installed
 
-.PHONY: help install demo test audit lock clean
+.PHONY: help install demo lint check test audit lock clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -27,9 +29,15 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(VENV)/bin/python autoregressive/serve/sample_c2i.py --gpt-model GPT-demo --captions --output demo.png
 
-test: $(READY)
+lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+check: lint
+	$(VENV)/bin/python -m pytest -q -m "not gpu and not soak and not timing and not slow" -n 2 --dist worksteal
+
+test: lint
 	$(VENV)/bin/python -m pytest -m "not gpu and not soak and not timing" -n 2 --dist worksteal
 # Bounds in seconds hold on a quiet machine: what fails (status 1) is tried once more, and must pass then.
 	$(VENV)/bin/python -m pytest -m "timing and not soak" || \

@@ -16,7 +16,7 @@ from typing import Any
 from ray import serve
 
 from autoregressive.errors import UserError
-from autoregressive.serve.api_server import prepare
+from autoregressive.serve.lifecycle import prepare
 from autoregressive.serve.logs import log_our_loggers
 from autoregressive.serve.web.config_layers import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings

@@ -4,8 +4,10 @@ with.
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from fake_service import Service
 
 REFERENCE = Path(__file__).parent / "reference"
+_STARTERS = re.compile(
+    r"^\s*(import|from) (subprocess|multiprocessing|compiled|fake_service|forked_services"
+    r"|page_stand_in|playwright)\b",
+    re.MULTILINE,
+)
 
 
 def pytest_configure() -> None:
@@ -30,11 +37,18 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a GPU its tests are skipped, and say so."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skips the GPU's tests where there is none, and marks as slow what starts processes."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if _starts_processes(item.path):
+            item.add_marker(pytest.mark.slow)
+
+
+@cache
+def _starts_processes(path: Path) -> bool:
+    """Whether a module of tests imports what starts processes, a browser or a compiler."""
+    return _STARTERS.search(path.read_text()) is not None
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,13 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"unexpected argument: {typed}")
         return parsed
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Suggests the closest choice for a value that is none."""
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            told = did_you_mean(str(value), choices) or f": choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"there is no {value}{told}")
+
     def closest_flag(self, typed: str) -> str:
         """The question whether a flag is meant that is spelled nearly so, or nothing."""
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
@@ -60,18 +67,6 @@ def did_you_mean(typed: str, known: Sequence[str]) -> str:
     by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(typed.lower(), by_lower_case, n=1)
     return f": did you mean {by_lower_case[close[0]]}?" if close else ""
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """A parser of one of the names; for others it suggests the closest."""
-
-    def parse(typed: str) -> str:
-        if typed in names:
-            return typed
-        told = did_you_mean(typed, names) or f": choose from {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"there is no {typed}{told}")
-
-    return parse
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from autoregressive.cli.command import OneLineParser, add_version_flag, one_of
+from autoregressive.cli.command import OneLineParser, add_version_flag
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
@@ -245,7 +245,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
 def _add_shapes(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpt-model",
-        type=one_of(list(GPT_SHAPES)),
+        choices=list(GPT_SHAPES),
         metavar="NAME",
         help=f"{', '.join(GPT_SHAPES)} (default: what --gpt-ckpt is named after; GPT-B with "
         "another --gpt-ckpt, "
@@ -267,7 +267,7 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--vq-model",
-        type=one_of(list(VQ_CONFIGS)),
+        choices=list(VQ_CONFIGS),
         metavar="NAME",
         help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}",
     )

@@ -42,7 +42,7 @@ with slow_imports(__name__):
         saturate,
         script,
     )
-    from autoregressive.serve import api_server
+    from autoregressive.serve import lifecycle
     from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
@@ -113,10 +113,10 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
     def start(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
         return start_child(partial(draw_nothing, int(places), float(seconds)), name)
 
-    with api_server.listen(settings) as listeners:
-        model = api_server.served_model(settings, FoundWeights(None, None))
+    with lifecycle.listen(settings) as listeners:
+        model = lifecycle.served_model(settings, FoundWeights(None, None))
         recipe = cast(MakeEngine, None)  # the engines know what to do
-        return api_server.serve(settings, model, lambda index: recipe, listeners, start)
+        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start)
 
 
 @dataclass(frozen=True)

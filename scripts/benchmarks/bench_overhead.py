@@ -40,7 +40,7 @@ with slow_imports(__name__):
         script,
     )
     from autoregressive.models.config import GPT_SHAPES
-    from autoregressive.serve import api_server
+    from autoregressive.serve import api_server, lifecycle
     from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.openai_routes import partial_rows
@@ -88,9 +88,9 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     found = FoundWeights(None, None)
     recipe = EngineRecipe(settings.choice.model, found, settings.engine, SamplingParams())
-    with api_server.listen(settings) as listeners:
-        model = api_server.served_model(settings, found)
-        return api_server.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread)
+    with lifecycle.listen(settings) as listeners:
+        model = lifecycle.served_model(settings, found)
+        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:

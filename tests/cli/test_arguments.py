@@ -391,7 +391,7 @@ def test_classes_are_listed_for_the_chosen_model() -> None:
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if a flag has no help or its default is not stated."""
     parser = build_parser("purpose", "command.py")
-    switches = (argparse._StoreTrueAction, argparse._HelpAction)
+    switches = (argparse._StoreTrueAction, argparse._HelpAction, argparse._VersionAction)
     optional = {
         "--output",
         "--save-individual",

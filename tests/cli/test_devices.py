@@ -7,7 +7,7 @@ import torch
 
 from autoregressive.devices import threads_that_pay
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from autoregressive.serve import api_server
+from autoregressive.serve import lifecycle
 from autoregressive.serve.web.config_layers import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.worker import process
@@ -47,7 +47,7 @@ def test_an_engines_process_uses_the_threads_that_pay(
     it runs on.
     """
     monkeypatch.setattr(process, "settle_heap", lambda: None)  # this process goes on
-    _, recipe = api_server.prepare(
+    _, recipe = lifecycle.prepare(
         resolve_server_settings(read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {}))
     )
     assert torch.get_num_threads() == several_threads

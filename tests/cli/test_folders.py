@@ -378,7 +378,7 @@ def site_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site-packages")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("autoregressive", "kernels", "tokenizer"):
+    for name in ("autoregressive", "kernels", "tokenizer", "pretrained_models"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -405,13 +405,8 @@ def run_installed(
     )
 
 
-def test_an_installed_copy_draws_and_gives_advice_that_fits(
-    site_packages: Path, tmp_path: Path
-) -> None:
-    """Fails if it looks for weights in site-packages, advises scripts that were not installed, or
-    lacks a file of its own.
-    """
-    weights = tmp_path / ".local" / "share" / "llamagen" / "pretrained_models"
+def test_an_installed_copy_draws_from_any_folder(site_packages: Path, tmp_path: Path) -> None:
+    """Fails if the demo model does not come along, or anything is written to site-packages."""
     before = sorted(site_packages.rglob("*"))
     command = [
         "autoregressive.serve.sample_c2i",
@@ -425,16 +420,6 @@ def test_an_installed_copy_draws_and_gives_advice_that_fits(
     command += ["--cfg-scale", "1"]
     done = run_installed(site_packages, tmp_path, *command)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "sample_c2i_untrained.png").is_file()
-    advice = (
-        "copy demo_gpt.safetensors and demo_vq.safetensors from the repository's "
-        "pretrained_models into"
-    )
-    assert f"{advice} {weights}" in done.stderr
-    weights.mkdir(parents=True)
-    for name in ("demo_gpt.safetensors", "demo_vq.safetensors"):
-        shutil.copy(ROOT / "pretrained_models" / name, weights)
-    done = run_installed(site_packages, tmp_path, *command)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "sample_c2i.png").is_file()
     assert sorted(site_packages.rglob("*")) == before

@@ -32,11 +32,11 @@ with signals_watched(__name__) as WATCH:
 
     from autoregressive.models.classes import ClassNames
     from autoregressive.models.defaults import DEMO_DEFAULTS
-    from autoregressive.serve.api_server import listen, serve
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.device_future import DeviceFuture
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+    from autoregressive.serve.lifecycle import listen, serve
     from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.served_model import ServedModel
     from autoregressive.serve.web.server_settings import resolve_server_settings

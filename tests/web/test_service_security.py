@@ -33,9 +33,10 @@ from autoregressive.serve.web import authentication, http_protocol, request_log
 from autoregressive.serve.web.app import build_app, build_routes
 from autoregressive.serve.web.app_state import AppState
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker, Timeouts
+from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker
 from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.store import Store
+from autoregressive.serve.web.timeouts import Timeouts
 
 KEY = "k9-Zr/very+secret=="
 PARTS_OF_KEY = (KEY, quote(KEY, safe=""))

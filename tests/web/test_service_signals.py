@@ -21,7 +21,7 @@ from forked_services import Forge
 from test_imports import ROOT
 from test_service_promises import send, status_of
 
-from autoregressive.serve.api_server import listen
+from autoregressive.serve.lifecycle import listen
 from autoregressive.serve.web.server_settings import ServerSettings
 
 pytestmark = pytest.mark.timing

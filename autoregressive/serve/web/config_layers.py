@@ -93,7 +93,9 @@ def _environment_tokens(environment: Mapping[str, str]) -> list[str]:
     causes a warning and no error.
     """
     flags = {
-        action.dest.upper() for action in build_server_parser()._actions if action.dest != "help"
+        action.dest.upper()
+        for action in build_server_parser()._actions
+        if action.dest not in ("help", "version")
     }
     tokens = []
     for variable, value in environment.items():

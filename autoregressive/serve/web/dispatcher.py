@@ -9,7 +9,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from typing_extensions import override
@@ -21,6 +21,7 @@ from autoregressive.serve.web.clients import WaitingPlaces
 from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.serve.worker.messages import EngineRequest, RequestEvent
 from autoregressive.serve.worker.process import ChildProcess
 
@@ -30,16 +31,6 @@ _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they a
 _LET_GO_SECONDS = 3.0  # for an engine to end requests that it is told to end
 _AHEAD_SECONDS = 0.5  # the places in the queue are counted anew after so long
 _RECENT = 32  # requests whose durations say when to try again
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """How long each of these may last, in seconds; None: without a limit."""
-
-    queue: float | None = 300.0  # from acceptance to the start
-    run: float | None = 600.0  # from the start to the end
-    step: float = 60.0  # an engine whose loop has not been heard of for so long hangs
-    shutdown: float = 60.0  # for accepted requests to finish, once the service is to end
 
 
 class RequestBroker(Protocol):

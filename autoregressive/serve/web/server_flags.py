@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from autoregressive.cli.command import OneLineParser
+from autoregressive.cli.command import OneLineParser, add_version_flag
 from autoregressive.cli.flags import add_model_flags
 from autoregressive.errors import UserError, shortened
 from autoregressive.folders import command_line
 from autoregressive.serve.engine.config import SCHEDULING_POLICIES, EngineConfig, SchedulingPolicy
 from autoregressive.serve.engine_flags import add_engine_flags
-from autoregressive.serve.web.dispatcher import Timeouts
+from autoregressive.serve.web.timeouts import Timeouts
 
 COMMAND = "autoregressive/serve/api_server.py"
 ENVIRONMENT = "LLAMAGEN_"  # and the flag's name in capitals: LLAMAGEN_MAX_NUM_SEQS
@@ -52,6 +52,7 @@ def build_server_parser() -> ServerParser:
         ),
         allow_abbrev=False,
     )
+    add_version_flag(parser)
     service = parser.add_argument_group("service")
     _add_client_flags(service)
     _add_service_flags(service)

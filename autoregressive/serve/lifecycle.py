@@ -1,0 +1,269 @@
+"""The life of the service: it listens, builds its engines, answers, and ends."""
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+
+import torch
+
+from autoregressive.errors import UserError, tell
+from autoregressive.output.records import generation_record
+from autoregressive.serve.logs import ServiceLogs, service_logs
+from autoregressive.serve.signals import SignalWatch
+from autoregressive.serve.web.connections import Connections
+from autoregressive.serve.web.descriptors import raise_descriptor_limit
+from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.fronts.front import FrontRecipe
+from autoregressive.serve.web.fronts.supervisor import FrontSupervisor
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.server import Server, ShutdownPolicy
+from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
+from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
+from autoregressive.serve.web.store import StoreClaim
+from autoregressive.serve.worker.process import (
+    EngineRecipe,
+    MakeEngine,
+    StartProcess,
+    settle_heap,
+    start_process,
+)
+from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
+
+_log = logging.getLogger("llamagen.service")
+_SEND_BUFFER_BYTES = 128 * 2**10  # that the system holds for a connection's reader
+
+
+# A client that vanishes without a word, as when its cable is pulled, is noticed within half a
+# minute: by probes that it does not answer, or by data that it does not confirm. The names are
+# Linux's.
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+
+
+def run(arguments: argparse.Namespace, watch: SignalWatch | None = None) -> int:
+    """Serves until a signal; returns the exit status.
+
+    Args:
+        arguments: as `read_arguments` gives them.
+        watch: as of `serve`.
+
+    Raises:
+        UserError: any error that the user can mend.
+    """
+    settings = resolve_server_settings(arguments)
+    with listen(settings) as listeners:  # before any long work
+        model, recipe = prepare(settings)
+        return serve(settings, model, recipe, listeners, watch=watch)
+
+
+def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], MakeEngine]]:
+    """Finds the weights; returns the model as clients see it, and how each engine is built.
+
+    Raises:
+        UserError: there are no trained weights, and untrained ones were not asked for.
+    """
+    model = settings.choice.model
+    found = find_weights(model)
+    missing = missing_weights(model, found)
+    if missing is not None and not model.random_weights:
+        raise missing.error()
+    if settings.choice.note is not None:
+        tell(settings.choice.note)
+
+    def recipe(index: int) -> MakeEngine:
+        device = torch.device("cuda", index) if settings.engines > 1 else model.device
+        return EngineRecipe(
+            replace(model, device=device), found, settings.engine, settings.choice.defaults.sampling
+        )
+
+    return served_model(settings, found), recipe
+
+
+@contextmanager
+def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
+    """Opens a socket for each process that answers HTTP, all at one address. Clients may connect at
+    once, and are answered when the service runs.
+
+    Raises:
+        UserError: the address is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    shared = settings.fronts > 1
+
+    def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
+        listener = socket.create_server(
+            (settings.host, port), family=family, backlog=2048, reuse_port=reuse_port
+        )
+        # connections inherit all of these
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            if hasattr(socket, name):
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return stack.enter_context(listener)
+
+    with ExitStack() as stack:
+        try:
+            # Not shared at first, so that a service that has the address already is noticed.
+            listeners = [open_socket(settings.port, reuse_port=False)]
+            if shared:
+                port = listeners[0].getsockname()[1]
+                listeners[0].close()
+                listeners = [open_socket(port, reuse_port=True) for _ in range(settings.fronts)]
+        except (OSError, ValueError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
+            where = f"{settings.host} port {settings.port}"
+            raise UserError(
+                f"cannot listen on {where}: {why}; choose another --port or --host"
+            ) from error
+        yield listeners
+
+
+def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
+    """The model as clients see it."""
+    choice, model = settings.choice, settings.choice.model
+    return ServedModel(
+        name=settings.name,
+        created=int(time.time()),
+        image_size=model.image_size,
+        grid=model.grid,
+        codebook_size=model.codebook_size,
+        classes=choice.classes,
+        defaults=choice.defaults,
+        trained=found.trained,
+        record=generation_record(model, found, loop="paged"),
+    )
+
+
+def serve(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    listeners: Sequence[socket.socket],
+    start: StartProcess = start_process,
+    watch: SignalWatch | None = None,
+) -> int:
+    """Starts the engines and answers requests until a signal or the loss of a process; returns the
+    exit status.
+
+    Args:
+        recipe, start: as `start_service`.
+        listeners: clients connect to them; if there are several, each gets a process.
+        watch: of the signals; None: made here.
+
+    Raises:
+        UserError: an engine could not be built, or the store's folder is another service's.
+    """
+    watch = watch or SignalWatch()
+    with service_logs(settings.log_level) as logs:
+        raise_descriptor_limit()
+        return asyncio.run(_serve(settings, model, recipe, listeners, start, watch, logs))
+
+
+async def _serve(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    listeners: Sequence[socket.socket],
+    start: StartProcess,
+    watch: SignalWatch,
+    logs: ServiceLogs,
+) -> int:
+    claim = StoreClaim(settings.store)
+    dispatcher = start_dispatcher(settings, model, recipe, start)
+    dispatcher.metrics.show_dropped_lines(lambda: logs.dropped)
+    policy = ShutdownPolicy(dispatcher, logs.announce)
+    loop = asyncio.get_running_loop()
+
+    def take_signal() -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(policy.signal)
+
+    watch.hand_over(take_signal)
+    failure = None
+    try:
+        address = _url(listeners[0])
+        logs.announce(f"{model.name} is being loaded; it will be served at {address}")
+        run = _serve_here if len(listeners) == 1 else _serve_through_fronts
+        failure = await run(settings, model, dispatcher, policy, listeners, logs)
+        watch.status = policy.status or int(dispatcher.failure is not None or failure is not None)
+    finally:
+        dispatcher.stop(at_once=policy.at_once)
+        claim.close()
+    if dispatcher.start_failure is not None:
+        raise UserError(dispatcher.start_failure)
+    failure = dispatcher.failure or failure
+    if failure is not None:
+        _log.critical("%s: the service has ended; start it again", failure)
+        return policy.status or 1
+    return policy.status
+
+
+async def _serve_here(
+    settings: ServerSettings,
+    model: ServedModel,
+    dispatcher: Dispatcher,
+    policy: ShutdownPolicy,
+    listeners: Sequence[socket.socket],
+    logs: ServiceLogs,
+) -> None:
+    """Answers HTTP in this process."""
+    address = _url(listeners[0])
+    app, encoders = build_service_app(settings, model, dispatcher, address)
+    connections = Connections(settings.max_connections, settings.max_buffered_bytes)
+    dispatcher.metrics.connection_stats = lambda: connections.stats
+    server = Server(app, settings.timeouts.shutdown, connections, policy.due)
+    policy.hurry = lambda: server.finish(at_once=True)
+    settle_heap()
+    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
+    try:
+        await server.serve(sockets=list(listeners))
+    finally:
+        announcing.cancel()
+        encoders.shutdown(wait=False, cancel_futures=True)
+
+
+async def _serve_through_fronts(
+    settings: ServerSettings,
+    model: ServedModel,
+    dispatcher: Dispatcher,
+    policy: ShutdownPolicy,
+    listeners: Sequence[socket.socket],
+    logs: ServiceLogs,
+) -> str | None:
+    """Answers HTTP in a process for each listener; returns how one of them was lost, if one was."""
+    address = _url(listeners[0])
+    recipes = [
+        (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener)
+        for index, listener in enumerate(listeners)
+    ]
+    fronts = FrontSupervisor(dispatcher, policy, recipes)
+    for listener in listeners:  # each has its process's copy now
+        listener.close()
+    settle_heap()
+    announcing = asyncio.create_task(
+        _announce(lambda: dispatcher.ready and fronts.up, address, logs)
+    )
+    try:
+        await fronts.run()
+    finally:
+        announcing.cancel()
+    return fronts.failure
+
+
+async def _announce(is_ready: Callable[[], bool], address: str, logs: ServiceLogs) -> None:
+    begun = time.monotonic()
+    while not is_ready():
+        await asyncio.sleep(0.05)
+    logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {address}")
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
