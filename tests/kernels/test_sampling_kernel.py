@@ -1,7 +1,7 @@
 """The draw: its torch reference against rules computed by other means, and its Triton kernel
 compiled for each architecture.
 
-tests/interpreted/test_sampling.py runs the Triton kernel against the reference.
+tests/kernels/interpreted/test_sampling.py runs the Triton kernel against the reference.
 """
 
 import inspect

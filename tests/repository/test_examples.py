@@ -46,6 +46,14 @@ def test_the_example_with_llamagens_import_paths_draws_an_image(tmp_path: Path) 
         assert image.size == (262, 132)
 
 
+def test_the_pipelines_example_saves_a_fox(tmp_path: Path) -> None:
+    """Fails if the first example that a user copies does not run."""
+    code = python_example(PYTHON, "## Pipeline")
+    run_python(code.replace('"fox.png"', repr(str(tmp_path / "fox.png"))))
+    with Image.open(tmp_path / "fox.png") as image:
+        assert json.loads(image.info[JSON_KEY])["seed"] == 7
+
+
 def test_the_engines_example_runs() -> None:
     """Fails if the engine's example names something that is gone, or does not come to an end."""
     code = python_example(PYTHON, "## The engine")
