@@ -17,7 +17,8 @@ from torch import Tensor
 
 from autoregressive.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
-from autoregressive.serve.engine.request import Request, SamplingParams
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
 _BUFFER_BYTES = 2 * 2**30  # far beyond any cache

@@ -40,8 +40,8 @@ with slow_imports(__name__):
         script,
     )
     from autoregressive.models.config import GPT_SHAPES
+    from autoregressive.models.sampling import SamplingParams
     from autoregressive.serve import api_server, lifecycle
-    from autoregressive.serve.engine.request import SamplingParams
     from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.openai_routes import partial_rows
     from autoregressive.serve.web.server_settings import resolve_server_settings

@@ -52,10 +52,11 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS, threads_that_pay
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.models.sampling import SamplingParams
     from autoregressive.serve.engine.batch import Batch, BatchShape
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.model_runner import ModelRunner
-    from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
+    from autoregressive.serve.engine.request import ImageState, RowState
     from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
     from kernels.dispatch import triton_runs_on
     from kernels.operations import Operations

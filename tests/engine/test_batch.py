@@ -4,8 +4,9 @@ import time
 
 import torch
 
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.request import ImageState, RowState, SamplingParams
+from autoregressive.serve.engine.request import ImageState, RowState
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape.of(max_rows=5, tokens=10, page_size=4)

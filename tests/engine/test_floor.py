@@ -5,7 +5,7 @@ out.
 import pytest
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.scheduler import Limits
 from autoregressive.serve.floor import Ceilings, Floor, job_floor
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.serve.engine.request import Request, SamplingParams
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.request_queue import (
     FairRequestQueue,
     FCFSRequestQueue,

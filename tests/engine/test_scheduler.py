@@ -9,7 +9,8 @@ from statistics import median
 import numpy as np
 import pytest
 
-from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.engine.scheduler import Limits, Scheduler, page_profile
 
 

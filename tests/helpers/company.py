@@ -4,8 +4,9 @@ difference.
 
 from torch import Tensor
 
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.engine.request import Request, RequestState
 
 LABEL = 3
 

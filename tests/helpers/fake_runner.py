@@ -14,11 +14,12 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import Request, SamplingParams
+from autoregressive.serve.engine.request import Request
 
 VOCABULARY, CLASSES = 97, 10
 

@@ -14,10 +14,10 @@ from torch.nn.attention import sdpa_kernel
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import ATTENTION_BACKENDS
 from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.batch import Batch
 from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner
-from autoregressive.serve.engine.request import SamplingParams
 
 TINY = ["gpt_tiny_head64", "gpt_tiny_head100", "gpt_tiny_interval5", "gpt_tiny_nocfg"]
 

@@ -28,9 +28,9 @@ from train_demo import Limits, export, train
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.generate import generate
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock
 from autoregressive.serve.web.fronts import front

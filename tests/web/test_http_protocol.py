@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web import generation, http_protocol
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.request_context import context_of

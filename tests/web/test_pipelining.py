@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web import http_protocol
 from autoregressive.serve.web.connections import Connections, Phase
 from autoregressive.serve.web.request_context import context_of

@@ -20,10 +20,10 @@ from PIL import Image
 
 from autoregressive.cli.flags import build_parser
 from autoregressive.cli.settings import resolve_settings
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.output.images import picture_grid
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.weights.finding import find_weights
 from autoregressive.weights.loading import load_models
 

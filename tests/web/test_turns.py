@@ -14,7 +14,7 @@ import httpx2
 from fake_service import IMAGE_SIZE, fake_model
 from fastapi import Request
 
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import AppState, FairQueue
 from autoregressive.serve.web.dispatcher import RequestBroker

@@ -32,6 +32,7 @@ from torch import Tensor
 from autoregressive.errors import SettingError, UserError
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, staged
 from autoregressive.serve.engine.config import EngineConfig
@@ -39,7 +40,7 @@ from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
-from autoregressive.serve.engine.request import Request, RequestState, SamplingParams
+from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.engine.request_queue import create_request_queue
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.engine.step_limiter import StepLimiter

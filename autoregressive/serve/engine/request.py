@@ -1,5 +1,4 @@
-"""What is asked of the engine and what becomes of it: sampling parameters, the request, and its
-images and rows.
+"""A request to the engine, with its images and their rows.
 
 A request owns its rows: each of its `n` images has a conditional row and, under guidance, an
 unconditional one. All of them start at the same step and are at the same position ever after.

@@ -14,14 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregressive.errors import Change, SettingName, UserError
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.page_pool import PagePool
-from autoregressive.serve.engine.request import (
-    ImageState,
-    Request,
-    RequestState,
-    RowState,
-    SamplingParams,
-)
+from autoregressive.serve.engine.request import ImageState, Request, RequestState, RowState
 from autoregressive.serve.engine.request_queue import FCFSRequestQueue, RequestQueue
 
 

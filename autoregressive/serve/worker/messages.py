@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, ClassVar, cast
 
-from autoregressive.serve.engine.request import SamplingParams
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.worker.child import receive_bytes
 
 _HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it

@@ -25,10 +25,10 @@ import torch
 from autoregressive.cli.command import flag_of
 from autoregressive.devices import use_threads_that_pay
 from autoregressive.errors import UserError
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
-from autoregressive.serve.engine.request import SamplingParams
 from autoregressive.serve.signals import SIGNALS
 from autoregressive.serve.worker import child
 from autoregressive.serve.worker.messages import Heartbeat, StartFailed
