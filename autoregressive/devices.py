@@ -51,7 +51,7 @@ def default_precision(device: torch.device) -> torch.dtype:
     )
 
 
-def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
+def limit_cpu_threads(config: GPTConfig, device: torch.device) -> None:
     """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
     too small.
 
@@ -64,10 +64,10 @@ def use_threads_that_pay(config: GPTConfig, device: torch.device) -> None:
 
 
 @contextmanager
-def threads_that_pay(config: GPTConfig, device: torch.device) -> Iterator[None]:
-    """`use_threads_that_pay`, for a while."""
+def limited_cpu_threads(config: GPTConfig, device: torch.device) -> Iterator[None]:
+    """`limit_cpu_threads`, for a while."""
     before = torch.get_num_threads()
-    use_threads_that_pay(config, device)
+    limit_cpu_threads(config, device)
     try:
         yield
     finally:

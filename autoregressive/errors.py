@@ -1,6 +1,7 @@
 """Errors that the user can mend, and how messages are put together and told."""
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,13 @@ def either(alternatives: Sequence[object]) -> str:
     """One or more of them as a message lists them: a, b or c."""
     *most, last = map(str, alternatives)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def did_you_mean(typed: str, known: Sequence[str]) -> str:
+    """The end of a message about a name that is unknown: the closest known one, if any is close."""
+    by_lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(typed.lower(), by_lower_case, n=1)
+    return f": did you mean {by_lower_case[close[0]]}?" if close else ""
 
 
 def shortened(message: str, most: int) -> str:

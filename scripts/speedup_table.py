@@ -53,7 +53,7 @@ with slow_imports(__name__):
     )
     from autoregressive.cli.flags import build_parser
     from autoregressive.cli.settings import Settings, resolve_settings
-    from autoregressive.devices import now, threads_that_pay
+    from autoregressive.devices import limited_cpu_threads, now
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
@@ -98,7 +98,7 @@ def time_naive(settings: Settings, repeats: int, compiled: bool) -> Timing:
 
     def run(steps: int = tokens) -> None:
         torch.manual_seed(sampling.seed)
-        with threads_that_pay(gpt.config, device):
+        with limited_cpu_threads(gpt.config, device):
             generate(
                 gpt,
                 labels,
@@ -128,7 +128,7 @@ def time_paged(settings: Settings, repeats: int) -> Timing:
     start_seconds = now(device) - began
 
     def run() -> None:
-        with threads_that_pay(gpt.config, device):
+        with limited_cpu_threads(gpt.config, device):
             engine.generate(settings.labels, params, decode=False)
 
     warm_up_seconds = seconds_of(run, device)

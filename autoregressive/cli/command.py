@@ -4,16 +4,15 @@ traceback.
 
 import argparse
 import contextlib
-import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from autoregressive.errors import UserError, missing_extra, one_line, tell
+from autoregressive.errors import UserError, did_you_mean, missing_extra, one_line, tell
 from autoregressive.folders import prepare_compilers
 from autoregressive.version import PROGRAM, program_version
 
@@ -32,6 +31,16 @@ class OneLineParser(argparse.ArgumentParser):
                 self.error(f"there is no flag {typed}{self.closest_flag(typed)}")
             self.error(f"unexpected argument: {typed}")
         return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Lets a `UserError` of a type through, which argparse would reword as a ValueError."""
+        convert = self._registry_get("type", action.type, action.type)
+        try:
+            return convert(arg_string)
+        except UserError:
+            raise
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Suggests the closest choice for a value that is none."""
@@ -62,13 +71,6 @@ def add_version_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def did_you_mean(typed: str, known: Sequence[str]) -> str:
-    """The end of a message about a name that is unknown: the closest known one, if any is close."""
-    by_lower_case = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(typed.lower(), by_lower_case, n=1)
-    return f": did you mean {by_lower_case[close[0]]}?" if close else ""
-
-
 @contextlib.contextmanager
 def slow_imports(module: str) -> Iterator[None]:
     """Around those imports of a command that take seconds: Ctrl-C ends it there as `run_command`
@@ -80,8 +82,8 @@ def slow_imports(module: str) -> Iterator[None]:
     while they are imported.
 
     Args:
-        module: __name__ of whoever imports. Another's module has no say: the command that imports
-            it has.
+        module: __name__ of the module that imports. Nothing changes unless that is the command
+            itself.
     """
     if module != "__main__":
         yield

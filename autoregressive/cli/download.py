@@ -7,11 +7,10 @@ from typing import NoReturn
 from autoregressive.cli.command import (
     OneLineParser,
     add_version_flag,
-    did_you_mean,
     run_command,
     slow_imports,
 )
-from autoregressive.errors import UserError
+from autoregressive.errors import UserError, did_you_mean
 from autoregressive.folders import pretrained_folder
 from autoregressive.weights.published import (
     HUB_REPOSITORY,
@@ -130,11 +129,11 @@ def main() -> None:
     if arguments.list:
         print_list(arguments.folder)
         return
-    with slow_imports("__main__"):
-        from autoregressive.weights.hub import fetch
     files = (
         list(PUBLISHED_FILES) if arguments.all else choose(arguments.names, arguments.image_size)
     )
+    with slow_imports("__main__"):
+        from autoregressive.weights.hub import fetch
     for file in files:
         there = (arguments.folder / file.file_name).exists()
         path = fetch(file, arguments.folder, endpoint=arguments.endpoint)

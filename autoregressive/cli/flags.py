@@ -14,7 +14,14 @@ from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
 from autoregressive.models.sampling import BOUNDS, SamplingParams
-from autoregressive.weights.options import ModelOptions
+from autoregressive.weights.options import (
+    ModelOptions,
+    check_options,
+    choose_gpt_model,
+    choose_image_size,
+    resolve_checkpoint,
+    resolve_labels,
+)
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
@@ -79,6 +86,21 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     """
     typed = {name: getattr(arguments, name) for name in BOUNDS if name != "n"}
     return defaults.updated(**typed)
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Checks what can be checked without torch, so that a slip is told at once.
+
+    Raises:
+        UserError: as `resolve_settings`.
+    """
+    options = model_options(arguments)
+    sampling_of(arguments, SamplingParams())
+    check_options(options)
+    choose_image_size(options, choose_gpt_model(options))
+    for setting in ("gpt_ckpt", "vq_ckpt"):
+        resolve_checkpoint(options, setting)
+    resolve_labels(options, arguments.class_labels or ())
 
 
 def _default_folder() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from autoregressive.cli.command import flag_of
 from autoregressive.cli.results import save_results
 from autoregressive.cli.settings import Settings, resolve_settings
-from autoregressive.devices import now, threads_that_pay
+from autoregressive.devices import limited_cpu_threads, now
 from autoregressive.errors import SettingName, UserError, tell
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
@@ -84,7 +84,7 @@ def draw_codes(models: LoadedModels, settings: Settings) -> Tensor:
     total = len(settings.labels) * tokens
     with (
         progress_bar("sampling", " tokens", total) as bar,
-        threads_that_pay(gpt.config, device),
+        limited_cpu_threads(gpt.config, device),
     ):
         return generate(
             gpt,

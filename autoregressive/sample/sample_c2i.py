@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from autoregressive.cli.command import run_command, slow_imports
 
 with slow_imports(__name__):
-    from autoregressive.cli.flags import build_parser, model_options
+    from autoregressive.cli.flags import build_parser, check_arguments, model_options
     from autoregressive.weights.options import list_classes
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.list_classes is not None:
         print(list_classes(model_options(arguments), arguments.list_classes))
         return
+    check_arguments(arguments)
     with slow_imports("__main__" if argv is None else __name__):
         from autoregressive.sample import naive
     naive.run(arguments)

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from autoregressive.cli.command import run_command, saying_what_to_install
-from autoregressive.serve.signals import SignalWatch, signals_watched
+from autoregressive.serve.signals import SignalWatch
 
-with signals_watched(__name__) as WATCH, saying_what_to_install():  # from the first line on
-    from autoregressive.serve.web.config_layers import read_arguments
+WATCH = SignalWatch() if __name__ == "__main__" else None
 
 
 def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) -> int:
@@ -24,6 +23,8 @@ def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) ->
     Raises:
         UserError: any error that the user can mend.
     """
+    with saying_what_to_install():
+        from autoregressive.serve.web.config_layers import read_arguments
     arguments = read_arguments(sys.argv[1:] if argv is None else argv, os.environ)
     with saying_what_to_install():
         from autoregressive.serve import lifecycle

@@ -1,6 +1,4 @@
-"""The installed command `llamagen-serve`. It takes signals while the service's own module is
-imported, which lasts seconds.
-"""
+"""The installed command `llamagen-serve`. It takes signals from its first line on."""
 
 import importlib
 from typing import NoReturn

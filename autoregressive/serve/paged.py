@@ -3,6 +3,8 @@
 import argparse
 from dataclasses import dataclass, replace
 
+import torch
+
 from autoregressive.cli.command import flag_of
 from autoregressive.cli.results import save_results
 from autoregressive.cli.settings import Settings, resolve_settings
@@ -11,6 +13,7 @@ from autoregressive.errors import SettingName, UserError, tell
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
@@ -84,11 +87,15 @@ def draw_and_save(settings: Settings, found: FoundWeights, config: EngineConfig)
         UserError: the models or the engine do not fit on the device, or a file cannot be written.
     """
     model, device, params = settings.model, settings.model.device, settings.sampling
-    ceilings = measure_ceilings(device, model.precision) if device.type == "cuda" else None
-    pipe = Pipeline(settings.choice, found, config)
     missing = missing_weights(model, found)
     if missing is not None:
         tell(missing.warning(flag_of))
+    ceilings = None
+    if device.type == "cuda":  # before the engine fills the memory
+        torch.cuda.set_device(device)
+        with saying_what_needs_less_memory(model, config):
+            ceilings = measure_ceilings(device, model.precision)
+    pipe = Pipeline(settings.choice, found, config)
     started = now(device)
     codes = pipe.draw(settings.labels, params)
     drawn = now(device)

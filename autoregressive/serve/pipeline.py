@@ -9,9 +9,11 @@ import io
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoregressive.cli.command import did_you_mean
-from autoregressive.devices import threads_that_pay
-from autoregressive.errors import SettingError, UserError, on_terminal
+from autoregressive.devices import limited_cpu_threads
+from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.sampling import SamplingParams
@@ -32,6 +33,7 @@ from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
+from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.weights.choice import ModelChoice, resolve_model
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 from autoregressive.weights.loading import LoadedModels, load_models
@@ -42,20 +44,26 @@ _SEEDS = 2**31  # so many are drawn from where none is given
 
 
 class GeneratedImage(Image.Image):
-    """A picture that carries the parameters it was made with, also into the files it is saved to.
-
-    Attributes:
-        record: how it was made, ready for JSON.
-    """
-
-    record: dict[str, object]
+    """A picture with the parameters that it was made with, which go into its files too."""
 
     @classmethod
     def of(cls, image: Image.Image, record: dict[str, object]) -> "GeneratedImage":
         """A picture with its record."""
         made = cls()
-        made.__dict__.update(image.__dict__, record=record)
+        made.__dict__.update(image.__dict__)
+        made.info = {"record": record}
         return made
+
+    @property
+    def record(self) -> dict[str, object]:
+        """How it was made, ready for JSON."""
+        return self.info["record"]
+
+    def copy(self) -> "GeneratedImage":
+        """A picture of its own with the same record."""
+        return GeneratedImage.of(super().copy(), self.record)
+
+    __copy__ = copy
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """Saves as `PIL.Image.Image.save` does; a PNG, JPEG or WebP file has the record inside."""
@@ -119,10 +127,11 @@ class Pipeline:
         self.device = choice.model.device
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        check_backend(config, self.device)
+        self._sparing_memory = partial(saying_what_needs_less_memory, choice.model, config)
         with saying_what_needs_less_memory(choice.model):
             self.models = load_models(choice.model, found)
-        self._sparing = partial(saying_what_needs_less_memory, choice.model, config)
-        with self._sparing():
+        with self._sparing_memory():
             self.engine = start_engine(self.models, config)
         self._turn = threading.Lock()
 
@@ -156,7 +165,14 @@ class Pipeline:
         for name in ("gpt_ckpt", "vq_ckpt", "pretrained_dir"):
             if options.get(name) is not None:
                 options[name] = Path(options[name])
-        choice = resolve_model(ModelOptions(**_model_option(os.fspath(model)), **options))
+        named = _model_option(os.fspath(model))
+        if twice := named.keys() & options.keys():
+            raise UserError(
+                f"the model is named twice, by model and by {twice.pop()}: leave one out"
+            )
+        choice = resolve_model(ModelOptions(**named, **options))
+        if choice.note is not None:
+            warnings.warn(choice.note, stacklevel=2)
         found = find_weights(choice.model)
         missing = missing_weights(choice.model, found)
         if missing is not None and not choice.model.random_weights:
@@ -165,7 +181,7 @@ class Pipeline:
 
     def __call__(
         self,
-        classes: int | str | Sequence[int | str],
+        classes: int | str | Iterable[int | str],
         *,
         n: int = 1,
         seed: int | None = None,
@@ -190,9 +206,7 @@ class Pipeline:
             ValueError: there is no such class, or a value is out of range.
             NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
-        wanted = [classes] if isinstance(classes, int | str) else list(classes)
-        if not wanted:
-            raise UserError("there are no classes to draw: give one or more")
+        wanted = _class_list(classes)
         SamplingParams(n=n)  # checks it
         labels = [label for one in wanted for label in [self.classes.resolve(one)] * n]
         first = secrets.randbelow(_SEEDS) if seed is None else seed
@@ -217,8 +231,8 @@ class Pipeline:
     ) -> Tensor:
         """Draws the codes of images: int32 [images, tokens] on the CPU; see `Engine.generate`."""
         shown = on_terminal() if progress is None else progress
-        few_threads = threads_that_pay(self.models.gpt.config, self.device)
-        with self._turn, few_threads, self._sparing():
+        few_threads = limited_cpu_threads(self.models.gpt.config, self.device)
+        with self._turn, few_threads, self._sparing_memory():
             return self.engine.generate(labels, params, progress=shown, decode=False)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -228,7 +242,7 @@ class Pipeline:
         """
         decoder = self.engine.decoder
         assert decoder is not None
-        with self._turn, self._sparing():
+        with self._turn, self._sparing_memory():
             parts = codes.split(_IMAGES_DECODED_AT_ONCE)
             return torch.cat([decoder.decode(part.to(self.device)).cpu() for part in parts])
 
@@ -244,6 +258,23 @@ class Pipeline:
             picture = picture_grid(of_image[None]).permute(1, 2, 0).contiguous().numpy()
             images.append(GeneratedImage.of(Image.fromarray(picture), common | sampling | told))
         return Result(images, codes, labels, [one.seed for one in params])
+
+
+def _class_list(classes: object) -> list[int | str]:
+    """The classes of a call.
+
+    Raises:
+        UserError: there are none, or one is neither a name nor an id.
+    """
+    wanted = list(classes) if isinstance(classes, Iterable) else [classes]
+    if isinstance(classes, str):
+        wanted = [classes]
+    if not wanted:
+        raise UserError("there are no classes to draw: give one or more")
+    for one in wanted:
+        if not isinstance(one, Integral | str):
+            raise UserError(f"class {one!r}: must be a name or a whole number")
+    return [one if isinstance(one, str) else int(str(one)) for one in wanted]
 
 
 def _model_option(model: str) -> dict[str, Any]:

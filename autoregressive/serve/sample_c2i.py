@@ -11,7 +11,7 @@ from typing import NoReturn
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
 
 with slow_imports(__name__):
-    from autoregressive.cli.flags import build_parser, model_options
+    from autoregressive.cli.flags import build_parser, check_arguments, model_options
     from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
     from autoregressive.weights.options import list_classes
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.list_classes is not None:
         print(list_classes(model_options(arguments), arguments.list_classes))
         return
+    check_arguments(arguments)
     with slow_imports("__main__" if argv is None else __name__):
         from autoregressive.serve import paged
     paged.run(arguments)

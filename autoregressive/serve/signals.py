@@ -4,14 +4,13 @@ thread does or waits for.
 This module imports nothing that takes long: the service's command uses it before anything else.
 """
 
-import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn
 
 from autoregressive.cli.command import say_interrupted
@@ -117,14 +116,3 @@ def _end_before_the_service(number: signal.Signals) -> NoReturn:
     saying.start()
     saying.join(_LAST_WORDS_SECONDS)
     os._exit(130 if number == signal.SIGINT else 0)
-
-
-@contextlib.contextmanager
-def signals_watched(module: str) -> Iterator[SignalWatch | None]:
-    """Around the slow imports of the service's command; a `SignalWatch`, unless the command's
-    module is only imported.
-
-    Args:
-        module: __name__ of the command's module.
-    """
-    yield SignalWatch() if module == "__main__" else None

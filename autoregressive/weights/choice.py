@@ -12,7 +12,9 @@ from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults, model_defaults
 from autoregressive.weights.finding import ModelSettings
 from autoregressive.weights.options import (
+    SIZES,
     ModelOptions,
+    check_options,
     check_size,
     choose_gpt_model,
     choose_image_size,
@@ -44,6 +46,7 @@ def resolve_model(options: ModelOptions, seed: int = 0) -> ModelChoice:
         UserError: a value is out of range, options contradict each other, a checkpoint is missing,
             or there is no such device.
     """
+    check_options(options)
     gpt_model = choose_gpt_model(options)
     defaults = model_defaults(gpt_model)
     if options.gpt_type == "t2i":
@@ -56,7 +59,7 @@ def resolve_model(options: ModelOptions, seed: int = 0) -> ModelChoice:
     fits = options.downsample_size in (None, downsample)
     allowed = f"{downsample} for {vq_model}"
     require(fits, "downsample_size", options.downsample_size, allowed)
-    for setting in ("codebook_size", "codebook_embed_dim", "num_classes"):
+    for setting in SIZES:
         check_size(setting, getattr(options, setting))
     gpt_ckpt = resolve_checkpoint(options, "gpt_ckpt")
     vq_ckpt = resolve_checkpoint(options, "vq_ckpt")
@@ -100,8 +103,6 @@ def _resolve_precision(name: str | None, device: torch.device) -> torch.dtype:
     default = default_precision(device)
     if name is None:
         return default
-    if name not in PRECISIONS:
-        raise SettingError("precision", name, f"must be one of {', '.join(PRECISIONS)}")
     if name == "bf16" and default == torch.float16:
         raise SettingError("precision", name, f"{_why_not_bf16(device)}; use fp16 or none")
     return PRECISIONS[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from autoregressive.errors import SettingName, Spelling, UserError, missing_extra
-from autoregressive.folders import can_be_written
+from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.weights.options import file_in
 from autoregressive.weights.published import (
     DEMO_GPT,
@@ -158,7 +158,9 @@ def _ways_to_weights(
         yield "get them with ", SettingName("download"), f", which puts {files} into {folder}"
     if shipped:
         files = " and ".join(shipped)
-        yield (f"copy {files} from the repository's pretrained_models into {folder}",)
+        here = folder == pretrained_folder() and in_checkout()
+        fetch = "git checkout pretrained_models" if here else f"copy them into {folder}"
+        yield (f"{files} ship with the program: {fetch}",)
     unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
     if unpublished:
         sizes = [file.image_size for file in PUBLISHED_FILES if file.model == settings.gpt_model]

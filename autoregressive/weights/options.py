@@ -7,11 +7,13 @@ be a mismatch. Nothing here imports torch.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
-from autoregressive.errors import SettingError, SettingName, UserError, either
+from autoregressive.errors import SettingError, SettingName, UserError, did_you_mean, either
 from autoregressive.folders import pretrained_folders
 from autoregressive.models.classes import ClassNames, numbered_classes
+from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
 from autoregressive.weights.published import (
     DEMO_GPT,
@@ -24,6 +26,7 @@ from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
 # of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
 _LARGEST_SIZE = 10**6
+SIZES = ("codebook_size", "codebook_embed_dim", "num_classes")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,28 @@ class ModelOptions:
         """The published transformer that `gpt_ckpt` is named after."""
         published = published_as(self.gpt_ckpt) if self.gpt_ckpt else None
         return published if published and published.image_size else None
+
+
+def check_options(options: ModelOptions) -> None:
+    """Checks names and kinds, which the parser of a command has checked already.
+
+    Raises:
+        SettingError: there is no such model, or a size is no whole number.
+    """
+    for setting, known in (
+        ("gpt_model", list(GPT_SHAPES)),
+        ("vq_model", list(VQ_CONFIGS)),
+        ("gpt_type", ["c2i", "t2i"]),
+        ("precision", ["none", "fp16", "bf16"]),
+    ):
+        name = getattr(options, setting)
+        if name is not None and name not in known:
+            told = did_you_mean(str(name), known) or f": use {either(known)}"
+            raise SettingError(setting, name, f"there is no such choice{told}")
+    for setting in ("image_size", "downsample_size", *SIZES):
+        value = getattr(options, setting)
+        if value is not None and not isinstance(value, Integral):
+            raise SettingError(setting, value, "must be a whole number")
 
 
 def file_in(folders: tuple[Path, ...], file_name: str | None) -> Path | None:

@@ -3,8 +3,7 @@ number of rows. Ends in JSON.
 
     python scripts/benchmarks/bench_decode.py --models GPT-B,GPT-XL --rows 2,16,512
     python scripts/benchmarks/bench_decode.py --models GPT-XL --rows 512 --image-size 256 \\
-        --images 1024
-    --pixels
+        --images 1024 --pixels
 
 Guided images with random weights, from class token to last token, so over all contexts; sampling
 included. Two rows are one image. Times are medians of the repeats, after each engine has drawn one

@@ -49,7 +49,7 @@ with slow_imports(__name__):
         summed,
         with_floor,
     )
-    from autoregressive.devices import PRECISIONS, threads_that_pay
+    from autoregressive.devices import PRECISIONS, limited_cpu_threads
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.models.sampling import SamplingParams
@@ -218,7 +218,7 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
     )
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
     floor_us = None
-    with threads_that_pay(gpt.config, device):
+    with limited_cpu_threads(gpt.config, device):
         if ceilings is None:
             times, step_seconds = profile_on_cpu(span)
         else:

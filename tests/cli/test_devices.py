@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from autoregressive.devices import threads_that_pay
+from autoregressive.devices import limited_cpu_threads
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.serve import lifecycle
 from autoregressive.serve.web.config_layers import read_arguments
@@ -35,12 +35,12 @@ def test_threads_are_used_where_there_is_something_to_share(
     several_threads: int, model: str, device: str, threads: int
 ) -> None:
     """Fails if threads spin beside a GPU, or a wide model on a CPU has but one."""
-    with threads_that_pay(GPTConfig(**vars(GPT_SHAPES[model])), torch.device(device)):
+    with limited_cpu_threads(GPTConfig(**vars(GPT_SHAPES[model])), torch.device(device)):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == several_threads
 
 
-def test_an_engines_process_uses_the_threads_that_pay(
+def test_an_engines_process_uses_the_limited_cpu_threads(
     several_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if an engine of the service is built with a thread for every core, whatever

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any, cast
 
 from autoregressive.cli.command import run_command
 from autoregressive.errors import UserError
-from autoregressive.serve.signals import SignalWatch, signals_watched
+from autoregressive.serve.signals import SignalWatch
 
-with signals_watched(__name__) as WATCH:
+with nullcontext(SignalWatch() if __name__ == "__main__" else None) as WATCH:
     import httpx2
     import torch
     from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt

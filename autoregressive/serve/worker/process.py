@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from autoregressive.cli.command import flag_of
-from autoregressive.devices import use_threads_that_pay
+from autoregressive.devices import limit_cpu_threads
 from autoregressive.errors import UserError
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.config import EngineConfig
@@ -73,7 +73,7 @@ class EngineRecipe:
             torch.cuda.set_device(device)
         with saying_what_needs_less_memory(self.model, self.config):
             models = load_models(self.model, self.found)
-            use_threads_that_pay(models.gpt.config, device)
+            limit_cpu_threads(models.gpt.config, device)
             engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
             engine.scheduler.check_fits(self.typical)
         settle_heap()
