@@ -4,8 +4,8 @@ A decode step multiplies a handful of rows with every weight once, so the time i
 the weights. Three things make the stream dense: the weights are the wide operand (y^T = W x^T), a
 program's weights are on their way before it waits for the kernel that computes x (programmatic
 dependent launch), and the inputs are cut into splits so that there are enough programs. The splits'
-partial sums are stored apart and added in order by whoever reads them: a sum's order depends on
-shapes only.
+partial sums are stored apart, and the kernel that reads them adds them in order: a sum's order
+depends on shapes only.
 """
 
 from dataclasses import dataclass

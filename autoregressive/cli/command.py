@@ -122,7 +122,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main function and exits.
 
     The status is what it returns, None being 0; 2 after a `UserError` or an error of the system,
-    such as a full disk; 130 after Ctrl-C; 141 when whoever read stdout has left. Text that stdout
+    such as a full disk; 130 after Ctrl-C; 141 when the reader of stdout has left. Text that stdout
     cannot encode is written with backslashes.
     """
     _write_with_backslashes()
@@ -171,7 +171,7 @@ def _program() -> str:
 
 
 def say_interrupted() -> int:
-    """Prints it below what the terminal shows of the key; the exit status."""
+    """Says that the command was interrupted; returns the exit status."""
     tell(f"\n{_program()}: interrupted")
     return 130
 

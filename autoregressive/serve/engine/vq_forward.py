@@ -39,9 +39,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution of stride 1, in the dtype of its weight. Whoever takes the result adds the
-    bias.
-    """
+    """A convolution of stride 1, in the dtype of its weight. The caller adds the bias."""
 
     weight: Tensor  # [out, in, k, k], channels last
     bias: Tensor  # float32 [out]
