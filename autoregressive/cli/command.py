@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
             typed = next((one for one in unknown if one.startswith("-")), unknown[0])
             if typed.startswith("-"):
                 self.error(f"there is no flag {typed}{self.closest_flag(typed)}")
-            self.error(f"unexpected argument: {typed}")
+            self.error(f"unexpected argument: {' '.join(unknown)}")
         return parsed
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:

@@ -90,9 +90,10 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
         ]
         if not by_file and not by_model:
             size = f" for {image_size} px" if image_size is not None else ""
-            known = [name for file in PUBLISHED_FILES for name in (file.file_name, file.model)]
-            close = did_you_mean(name, known)
-            told = close or f": {UNPUBLISHED}; --list shows what there is"
+            known = {name for file in PUBLISHED_FILES for name in (file.file_name, file.model)}
+            models = {file.model.lower() for file in PUBLISHED_FILES}
+            close = "" if name.lower() in models else did_you_mean(name, sorted(known))
+            told = f"{close}; {UNPUBLISHED}; --list shows what there is"
             raise UserError(f"nothing is published as {name}{size}{told}")
         chosen.update(dict.fromkeys(by_file or by_model))
     return list(chosen)

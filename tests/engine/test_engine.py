@@ -375,6 +375,4 @@ def test_the_runner_gets_what_the_engine_was_built_with() -> None:
     engine, runner = fake_engine(config)
     assert isinstance(runner, FakeRunner)
     assert runner.shape == engine.shape == engine.batch.shape
-    assert runner.config == EngineConfig(
-        attention_backend="torch", enforce_eager=True, deterministic=True
-    )
+    assert runner.config == config

@@ -129,7 +129,11 @@ def test_a_mistake_is_a_value_error(
         ("GPT-XL", {"devise": "cpu"}, "there is no option devise: did you mean device?"),
         ("GPT-demo", {"image_size": 300}, "image_size 300: must be 128 for GPT-demo"),
         ("GPT-demo", {"device": "gpu"}, "device gpu: must be cpu, cuda or cuda:N"),
-        ("GPT-demo", {"precision": "int3"}, "precision int3: must be one of none, fp16, bf16"),
+        (
+            "GPT-demo",
+            {"precision": "int3"},
+            "precision int3: there is no such choice: use none, fp16 or bf16",
+        ),
     ],
 )
 def test_a_model_that_is_not_there_is_a_value_error(

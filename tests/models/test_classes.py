@@ -2,6 +2,7 @@
 
 import pytest
 
+from autoregressive.cli.command import flag_of
 from autoregressive.errors import UserError
 from autoregressive.models.classes import DEMO, IMAGENET, ClassNames, numbered_classes
 from autoregressive.models.defaults import DEMO_DEFAULTS, LLAMAGEN_DEFAULTS
@@ -73,7 +74,8 @@ def test_a_near_miss_suggests_the_closest_three() -> None:
     """Fails if the error does not help, or suggests another number of names."""
     with pytest.raises(UserError, match="golden retriever") as caught:
         IMAGENET.resolve("golden retreiver")
-    assert str(caught.value).count("(") == 4  # three ids and the pointer to --list-classes
+    assert str(caught.value).count("(") == 3  # the ids
+    assert caught.value.spelled(flag_of).endswith(" (see --list-classes)")
 
 
 @pytest.mark.parametrize("typed", ["1000", "-1", "99999999999999999999", "9" * 5000])

@@ -269,7 +269,7 @@ def test_http_alone_is_measured() -> None:
         ("bench_http", ("--seconds-per-image", "4"), "15 times"),
         ("bench_http", ("--api-server-count", "many"), "whole number"),
         ("bench_overhead", ("--rows", "2"), "4 or more"),
-        ("bench_overhead", ("--gpt-model", "GPT-5"), "choose from"),
+        ("bench_overhead", ("--gpt-model", "GPT-5"), "there is no GPT-5"),
         ("bench_overhead", ("--data-parallel-size", "0"), "1 or more"),
         ("bench_overhead", ("--image-size", "big"), "whole number"),
     ],

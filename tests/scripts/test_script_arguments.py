@@ -18,6 +18,7 @@ import pytest
 import speedup_table
 import torch
 import tune_kernels
+from refusals import refused
 
 from autoregressive.benchmarks.arguments import (
     give_figures,
@@ -29,6 +30,7 @@ from autoregressive.benchmarks.arguments import (
 )
 from autoregressive.benchmarks.models import PAPER_MODELS
 from autoregressive.benchmarks.service import authorization
+from autoregressive.cli.command import OneLineParser
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from kernels.attention import AttentionTiles
@@ -173,7 +175,7 @@ def test_a_value_that_cannot_be_used_is_refused(script: str, typed: list[str], t
     """Fails if a picture that no model draws, or a number that nothing can be done with, is found
     out halfway or not at all.
     """
-    with pytest.raises(UserError, match=re.escape(told)):
+    with refused(re.escape(told)):
         run(script, *typed)
 
 
@@ -272,7 +274,7 @@ def test_help_tells_of_every_flag(script: str, monkeypatch: pytest.MonkeyPatch) 
         parser.format_help()  # raises where a text has a stray percent sign
         raise StopIteration(parser)
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", end)
+    monkeypatch.setattr(OneLineParser, "parse_args", end)
     with pytest.raises(StopIteration) as ended:
         importlib.import_module(script).main()
     for action in ended.value.value._actions:

@@ -189,7 +189,7 @@ def test_without_a_gpu_the_demo_model_is_drawn_at_its_own_size(
 
 def test_an_image_size_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     """Fails if a mistake becomes a table of failures, with status 0."""
-    with pytest.raises(UserError, match="--image-size 100"):
+    with pytest.raises(UserError, match="image_size 100"):
         speedup_table.main(
             [
                 "--models",

@@ -281,7 +281,7 @@ def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> 
         if isinstance(event, Ended)
     }
     assert [ends[number].outcome for number in (0, 1, 2)] == ["refused", "refused", "finished"]
-    assert "class label" in ends[0].message
+    assert "class_label" in ends[0].message
 
 
 def test_deadlines_are_kept_before_a_step_is_spent(tmp_path: Any) -> None:
