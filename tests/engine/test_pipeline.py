@@ -132,7 +132,7 @@ def test_a_mistake_is_a_value_error(
         (
             "GPT-demo",
             {"precision": "int3"},
-            "precision int3: there is no such choice: use none, fp16 or bf16",
+            "precision int3: there is no such choice: use none",
         ),
     ],
 )
