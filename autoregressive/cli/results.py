@@ -1,6 +1,5 @@
 """Saves what a command drew: the grid, single pictures, codes."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -8,7 +7,13 @@ from torch import Tensor
 from autoregressive.cli.settings import Settings
 from autoregressive.errors import UserError
 from autoregressive.output.images import individual_file, picture_grid, save_codes, save_picture
-from autoregressive.output.records import Loop, generation_record, readable
+from autoregressive.output.records import (
+    Loop,
+    generation_record,
+    image_record,
+    readable,
+    sampling_record,
+)
 from autoregressive.weights.finding import FoundWeights
 
 
@@ -36,27 +41,24 @@ def save_results(
         )
     output = settings.output
     names = [settings.classes[label] for label in settings.labels]
-    sampling = asdict(settings.sampling)
-    del sampling["n"]
-    common = generation_record(settings.model, found, loop, compiled=settings.compile) | sampling
+    params = settings.sampling
+    common = generation_record(settings.model, found, loop, compiled=settings.compile)
     grid = output.grid(trained=found.trained)
     if output.codes is not None:
         save_codes(output.codes, codes)
     if output.individual is not None:
         _make_folder(output.individual)
         for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
-            one = common | {
-                "images": len(names),
-                "image": image,
-                "label": label,
-                "class_name": name,
-            }
+            one = image_record(
+                common, params, label=label, class_name=name, images=len(names), image=image
+            )
             file = individual_file(
                 output.individual, image, label, name, trained=found.trained, suffix=grid.suffix
             )
             picture = picture_grid(pixels[image : image + 1])
             save_picture(file, picture, readable(one), one)
-    record = common | {"labels": list(settings.labels), "class_names": names}
+    classes = {"labels": list(settings.labels), "class_names": names}
+    record = common | sampling_record(params) | classes
     save_picture(
         grid, picture_grid(pixels, names if output.captions else None), readable(record), record
     )

@@ -1,12 +1,14 @@
 """What a picture says inside of how it was made."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from autoregressive.devices import PRECISIONS
+from autoregressive.models.sampling import SamplingParams
 from autoregressive.version import PROGRAM, program_version
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
@@ -50,6 +52,33 @@ def generation_record(
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
         "compile": compiled,
     }
+
+
+def image_record(
+    common: dict[str, object],
+    params: SamplingParams,
+    *,
+    label: int,
+    class_name: str,
+    images: int = 1,
+    image: int = 0,
+) -> dict[str, object]:
+    """How one image was made: enough to make it again on the same machine.
+
+    Args:
+        common: a `generation_record`.
+        params: the parameters it was drawn with.
+        images, image: how many were drawn with that seed, and which of them it is.
+    """
+    place = {"images": images, "image": image, "label": label, "class_name": class_name}
+    return common | sampling_record(params) | place
+
+
+def sampling_record(params: SamplingParams) -> dict[str, object]:
+    """The parameters of a draw, ready for JSON."""
+    record = asdict(params)
+    del record["n"]
+    return record
 
 
 def readable(record: dict[str, object]) -> str:

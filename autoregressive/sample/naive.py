@@ -12,7 +12,7 @@ from torch import Tensor
 from autoregressive.cli.command import flag_of
 from autoregressive.cli.results import save_results
 from autoregressive.cli.settings import Settings, resolve_settings
-from autoregressive.devices import limited_cpu_threads, now
+from autoregressive.devices import is_out_of_memory, limited_cpu_threads, now
 from autoregressive.errors import SettingName, UserError, tell
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
@@ -113,7 +113,7 @@ def _mendable(error: RuntimeError, settings: Settings) -> Exception:
     """What to tell the user about a failure inside torch; the error itself where there is nothing
     to tell.
     """
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         images = len(settings.labels)
         fewer = (
             f"draw fewer than {images} pictures at once (--class-labels)"

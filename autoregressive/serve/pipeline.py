@@ -11,7 +11,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
@@ -28,7 +28,7 @@ from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
-from autoregressive.output.records import generation_record, readable
+from autoregressive.output.records import generation_record, image_record, readable
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
@@ -252,11 +252,9 @@ class Pipeline:
         common = generation_record(self.choice.model, self.found, "paged")
         images = []
         for label, one, of_image in zip(labels, params, pixels, strict=True):
-            sampling = asdict(one)
-            del sampling["n"]
-            told = {"images": 1, "image": 0, "label": label, "class_name": self.classes[label]}
+            record = image_record(common, one, label=label, class_name=self.classes[label])
             picture = picture_grid(of_image[None]).permute(1, 2, 0).contiguous().numpy()
-            images.append(GeneratedImage.of(Image.fromarray(picture), common | sampling | told))
+            images.append(GeneratedImage.of(Image.fromarray(picture), record))
         return Result(images, codes, labels, [one.seed for one in params])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from autoregressive.devices import is_out_of_memory
 from autoregressive.errors import Change, SettingError, SettingName, UserError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
@@ -135,10 +136,8 @@ def saying_what_needs_less_memory(
     """
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(
-            error
-        ):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         ways = [
             *(ways_to_less_memory(config, model.device) if config is not None else ()),

@@ -1,5 +1,6 @@
 """Bodies of requests and answers. Names and shapes are OpenAI's where OpenAI has them."""
 
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,14 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
     Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")
 ]
+
+
+def _bounded(name: str, description: str) -> Any:
+    """The field of a sampling parameter, within its bounds."""
+    bounds = BOUNDS[name]
+    least = {"gt" if bounds.above_least else "ge": bounds.least}
+    finite = {} if bounds.kind is Integral else {"allow_inf_nan": False}
+    return Field(None, le=bounds.most, description=description, **least, **finite)
 
 
 class _Body(BaseModel):
@@ -29,41 +38,19 @@ class CodesRequest(_Body):
         None, max_length=200, description="The served model's name, or nothing."
     )
     n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
-    seed: int | None = Field(
-        None,
-        ge=0,
-        lt=2**63,
-        description="The same draws again, on the same machine. Left out: random.",
+    seed: int | None = _bounded(
+        "seed", "The same draws again, on the same machine. Left out: random."
     )
-    cfg_scale: float | None = Field(
-        None,
-        ge=0,
-        le=BOUNDS["cfg_scale"].most,
-        allow_inf_nan=False,
-        description="Guidance; 1 and below: none.",
+    cfg_scale: float | None = _bounded("cfg_scale", "Guidance; 1 and below: none.")
+    cfg_interval: int | None = _bounded(
+        "cfg_interval", "Guide the first N + 2 tokens only; -1: all."
     )
-    cfg_interval: int | None = Field(
-        None, ge=-1, lt=2**31, description="Guide the first N + 2 tokens only; -1: all."
+    temperature: float | None = _bounded("temperature", "0 takes the likeliest token.")
+    top_k: int | None = _bounded(
+        "top_k", "Draw from the N likeliest tokens; 0, or more than there are: from all."
     )
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=BOUNDS["temperature"].most,
-        allow_inf_nan=False,
-        description="0 takes the likeliest token.",
-    )
-    top_k: int | None = Field(
-        None,
-        ge=0,
-        lt=2**31,
-        description="Draw from the N likeliest tokens; 0, or more than there are: from all.",
-    )
-    top_p: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="Draw from the likeliest tokens that make up this probability.",
+    top_p: float | None = _bounded(
+        "top_p", "Draw from the likeliest tokens that make up this probability."
     )
     user: _Optional
     safety_identifier: _Optional

@@ -1,12 +1,13 @@
 """The model that is served, and what a request's body means for it."""
 
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeVar
 
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults
+from autoregressive.output.records import image_record
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import (
     ClassData,
@@ -115,16 +116,15 @@ class ServedModel:
 
     def record_of(self, request: EngineRequest, index: int) -> dict[str, object]:
         """How one image of a request was made: enough to make it again on the same machine."""
-        sampling = asdict(request.params)
-        del sampling["n"]
-        return {
-            **self.record,
-            **sampling,
-            "images": request.n,
-            "image": index,
-            "label": request.class_label,
-            "class_name": self.classes[request.class_label],
-        }
+        label = request.class_label
+        return image_record(
+            self.record,
+            request.params,
+            label=label,
+            class_name=self.classes[label],
+            images=request.n,
+            image=index,
+        )
 
     def _class_label(self, body: CodesRequest) -> int:
         if body.class_label is not None:

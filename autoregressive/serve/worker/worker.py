@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 import torch
 from torch import Tensor
 
+from autoregressive.devices import is_out_of_memory
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
@@ -44,7 +45,7 @@ from autoregressive.serve.worker.previews import Previewer
 STATS_SECONDS = 0.25  # between two `LoopStats`, while no step takes longer
 _WATCHED_SECONDS = 0.1  # between two `Progress` of a request
 _DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that those on their way take bounded memory
-_MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `_out_of_memory` tells those of memory
+_MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `is_out_of_memory` tells those of memory
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
 
@@ -296,25 +297,16 @@ def _reason(image: Request) -> tuple[str, str]:
             "the model's logits are NaN or infinite: its weights are damaged or overflow this "
             "precision",
         )
-    if image.cause is not None and _out_of_memory(image.cause):
+    if image.cause is not None and is_out_of_memory(image.cause):
         return "out_of_memory", ""
     raise RuntimeError(
         "a request failed for a reason that does not leave the engine running"
     ) from image.cause
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(
-        words in str(error)
-        for words in ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
-
-
 def _free_memory(error: Exception) -> None:
     """Frees memory after an error for lack of it; raises any other error again."""
-    if not _out_of_memory(error):
+    if not is_out_of_memory(error):
         raise error
     # an error's traceback holds the tensors of where it was raised, and may be part of a cycle
     gc.collect()
