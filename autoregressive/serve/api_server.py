@@ -11,8 +11,6 @@ from typing import NoReturn
 from autoregressive.cli.command import run_command, saying_what_to_install
 from autoregressive.serve.signals import SignalWatch
 
-WATCH = SignalWatch() if __name__ == "__main__" else None
-
 
 def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) -> int:
     """Reads the flags and serves until a signal; returns the exit status.
@@ -31,10 +29,11 @@ def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) ->
     return lifecycle.run(arguments, watch)
 
 
-def command(watch: SignalWatch | None = None) -> NoReturn:
-    """Runs the command; `watch` as of `main`."""
+def command() -> NoReturn:
+    """Runs the command `llamagen-serve`. It hears signals before the slow imports begin."""
+    watch = SignalWatch()
     run_command(lambda: main(watch=watch))
 
 
 if __name__ == "__main__":
-    command(WATCH)
+    command()

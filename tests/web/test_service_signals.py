@@ -27,7 +27,10 @@ from autoregressive.serve.web.server_settings import ServerSettings
 pytestmark = pytest.mark.timing
 STARTS = {
     "the file": [str(ROOT / "autoregressive/serve/api_server.py")],
-    "the installed command": ["-c", "from autoregressive.serve.launch import command; command()"],
+    "the installed command": [
+        "-c",
+        "from autoregressive.serve.api_server import command; command()",
+    ],
 }
 
 
