@@ -18,9 +18,10 @@ _Optional = Annotated[
 def _bounded(name: str, description: str) -> Any:
     """The field of a sampling parameter, within its bounds."""
     bounds = BOUNDS[name]
-    least = {"gt" if bounds.above_least else "ge": bounds.least}
-    finite = {} if bounds.kind is Integral else {"allow_inf_nan": False}
-    return Field(None, le=bounds.most, description=description, **least, **finite)
+    limits: dict[str, Any] = {"gt" if bounds.above_least else "ge": bounds.least, "le": bounds.most}
+    if bounds.kind is not Integral:
+        limits["allow_inf_nan"] = False
+    return Field(None, description=description, **limits)
 
 
 class _Body(BaseModel):
