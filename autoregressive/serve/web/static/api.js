@@ -9,7 +9,17 @@ export class Failure extends Error {
   /**
    * @param {"network"|"cut"|"answer"|"stream"} kind not reached; broken off; a status of 400 and above; an `error` event
    */
-  constructor(kind, { status = 0, message = "", param = null, code = null, retryAfter = null, keySent = false } = {}) {
+  constructor(
+    kind,
+    {
+      status = 0,
+      message = "",
+      param = null,
+      code = null,
+      retryAfter = null,
+      keySent = false,
+    } = {},
+  ) {
     super(message);
     Object.assign(this, { kind, status, param, code, retryAfter, keySent });
   }
@@ -89,7 +99,11 @@ export async function* drawing(body, controller) {
       const event = JSON.parse(data);
       if (event.type === "error") {
         const { message, param, code } = event.error ?? {};
-        throw new Failure("stream", { message: text(message), param: text(param) || null, code: text(code) || null });
+        throw new Failure("stream", {
+          message: text(message),
+          param: text(param) || null,
+          code: text(code) || null,
+        });
       }
       yield event;
       if (event.type === "done") return;

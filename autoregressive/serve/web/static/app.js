@@ -67,7 +67,10 @@ async function waitForServer() {
   for (;;) {
     try {
       await getJson("ready");
-      const [{ data: models }, { data: classes }] = await Promise.all([getJson("v1/models"), getJson("v1/classes?limit=1000")]);
+      const [{ data: models }, { data: classes }] = await Promise.all([
+        getJson("v1/models"),
+        getJson("v1/classes?limit=1000"),
+      ]);
       connected(models[0], classes);
       return true;
     } catch (failure) {
@@ -78,11 +81,15 @@ async function waitForServer() {
       if (failure.status === 503) {
         if (/being loaded/.test(failure.message)) {
           const [, progress] = failure.message.match(/\((.*)\)/) ?? [];
-          notice("The model is being loaded…", `${progress ? `${sentence(progress)} ` : ""}This page goes on by itself.`);
+          notice(
+            "The model is being loaded…",
+            `${progress ? `${sentence(progress)} ` : ""}This page goes on by itself.`,
+          );
         } else notice("The server takes no work now.", sentence(failure.message));
         await pause(READY_AGAIN);
       } else {
-        const { title, detail } = failure.kind === "cut" ? describe({ kind: "network" }) : describe(failure);
+        const { title, detail } =
+          failure.kind === "cut" ? describe({ kind: "network" }) : describe(failure);
         notice(title, failure.kind === "network" ? "Trying again by itself." : detail, "trouble");
         if (failure.kind === undefined) throw failure;
         await pause(REACH_AGAIN);
@@ -108,7 +115,11 @@ function connected(found, classes) {
   byId("key-button").hidden = storedKey() === null;
   byId("server-notice").hidden = true;
   if (model.trained === false) {
-    notice("This model is not trained.", "Its weights are random, so its pictures are noise; the speed is real.", "trouble");
+    notice(
+      "This model is not trained.",
+      "Its weights are random, so its pictures are noise; the speed is real.",
+      "trouble",
+    );
     whyNot = "";
   }
   if (first) {
@@ -127,7 +138,8 @@ function connected(found, classes) {
 function suggest() {
   const left = [...picker.classes];
   const chosen = [];
-  while (chosen.length < SUGGESTIONS && left.length) chosen.push(...left.splice(Math.floor(Math.random() * left.length), 1));
+  while (chosen.length < SUGGESTIONS && left.length)
+    chosen.push(...left.splice(Math.floor(Math.random() * left.length), 1));
   byId("suggestions").replaceChildren(
     ...chosen.map(({ id, name }) =>
       element(
@@ -184,7 +196,13 @@ function keyComplaint(words) {
 async function useKey(event) {
   event.preventDefault();
   const key = byId("key").value.trim();
-  keyComplaint(!key ? "Enter the key." : /^[\x21-\x7e]+$/.test(key) ? "" : "A key has letters, digits and signs only, no spaces.");
+  keyComplaint(
+    !key
+      ? "Enter the key."
+      : /^[\x21-\x7e]+$/.test(key)
+        ? ""
+        : "A key has letters, digits and signs only, no spaces.",
+  );
   if (!key || byId("key").hasAttribute("aria-invalid")) return;
   storeKey(key, byId("key-remember").checked);
   byId("key-form").hidden = true;
@@ -211,7 +229,13 @@ byId("key-close").addEventListener("click", () => {
 });
 byId("key-button").addEventListener("click", () => {
   if (!byId("key-form").hidden) byId("key").focus();
-  else showKeyForm("API key", isRemembered() ? "A key is in use and remembered in this browser." : "A key is in use until this tab is closed.");
+  else
+    showKeyForm(
+      "API key",
+      isRemembered()
+        ? "A key is in use and remembered in this browser."
+        : "A key is in use until this tab is closed.",
+    );
 });
 
 // Drawing
@@ -232,7 +256,8 @@ function generate({ focus = false } = {}) {
   const request = form.read();
   if (request === null) return;
   if (!whyNot) start(request, { focus });
-  else if (pending.length >= AT_ONCE) complain(`${whyNot} ${plural(AT_ONCE, "request")} wait for it already.`);
+  else if (pending.length >= AT_ONCE)
+    complain(`${whyNot} ${plural(AT_ONCE, "request")} wait for it already.`);
   else {
     complain(`${whyNot} ${AS_SOON}`);
     pending.push(request);
@@ -242,23 +267,30 @@ function generate({ focus = false } = {}) {
 
 function start(request, { focus = false } = {}) {
   if (runs.filter(({ active }) => active).length >= AT_ONCE) {
-    complain(`${plural(AT_ONCE, "request")} are being drawn already. Wait for one to end, or cancel one.`);
+    complain(
+      `${plural(AT_ONCE, "request")} are being drawn already. Wait for one to end, or cancel one.`,
+    );
     return null;
   }
   complain("");
-  const run = new Run(request, model, picker.optionOf(request.class_label)?.name ?? `class ${request.class_label}`, {
-    onPicture: (picture) => gallery.add(picture),
-    kept: () => gallery.settled(),
-    onAgain: again,
-    onRetry: (failed) => {
-      drop(failed);
-      start(failed.request, { focus: true });
+  const run = new Run(
+    request,
+    model,
+    picker.optionOf(request.class_label)?.name ?? `class ${request.class_label}`,
+    {
+      onPicture: (picture) => gallery.add(picture),
+      kept: () => gallery.settled(),
+      onAgain: again,
+      onRetry: (failed) => {
+        drop(failed);
+        start(failed.request, { focus: true });
+      },
+      onOpen: (picture) => gallery.show(picture),
+      onDownload: (picture) => gallery.download(picture),
+      onProgress: showProgress,
+      onFailure: deal,
     },
-    onOpen: (picture) => gallery.show(picture),
-    onDownload: (picture) => gallery.download(picture),
-    onProgress: showProgress,
-    onFailure: deal,
-  });
+  );
   for (const ended of runs.filter(({ active }) => !active)) drop(ended); // its pictures are in the gallery
   runs.unshift(run);
   byId("welcome").hidden = true;
@@ -267,7 +299,8 @@ function start(request, { focus = false } = {}) {
   run.draw();
   showProgress();
   const { top, bottom } = run.node.getBoundingClientRect();
-  if (top < 0 || bottom > innerHeight) run.node.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
+  if (top < 0 || bottom > innerHeight)
+    run.node.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
   return run;
 }
 
@@ -330,7 +363,11 @@ byId("defaults").addEventListener("click", () => {
 
 document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || document.querySelector("dialog[open]")) return;
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("key-form").contains(event.target)) {
+  if (
+    event.key === "Enter" &&
+    (event.ctrlKey || event.metaKey) &&
+    !byId("key-form").contains(event.target)
+  ) {
     event.preventDefault();
     generate();
   } else if (event.key === "Escape" && !picker.isOpen) {

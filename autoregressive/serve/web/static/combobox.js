@@ -68,7 +68,8 @@ export class ClassPicker {
         element("span", { class: "option-id" }, String(id)),
       ),
     }));
-    if (this.#chosen !== null && this.optionOf(this.#chosen.id)?.name !== this.#chosen.name) this.#chosen = null;
+    if (this.#chosen !== null && this.optionOf(this.#chosen.id)?.name !== this.#chosen.name)
+      this.#chosen = null;
     if (this.isOpen) this.#filter();
   }
 
@@ -136,15 +137,24 @@ export class ClassPicker {
 
   #filter(all = !this.#typed) {
     const query = all ? "" : folded(this.input.value);
-    const fitting = this.#options.map((option) => ({ option, fit: query ? rank(option, query) : 0 })).filter(({ fit }) => fit !== null);
+    const fitting = this.#options
+      .map((option) => ({ option, fit: query ? rank(option, query) : 0 }))
+      .filter(({ fit }) => fit !== null);
     fitting.sort((first, second) => first.fit - second.fit || first.option.id - second.option.id);
     this.#shown = fitting.map(({ option }) => option);
     this.list.replaceChildren(...this.#shown.map(({ node }) => node));
     this.list.hidden = !this.#shown.length;
     this.empty.hidden = this.#shown.length > 0;
     this.empty.textContent = `No class like “${this.input.value.trim()}”`;
-    for (const { id, node } of this.#shown) node.setAttribute("aria-selected", String(!this.#typed && id === this.#chosen?.id));
-    this.#mark(query ? (this.#shown.length ? 0 : -1) : this.#shown.findIndex(({ id }) => !this.#typed && id === this.#chosen?.id));
+    for (const { id, node } of this.#shown)
+      node.setAttribute("aria-selected", String(!this.#typed && id === this.#chosen?.id));
+    this.#mark(
+      query
+        ? this.#shown.length
+          ? 0
+          : -1
+        : this.#shown.findIndex(({ id }) => !this.#typed && id === this.#chosen?.id),
+    );
   }
 
   #mark(at) {
@@ -188,7 +198,8 @@ export class ClassPicker {
         if (!this.isOpen) {
           event.preventDefault();
           this.#open();
-          if (this.#active < 0 && this.#shown.length && !event.altKey) this.#mark(down ? 0 : this.#shown.length - 1);
+          if (this.#active < 0 && this.#shown.length && !event.altKey)
+            this.#mark(down ? 0 : this.#shown.length - 1);
         } else if (event.altKey && !down) {
           event.preventDefault();
           this.close();

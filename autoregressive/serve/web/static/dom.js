@@ -35,10 +35,18 @@ export function icon(name) {
 }
 
 /** A button with a drawing and words, or with a drawing alone and the words for those who cannot see it. */
-export function button(words, { drawing = null, bare = false, kind = "quiet", ...properties } = {}) {
+export function button(
+  words,
+  { drawing = null, bare = false, kind = "quiet", ...properties } = {},
+) {
   return element(
     "button",
-    { type: "button", class: `button ${kind}${bare ? " bare" : ""}`, ...(bare ? { "aria-label": words, title: words } : {}), ...properties },
+    {
+      type: "button",
+      class: `button ${kind}${bare ? " bare" : ""}`,
+      ...(bare ? { "aria-label": words, title: words } : {}),
+      ...properties,
+    },
     drawing ? icon(drawing) : null,
     bare ? null : element("span", {}, words),
   );

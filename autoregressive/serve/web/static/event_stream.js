@@ -31,7 +31,8 @@ export class EventParser {
 
   #take(line, events) {
     if (line === "") {
-      if (this.#data.length) events.push({ name: this.#name || "message", data: this.#data.join("\n") });
+      if (this.#data.length)
+        events.push({ name: this.#name || "message", data: this.#data.join("\n") });
       this.#name = "";
       this.#data = [];
       return;

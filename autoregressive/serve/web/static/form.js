@@ -71,7 +71,8 @@ export class SettingsForm {
       this.filledIn.add(name);
       this.#set(name, request[name]);
     }
-    if (SAMPLING.slice(1).some((name) => request[name] !== this.defaults?.[name])) byId("more").open = true;
+    if (SAMPLING.slice(1).some((name) => request[name] !== this.defaults?.[name]))
+      byId("more").open = true;
   }
 
   /** @returns {Object|null} the request; null if a field is wrong, which is then marked and focused */
@@ -97,7 +98,9 @@ export class SettingsForm {
 
   /** Says at a field what is wrong with it. @returns {boolean} whether there is such a field */
   mark(param, complaint) {
-    const field = this.form.querySelector(`[data-param="${CSS.escape(param === "prompt" ? "class_label" : param)}"]`);
+    const field = this.form.querySelector(
+      `[data-param="${CSS.escape(param === "prompt" ? "class_label" : param)}"]`,
+    );
     if (!field) return false;
     const input = field.querySelector("input:not([type=range])");
     const words = byId(`${input.id}-error`);
@@ -115,7 +118,8 @@ export class SettingsForm {
   }
 
   #setDefaults(names) {
-    for (const name of names) if (typeof this.defaults[name] === "number") this.#set(name, this.defaults[name]);
+    for (const name of names)
+      if (typeof this.defaults[name] === "number") this.#set(name, this.defaults[name]);
   }
 
   #set(name, value) {

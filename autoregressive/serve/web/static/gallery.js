@@ -9,7 +9,8 @@ const UNDO = 10_000; // ms that a deletion can be taken back
 const newestFirst = (first, second) =>
   second.created - first.created || first.index - second.index || (first.id < second.id ? -1 : 1);
 
-const caption = ({ request, index }) => (request.n > 1 ? `${index + 1} of ${request.n} · seed ${request.seed}` : `seed ${request.seed}`);
+const caption = ({ request, index }) =>
+  request.n > 1 ? `${index + 1} of ${request.n} · seed ${request.seed}` : `seed ${request.seed}`;
 
 export class Gallery {
   #store = new PictureStore();
@@ -33,7 +34,9 @@ export class Gallery {
       for (const picture of stored.sort(newestFirst).slice(0, this.#store.limit)) {
         if (!this.#entries.some((entry) => entry.picture.id === picture.id)) this.#insert(picture);
       }
-      await Promise.all(this.#entries.map(({ picture }) => (stored.includes(picture) ? null : this.#keep(picture))));
+      await Promise.all(
+        this.#entries.map(({ picture }) => (stored.includes(picture) ? null : this.#keep(picture))),
+      );
     } catch {
       this.#kept = false;
     }
@@ -75,8 +78,20 @@ export class Gallery {
       { class: "tile", "data-id": picture.id },
       element(
         "button",
-        { type: "button", class: "tile-open", "aria-label": `Show ${words}`, on: { click: () => this.show(picture) } },
-        element("img", { src: url, alt: words, loading: "lazy", decoding: "async", width: picture.size, height: picture.size }),
+        {
+          type: "button",
+          class: "tile-open",
+          "aria-label": `Show ${words}`,
+          on: { click: () => this.show(picture) },
+        },
+        element("img", {
+          src: url,
+          alt: words,
+          loading: "lazy",
+          decoding: "async",
+          width: picture.size,
+          height: picture.size,
+        }),
       ),
       element(
         "div",
@@ -87,7 +102,11 @@ export class Gallery {
           element("span", { class: "tile-name" }, picture.className),
           element("span", { class: "tile-facts" }, caption(picture)),
         ),
-        button(`Delete ${words}`, { drawing: "bin", bare: true, on: { click: () => this.#delete(picture) } }),
+        button(`Delete ${words}`, {
+          drawing: "bin",
+          bare: true,
+          on: { click: () => this.#delete(picture) },
+        }),
       ),
     );
     const entry = { picture, url, node };
@@ -141,7 +160,9 @@ export class Gallery {
         },
       },
     });
-    toast.replaceChildren(element("div", { class: "toast-body" }, element("p", {}, "Picture deleted"), undo));
+    toast.replaceChildren(
+      element("div", { class: "toast-body" }, element("p", {}, "Picture deleted"), undo),
+    );
     this.#undo = setTimeout(hide, UNDO);
   }
 
@@ -149,7 +170,9 @@ export class Gallery {
     const count = this.#entries.length;
     const full = count >= this.#store.limit ? "; the oldest make room for new ones" : "";
     const facts = count ? `${plural(count, "picture")}${full}` : "";
-    byId("gallery-facts").textContent = this.#kept ? facts : `${facts}${facts ? "; " : ""}this browser keeps them only until the page is closed`;
+    byId("gallery-facts").textContent = this.#kept
+      ? facts
+      : `${facts}${facts ? "; " : ""}this browser keeps them only until the page is closed`;
     byId("gallery-empty").hidden = count > 0;
     byId("gallery-clear").hidden = count === 0;
   }
@@ -174,14 +197,24 @@ export class Gallery {
     const facts = [
       ["Class", `${picture.request.class_label}`],
       ["Seed", String(picture.request.seed)],
-      ...(picture.request.n > 1 ? [["Picture", `${picture.index + 1} of ${picture.request.n}`]] : []),
+      ...(picture.request.n > 1
+        ? [["Picture", `${picture.index + 1} of ${picture.request.n}`]]
+        : []),
       ...settingsInWords(picture.request),
       ["Model", picture.model],
       ["Size", `${picture.size} × ${picture.size}`],
-      ["Drawn", new Date(picture.created).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })],
+      [
+        "Drawn",
+        new Date(picture.created).toLocaleString(undefined, {
+          dateStyle: "medium",
+          timeStyle: "short",
+        }),
+      ],
     ];
     byId("viewer-facts").replaceChildren(
-      ...facts.map(([what, value]) => element("div", {}, element("dt", {}, what), element("dd", {}, value))),
+      ...facts.map(([what, value]) =>
+        element("div", {}, element("dt", {}, what), element("dd", {}, value)),
+      ),
     );
     byId("viewer-previous").hidden = at <= 0;
     byId("viewer-next").hidden = at < 0 || at === this.#entries.length - 1;
@@ -235,7 +268,8 @@ export class Gallery {
     const question = byId("clear-question");
     onClick("gallery-clear", () => {
       const count = this.#entries.length;
-      byId("clear-text").textContent = `${plural(count, "picture")} will be deleted from this browser. This can't be undone.`;
+      byId("clear-text").textContent =
+        `${plural(count, "picture")} will be deleted from this browser. This can't be undone.`;
       question.showModal();
       byId("clear-keep").focus();
     });

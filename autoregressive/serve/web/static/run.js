@@ -14,12 +14,32 @@ class Card {
 
   constructor(index, { name, size, grid, onOpen, onDownload }) {
     Object.assign(this, { index, name, grid, onDownload, picture: null });
-    this.canvas = element("canvas", { width: size, height: size, role: "img", "aria-label": `Picture ${index + 1} of ${name}, not drawn yet` });
-    this.frame = element("div", { class: "frame" }, element("div", { class: "undrawn" }), this.canvas, element("div", { class: "edge" }));
+    this.canvas = element("canvas", {
+      width: size,
+      height: size,
+      role: "img",
+      "aria-label": `Picture ${index + 1} of ${name}, not drawn yet`,
+    });
+    this.frame = element(
+      "div",
+      { class: "frame" },
+      element("div", { class: "undrawn" }),
+      this.canvas,
+      element("div", { class: "edge" }),
+    );
     this.frame.style.setProperty("--grid", grid);
     this.state = element("span", { class: "card-state" }, "Waiting");
-    this.download = button(`Download picture ${index + 1}`, { drawing: "download", bare: true, on: { click: () => this.onDownload(this.picture) } });
-    this.node = element("li", { class: "card", "data-state": "waiting", "data-rows": 0 }, this.frame, element("div", { class: "card-foot" }, this.state, this.download));
+    this.download = button(`Download picture ${index + 1}`, {
+      drawing: "download",
+      bare: true,
+      on: { click: () => this.onDownload(this.picture) },
+    });
+    this.node = element(
+      "li",
+      { class: "card", "data-state": "waiting", "data-rows": 0 },
+      this.frame,
+      element("div", { class: "card-foot" }, this.state, this.download),
+    );
     this.onOpen = onOpen;
   }
 
@@ -32,14 +52,17 @@ class Card {
   async preview({ rows, grid, b64_json: base64, output_format: format }) {
     if (this.picture || rows <= this.#asked) return;
     this.#asked = rows;
-    const bitmap = await createImageBitmap(new Blob([bytesOf(base64)], { type: `image/${format}` })).catch(() => null);
+    const bitmap = await createImageBitmap(
+      new Blob([bytesOf(base64)], { type: `image/${format}` }),
+    ).catch(() => null);
     if (bitmap && rows > this.#rows && !this.picture) this.#show(bitmap, rows, grid);
     bitmap?.close();
   }
 
   #show(bitmap, rows, grid) {
     const { canvas } = this;
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height)
+      [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
     const height = Math.round((bitmap.height * rows) / grid);
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, canvas.width, canvas.height);
@@ -50,7 +73,10 @@ class Card {
     if (this.#stopped) return; // decoded after the end: it is shown, and the card goes on saying how it ended
     this.node.dataset.state = "drawing";
     this.state.textContent = `Row ${rows} of ${grid}`;
-    canvas.setAttribute("aria-label", `Picture ${this.index + 1} of ${this.name}, ${rows} of ${grid} rows drawn`);
+    canvas.setAttribute(
+      "aria-label",
+      `Picture ${this.index + 1} of ${this.name}, ${rows} of ${grid} rows drawn`,
+    );
   }
 
   /** The picture is whole: it takes the canvas's place once it is decoded, so that nothing flickers. */
@@ -60,7 +86,12 @@ class Card {
     await image.decode().catch(() => {});
     const opener = element(
       "button",
-      { type: "button", class: "card-open", "aria-label": `Show ${this.name}, picture ${this.index + 1}, large`, on: { click: () => this.onOpen(this.picture) } },
+      {
+        type: "button",
+        class: "card-open",
+        "aria-label": `Show ${this.name}, picture ${this.index + 1}, large`,
+        on: { click: () => this.onOpen(this.picture) },
+      },
       image,
     );
     this.frame.append(opener);
@@ -82,7 +113,10 @@ class Card {
     this.#stopped = true;
     this.node.dataset.state = state;
     this.state.textContent = words;
-    this.canvas.setAttribute("aria-label", `Picture ${this.index + 1} of ${this.name}, ${words.toLowerCase()}`);
+    this.canvas.setAttribute(
+      "aria-label",
+      `Picture ${this.index + 1} of ${this.name}, ${words.toLowerCase()}`,
+    );
   }
 }
 
@@ -101,21 +135,40 @@ export class Run {
    */
   constructor(request, model, name, actions) {
     Object.assign(this, { request, model, name, actions, started: Date.now(), share: 0 });
-    const cardActions = { name, size: model.image_size, grid: model.grid, onOpen: actions.onOpen, onDownload: actions.onDownload };
+    const cardActions = {
+      name,
+      size: model.image_size,
+      grid: model.grid,
+      onOpen: actions.onOpen,
+      onDownload: actions.onDownload,
+    };
     this.cards = Array.from({ length: request.n }, (_, index) => new Card(index, cardActions));
     this.title = element("h3", { class: "run-title" }, name);
     this.facts = element("p", { class: "run-facts" }, this.#factsInWords());
-    this.cancelButton = button("Cancel", { drawing: "stop", kind: "quiet outlined", on: { click: () => this.cancel() } });
+    this.cancelButton = button("Cancel", {
+      drawing: "stop",
+      kind: "quiet outlined",
+      on: { click: () => this.cancel() },
+    });
     this.controls = element("div", { class: "run-actions" }, this.cancelButton);
     this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${name}` });
     this.state = element("p", { class: "run-state" }, "Sending…");
     this.progress = element("div", { class: "run-progress" }, this.bar, this.state);
     this.trouble = element("div", { class: "notice", role: "alert", hidden: true });
-    this.pictures = element("ul", { class: "pictures", "data-count": request.n }, ...this.cards.map(({ node }) => node));
+    this.pictures = element(
+      "ul",
+      { class: "pictures", "data-count": request.n },
+      ...this.cards.map(({ node }) => node),
+    );
     this.node = element(
       "article",
       { class: "run", "data-state": "waiting", "aria-label": `Drawing of ${name}` },
-      element("header", { class: "run-head" }, element("div", { class: "run-words" }, this.title, this.facts), this.controls),
+      element(
+        "header",
+        { class: "run-head" },
+        element("div", { class: "run-words" }, this.title, this.facts),
+        this.controls,
+      ),
       this.progress,
       this.trouble,
       this.pictures,
@@ -149,7 +202,9 @@ export class Run {
         const size = Number.parseInt(event.size, 10) || this.model.image_size;
         for (const card of this.cards) card.setGrid(size, event.grid ?? this.model.grid);
         if (event.class_name) this.title.textContent = this.name = event.class_name;
-        const words = event.ahead ? `Waiting: ${plural(event.ahead, "request")} ahead` : "Next in line";
+        const words = event.ahead
+          ? `Waiting: ${plural(event.ahead, "request")} ahead`
+          : "Next in line";
         this.state.textContent = words;
         announce(`${this.name}: ${words}`);
         break;
@@ -225,8 +280,16 @@ export class Run {
     this.#end("failed");
     if (this.actions.onFailure(this, failure)) return;
     const { title, detail } = describe(failure);
-    const retry = button("Try again", { drawing: "again", kind: "quiet outlined", on: { click: () => this.actions.onRetry(this) } });
-    this.trouble.replaceChildren(element("p", { class: "notice-title" }, title), element("p", { class: "notice-detail" }, detail), retry);
+    const retry = button("Try again", {
+      drawing: "again",
+      kind: "quiet outlined",
+      on: { click: () => this.actions.onRetry(this) },
+    });
+    this.trouble.replaceChildren(
+      element("p", { class: "notice-title" }, title),
+      element("p", { class: "notice-detail" }, detail),
+      retry,
+    );
     this.trouble.hidden = false;
     const nothing = this.cards.every(({ node }) => node.dataset.rows === "0");
     for (const node of [this.pictures, this.progress, this.controls]) node.hidden = nothing;
@@ -258,12 +321,20 @@ export class Run {
       this.state.textContent = words;
       announce(`${plural(whole, "picture")} of ${this.name}. ${words}`);
     } else if (state === "cancelled") {
-      this.state.textContent = whole ? `Cancelled · ${plural(whole, "picture")} complete` : "Cancelled";
+      this.state.textContent = whole
+        ? `Cancelled · ${plural(whole, "picture")} complete`
+        : "Cancelled";
       announce("Cancelled");
     } else {
-      this.state.textContent = whole ? `Not finished · ${plural(whole, "picture")} complete` : "Not finished";
+      this.state.textContent = whole
+        ? `Not finished · ${plural(whole, "picture")} complete`
+        : "Not finished";
     }
-    const again = button("Again with another seed", { drawing: "again", kind: "quiet outlined", on: { click: () => this.actions.onAgain(this.request) } });
+    const again = button("Again with another seed", {
+      drawing: "again",
+      kind: "quiet outlined",
+      on: { click: () => this.actions.onAgain(this.request) },
+    });
     this.controls.replaceChildren(again);
     if (focused) again.focus();
     this.actions.onProgress();

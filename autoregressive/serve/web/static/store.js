@@ -30,7 +30,9 @@ export class PictureStore {
     request.onupgradeneeded = () => request.result.createObjectStore("pictures", { keyPath: "id" });
     const database = await settled(request);
     database.onversionchange = () => database.close();
-    const pictures = await settled(database.transaction("pictures").objectStore("pictures").getAll());
+    const pictures = await settled(
+      database.transaction("pictures").objectStore("pictures").getAll(),
+    );
     this.#database = database;
     return pictures;
   }

@@ -12,7 +12,8 @@
   };
   const apply = () => {
     root.dataset.chosen = chosen();
-    root.dataset.theme = root.dataset.chosen === "system" ? (dark.matches ? "dark" : "light") : root.dataset.chosen;
+    root.dataset.theme =
+      root.dataset.chosen === "system" ? (dark.matches ? "dark" : "light") : root.dataset.chosen;
     const bar = document.querySelector('meta[name="theme-color"]');
     if (bar) bar.content = root.dataset.theme === "dark" ? "#151413" : "#f7f5f1";
     document.dispatchEvent(new Event("themechange"));

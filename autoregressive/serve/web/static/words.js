@@ -20,7 +20,11 @@ export function duration(seconds) {
 }
 
 export function took(seconds) {
-  return seconds < 10 ? `${seconds.toFixed(1)} s` : seconds < 90 ? `${Math.round(seconds)} s` : duration(seconds);
+  return seconds < 10
+    ? `${seconds.toFixed(1)} s`
+    : seconds < 90
+      ? `${Math.round(seconds)} s`
+      : duration(seconds);
 }
 
 /** @returns {{title: string, detail: string}} what went wrong, and what can be done */
@@ -33,7 +37,10 @@ export function describe(failure) {
     };
   }
   if (failure.kind === "cut") {
-    return { title: "The connection was lost while drawing.", detail: "Pictures that were complete are in your gallery." };
+    return {
+      title: "The connection was lost while drawing.",
+      detail: "Pictures that were complete are in your gallery.",
+    };
   }
   if (failure.kind === "stream") {
     return { title: "The drawing failed.", detail: said || "The server gave no reason." };
@@ -45,10 +52,16 @@ export function describe(failure) {
     case 401:
       return failure.keySent
         ? { title: "The server does not accept this key.", detail: "Check it, and enter it again." }
-        : { title: "This server asks for a key.", detail: "Enter the key that its operator gave you." };
+        : {
+            title: "This server asks for a key.",
+            detail: "Enter the key that its operator gave you.",
+          };
     case 429:
       if (failure.code === "too_many_wrong_keys") {
-        return { title: "Too many wrong keys came from your address.", detail: "Try again in a few seconds." };
+        return {
+          title: "Too many wrong keys came from your address.",
+          detail: "Try again in a few seconds.",
+        };
       }
       return {
         title: "The queue is full.",
@@ -58,9 +71,15 @@ export function describe(failure) {
             : `Others are drawing too. There should be room in ${duration(Math.max(1, failure.retryAfter))}.`,
       };
     case 503:
-      return { title: "The server is not ready yet.", detail: said || "The model may still be loading. Try again in a moment." };
+      return {
+        title: "The server is not ready yet.",
+        detail: said || "The model may still be loading. Try again in a moment.",
+      };
     case undefined:
-      return { title: "Something went wrong in this page.", detail: "Try again; reload the page if that does not help." };
+      return {
+        title: "Something went wrong in this page.",
+        detail: "Try again; reload the page if that does not help.",
+      };
     default:
       return {
         title: failure.status >= 500 ? "The server failed." : "The server refused this.",
@@ -74,7 +93,10 @@ const number = (value) => String(Math.round(value * 1000) / 1000);
 /** Settings in the order of the form: [what, value]. */
 export function settingsInWords(request) {
   return [
-    ["Guidance", request.cfg_scale <= 1 ? `${number(request.cfg_scale)} (none)` : number(request.cfg_scale)],
+    [
+      "Guidance",
+      request.cfg_scale <= 1 ? `${number(request.cfg_scale)} (none)` : number(request.cfg_scale),
+    ],
     ["Guided tokens", request.cfg_interval < 0 ? "all" : `the first ${request.cfg_interval + 2}`],
     ["Temperature", number(request.temperature)],
     ["Top-k", request.top_k === 0 ? "all tokens" : String(request.top_k)],
@@ -92,7 +114,13 @@ export function fileName(picture) {
       .replace(/^[-.]+|[-.]+$/g, "")
       .slice(0, 60);
   const { request, className, model, index } = picture;
-  const parts = [slug(model), slug(className) || "class", request.class_label, `seed-${request.seed}`, `guidance-${number(request.cfg_scale)}`];
+  const parts = [
+    slug(model),
+    slug(className) || "class",
+    request.class_label,
+    `seed-${request.seed}`,
+    `guidance-${number(request.cfg_scale)}`,
+  ];
   if (request.n > 1) parts.push(`${index + 1}-of-${request.n}`);
   return `${parts.filter((part) => part !== "").join("_")}.png`;
 }
