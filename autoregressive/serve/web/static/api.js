@@ -3,11 +3,13 @@
 import { readEvents } from "./event_stream.js";
 import { storedKey } from "./key.js";
 
-const SILENCE = 60_000; // ms without a byte, keep-alives included, after which a stream is taken for dead
+// A stream that has sent no byte for so many milliseconds, keep-alives included, counts as dead.
+const SILENCE = 60_000;
 
 export class Failure extends Error {
   /**
-   * @param {"network"|"cut"|"answer"|"stream"} kind not reached; broken off; a status of 400 and above; an `error` event
+   * @param {"network"|"cut"|"answer"|"stream"} kind "network": the server was not reached; "cut":
+   *     the connection broke off; "answer": a status of 400 and above; "stream": an `error` event
    */
   constructor(
     kind,
@@ -117,7 +119,10 @@ export async function* drawing(body, controller) {
   throw new Failure("cut");
 }
 
-/** Bytes of base64 text. fetch of a data: address would do it too, but connect-src allows this server alone. */
+/**
+ * Bytes of base64 text. A fetch of a data: address does the same, but connect-src allows only this
+ * server.
+ */
 export function bytesOf(base64) {
   const binary = atob(base64);
   const bytes = new Uint8Array(binary.length);

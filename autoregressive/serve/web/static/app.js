@@ -20,7 +20,8 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 let model = null;
 let runs = []; // newest first
 let pending = []; // what was asked for when the server wanted a key, or was not ready
-let pressed = false; // Generate, before the server had said what it draws: the form, as it is now, is read then
+// Generate was pressed before the server had said what it draws. The form is read once it has.
+let pressed = false;
 let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
 
@@ -49,7 +50,8 @@ function notice(title, detail = "", kind = "loading") {
   const box = byId("server-notice");
   box.classList.toggle("loading", kind === "loading");
   const [titleNode, detailNode] = box.children;
-  if (titleNode.textContent !== title) titleNode.textContent = title; // a live region says again what is set again
+  // A live region reads a text aloud each time that it is set.
+  if (titleNode.textContent !== title) titleNode.textContent = title;
   if (detailNode.textContent !== detail) detailNode.textContent = detail;
   detailNode.hidden = !detail;
   box.hidden = false;
@@ -98,7 +100,7 @@ async function waitForServer() {
   }
 }
 
-/** @returns {Promise<boolean>} whether the server is ready and has accepted the key, if it wants one */
+/** @returns {Promise<boolean>} whether the server is ready and has accepted the key it may want */
 function connect() {
   waiting ??= waitForServer().finally(() => {
     waiting = null;
@@ -210,7 +212,8 @@ async function useKey(event) {
   because("The key is being checked.");
   await waiting; // its answer may still be that of the old key
   if (!(await connect())) return;
-  if (document.activeElement === document.body) byId("generate").focus(); // and not away from what is being typed
+  // The focus stays where somebody types.
+  if (document.activeElement === document.body) byId("generate").focus();
 }
 
 byId("key-form").addEventListener("submit", useKey);
@@ -291,7 +294,8 @@ function start(request, { focus = false } = {}) {
       onFailure: deal,
     },
   );
-  for (const ended of runs.filter(({ active }) => !active)) drop(ended); // its pictures are in the gallery
+  // The pictures of a run that has ended are in the gallery.
+  for (const ended of runs.filter(({ active }) => !active)) drop(ended);
   runs.unshift(run);
   byId("welcome").hidden = true;
   byId("runs").prepend(run.node);
@@ -391,7 +395,8 @@ function showTheme() {
 byId("theme-button").addEventListener("click", () => {
   const { chosen } = document.documentElement.dataset;
   const systemIsDark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const order = systemIsDark ? ["system", "light", "dark"] : ["system", "dark", "light"]; // the first press changes what is seen
+  // The first press changes what is seen.
+  const order = systemIsDark ? ["system", "light", "dark"] : ["system", "dark", "light"];
   window.setTheme(order[(order.indexOf(chosen) + 1) % order.length]);
   announce(byId("theme-button").title);
 });

@@ -36,7 +36,8 @@ export class ClassPicker {
     input.addEventListener("click", () => this.#open());
     input.addEventListener("focus", () => input.select());
     input.addEventListener("blur", () => this.#left());
-    opener.addEventListener("pointerdown", (event) => event.preventDefault()); // the field keeps the focus
+    // The field keeps the focus.
+    opener.addEventListener("pointerdown", (event) => event.preventDefault());
     opener.addEventListener("click", () => {
       const open = this.isOpen;
       input.focus();

@@ -5,7 +5,7 @@ export const byId = (id) => document.getElementById(id);
 /**
  * Makes an element.
  * @param {string} tag
- * @param {Object} properties attributes; `on` holds listeners, false and null leave an attribute out
+ * @param {Object} properties attributes; `on` holds listeners; false and null omit an attribute
  * @param {...(Node|string|null)} children
  */
 export function element(tag, properties = {}, ...children) {
@@ -34,7 +34,7 @@ export function icon(name) {
   return drawing;
 }
 
-/** A button with a drawing and words, or with a drawing alone and the words for those who cannot see it. */
+/** A button with a drawing and words. A bare one shows the drawing; readers hear the words. */
 export function button(
   words,
   { drawing = null, bare = false, kind = "quiet", ...properties } = {},

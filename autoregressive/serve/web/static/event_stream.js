@@ -1,9 +1,10 @@
 // Server-sent events out of a fetch: EventSource can neither POST nor send headers.
 
-/** Cuts text into events. The text may come in pieces that end anywhere, between "\r" and "\n" too. */
+/** Cuts text into events. A piece of text may end anywhere, also between "\r" and "\n". */
 export class EventParser {
   #rest = ""; // a line whose end has not come yet
-  #afterReturn = false; // the last piece ended in "\r": a "\n" at the start of the next belongs to it
+  // The last piece ended in "\r", so a "\n" at the start of the next piece belongs to it.
+  #afterReturn = false;
   #started = false;
   #name = "";
   #data = [];
@@ -47,7 +48,8 @@ export class EventParser {
 }
 
 /**
- * The events of a response as they arrive. What stands in an event that was cut off is dropped, as the standard has it.
+ * The events of a response as they arrive. An event that was cut off is dropped, as the standard
+ * says.
  * @param {Response} response
  * @param {() => void} onBytes called for whatever arrives, comments included
  */

@@ -4,7 +4,8 @@ import { byId } from "./dom.js";
 
 const NUMBERS = ["n", "seed", "cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"];
 const SAMPLING = ["cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"];
-const LARGEST_SEED = 2 ** 31; // exclusive: whole in every program that reads it, as JSON's numbers are not beyond 2 ** 53
+// Exclusive. Every program reads such a number exactly; JSON's numbers are exact up to 2 ** 53.
+const LARGEST_SEED = 2 ** 31;
 
 export function randomSeed() {
   return crypto.getRandomValues(new Uint32Array(1))[0] % LARGEST_SEED;
@@ -53,7 +54,7 @@ export class SettingsForm {
     }
   }
 
-  /** Takes up what the model has: the settings that it is best drawn with, but for what has been filled in meanwhile. */
+  /** Takes the model's own settings for every field that nobody has filled in meanwhile. */
   suit({ defaults = {}, codebook_size: codebook }) {
     this.defaults = defaults;
     this.#setDefaults(SAMPLING.filter((name) => !this.filledIn.has(name)));
@@ -75,7 +76,7 @@ export class SettingsForm {
       byId("more").open = true;
   }
 
-  /** @returns {Object|null} the request; null if a field is wrong, which is then marked and focused */
+  /** @returns {Object|null} the request; null if a field is wrong: it is marked and focused */
   read() {
     this.clearAll();
     this.picker.commit();
@@ -92,7 +93,8 @@ export class SettingsForm {
       if (complaint !== null) wrong.push([name, complaint]);
       else request[name] = input.value === "" ? randomSeed() : Number(input.value);
     }
-    for (const [name, complaint] of wrong.reverse()) this.mark(name, complaint); // so that the first has the focus
+    // The last that is marked has the focus, so the first wrong field is marked last.
+    for (const [name, complaint] of wrong.reverse()) this.mark(name, complaint);
     return wrong.length ? null : request;
   }
 

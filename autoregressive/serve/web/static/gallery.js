@@ -18,9 +18,11 @@ export class Gallery {
   #kept = true;
   #shown = null; // what the large view shows
   #undo = null;
-  #written = Promise.resolve(); // when everything so far is in the store, or has failed to get there
+  #written = Promise.resolve(); // settles once every picture so far was stored or failed to be
 
-  /** @param {{onAgain: (request: Object) => void, onSettings: (request: Object) => void}} actions */
+  /**
+   * @param {{onAgain: (request: Object) => void, onSettings: (request: Object) => void}} actions
+   */
   constructor(actions) {
     this.actions = actions;
     this.tiles = byId("tiles");
@@ -43,7 +45,7 @@ export class Gallery {
     this.#count();
   }
 
-  /** Takes a picture in. @returns {string} an address to show it by, good for as long as the page */
+  /** Adds a picture. @returns {string} the address that shows it, valid while the page is open */
   add(picture) {
     const { url } = this.#insert(picture);
     this.#keep(picture);

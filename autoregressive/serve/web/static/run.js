@@ -6,11 +6,12 @@ import { describe, duration, plural, settingsInWords, took } from "./words.js";
 
 const STEPS = 4; // shares of the progress that are said to screen readers
 
-/** A picture as it is drawn: what is drawn is crisp on a canvas, the rest lets the placeholder through. */
+/** A picture while it is drawn: its drawn part is on a canvas, over the placeholder. */
 class Card {
   #rows = 0;
   #stopped = false;
-  #asked = 0; // rows of the newest preview that has arrived; an older one that is decoded later is not drawn
+  // Rows of the newest preview that has arrived. An older one that is decoded later is not drawn.
+  #asked = 0;
 
   constructor(index, { name, size, grid, onOpen, onDownload }) {
     Object.assign(this, { index, name, grid, onDownload, picture: null });
@@ -70,7 +71,8 @@ class Card {
     this.#rows = rows;
     this.node.dataset.rows = rows;
     this.frame.style.setProperty("--drawn", rows / grid);
-    if (this.#stopped) return; // decoded after the end: it is shown, and the card goes on saying how it ended
+    // A picture that is decoded after the end is shown; the card still says how it ended.
+    if (this.#stopped) return;
     this.node.dataset.state = "drawing";
     this.state.textContent = `Row ${rows} of ${grid}`;
     canvas.setAttribute(
@@ -79,7 +81,7 @@ class Card {
     );
   }
 
-  /** The picture is whole: it takes the canvas's place once it is decoded, so that nothing flickers. */
+  /** The whole picture replaces the canvas once it is decoded, so that nothing flickers. */
   async complete(picture, url) {
     this.picture = picture;
     const image = element("img", { alt: `${this.name}, picture ${this.index + 1}`, src: url });
@@ -130,7 +132,8 @@ export class Run {
    * @param {Object} request what is sent
    * @param {{id: string, image_size: number, grid: number}} model
    * @param {string} name of the class
-   * @param {Object} actions onPicture(picture) -> address; kept() -> promise; onAgain(request); onRetry(run); onOpen, onDownload(picture);
+   * @param {Object} actions onPicture(picture) -> address; kept() -> promise; onAgain(request);
+   *     onRetry(run); onOpen, onDownload(picture);
    *   onProgress(); onFailure(run, failure) -> whether it has been dealt with elsewhere
    */
   constructor(request, model, name, actions) {
@@ -181,7 +184,8 @@ export class Run {
 
   #factsInWords() {
     const { request } = this;
-    return `${plural(request.n, "picture")} · guidance ${settingsInWords(request)[0][1]} · seed ${request.seed}`;
+    const guidance = settingsInWords(request)[0][1];
+    return `${plural(request.n, "picture")} · guidance ${guidance} · seed ${request.seed}`;
   }
 
   async draw() {
@@ -219,7 +223,8 @@ export class Run {
         this.#progress(event);
         break;
       case "preview":
-        this.cards[event.image_index]?.preview(event).catch(() => {}); // decoded beside the stream; a card keeps its previews in order
+        // It is decoded beside the stream; a card keeps its previews in order.
+        this.cards[event.image_index]?.preview(event).catch(() => {});
         break;
       case "image":
         await this.#picture(event);
@@ -296,7 +301,7 @@ export class Run {
     if (failure.retryAfter) this.#waitFor(retry, failure.retryAfter);
   }
 
-  /** The button counts down in sight only: a live region that speaks every second would be in the way. */
+  /** The button counts down silently: a live region that speaks every second disturbs. */
   #waitFor(retry, seconds) {
     const words = retry.querySelector("span");
     const until = Date.now() + seconds * 1000;

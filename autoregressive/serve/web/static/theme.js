@@ -7,7 +7,8 @@
       const stored = localStorage.getItem("theme");
       return stored === "light" || stored === "dark" ? stored : "system";
     } catch {
-      return root.dataset.chosen ?? "system"; // storage is switched off: the choice lasts as long as the page
+      // Storage is switched off, so the choice lasts as long as the page.
+      return root.dataset.chosen ?? "system";
     }
   };
   const apply = () => {

@@ -4,7 +4,8 @@
 export function sentence(message) {
   const trimmed = message.trim();
   if (!trimmed) return "";
-  const capital = /^\w*_/.test(trimmed) ? trimmed : trimmed[0].toUpperCase() + trimmed.slice(1); // `top_p` keeps its name
+  // A name such as `top_p` stays as it is.
+  const capital = /^\w*_/.test(trimmed) ? trimmed : trimmed[0].toUpperCase() + trimmed.slice(1);
   return /[.!?…]$/.test(capital) ? capital : `${capital}.`;
 }
 
