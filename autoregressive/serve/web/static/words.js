@@ -66,10 +66,11 @@ export function describe(failure) {
       }
       return {
         title: "The queue is full.",
-        detail:
+        detail: `Others are drawing too. ${
           failure.retryAfter === null
-            ? "Others are drawing too. Try again in a moment."
-            : `Others are drawing too. There should be room in ${duration(Math.max(1, failure.retryAfter))}.`,
+            ? "Try again in a moment."
+            : `There should be room in ${duration(Math.max(1, failure.retryAfter))}.`
+        }`,
       };
     case 503:
       return {
