@@ -139,16 +139,14 @@ class Batch:
         host["keep_failed"].fill(1)
         host["keep_failed"][[row.slot for row in rows if row.position == 0]] = 0
         end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
-        self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
+        self._buffer[:end].copy_(_pinned(self._mirror[:end], self.device), non_blocking=True)
         self.failed.mul_(self.keep_failed)  # an image that starts does not inherit the slot's past
 
     def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
         """Begins to copy codes and failures of images to the host, behind the spans enqueued so
         far: int32 [images, tokens] and [images].
         """
-        index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(
-            self.device, non_blocking=True
-        )
+        index = uploaded(torch.tensor(slots, dtype=torch.int64), self.device)
         return copy_to_host(self.codes[index], self.failed[index])
 
 
@@ -166,7 +164,12 @@ class Runner(Protocol):
         """
 
 
-def staged(tensor: Tensor, device: torch.device) -> Tensor:
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. The host does not wait for the copy."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """Pins a tensor's memory, so that an upload does not wait. torch reuses pinned memory only when
     its upload has ended.
     """

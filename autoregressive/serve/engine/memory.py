@@ -13,7 +13,6 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.model_runner import StepBytes, page_bytes
-from autoregressive.serve.engine.page_pool import pages_that_fit
 from autoregressive.weights.choice import smaller_precision
 from autoregressive.weights.finding import ModelSettings
 
@@ -69,6 +68,29 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
             told += [f"{share:.0%} of it may be pages, {page}"]
         raise UserError(*told, remedies=ways_to_more_pages(config, device))
     return pages
+
+
+def pages_that_fit(
+    total_bytes: int,
+    free_bytes: int,
+    utilization: float,
+    reserve_bytes: int,
+    page_bytes: int,
+    most: int,
+) -> int:
+    """How many pages to make of a device's memory; 0 if not one fits.
+
+    Args:
+        total_bytes: the device's memory.
+        free_bytes: what of it is free now, with the weights loaded.
+        utilization: the share of the whole memory that this process and all others together may
+            fill.
+        reserve_bytes: left for activations, captured graphs and decoding.
+        page_bytes: one page in all layers, keys and values.
+        most: pages that the largest batch can hold; more would never be used.
+    """
+    budget = int(total_bytes * utilization) - (total_bytes - free_bytes) - reserve_bytes
+    return max(0, min(most, budget // page_bytes))
 
 
 def ways_to_more_pages(config: EngineConfig, device: torch.device) -> list[str | Change]:

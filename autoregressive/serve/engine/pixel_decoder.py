@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.devices import ieee_float32
-from autoregressive.serve.engine.batch import staged
+from autoregressive.serve.engine.batch import uploaded
 from autoregressive.serve.engine.device_future import DeviceEvent, DeviceFuture, copy_to_host
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -114,9 +114,7 @@ class PixelDecoder:
         if self._device.type != "cuda":
             return DeviceFuture.done(_as_pictures(self.submit(codes).result()))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            on_device = staged(codes.to(torch.int32), self._device).to(
-                self._device, non_blocking=True
-            )
+            on_device = uploaded(codes.to(torch.int32), self._device)
             return copy_to_host(*_as_pictures(self.submit(on_device).result()))
 
     def decode(self, codes: Tensor) -> Tensor:
