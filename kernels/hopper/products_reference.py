@@ -12,8 +12,9 @@ def fused_linear_reference(
     """Does the same as `fused_linear` in torch. The first partial sum is the product, the others
     are zeros.
     """
-    out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    out[1:] = 0
+    sums = out.view(-1, *out.shape[-2:])
+    sums[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
+    sums[1:] = 0
 
 
 def fused_project_reference(

@@ -92,10 +92,9 @@ class PixelDecoder:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             codes.record_stream(self._stream)
             pixels = torch.empty(codes.shape[0], 3, self._size, self._size, device=self._device)
-            start = 0
-            for part in codes.split(self.batch_sizes[-1]):
-                pixels[start : start + len(part)] = self._decode_part(part)
-                start += len(part)
+            most = self.batch_sizes[-1]
+            for part, decoded in zip(codes.split(most), pixels.split(most), strict=True):
+                decoded.copy_(self._decode_part(part))
             done = DeviceEvent(self._device)
         return DeviceFuture(done.ready, lambda: done.hold_back(pixels))
 
@@ -126,16 +125,10 @@ class PixelDecoder:
         if self._forward is None:
             return self._decode_plain(codes)
         images = codes.shape[0]
-        captured = next(
-            (
-                self._captured[size]
-                for size in self.batch_sizes
-                if size >= images and size in self._captured
-            ),
-            None,
-        )
-        if captured is None:
+        fitting = [size for size in self._captured if size >= images]
+        if not fitting:
             return _without_tuning(self._forward, codes)
+        captured = self._captured[min(fitting)]
         # the rest keeps older codes, which are valid, and whose pixels nobody takes
         captured.codes[:images] = codes
         captured.graph.replay()
