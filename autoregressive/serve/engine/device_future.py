@@ -62,34 +62,19 @@ class DeviceEvent:
         return later._host_seconds - self._host_seconds
 
 
+@dataclass(frozen=True)
 class DeviceFuture(Generic[T]):
-    """A result that the device is still working on, or copying to the host.
+    """A result that the device is still working on, or copying to the host."""
 
-    Args:
-        ready: whether `result` would return at once.
-        result: waits where it has to.
-    """
-
-    def __init__(self, ready: Callable[[], bool], result: Callable[[], T]) -> None:
-        self._ready, self._result = ready, result
+    ready: Callable[[], bool]  # whether `result` would return at once; never waits
+    # The host waits for a result on the host; for one on the device, the current stream does.
+    # Raises RuntimeError if the device has failed: its errors may show only here.
+    result: Callable[[], T]
 
     @classmethod
     def done(cls, value: T) -> "DeviceFuture[T]":
         """A result that is there already."""
         return cls(lambda: True, lambda: value)
-
-    def ready(self) -> bool:
-        """Whether `result` would return at once. Never waits."""
-        return self._ready()
-
-    def result(self) -> T:
-        """The result. The host waits for what lies on the host. For what lies on the device, the
-        current stream does.
-
-        Raises:
-            RuntimeError: the device has failed; its errors may show only here.
-        """
-        return self._result()
 
     def then(self, function: Callable[[T], U]) -> "DeviceFuture[U]":
         """What the function makes of the result, when it is asked for."""

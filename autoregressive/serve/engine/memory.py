@@ -1,7 +1,7 @@
 """The memory that an engine takes: how many pages there are, and what takes less of it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,10 +51,8 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
         return config.num_pages
     share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
-        share, reserve_bytes = (
-            config.gpu_memory_utilization,
-            _RESERVE_BYTES + steps.scratch + steps.gathered,
-        )
+        share = config.gpu_memory_utilization
+        reserve_bytes = _RESERVE_BYTES + steps.scratch + steps.gathered
     most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:
@@ -126,21 +124,11 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
         return torch.cuda.mem_get_info(device)
-    total_bytes = min(
-        [
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            *_container_limits(_CONTAINER_LIMITS),
-        ]
-    )
+    # What a container may take; without a limit there is no file, or a word.
+    words = [path.read_text().strip() for path in _CONTAINER_LIMITS if path.is_file()]
+    limits = [int(word) for word in words if word.isdecimal()]
+    total_bytes = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
     return total_bytes, total_bytes
-
-
-def _container_limits(paths: Sequence[Path]) -> list[int]:
-    """Bytes that a container may take, where one says so; without a limit there is no file, or a
-    word.
-    """
-    words = [path.read_text().strip() for path in paths if path.is_file()]
-    return [int(word) for word in words if word.isdecimal()]
 
 
 def _readable(size: int) -> str:
