@@ -19,7 +19,6 @@ from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, SwigluTiles
 
-_FOLDER = Path(__file__).parent
 # 8.7 has more, and does with this
 _LITTLE_SHARED_MEMORY = (
     (8, 6),
@@ -161,7 +160,7 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
 
     Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
     """
-    path = _FOLDER / f"tiles_sm{capability[0]}{capability[1]}.json"
+    path = Path(__file__).parent / f"tiles_sm{capability[0]}{capability[1]}.json"
     # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227: the rules'
     # tiles of these are the same.
     shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024

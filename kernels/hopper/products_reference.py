@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.hopper.products import HEADROOM
+from kernels.linear import gate_reference
 
 
 def fused_linear_reference(
@@ -36,10 +37,8 @@ def fused_swiglu_reference(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
 ) -> None:
     """Does the same as `fused_swiglu` in torch."""
-    gate, up = (
-        torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    ).chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
+    both = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
+    gate_reference(both, out)
 
 
 def _row_scales_reference(x: Tensor, squares: Tensor, eps: float) -> Tensor:

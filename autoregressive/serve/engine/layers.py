@@ -117,10 +117,10 @@ class Layers(ABC):
         self.attn_out = empty("attn_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
-        self.allocate(empty, width, config.ffn_dim)
+        self._allocate(empty, width, config.ffn_dim)
 
     @abstractmethod
-    def allocate(self, empty: Empty, width: int, ffn: int) -> None:
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
         """Asks for the scratch memory that only this way needs."""
 
     def run(self, weights: ModelWeights, kv_pages: Tensor, batch: Batch) -> Tensor:
@@ -204,13 +204,12 @@ class PlainLayers(Layers):
     add up.
     """
 
-    def allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        """See `Layers`."""
-        self.qkv = self.partials(empty, "qkv", 3 * width, width)
-        self.projected = self.partials(empty, "projected", width, width)
-        self.down = self.partials(empty, "down", width, ffn)
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        self.qkv = self._partials(empty, "qkv", 3 * width, width)
+        self.projected = self._partials(empty, "projected", width, width)
+        self.down = self._partials(empty, "down", width, ffn)
 
-    def partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
         """Memory for what `product` writes."""
         splits = self.operations.linear_splits(outputs, inputs)
         return empty(name, (splits, self.rows, outputs), torch.float32)
@@ -244,13 +243,11 @@ class PlainLayers(Layers):
 class LibraryLayers(PlainLayers):
     """Uses the products of cuBLAS, which are the fastest for many rows."""
 
-    def allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        """See `Layers`."""
-        super().allocate(empty, width, ffn)
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        super()._allocate(empty, width, ffn)
         self.gate_up = empty("gate_up", (self.rows, 2 * ffn), self.dtype)
 
-    def partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
-        """See `PlainLayers`."""
+    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
         return empty(name, (1, self.rows, outputs), self.dtype)
 
     def head(self, head: Tensor) -> None:
@@ -276,8 +273,7 @@ class FusedLayers(Layers):
 
     squares: Tensor
 
-    def allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        """See `Layers`."""
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
         assert self.operations.fused is not None
         self.products = products = self.operations.fused
         self.headroom = products.headroom

@@ -65,7 +65,7 @@ class ModelRunner:
         if not self.config.uses_graphs(self.device):
             return
         buckets = row_buckets(self.shape.max_rows)
-        pool = None
+        pool = torch.cuda.graph_pool_handle()
         # Largest first: the smaller buckets' graphs then find memory in its pool.
         for done, rows in enumerate(reversed(buckets)):
             self._step(batch, rows)
@@ -73,7 +73,6 @@ class ModelRunner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._step(batch, rows)
-            pool = pool or graph.pool()
             self._graphs[rows] = graph
             if progress is not None:
                 progress(done + 1, len(buckets))

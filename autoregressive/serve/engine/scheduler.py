@@ -98,11 +98,7 @@ class Scheduler:
                 f" is {limits.max_rows}",
                 remedies=[*fewer, Change("raise", "max_num_seqs")],
             )
-        # the peak is either the last guided step or the last step of all
-        guided = params.guided_steps(limits.tokens)
-        peak = params.n * max(
-            2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size)
-        )
+        peak = int(page_profile(params, limits.tokens, limits.page_size).max())
         if peak > limits.num_pages:
             raise UserError(
                 f"the request needs {peak} pages of {limits.page_size} tokens and the pool has "
