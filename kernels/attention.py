@@ -109,10 +109,8 @@ def _attention_kernel(
     new_value = tl.zeros([HEAD_TILE], tl.float32)
     if position < (chunk + 1) * CHUNK:  # the newest token falls into this chunk
         key, value = _newest_key_value(
-            source, split_size, cosine, sine, WIDTH, HEAD_SIZE, HEAD_TILE, SPLITS
+            source, split_size, cosine, sine, keys.dtype, WIDTH, HEAD_SIZE, HEAD_TILE, SPLITS
         )
-        key = key.to(key_pages.dtype.element_ty)
-        value = value.to(value_pages.dtype.element_ty)
         new_page = tl.load(page_table + row * PAGES + position // PAGE_SIZE).to(tl.int64)
         new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
         tl.store(key_pages + new_at + offset, key, mask=stride_mask)
@@ -168,6 +166,7 @@ def _newest_key_value(
     split_size,
     cosine,
     sine,
+    DTYPE: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
@@ -175,13 +174,14 @@ def _newest_key_value(
 ):
     """Adds up key and value of a head's newest token, and rotates the key: [HEAD_TILE] each."""
     key = _rotated_sum(source + WIDTH, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
+    key = key.to(DTYPE)
     offset = tl.arange(0, HEAD_TILE)
     value = tl.zeros([HEAD_TILE], tl.float32)
     for split in tl.static_range(SPLITS):
         value += tl.load(
             source + split * split_size + 2 * WIDTH + offset, mask=offset < HEAD_SIZE, other=0.0
         ).to(tl.float32)
-    return key, value
+    return key, value.to(DTYPE)
 
 
 @triton.jit
