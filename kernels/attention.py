@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.jit import JITFunction
 
 from kernels.linear import pdl_option
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
-_COLUMNS = 8  # least width of a matrix product
+_COLUMNS = tl.constexpr(8)  # least width of a matrix product
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ def _attention_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -108,34 +108,20 @@ def _attention_kernel(
     new_score = float("-inf")
     new_value = tl.zeros([HEAD_TILE], tl.float32)
     if position < (chunk + 1) * CHUNK:  # the newest token falls into this chunk
-        key = _rotated_sum(
-            source + WIDTH, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS
-        ).to(key_pages.dtype.element_ty)
-        for split in tl.static_range(SPLITS):
-            new_value += tl.load(
-                source + split * split_size + 2 * WIDTH + offset, mask=head_mask, other=0.0
-            ).to(tl.float32)
-        value = new_value.to(value_pages.dtype.element_ty)
+        key, value = _newest_key_value(
+            source, split_size, cosine, sine, keys.dtype, WIDTH, HEAD_SIZE, HEAD_TILE, SPLITS
+        )
         new_page = tl.load(page_table + row * PAGES + position // PAGE_SIZE).to(tl.int64)
         new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
         tl.store(key_pages + new_at + offset, key, mask=stride_mask)
         tl.store(value_pages + new_at + offset, value, mask=stride_mask)
         new_score = tl.sum(query * key.to(tl.float32), 0) * SCALE
         new_value = value.to(tl.float32)
-    # One query, repeated to the least number of columns that the matrix unit takes: its products
-    # cost nothing beside the loads.
-    queries = tl.broadcast_to(query.to(key_pages.dtype.element_ty)[:, None], [HEAD_TILE, COLUMNS])
-    score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS], columns alike
-    score = tl.where(old[:, None], score, float("-inf"))
-    largest = tl.maximum(tl.max(score, 0), new_score)  # [COLUMNS]
-    weight = tl.exp2(score - largest[None, :])
-    new_weight = tl.exp2(new_score - largest)
-    total = tl.dot(
-        tl.trans(values), weight.to(value_pages.dtype.element_ty), input_precision="ieee"
+    largest, total, weight, new_weight = _attend(
+        query, keys, values, old, new_score, new_value, SCALE, HEAD_TILE
     )
-    total += new_value[:, None] * new_weight[None, :]  # [HEAD_TILE, COLUMNS]
     result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, _COLUMNS)
     first = column == 0
     tl.store(
         chunk_out + result * HEAD_SIZE + offset[:, None] + column[None, :],
@@ -144,6 +130,58 @@ def _attention_kernel(
     )
     tl.store(chunk_stats + result * 2 + column, largest, mask=first)
     tl.store(chunk_stats + result * 2 + 1 + column, tl.sum(weight, 0) + new_weight, mask=first)
+
+
+@triton.jit
+def _attend(
+    query,  # [HEAD_TILE]
+    keys,  # [CHUNK, HEAD_TILE]
+    values,  # [CHUNK, HEAD_TILE]
+    old,  # [CHUNK], which of them are the context's
+    new_score,
+    new_value,  # [HEAD_TILE]
+    SCALE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+):
+    """Returns the largest score [COLUMNS], the weighted sum of values [HEAD_TILE, COLUMNS], the
+    weights [CHUNK, COLUMNS] and the newest token's weight [COLUMNS]; the columns are alike.
+
+    One query is repeated to the least number of columns that the matrix unit takes: its products
+    cost nothing beside the loads.
+    """
+    queries = tl.broadcast_to(query.to(keys.dtype)[:, None], [HEAD_TILE, _COLUMNS])
+    score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS]
+    score = tl.where(old[:, None], score, float("-inf"))
+    largest = tl.maximum(tl.max(score, 0), new_score)  # [COLUMNS]
+    weight = tl.exp2(score - largest[None, :])
+    new_weight = tl.exp2(new_score - largest)
+    total = tl.dot(tl.trans(values), weight.to(values.dtype), input_precision="ieee")
+    total += new_value[:, None] * new_weight[None, :]
+    return largest, total, weight, new_weight
+
+
+@triton.jit
+def _newest_key_value(
+    source,
+    split_size,
+    cosine,
+    sine,
+    DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Adds up key and value of a head's newest token, and rotates the key: [HEAD_TILE] each."""
+    key = _rotated_sum(source + WIDTH, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
+    key = key.to(DTYPE)
+    offset = tl.arange(0, HEAD_TILE)
+    value = tl.zeros([HEAD_TILE], tl.float32)
+    for split in tl.static_range(SPLITS):
+        value += tl.load(
+            source + split * split_size + 2 * WIDTH + offset, mask=offset < HEAD_SIZE, other=0.0
+        ).to(tl.float32)
+    return key, value.to(DTYPE)
 
 
 @triton.jit
@@ -240,10 +278,55 @@ def attention(
         chunk_stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
     """
-    splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
-        qkv, rotary, key_pages, page_table, chunk_out, chunk_stats, tiles
+    launch_attention(
+        _attention_kernel,
+        qkv,
+        rotary,
+        key_pages,
+        value_pages,
+        page_table,
+        positions,
+        chunk_out,
+        chunk_stats,
+        out,
+        tiles,
+        launch_pdl=launch_pdl,
+        LAUNCH_PDL=launch_pdl,
     )
-    _attention_kernel[(heads, chunks, rows)](
+
+
+def launch_attention(
+    kernel: JITFunction,
+    qkv: Tensor,
+    rotary: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    chunk_out: Tensor,
+    chunk_stats: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+    *,
+    launch_pdl: bool,
+    **constants: bool,
+) -> None:
+    """Launches a kernel that attends within chunks, and `combine`. The tensors are those of
+    `attention`.
+
+    Args:
+        constants: of the kernel alone.
+    """
+    splits, rows = qkv.shape[:2]
+    _, heads, page_size, stride = key_pages.shape
+    head_size, chunks = rotary.shape[1] * 2, chunk_out.shape[2]
+    assert chunk_out.shape == (rows, heads, chunks, head_size)
+    assert chunk_stats.shape == (rows, heads, chunks, 2)
+    longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
+    assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
+    assert qkv.shape[2] == 3 * heads * head_size
+    assert stride == head_stride(head_size, key_pages.element_size())
+    kernel[(heads, chunks, rows)](
         qkv,
         rotary,
         key_pages,
@@ -262,42 +345,12 @@ def attention(
         CHUNK=tiles.chunk,
         CHUNKS=chunks,
         SPLITS=splits,
-        COLUMNS=_COLUMNS,
-        LAUNCH_PDL=launch_pdl,
+        **constants,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
         **pdl_option(launch_pdl),
     )
     combine(chunk_out, chunk_stats, positions, out, tiles, launch_pdl=launch_pdl)
-
-
-def check_sizes(
-    qkv: Tensor,
-    rotary: Tensor,
-    key_pages: Tensor,
-    page_table: Tensor,
-    chunk_out: Tensor,
-    chunk_stats: Tensor,
-    tiles: AttentionTiles,
-) -> tuple[int, int, int, int, int, int, int]:
-    """Returns splits, rows, heads, head size, page size, stride and chunks, once the tensors of
-    `attention` agree.
-    """
-    splits, rows = qkv.shape[:2]
-    _, heads, page_size, stride = key_pages.shape
-    head_size, chunks = rotary.shape[1] * 2, chunk_out.shape[2]
-    assert chunk_stats.shape == (rows, heads, chunks, 2) and chunk_out.shape == (
-        rows,
-        heads,
-        chunks,
-        head_size,
-    )
-    longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
-    assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
-    assert qkv.shape[2] == 3 * heads * head_size and stride == head_stride(
-        head_size, key_pages.element_size()
-    )
-    return splits, rows, heads, head_size, page_size, stride, chunks
 
 
 def combine(

@@ -8,10 +8,10 @@ small chunks, merged by Chan's formula around a pivot near the mean, so that a l
 swallow the variance. The order of every sum depends on the shape alone. Each function stands beside
 a torch reference of the same signature, which any device runs.
 
-Images are [images, height, width, channels] here, contiguous.
+Images are [images, height, width, channels] here, contiguous. Statistics are float32 [2, images,
+chunks, groups]: the mean of each group, and its sum of squared deviations, by chunks of positions.
+The last chunk may be shorter than the others.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,6 @@ _TILE_ELEMENTS = 16384  # of one program: 64 a thread, in registers for both pas
 _WARPS = 8
 _GROUPS_AT_ONCE = 8  # of one program of the merging kernel
 _CHUNKS_AT_ONCE = 128
-
-
-class GroupStatistics(NamedTuple):
-    """Mean and sum of squared deviations of each group, by chunks of positions."""
-
-    means: Tensor  # float32 [images, chunks, groups]
-    squares: Tensor  # float32 [images, chunks, groups]
-    positions: int  # of an image: height x width
-    chunk_positions: int  # of every chunk but the last, which may be shorter
 
 
 def supports(channels: int, groups: int) -> bool:
@@ -53,7 +44,7 @@ def add_with_statistics_reference(
     out_dtype: torch.dtype | None,
     *,
     interleaved: bool = False,
-) -> tuple[Tensor | None, GroupStatistics]:
+) -> tuple[Tensor | None, Tensor]:
     """See `add_with_statistics`."""
     total = (interleave(x) if interleaved else x).float() + bias
     if residual is not None:
@@ -66,12 +57,12 @@ def add_with_statistics_reference(
     )
     means = values.mean(dim=(2, 4))
     squares = (values - means[:, :, None, :, None]).square().sum(dim=(2, 4))
-    return out, GroupStatistics(means, squares, positions, positions)
+    return out, torch.stack([means, squares])
 
 
 def normalize_reference(
     x: Tensor,
-    statistics: GroupStatistics,
+    statistics: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
@@ -81,18 +72,16 @@ def normalize_reference(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """See `normalize`."""
-    chunks, groups = statistics.means.shape[1:]
-    starts = torch.arange(chunks, device=x.device) * statistics.chunk_positions
-    # [chunks, 1]
-    lengths = (statistics.positions - starts).clamp(max=statistics.chunk_positions).float()[:, None]
-    group_size = x.shape[-1] // groups
-    mean = (statistics.means * lengths).sum(
-        dim=1, keepdim=True
-    ) / statistics.positions  # [images, 1, groups]
-    squares = (statistics.squares + group_size * lengths * (statistics.means - mean).square()).sum(
-        dim=1
-    )
-    deviation = torch.rsqrt(squares / (statistics.positions * group_size) + eps)  # [images, groups]
+    means, squares = statistics  # [images, chunks, groups]
+    _, height, width, channels = x.shape
+    positions, (chunks, groups) = height * width, means.shape[1:]
+    chunk_positions = positions if chunks == 1 else chunk_positions_for(channels, positions)
+    starts = torch.arange(chunks, device=x.device) * chunk_positions
+    lengths = (positions - starts).clamp(max=chunk_positions).float()[:, None]  # [chunks, 1]
+    group_size = channels // groups
+    mean = (means * lengths).sum(dim=1, keepdim=True) / positions  # [images, 1, groups]
+    total = (squares + group_size * lengths * (means - mean).square()).sum(dim=1)
+    deviation = torch.rsqrt(total / (positions * group_size) + eps)  # [images, groups]
     scale = deviation.repeat_interleave(group_size, dim=1) * norm_weight  # [images, channels]
     shift = norm_bias - mean[:, 0].repeat_interleave(group_size, dim=1) * scale
     if bias is not None:
@@ -131,7 +120,7 @@ def add_with_statistics(
     out_dtype: torch.dtype | None,
     *,
     interleaved: bool = False,
-) -> tuple[Tensor | None, GroupStatistics]:
+) -> tuple[Tensor | None, Tensor]:
     """x + bias (+ residual), and what a group norm of it needs to know.
 
     Args:
@@ -155,8 +144,7 @@ def add_with_statistics(
     assert residual is None or residual.is_contiguous()
     chunk_positions = chunk_positions_for(channels, positions)
     chunks = triton.cdiv(positions, chunk_positions)
-    means = x.new_empty(images, chunks, groups, dtype=torch.float32)
-    squares = torch.empty_like(means)
+    statistics = x.new_empty(2, images, chunks, groups, dtype=torch.float32)
     out = (
         None if out_dtype is None else x.new_empty(images, height, width, channels, dtype=out_dtype)
     )
@@ -165,8 +153,7 @@ def add_with_statistics(
         bias,
         x if residual is None else residual,
         x if out is None else out,
-        means,
-        squares,
+        *statistics,
         positions,
         width,
         CHANNELS=channels,
@@ -177,12 +164,12 @@ def add_with_statistics(
         INTERLEAVED=interleaved,
         num_warps=_WARPS,
     )
-    return out, GroupStatistics(means, squares, positions, chunk_positions)
+    return out, statistics
 
 
 def normalize(
     x: Tensor,
-    statistics: GroupStatistics,
+    statistics: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
@@ -205,22 +192,22 @@ def normalize(
         out_dtype: of the result, which has x's shape.
     """
     images, height, width, channels = x.shape
-    positions, groups = height * width, statistics.means.shape[2]
-    assert positions == statistics.positions
+    positions, (_, _, chunks, groups) = height * width, statistics.shape
+    chunk_positions = chunk_positions_for(channels, positions)
+    assert chunks == triton.cdiv(positions, chunk_positions)
     assert x.is_contiguous()
     scale = x.new_empty(images, channels, dtype=torch.float32)
     shift = torch.empty_like(scale)
     _merge_statistics_kernel[(groups // _GROUPS_AT_ONCE, images)](
-        statistics.means,
-        statistics.squares,
+        *statistics,
         norm_weight,
         norm_bias,
         norm_weight if bias is None else bias,
         scale,
         shift,
-        statistics.means.shape[1],
+        chunks,
         positions,
-        statistics.chunk_positions,
+        chunk_positions,
         eps,
         GROUPS=groups,
         GROUPS_AT_ONCE=_GROUPS_AT_ONCE,
@@ -230,7 +217,7 @@ def normalize(
         num_warps=4,
     )
     out = torch.empty_like(x, dtype=out_dtype)
-    tile_positions = max(chunk_positions_for(channels, positions) // 2, 1)
+    tile_positions = max(chunk_positions // 2, 1)
     _apply_kernel[(triton.cdiv(positions, tile_positions), images)](
         x,
         scale,

@@ -1,20 +1,52 @@
-"""What a decode step and the pixel decoder are made of: the operations and the arguments that each
-of them takes. The torch reference beside each kernel says what they mean.
+"""What a decode step is made of, and which implementation carries out each operation: Triton where
+it can, else torch. This is the one place where that is chosen.
+
+Every operation takes the same tensors in both. It has the name of its kernel, whose file says what
+it does: `kernels.norm`, `linear`, `attention`, `swiglu`, `sampling`, and `kernels.hopper`. Triton
+needs compute capability 8.0; its attention the head sizes in `HEAD_SIZES`; programmatic dependent
+launch 9.0. On 9.0 (Hopper) 16-bit weights have products and an attention of their own. With
+TRITON_INTERPRET=1 the Triton kernels run on a CPU, slowly; Hopper's do not.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.group_norm import GroupStatistics
+from kernels import BACKENDS
+from kernels.attention import HEAD_SIZES, attention
+from kernels.attention_reference import attention_reference
+from kernels.hopper.attention import hopper_attention
+from kernels.hopper.products import HEADROOM, fused_linear, fused_project, fused_swiglu
+from kernels.linear import gate, gate_reference, linear, linear_reference, swiglu, swiglu_reference
+from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.sampling import draw_tokens
+from kernels.sampling_reference import draw_tokens as draw_tokens_reference
+from kernels.tiles import (
+    ATTENTION,
+    FUSED_HEAD,
+    FUSED_LINEAR,
+    FUSED_PROJECT,
+    FUSED_SWIGLU,
+    LINEAR,
+    SWIGLU,
+    WHOLE_LINEAR,
+    Section,
+    TileTable,
+    tile_table,
+)
+
+MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
 
 
-class Embed(Protocol):
-    """Starts the residual stream; see `kernels.norm.embed`."""
+# What each operation takes. Its kernel's function says what the arguments mean.
 
+
+class _Embed(Protocol):
     def __call__(
         self,
         codes: Tensor,
@@ -34,16 +66,12 @@ class Embed(Protocol):
         """Writes residual, normed and, where given, squares."""
 
 
-class MatrixProduct(Protocol):
-    """A matrix product; see `kernels.linear.linear` and `kernels.swiglu.swiglu`."""
-
+class _MatrixProduct(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         """Writes out."""
 
 
-class PagedAttention(Protocol):
-    """Attends from the newest token of each row; see `kernels.attention.attention`."""
-
+class _PagedAttention(Protocol):
     def __call__(
         self,
         qkv: Tensor,
@@ -59,18 +87,14 @@ class PagedAttention(Protocol):
         """Writes the newest keys and values, and out."""
 
 
-class AddNorm(Protocol):
-    """Adds partial sums to the residual stream and norms it; see `kernels.norm.add_norm`."""
-
+class _AddNorm(Protocol):
     def __call__(
         self, residual: Tensor, partials: Tensor, norm_weight: Tensor, normed: Tensor, *, eps: float
     ) -> None:
         """Writes residual and normed."""
 
 
-class DrawTokens(Protocol):
-    """Draws a token for each image; see `kernels.sampling_reference.draw_tokens`."""
-
+class _DrawTokens(Protocol):
     def __call__(
         self,
         logits: Tensor,
@@ -96,34 +120,28 @@ class DrawTokens(Protocol):
 class Operations:
     """What a decode step is made of."""
 
-    embed: Embed
-    linear: MatrixProduct  # leaves partial sums
+    embed: _Embed
+    linear: _MatrixProduct  # leaves partial sums
     linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
-    whole_linear: MatrixProduct  # out: [rows, outputs]
-    swiglu: MatrixProduct
+    whole_linear: _MatrixProduct  # `linear` in one piece; out: [rows, outputs]
+    swiglu: _MatrixProduct
     gate: Callable[[Tensor, Tensor], None]  # products, out
-    attention: PagedAttention
+    attention: _PagedAttention
     attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
-    add_norm: AddNorm
-    draw_tokens: DrawTokens
+    add_norm: _AddNorm
+    draw_tokens: _DrawTokens
     # take the place of `linear`, `swiglu` and `add_norm` for few rows
     fused: "FusedProducts | None" = None
 
 
-class NormingProduct(Protocol):
-    """A product that norms its input; see `kernels.hopper.products.fused_linear`."""
-
+class _NormingProduct(Protocol):
     def __call__(
         self, x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
     ) -> None:
         """Writes out."""
 
 
-class Project(Protocol):
-    """A product that adds itself to the residual stream; see
-    `kernels.hopper.products.fused_project`.
-    """
-
+class _Project(Protocol):
     def __call__(
         self,
         x: Tensor,
@@ -142,53 +160,141 @@ class FusedProducts:
     kernels/hopper/products.py.
     """
 
-    linear: NormingProduct  # leaves partial sums
+    linear: _NormingProduct  # leaves partial sums
     linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
-    project: Project
+    project: _Project
     # outputs, inputs -> blocks of squares that `project` writes
     project_blocks: Callable[[int, int], int]
-    swiglu: NormingProduct
-    head: NormingProduct  # out: logits [rows, outputs]
+    swiglu: _NormingProduct
+    head: _NormingProduct  # out: logits [rows, outputs]
     headroom: float  # factor of every x
 
 
-class AddWithStatistics(Protocol):
-    """Adds and measures; see `kernels.group_norm.add_with_statistics`."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        groups: int,
-        out_dtype: torch.dtype | None,
-        *,
-        interleaved: bool = False,
-    ) -> tuple[Tensor | None, GroupStatistics]:
-        """Returns the sum, if an `out_dtype` is given, and its statistics."""
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run on the device: on a GPU of compute capability 8.0 and above, or
+    in the interpreter.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Normalize(Protocol):
-    """Applies a group norm and SiLU; see `kernels.group_norm.normalize`."""
+def select_operations(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_size: int,
+    backend: str,
+    *,
+    tell: Callable[[str], None],
+) -> Operations:
+    """The operations for a model's shape on a device.
 
-    def __call__(
-        self,
-        x: Tensor,
-        statistics: GroupStatistics,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        eps: float,
-        *,
-        bias: Tensor | None = None,
-        silu: bool = True,
-        out_dtype: torch.dtype = torch.bfloat16,
-    ) -> Tensor:
-        """Returns a tensor of x's shape."""
+    Args:
+        backend: "auto", "torch", or "triton", which must run on the device.
+        tell: called with one line for the user where something falls back.
+    """
+    assert backend in BACKENDS
+    if backend == "torch" or not triton_runs_on(device):
+        assert backend != "triton"
+        if backend == "auto" and device.type == "cuda":
+            tell(
+                "this GPU's compute capability is below 8.0: torch's operations take the place of "
+                "the Triton kernels"
+            )
+        return torch_operations()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    operations = triton_operations(
+        tile_table(capability, dtype),
+        heads,
+        head_size,
+        launch_pdl=capability >= (9, 0),
+        hopper=capability == (9, 0) and dtype.itemsize == 2,
+    )
+    if head_size in HEAD_SIZES:
+        return operations
+    tell(
+        f"head size {head_size} has no Triton attention ({', '.join(map(str, HEAD_SIZES))} have): "
+        "torch's takes its place"
+    )
+    return replace(
+        operations,
+        attention=attention_reference,
+        attention_chunks=torch_operations().attention_chunks,
+    )
 
 
-@dataclass(frozen=True)
-class GroupNormOperations:
-    """The pixel decoder's two fused operations."""
+def torch_operations() -> Operations:
+    """The torch references, for every device and dtype. Nothing is fused."""
+    return Operations(
+        embed=embed_reference,
+        linear=linear_reference,
+        linear_splits=lambda outputs, inputs: 1,
+        whole_linear=linear_reference,
+        swiglu=swiglu_reference,
+        gate=gate_reference,
+        attention=attention_reference,
+        attention_chunks=lambda tokens: 1,
+        add_norm=add_norm_reference,
+        draw_tokens=draw_tokens_reference,
+    )
 
-    add: AddWithStatistics
-    normalize: Normalize
+
+def triton_operations(
+    table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False
+) -> Operations:
+    """The Triton kernels, cut up as the table says.
+
+    Args:
+        hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
+    """
+    attention_tiles = table.find(ATTENTION, heads, head_size)
+    return Operations(
+        embed=partial(embed, launch_pdl=launch_pdl),
+        linear=_tiled(partial(linear, launch_pdl=launch_pdl), table, LINEAR),
+        linear_splits=lambda outputs, inputs: table.find(LINEAR, outputs, inputs).splits(inputs),
+        whole_linear=_tiled(partial(linear, launch_pdl=launch_pdl), table, WHOLE_LINEAR),
+        swiglu=_tiled(partial(swiglu, launch_pdl=launch_pdl), table, SWIGLU),
+        gate=partial(gate, launch_pdl=launch_pdl),
+        attention=(
+            partial(hopper_attention, tiles=attention_tiles)
+            if hopper
+            else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
+        ),
+        attention_chunks=attention_tiles.chunks,
+        add_norm=partial(add_norm, launch_pdl=launch_pdl),
+        # Positions are of an earlier step: every step starts after the one before it has ended (see
+        # `embed`).
+        draw_tokens=partial(draw_tokens, early_positions=True),
+        fused=fused_products(table) if hopper else None,
+    )
+
+
+def fused_products(table: TileTable) -> FusedProducts:
+    """Hopper's products, cut up as the table says."""
+    return FusedProducts(
+        linear=_tiled(fused_linear, table, FUSED_LINEAR, weight_at=2),
+        linear_splits=lambda outputs, inputs: table.find(FUSED_LINEAR, outputs, inputs).splits,
+        project=_tiled(fused_project, table, FUSED_PROJECT),
+        project_blocks=lambda outputs, inputs: (
+            -(-outputs // table.find(FUSED_PROJECT, outputs, inputs).outputs)
+        ),
+        swiglu=_tiled(fused_swiglu, table, FUSED_SWIGLU, weight_at=2),
+        head=_tiled(fused_linear, table, FUSED_HEAD, weight_at=2),
+        headroom=HEADROOM,
+    )
+
+
+def _tiled(
+    product: Callable[..., None], table: TileTable, section: Section[Any], weight_at: int = 1
+) -> Callable[..., None]:
+    """A product that looks up its tiles.
+
+    Args:
+        weight_at: the place of the weights among its tensors.
+    """
+
+    def run(*tensors: Tensor, **numbers: float) -> None:
+        product(*tensors, tiles=table.of_weight(section, tensors[weight_at]), **numbers)
+
+    return run

@@ -208,18 +208,52 @@ def _draw_kernel(
     # reduction.
     perturbed = tl.where(scaled < float("inf"), scaled + noise, float("inf"))
 
-    highest = 0.0
-    # that the tokens ranked before a kept one may have, in units of the first one's
-    largest_mass = float("inf")
-    if top_p < 1.0:
-        highest = tl.max(scaled, axis=0)
-        threshold = float("-inf")
-        if top_k > 0:
-            threshold = _top_k_threshold(scaled, highest, top_k)
-        largest_mass = top_p * tl.sum(
-            tl.where(scaled >= threshold, tl.exp(scaled - highest), 0.0), axis=0
-        )
+    best, token = _first_kept(
+        scaled,
+        perturbed,
+        tokens,
+        active,
+        logits_ptr,
+        row,
+        unconditional_row,
+        guidance_scale,
+        inverse_temperature,
+        top_k,
+        top_p,
+        VOCAB,
+        BLOCK,
+    )
+    broken = (best == float("inf")) | (best == float("-inf"))
+    slot = tl.load(image_slots_ptr + image)
+    token = tl.where(broken, 0, tl.minimum(token, VOCAB - 1))
+    tl.store(codes_ptr + slot.to(tl.int64) * TOKENS + position, token, mask=active)
+    tl.store(failed_ptr + slot, 1, mask=active & broken)
+    tl.store(positions_ptr + row, position + 1, mask=active)
+    paired = active & (unconditional_row >= 0)
+    pair_position = tl.load(positions_ptr + unconditional_row, mask=paired, other=0)
+    tl.store(positions_ptr + unconditional_row, pair_position + 1, mask=paired)
 
+
+@triton.jit
+def _first_kept(
+    scaled,  # [BLOCK]
+    perturbed,  # [BLOCK]
+    tokens,  # [BLOCK]
+    active,
+    logits_ptr,
+    row,
+    unconditional_row,
+    guidance_scale,
+    inverse_temperature,
+    top_k,
+    top_p,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tries tokens in the order of their perturbed scores until one is kept, or has a score that is
+    not finite. Returns its score and its number.
+    """
+    highest, largest_mass = _mass_before_kept(scaled, top_k, top_p)
     token = 0
     best = 0.0
     # tokens ranked at or after (limit, limit_token) are ruled out; at first none
@@ -240,28 +274,46 @@ def _draw_kernel(
             token,
             VOCAB,
         )
-        larger = tl.sum((scaled > value).to(tl.int32), axis=0)
-        in_top_k = (top_k <= 0) | (larger < top_k)
-        crossed_before = False
-        if largest_mass < float("inf"):
-            before = (scaled > value) | ((scaled == value) & (tokens < token))
-            mass = tl.sum(tl.where(before, tl.exp(scaled - highest), 0.0), axis=0)
-            crossed_before = mass > largest_mass
+        in_top_k, crossed_before = _kept(scaled, tokens, token, value, top_k, highest, largest_mass)
         finite = (best < float("inf")) & (best > float("-inf"))
         searching = finite & ((in_top_k == 0) | crossed_before)
         limit = value
         # tokens that tie are kept or ruled out by top-k together
         limit_token = tl.where(in_top_k, token, 0)
+    return best, token
 
-    broken = (best == float("inf")) | (best == float("-inf"))
-    slot = tl.load(image_slots_ptr + image)
-    token = tl.where(broken, 0, tl.minimum(token, VOCAB - 1))
-    tl.store(codes_ptr + slot.to(tl.int64) * TOKENS + position, token, mask=active)
-    tl.store(failed_ptr + slot, 1, mask=active & broken)
-    tl.store(positions_ptr + row, position + 1, mask=active)
-    paired = active & (unconditional_row >= 0)
-    pair_position = tl.load(positions_ptr + unconditional_row, mask=paired, other=0)
-    tl.store(positions_ptr + unconditional_row, pair_position + 1, mask=paired)
+
+@triton.jit
+def _mass_before_kept(scaled, top_k, top_p):
+    """Returns the largest logit, and the mass that the tokens ranked before a kept one may have, in
+    units of the first one's.
+    """
+    highest = 0.0
+    largest_mass = float("inf")
+    if top_p < 1.0:
+        highest = tl.max(scaled, axis=0)
+        threshold = float("-inf")
+        if top_k > 0:
+            threshold = _top_k_threshold(scaled, highest, top_k)
+        largest_mass = top_p * tl.sum(
+            tl.where(scaled >= threshold, tl.exp(scaled - highest), 0.0), axis=0
+        )
+    return highest, largest_mass
+
+
+@triton.jit
+def _kept(scaled, tokens, token, value, top_k, highest, largest_mass):
+    """Returns whether top-k keeps a token, whose logit is `value`, and whether the tokens ranked
+    before it have more mass than top-p allows.
+    """
+    larger = tl.sum((scaled > value).to(tl.int32), axis=0)
+    in_top_k = (top_k <= 0) | (larger < top_k)
+    crossed_before = False
+    if largest_mass < float("inf"):
+        before = (scaled > value) | ((scaled == value) & (tokens < token))
+        mass = tl.sum(tl.where(before, tl.exp(scaled - highest), 0.0), axis=0)
+        crossed_before = mass > largest_mass
+    return in_top_k, crossed_before
 
 
 def warps_for(block: int) -> int:
@@ -308,21 +360,7 @@ def draw_tokens(
     if images == 0:
         return
     vocab_size = logits.shape[1]
-    if vocab_size > _LARGEST_VOCABULARY:
-        raise ValueError(
-            f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use "
-            "the torch reference"
-        )
-    if logits.numel() >= 2**31:
-        raise ValueError(
-            f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw "
-            "addresses: use fewer rows"
-        )
-    if not (logits.is_contiguous() and codes.is_contiguous()):
-        raise ValueError(
-            "the Triton draw takes logits and codes whose rows follow each other in memory: make "
-            "them contiguous"
-        )
+    _check_sizes(logits, codes)
     block = max(16, triton.next_power_of_2(vocab_size))
     launch_pdl = logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (9, 0)
     _draw_kernel[(images,)](
@@ -351,3 +389,22 @@ def draw_tokens(
         # make ties.
         enable_fp_fusion=False,
     )
+
+
+def _check_sizes(logits: Tensor, codes: Tensor) -> None:
+    vocab_size = logits.shape[1]
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise ValueError(
+            f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use "
+            "the torch reference"
+        )
+    if logits.numel() >= 2**31:
+        raise ValueError(
+            f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw "
+            "addresses: use fewer rows"
+        )
+    if not (logits.is_contiguous() and codes.is_contiguous()):
+        raise ValueError(
+            "the Triton draw takes logits and codes whose rows follow each other in memory: make "
+            "them contiguous"
+        )

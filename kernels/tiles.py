@@ -17,10 +17,8 @@ import torch
 
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
-from kernels.linear import LinearTiles
-from kernels.swiglu import SwigluTiles
+from kernels.linear import LinearTiles, SwigluTiles
 
-_FOLDER = Path(__file__).parent
 # 8.7 has more, and does with this
 _LITTLE_SHARED_MEMORY = (
     (8, 6),
@@ -42,6 +40,7 @@ class Section(Generic[Tiles]):
     keys: tuple[str, str] = ("outputs", "inputs")  # what a setting is found by
     # A setting of the nearest first key serves, too, if the second one is the same.
     nearest: bool = False
+    halves: int = 1  # of the weights, one above the other; the key has the outputs of one
 
 
 def _input_tile(inputs: int, itemsize: int, shared_memory: int) -> int:
@@ -100,14 +99,14 @@ def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
 
 LINEAR = Section("linear", LinearTiles, linear_rule)  # its consumer adds up partial sums
 WHOLE_LINEAR = Section("whole_linear", LinearTiles, whole_linear_rule)  # in one piece
-SWIGLU = Section("swiglu", SwigluTiles, swiglu_rule)  # outputs of each half
+SWIGLU = Section("swiglu", SwigluTiles, swiglu_rule, halves=2)
 ATTENTION = Section(
     "attention", AttentionTiles, attention_rule, keys=("heads", "head_size"), nearest=True
 )
 # Of Hopper's products (kernels/hopper/products.py), as above.
 FUSED_LINEAR = Section("fused_linear", FusedTiles, fused_rule)
 FUSED_PROJECT = Section("fused_project", FusedTiles, fused_rule)
-FUSED_SWIGLU = Section("fused_swiglu", FusedTiles, _unsplit(32))
+FUSED_SWIGLU = Section("fused_swiglu", FusedTiles, _unsplit(32), halves=2)
 FUSED_HEAD = Section("fused_head", FusedTiles, _unsplit(64))
 SECTIONS: dict[str, Section[Any]] = {
     section.name: section
@@ -143,6 +142,11 @@ class TileTable:
             return section.rule(first, second, self)
         return measured[min(known, key=lambda key: (abs(key[0] - first), key))]
 
+    def of_weight(self, section: Section[Tiles], weight: torch.Tensor) -> Tiles:
+        """The setting for a product by weights [outputs, inputs]."""
+        outputs, inputs = weight.shape
+        return self.find(section, outputs // section.halves, inputs)
+
     def with_setting(self, section: str, key: tuple[int, int], tiles: object) -> "TileTable":
         """The table with one setting changed."""
         changed = {**self.measured.get(section, {}), key: tiles}
@@ -156,7 +160,7 @@ def tile_table(capability: tuple[int, int], dtype: torch.dtype) -> TileTable:
 
     Only 16-bit weights are measured; the tables hold for bf16 and fp16 alike.
     """
-    path = _FOLDER / f"tiles_sm{capability[0]}{capability[1]}.json"
+    path = Path(__file__).parent / f"tiles_sm{capability[0]}{capability[1]}.json"
     # 8.6, 8.9 and 12.0 have 99 KiB a program; 8.0 has 163 and 9.0 and 10.0 have 227: the rules'
     # tiles of these are the same.
     shared_memory = (99 if capability in _LITTLE_SHARED_MEMORY else 163) * 1024

@@ -27,14 +27,13 @@ from autoregressive.serve.engine.layers import (
 )
 from kernels.attention import AttentionTiles, combine, head_stride
 from kernels.attention_reference import combine_reference
-from kernels.dispatch import torch_operations
 from kernels.hopper.products import HEADROOM
 from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
     fused_swiglu_reference,
 )
-from kernels.operations import FusedProducts, Operations
+from kernels.operations import FusedProducts, Operations, torch_operations
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches

@@ -7,8 +7,7 @@ from itertools import product
 
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
-from kernels.linear import LinearTiles
-from kernels.swiglu import SwigluTiles
+from kernels.linear import LinearTiles, SwigluTiles
 
 _SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
 _ROWS = 16  # of a program, where shared memory is reckoned

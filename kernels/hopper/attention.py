@@ -6,14 +6,13 @@ chunk at once, into shared memory, and holds no register for what has not come y
 loads would ask for the values only after the keys have come.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import AttentionTiles, check_sizes, combine
+from kernels.attention import AttentionTiles, launch_attention
 
 _COLUMNS = gl.constexpr(8)  # least width of a matrix product
 
@@ -43,17 +42,11 @@ def _hopper_attention_kernel(
     head, chunk, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
-    copy_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [WARPS, 1], [1, 0]
-    )
     token_layout: gl.constexpr = gl.BlockedLayout(
         [max(1, CHUNK // (32 * WARPS))], [32], [WARPS], [0]
     )
     head_layout: gl.constexpr = gl.BlockedLayout([HEAD_TILE // 32], [32], [WARPS], [0])
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    wide_layout: gl.constexpr = gl.DotOperandLayout(0, product_layout, 2)
-    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, product_layout, 2)
-    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     dtype: gl.constexpr = key_pages.dtype.element_ty
     # README, rule 2: positions, page table, and every key and value but the newest token's were
     # written before this step began.
@@ -66,21 +59,18 @@ def _hopper_attention_kernel(
     if first_token > position:
         # README, rule 5: the row's first chunk waits, so this program need not
         return
-    page = gl.convert_layout(page, gl.SliceLayout(1, copy_layout)).to(gl.int64)
-    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, copy_layout))
-    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, copy_layout))[None, :]
-    at = ((page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE)[
-        :, None
-    ] + offset
-    mask = (token < position)[:, None] & (offset < STRIDE)  # what is not comes as zeros
-    keys = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
-    values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
-    # Past the first-level cache, which another step's token beside these may have filled.
-    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=mask, cache_modifier=".cg")
-    async_copy.async_copy_global_to_shared(
-        values, value_pages + at, mask=mask, cache_modifier=".cg"
+    keys, values = _copy_pages(
+        key_pages,
+        value_pages,
+        page,
+        head,
+        first_token,
+        position,
+        HEADS,
+        HEAD_TILE,
+        STRIDE,
+        PAGE_SIZE,
     )
-    async_copy.commit_group()
     offset = gl.arange(0, HEAD_TILE, layout=head_layout)
     head_mask, stride_mask = offset < HEAD_SIZE, offset < STRIDE
     angle = rotary + position * HEAD_SIZE + offset // 2 * 2
@@ -107,26 +97,16 @@ def _hopper_attention_kernel(
     new_value = new_value.to(gl.float32)
     async_copy.wait_group(0)
     gl.thread_barrier()
-    # One query, repeated to the least number of columns that the matrix unit takes.
-    query = gl.convert_layout(query.to(dtype), gl.SliceLayout(1, narrow_layout))
-    queries, _ = gl.broadcast(query[:, None], gl.zeros([HEAD_TILE, _COLUMNS], dtype, narrow_layout))
-    score = (
-        mma_v2(
-            keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, product_layout)
-        )
-        * SCALE
-    )
-    old = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, product_layout)) < position
-    score = gl.where(old[:, None], score, float("-inf"))
-    largest = gl.maximum(gl.max(score, 0), new_score)  # [COLUMNS], alike
-    weight = gl.exp2(score - largest[None, :])
-    new_weight = gl.exp2(new_score - largest)
-    weights = gl.convert_layout(weight.to(dtype), narrow_layout)
-    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, product_layout)
-    total = mma_v2(values.permute((1, 0)).load(wide_layout), weights, total)
-    total += (
-        gl.convert_layout(new_value, gl.SliceLayout(1, product_layout))[:, None]
-        * new_weight[None, :]
+    largest, total, weight, new_weight = _attend(
+        query,
+        keys,
+        values,
+        first_token,
+        position,
+        new_score,
+        new_value,
+        product_layout,
+        SCALE,
     )
     result = (row.to(gl.int64) * HEADS + head) * CHUNKS + chunk
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
@@ -139,6 +119,86 @@ def _hopper_attention_kernel(
     )
     gl.store(chunk_stats + result * 2 + column, largest, mask=first)
     gl.store(chunk_stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
+
+
+@gluon.jit
+def _copy_pages(
+    key_pages,
+    value_pages,
+    page,  # [CHUNK], of each token
+    head,
+    first_token,
+    position,
+    HEADS: gl.constexpr,
+    HEAD_TILE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+):
+    """Begins to copy the context's keys and values of a chunk to shared memory. Returns
+    both [CHUNK, HEAD_TILE]. What the context does not have comes as zeros.
+    """
+    CHUNK: gl.constexpr = page.shape[0]
+    dtype: gl.constexpr = key_pages.dtype.element_ty
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [gl.num_warps(), 1], [1, 0]
+    )
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    page = gl.convert_layout(page, gl.SliceLayout(1, layout)).to(gl.int64)
+    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, layout))[None, :]
+    at = ((page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE)[
+        :, None
+    ] + offset
+    mask = (token < position)[:, None] & (offset < STRIDE)
+    keys = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
+    values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
+    # Past the first-level cache, which another step's token beside these may have filled.
+    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=mask, cache_modifier=".cg")
+    async_copy.async_copy_global_to_shared(
+        values, value_pages + at, mask=mask, cache_modifier=".cg"
+    )
+    async_copy.commit_group()
+    return keys, values
+
+
+@gluon.jit
+def _attend(
+    query,  # [HEAD_TILE]
+    keys,  # [CHUNK, HEAD_TILE], in shared memory
+    values,  # likewise
+    first_token,
+    position,
+    new_score,
+    new_value,  # [HEAD_TILE]
+    layout: gl.constexpr,  # of the products
+    SCALE: gl.constexpr,
+):
+    """Returns the largest score [COLUMNS], the weighted sum of values [HEAD_TILE, COLUMNS], the
+    weights [CHUNK, COLUMNS] and the newest token's weight [COLUMNS]; the columns are alike.
+
+    One query is repeated to the least number of columns that the matrix unit takes.
+    """
+    CHUNK: gl.constexpr = keys.shape[0]
+    HEAD_TILE: gl.constexpr = keys.shape[1]
+    wide_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
+    dtype: gl.constexpr = keys.dtype
+    query = gl.convert_layout(query.to(dtype), gl.SliceLayout(1, narrow_layout))
+    queries, _ = gl.broadcast(query[:, None], gl.zeros([HEAD_TILE, _COLUMNS], dtype, narrow_layout))
+    score = (
+        mma_v2(keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, layout))
+        * SCALE
+    )
+    old = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) < position
+    score = gl.where(old[:, None], score, float("-inf"))
+    largest = gl.maximum(gl.max(score, 0), new_score)
+    weight = gl.exp2(score - largest[None, :])
+    new_weight = gl.exp2(new_score - largest)
+    weights = gl.convert_layout(weight.to(dtype), narrow_layout)
+    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, layout)
+    total = mma_v2(values.permute((1, 0)).load(wide_layout), weights, total)
+    total += gl.convert_layout(new_value, gl.SliceLayout(1, layout))[:, None] * new_weight[None, :]
+    return largest, total, weight, new_weight
 
 
 @gluon.jit
@@ -188,11 +248,9 @@ def hopper_attention(
     """Does the same as `kernels.attention.attention` for 16-bit keys and values, on compute
     capability 9.0. A chunk has at least 16 tokens a warp.
     """
-    splits, rows, heads, head_size, page_size, stride, chunks = check_sizes(
-        qkv, rotary, key_pages, page_table, chunk_out, chunk_stats, tiles
-    )
     assert key_pages.element_size() == 2
-    _hopper_attention_kernel[(heads, chunks, rows)](
+    launch_attention(
+        _hopper_attention_kernel,
         qkv,
         rotary,
         key_pages,
@@ -201,18 +259,7 @@ def hopper_attention(
         positions,
         chunk_out,
         chunk_stats,
-        rows,
-        HEADS=heads,
-        HEAD_SIZE=head_size,
-        HEAD_TILE=triton.next_power_of_2(stride),
-        STRIDE=stride,
-        PAGE_SIZE=page_size,
-        PAGES=page_table.shape[1],
-        CHUNK=tiles.chunk,
-        CHUNKS=chunks,
-        SPLITS=splits,
-        num_warps=tiles.warps,
-        maxnreg=tiles.registers,
+        out,
+        tiles,
         launch_pdl=True,
     )
-    combine(chunk_out, chunk_stats, positions, out, tiles, launch_pdl=True)

@@ -198,24 +198,27 @@ class _Share:
 
 
 @gluon.jit
-def _row_scales(
+def _normed_product(
+    share,
     squares,
-    first_row,
     rows,
     WIDTH: gl.constexpr,
     BLOCKS: gl.constexpr,
     BLOCKS_TILE: gl.constexpr,
-    ROW_TILE: gl.constexpr,
     EPS: gl.constexpr,
 ):
-    """The factors [ROW_TILE] that norm each row's product. The order of the sum depends on BLOCKS
-    alone.
+    """The product [OUTPUT_TILE, ROW_TILE] of a share whose input is not yet normed. The order of
+    the sum of `squares` [BLOCKS, rows] depends on BLOCKS alone.
     """
+    started = share.start(CLUSTER=1)
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
-    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    row = gl.arange(0, share.ROW_TILE, layout=gl.SliceLayout(1, layout))
+    row = share.first_row + row[:, None]
     block = gl.arange(0, BLOCKS_TILE, layout=gl.SliceLayout(0, layout))[None, :]
     parts = gl.load(squares + block * rows + row, mask=(block < BLOCKS) & (row < rows), other=0.0)
-    return gl.rsqrt(gl.sum(parts, 1) / WIDTH + EPS) / _HEADROOM
+    scales = gl.rsqrt(gl.sum(parts, 1) / WIDTH + EPS) / _HEADROOM  # [ROW_TILE]
+    total = share.product(started)
+    return total * gl.convert_layout(scales, gl.SliceLayout(0, total.type.layout))[None, :]
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -253,11 +256,8 @@ def _fused_linear_kernel(
         TILES=TILES,
         STAGES=STAGES,
     )
-    started = share.start(CLUSTER=1)
-    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, BLOCKS_TILE, ROW_TILE, EPS)
-    total = share.product(started)
+    total = _normed_product(share, squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     layout: gl.constexpr = total.type.layout
-    total = total * gl.convert_layout(scales, gl.SliceLayout(0, layout))[None, :]
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
     row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))[None, :]
     at = (split * rows + row).to(gl.int64) * OUTPUTS + output
@@ -356,11 +356,7 @@ def _fused_swiglu_kernel(
         TILES=TILES,
         STAGES=STAGES,
     )
-    started = share.start(CLUSTER=1)
-    scales = _row_scales(squares, first_row, rows, WIDTH, BLOCKS, BLOCKS_TILE, ROW_TILE, EPS)
-    total = share.product(started)
-    product_layout: gl.constexpr = total.type.layout
-    total = total * gl.convert_layout(scales, gl.SliceLayout(0, product_layout))[None, :]
+    total = _normed_product(share, squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     pairs = total.reshape([2, HIDDEN_TILE, ROW_TILE]).permute((1, 2, 0))  # the halves innermost
     WARPS: gl.constexpr = gl.num_warps()
     pair_layout: gl.constexpr = gl.BlockedLayout(
@@ -386,11 +382,12 @@ def fused_linear(
             residual's squares.
         weight: [outputs, width], contiguous.
         out: float32 [tiles.splits, rows, outputs]; their sum over the first dimension is the
-            product.
+            product. Without splits it may be [rows, outputs].
     """
     rows, width = x.shape
     outputs = weight.shape[0]
-    assert out.shape == (tiles.splits, rows, outputs), (out.shape, tiles)
+    sums = out.view(-1, *out.shape[-2:])
+    assert sums.shape == (tiles.splits, rows, outputs), (out.shape, tiles)
     row_block = row_tile(rows)
     grid = (triton.cdiv(outputs, tiles.outputs), tiles.splits, triton.cdiv(rows, row_block))
     _fused_linear_kernel[grid](

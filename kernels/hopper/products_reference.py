@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.hopper.products import HEADROOM
+from kernels.linear import gate_reference
 
 
 def fused_linear_reference(
@@ -12,8 +13,9 @@ def fused_linear_reference(
     """Does the same as `fused_linear` in torch. The first partial sum is the product, the others
     are zeros.
     """
-    out[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    out[1:] = 0
+    sums = out.view(-1, *out.shape[-2:])
+    sums[0] = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
+    sums[1:] = 0
 
 
 def fused_project_reference(
@@ -35,10 +37,8 @@ def fused_swiglu_reference(
     x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
 ) -> None:
     """Does the same as `fused_swiglu` in torch."""
-    gate, up = (
-        torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
-    ).chunk(2, dim=-1)
-    out.copy_(torch.nn.functional.silu(gate) * up)
+    both = torch.nn.functional.linear(x, weight) * _row_scales_reference(x, squares, eps)
+    gate_reference(both, out)
 
 
 def _row_scales_reference(x: Tensor, squares: Tensor, eps: float) -> Tensor:

@@ -41,7 +41,7 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS, resolve_device
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
     from kernels.attention_reference import attention_reference
-    from kernels.dispatch import select_operations, triton_runs_on
+    from kernels.operations import select_operations, triton_runs_on
     from kernels.tiles import ATTENTION, tile_table
 
 REPEATS = 11

@@ -58,8 +58,7 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.model_runner import ModelRunner
     from autoregressive.serve.engine.request import ImageState, RowState
     from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
-    from kernels.dispatch import triton_runs_on
-    from kernels.operations import Operations
+    from kernels.operations import Operations, triton_runs_on
 
 STEPS = 16  # of a span; the context grows by as many
 REPEATS = 11

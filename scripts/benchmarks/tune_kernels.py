@@ -43,8 +43,7 @@ with slow_imports(__name__):
     from autoregressive.serve.floor import median_seconds
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
-    from kernels.dispatch import MANY_ROWS, triton_operations
-    from kernels.operations import Operations
+    from kernels.operations import MANY_ROWS, Operations, triton_operations
     from kernels.tiles import SECTIONS, TileTable, read_table, tile_table
 
 _ROWS = (16, 2)

@@ -2,6 +2,10 @@
 it goes on.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from fake_runner import FakeRunner, expected_codes, tiny_gpt
@@ -101,10 +105,16 @@ def test_a_copy_that_fails_on_its_way_fails_its_request_alone(
         engine.step()
     neighbour = engine.submit(4, SamplingParams(top_k=0))
 
-    def broken(fetched: DeviceFuture[object]) -> None:
+    def broken() -> None:
         raise RuntimeError("an illegal address")
 
-    monkeypatch.setattr(DeviceFuture, method, broken)
+    damaged: dict[str, Any] = {method: broken}
+    fetch = engine.batch.fetch
+
+    def broken_fetch(slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
+        return replace(fetch(slots), **damaged)
+
+    monkeypatch.setattr(engine.batch, "fetch", broken_fetch)
     with pytest.raises(RuntimeError, match="illegal address"):
         until_ended(engine, [request])
     monkeypatch.undo()

@@ -150,5 +150,5 @@ def test_every_request_ends_as_it_should(
             assert request.codes is not None
             assert request.codes.tolist() == expected_codes(request, TOKENS)
     assert engine.scheduler.pool.used_pages == 0
-    assert engine.scheduler.free_slots == engine.shape.num_slots
+    assert len(engine.scheduler.free_slots) == engine.shape.num_slots
     assert engine.scheduler.forecast.sum() == 0

@@ -11,7 +11,7 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
-from kernels.dispatch import MANY_ROWS
+from kernels.operations import MANY_ROWS
 
 pytestmark = pytest.mark.gpu
 

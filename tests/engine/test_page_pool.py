@@ -2,7 +2,8 @@
 
 import pytest
 
-from autoregressive.serve.engine.page_pool import PagePool, pages_that_fit
+from autoregressive.serve.engine.memory import pages_that_fit
+from autoregressive.serve.engine.scheduler import PagePool
 
 GIB = 2**30
 

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.request import Request
-from autoregressive.serve.engine.request_queue import (
-    FairRequestQueue,
-    FCFSRequestQueue,
-    RequestQueue,
-    create_request_queue,
-)
+from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.serve.engine.request import Request, RequestQueue
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
 TOKENS = 16
@@ -50,27 +45,35 @@ def order(queue: RequestQueue) -> str:
     return "".join(queue.pop_request().client for _ in range(len(queue)))
 
 
-def test_a_policy_has_its_queue() -> None:
-    """Fails if the flag's value stands for another order."""
-    assert isinstance(create_request_queue("fcfs", TOKENS), FCFSRequestQueue)
-    assert isinstance(create_request_queue("fair", TOKENS), FairRequestQueue)
-
-
 def test_clients_take_turns_however_much_they_ask_for() -> None:
     """Fails if a client that asks for more, or came first, gets more while others wait."""
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     filled(queue, "aaaaaabbbc")
     assert order(queue) == "abcababaaa"
-    fcfs = FCFSRequestQueue()
+    fcfs = RequestQueue("fcfs", TOKENS)
     filled(fcfs, "aaaaaabbbc")
     assert order(fcfs) == "aaaaaabbbc"
+
+
+def test_first_come_first_served_whatever_a_request_costs() -> None:
+    """Fails if a request of many images is passed by smaller ones behind it, or one that is
+    cancelled is started.
+    """
+    queue = RequestQueue("fcfs", TOKENS)
+    sizes = [3, 1, 7, 2, 1]
+    requests = [request(n, "abcab"[n], SamplingParams(n=size)) for n, size in enumerate(sizes)]
+    for one in requests:
+        queue.add_request(one)
+    assert queue.remove_request(requests[3])
+    assert not queue.remove_request(requests[3])
+    assert [queue.pop_request().id for _ in range(len(queue))] == [0, 1, 2, 4]
 
 
 def test_what_is_shared_is_rows_and_steps() -> None:
     """Fails if an image of one row counts as much as a guided one, which takes the device twice as
     long.
     """
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     for number in range(12):
         queue.add_request(request(number, "a", GUIDED))
         queue.add_request(request(number + 100, "b", PLAIN))
@@ -81,7 +84,7 @@ def test_who_comes_back_has_saved_nothing() -> None:
     """Fails if a client that was away is served ahead of those that waited, to make up for what it
     did not use.
     """
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     filled(queue, "aaaaaaaa")
     for _ in range(4):
         queue.pop_request()
@@ -93,7 +96,7 @@ def test_a_request_of_many_images_saves_up_for_its_start() -> None:
     """Fails if a request that costs more than a turn never starts, or starts at the price of one
     turn.
     """
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     queue.add_request(request(0, "a", SamplingParams(n=3)))
     for number in range(1, 8):
         queue.add_request(request(number, "b"))
@@ -104,7 +107,7 @@ def test_an_endless_stream_of_new_clients_starves_nobody() -> None:
     """Fails if a client can be passed by others that come after it again and again, each under a
     new name.
     """
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     filled(queue, "aaa")
     queue.pop_request()
     started = []
@@ -138,7 +141,7 @@ def test_whatever_comes_and_goes_the_shares_are_equal(actions: list[tuple[object
     starts twice, the length is wrong, the head changes while it waits, or a client is remembered
     that does not wait.
     """
-    queue = FairRequestQueue(TOKENS)
+    queue = RequestQueue("fair", TOKENS)
     waiting: dict[str, list[Request]] = defaultdict(list)
     started: list[Request] = []
     backlogged: list[
@@ -200,8 +203,8 @@ def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bo
     kinds = [GUIDED, SamplingParams(cfg_interval=6)] if mixed else [GUIDED]
     requests = [(generator.choice("abcd"), generator.choice(kinds)) for _ in range(60)]
 
-    def spans(waiting: RequestQueue) -> int:
-        scheduler = Scheduler(Limits(TOKENS, 4, 8, 40, 16, 10), waiting)
+    def spans(policy: SchedulingPolicy) -> int:
+        scheduler = Scheduler(Limits(TOKENS, 4, 8, 40, 16, 10), policy)
         for number, (client, params) in enumerate(requests):
             scheduler.add(request(number, client, params))
         steps = 0
@@ -218,7 +221,7 @@ def test_a_fair_queue_keeps_the_device_as_busy_as_the_other(seed: int, mixed: bo
             steps += span
         return steps
 
-    fcfs, fair = spans(FCFSRequestQueue()), spans(FairRequestQueue(TOKENS))
+    fcfs, fair = spans("fcfs"), spans("fair")
     assert fair <= (1.1 if mixed else 1.0) * fcfs
 
 
@@ -226,7 +229,7 @@ def test_the_next_request_is_found_quickly() -> None:
     """Fails if hundreds of clients that wait make a start take more than 0.1 ms (a few microseconds
     are usual).
     """
-    queue = FairRequestQueue(256)
+    queue = RequestQueue("fair", 256)
     for number in range(2560):
         queue.add_request(request(number, str(number % 512), PLAIN if number % 3 else GUIDED))
     seconds = []

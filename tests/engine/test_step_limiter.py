@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoregressive.serve.engine import device_future
-from autoregressive.serve.engine.step_limiter import StepLimiter
+from autoregressive.serve.engine.device_future import StepLimiter
 
 CPU = torch.device("cpu")
 

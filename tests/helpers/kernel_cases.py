@@ -15,7 +15,6 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from kernels.attention import AttentionTiles, attention, combine, head_stride
 from kernels.attention_reference import attention_reference, combine_reference
-from kernels.dispatch import triton_operations
 from kernels.hopper.attention import hopper_attention
 from kernels.hopper.products import FusedTiles, fused_linear, fused_project, fused_swiglu
 from kernels.hopper.products_reference import (
@@ -23,10 +22,18 @@ from kernels.hopper.products_reference import (
     fused_project_reference,
     fused_swiglu_reference,
 )
-from kernels.linear import LinearTiles, linear, linear_reference
+from kernels.linear import (
+    LinearTiles,
+    SwigluTiles,
+    gate,
+    gate_reference,
+    linear,
+    linear_reference,
+    swiglu,
+    swiglu_reference,
+)
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
-from kernels.operations import Operations
-from kernels.swiglu import SwigluTiles, gate, gate_reference, swiglu, swiglu_reference
+from kernels.operations import Operations, triton_operations
 from kernels.tiles import TileTable
 
 POISON = float("nan")

@@ -12,10 +12,9 @@ from autoregressive.benchmarks.models import PAPER_MODELS
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import tiles as tile_tables
 from kernels.attention import AttentionTiles
-from kernels.dispatch import MANY_ROWS
 from kernels.hopper.products import FusedTiles
-from kernels.linear import LinearTiles, row_tile
-from kernels.swiglu import SwigluTiles
+from kernels.linear import LinearTiles, SwigluTiles, row_tile
+from kernels.operations import MANY_ROWS
 from kernels.tiles import (
     ATTENTION,
     FUSED_LINEAR,

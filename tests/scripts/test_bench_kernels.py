@@ -30,8 +30,7 @@ from autoregressive.serve.engine.layers import FusedLayers
 from autoregressive.serve.floor import Ceilings, Floor
 from kernels.attention import AttentionTiles, combine
 from kernels.attention_reference import combine_reference
-from kernels.dispatch import MANY_ROWS, torch_operations
-from kernels.operations import FusedProducts
+from kernels.operations import MANY_ROWS, FusedProducts, torch_operations
 
 # heads of 100
 CONFIG = GPTConfig(dim=200, n_layer=3, n_head=2, vocab_size=300, block_size=64, num_classes=5)

@@ -35,7 +35,6 @@ class BatchShape:
     """The sizes of a batch's tensors."""
 
     max_rows: int
-    max_images: int
     tokens: int  # of an image
     page_size: int  # tokens of a page
     pages_per_row: int
@@ -46,7 +45,7 @@ class BatchShape:
         """The shape for at most `max_rows` rows. Each of them may be an image, and the codes of as
         many images again may be on their way to the host.
         """
-        return cls(max_rows, max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
+        return cls(max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
 
 
 class Batch:
@@ -62,7 +61,7 @@ class Batch:
     row_slots: Tensor  # int32: slot of the row's image
     positions: Tensor  # int32: of the token that the step feeds; each step adds 1 at its end
     page_table: Tensor  # int32 [max_rows, pages_per_row]
-    # per image, [max_images]
+    # per image, [max_rows]: each row may be one
     conditional_rows: Tensor  # int32
     unconditional_rows: Tensor  # int32, -1: none
     image_slots: Tensor  # int32
@@ -79,7 +78,7 @@ class Batch:
 
     def __init__(self, shape: BatchShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
-        rows, images = (shape.max_rows,), (shape.max_images,)
+        rows = images = (shape.max_rows,)
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "labels": (rows, torch.int32),
             "row_slots": (rows, torch.int32),
@@ -129,7 +128,7 @@ class Batch:
         """
         host = self._host
         assert len(rows) <= self.shape.max_rows
-        assert len(images) <= self.shape.max_images
+        assert len(images) <= self.shape.max_rows
         for name, values in _columns(rows, images).items():
             host[name][: len(values)] = values
             host[name][len(values) :] = _PADDING.get(name, 0)
@@ -139,16 +138,14 @@ class Batch:
         host["keep_failed"].fill(1)
         host["keep_failed"][[row.slot for row in rows if row.position == 0]] = 0
         end = -(-(self._page_table_start + host["page_table"][: len(rows)].nbytes) // _WORD)
-        self._buffer[:end].copy_(staged(self._mirror[:end], self.device), non_blocking=True)
+        self._buffer[:end].copy_(_pinned(self._mirror[:end], self.device), non_blocking=True)
         self.failed.mul_(self.keep_failed)  # an image that starts does not inherit the slot's past
 
     def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
         """Begins to copy codes and failures of images to the host, behind the spans enqueued so
         far: int32 [images, tokens] and [images].
         """
-        index = staged(torch.tensor(slots, dtype=torch.int64), self.device).to(
-            self.device, non_blocking=True
-        )
+        index = uploaded(torch.tensor(slots, dtype=torch.int64), self.device)
         return copy_to_host(self.codes[index], self.failed[index])
 
 
@@ -166,7 +163,12 @@ class Runner(Protocol):
         """
 
 
-def staged(tensor: Tensor, device: torch.device) -> Tensor:
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. The host does not wait for the copy."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """Pins a tensor's memory, so that an upload does not wait. torch reuses pinned memory only when
     its upload has ended.
     """

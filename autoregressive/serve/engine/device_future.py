@@ -1,15 +1,20 @@
-"""What the device has been given to do and has not done yet: moments of its work, and results.
+"""What the device has been given to do and has not done yet: moments of its work, results, and how
+much that may be.
 
-Nothing here waits but `DeviceEvent.synchronize` and `DeviceFuture.result`.
+Nothing here waits but `DeviceEvent.synchronize`, `DeviceFuture.result` and `StepLimiter.end`.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+_CANCEL_STEPS = 16
+_CANCEL_SECONDS = 0.25
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -57,34 +62,19 @@ class DeviceEvent:
         return later._host_seconds - self._host_seconds
 
 
+@dataclass(frozen=True)
 class DeviceFuture(Generic[T]):
-    """A result that the device is still working on, or copying to the host.
+    """A result that the device is still working on, or copying to the host."""
 
-    Args:
-        ready: whether `result` would return at once.
-        result: waits where it has to.
-    """
-
-    def __init__(self, ready: Callable[[], bool], result: Callable[[], T]) -> None:
-        self._ready, self._result = ready, result
+    ready: Callable[[], bool]  # whether `result` would return at once; never waits
+    # The host waits for a result on the host; for one on the device, the current stream does.
+    # Raises RuntimeError if the device has failed: its errors may show only here.
+    result: Callable[[], T]
 
     @classmethod
     def done(cls, value: T) -> "DeviceFuture[T]":
         """A result that is there already."""
         return cls(lambda: True, lambda: value)
-
-    def ready(self) -> bool:
-        """Whether `result` would return at once. Never waits."""
-        return self._ready()
-
-    def result(self) -> T:
-        """The result. The host waits for what lies on the host. For what lies on the device, the
-        current stream does.
-
-        Raises:
-            RuntimeError: the device has failed; its errors may show only here.
-        """
-        return self._result()
 
     def then(self, function: Callable[[T], U]) -> "DeviceFuture[U]":
         """What the function makes of the result, when it is asked for."""
@@ -110,3 +100,53 @@ def copy_to_host(*tensors: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
         return copies
 
     return DeviceFuture(event.ready, result)
+
+
+@dataclass(frozen=True)
+class _Span:
+    begun: DeviceEvent
+    ended: DeviceEvent
+    steps: int
+    rows: int
+
+
+class StepLimiter:
+    """How long a span may be, and how far the host may run ahead of the device.
+
+    A request to cancel waits for the spans that are already on the device. So all spans in flight
+    together are at most 16 steps or 0.25 s, whichever is less. On a GPU two spans are in flight, so
+    that the GPU never waits for the host. A span is measured on the current stream of the device,
+    when it has ended; nothing waits in the middle of one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._most_in_flight = 2 if device.type == "cuda" else 1
+        self._most_steps = _CANCEL_STEPS // self._most_in_flight
+        self._most_seconds = _CANCEL_SECONDS / self._most_in_flight
+        self._in_flight: deque[_Span] = deque()
+        self._measured: tuple[float, int] | None = None  # seconds of a step, and its rows
+
+    def span_limit(self, rows: int) -> int:
+        """Steps that the next span may have; 1 while no step has been measured."""
+        if self._measured is None:
+            return 1
+        seconds, measured_rows = self._measured
+        # A step's time grows at most in proportion to its rows, so a batch that has just grown is
+        # not underestimated.
+        seconds *= max(1.0, rows / measured_rows)
+        return max(1, min(self._most_steps, int(self._most_seconds / max(seconds, 1e-9))))
+
+    def begin(self) -> DeviceEvent:
+        """To be called before a span is enqueued. Returns what `end` takes."""
+        return DeviceEvent(self._device, timed=True)
+
+    def end(self, begun: DeviceEvent, steps: int, rows: int) -> None:
+        """To be called after a span is enqueued. On a GPU it waits until the span before has
+        ended.
+        """
+        self._in_flight.append(_Span(begun, DeviceEvent(self._device, timed=True), steps, rows))
+        if len(self._in_flight) == self._most_in_flight:
+            span = self._in_flight.popleft()
+            span.ended.synchronize()
+            self._measured = (span.begun.seconds_until(span.ended) / span.steps, span.rows)

@@ -34,16 +34,14 @@ from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.progress import progress_bar
-from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, staged
+from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, uploaded
 from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.device_future import DeviceFuture
+from autoregressive.serve.engine.device_future import DeviceFuture, StepLimiter
 from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState
-from autoregressive.serve.engine.request_queue import create_request_queue
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
-from autoregressive.serve.engine.step_limiter import StepLimiter
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 # transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the
@@ -77,7 +75,7 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         model = gpt.config
-        self.config, self.vocab_size, self.num_classes = config, model.vocab_size, model.num_classes
+        self.config, self.num_classes = config, model.num_classes
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
@@ -107,9 +105,7 @@ class Engine:
                 num_classes=model.num_classes,
                 to_get_more_pages=tuple(ways_to_more_pages(config, self.device)),
             )
-            self.scheduler = Scheduler(
-                limits, create_request_queue(config.scheduling_policy, shape.tokens)
-            )
+            self.scheduler = Scheduler(limits, config.scheduling_policy)
             self.runner = make_runner(gpt, shape, num_pages, config)
             self.runner.prepare(
                 self.batch,
@@ -226,32 +222,19 @@ class Engine:
             UserError: as `submit`; nothing is drawn then.
             NonFiniteLogitsError: the model gave NaN or infinite logits.
         """
-        if len(labels) == 0 or (
-            not isinstance(params, SamplingParams) and len(params) != len(labels)
-        ):
+        if isinstance(params, SamplingParams):
+            draws = [(params, index * params.n) for index in range(len(labels))]
+        else:
+            draws = [(one, 0) for one in params]
+        if len(labels) == 0 or len(draws) != len(labels):
             told = "give one or more, and one SamplingParams for all or one for each"
             raise UserError(f"{len(labels)} labels: {told}")
         decoder = self.decoder if decode else None
         requests: list[Request] = []
-        pixels: dict[Request, DeviceFuture[Tensor]] = {}
         try:
-            for index, label in enumerate(labels):
-                if isinstance(params, SamplingParams):
-                    requests.append(self.submit(label, params, first_image=index * params.n))
-                else:
-                    requests.append(self.submit(label, params[index]))
-            total = sum(request.params.n for request in requests) * self.shape.tokens
-            with progress_bar("sampling", " tokens", total, shown=progress) as bar:
-                pending, drawn = set(requests), 0
-                while pending:
-                    ended = [request for request in self.step() if request in pending]
-                    pending.difference_update(ended)
-                    if decoder is not None:
-                        pixels |= self._decode(decoder, ended)
-                    drawn += sum(request.params.n * request.steps for request in ended)
-                    running = [each for each in self.scheduler.running if each in pending]
-                    drawing = sum(request.params.n * request.steps for request in running)
-                    bar.update(drawn + drawing - bar.n)
+            for label, (one, first_image) in zip(labels, draws, strict=True):
+                requests.append(self.submit(label, one, first_image))
+            pixels = self._run_to_end(requests, decoder, progress)
         except BaseException:  # Ctrl-C too: nobody would fetch the images
             for request in requests:
                 self.cancel(request)
@@ -297,18 +280,12 @@ class Engine:
         ]
         taken = [slot for request in holders for slot in request.slots]
         assert len(set(taken)) == len(taken), "two images share a slot"
-        assert len(taken) + self.scheduler.free_slots == self.shape.num_slots, "a slot is lost"
+        assert len(taken) + len(self.scheduler.free_slots) == self.shape.num_slots, "a slot is lost"
 
     def _has_work(self) -> bool:
-        scheduler = self.scheduler
-        return bool(
-            self._submitted
-            or self._cancelled
-            or scheduler.waiting
-            or scheduler.running
-            or self._arriving
-            or self._ended
-        )
+        noted = self._submitted or self._cancelled
+        in_scheduler = self.scheduler.waiting or self.scheduler.running
+        return bool(noted or in_scheduler or self._arriving or self._ended)
 
     def _on_device(self) -> AbstractContextManager[object]:
         # The current device is a thread's own; the thread that loaded the model may have set it,
@@ -375,17 +352,36 @@ class Engine:
             request.state = RequestState.FAILED
         self._ended += requests
 
-    def _decode(
-        self, decoder: PixelDecoder, requests: list[Request]
+    def _run_to_end(
+        self, requests: list[Request], decoder: PixelDecoder | None, progress: bool
     ) -> dict[Request, DeviceFuture[Tensor]]:
-        """Begins to decode the requests that have finished. The decoder has its own stream, so
-        other rows go on meanwhile.
+        """Takes steps until the requests have ended. Returns the pixels of those that finished, if
+        there is a decoder.
         """
-        finished = [request for request in requests if request.codes is not None]
-        if not finished:
-            return {}
+        pixels: dict[Request, DeviceFuture[Tensor]] = {}
+        total = sum(request.params.n for request in requests) * self.shape.tokens
+        with progress_bar("sampling", " tokens", total, shown=progress) as bar:
+            pending, drawn = set(requests), 0
+            while pending:
+                ended = [request for request in self.step() if request in pending]
+                pending.difference_update(ended)
+                finished = [request for request in ended if request.codes is not None]
+                if decoder is not None and finished:
+                    pixels |= self._decode(decoder, finished)
+                drawn += sum(request.params.n * request.steps for request in ended)
+                running = [each for each in self.scheduler.running if each in pending]
+                drawing = sum(request.params.n * request.steps for request in running)
+                bar.update(drawn + drawing - bar.n)
+        return pixels
+
+    def _decode(
+        self, decoder: PixelDecoder, finished: list[Request]
+    ) -> dict[Request, DeviceFuture[Tensor]]:
+        """Begins to decode requests. The decoder has its own stream, so other rows go on
+        meanwhile.
+        """
         codes = torch.cat([request.codes for request in finished if request.codes is not None])
-        pixels = decoder.submit(staged(codes, self.device).to(self.device, non_blocking=True))
+        pixels = decoder.submit(uploaded(codes, self.device))
         ends = itertools.accumulate(request.params.n for request in finished)
         return {
             request: pixels.then(itemgetter(slice(end - request.params.n, end)))

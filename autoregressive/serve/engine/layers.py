@@ -6,9 +6,9 @@ the same objects.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
-from kernels.dispatch import MANY_ROWS
-from kernels.operations import FusedProducts, Operations
+from kernels.operations import MANY_ROWS, Operations
 
 Dims = tuple[int, ...]
+# Gives memory for a tensor of any values: name, shape and dtype. Tensors of one name and dtype may
+# share it.
+Empty = Callable[[str, Dims, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,14 @@ class ModelWeights:
         return [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
 
 
-class Empty(Protocol):
-    """Gives memory for a tensor. Tensors of one name and dtype may share it."""
-
-    def __call__(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """Returns a tensor that holds any values."""
-
-
 class Layers(ABC):
     """Carries out a step from its embeddings to its logits, for one number of rows.
 
     Args:
         config: the model's shape.
         dtype: of its weights.
-        operations: what the device runs.
+        operations: what the device runs. Each operation has the name of its kernel: `linear` is
+            kernels/linear.py's or its reference, `embed` and `add_norm` are kernels/norm.py's.
         empty: gives the scratch memory; a constructor asks for all that its steps need.
     """
 
@@ -112,7 +108,6 @@ class Layers(ABC):
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
     ) -> None:
         self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
-        self._empty = empty
         width, heads = config.dim, config.n_head
         chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
@@ -122,6 +117,11 @@ class Layers(ABC):
         self.attn_out = empty("attn_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
+        self._allocate(empty, width, config.ffn_dim)
+
+    @abstractmethod
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        """Asks for the scratch memory that only this way needs."""
 
     def run(self, weights: ModelWeights, kv_pages: Tensor, batch: Batch) -> Tensor:
         """Feeds each row's newest token.
@@ -204,14 +204,15 @@ class PlainLayers(Layers):
     add up.
     """
 
-    def __init__(
-        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
-    ) -> None:
-        super().__init__(config, dtype, operations, rows, empty)
-        width = config.dim
-        self.qkv = self._partials("qkv", 3 * width, width)
-        self.projected = self._partials("projected", width, width)
-        self.down = self._partials("down", width, config.ffn_dim)
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        self.qkv = self._partials(empty, "qkv", 3 * width, width)
+        self.projected = self._partials(empty, "projected", width, width)
+        self.down = self._partials(empty, "down", width, ffn)
+
+    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+        """Memory for what `product` writes."""
+        splits = self.operations.linear_splits(outputs, inputs)
+        return empty(name, (splits, self.rows, outputs), torch.float32)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
@@ -238,19 +239,16 @@ class PlainLayers(Layers):
         """Writes `hidden` from `normed`."""
         self.operations.swiglu(self.normed, gate_up, self.hidden)
 
-    def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
-        splits = self.operations.linear_splits(outputs, inputs)
-        return self._empty(name, (splits, self.rows, outputs), torch.float32)
-
 
 class LibraryLayers(PlainLayers):
     """Uses the products of cuBLAS, which are the fastest for many rows."""
 
-    def __init__(
-        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
-    ) -> None:
-        super().__init__(config, dtype, operations, rows, empty)
-        self.gate_up = empty("gate_up", (rows, 2 * config.ffn_dim), dtype)
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        super()._allocate(empty, width, ffn)
+        self.gate_up = empty("gate_up", (self.rows, 2 * ffn), self.dtype)
+
+    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+        return empty(name, (1, self.rows, outputs), self.dtype)
 
     def head(self, head: Tensor) -> None:
         """See `Layers`."""
@@ -265,9 +263,6 @@ class LibraryLayers(PlainLayers):
         torch.mm(self.normed, gate_up.t(), out=self.gate_up)
         self.operations.gate(self.gate_up, self.hidden)
 
-    def _partials(self, name: str, outputs: int, inputs: int) -> Tensor:
-        return self._empty(name, (1, self.rows, outputs), self.dtype)
-
 
 class FusedLayers(Layers):
     """Uses products that norm their inputs and add themselves to the residual stream. A layer has
@@ -278,25 +273,17 @@ class FusedLayers(Layers):
 
     squares: Tensor
 
-    def __init__(
-        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
-    ) -> None:
-        super().__init__(config, dtype, operations, rows, empty)
-        assert operations.fused is not None
-        self.products: FusedProducts = operations.fused
-        self.headroom = self.products.headroom
-        width, ffn = config.dim, config.ffn_dim
-        self.qkv = empty(
-            "qkv", (self.products.linear_splits(3 * width, width), rows, 3 * width), torch.float32
-        )
+    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+        assert self.operations.fused is not None
+        self.products = products = self.operations.fused
+        self.headroom = products.headroom
+        splits = products.linear_splits(3 * width, width)
+        self.qkv = empty("qkv", (splits, self.rows, 3 * width), torch.float32)
         # Sums of the residual stream's squares, for a layer's attention and for its feed-forward
         # half.
-        self.squares = empty(
-            "squares", (self.products.project_blocks(width, ffn), rows), torch.float32
-        )
-        self.ffn_squares = empty(
-            "ffn_squares", (self.products.project_blocks(width, width), rows), torch.float32
-        )
+        blocks, ffn_blocks = (products.project_blocks(width, inputs) for inputs in (ffn, width))
+        self.squares = empty("squares", (blocks, self.rows), torch.float32)
+        self.ffn_squares = empty("ffn_squares", (ffn_blocks, self.rows), torch.float32)
 
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
@@ -323,35 +310,32 @@ class FusedLayers(Layers):
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
 
 
-class Scratch:
-    """Memory that the layers for all numbers of rows share: only one step runs at a time."""
-
-    def __init__(self, elements: dict[tuple[str, torch.dtype], int], device: torch.device) -> None:
-        self._memory = {
-            (name, dtype): torch.empty(size, dtype=dtype, device=device)
-            for (name, dtype), size in elements.items()
-        }
-
-    def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
-        """Returns the start of a name's memory; see `Empty`."""
-        return self._memory[name, dtype][: prod(dims)].view(dims)
-
-
 class ScratchPlan:
-    """Counts the memory that layers ask for before any is taken."""
+    """Memory that the layers for several numbers of rows share, because only one step runs at a
+    time. It is counted before any is taken.
+    """
 
     def __init__(self) -> None:
-        self.elements: dict[tuple[str, torch.dtype], int] = {}  # the most of any number of rows
+        # by name and dtype, the most of any number of rows
+        self._elements: dict[tuple[str, torch.dtype], int] = {}
 
-    def empty(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
+    def count(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
         """Returns a tensor without memory; see `Empty`."""
-        self.elements[name, dtype] = max(self.elements.get((name, dtype), 0), prod(dims))
+        self._elements[name, dtype] = max(self._elements.get((name, dtype), 0), prod(dims))
         return torch.empty(dims, dtype=dtype, device="meta")
 
     @property
     def bytes(self) -> int:
         """Bytes of all that was asked for."""
-        return sum(elements * dtype.itemsize for (_, dtype), elements in self.elements.items())
+        return sum(elements * dtype.itemsize for (_, dtype), elements in self._elements.items())
+
+    def allocate(self, device: torch.device) -> Empty:
+        """Takes the memory. Returns what gives the layers their part of it."""
+        memory = {
+            (name, dtype): torch.empty(elements, dtype=dtype, device=device)
+            for (name, dtype), elements in self._elements.items()
+        }
+        return lambda name, dims, dtype: memory[name, dtype][: prod(dims)].view(dims)
 
 
 @dataclass(frozen=True)
@@ -379,9 +363,9 @@ class LayersFactory:
         """The layers for so many rows, in memory that `empty` gives."""
         return self.kind(rows)(self.config, self.dtype, self.operations, rows, empty)
 
-    def plan(self, row_counts: list[int]) -> ScratchPlan:
+    def plan(self, sizes: list[int]) -> ScratchPlan:
         """The memory that the layers for all of these numbers of rows share."""
         plan = ScratchPlan()
-        for rows in row_counts:
-            self.make(rows, plan.empty)
+        for rows in sizes:
+            self.make(rows, plan.count)
         return plan

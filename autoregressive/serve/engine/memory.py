@@ -1,7 +1,7 @@
 """The memory that an engine takes: how many pages there are, and what takes less of it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.model_runner import StepBytes, page_bytes
-from autoregressive.serve.engine.page_pool import pages_that_fit
 from autoregressive.weights.choice import smaller_precision
 from autoregressive.weights.finding import ModelSettings
 
@@ -52,10 +51,8 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
         return config.num_pages
     share, reserve_bytes = _CPU_SHARE, 0
     if device.type == "cuda":
-        share, reserve_bytes = (
-            config.gpu_memory_utilization,
-            _RESERVE_BYTES + steps.scratch + steps.gathered,
-        )
+        share = config.gpu_memory_utilization
+        reserve_bytes = _RESERVE_BYTES + steps.scratch + steps.gathered
     most = shape.max_rows * shape.pages_per_row
     pages = pages_that_fit(total_bytes, free_bytes, share, reserve_bytes, bytes_of_page, most)
     if pages == 0:
@@ -69,6 +66,29 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
             told += [f"{share:.0%} of it may be pages, {page}"]
         raise UserError(*told, remedies=ways_to_more_pages(config, device))
     return pages
+
+
+def pages_that_fit(
+    total_bytes: int,
+    free_bytes: int,
+    utilization: float,
+    reserve_bytes: int,
+    page_bytes: int,
+    most: int,
+) -> int:
+    """How many pages to make of a device's memory; 0 if not one fits.
+
+    Args:
+        total_bytes: the device's memory.
+        free_bytes: what of it is free now, with the weights loaded.
+        utilization: the share of the whole memory that this process and all others together may
+            fill.
+        reserve_bytes: left for activations, captured graphs and decoding.
+        page_bytes: one page in all layers, keys and values.
+        most: pages that the largest batch can hold; more would never be used.
+    """
+    budget = int(total_bytes * utilization) - (total_bytes - free_bytes) - reserve_bytes
+    return max(0, min(most, budget // page_bytes))
 
 
 def ways_to_more_pages(config: EngineConfig, device: torch.device) -> list[str | Change]:
@@ -104,21 +124,11 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading the weights has left counts as free
         return torch.cuda.mem_get_info(device)
-    total_bytes = min(
-        [
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            *_container_limits(_CONTAINER_LIMITS),
-        ]
-    )
+    # What a container may take; without a limit there is no file, or a word.
+    words = [path.read_text().strip() for path in _CONTAINER_LIMITS if path.is_file()]
+    limits = [int(word) for word in words if word.isdecimal()]
+    total_bytes = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
     return total_bytes, total_bytes
-
-
-def _container_limits(paths: Sequence[Path]) -> list[int]:
-    """Bytes that a container may take, where one says so; without a limit there is no file, or a
-    word.
-    """
-    words = [path.read_text().strip() for path in paths if path.is_file()]
-    return [int(word) for word in words if word.isdecimal()]
 
 
 def _readable(size: int) -> str:

@@ -8,6 +8,8 @@ inside a step, kernels overlap (programmatic dependent launch).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 
 import torch
 
@@ -16,11 +18,10 @@ from autoregressive.errors import SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights, Scratch
+from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
-from kernels.dispatch import select_operations, triton_runs_on
-from kernels.operations import Operations
+from kernels.operations import Operations, select_operations, triton_runs_on
 
 
 class ModelRunner:
@@ -39,18 +40,15 @@ class ModelRunner:
     def __init__(
         self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
-        model, weight = gpt.config, gpt.output.weight
-        self.model, self.shape, self.config = model, shape, config
-        self.device, self.dtype = weight.device, weight.dtype
+        weight = gpt.output.weight
+        self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
         self.operations = self.make_operations(gpt)
         self.weights = ModelWeights.of(gpt)
-        stride = head_stride(model.head_size, weight.element_size())
-        pages = (model.n_layer, 2, num_pages, model.n_head, shape.page_size, stride)
-        self.kv_pages = torch.zeros(pages, dtype=self.dtype, device=self.device)
+        pages = kv_shape(gpt, num_pages, shape.page_size)
+        self.kv_pages = torch.zeros(pages, dtype=weight.dtype, device=self.device)
         self._factory = layers_factory(gpt, self.operations, config)
-        self._scratch = Scratch(
-            self._factory.plan(row_counts(config, shape, self.device)).elements, self.device
-        )
+        plan = self._factory.plan(step_sizes(config, shape, self.device))
+        self._scratch = plan.allocate(self.device)
         self._layers: dict[int, Layers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -67,7 +65,7 @@ class ModelRunner:
         if not self.config.uses_graphs(self.device):
             return
         buckets = row_buckets(self.shape.max_rows)
-        pool = None
+        pool = torch.cuda.graph_pool_handle()
         # Largest first: the smaller buckets' graphs then find memory in its pool.
         for done, rows in enumerate(reversed(buckets)):
             self._step(batch, rows)
@@ -75,7 +73,6 @@ class ModelRunner:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._step(batch, rows)
-            pool = pool or graph.pool()
             self._graphs[rows] = graph
             if progress is not None:
                 progress(done + 1, len(buckets))
@@ -86,16 +83,11 @@ class ModelRunner:
         the device.
         """
         assert 1 <= images <= rows <= self.shape.max_rows
-        bucket = (
-            next(size for size in row_buckets(self.shape.max_rows) if size >= rows)
-            if self._graphs
-            else rows
-        )
+        step: Callable[[], None] = partial(self._step, batch, rows)
+        if self._graphs:
+            step = self._graphs[min(size for size in self._graphs if size >= rows)].replay
         for _ in range(steps):
-            if self._graphs:
-                self._graphs[bucket].replay()
-            else:
-                self._step(batch, bucket)
+            step()
 
     def _step(self, batch: Batch, rows: int) -> None:
         """Draws one token for each of the first `rows` rows. Padding among them touches no page and
@@ -122,7 +114,7 @@ class ModelRunner:
     def layers_for(self, rows: int) -> Layers:
         """The layers that carry out steps of so many rows."""
         if rows not in self._layers:
-            self._layers[rows] = self._factory.make(rows, self._scratch.empty)
+            self._layers[rows] = self._factory.make(rows, self._scratch)
         return self._layers[rows]
 
     def make_operations(self, gpt: Transformer) -> Operations:
@@ -131,7 +123,7 @@ class ModelRunner:
         Raises:
             SettingError: the backend does not run on the model's device.
         """
-        return operations_of(gpt, self.config, tell)
+        return model_operations(gpt, self.config, tell)
 
 
 def check_backend(config: EngineConfig, device: torch.device) -> None:
@@ -148,14 +140,14 @@ def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfi
     return LayersFactory(gpt.config, weight.dtype, operations, library)
 
 
-def row_counts(config: EngineConfig, shape: BatchShape, device: torch.device) -> list[int]:
+def step_sizes(config: EngineConfig, shape: BatchShape, device: torch.device) -> list[int]:
     """The numbers of rows that steps are carried out with."""
     if config.uses_graphs(device):
         return row_buckets(shape.max_rows)
     return list(range(1, shape.max_rows + 1))
 
 
-def operations_of(
+def model_operations(
     gpt: Transformer, config: EngineConfig, tell: Callable[[str], None]
 ) -> Operations:
     """The operations for a model on its device.
@@ -182,49 +174,21 @@ def row_buckets(max_rows: int) -> list[int]:
     """The numbers of rows that graphs are captured for. From 32 on, each is at most a third more
     than the one before.
     """
-    sizes = [
-        1,
-        2,
-        4,
-        8,
-        12,
-        16,
-        24,
-        32,
-        40,
-        48,
-        56,
-        64,
-        80,
-        96,
-        112,
-        128,
-        160,
-        192,
-        224,
-        256,
-        320,
-        384,
-        448,
-        512,
-    ]
-    step = 128
-    while sizes[-1] < max_rows:
-        sizes.append(sizes[-1] + step)
+    sizes = [1, 2, *range(4, 16, 4), *range(16, 64, 8), *range(64, 128, 16)]
+    sizes += [*range(128, 256, 32), *range(256, 512, 64), *range(512, max_rows, 128)]
     return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+def kv_shape(gpt: Transformer, num_pages: int, page_size: int) -> tuple[int, ...]:
+    """The shape of the KV pages: [layers, 2, pages, heads, page_size, stride of a head]."""
+    model = gpt.config
+    stride = head_stride(model.head_size, gpt.output.weight.element_size())
+    return model.n_layer, 2, num_pages, model.n_head, page_size, stride
 
 
 def page_bytes(gpt: Transformer, page_size: int) -> int:
     """Memory of one page in all layers, keys and values."""
-    model, itemsize = gpt.config, gpt.output.weight.element_size()
-    return (
-        2
-        * model.n_layer
-        * model.n_head
-        * page_size
-        * head_stride(model.head_size, itemsize)
-        * itemsize
-    )
+    return prod(kv_shape(gpt, 1, page_size)) * gpt.output.weight.element_size()
 
 
 @dataclass(frozen=True)
@@ -243,19 +207,12 @@ class StepBytes:
         Raises:
             SettingError: the backend does not run on the model's device.
         """
-        model, weight = gpt.config, gpt.output.weight
-        operations = operations_of(gpt, config, tell=lambda message: None)
-        scratch = (
-            layers_factory(gpt, operations, config)
-            .plan(row_counts(config, shape, weight.device))
-            .bytes
-        )
+        operations = model_operations(gpt, config, tell=lambda message: None)
+        sizes = step_sizes(config, shape, gpt.output.weight.device)
+        scratch = layers_factory(gpt, operations, config).plan(sizes).bytes
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
         # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in
         # float32: 12 bytes an element.
-        tokens = shape.max_rows * shape.pages_per_row * shape.page_size
-        return cls(
-            scratch,
-            12 * tokens * model.n_head * head_stride(model.head_size, weight.element_size()),
-        )
+        keys = kv_shape(gpt, shape.max_rows * shape.pages_per_row, shape.page_size)[2:]
+        return cls(scratch, 12 * prod(keys))

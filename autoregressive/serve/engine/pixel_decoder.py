@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.devices import ieee_float32
-from autoregressive.serve.engine.batch import staged
+from autoregressive.serve.engine.batch import uploaded
 from autoregressive.serve.engine.device_future import DeviceEvent, DeviceFuture, copy_to_host
 from autoregressive.serve.engine.vq_forward import VQForward
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -92,10 +92,9 @@ class PixelDecoder:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             codes.record_stream(self._stream)
             pixels = torch.empty(codes.shape[0], 3, self._size, self._size, device=self._device)
-            start = 0
-            for part in codes.split(self.batch_sizes[-1]):
-                pixels[start : start + len(part)] = self._decode_part(part)
-                start += len(part)
+            most = self.batch_sizes[-1]
+            for part, decoded in zip(codes.split(most), pixels.split(most), strict=True):
+                decoded.copy_(self._decode_part(part))
             done = DeviceEvent(self._device)
         return DeviceFuture(done.ready, lambda: done.hold_back(pixels))
 
@@ -114,9 +113,7 @@ class PixelDecoder:
         if self._device.type != "cuda":
             return DeviceFuture.done(_as_pictures(self.submit(codes).result()))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            on_device = staged(codes.to(torch.int32), self._device).to(
-                self._device, non_blocking=True
-            )
+            on_device = uploaded(codes.to(torch.int32), self._device)
             return copy_to_host(*_as_pictures(self.submit(on_device).result()))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -128,16 +125,10 @@ class PixelDecoder:
         if self._forward is None:
             return self._decode_plain(codes)
         images = codes.shape[0]
-        captured = next(
-            (
-                self._captured[size]
-                for size in self.batch_sizes
-                if size >= images and size in self._captured
-            ),
-            None,
-        )
-        if captured is None:
+        fitting = [size for size in self._captured if size >= images]
+        if not fitting:
             return _without_tuning(self._forward, codes)
+        captured = self._captured[min(fitting)]
         # the rest keeps older codes, which are valid, and whose pixels nobody takes
         captured.codes[:images] = codes
         captured.graph.replay()

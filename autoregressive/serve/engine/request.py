@@ -1,15 +1,17 @@
-"""A request to the engine, with its images and their rows.
+"""A request to the engine, with its images and their rows, and the order in which requests start.
 
 A request owns its rows: each of its `n` images has a conditional row and, under guidance, an
 unconditional one. All of them start at the same step and are at the same position ever after.
 """
 
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torch import Tensor
 
 from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.engine.config import SchedulingPolicy
 
 
 class RequestState(StrEnum):
@@ -66,7 +68,7 @@ class Request:
     class_label: int
     params: SamplingParams
     first_image: int = 0  # image k of the request draws with (seed, first_image + k)
-    client: str = ""  # whose it is; for `FairRequestQueue`
+    client: str = ""  # whose it is; for the policy "fair"
     state: RequestState = RequestState.WAITING
     # given to the device so far, out of the tokens of an image; the position of all its rows
     steps: int = 0
@@ -90,3 +92,92 @@ class Request:
     def slots(self) -> list[int]:
         """The slots of its images, in their order."""
         return [image.slot for image in self.images]
+
+
+@dataclass
+class _Flow:
+    """A client that waits."""
+
+    deficit: int  # what it may still start in this turn
+    requests: deque[Request] = field(default_factory=deque)
+
+
+class RequestQueue:
+    """The requests that wait. The scheduler starts the head, and nothing but the head; the head
+    stays the same until it is taken out. The names are those of vLLM's request queues.
+
+    The policy "fair" gives an equal share to each client that waits. Within a client, the first
+    request starts first. This is deficit round robin (Shreedhar and Varghese, "Efficient Fair
+    Queuing Using Deficit Round Robin", 1995). Clients take turns. In a turn a client starts
+    requests worth one quantum, and what it did not use counts in its next turn. A client that has
+    nothing left to start loses its turn and what it had saved, and begins behind all others when it
+    comes back. So:
+
+    - While two clients wait, what they start differs by at most one quantum and the cost of two
+    requests.
+    - Between two turns of a client each other client has one turn at most, also if new ones keep
+    coming.
+    - Nothing is remembered of a client that does not wait.
+
+    The cost of a request is what it takes of the device: the sum of its rows over all its steps.
+    The policy "fcfs" (first come, first served) takes all requests for those of one client.
+
+    Args:
+        tokens: per image. The quantum is the cost of a guided image, which is the dearest one.
+    """
+
+    def __init__(self, policy: SchedulingPolicy, tokens: int) -> None:
+        self._fair, self._tokens, self._quantum = policy == "fair", tokens, 2 * tokens
+        # by client, in the order of their turns
+        self._flows: OrderedDict[str, _Flow] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        """How many requests wait."""
+        return self._length
+
+    def add_request(self, request: Request) -> None:
+        """Adds a request behind those of its client. A client that did not wait has its turn after
+        all others.
+        """
+        flow = self._flows.setdefault(self._client(request), _Flow(self._quantum))
+        flow.requests.append(request)
+        self._length += 1
+
+    def peek_request(self) -> Request:
+        """The oldest request of the client whose turn it is. The queue must not be empty. Turns
+        that do not suffice for a request end here.
+        """
+        while True:
+            client, flow = next(iter(self._flows.items()))
+            if self.cost(flow.requests[0]) <= flow.deficit:
+                return flow.requests[0]
+            flow.deficit += self._quantum
+            self._flows.move_to_end(client)
+
+    def pop_request(self) -> Request:
+        """Takes the head out, because it starts, and its cost from what its client may start."""
+        request = self.peek_request()
+        self._flows[self._client(request)].deficit -= self.cost(request)
+        self.remove_request(request)
+        return request
+
+    def remove_request(self, request: Request) -> bool:
+        """Takes a request out, wherever it is. Returns False if it is not here."""
+        client = self._client(request)
+        flow = self._flows.get(client)
+        if flow is None or request not in flow.requests:
+            return False
+        flow.requests.remove(request)
+        self._length -= 1
+        if not flow.requests:
+            del self._flows[client]
+        return True
+
+    def cost(self, request: Request) -> int:
+        """The sum of a request's rows over all its steps."""
+        params = request.params
+        return params.n * (self._tokens + params.guided_steps(self._tokens))
+
+    def _client(self, request: Request) -> str:
+        return request.client if self._fair else ""

@@ -8,6 +8,7 @@ future step. So a page is always there when it is needed: nothing is ever preemp
 running request ends, the queue always moves on. Pure host code: no tensor, no device.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,14 @@ from numpy.typing import NDArray
 
 from autoregressive.errors import Change, SettingName, UserError
 from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.page_pool import PagePool
-from autoregressive.serve.engine.request import ImageState, Request, RequestState, RowState
-from autoregressive.serve.engine.request_queue import FCFSRequestQueue, RequestQueue
+from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.serve.engine.request import (
+    ImageState,
+    Request,
+    RequestQueue,
+    RequestState,
+    RowState,
+)
 
 
 @dataclass(frozen=True)
@@ -47,31 +53,19 @@ class Scheduler:
     engine's thread uses it.
 
     Args:
-        waiting: an empty queue, which says what starts next; by default first come, first served.
+        policy: the order in which requests start; by default first come, first served.
     """
 
-    def __init__(self, limits: Limits, waiting: RequestQueue | None = None) -> None:
+    def __init__(self, limits: Limits, policy: SchedulingPolicy = "fcfs") -> None:
         assert limits.num_slots >= limits.max_rows
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
-        self.waiting: RequestQueue = FCFSRequestQueue() if waiting is None else waiting
+        self.waiting = RequestQueue(policy, limits.tokens)
         self.running: list[Request] = []  # in order of admission
-        # [k]: pages held at the k-th step from now
-        self._forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)
-        self._free_slots = list(range(limits.num_slots - 1, -1, -1))
+        # [k]: pages that the running requests hold at the k-th step from now
+        self.forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)
+        self.free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._changed = False
-
-    @property
-    def forecast(self) -> NDArray[np.int64]:
-        """Pages that the running requests will hold at the next step and at each one after it:
-        int64 [tokens], a copy.
-        """
-        return self._forecast.copy()
-
-    @property
-    def free_slots(self) -> int:
-        """How many slots no image holds."""
-        return len(self._free_slots)
 
     @property
     def images(self) -> list[ImageState]:
@@ -104,11 +98,7 @@ class Scheduler:
                 f" is {limits.max_rows}",
                 remedies=[*fewer, Change("raise", "max_num_seqs")],
             )
-        # the peak is either the last guided step or the last step of all
-        guided = params.guided_steps(limits.tokens)
-        peak = params.n * max(
-            2 * -(-guided // limits.page_size), -(-limits.tokens // limits.page_size)
-        )
+        peak = int(page_profile(params, limits.tokens, limits.page_size).max())
         if peak > limits.num_pages:
             raise UserError(
                 f"the request needs {peak} pages of {limits.page_size} tokens and the pool has "
@@ -131,7 +121,7 @@ class Scheduler:
             if not self._fits_now(request.params, profile):
                 break
             self._start(request)
-            self._forecast += profile
+            self.forecast += profile
             self.waiting.pop_request()
             admitted.append(request)
         return admitted
@@ -160,7 +150,7 @@ class Scheduler:
                 if missing > 0:
                     row.pages += self.pool.allocate(missing)
                     self._changed = True
-        assert self.pool.used_pages == self._forecast[steps - 1], "the forecast is not what is used"
+        assert self.pool.used_pages == self.forecast[steps - 1], "the forecast is not what is used"
 
     def advance(self, steps: int) -> list[Request]:
         """Notes that the span has been given to the device, and frees the pages of what ended with
@@ -172,8 +162,8 @@ class Scheduler:
         Returns:
             The requests whose images are complete; their slots stay taken until `release_slots`.
         """
-        self._forecast[:-steps] = self._forecast[steps:]
-        self._forecast[-steps:] = 0
+        self.forecast[:-steps] = self.forecast[steps:]
+        self.forecast[-steps:] = 0
         ended = []
         for request in self.running:
             request.steps += steps
@@ -202,7 +192,7 @@ class Scheduler:
         self._remove(request)
         self.release_slots(request.slots)
         profile = page_profile(request.params, self.limits.tokens, self.limits.page_size)
-        self._forecast[: self.limits.tokens - request.steps] -= profile[request.steps :]
+        self.forecast[: self.limits.tokens - request.steps] -= profile[request.steps :]
         return True
 
     def abandon(self) -> list[Request]:
@@ -216,13 +206,13 @@ class Scheduler:
         for request in abandoned:
             self._remove(request)
             self.release_slots(request.slots)
-        self._forecast[:] = 0
+        self.forecast[:] = 0
         return abandoned
 
     def release_slots(self, slots: list[int]) -> None:
         """Gives the slots of an ended request back."""
-        assert not set(slots) & set(self._free_slots), "a slot is given back twice"
-        self._free_slots += slots
+        assert not set(slots) & set(self.free_slots), "a slot is given back twice"
+        self.free_slots += slots
 
     def audit(self) -> None:
         """Asserts that pages, rows, slots and the forecast agree with each other."""
@@ -239,7 +229,7 @@ class Scheduler:
         assert len(rows) <= limits.max_rows, "more rows than max_rows"
         slots = [slot for request in self.running for slot in request.slots]
         assert len(set(slots)) == len(slots), "two images share a slot"
-        assert not set(slots) & set(self._free_slots), "a running image's slot is free"
+        assert not set(slots) & set(self.free_slots), "a running image's slot is free"
         expected = np.zeros(limits.tokens, dtype=np.int64)
         for request in self.running:
             assert all(row.position == request.steps for row in request.rows)
@@ -248,24 +238,24 @@ class Scheduler:
             )
             profile = page_profile(request.params, limits.tokens, limits.page_size)
             expected[: limits.tokens - request.steps] += profile[request.steps :]
-        assert np.array_equal(expected, self._forecast), (
+        assert np.array_equal(expected, self.forecast), (
             "the forecast does not follow from what runs"
         )
         assert expected.max() <= limits.num_pages, "more is promised than there is"
 
     def _fits_now(self, params: SamplingParams, profile: NDArray[np.int64]) -> bool:
         rows_fit = self.num_rows + params.rows <= self.limits.max_rows
-        slots_fit = params.n <= len(self._free_slots)
+        slots_fit = params.n <= len(self.free_slots)
         return (
             rows_fit
             and slots_fit
-            and bool((self._forecast + profile).max() <= self.limits.num_pages)
+            and bool((self.forecast + profile).max() <= self.limits.num_pages)
         )
 
     def _start(self, request: Request) -> None:
         params, images = request.params, []
         for index in range(request.first_image, request.first_image + params.n):
-            slot = self._free_slots.pop()
+            slot = self.free_slots.pop()
             unconditional = RowState(self.limits.num_classes, slot) if params.guided else None
             conditional = RowState(request.class_label, slot)
             images.append(ImageState(params, index, slot, conditional, unconditional))
@@ -287,3 +277,59 @@ class Scheduler:
             self.pool.free(row.pages)
             row.pages = []
         self._changed = True
+
+
+class PagePool:
+    """Which pages of the KV cache are taken. The pool deals in page numbers; the memory belongs to
+    the model runner.
+
+    Every page is either free or used, never both: `free_pages + used_pages == num_pages` always.
+    The pool is a stack of free page numbers, 0 to num_pages - 1. Those that were never taken are
+    only counted.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._never_taken = 0  # this page and all above it
+        self._returned: list[int] = []
+        self._used: set[int] = set()
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages nobody holds."""
+        return self.num_pages - len(self._used)
+
+    @property
+    def used_pages(self) -> int:
+        """How many pages are held."""
+        return len(self._used)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` pages. There must be as many; the forecast at admission ensures it."""
+        assert 0 <= count <= self.free_pages, (
+            f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
+        )
+        start = max(0, len(self._returned) - count)
+        pages = self._returned[start:]
+        del self._returned[start:]
+        new = count - len(pages)
+        pages += range(self._never_taken, self._never_taken + new)
+        self._never_taken += new
+        self._used.update(pages)
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Gives pages back."""
+        for page in pages:
+            assert page in self._used, f"page {page} is given back, but nobody holds it"
+            self._used.remove(page)
+            self._returned.append(page)
+
+    def audit(self) -> None:
+        """Asserts that every page is free or used, and none twice."""
+        returned = set(self._returned)
+        assert len(returned) == len(self._returned), "a page is free twice"
+        assert not returned & self._used, "a page is both free and used"
+        assert len(returned) + len(self._used) == self._never_taken <= self.num_pages, (
+            "a page is neither free nor used"
+        )

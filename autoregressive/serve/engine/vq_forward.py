@@ -12,6 +12,7 @@ two random VQ-16s reached 43.7 and 45.5 dB PSNR against float32. As it is, they 
 and the trained demo tokenizer 58.6 (measured on a CPU, with 8 x 8 and 16 x 16 codes).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.errors import tell
-from kernels.dispatch import select_group_norm
-from kernels.group_norm import GroupStatistics
+from kernels.group_norm import (
+    add_with_statistics,
+    add_with_statistics_reference,
+    normalize,
+    normalize_reference,
+    supports,
+)
+from kernels.operations import triton_runs_on
 from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized
 from tokenizer.tokenizer_image.vq_model import VQModel
 
@@ -34,7 +41,7 @@ class Measured:
     """An image and the statistics that the norm after it needs."""
 
     values: Tensor  # [images, height, width, channels]
-    statistics: GroupStatistics
+    statistics: Tensor  # as kernels.group_norm has them
 
 
 @dataclass(frozen=True)
@@ -62,17 +69,10 @@ class Convolution:
         """
         assert module.bias is not None
         weight = module.weight.detach().double()
-        # each [out, in, 2, 3]
-        by_row = [torch.stack([weight[:, :, 0], weight[:, :, 1] + weight[:, :, 2]], dim=2)]
-        by_row += [torch.stack([weight[:, :, 0] + weight[:, :, 1], weight[:, :, 2]], dim=2)]
-        phases = []
-        for rows in by_row:
-            # each [out, in, 2, 2]
-            phases += [torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], dim=3)]
-            phases += [torch.stack([rows[..., 0] + rows[..., 1], rows[..., 2]], dim=3)]
-        return cls(
-            _channels_last(torch.cat(phases), _PRODUCTS), module.bias.detach().float().clone()
-        )
+        # of each phase and each of its two taps: which of the module's three it is the sum of
+        taps = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        phases = torch.einsum("ayi,bxj,ocij->abocyx", taps, taps, weight).flatten(0, 2)
+        return cls(_channels_last(phases, _PRODUCTS), module.bias.detach().float().clone())
 
     def __call__(self, x: Tensor) -> Tensor:
         """[images, h, w, in] -> [images, h, w, out], without the bias; one more row and column with
@@ -86,23 +86,80 @@ class Convolution:
         return y.permute(0, 2, 3, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A group norm's parameters."""
+def group_norm_kernels_run(
+    device: torch.device,
+    widths: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    tell: Callable[[str], None],
+) -> bool:
+    """Whether Triton carries out the group norms: on a GPU, for widths that its kernels take,
+    unless torch is asked for.
 
-    weight: Tensor  # float32 [channels]
-    bias: Tensor  # float32 [channels]
-    groups: int
-    eps: float
+    Args:
+        widths: channels of every norm.
+        backend: "auto", "triton" or "torch".
+        tell: called with one line for the user where torch takes the kernels' place.
+    """
+    if device.type != "cuda" or not triton_runs_on(device) or backend == "torch":
+        return False
+    supported = all(supports(width, groups) for width in widths)
+    if not supported:
+        tell(
+            f"a tokenizer of {', '.join(map(str, widths))} channels has no Triton group norm: "
+            "torch's takes its place"
+        )
+    return supported
 
-    @classmethod
-    def of(cls, module: nn.GroupNorm) -> "Norm":
-        """A copy of the module's parameters."""
-        return cls(
-            module.weight.detach().float().clone(),
-            module.bias.detach().float().clone(),
-            module.num_groups,
-            module.eps,
+
+class GroupNorms:
+    """Group norms in two passes: the sum that is measured, and the norm itself.
+
+    Args:
+        triton: by kernels; else by their references.
+        groups: of every norm.
+    """
+
+    def __init__(self, triton: bool, groups: int) -> None:
+        self._groups = groups
+        self._add = add_with_statistics if triton else add_with_statistics_reference
+        self._normalize = normalize if triton else normalize_reference
+
+    def add(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        dtype: torch.dtype | None,
+        *,
+        interleaved: bool = False,
+    ) -> Measured:
+        """x + bias (+ residual), measured. Without a dtype the sum is not stored, and the values
+        remain x.
+        """
+        total, statistics = self._add(
+            x, bias, residual, self._groups, dtype, interleaved=interleaved
+        )
+        return Measured(x if total is None else total, statistics)
+
+    def normalize(
+        self, image: Measured, norm: nn.GroupNorm, *, bias: Tensor | None = None, silu: bool = True
+    ) -> Tensor:
+        """The norm of an image, and SiLU.
+
+        Args:
+            bias: of the sum that was not stored.
+        """
+        return self._normalize(
+            image.values,
+            image.statistics,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            bias=bias,
+            silu=silu,
+            out_dtype=_PRODUCTS,
         )
 
 
@@ -116,50 +173,39 @@ class VQForward:
     """
 
     def __init__(self, vq: VQModel, grid: int, backend: str = "auto") -> None:
-        decoder, config = vq.decoder, vq.config
-        self._groups = decoder.norm_out.num_groups
+        decoder, config, project = vq.decoder, vq.config, vq.post_quant_conv
+        codebook, groups = vq.quantize.embedding.weight, decoder.norm_out.num_groups
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self._operations = select_group_norm(
-            vq.quantize.embedding.weight.device, widths, self._groups, backend, tell=tell
-        )
-        self._grid = grid
-        entries, project = (
-            normalized(vq.quantize.embedding.weight.detach().double()),
-            vq.post_quant_conv,
-        )
+        triton = group_norm_kernels_run(codebook.device, widths, groups, backend, tell=tell)
+        self._norms, self._grid = GroupNorms(triton, groups), grid
         assert project.bias is not None
         features = F.linear(
-            entries, project.weight.detach()[:, :, 0, 0].double(), project.bias.detach().double()
+            normalized(codebook.detach().double()),
+            project.weight.detach()[:, :, 0, 0].double(),
+            project.bias.detach().double(),
         )
         self._features = features.float()  # [codebook, z_channels]
         self._conv_in = Convolution.of(decoder.conv_in, torch.float32)
-        self._stages = [
-            _Stage([_block(module) for module in decoder.mid], None, torch.float32, torch.float32)
-        ]
+        self._blocks: list[_Block] = [_block(module, torch.float32) for module in decoder.mid]
         last = len(decoder.conv_blocks) - 1
         for number, stage in enumerate(decoder.conv_blocks):
             assert isinstance(stage, Stage)
-            pairs = (
-                zip(stage.res, stage.attn, strict=True)
-                if stage.attn
-                else ((block,) for block in stage.res)
-            )
-            blocks = [_block(module) for pair in pairs for module in pair]
-            upsample = (
-                None if stage.upsample is None else Convolution.upsampling(stage.upsample.conv)
-            )
-            residual_dtypes = [
+            dtype, next_dtype = (
                 _PRODUCTS if at >= last else torch.float32 for at in (number, number + 1)
-            ]
-            self._stages.append(_Stage(blocks, upsample, *residual_dtypes))
-        self._norm_out = Norm.of(decoder.norm_out)
+            )
+            for index, module in enumerate(stage.res):
+                self._blocks.append(_block(module, dtype))
+                if stage.attn:
+                    self._blocks.append(_block(stage.attn[index], dtype))
+            if stage.upsample is not None:
+                convolution = Convolution.upsampling(stage.upsample.conv)
+                self._blocks.append(_Upsampling(convolution, next_dtype))
+        self._norm_out = _copy(decoder.norm_out)
         outputs = Convolution.of(decoder.conv_out)
         self._outputs = outputs.weight.shape[0]
         missing = _PADDED_OUTPUTS - self._outputs
-        weight = F.pad(outputs.weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(
-            memory_format=torch.channels_last
-        )
-        self._conv_out = Convolution(weight, outputs.bias)
+        weight = F.pad(outputs.weight, (0, 0, 0, 0, 0, 0, 0, missing))
+        self._conv_out = Convolution(_channels_last(weight, _PRODUCTS), outputs.bias)
 
     @torch.no_grad()
     def __call__(self, codes: Tensor) -> Tensor:
@@ -170,125 +216,88 @@ class VQForward:
         features = F.embedding(codes, self._features).view(
             codes.shape[0], self._grid, self._grid, -1
         )
-        image = self._add(self._conv_in(features), self._conv_in.bias, None, torch.float32)
+        image = self._norms.add(self._conv_in(features), self._conv_in.bias, None, torch.float32)
         # No more than one name for the image: three of them at a time are the decoder's peak.
-        for stage in self._stages:
-            for block in stage.blocks:
-                if isinstance(block, _Attention):
-                    image = self._attend(block, image, stage.residual_dtype)
-                else:
-                    image = self._convolve(block, image, stage.residual_dtype)
-            if stage.upsample is not None:
-                image = self._add(
-                    stage.upsample(image.values),
-                    stage.upsample.bias,
-                    None,
-                    stage.upsampled_dtype,
-                    interleaved=True,
-                )
-        y = self._conv_out(self._normalize(image, self._norm_out))
+        for block in self._blocks:
+            image = block(self._norms, image)
+        y = self._conv_out(self._norms.normalize(image, self._norm_out))
         pixels = y[..., : self._outputs].float() + self._conv_out.bias
         return pixels.permute(0, 3, 1, 2).contiguous()
-
-    def _convolve(self, block: "_Resnet", image: Measured, dtype: torch.dtype) -> Measured:
-        h = block.conv1(self._normalize(image, block.norm1))
-        _, statistics = self._operations.add(h, block.conv1.bias, None, block.norm2.groups, None)
-        normed = self._normalize(Measured(h, statistics), block.norm2, bias=block.conv1.bias)
-        del h  # before the next is made
-        h = block.conv2(normed)
-        del normed
-        shortcut = image.values if block.shortcut is None else block.shortcut(image.values)
-        return self._add(h, block.bias, shortcut, dtype)
-
-    def _attend(self, block: "_Attention", image: Measured, dtype: torch.dtype) -> Measured:
-        images, height, width, channels = image.values.shape
-        h = self._normalize(image, block.norm, silu=False).view(images, 1, height * width, channels)
-        queries, keys, values = F.linear(h, block.qkv_weight, block.qkv_bias).split(
-            channels, dim=-1
-        )
-        # one head: [images, 1, positions, channels]
-        attn_out = F.scaled_dot_product_attention(queries, keys, values)
-        return self._add(
-            block.project(attn_out.view(images, height, width, channels)),
-            block.project.bias,
-            image.values,
-            dtype,
-        )
-
-    def _add(
-        self,
-        x: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        dtype: torch.dtype,
-        *,
-        interleaved: bool = False,
-    ) -> Measured:
-        total, statistics = self._operations.add(
-            x, bias, residual, self._groups, dtype, interleaved=interleaved
-        )
-        assert total is not None
-        return Measured(total, statistics)
-
-    def _normalize(
-        self, image: Measured, norm: Norm, *, bias: Tensor | None = None, silu: bool = True
-    ) -> Tensor:
-        return self._operations.normalize(
-            image.values,
-            image.statistics,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            bias=bias,
-            silu=silu,
-            out_dtype=_PRODUCTS,
-        )
 
 
 @dataclass(frozen=True)
 class _Resnet:
-    norm1: Norm
+    norm1: nn.GroupNorm
     conv1: Convolution
-    norm2: Norm
+    norm2: nn.GroupNorm
     conv2: Convolution
     shortcut: Convolution | None  # 1 x 1
     bias: Tensor  # float32, of the second convolution and the shortcut
+    dtype: torch.dtype  # of the residual stream
+
+    def __call__(self, norms: GroupNorms, image: Measured) -> Measured:
+        h = norms.add(self.conv1(norms.normalize(image, self.norm1)), self.conv1.bias, None, None)
+        normed = norms.normalize(h, self.norm2, bias=self.conv1.bias)
+        del h  # before the next is made
+        y = self.conv2(normed)
+        del normed
+        shortcut = image.values if self.shortcut is None else self.shortcut(image.values)
+        return norms.add(y, self.bias, shortcut, self.dtype)
 
 
 @dataclass(frozen=True)
 class _Attention:
-    norm: Norm
+    norm: nn.GroupNorm
     qkv_weight: Tensor  # bf16 [3 * channels, channels]
     qkv_bias: Tensor  # bf16 [3 * channels]
     project: Convolution  # 1 x 1
+    dtype: torch.dtype  # of the residual stream
+
+    def __call__(self, norms: GroupNorms, image: Measured) -> Measured:
+        images, height, width, channels = image.values.shape
+        h = norms.normalize(image, self.norm, silu=False).view(images, 1, height * width, channels)
+        queries, keys, values = F.linear(h, self.qkv_weight, self.qkv_bias).split(channels, dim=-1)
+        # one head: [images, 1, positions, channels]
+        attn_out = F.scaled_dot_product_attention(queries, keys, values)
+        projected = self.project(attn_out.view(images, height, width, channels))
+        return norms.add(projected, self.project.bias, image.values, self.dtype)
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """The blocks of one resolution."""
+class _Upsampling:
+    convolution: Convolution
+    dtype: torch.dtype  # of the residual stream at the next resolution
 
-    blocks: list[_Resnet | _Attention]
-    upsample: Convolution | None
-    residual_dtype: torch.dtype
-    upsampled_dtype: torch.dtype  # of the residual stream at the next resolution
+    def __call__(self, norms: GroupNorms, image: Measured) -> Measured:
+        phases, bias = self.convolution(image.values), self.convolution.bias
+        return norms.add(phases, bias, None, self.dtype, interleaved=True)
 
 
-def _block(module: nn.Module) -> _Resnet | _Attention:
+_Block = _Resnet | _Attention | _Upsampling
+
+
+def _block(module: nn.Module, dtype: torch.dtype) -> _Block:
+    """A block of the tokenizer's, with copies of its parameters."""
     if isinstance(module, ResnetBlock):
-        shortcut = (
-            Convolution.of(module.nin_shortcut)
-            if isinstance(module.nin_shortcut, nn.Conv2d)
-            else None
-        )
         conv1, conv2 = Convolution.of(module.conv1), Convolution.of(module.conv2)
-        bias = conv2.bias if shortcut is None else conv2.bias + shortcut.bias
-        return _Resnet(Norm.of(module.norm1), conv1, Norm.of(module.norm2), conv2, shortcut, bias)
+        shortcut, bias = None, conv2.bias
+        if isinstance(module.nin_shortcut, nn.Conv2d):
+            shortcut = Convolution.of(module.nin_shortcut)
+            bias = conv2.bias + shortcut.bias
+        norm1, norm2 = _copy(module.norm1), _copy(module.norm2)
+        return _Resnet(norm1, conv1, norm2, conv2, shortcut, bias, dtype)
     assert isinstance(module, AttnBlock)
     parts = [module.q, module.k, module.v]
-    weight = torch.cat([part.weight.detach()[:, :, 0, 0] for part in parts])
-    bias = torch.cat([part.bias.detach() for part in parts if part.bias is not None])
+    weight = torch.cat([part.weight.detach()[:, :, 0, 0] for part in parts]).to(_PRODUCTS)
+    bias = torch.cat([part.bias.detach() for part in parts if part.bias is not None]).to(_PRODUCTS)
     project = Convolution.of(module.proj_out, torch.float32)
-    return _Attention(Norm.of(module.norm), weight.to(_PRODUCTS), bias.to(_PRODUCTS), project)
+    return _Attention(_copy(module.norm), weight, bias, project, dtype)
+
+
+def _copy(norm: nn.GroupNorm) -> nn.GroupNorm:
+    copied = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, device=norm.weight.device)
+    copied.load_state_dict(norm.state_dict())  # in float32
+    return copied.requires_grad_(False)
 
 
 def _channels_last(weight: Tensor, dtype: torch.dtype) -> Tensor:

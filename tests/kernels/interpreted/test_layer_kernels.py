@@ -14,8 +14,7 @@ from kernel_cases import (
 )
 
 from kernels.attention import AttentionTiles
-from kernels.linear import LinearTiles
-from kernels.swiglu import SwigluTiles
+from kernels.linear import LinearTiles, SwigluTiles
 
 # The interpreter's bf16 products are wrong (Triton 3.6): float32 and float16 stand for it.
 PLACES = [Place(torch.device("cpu"), torch.float32), Place(torch.device("cpu"), torch.float16)]

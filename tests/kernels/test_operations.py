@@ -12,11 +12,11 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes
+from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes, check_backend
+from autoregressive.serve.engine.vq_forward import group_norm_kernels_run
 from kernels.attention import HEAD_SIZES
 from kernels.attention_reference import attention_reference
-from kernels.dispatch import select_group_norm, select_operations, torch_operations
-from kernels.group_norm import normalize, normalize_reference
+from kernels.operations import select_operations, torch_operations
 
 CUDA = torch.device("cuda")
 WIDTH = 288  # four heads of 72, or three of 96
@@ -110,7 +110,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(
         ValueError,
         match=rf"{device} is no GPU of compute capability 8\.0 or above; use auto or torch",
     ):
-        select_operations(torch.device(device), torch.float16, 4, 64, "triton", tell=told.append)
+        check_backend(EngineConfig(attention_backend="triton"), torch.device(device))
     operations = select_operations(
         torch.device(device), torch.float16, 4, 64, "torch", tell=told.append
     )
@@ -127,17 +127,15 @@ def test_the_pixel_decoders_group_norms_are_triton_where_they_fit(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     told: list[str] = []
 
-    def chosen(device: torch.device, widths: list[int], backend: str) -> object:
-        return select_group_norm(device, widths, 32, backend, tell=told.append).normalize
+    def by_triton(device: torch.device, widths: list[int], backend: str) -> bool:
+        return group_norm_kernels_run(device, widths, 32, backend, tell=told.append)
 
-    assert chosen(CUDA, [128, 512], "auto") is chosen(CUDA, [128, 512], "triton") is normalize
-    assert (
-        chosen(CUDA, [128, 512], "torch")
-        is chosen(torch.device("cpu"), [128, 512], "auto")
-        is normalize_reference
-    )
+    assert by_triton(CUDA, [128, 512], "auto")
+    assert by_triton(CUDA, [128, 512], "triton")
+    assert not by_triton(CUDA, [128, 512], "torch")
+    assert not by_triton(torch.device("cpu"), [128, 512], "auto")
     assert told == []
-    assert chosen(CUDA, [96, 192], "triton") is normalize_reference
+    assert not by_triton(CUDA, [96, 192], "triton")
     assert told == [
         "a tokenizer of 96, 192 channels has no Triton group norm: torch's takes its place"
     ]
