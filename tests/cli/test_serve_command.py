@@ -252,10 +252,10 @@ def test_the_process_is_left_as_it_was(work: Path) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("command", [paged, naive])
 def test_a_changed_precision_is_said_once(
     work: Path,
+    small_demo: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: ModuleType,
