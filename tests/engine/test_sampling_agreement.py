@@ -49,7 +49,7 @@ def test_temperature_0_takes_the_likeliest_token_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: tuple[ModelSettings, LoadedModels]
 ) -> None:
     """Fails if a command refuses it, draws at random, or takes other tokens than the engine or than
-    top-k 1.
+    top-k 1; with the weights that ship.
     """
     monkeypatch.chdir(tmp_path)
     drawn = []
@@ -63,6 +63,7 @@ def test_temperature_0_takes_the_likeliest_token_everywhere(
     drawn += engine.generate(LABELS * 2, params, decode=False).numpy().reshape(2, len(LABELS), -1)
     for codes in drawn[1:]:
         assert np.array_equal(codes, drawn[0])
+    assert min(len(np.unique(picture)) for picture in drawn[0]) >= 100
 
 
 @pytest.mark.parametrize("top_k", [0, 1025, 2**31 - 1])
