@@ -1,6 +1,6 @@
 # make demo     draw eight pictures with the model that ships with the repository
-# make check    ruff, mypy and the tests that start nothing, in a minute or two
-# make test     ruff, mypy and the test suite
+# make check    ruff, mypy and the tests that start nothing, in a minute and a half
+# make test     ruff, mypy and the test suite, in a quarter of an hour
 # make install  create .venv from requirements.lock
 # make audit    look up known vulnerabilities of the locked packages
 # make lock     write requirements.lock anew after a change of requirements.txt
@@ -9,8 +9,9 @@
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.requirements-installed
+TESTS   = $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo lint check test audit lock clean
+.PHONY: help install demo lint check quick test audit lock clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -34,13 +35,18 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-check: lint
-	$(VENV)/bin/python -m pytest -q -m "not gpu and not soak and not timing and not slow" -n 2 --dist worksteal
+# mypy has one thread for much of its time, so that the tests run beside it.
+check: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint quick
+
+quick: $(READY)
+	$(TESTS) -q -m "not gpu and not soak and not timing and not slow"
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not gpu and not soak and not timing" -n 2 --dist worksteal
-# Bounds in seconds hold on a quiet machine: what fails (status 1) is tried once more, and must pass then.
-	$(VENV)/bin/python -m pytest -m "timing and not soak" || \
+	$(TESTS) -m "not gpu and not soak and not timing"
+# Tests with bounds in seconds wait for most of their time, so that two run at once. The bounds hold on a quiet machine:
+# what fails (status 1) is tried once more, one at a time, and must pass then.
+	$(TESTS) --dist loadfile -m "timing and not soak" || \
 	  { test $$? -eq 1 && $(VENV)/bin/python -m pytest -m "timing and not soak" --last-failed; }
 
 audit:

@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from autoregressive.models.config import GPTShape
+from autoregressive.models.gpt import GPT_models, build_gpt
 
 if TYPE_CHECKING:
     from fake_service import Service
@@ -74,6 +77,13 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
     folder = tmp_path_factory.mktemp("locked")
     with running_service(folder, environment={"LLAMAGEN_API_KEY": KEY}) as service:
         yield service
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-demo as small as can be, for tests whose weights are random anyway: in this process."""
+    shape = GPTShape(n_layer=1, n_head=1, dim=64)
+    monkeypatch.setitem(GPT_models, "GPT-demo", partial(build_gpt, shape))
 
 
 def reference_weights(model: nn.Module, seed: int) -> None:

@@ -134,6 +134,7 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
     assert np.array_equal(single, pixels_of(tmp_path / "x.png")[2:130, 132:260])
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_same_seed_same_picture_other_seed_other_tokens(work: Path) -> None:
     """Fails if a picture cannot be made again, or the seed does nothing."""
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
@@ -156,6 +157,7 @@ def test_same_seed_same_picture_other_seed_other_tokens(work: Path) -> None:
     assert record_of(work / "c.png")["seed"] == 8
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_the_default_file_says_whether_the_weights_are_trained(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +183,7 @@ def test_the_default_file_says_whether_the_weights_are_trained(
     )
 
 
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("damaged", ["gpt", "vq"])
 def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged: str) -> None:
     """Fails if NaN becomes a black picture, or replaces a good one."""
@@ -331,6 +334,7 @@ def test_a_reader_that_left_does_not_cost_the_picture(tmp_path: Path) -> None:
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_stdout_that_is_full_does_not_cost_the_picture(
     work: Path, monkeypatch: pytest.MonkeyPatch
@@ -345,6 +349,7 @@ def test_a_stdout_that_is_full_does_not_cost_the_picture(
     assert pixels_of(work / "x.png").shape == (128, 128, 3)
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_without_stderr_nothing_is_said(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,6 +408,7 @@ def test_every_end_has_its_status_and_at_most_one_line(
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (status, out, errors)
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_the_record_says_all_that_the_picture_depends_on(work: Path) -> None:
     """Fails if the picture cannot be made again from its record, or every single one carries the
     whole batch's labels.

@@ -110,6 +110,7 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
         assert image.size == (2 + 2 * 130, 132)
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
     """Fails if a flag means something else here: where nothing is left to chance both commands must
     draw the same codes.
@@ -137,6 +138,7 @@ def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
         assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("damaged", ["gpt", "vq"])
 def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged: str) -> None:
     """Fails if NaN becomes a black picture, or replaces a good one."""
@@ -240,6 +242,7 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_the_process_is_left_as_it_was(work: Path) -> None:
     """Fails if the command leaves a switch behind that changes the numbers of whatever the process
     does next.
@@ -252,6 +255,7 @@ def test_the_process_is_left_as_it_was(work: Path) -> None:
 @pytest.mark.parametrize("command", [paged, naive])
 def test_a_changed_precision_is_said_once(
     work: Path,
+    small_demo: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     command: ModuleType,

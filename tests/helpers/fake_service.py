@@ -1,46 +1,44 @@
-"""The service with an engine that costs nothing and fails when told to: `python
-tests/helpers/fake_service.py`, and `Service` to run it.
+"""The service with an engine that costs nothing and fails when told to, and `running_service` to
+run it.
 
 Everything is real but the model: HTTP, the engine's process, its loop, scheduler and pages. Images
 have 8 x 8 tokens and 32 px. What is to go wrong is told by files in a folder, which the engine's
-process looks at before every span.
+process looks at before every span. Processes are forked, so that a start takes a tenth of a second
+(`forked_services`).
 """
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from autoregressive.cli.command import run_command
+import httpx2
+import torch
+from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
+from torch import Tensor
+
 from autoregressive.errors import UserError
+from autoregressive.models.classes import ClassNames
+from autoregressive.models.defaults import DEMO_DEFAULTS
+from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.device_future import DeviceFuture
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.pixel_decoder import PixelDecoder
+from autoregressive.serve.lifecycle import listen, serve
 from autoregressive.serve.signals import SignalWatch
-
-with nullcontext(SignalWatch() if __name__ == "__main__" else None) as WATCH:
-    import httpx2
-    import torch
-    from fake_runner import CLASSES, VOCABULARY, FakeRunner, tiny_gpt
-    from torch import Tensor
-
-    from autoregressive.models.classes import ClassNames
-    from autoregressive.models.defaults import DEMO_DEFAULTS
-    from autoregressive.serve.engine.config import EngineConfig
-    from autoregressive.serve.engine.device_future import DeviceFuture
-    from autoregressive.serve.engine.engine import Engine
-    from autoregressive.serve.engine.pixel_decoder import PixelDecoder
-    from autoregressive.serve.lifecycle import listen, serve
-    from autoregressive.serve.web.config_layers import read_arguments
-    from autoregressive.serve.web.served_model import ServedModel
-    from autoregressive.serve.web.server_settings import resolve_server_settings
-    from autoregressive.serve.worker.process import MakeEngine
+from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.server_settings import resolve_server_settings
+from autoregressive.serve.worker.process import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
 LARGE_SIZE = (
@@ -168,7 +166,7 @@ def fake_model(name: str) -> ServedModel:
     )
 
 
-def main(watch: SignalWatch | None) -> int:
+def main(watch: SignalWatch) -> int:
     """The service's flags, with a fake model."""
     settings = resolve_server_settings(read_arguments(sys.argv[1:], os.environ))
     recipe: MakeEngine = partial(
@@ -187,12 +185,43 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+class ServiceProcess:
+    """The service's own process, which is not this one's child.
+
+    Args:
+        status: the file into which its parent writes its status.
+    """
+
+    def __init__(self, pid: int, status: Path) -> None:
+        self.pid, self._status = pid, status
+
+    def poll(self) -> int | None:
+        """Its status, once it has ended."""
+        said = self._status.read_text() if self._status.exists() else ""
+        return int(said) if said else None
+
+    def wait(self, timeout: float = 60) -> int:
+        """Its status."""
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            assert time.monotonic() < deadline, f"did not end within {timeout} s"
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """If it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """At once."""
+        self.send_signal(signal.SIGKILL)
+
+
 class Service:
     """A running service, as others see it."""
 
-    def __init__(
-        self, process: "subprocess.Popen[str]", url: str, faults: Faults, log: Path
-    ) -> None:
+    def __init__(self, process: ServiceProcess, url: str, faults: Faults, log: Path) -> None:
         self.process, self.url, self.faults, self._log = process, url, faults, log
         self.client = httpx2.Client(base_url=url, timeout=60)
 
@@ -279,36 +308,15 @@ def running_service(
         ready: wait until it is.
         open_files: the limit of them, soft and hard; None: this process's.
     """
-    log = folder / "stderr"
-    command = [sys.executable, __file__, "--port", "0", *flags]
-    if open_files is not None:
-        command = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh", *command]
-    variables = os.environ | {FAULTS: str(folder), "OMP_NUM_THREADS": "1"} | dict(environment)
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=variables,
-            start_new_session=start_new_session,
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert "http://" in line, f"did not start: {log.read_text()}"
-            service = Service(process, line.split()[-1].strip(), Faults(folder), log)
-            if ready:
-                service.wait_until_ready()
-            yield service
-        finally:
-            process.kill()
+    from forked_services import forge  # which forks this module's services
 
-
-if __name__ == "__main__":
-    # an engine's process imports what builds its engine, which so must not be of __main__
-    import fake_service
-
-    run_command(lambda: fake_service.main(WATCH))
+    with forge().service(
+        folder,
+        *flags,
+        environment=environment,
+        start_new_session=start_new_session,
+        open_files=open_files,
+    ) as service:
+        if ready:
+            service.wait_until_ready()
+        yield service

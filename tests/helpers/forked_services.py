@@ -1,8 +1,9 @@
 """Fake services that take a tenth of a second to start: they are forked from a process that has
 imported everything.
 
-`python tests/helpers/forked_services.py` reads a line of JSON for each service, and answers with
-its process id.
+Each process of tests has one such process, the forge, from its first service on. `python
+tests/helpers/forked_services.py` reads a line of JSON for each service, and answers with its
+process id.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -17,13 +19,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import fake_service
-from fake_service import FAULTS, Faults, Service
+from fake_service import FAULTS, Faults, Service, ServiceProcess
 
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
@@ -31,31 +35,6 @@ from autoregressive.serve.web.fronts import supervisor
 from autoregressive.serve.worker import child, process
 
 _START_SECONDS = 120.0
-
-
-class ForkedService:
-    """What `Service` uses of `Popen`, for a process that is not this one's child.
-
-    Args:
-        status: the file into which its parent writes its status.
-    """
-
-    def __init__(self, pid: int, status: Path) -> None:
-        self.pid, self._status = pid, status
-
-    def wait(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
-        while not (self._status.exists() and (said := self._status.read_text())):
-            assert time.monotonic() < deadline, f"did not end within {timeout} s"
-            time.sleep(0.01)
-        return int(said)
-
-    def send_signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 class ForkedChild:
@@ -108,10 +87,11 @@ def close_all_but(*kept: int) -> None:
                 os.close(descriptor)
 
 
-def fork_service(flags: Sequence[str], folder: Path) -> None:
+def fork_service(asked: dict[str, Any]) -> None:
     """Starts a service, in a process of its parent's that says its process id and writes down its
     status.
     """
+    folder = Path(asked["folder"])
     if os.fork() > 0:
         return
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -129,8 +109,13 @@ def fork_service(flags: Sequence[str], folder: Path) -> None:
             # is in it.
             setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
         close_all_but(0, 1, 2)
-        os.environ[FAULTS] = str(folder)
-        sys.argv = ["fake_service.py", "--port", "0", *flags]
+        if asked["start_new_session"]:
+            os.setsid()
+        if asked["open_files"] is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (asked["open_files"],) * 2)
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        sys.argv = ["fake_service.py", "--port", "0", *asked["flags"]]
         run_command(lambda: fake_service.main(SignalWatch()))
     except SystemExit as end:
         status = cast(int, end.code)
@@ -162,30 +147,62 @@ class Forge:
             return self._process.stdout.readline()
 
     @contextmanager
-    def service(self, folder: Path, *flags: str) -> Iterator[Service]:
+    def service(
+        self,
+        folder: Path,
+        *flags: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        start_new_session: bool = False,
+        open_files: int | None = None,
+    ) -> Iterator[Service]:
         """A service that has begun to load; killed at the end."""
-        running = ForkedService(
-            int(self._ask({"flags": flags, "folder": str(folder)})), folder / "status"
-        )
+        asked = {
+            "flags": flags,
+            "folder": str(folder),
+            "environment": {**os.environ, FAULTS: str(folder), **environment},
+            "start_new_session": start_new_session,
+            "open_files": open_files,
+        }
+        for name in ("stdout", "stderr", "status"):  # of a service that ran in this folder before
+            if (folder / name).is_file():
+                (folder / name).unlink()
+        running, log = ServiceProcess(int(self._ask(asked)), folder / "status"), folder / "stderr"
         try:
             deadline = time.monotonic() + _START_SECONDS
             while "http://" not in (
                 said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""
             ):
+                status = running.poll()
+                assert status is None, f"did not start, status {status}: {log.read_text()}"
                 assert time.monotonic() < deadline, "the service does not start"
                 time.sleep(0.02)
             url = said.splitlines()[0].split()[-1]
-            service = Service(
-                cast("subprocess.Popen[str]", running), url, Faults(folder), folder / "stderr"
-            )
+            service = Service(running, url, Faults(folder), log)
             yield service
             service.client.close()
         finally:
             running.kill()
+            running.wait()
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+_FIRST = threading.Lock()
+
+
+def forge() -> Forge:
+    """The forge of this process, which ends with it."""
+    with _FIRST:
+        return _forge()
+
+
+@cache
+def _forge() -> Forge:
+    made = Forge()
+    atexit.register(made.close)
+    return made
 
 
 def main() -> None:
@@ -193,11 +210,11 @@ def main() -> None:
     process.start_child = cast(Any, fork_child)
     supervisor.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under `nohup`
     gc.collect()
     gc.freeze()  # or each fork's first collection would copy all memory
     for line in sys.stdin:
-        asked = json.loads(line)
-        fork_service(asked["flags"], Path(asked["folder"]))
+        fork_service(json.loads(line))
 
 
 if __name__ == "__main__":

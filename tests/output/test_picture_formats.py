@@ -75,6 +75,7 @@ def test_the_suffix_decides_the_format(tmp_path: Path, suffix: str, format_name:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.usefixtures("small_demo")
 @pytest.mark.parametrize("command", [naive, fast])
 def test_a_command_writes_the_format_that_the_output_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: object

@@ -243,6 +243,7 @@ def test_a_reader_is_told_how_many_start_before_it(service: Service) -> None:
                 async with asyncio.timeout(20):
                     while not await asyncio.to_thread(service.holds, 1, index):
                         await asyncio.sleep(0.01)
+            service.faults.set("step_seconds", "0.01")  # all have been told their first place
         return [task.result() for task in tasks]
 
     service.faults.set("step_seconds", "0.1")

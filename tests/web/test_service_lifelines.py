@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import httpx2
 import pytest
-from fake_service import Service
-from forked_services import Forge
+from fake_service import Service, running_service
 from test_service_promises import send
 
 pytestmark = pytest.mark.timing
@@ -99,7 +98,7 @@ def drawing_status(service: Service, timeout: float = 1.0) -> int:
         return 0
 
 
-def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
+def walk(case: Case, folders: pytest.TempPathFactory) -> Outcome:
     folder = folders.mktemp("service")
     # One that is killed must not be ready meanwhile; one that is stopped would be ready soon, if it
     # were not stopped.
@@ -107,7 +106,7 @@ def walk(case: Case, forge: Forge, folders: pytest.TempPathFactory) -> Outcome:
     if case.phase != "loading":
         (folder / "slow_start").unlink()
     flags = ("--max-num-seqs", "4", "--step-timeout", "20", "--api-server-count", str(case.fronts))
-    with forge.service(folder, *flags) as service:
+    with running_service(folder, *flags, ready=False) as service:
         client = enter(case.phase, service)
         service.wait_for(
             lambda: len(service.children) == (1 if case.fronts == 1 else 1 + case.fronts), 10
@@ -152,7 +151,6 @@ def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Case, "Future[Outcome]"]]:
     """Of all cases that were asked for; some run at a time."""
-    forge = Forge()
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     cases = [
         spec.params["case"]
@@ -160,8 +158,7 @@ def outcomes(
         if spec is not None and isinstance(spec.params.get("case"), Case)
     ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield {case: pool.submit(walk, case, forge, tmp_path_factory) for case in cases}
-    forge.close()
+        yield {case: pool.submit(walk, case, tmp_path_factory) for case in cases}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

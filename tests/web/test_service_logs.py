@@ -6,23 +6,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from forked_services import Forge
+from fake_service import running_service
 
 from autoregressive.serve import logs
 from autoregressive.serve.logs import LineWriter
-
-
-@pytest.fixture(scope="module")
-def forge() -> Iterator[Forge]:
-    forge = Forge()
-    yield forge
-    forge.close()
 
 
 def read_lines(descriptor: int, count: int) -> list[bytes]:
@@ -153,12 +145,9 @@ def test_the_last_words_of_the_services_process_are_json() -> None:
 @pytest.mark.parametrize(
     ("fault", "said"), [("raise", "a fault of no known kind"), ("segfault", "Segmentation fault")]
 )
-def test_the_last_words_of_an_engine_are_json(
-    forge: Forge, tmp_path: Path, fault: str, said: str
-) -> None:
+def test_the_last_words_of_an_engine_are_json(tmp_path: Path, fault: str, said: str) -> None:
     """Fails if an engine's traceback, or what the system says of a fault, is no JSON."""
-    with forge.service(tmp_path, "--api-server-count", "2") as service:
-        service.wait_until_ready()
+    with running_service(tmp_path, "--api-server-count", "2") as service:
         service.faults.set(fault)
         assert service.draw().status_code == 503
         assert service.process.wait(30) == 1
@@ -168,13 +157,12 @@ def test_the_last_words_of_an_engine_are_json(
 
 
 @pytest.mark.timing
-def test_a_service_whose_log_nobody_reads_serves_and_ends(forge: Forge, tmp_path: Path) -> None:
+def test_a_service_whose_log_nobody_reads_serves_and_ends(tmp_path: Path) -> None:
     """Fails if the service, or its end, waits for a full pipe."""
     os.mkfifo(tmp_path / "stderr")
     # it is open, and that is all
     reader = os.open(tmp_path / "stderr", os.O_RDONLY | os.O_NONBLOCK)
-    with forge.service(tmp_path) as service:
-        service.wait_until_ready()
+    with running_service(tmp_path) as service:
         path = f"/{'x' * 190}"
         for _ in range(300):  # lines of half a KiB each; the pipe holds 64 KiB
             service.client.get(path)

@@ -358,11 +358,11 @@ def test_an_engine_that_cannot_be_built_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["out_of_memory", "out_of_memory_in_pixels"])
 def test_running_out_of_memory_costs_only_the_requests_concerned(slow: Service, fault: str) -> None:
-    """Those get 503, those that wait go on, the next succeeds; nothing is left over after 100
+    """Those get 503, those that wait go on, the next succeeds; nothing is left over after 30
     times.
     """
     slow.faults.set("step_seconds", "0.0005")
-    for repeat in range(100):
+    for repeat in range(30):
         callers = [in_background(slow, seed=seed) for seed in range(4)]
         slow.faults.set(fault)
         slow.wait_for(lambda: slow.faults.get(fault) is None, 10)
@@ -397,13 +397,13 @@ def test_nan_fails_its_own_request_only(slow: Service) -> None:
 
 
 def test_a_small_pool_serves_everybody_in_order(tmp_path: Path) -> None:
-    """A quarter of the pages that the rows could use, 1,000 requests of one client: all complete,
+    """A quarter of the pages that the rows could use, 500 requests of one client: all complete,
     first come, first served.
 
     The longest wait is at most 1.2 times that of the same requests through the scheduler alone, at
     the measured time of a step.
     """
-    requests, rows, pages = 1000, 32, 32
+    requests, rows, pages = 500, 32, 32
     flags = (
         "--max-num-seqs",
         str(rows),

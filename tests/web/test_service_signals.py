@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from fake_service import is_alive
-from forked_services import Forge
+from fake_service import is_alive, running_service
 from test_imports import ROOT
 from test_service_promises import send, status_of
 
@@ -40,13 +39,6 @@ def hear_hangups() -> Iterator[None]:
     found = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, found)
-
-
-@pytest.fixture(scope="module")
-def forge(hear_hangups: None) -> Iterator[Forge]:
-    forge = Forge()
-    yield forge
-    forge.close()
 
 
 @pytest.fixture
@@ -159,14 +151,13 @@ def test_the_second_signal_ends_it_whatever_the_main_thread_does(block: str) -> 
 )
 @pytest.mark.parametrize("fronts", ["1", "2"])
 def test_a_hangup_or_ctrl_c_lets_work_finish_and_says_so_at_once(
-    forge: Forge, tmp_path: Path, numbers: tuple[signal.Signals, ...], fronts: str
+    tmp_path: Path, numbers: tuple[signal.Signals, ...], fronts: str
 ) -> None:
     """Fails if clients are cut, or the terminal stays silent for as long as the drawing takes.
 
     Also if one event sends two signals.
     """
-    with forge.service(tmp_path, "--max-num-seqs", "4", "--api-server-count", fronts) as service:
-        service.wait_until_ready()
+    with running_service(tmp_path, "--max-num-seqs", "4", "--api-server-count", fronts) as service:
         service.faults.set("step_seconds", "0.03")
         client = send(service)
         service.wait_for(lambda: service.gauges()["num_requests_running"] == 1, 10)
@@ -257,9 +248,7 @@ time.sleep(120)
 
 
 @pytest.mark.soak
-def test_a_client_that_vanishes_without_a_word_ends_its_drawing(
-    forge: Forge, tmp_path: Path
-) -> None:
+def test_a_client_that_vanishes_without_a_word_ends_its_drawing(tmp_path: Path) -> None:
     """Fails if a pulled cable costs three minutes of drawing: nobody closes the connection, and
     nothing is to be sent on it.
     """
@@ -292,8 +281,8 @@ def test_a_client_that_vanishes_without_a_word_ends_its_drawing(
             [*inside, ip, "link", "set", "vanish1", "up"],
         ):
             subprocess.run(command, check=True)
-        with forge.service(
-            tmp_path, "--host", "0.0.0.0", "--api-key", key, "--max-num-seqs", "2"
+        with running_service(
+            tmp_path, "--host", "0.0.0.0", "--api-key", key, "--max-num-seqs", "2", ready=False
         ) as service:
             port = service.url.rsplit(":", 1)[1]
             service.client.headers["Authorization"] = f"Bearer {key}"

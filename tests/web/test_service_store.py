@@ -5,8 +5,6 @@ others are evicted.
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,7 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from fake_service import FAULTS, LARGE, Service, running_service
+from fake_service import LARGE, Service, running_service
 
 from autoregressive.serve.web.store import LOCK_FILE
 
@@ -158,20 +156,11 @@ def test_a_second_service_in_the_folder_ends_with_status_2(tmp_path: Path) -> No
     (tmp_path / "store").mkdir()
     flags = ("--store-dir", str(tmp_path / "store"), "--api-server-count", "2")
     with running_service(tmp_path, *flags) as service:
-        command = [
-            sys.executable,
-            str(Path(__file__).parents[1].joinpath("helpers", "fake_service.py")),
-            "--port",
-            "0",
-            *flags,
-        ]
-        environment = os.environ | {FAULTS: str(tmp_path), "OMP_NUM_THREADS": "1"}
-        second = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=environment
-        )
-        assert second.returncode == 2
-        assert second.stderr.count("\n") == 1
-        assert "another service keeps its images there" in second.stderr
+        second = tmp_path / "second"
+        second.mkdir()
+        why = r"status 2: [^\n]*another service keeps its images there[^\n]*\n$"
+        with pytest.raises(AssertionError, match=why), running_service(second, *flags):
+            pass
         assert service.client.get(urls_of(service)[0]).status_code == 200
         service.process.kill()
         service.process.wait()

@@ -9,7 +9,8 @@ from kernel_cases import LargeTilesRunner
 from teacher import TINY, engine_codes
 
 
-@pytest.mark.parametrize("name", TINY)
+# Head size 64 with guidance is in gpt_tiny_interval5, too.
+@pytest.mark.parametrize("name", [name for name in TINY if name != "gpt_tiny_head64"])
 def test_engine_tokens_are_llamagens(name: str) -> None:
     """The kernels together: greedy tokens of LlamaGen's own code."""
     # partial sums and chunks to combine in one of them
