@@ -12,26 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from autoregressive.errors import SettingName, Spelling, UserError
+from autoregressive.errors import SettingName, UserError, shortened
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.imagenet_classes import IMAGENET_NAMES
 
+_SEE = SettingName("list_classes", " (see {})")
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
-
-
-class UnknownClassError(UserError):
-    """A class that the model does not have."""
-
-    def spelled(self, spell: Spelling) -> str:
-        """The message, with the place where all classes are listed, if the user has one."""
-        told, *note = self.parts
-        place = spell("list_classes")
-        seen = f" (see {place})" if place is not None else ""
-        return UserError(told, seen, *note).spelled(spell)
-
-    def __str__(self) -> str:
-        return self.spelled(lambda name: None if name == "list_classes" else name)
 
 
 @dataclass(frozen=True)
@@ -53,25 +40,24 @@ class ClassNames:
             note: the end of the message where there is no such class.
 
         Raises:
-            UnknownClassError: there is no such class, and the message has the closest three names;
-                or several classes bear the name.
+            UserError: there is no such class, and the message has the closest three names; or
+                several classes bear the name.
         """
         word = " ".join(str(wanted).replace("_", " ").split())
         if not word:
-            raise UnknownClassError("the class is empty: give a name or an id", *note)
+            raise UserError("the class is empty: give a name or an id", _SEE, *note)
         if re.fullmatch(r"[+-]?[0-9]+", word):
             label = int(word) if len(word) <= _LONGEST_ID else -1
-            if not 0 <= label < len(self):
-                shown = word if len(word) <= _LONGEST_ID else f"{word[:_LONGEST_ID]}..."
-                told = f"class {shown}: ids go from 0 to {len(self) - 1}"
-                raise UnknownClassError(told, *note)
-            return label
+            if 0 <= label < len(self):
+                return label
+            told = f"class {shortened(word, _LONGEST_ID)}: ids go from 0 to {len(self) - 1}"
+            raise UserError(told, _SEE, *note)
         exact = [label for label, name in enumerate(self.names) if name == word]
         alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
         found = exact if len(exact) == 1 else alike
         if not found:
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
-            raise UnknownClassError(told, *note)
+            raise UserError(told, _SEE, *note)
         if len(found) > 1:
             raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
         return found[0]
@@ -101,23 +87,15 @@ class ClassNames:
         words, pairs = set(word.split()), _pairs(word)
         by_lower_case = {name.lower(): label for label, name in enumerate(self.names)}
 
-        def shared(name: str) -> int:
-            return len(words & set(name.split()))
-
-        shortlist = heapq.nlargest(
-            _SHORTLIST,
-            by_lower_case,
-            key=lambda name: (shared(name), len(pairs & self._pairs_of[name])),
-        )
-        alike = difflib.SequenceMatcher(b=word)
+        def sharing(name: str) -> tuple[int, int]:
+            return len(words & set(name.split())), len(pairs & self._pairs_of[name])
 
         def likeness(name: str) -> tuple[int, float]:
-            alike.set_seq1(name)
-            return shared(name), alike.ratio()
+            return sharing(name)[0], difflib.SequenceMatcher(None, name, word).ratio()
 
-        return self._described(
-            [by_lower_case[name] for name in heapq.nlargest(3, shortlist, key=likeness)]
-        )
+        shortlist = heapq.nlargest(_SHORTLIST, by_lower_case, key=sharing)
+        closest = heapq.nlargest(3, shortlist, key=likeness)
+        return self._described([by_lower_case[name] for name in closest])
 
     @cached_property
     def _pairs_of(self) -> dict[str, set[str]]:
