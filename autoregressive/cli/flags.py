@@ -6,6 +6,7 @@ imports torch: --help and a typo are answered at once.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,9 +18,7 @@ from autoregressive.models.sampling import BOUNDS, SamplingParams
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
-    choose_gpt_model,
-    choose_image_size,
-    resolve_checkpoint,
+    list_classes,
     resolve_labels,
 )
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
@@ -88,19 +87,28 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     return defaults.updated(**typed)
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Checks what can be checked without torch, so that a slip is told at once.
+def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace | None:
+    """Parses the flags and checks what can be checked without torch, so that a slip is told at
+    once.
+
+    Args:
+        parser: of `build_parser`.
+
+    Returns:
+        None where it has listed classes and the command is done.
 
     Raises:
-        UserError: as `resolve_settings`.
+        UserError: a value that cannot be used.
     """
+    arguments = parser.parse_args(argv)
     options = model_options(arguments)
+    if arguments.list_classes is not None:
+        print(list_classes(options, arguments.list_classes))
+        return None
     sampling_of(arguments, SamplingParams())
     check_options(options)
-    choose_image_size(options, choose_gpt_model(options))
-    for setting in ("gpt_ckpt", "vq_ckpt"):
-        resolve_checkpoint(options, setting)
-    resolve_labels(options, arguments.class_labels or ())
+    resolve_labels(options, arguments.class_labels)
+    return arguments
 
 
 def _default_folder() -> str:

@@ -11,12 +11,16 @@ import torch
 from refusals import refused
 
 from autoregressive.cli.command import flag_of
+from autoregressive.cli.drawing import Settings, resolve_settings
 from autoregressive.cli.flags import build_parser, model_options
-from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.devices import resolve_device
 from autoregressive.errors import Change, UserError
-from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
+from autoregressive.weights.finding import (
+    FoundWeights,
+    find_weights,
+    missing_weights,
+    smaller_precision,
+)
 from autoregressive.weights.options import list_classes
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
@@ -109,7 +113,7 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert resolved(folder).model.precision == torch.bfloat16
-    assert resolved(folder).note is None
+    assert resolved(folder).model.note is None
     assert resolved(folder).model.device == torch.device("cuda:0")
     assert resolved(folder, "--device", "cuda:1").model.device == torch.device("cuda:1")
     assert resolved(folder, "--device", "cpu").model.precision == torch.float32
@@ -133,12 +137,12 @@ def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(
     settings = resolved(folder)
     assert settings.model.precision == torch.float16
     assert (
-        settings.note
+        settings.model.note
         == "cuda:0 has compute capability 7.5, and bf16 takes 8.0: the transformer runs in fp16"
     )
     for typed, precision in (("fp16", torch.float16), ("none", torch.float32)):
         settings = resolved(folder, "--precision", typed)
-        assert (settings.model.precision, settings.note) == (precision, None)
+        assert (settings.model.precision, settings.model.note) == (precision, None)
     assert smaller_precision(settings.model) == [Change("use", "precision", "fp16")]
     match = r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$"
     with refused(match):
