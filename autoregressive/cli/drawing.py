@@ -112,7 +112,9 @@ def find_weights_and_warn(settings: Settings) -> FoundWeights:
     found = find_weights(settings.model)
     missing = missing_weights(settings.model, found)
     if missing is not None:
-        tell(missing.warning(flag_of))
+        seed = settings.model.seed
+        tell("WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.")
+        tell(f"  they are drawn from seed {seed}: {missing.spelled(flag_of)}")
     return found
 
 

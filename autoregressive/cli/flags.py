@@ -8,6 +8,7 @@ imports torch: --help and a typo are answered at once.
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 
 from autoregressive.cli.command import OneLineParser, add_version_flag
@@ -18,7 +19,7 @@ from autoregressive.models.sampling import BOUNDS, SamplingParams
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
-    list_classes,
+    chosen_classes,
     resolve_labels,
 )
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
@@ -103,7 +104,7 @@ def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argpars
     arguments = parser.parse_args(argv)
     options = model_options(arguments)
     if arguments.list_classes is not None:
-        print(list_classes(options, arguments.list_classes))
+        print(chosen_classes(options).listing(arguments.list_classes))
         return None
     sampling_of(arguments, SamplingParams())
     check_options(options)
@@ -173,38 +174,20 @@ def _add_drawing(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cfg-scale",
-        type=float,
-        metavar="X",
-        help=f"strength of classifier-free guidance; 1 and below: none {_default('cfg_scale')}",
-    )
-    group.add_argument(
-        "--cfg-interval",
-        type=int,
-        metavar="N",
-        help=f"guide the first N + 2 tokens only; -1: all {_default('cfg_interval')}",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help=f"0 takes the likeliest token {_default('temperature')}",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        metavar="N",
-        help="draw from the N likeliest tokens; 0, or more than there are: from all "
-        f"{_default('top_k')}",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="draw from the likeliest tokens that make up this probability; 1: from all "
-        f"{_default('top_p')}",
-    )
+    for setting, told in (
+        ("cfg_scale", "strength of classifier-free guidance; 1 and below: none"),
+        ("cfg_interval", "guide the first N + 2 tokens only; -1: all"),
+        ("temperature", "0 takes the likeliest token"),
+        ("top_k", "draw from the N likeliest tokens; 0, or more than there are: from all"),
+        ("top_p", "draw from the likeliest tokens that make up this probability; 1: from all"),
+    ):
+        whole = BOUNDS[setting].kind is Integral
+        group.add_argument(
+            f"--{setting.replace('_', '-')}",
+            type=int if whole else float,
+            metavar="N" if whole else "X",
+            help=f"{told} {_default(setting)}",
+        )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

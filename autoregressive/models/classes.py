@@ -8,7 +8,6 @@ both ids.
 import difflib
 import heapq
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +25,7 @@ class ClassNames:
     """The names of all classes, by id."""
 
     names: tuple[str, ...]
+    note: tuple[str | SettingName, ...] = ()  # ends a message about a class that is unknown
 
     def __len__(self) -> int:
         return len(self.names)
@@ -33,11 +33,8 @@ class ClassNames:
     def __getitem__(self, label: int) -> str:
         return self.names[label]
 
-    def resolve(self, wanted: int | str, note: Sequence[str | SettingName] = ()) -> int:
+    def resolve(self, wanted: int | str) -> int:
         """The id of a class that is given by id or name.
-
-        Args:
-            note: the end of the message where there is no such class.
 
         Raises:
             UserError: there is no such class, and the message has the closest three names; or
@@ -45,37 +42,34 @@ class ClassNames:
         """
         word = " ".join(str(wanted).replace("_", " ").split())
         if not word:
-            raise UserError("the class is empty: give a name or an id", _SEE, *note)
-        if re.fullmatch(r"[+-]?[0-9]+", word):
+            told = "the class is empty: give a name or an id"
+        elif re.fullmatch(r"[+-]?[0-9]+", word):
             label = int(word) if len(word) <= _LONGEST_ID else -1
             if 0 <= label < len(self):
                 return label
             told = f"class {shortened(word, _LONGEST_ID)}: ids go from 0 to {len(self) - 1}"
-            raise UserError(told, _SEE, *note)
-        exact = [label for label, name in enumerate(self.names) if name == word]
-        alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
-        found = exact if len(exact) == 1 else alike
-        if not found:
+        else:
+            alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
+            found = [label for label in alike if self[label] == word] or alike
+            if len(found) == 1:
+                return found[0]
+            if found:
+                several = self._described(found)
+                raise UserError(f"class '{word}' is several ({several}): give the id")
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
-            raise UserError(told, _SEE, *note)
-        if len(found) > 1:
-            raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
-        return found[0]
+        raise UserError(told, _SEE, *self.note)
 
-    def listing(self, word: str = "", note: Sequence[str | SettingName] = ()) -> str:
+    def listing(self, word: str = "") -> str:
         """One line a class whose name contains the word: its id and name.
-
-        Args:
-            note: the end of the message where there is none.
 
         Raises:
             UserError: no name contains the word.
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            closest = self._closest(word)
-            raise UserError(f"no class name contains '{word}'; the closest are {closest}", *note)
-        return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
+            told = f"no class name contains '{word}'; the closest are {self._closest(word)}"
+            raise UserError(told, *self.note)
+        return "\n".join(f"{label:4d}  {self[label]}" for label in found)
 
     def _closest(self, word: str) -> str:
         """Names that have a whole word of it come first, then those that `difflib` finds alike.

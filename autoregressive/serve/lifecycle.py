@@ -71,7 +71,7 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     found = find_weights(model)
     missing = missing_weights(model, found)
     if missing is not None and not model.random_weights:
-        raise missing.error()
+        raise missing
     if model.note is not None:
         tell(model.note)
 

@@ -179,7 +179,7 @@ class Pipeline:
         found = find_weights(settings)
         missing = missing_weights(settings, found)
         if missing is not None and not settings.random_weights:
-            raise missing.error()
+            raise missing
         return cls(settings, found, engine or EngineConfig())
 
     def __call__(

@@ -6,22 +6,13 @@ the published name; else, where that was asked for, from the hub; else they are 
 `missing_weights` tells of the last case, so that noise never passes as a picture.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from autoregressive.devices import PRECISIONS, default_precision, resolve_device
-from autoregressive.errors import (
-    Change,
-    SettingError,
-    SettingName,
-    Spelling,
-    UserError,
-    missing_extra,
-)
+from autoregressive.errors import Change, SettingError, SettingName, UserError, missing_extra
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults, model_defaults
@@ -35,12 +26,10 @@ from autoregressive.weights.options import (
     find_checkpoint,
 )
 from autoregressive.weights.published import (
-    DEMO_GPT,
-    DEMO_VQ,
     PUBLISHED_FILES,
-    gpt_file_name,
-    published_as,
-    vq_file_name,
+    SHIPPED_FILES,
+    PublishedFile,
+    published_file,
 )
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
@@ -88,6 +77,11 @@ class ModelSettings:
         """The names of the model's classes, by id."""
         return self.defaults.classes_of(self.num_classes)
 
+    @property
+    def published_gpt(self) -> PublishedFile | None:
+        """The file of the transformer's weights; None if none are published for that size."""
+        return published_file(self.gpt_model, self.image_size, self.downsample_size)
+
 
 def resolve_model(options: ModelOptions, seed: int = 0) -> ModelSettings:
     """Fills in what was left out, and checks all that can be checked without loading weights.
@@ -105,16 +99,13 @@ def resolve_model(options: ModelOptions, seed: int = 0) -> ModelSettings:
     vq_model = choose_vq_model(options, defaults)
     tokenizer = VQ_CONFIGS[vq_model]
     device = resolve_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = default = default_precision(device)
-    note = None
-    if default == torch.float16 and options.precision in (None, "bf16"):
+    typed, default, note = options.precision, default_precision(device), None
+    if default == torch.float16 and typed in (None, "bf16"):
         major, minor = torch.cuda.get_device_capability(device)
         older = f"{device} has compute capability {major}.{minor}, and bf16 takes 8.0"
-        if options.precision is not None:
-            raise SettingError("precision", options.precision, f"{older}; use fp16 or none")
+        if typed is not None:
+            raise SettingError("precision", typed, f"{older}; use fp16 or none")
         note = f"{older}: the transformer runs in fp16"
-    if options.precision is not None:
-        precision = PRECISIONS[options.precision]
     return ModelSettings(
         gpt_model=gpt_model,
         vq_model=vq_model,
@@ -130,7 +121,7 @@ def resolve_model(options: ModelOptions, seed: int = 0) -> ModelSettings:
         codebook_size=options.codebook_size or tokenizer.codebook_size,
         codebook_embed_dim=options.codebook_embed_dim or tokenizer.codebook_embed_dim,
         num_classes=options.num_classes or defaults.num_classes,
-        precision=precision,
+        precision=default if typed is None else PRECISIONS[typed],
         device=device,
         seed=seed,
         note=note,
@@ -167,19 +158,14 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
     if settings.random_weights:
         return FoundWeights(None, None)
     return FoundWeights(
-        settings.gpt_ckpt or _find_published(settings, _gpt_file(settings)),
-        settings.vq_ckpt or _find_published(settings, vq_file_name(settings.vq_model)),
+        settings.gpt_ckpt or _find_published(settings, settings.published_gpt),
+        settings.vq_ckpt or _find_published(settings, published_file(settings.vq_model)),
     )
 
 
-def _gpt_file(settings: ModelSettings) -> str | None:
-    return gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
-
-
-def _find_published(settings: ModelSettings, file_name: str | None) -> Path | None:
-    there = file_in(settings.folders, file_name)
-    published = published_as(Path(file_name)) if file_name is not None else None
-    if there is not None or not settings.download or published is None:
+def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path | None:
+    there = file_in(settings.folders, file) if file is not None else None
+    if there is not None or not settings.download or file not in PUBLISHED_FILES:
         return there
     folder = settings.folders[0]
     if not can_be_written(folder):
@@ -189,70 +175,40 @@ def _find_published(settings: ModelSettings, file_name: str | None) -> Path | No
         from autoregressive.weights.hub import fetch
     except ModuleNotFoundError as error:
         raise missing_extra(error) or error from error
-    return fetch(published, folder)
+    return fetch(file, folder)
 
 
-@dataclass(frozen=True)
-class MissingWeights:
-    """What runs without trained weights, and how to get them."""
-
-    names: str  # of the models, for people
-    seed: int  # draws the weights in their place
-    ways: tuple[UserError, ...]  # to trained weights, a message each
-
-    def warning(self, spell: Spelling) -> str:
-        """The lines that tell it where a picture is drawn all the same."""
-        return "\n  ".join(
-            [
-                "WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.",
-                f"{self.names}: drawn from seed {self.seed}",
-                *(way.spelled(spell) for way in self.ways),
-            ]
-        )
-
-    def error(self) -> UserError:
-        """The error that tells it where noise was not asked for."""
-        ways = itertools.chain.from_iterable((*way.parts, "; ") for way in self.ways)
-        what = f"there are no trained weights for {self.names}: "
-        return UserError(what, *ways, "or use ", SettingName("random_weights"), " for noise")
-
-
-def missing_weights(settings: ModelSettings, found: FoundWeights) -> MissingWeights | None:
-    """What to tell the user where a model has no trained weights; None if both have."""
-    missing: dict[str, str | None] = {}  # name for people -> published file
+def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError | None:
+    """The error where a model has no trained weights, which says how to get them; None if both
+    have. It is for the caller to raise, or to tell as a warning.
+    """
+    size, grid, folder = settings.image_size, settings.grid, settings.folders[0]
+    missing: dict[str, PublishedFile | None] = {}  # by the name for people
     if found.gpt is None:
-        size, grid = settings.image_size, settings.grid
         name = f"{settings.gpt_model} for {size} px in {grid} x {grid} tokens"
-        missing[name] = _gpt_file(settings)
+        missing[name] = settings.published_gpt
     if found.vq is None:
-        missing[settings.vq_model] = vq_file_name(settings.vq_model)
+        missing[settings.vq_model] = published_file(settings.vq_model)
     if not missing:
         return None
-    ways = tuple(_ways_to_weights(settings, missing))
-    return MissingWeights(" and ".join(missing), settings.seed, ways)
-
-
-def _ways_to_weights(
-    settings: ModelSettings, missing: dict[str, str | None]
-) -> Iterator[UserError]:
+    told = f"there are no trained weights for {' and '.join(missing)}: "
     if settings.random_weights:
-        way = "leave out ", SettingName("random_weights"), " to use trained ones"
-        yield UserError(*way)
-        return
-    folder = settings.folders[0]
-    files = [name for name in missing.values() if name is not None]
-    shipped = " and ".join(name for name in files if name in (DEMO_GPT, DEMO_VQ))
-    published = " and ".join(name for name in files if name not in (DEMO_GPT, DEMO_VQ))
+        return UserError(told, "leave out ", SettingName("random_weights"), " to use trained ones")
+    ways: list[str | SettingName] = []
+    files = [file for file in missing.values() if file is not None]
+    published = " and ".join(file.file_name for file in files if file in PUBLISHED_FILES)
+    shipped = " and ".join(file.file_name for file in files if file in SHIPPED_FILES)
     if published:
-        puts = f", which puts {published} into {folder}"
-        yield UserError("get them with ", SettingName("download"), puts)
+        puts = f", which puts {published} into {folder}; "
+        ways += ["get them with ", SettingName("download"), puts]
     if shipped:
         here = folder == pretrained_folder() and in_checkout()
         fetch = "git checkout pretrained_models" if here else f"copy them into {folder}"
-        yield UserError(f"{shipped} ship with the program: {fetch}")
-    unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
+        ways += [f"{shipped} ship with the program: {fetch}; "]
+    unpublished = " and ".join(name for name, file in missing.items() if file is None)
     if unpublished:
         sizes = [file.image_size for file in PUBLISHED_FILES if file.model == settings.gpt_model]
         others = f" (there are some for {' and '.join(map(str, sizes))} px)" if sizes else ""
         what = f"none are published for {unpublished}{others}: give your own with "
-        yield UserError(what, SettingName("gpt_ckpt"))
+        ways += [what, SettingName("gpt_ckpt"), "; "]
+    return UserError(told, *ways, "or use ", SettingName("random_weights"), " for noise")

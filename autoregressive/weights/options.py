@@ -6,7 +6,7 @@ be a mismatch. Nothing here imports torch.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -16,11 +16,10 @@ from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
 from autoregressive.weights.published import (
-    DEMO_GPT,
     PUBLISHED_FILES,
     PublishedFile,
-    gpt_file_name,
     published_as,
+    published_file,
 )
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
@@ -69,7 +68,7 @@ class ModelOptions:
     @property
     def published_gpt(self) -> PublishedFile | None:
         """The published transformer that `gpt_ckpt` is named after."""
-        published = published_as(self.gpt_ckpt) if self.gpt_ckpt else None
+        published = published_as(self.gpt_ckpt)
         return published if published and published.image_size else None
 
 
@@ -121,8 +120,6 @@ def choose_gpt_model(options: ModelOptions) -> str:
     if options.gpt_model is not None:
         return options.gpt_model
     if options.gpt_ckpt is not None:
-        if options.gpt_ckpt.name == DEMO_GPT:
-            return DEMO_MODEL
         return options.published_gpt.model if options.published_gpt else "GPT-B"
     sizes = (options.image_size,) if options.image_size else model_defaults("GPT-B").image_sizes
     there = any(_gpt_file_there(options, "GPT-B", size) for size in sizes)
@@ -137,7 +134,7 @@ def choose_vq_model(options: ModelOptions, defaults: ModelDefaults) -> str:
     """
     if options.vq_model is not None:
         return options.vq_model
-    published = published_as(options.vq_ckpt) if options.vq_ckpt else None
+    published = published_as(options.vq_ckpt)
     if published is not None and published.image_size is None:
         return published.model
     wanted = options.downsample_size or VQ_CONFIGS[defaults.vq_model].downsample_size
@@ -189,15 +186,13 @@ def check_image_size(gpt_model: str, size: int, *, named: bool = True) -> None:
 
 def _gpt_file_there(options: ModelOptions, gpt_model: str, image_size: int) -> bool:
     vq_model = choose_vq_model(options, model_defaults(gpt_model))
-    file_name = gpt_file_name(gpt_model, image_size, VQ_CONFIGS[vq_model].downsample_size)
-    return file_in(options.folders, file_name) is not None
+    published = published_file(gpt_model, image_size, VQ_CONFIGS[vq_model].downsample_size)
+    return published is not None and file_in(options.folders, published) is not None
 
 
-def file_in(folders: tuple[Path, ...], file_name: str | None) -> Path | None:
+def file_in(folders: tuple[Path, ...], published: PublishedFile) -> Path | None:
     """The file of that name, or of the same name but ending in .safetensors: its conversion."""
-    if file_name is None:
-        return None
-    candidates = [folder / file_name for folder in folders]
+    candidates = [folder / published.file_name for folder in folders]
     candidates += [path.with_suffix(".safetensors") for path in candidates]
     # Path.exists raises where a name is too long.
     return next((path for path in candidates if os.path.exists(path)), None)
@@ -229,47 +224,35 @@ def find_checkpoint(options: ModelOptions, setting: str) -> Path | None:
     raise SettingError(setting, typed, told)
 
 
-def resolve_labels(options: ModelOptions, wanted: Sequence[int | str] | None) -> tuple[int, ...]:
-    """The ids of classes that are given by id or name; None: the model's own choice.
-
-    Raises:
-        UserError: no such class. Where the user has not named the model, the message does.
-    """
-    defaults, classes = model_defaults(choose_gpt_model(options)), chosen_classes(options)
-    if wanted is None:
-        if classes is defaults.classes:
-            return defaults.class_labels
-        return tuple(range(len(classes)))[: len(defaults.class_labels)]
-    note = _whose_classes(options)
-    return tuple(classes.resolve(one, note) for one in wanted)
-
-
-def list_classes(options: ModelOptions, word: str) -> str:
-    """One line a class of the model whose name contains the word: its id and name.
-
-    Raises:
-        UserError: there is none. Where the user has not named the model, the message does.
-    """
-    return chosen_classes(options).listing(word, _whose_classes(options))
-
-
 def chosen_classes(options: ModelOptions) -> ClassNames:
-    """The classes of the model that is meant.
+    """The classes of the model that is meant. Where the user has not named it, a message about an
+    unknown class does.
 
     Raises:
         SettingError: no data set has so many classes.
     """
     _check_sizes(options)
-    defaults = model_defaults(choose_gpt_model(options))
-    return defaults.classes_of(options.num_classes or defaults.num_classes)
-
-
-def _whose_classes(options: ModelOptions) -> list[str | SettingName]:
-    """The end of a message about a class, where the user may not know which model was chosen."""
-    if options.gpt_model is not None or options.num_classes is not None:
-        return []
     gpt_model = choose_gpt_model(options)
+    defaults = model_defaults(gpt_model)
+    classes = defaults.classes_of(options.num_classes or defaults.num_classes)
+    if options.gpt_model is not None or options.num_classes is not None:
+        return classes
     note: list[str | SettingName] = [f"; these are the classes of {gpt_model}"]
     if gpt_model == DEMO_MODEL:
         note += ["; ", SettingName("gpt_model"), " GPT-B has ImageNet's"]
-    return note
+    return replace(classes, note=tuple(note))
+
+
+def resolve_labels(options: ModelOptions, wanted: Sequence[int | str] | None) -> tuple[int, ...]:
+    """The ids of classes that are given by id or name; None: the model's own choice.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    classes = chosen_classes(options)
+    if wanted is not None:
+        return tuple(map(classes.resolve, wanted))
+    defaults = model_defaults(choose_gpt_model(options))
+    if options.num_classes in (None, defaults.num_classes):
+        return defaults.class_labels
+    return tuple(range(len(classes)))[: len(defaults.class_labels)]

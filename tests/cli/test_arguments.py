@@ -11,7 +11,7 @@ import torch
 from refusals import refused
 
 from autoregressive.cli.command import flag_of
-from autoregressive.cli.drawing import Settings, resolve_settings
+from autoregressive.cli.drawing import Settings, find_weights_and_warn, resolve_settings
 from autoregressive.cli.flags import build_parser, model_options
 from autoregressive.devices import resolve_device
 from autoregressive.errors import Change, UserError
@@ -21,7 +21,7 @@ from autoregressive.weights.finding import (
     missing_weights,
     smaller_precision,
 )
-from autoregressive.weights.options import list_classes
+from autoregressive.weights.options import chosen_classes
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
 
@@ -83,8 +83,7 @@ def test_the_warning_names_the_sizes_that_are_published(folder: Path) -> None:
     model = resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256").model
     missing = missing_weights(model, find_weights(model))
     assert missing is not None
-    warning = missing.warning(flag_of)
-    assert "there are some for 384 px" in warning
+    assert "there are some for 384 px" in missing.spelled(flag_of)
 
 
 def test_defaults_are_llamagens_for_its_models(folder: Path) -> None:
@@ -320,7 +319,7 @@ def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
     with refused(match=hint):
         resolved(folder, "--class-labels", "golden retriever")
     with refused(match=hint):
-        list_classes(model_options(parsed("--pretrained-dir", str(folder))), "retriever")
+        chosen_classes(model_options(parsed("--pretrained-dir", str(folder)))).listing("retriever")
     with pytest.raises(UserError) as caught:
         resolved(folder, "--gpt-model", "GPT-demo", "--class-labels", "golden retriever")
     assert hint not in caught.value.spelled(flag_of)
@@ -386,10 +385,10 @@ def test_classes_are_listed_for_the_chosen_model() -> None:
         "--device",
         "cuda",
     )
-    options = model_options(arguments)
-    assert list_classes(options, arguments.list_classes) == " 387  lesser panda"
+    classes = chosen_classes(model_options(arguments))
+    assert classes.listing(arguments.list_classes) == " 387  lesser panda"
     demo = model_options(parsed("--gpt-model", "GPT-demo"))
-    assert len(list_classes(demo, "").splitlines()) == 64
+    assert len(chosen_classes(demo).listing().splitlines()) == 64
 
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,11 +476,11 @@ def test_download_fetches_what_is_published_and_not_there(
         ("--random-weights", "leave out --random-weights"),
     ],
 )
-def test_the_warning_says_noise_and_how_to_get_weights(folder: Path, typed: str, said: str) -> None:
+def test_the_warning_says_noise_and_how_to_get_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
     """Fails if a user takes noise for the model's work, or is not told the command that helps."""
-    model = resolved(folder, *typed.split()).model
-    missing = missing_weights(model, find_weights(model))
-    assert missing is not None
-    warning = missing.warning(flag_of)
+    find_weights_and_warn(resolved(folder, *typed.split()))
+    warning = capsys.readouterr().err
     assert "noise; only the speed is real" in warning
     assert said in warning
