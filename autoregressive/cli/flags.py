@@ -227,25 +227,17 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
         "of pretrained models",
     )
     group.add_argument("--vq-ckpt", type=Path, metavar="PATH", help="the tokenizer's, likewise")
-    group.add_argument(
-        "--download", action="store_true", help="fetch published weights that are not there yet"
-    )
-    group.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="use no trained weights even if they are there",
-    )
-    group.add_argument(
-        "--ema",
-        action="store_true",
-        help="use the averaged weights that training kept in --gpt-ckpt",
-    )
-    group.add_argument(
-        "--from-fsdp",
-        action="store_true",
-        help="assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors "
-        "file cannot tell)",
-    )
+    for flag, told in (
+        ("--download", "fetch published weights that are not there yet"),
+        ("--random-weights", "use no trained weights even if they are there"),
+        ("--ema", "use the averaged weights that training kept in --gpt-ckpt"),
+        (
+            "--from-fsdp",
+            "assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors "
+            "file cannot tell)",
+        ),
+    ):
+        group.add_argument(flag, action="store_true", help=told)
     group.add_argument(
         "--pretrained-dir",
         type=Path,
@@ -271,43 +263,25 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         help="c2i, class to image; not t2i (default: c2i)",
     )
     group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt "
-        "is named after, "
-        "else 384, or 256 if only those weights are there)",
-    )
-    group.add_argument(
         "--vq-model",
         choices=list(VQ_CONFIGS),
         metavar="NAME",
         help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}",
     )
-    group.add_argument(
-        "--downsample-size",
-        type=int,
-        metavar="PIXELS",
-        help="a token's side (default: the tokenizer's)",
-    )
-    group.add_argument(
-        "--codebook-size", type=int, metavar="N", help="number of tokens (default: the tokenizer's)"
-    )
-    group.add_argument(
-        "--codebook-embed-dim",
-        type=int,
-        metavar="N",
-        help="size of a code (default: the tokenizer's)",
-    )
-    group.add_argument(
-        "--num-classes", type=int, metavar="N", help=_default("num_classes").strip("()")
-    )
-    group.add_argument(
-        "--cls-token-num",
-        type=int,
-        metavar="N",
-        help="tokens of a class: 1, nothing else (default: 1)",
-    )
+    for flag, metavar, told in (
+        (
+            "--image-size",
+            "PIXELS",
+            f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt "
+            "is named after, else 384, or 256 if only those weights are there)",
+        ),
+        ("--downsample-size", "PIXELS", "a token's side (default: the tokenizer's)"),
+        ("--codebook-size", "N", "number of tokens (default: the tokenizer's)"),
+        ("--codebook-embed-dim", "N", "size of a code (default: the tokenizer's)"),
+        ("--num-classes", "N", _default("num_classes").strip("()")),
+        ("--cls-token-num", "N", "tokens of a class: 1, nothing else (default: 1)"),
+    ):
+        group.add_argument(flag, type=int, metavar=metavar, help=told)
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:

@@ -44,29 +44,15 @@ class Ceilings:
         )
 
 
-@dataclass(frozen=True)
-class Product:
-    """A weight matrix of a step, and how many matrices of its shape a step multiplies by."""
-
-    inputs: int
-    outputs: int
-    count: int
-
-    @property
-    def elements(self) -> int:
-        """Elements of all these matrices together."""
-        return self.inputs * self.outputs * self.count
-
-
-def products(config: GPTConfig) -> tuple[Product, ...]:
-    """Every matrix product of a step."""
+def product_elements(config: GPTConfig) -> tuple[int, ...]:
+    """Elements of the weights of each kind of matrix product in a step, all layers together."""
     dim, ffn, layers = config.dim, config.ffn_dim, config.n_layer
     return (
-        Product(dim, 3 * dim, layers),  # queries, keys and values
-        Product(dim, dim, layers),  # attention's output
-        Product(dim, 2 * ffn, layers),  # gate and up
-        Product(ffn, dim, layers),  # down
-        Product(dim, config.vocab_size, 1),  # head
+        dim * 3 * dim * layers,  # queries, keys and values
+        dim * dim * layers,  # attention's output
+        dim * 2 * ffn * layers,  # gate and up
+        ffn * dim * layers,  # down
+        dim * config.vocab_size,  # head
     )
 
 
@@ -81,7 +67,7 @@ class Floor:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that every step reads."""
-        return sum(product.elements for product in products(self.config)) * self.element_bytes
+        return sum(product_elements(self.config)) * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -97,22 +83,13 @@ class Floor:
                 is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        return seconds + sum(
-            self.product_seconds(product, rows) for product in products(self.config)
-        )
+        products = product_elements(self.config)
+        return seconds + sum(self.product_seconds(elements, rows) for elements in products)
 
-    def product_seconds(self, product: Product, rows: int) -> float:
-        """The floor of all products of one shape in a step."""
-        reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
-        computing = 2 * product.elements * rows / self.ceilings.operations_per_second
-        return max(reading, computing)
-
-    def image_seconds(self, rows: int, tokens: int) -> float:
-        """The floor of all `tokens` steps of rows that start together. At step p each row reads p +
-        1 tokens.
-        """
-        # linear in the context: the mean step times the number
-        return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)
+    def product_seconds(self, elements: int, rows: int) -> float:
+        """The floor of products whose weights have so many elements."""
+        reading = elements * self.element_bytes / self.ceilings.read_bytes_per_second
+        return max(reading, 2 * elements * rows / self.ceilings.operations_per_second)
 
 
 @dataclass(frozen=True)

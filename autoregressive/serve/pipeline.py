@@ -53,13 +53,10 @@ _IMAGES_DECODED_AT_ONCE = 64  # 113 MB of pixels at 384 px, and enough to keep a
 class GeneratedImage(Image.Image):
     """A picture with the parameters that it was made with, which go into its files too."""
 
-    @classmethod
-    def of(cls, image: Image.Image, record: dict[str, object]) -> "GeneratedImage":
-        """A picture with its record."""
-        made = cls()
-        made.__dict__.update(image.__dict__)
-        made.info = {"record": record}
-        return made
+    def __init__(self, image: Image.Image, record: dict[str, object]) -> None:
+        super().__init__()
+        self.__dict__.update(image.__dict__)
+        self.info = {"record": record}
 
     @property
     def record(self) -> dict[str, object]:
@@ -68,17 +65,16 @@ class GeneratedImage(Image.Image):
 
     def copy(self) -> "GeneratedImage":
         """A picture of its own with the same record."""
-        return GeneratedImage.of(super().copy(), self.record)
+        return GeneratedImage(super().copy(), self.record)
 
     __copy__ = copy
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """Saves as `PIL.Image.Image.save` does; a PNG, JPEG or WebP file has the record inside."""
-        known = {one.name for one in PICTURE_FORMATS.values()}
+        names = {suffix: kind.name for suffix, kind in PICTURE_FORMATS.items()}
         suffix = Path(fp).suffix.lower() if isinstance(fp, str | os.PathLike) else ""
-        by_suffix = PICTURE_FORMATS.get(suffix)
-        name = (format or (by_suffix.name if by_suffix else "")).upper()
-        if name in known:
+        name = (format or names.get(suffix, "")).upper()
+        if name in names.values():
             options = record_options(name, readable(self.record), self.record)
             if name != "PNG":
                 options["quality"] = QUALITY
@@ -257,7 +253,7 @@ class Pipeline:
         for label, one, of_image in zip(labels, params, pixels, strict=True):
             record = image_record(common, one, label=label, class_name=self.classes[label])
             picture = picture_grid(of_image[None]).permute(1, 2, 0).contiguous().numpy()
-            images.append(GeneratedImage.of(Image.fromarray(picture), record))
+            images.append(GeneratedImage(Image.fromarray(picture), record))
         return Result(images, codes, labels, [one.seed for one in params])
 
     def _sparing_memory(self) -> AbstractContextManager[None]:
