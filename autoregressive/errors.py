@@ -72,8 +72,8 @@ class SettingError(UserError):
         remedies: Sequence[str | Change] = (),
     ) -> None:
         self.setting, self.value = setting, value
-        self.problem = (problem,) if isinstance(problem, str) else tuple(problem)
-        super().__init__(SettingName(setting), f" {value}: ", *self.problem, remedies=remedies)
+        parts = [problem] if isinstance(problem, str) else problem
+        super().__init__(SettingName(setting), f" {value}: ", *parts, remedies=remedies)
 
 
 def _spelled(part: str | SettingName | Change, spell: Spelling) -> str | None:
@@ -104,13 +104,13 @@ _EXTRAS = {
 }
 
 
-def missing_extra(error: ModuleNotFoundError) -> UserError | None:
-    """What to install where an optional package is missing; None if another module is."""
+def missing_extra(error: ModuleNotFoundError) -> UserError:
+    """What to install where an optional package is missing. Raises the error if it is another."""
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
-        return None
-    told = f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
-    return UserError(told)
+        raise error
+    extra = _EXTRAS[package]
+    return UserError(f"{package} is not installed: pip install 'llamagen-serve[{extra}]'")
 
 
 def either(alternatives: Sequence[object]) -> str:

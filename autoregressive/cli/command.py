@@ -104,10 +104,7 @@ def saying_what_to_install() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = missing_extra(error)
-        if missing is None:
-            raise
-        _tell_error(missing)
+        _tell_error(missing_extra(error))
         sys.exit(2)
 
 

@@ -12,7 +12,6 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Integral
@@ -129,7 +128,7 @@ class Pipeline:
         check_backend(config, model.device)
         with saying_what_needs_less_memory(model):
             self.models = load_models(model, found)
-        with self._sparing_memory():
+        with saying_what_needs_less_memory(self.model, self.config):
             self.engine = start_engine(self.models, config)
         self._turn = threading.Lock()
 
@@ -219,7 +218,13 @@ class Pipeline:
         )
         each = [params.updated(seed=first + index) for index in range(len(labels))]
         codes = self.draw(labels, each, progress=progress)
-        return self._result(labels, each, codes, self.decode(codes))
+        common = generation_record(self.model, self.found, "paged")
+        images = []
+        for label, one, pixels in zip(labels, each, self.decode(codes), strict=True):
+            record = image_record(common, one, label=label, class_name=self.classes[label])
+            picture = picture_grid(pixels[None]).permute(1, 2, 0).contiguous().numpy()
+            images.append(GeneratedImage(Image.fromarray(picture), record))
+        return Result(images, codes, labels, [one.seed for one in each])
 
     def draw(
         self,
@@ -231,7 +236,7 @@ class Pipeline:
         """Draws the codes of images: int32 [images, tokens] on the CPU; see `Engine.generate`."""
         shown = on_terminal() if progress is None else progress
         few_threads = limited_cpu_threads(self.models.gpt.config, self.model.device)
-        with self._turn, few_threads, self._sparing_memory():
+        with self._turn, few_threads, saying_what_needs_less_memory(self.model, self.config):
             return self.engine.generate(labels, params, progress=shown, decode=False)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -241,23 +246,9 @@ class Pipeline:
         """
         decoder = self.engine.decoder
         assert decoder is not None
-        with self._turn, self._sparing_memory():
+        with self._turn, saying_what_needs_less_memory(self.model, self.config):
             parts = codes.split(_IMAGES_DECODED_AT_ONCE)
             return torch.cat([decoder.decode(part.to(self.model.device)).cpu() for part in parts])
-
-    def _result(
-        self, labels: list[int], params: list[SamplingParams], codes: Tensor, pixels: Tensor
-    ) -> Result:
-        common = generation_record(self.model, self.found, "paged")
-        images = []
-        for label, one, of_image in zip(labels, params, pixels, strict=True):
-            record = image_record(common, one, label=label, class_name=self.classes[label])
-            picture = picture_grid(of_image[None]).permute(1, 2, 0).contiguous().numpy()
-            images.append(GeneratedImage(Image.fromarray(picture), record))
-        return Result(images, codes, labels, [one.seed for one in params])
-
-    def _sparing_memory(self) -> AbstractContextManager[None]:
-        return saying_what_needs_less_memory(self.model, self.config)
 
 
 def _class_list(classes: int | str | Iterable[int | str]) -> list[int | str]:

@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments is None:
         return
     with slow_imports("__main__" if argv is None else __name__):
-        import torch
-
         from autoregressive.cli import drawing
         from autoregressive.devices import now
         from autoregressive.serve.engine.memory import saying_what_needs_less_memory
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             speed_lines,
         )
         from autoregressive.serve.pipeline import Pipeline, check_fits
-    settings = drawing.resolve_settings(arguments)
+    settings = drawing.resolve_settings(arguments)  # its labels are ids: fox is 7
     model, params, labels = settings.model, settings.sampling, settings.labels
     config = engine_config(arguments, min(len(labels) * params.rows, MOST_ROWS))
     check_fits(model, config, params)
@@ -62,16 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = drawing.find_weights_and_warn(settings)
     ceilings = None
     if model.device.type == "cuda":  # before the engine fills the memory
-        torch.cuda.set_device(model.device)
         with saying_what_needs_less_memory(model, config):
             ceilings = measure_ceilings(model.device, model.precision)
     pipe = Pipeline(model, found, config)
     started = now(model.device)
-    codes = pipe.draw(labels, params)  # the tokens of each picture
+    codes = pipe.draw(labels, params)  # [images, tokens]
     drawn = now(model.device)
-    pixels = pipe.decode(codes)
+    pixels = pipe.decode(codes)  # [images, 3, height, width]
     seconds = (drawn - started, now(model.device) - drawn)
-    drawing.save_results(settings, found, codes, pixels, seconds, loop="paged")
+    drawing.save_results(settings, found, codes, pixels, seconds, loop="paged")  # as a PNG
     # The steps do not depend on the ceilings.
     floor = Floor(pipe.models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
     job = job_floor(floor, pipe.engine.scheduler.limits, [params] * len(labels))

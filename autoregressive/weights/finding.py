@@ -174,7 +174,7 @@ def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path
     try:
         from autoregressive.weights.hub import fetch
     except ModuleNotFoundError as error:
-        raise missing_extra(error) or error from error
+        raise missing_extra(error) from error
     return fetch(file, folder)
 
 
