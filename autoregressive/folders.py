@@ -54,13 +54,12 @@ def prepare_compilers() -> str | None:
     Returns:
         A line for the user if it is not the first of them, else None.
     """
-    environment = os.environ
     try:
         getpass.getuser()
     except (KeyError, OSError):  # as the compiler would; OSError from Python 3.13 on
-        environment["USER"] = f"uid-{os.getuid()}"
-    if "TORCHINDUCTOR_CACHE_DIR" in environment and (
-        "TRITON_CACHE_DIR" in environment or "TRITON_HOME" in environment
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ and (
+        "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ
     ):
         return None
     usual = [_standard_folder("XDG_CACHE_HOME", ".cache"), _home() / ".cache" / _NAME]
@@ -68,13 +67,13 @@ def prepare_compilers() -> str | None:
     # Without any folder, the root: the compiler accepts it because it exists, and only writing into
     # it fails.
     inductor = os.sep if folder is None else str(folder / "inductor")
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
-    if "TRITON_CACHE_DIR" not in environment:
-        environment.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
+    if "TRITON_CACHE_DIR" not in os.environ:
+        os.environ.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
     if folder is not None and _temporary_folder() is None:  # compilers need one as well
         with contextlib.suppress(OSError):
             (folder / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
-            environment["TMPDIR"] = str(folder / "tmp")
+            os.environ["TMPDIR"] = str(folder / "tmp")
     if folder == usual[0]:
         return None
     nowhere = "have no place, and what must be compiled fails"

@@ -114,7 +114,7 @@ def find_weights_and_warn(settings: Settings) -> FoundWeights:
     if missing is not None:
         seed = settings.model.seed
         tell("WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.")
-        tell(f"  they are drawn from seed {seed}: {missing.spelled(flag_of)}")
+        tell(f"  drawn from seed {seed}: {missing.spelled(flag_of)}")
     return found
 
 

@@ -9,7 +9,7 @@ import difflib
 import heapq
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 from autoregressive.errors import SettingName, UserError, shortened
 from autoregressive.models.demo_classes import DEMO_EMOJI
@@ -82,7 +82,7 @@ class ClassNames:
         by_lower_case = {name.lower(): label for label, name in enumerate(self.names)}
 
         def sharing(name: str) -> tuple[int, int]:
-            return len(words & set(name.split())), len(pairs & self._pairs_of[name])
+            return len(words & set(name.split())), len(pairs & _pairs(name))
 
         def likeness(name: str) -> tuple[int, float]:
             return sharing(name)[0], difflib.SequenceMatcher(None, name, word).ratio()
@@ -91,16 +91,13 @@ class ClassNames:
         closest = heapq.nlargest(3, shortlist, key=likeness)
         return self._described([by_lower_case[name] for name in closest])
 
-    @cached_property
-    def _pairs_of(self) -> dict[str, set[str]]:
-        return {name.lower(): _pairs(name.lower()) for name in self.names}
-
     def _described(self, labels: list[int]) -> str:
         return ", ".join(f"{self.names[label]} ({label})" for label in labels)
 
 
-def _pairs(word: str) -> set[str]:
-    return {word[index : index + 2] for index in range(len(word) - 1)}
+@lru_cache(maxsize=2048)  # more than there are names
+def _pairs(word: str) -> frozenset[str]:
+    return frozenset(word[index : index + 2] for index in range(len(word) - 1))
 
 
 IMAGENET = ClassNames(IMAGENET_NAMES)

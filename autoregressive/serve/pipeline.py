@@ -274,8 +274,8 @@ def _model_option(model: str) -> dict[str, str]:
         return {"gpt_model": model}
     if os.path.exists(model) or os.sep in model or Path(model).suffix:
         return {"gpt_ckpt": model}
-    names = list(GPT_SHAPES)
-    told = did_you_mean(model, names) or f": use {', '.join(names)}, or a file or folder"
+    names = f": use {', '.join(GPT_SHAPES)}, or a file or folder"
+    told = did_you_mean(model, list(GPT_SHAPES)) or names
     raise SettingError("model", model, f"there is no such model or file{told}")
 
 

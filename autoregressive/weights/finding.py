@@ -191,9 +191,9 @@ def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError |
         missing[settings.vq_model] = published_file(settings.vq_model)
     if not missing:
         return None
-    told = f"there are no trained weights for {' and '.join(missing)}: "
+    names, asked_for = " and ".join(missing), SettingName("random_weights")
     if settings.random_weights:
-        return UserError(told, "leave out ", SettingName("random_weights"), " to use trained ones")
+        return UserError(f"{names}: leave out ", asked_for, " to use trained weights")
     ways: list[str | SettingName] = []
     files = [file for file in missing.values() if file is not None]
     published = " and ".join(file.file_name for file in files if file in PUBLISHED_FILES)
@@ -211,4 +211,5 @@ def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError |
         others = f" (there are some for {' and '.join(map(str, sizes))} px)" if sizes else ""
         what = f"none are published for {unpublished}{others}: give your own with "
         ways += [what, SettingName("gpt_ckpt"), "; "]
-    return UserError(told, *ways, "or use ", SettingName("random_weights"), " for noise")
+    told = f"there are no trained weights for {names}: "
+    return UserError(told, *ways, "or use ", asked_for, " for noise")

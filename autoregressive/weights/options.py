@@ -15,6 +15,7 @@ from autoregressive.folders import pretrained_folders
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
+from autoregressive.models.sampling import Bounds
 from autoregressive.weights.published import (
     PUBLISHED_FILES,
     PublishedFile,
@@ -23,9 +24,16 @@ from autoregressive.weights.published import (
 )
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
-# of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
-_LARGEST_SIZE = 10**6
-_SIZES = ("codebook_size", "codebook_embed_dim", "num_classes")
+# What is larger is a slip of the keyboard, and would fill the memory.
+_SIZE = Bounds(Integral, 1, 10**6, "1 to 1000000")
+_BOUNDS = {
+    "image_size": _SIZE,
+    "downsample_size": _SIZE,
+    "codebook_size": _SIZE,
+    "codebook_embed_dim": _SIZE,
+    "num_classes": _SIZE,
+    "cls_token_num": Bounds(Integral, 1, 1, "1"),
+}
 _NAMES = {
     "gpt_model": list(GPT_SHAPES),
     "vq_model": list(VQ_CONFIGS),
@@ -88,8 +96,6 @@ def check_options(options: ModelOptions) -> None:
     if options.gpt_type == "t2i":
         told = "text to image is not supported; this program draws classes (c2i)"
         raise SettingError("gpt_type", "t2i", told)
-    if options.cls_token_num not in (None, 1):
-        raise SettingError("cls_token_num", options.cls_token_num, "must be 1")
     for setting in ("gpt_ckpt", "vq_ckpt"):
         find_checkpoint(options, setting)
     if options.ema and options.gpt_ckpt is None:
@@ -105,14 +111,10 @@ def check_options(options: ModelOptions) -> None:
 
 
 def _check_sizes(options: ModelOptions) -> None:
-    for setting in ("image_size", "downsample_size", *_SIZES):
+    for setting, bounds in _BOUNDS.items():
         value = getattr(options, setting)
-        if value is None:
-            continue
-        if not isinstance(value, Integral):
-            raise SettingError(setting, value, "must be a whole number")
-        if setting in _SIZES and not 1 <= int(value) <= _LARGEST_SIZE:
-            raise SettingError(setting, value, f"must be 1 to {_LARGEST_SIZE}")
+        if value is not None:
+            bounds.check(setting, value)
 
 
 def choose_gpt_model(options: ModelOptions) -> str:
@@ -137,12 +139,11 @@ def choose_vq_model(options: ModelOptions, defaults: ModelDefaults) -> str:
     published = published_as(options.vq_ckpt)
     if published is not None and published.image_size is None:
         return published.model
-    wanted = options.downsample_size or VQ_CONFIGS[defaults.vq_model].downsample_size
-    fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
-    if not fitting:
-        sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
-        raise SettingError("downsample_size", wanted, f"must be {either(sizes)}")
-    return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
+    for name in (defaults.vq_model, *VQ_CONFIGS):
+        if options.downsample_size in (None, VQ_CONFIGS[name].downsample_size):
+            return name
+    sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
+    raise SettingError("downsample_size", options.downsample_size, f"must be {either(sizes)}")
 
 
 def choose_image_size(options: ModelOptions, gpt_model: str) -> int:
