@@ -23,19 +23,18 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingError: another name, or no such GPU here.
     """
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+    wanted = re.fullmatch(r"cpu|cuda(?::([0-9]+))?", name)
+    if wanted is None:
         raise SettingError("device", name, "must be cpu, cuda or cuda:N")
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         told = ("PyTorch finds no GPU here; use ", SettingName("device"), " cpu")
         raise SettingError("device", name, told)
-    number = name.removeprefix("cuda").removeprefix(":") or "0"
-    there = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    found = next((device for device in there if str(device.index) == number), None)
-    if found is None:
-        raise SettingError("device", name, f"the GPUs here are cuda:0 to cuda:{len(there) - 1}")
-    return found
+    number, there = wanted[1] or "0", list(map(str, range(torch.cuda.device_count())))
+    if number not in there:
+        raise SettingError("device", name, f"the GPUs here are cuda:0 to cuda:{there[-1]}")
+    return torch.device("cuda", int(number))
 
 
 def default_precision(device: torch.device) -> torch.dtype:
@@ -102,9 +101,6 @@ def now(device: torch.device) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(
-        words in str(error)
-        for words in ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    by_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return by_type or any(words in str(error) for words in said)

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 # A setting's name -> how the user writes it; None: the user has no such setting.
 Spelling = Callable[[str], str | None]
+_NOT_IN_PYTHON = {"list_classes"}  # settings that only commands have
 
 
 @dataclass(frozen=True)
 class SettingName:
-    """A setting's name within a message."""
+    """A setting's name within a message. It is left out where the user has no such setting."""
 
     name: str  # as in Python: max_num_seqs
+    told: str = "{}"  # the name and the words around it, which are left out with it
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,18 @@ class UserError(ValueError):
     """
 
     def __init__(self, *parts: str | SettingName, remedies: Sequence[str | Change] = ()) -> None:
-        super().__init__(*parts)
         self.parts, self.remedies = parts, tuple(remedies)
 
     def __str__(self) -> str:
-        return self.spelled(lambda name: name)
+        return self.spelled(lambda name: None if name in _NOT_IN_PYTHON else name)
 
     def spelled(self, spell: Spelling) -> str:
         """The message with settings' names as the user writes them.
 
         Remedies that the user has no way to apply are left out.
         """
-        names = (part if isinstance(part, str) else spell(part.name) for part in self.parts)
-        told = "".join(name for name in names if name is not None)
-        ways = [way for remedy in self.remedies if (way := _spelled(remedy, spell)) is not None]
+        told = "".join(filter(None, (_spelled(part, spell) for part in self.parts)))
+        ways = list(filter(None, (_spelled(remedy, spell) for remedy in self.remedies)))
         return f"{told}: {either(ways)}" if ways else told
 
 
@@ -72,18 +72,18 @@ class SettingError(UserError):
         remedies: Sequence[str | Change] = (),
     ) -> None:
         self.setting, self.value = setting, value
-        self.problem = (problem,) if isinstance(problem, str) else tuple(problem)
-        super().__init__(SettingName(setting), f" {value}: ", *self.problem, remedies=remedies)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.setting, self.value, self.problem, self.remedies)
+        parts = [problem] if isinstance(problem, str) else problem
+        super().__init__(SettingName(setting), f" {value}: ", *parts, remedies=remedies)
 
 
-def _spelled(remedy: str | Change, spell: Spelling) -> str | None:
-    if isinstance(remedy, str):
-        return remedy
-    name = spell(remedy.setting)
-    return name and " ".join(filter(None, (remedy.verb, name, remedy.extent)))
+def _spelled(part: str | SettingName | Change, spell: Spelling) -> str | None:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, SettingName):
+        name = spell(part.name)
+        return name and part.told.format(name)
+    name = spell(part.setting)
+    return name and " ".join(filter(None, (part.verb, name, part.extent)))
 
 
 # Packages that not all users need, and the extra that brings them.
@@ -104,13 +104,13 @@ _EXTRAS = {
 }
 
 
-def missing_extra(error: ModuleNotFoundError) -> UserError | None:
-    """What to install where an optional package is missing; None if another module is."""
+def missing_extra(error: ModuleNotFoundError) -> UserError:
+    """What to install where an optional package is missing. Raises the error if it is another."""
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
-        return None
-    told = f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
-    return UserError(told)
+        raise error
+    extra = _EXTRAS[package]
+    return UserError(f"{package} is not installed: pip install 'llamagen-serve[{extra}]'")
 
 
 def either(alternatives: Sequence[object]) -> str:

@@ -10,7 +10,6 @@ import getpass
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 _NAME = "llamagen"
@@ -32,11 +31,7 @@ def pretrained_folder() -> Path:
     """
     if in_checkout():
         return _PROJECT / "pretrained_models"
-    return (
-        (_standard_folder("XDG_DATA_HOME") or _home() / ".local" / "share")
-        / _NAME
-        / "pretrained_models"
-    )
+    return _standard_folder("XDG_DATA_HOME", ".local/share") / "pretrained_models"
 
 
 def pretrained_folders() -> tuple[Path, ...]:
@@ -59,45 +54,32 @@ def prepare_compilers() -> str | None:
     Returns:
         A line for the user if it is not the first of them, else None.
     """
-    environment = os.environ
     try:
         getpass.getuser()
-    except (
-        KeyError,
-        OSError,
-    ):  # the compiler asks it too, whatever it is told; OSError from Python 3.13 on
-        environment["USER"] = f"uid-{os.getuid()}"
-    if "TORCHINDUCTOR_CACHE_DIR" in environment and (
-        "TRITON_CACHE_DIR" in environment or "TRITON_HOME" in environment
+    except (KeyError, OSError):  # as the compiler would; OSError from Python 3.13 on
+        os.environ["USER"] = f"uid-{os.getuid()}"
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ and (
+        "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ
     ):
         return None
-    usual = list(_usual_cache_folders())
-    folder = (
-        next((folder for folder in usual if _can_hold_libraries(folder)), None) or _private_folder()
-    )
-    note = None
-    if folder != usual[0]:
-        outcome = (
-            f"go to {folder}"
-            if folder is not None
-            else "have no place, and what must be compiled fails"
-        )
-        note = (
-            f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names "
-            "another folder"
-        )
+    usual = [_standard_folder("XDG_CACHE_HOME", ".cache"), _home() / ".cache" / _NAME]
+    folder = next(filter(_can_hold_libraries, usual), None) or _private_folder()
     # Without any folder, the root: the compiler accepts it because it exists, and only writing into
     # it fails.
-    environment.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", os.sep if folder is None else str(folder / "inductor")
-    )
-    if "TRITON_CACHE_DIR" not in environment:
-        environment.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
+    inductor = os.sep if folder is None else str(folder / "inductor")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
+    if "TRITON_CACHE_DIR" not in os.environ:
+        os.environ.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
     if folder is not None and _temporary_folder() is None:  # compilers need one as well
         with contextlib.suppress(OSError):
             (folder / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
-            environment["TMPDIR"] = str(folder / "tmp")
-    return note
+            os.environ["TMPDIR"] = str(folder / "tmp")
+    if folder == usual[0]:
+        return None
+    nowhere = "have no place, and what must be compiled fails"
+    outcome = nowhere if folder is None else f"go to {folder}"
+    told = f"{usual[0]} cannot be used: compiled kernels {outcome}"
+    return f"{told}; XDG_CACHE_HOME names another folder"
 
 
 def command_line(path: str) -> str:
@@ -126,19 +108,12 @@ def _nearest_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
-def _usual_cache_folders() -> Iterator[Path]:
-    standard = _standard_folder("XDG_CACHE_HOME")
-    if standard is not None:
-        yield standard / _NAME
-    yield _home() / ".cache" / _NAME
-
-
-def _standard_folder(variable: str) -> Path | None:
-    """A folder that the XDG Base Directory Specification lets the user name; a relative one is to
-    be ignored, it says.
+def _standard_folder(variable: str, default: str) -> Path:
+    """Our folder in one that the XDG Base Directory Specification lets the user name; a relative
+    one is to be ignored, it says.
     """
     named = os.environ.get(variable, "")
-    return Path(named) if os.path.isabs(named) else None
+    return (Path(named) if os.path.isabs(named) else _home() / default) / _NAME
 
 
 def _home() -> Path:

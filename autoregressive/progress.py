@@ -3,28 +3,20 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from autoregressive.errors import on_terminal, tell
 
 
-class Bar(Protocol):
-    """A bar that grows."""
+class Bar:
+    """A bar that grows, as tqdm's; this one is not drawn."""
 
-    total: float | None
-    n: float  # done so far
+    total: float | None = None
+    n: float = 0  # done so far
 
     def update(self, n: float = 1) -> bool | None:
         """Adds what was done since the last call."""
-        ...
-
-
-class _NoBar:
-    total: float | None = None
-    n: float = 0
-
-    def update(self, n: float = 1) -> None:
         self.n += n
+        return None
 
 
 @contextmanager
@@ -45,14 +37,15 @@ def progress_bar(
         leave: whether it stays when it is full.
         tqdm_options: more of `tqdm.tqdm`'s arguments.
     """
-    if not (on_terminal() if shown is None else shown):
-        yield _NoBar()
-        return
+    shown = on_terminal() if shown is None else shown
     try:
-        from tqdm import tqdm
+        if shown:
+            from tqdm import tqdm
     except ImportError:
         tell("a progress bar needs tqdm: pip install 'llamagen-serve[progress]'")
-        yield _NoBar()
+        shown = False
+    if not shown:
+        yield Bar()
         return
     # 80 x 24 where a terminal states no size: tqdm alone would draw nothing.
     columns, lines = shutil.get_terminal_size()

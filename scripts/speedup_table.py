@@ -51,8 +51,8 @@ with slow_imports(__name__):
         chart,
         markdown,
     )
+    from autoregressive.cli.drawing import Settings, resolve_settings
     from autoregressive.cli.flags import build_parser
-    from autoregressive.cli.settings import Settings, resolve_settings
     from autoregressive.devices import limited_cpu_threads, now
     from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.generate import generate

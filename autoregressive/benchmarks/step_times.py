@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from autoregressive.errors import UserError
-from autoregressive.serve.floor import Floor, products
+from autoregressive.serve.floor import Floor, product_elements
 
 # As `floor.products` lists them.
 PRODUCTS = ("qkv product", "output product", "swiglu", "down product", "head")
@@ -150,8 +150,8 @@ def with_floor(
     """
     kv_bytes = round(rows * context * floor.kv_bytes_per_token)
     known = {"attention": (kv_bytes, kv_bytes / floor.ceilings.read_bytes_per_second)}
-    for name, product in zip(PRODUCTS, products(floor.config), strict=True):
-        known[name] = (product.elements * floor.element_bytes, floor.product_seconds(product, rows))
+    for name, elements in zip(PRODUCTS, product_elements(floor.config), strict=True):
+        known[name] = (elements * floor.element_bytes, floor.product_seconds(elements, rows))
     return [
         replace(each, bytes=known[each.operation][0], floor_us=known[each.operation][1] * 1e6)
         if each.operation in known

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, NoReturn
 
 from autoregressive.errors import UserError, did_you_mean, missing_extra, one_line, tell
@@ -25,10 +24,12 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, and suggests the closest flag for one that is unknown."""
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            typed = next((one for one in unknown if one.startswith("-")), unknown[0])
+        for typed in unknown:
             if typed.startswith("-"):
-                self.error(f"there is no flag {typed}{self.closest_flag(typed)}")
+                flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+                close = did_you_mean(typed.partition("=")[0], flags)
+                self.error(f"there is no flag {typed}{close}")
+        if unknown:
             self.error(f"unexpected argument: {' '.join(unknown)}")
         return parsed
 
@@ -49,11 +50,6 @@ class OneLineParser(argparse.ArgumentParser):
             told = did_you_mean(str(value), choices) or f": choose from {', '.join(choices)}"
             raise argparse.ArgumentError(action, f"there is no {value}{told}")
 
-    def closest_flag(self, typed: str) -> str:
-        """The question whether a flag is meant that is spelled nearly so, or nothing."""
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        return did_you_mean(typed.partition("=")[0], flags)
-
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""
         if message.endswith("expected one argument"):
@@ -65,9 +61,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --version, which prints the program's name and version and stops."""
-    told = f"{PROGRAM} {program_version()}"
     parser.add_argument(
-        "--version", action="version", version=told, help="show the version and stop"
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {program_version()}",
+        help="show the version and stop",
     )
 
 
@@ -89,20 +87,15 @@ def slow_imports(module: str) -> Iterator[None]:
         yield
         return
     _prepare_compilers()
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        with saying_what_to_install():
-            yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        os._exit(say_interrupted())
-
-    signal.signal(signal.SIGINT, end)
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(say_interrupted()))
     try:
         with saying_what_to_install():
             yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -111,10 +104,7 @@ def saying_what_to_install() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = missing_extra(error)
-        if missing is None:
-            raise
-        _tell_error(missing)
+        _tell_error(missing_extra(error))
         sys.exit(2)
 
 
@@ -125,7 +115,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     such as a full disk; 130 after Ctrl-C; 141 when the reader of stdout has left. Text that stdout
     cannot encode is written with backslashes.
     """
-    _write_with_backslashes()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = 0
     try:
         _prepare_compilers()
@@ -139,7 +131,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = say_interrupted()
-    _drop_what_is_not_taken()
+    # What is not taken is dropped: the interpreter would try once more at its end, complain, and
+    # change the status.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
@@ -151,13 +150,6 @@ def flag_of(setting: str) -> str | None:
 def _tell_error(error: UserError | OSError) -> None:
     message = error.spelled(flag_of) if isinstance(error, UserError) else str(error)
     tell(f"{_program()}: error: {one_line(message)}")
-
-
-def _write_with_backslashes() -> None:
-    """No work should fail over a name for which the encoding of stdout or stderr has no letters."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _prepare_compilers() -> None:
@@ -174,16 +166,3 @@ def say_interrupted() -> int:
     """Says that the command was interrupted; returns the exit status."""
     tell(f"\n{_program()}: interrupted")
     return 130
-
-
-def _drop_what_is_not_taken() -> None:
-    """Empties stdout and stderr: the interpreter would try once more at its end, complain, and
-    change the status.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

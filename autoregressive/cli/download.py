@@ -1,6 +1,7 @@
 """Fetches LlamaGen's published checkpoints to where the commands look for them."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,7 +11,7 @@ from autoregressive.cli.command import (
     run_command,
     slow_imports,
 )
-from autoregressive.errors import UserError, did_you_mean
+from autoregressive.errors import SettingName, UserError, did_you_mean
 from autoregressive.folders import pretrained_folder
 from autoregressive.weights.published import (
     HUB_REPOSITORY,
@@ -81,21 +82,17 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
     """
     chosen: dict[PublishedFile, None] = {}
     for name in names:
-        by_file = [file for file in PUBLISHED_FILES if file.file_name.lower() == name.lower()]
-        by_model = [
-            file
-            for file in PUBLISHED_FILES
-            if file.model.lower() == name.lower()
-            and (image_size is None or file.image_size in (image_size, None))
+        of_model = [file for file in PUBLISHED_FILES if file.model.lower() == name.lower()]
+        found = [file for file in PUBLISHED_FILES if file.file_name.lower() == name.lower()] or [
+            file for file in of_model if image_size is None or file.image_size in (image_size, None)
         ]
-        if not by_file and not by_model:
+        if not found:
             size = f" for {image_size} px" if image_size is not None else ""
             known = {name for file in PUBLISHED_FILES for name in (file.file_name, file.model)}
-            models = {file.model.lower() for file in PUBLISHED_FILES}
-            close = "" if name.lower() in models else did_you_mean(name, sorted(known))
-            told = f"{close}; {UNPUBLISHED}; --list shows what there is"
-            raise UserError(f"nothing is published as {name}{size}{told}")
-        chosen.update(dict.fromkeys(by_file or by_model))
+            close = "" if of_model else did_you_mean(name, sorted(known))
+            told = f"nothing is published as {name}{size}{close}; {UNPUBLISHED}; "
+            raise UserError(told, SettingName("list"), " shows what there is")
+        chosen.update(dict.fromkeys(found))
     return list(chosen)
 
 
@@ -103,15 +100,12 @@ def check_folder(folder: Path) -> None:
     """Raises UserError if nothing can ever lie there; a folder that does not exist yet is fine."""
     try:
         str(folder).encode()
-        there = (folder / PUBLISHED_FILES[0].file_name).exists() or folder.exists()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{folder}: the name is not UTF-8; choose another --folder") from error
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be used: {error.strerror}; choose another --folder"
-        ) from error
-    if there and not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; choose another --folder")
+        with contextlib.suppress(FileNotFoundError):
+            (folder / PUBLISHED_FILES[0].file_name).lstat()
+    except (UnicodeEncodeError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else "its name is not UTF-8"
+        told = f"{folder}: cannot be used: {why}; choose another "
+        raise UserError(told, SettingName("folder")) from error
 
 
 def print_list(folder: Path) -> None:
@@ -130,16 +124,14 @@ def main() -> None:
     if arguments.list:
         print_list(arguments.folder)
         return
-    files = (
-        list(PUBLISHED_FILES) if arguments.all else choose(arguments.names, arguments.image_size)
-    )
+    chosen = choose(arguments.names, arguments.image_size)
     with slow_imports("__main__"):
         from autoregressive.weights.hub import fetch
-    for file in files:
+    for file in PUBLISHED_FILES if arguments.all else chosen:
         there = (arguments.folder / file.file_name).exists()
         path = fetch(file, arguments.folder, endpoint=arguments.endpoint)
         print(
-            f"{path}: {'was there, and is' if there else 'fetched, and is'} the published file "
+            f"{path}: {'was there' if there else 'fetched'}, and is the published file "
             "(SHA-256 checked)"
         )
 

@@ -6,7 +6,9 @@ imports torch: --help and a typo are answered at once.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 
 from autoregressive.cli.command import OneLineParser, add_version_flag
@@ -17,9 +19,7 @@ from autoregressive.models.sampling import BOUNDS, SamplingParams
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
-    choose_gpt_model,
-    choose_image_size,
-    resolve_checkpoint,
+    chosen_classes,
     resolve_labels,
 )
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
@@ -88,19 +88,28 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     return defaults.updated(**typed)
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Checks what can be checked without torch, so that a slip is told at once.
+def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace | None:
+    """Parses the flags and checks what can be checked without torch, so that a slip is told at
+    once.
+
+    Args:
+        parser: of `build_parser`.
+
+    Returns:
+        None where it has listed classes and the command is done.
 
     Raises:
-        UserError: as `resolve_settings`.
+        UserError: a value that cannot be used.
     """
+    arguments = parser.parse_args(argv)
     options = model_options(arguments)
+    if arguments.list_classes is not None:
+        print(chosen_classes(options).listing(arguments.list_classes))
+        return None
     sampling_of(arguments, SamplingParams())
     check_options(options)
-    choose_image_size(options, choose_gpt_model(options))
-    for setting in ("gpt_ckpt", "vq_ckpt"):
-        resolve_checkpoint(options, setting)
-    resolve_labels(options, arguments.class_labels or ())
+    resolve_labels(options, arguments.class_labels)
+    return arguments
 
 
 def _default_folder() -> str:
@@ -165,38 +174,20 @@ def _add_drawing(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--cfg-scale",
-        type=float,
-        metavar="X",
-        help=f"strength of classifier-free guidance; 1 and below: none {_default('cfg_scale')}",
-    )
-    group.add_argument(
-        "--cfg-interval",
-        type=int,
-        metavar="N",
-        help=f"guide the first N + 2 tokens only; -1: all {_default('cfg_interval')}",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        metavar="X",
-        help=f"0 takes the likeliest token {_default('temperature')}",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        metavar="N",
-        help="draw from the N likeliest tokens; 0, or more than there are: from all "
-        f"{_default('top_k')}",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="draw from the likeliest tokens that make up this probability; 1: from all "
-        f"{_default('top_p')}",
-    )
+    for setting, told in (
+        ("cfg_scale", "strength of classifier-free guidance; 1 and below: none"),
+        ("cfg_interval", "guide the first N + 2 tokens only; -1: all"),
+        ("temperature", "0 takes the likeliest token"),
+        ("top_k", "draw from the N likeliest tokens; 0, or more than there are: from all"),
+        ("top_p", "draw from the likeliest tokens that make up this probability; 1: from all"),
+    ):
+        whole = BOUNDS[setting].kind is Integral
+        group.add_argument(
+            f"--{setting.replace('_', '-')}",
+            type=int if whole else float,
+            metavar="N" if whole else "X",
+            help=f"{told} {_default(setting)}",
+        )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
@@ -236,25 +227,17 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
         "of pretrained models",
     )
     group.add_argument("--vq-ckpt", type=Path, metavar="PATH", help="the tokenizer's, likewise")
-    group.add_argument(
-        "--download", action="store_true", help="fetch published weights that are not there yet"
-    )
-    group.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="use no trained weights even if they are there",
-    )
-    group.add_argument(
-        "--ema",
-        action="store_true",
-        help="use the averaged weights that training kept in --gpt-ckpt",
-    )
-    group.add_argument(
-        "--from-fsdp",
-        action="store_true",
-        help="assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors "
-        "file cannot tell)",
-    )
+    for flag, told in (
+        ("--download", "fetch published weights that are not there yet"),
+        ("--random-weights", "use no trained weights even if they are there"),
+        ("--ema", "use the averaged weights that training kept in --gpt-ckpt"),
+        (
+            "--from-fsdp",
+            "assert that the transformer's checkpoint is FSDP's (found out anyway; a .safetensors "
+            "file cannot tell)",
+        ),
+    ):
+        group.add_argument(flag, action="store_true", help=told)
     group.add_argument(
         "--pretrained-dir",
         type=Path,
@@ -280,43 +263,25 @@ def _add_shapes(group: argparse._ArgumentGroup) -> None:
         help="c2i, class to image; not t2i (default: c2i)",
     )
     group.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help=f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt "
-        "is named after, "
-        "else 384, or 256 if only those weights are there)",
-    )
-    group.add_argument(
         "--vq-model",
         choices=list(VQ_CONFIGS),
         metavar="NAME",
         help=f"{', '.join(VQ_CONFIGS)} {_default('vq_model')}",
     )
-    group.add_argument(
-        "--downsample-size",
-        type=int,
-        metavar="PIXELS",
-        help="a token's side (default: the tokenizer's)",
-    )
-    group.add_argument(
-        "--codebook-size", type=int, metavar="N", help="number of tokens (default: the tokenizer's)"
-    )
-    group.add_argument(
-        "--codebook-embed-dim",
-        type=int,
-        metavar="N",
-        help="size of a code (default: the tokenizer's)",
-    )
-    group.add_argument(
-        "--num-classes", type=int, metavar="N", help=_default("num_classes").strip("()")
-    )
-    group.add_argument(
-        "--cls-token-num",
-        type=int,
-        metavar="N",
-        help="tokens of a class: 1, nothing else (default: 1)",
-    )
+    for flag, metavar, told in (
+        (
+            "--image-size",
+            "PIXELS",
+            f"256, 384 or 512; {DEMO_MODEL}: {DEMO_DEFAULTS.image_size} (default: what --gpt-ckpt "
+            "is named after, else 384, or 256 if only those weights are there)",
+        ),
+        ("--downsample-size", "PIXELS", "a token's side (default: the tokenizer's)"),
+        ("--codebook-size", "N", "number of tokens (default: the tokenizer's)"),
+        ("--codebook-embed-dim", "N", "size of a code (default: the tokenizer's)"),
+        ("--num-classes", "N", _default("num_classes").strip("()")),
+        ("--cls-token-num", "N", "tokens of a class: 1, nothing else (default: 1)"),
+    ):
+        group.add_argument(flag, type=int, metavar=metavar, help=told)
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:

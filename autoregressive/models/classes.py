@@ -8,30 +8,16 @@ both ids.
 import difflib
 import heapq
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
-from autoregressive.errors import SettingName, Spelling, UserError
+from autoregressive.errors import SettingName, UserError, shortened
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.imagenet_classes import IMAGENET_NAMES
 
+_SEE = SettingName("list_classes", " (see {})")
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
-
-
-class UnknownClassError(UserError):
-    """A class that the model does not have."""
-
-    def spelled(self, spell: Spelling) -> str:
-        """The message, with the place where all classes are listed, if the user has one."""
-        told, *note = self.parts
-        place = spell("list_classes")
-        seen = f" (see {place})" if place is not None else ""
-        return UserError(told, seen, *note).spelled(spell)
-
-    def __str__(self) -> str:
-        return self.spelled(lambda name: None if name == "list_classes" else name)
 
 
 @dataclass(frozen=True)
@@ -39,6 +25,7 @@ class ClassNames:
     """The names of all classes, by id."""
 
     names: tuple[str, ...]
+    note: tuple[str | SettingName, ...] = ()  # ends a message about a class that is unknown
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,50 +33,43 @@ class ClassNames:
     def __getitem__(self, label: int) -> str:
         return self.names[label]
 
-    def resolve(self, wanted: int | str, note: Sequence[str | SettingName] = ()) -> int:
+    def resolve(self, wanted: int | str) -> int:
         """The id of a class that is given by id or name.
 
-        Args:
-            note: the end of the message where there is no such class.
-
         Raises:
-            UnknownClassError: there is no such class, and the message has the closest three names;
-                or several classes bear the name.
+            UserError: there is no such class, and the message has the closest three names; or
+                several classes bear the name.
         """
         word = " ".join(str(wanted).replace("_", " ").split())
         if not word:
-            raise UnknownClassError("the class is empty: give a name or an id", *note)
-        if re.fullmatch(r"[+-]?[0-9]+", word):
+            told = "the class is empty: give a name or an id"
+        elif re.fullmatch(r"[+-]?[0-9]+", word):
             label = int(word) if len(word) <= _LONGEST_ID else -1
-            if not 0 <= label < len(self):
-                shown = word if len(word) <= _LONGEST_ID else f"{word[:_LONGEST_ID]}..."
-                told = f"class {shown}: ids go from 0 to {len(self) - 1}"
-                raise UnknownClassError(told, *note)
-            return label
-        exact = [label for label, name in enumerate(self.names) if name == word]
-        alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
-        found = exact if len(exact) == 1 else alike
-        if not found:
+            if 0 <= label < len(self):
+                return label
+            told = f"class {shortened(word, _LONGEST_ID)}: ids go from 0 to {len(self) - 1}"
+        else:
+            alike = [label for label, name in enumerate(self.names) if name.lower() == word.lower()]
+            found = [label for label in alike if self[label] == word] or alike
+            if len(found) == 1:
+                return found[0]
+            if found:
+                several = self._described(found)
+                raise UserError(f"class '{word}' is several ({several}): give the id")
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
-            raise UnknownClassError(told, *note)
-        if len(found) > 1:
-            raise UserError(f"class '{word}' is several ({self._described(found)}): give the id")
-        return found[0]
+        raise UserError(told, _SEE, *self.note)
 
-    def listing(self, word: str = "", note: Sequence[str | SettingName] = ()) -> str:
+    def listing(self, word: str = "") -> str:
         """One line a class whose name contains the word: its id and name.
-
-        Args:
-            note: the end of the message where there is none.
 
         Raises:
             UserError: no name contains the word.
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            closest = self._closest(word)
-            raise UserError(f"no class name contains '{word}'; the closest are {closest}", *note)
-        return "\n".join(f"{label:4d}  {self.names[label]}" for label in found)
+            told = f"no class name contains '{word}'; the closest are {self._closest(word)}"
+            raise UserError(told, *self.note)
+        return "\n".join(f"{label:4d}  {self[label]}" for label in found)
 
     def _closest(self, word: str) -> str:
         """Names that have a whole word of it come first, then those that `difflib` finds alike.
@@ -101,34 +81,23 @@ class ClassNames:
         words, pairs = set(word.split()), _pairs(word)
         by_lower_case = {name.lower(): label for label, name in enumerate(self.names)}
 
-        def shared(name: str) -> int:
-            return len(words & set(name.split()))
-
-        shortlist = heapq.nlargest(
-            _SHORTLIST,
-            by_lower_case,
-            key=lambda name: (shared(name), len(pairs & self._pairs_of[name])),
-        )
-        alike = difflib.SequenceMatcher(b=word)
+        def sharing(name: str) -> tuple[int, int]:
+            return len(words & set(name.split())), len(pairs & _pairs(name))
 
         def likeness(name: str) -> tuple[int, float]:
-            alike.set_seq1(name)
-            return shared(name), alike.ratio()
+            return sharing(name)[0], difflib.SequenceMatcher(None, name, word).ratio()
 
-        return self._described(
-            [by_lower_case[name] for name in heapq.nlargest(3, shortlist, key=likeness)]
-        )
-
-    @cached_property
-    def _pairs_of(self) -> dict[str, set[str]]:
-        return {name.lower(): _pairs(name.lower()) for name in self.names}
+        shortlist = heapq.nlargest(_SHORTLIST, by_lower_case, key=sharing)
+        closest = heapq.nlargest(3, shortlist, key=likeness)
+        return self._described([by_lower_case[name] for name in closest])
 
     def _described(self, labels: list[int]) -> str:
         return ", ".join(f"{self.names[label]} ({label})" for label in labels)
 
 
-def _pairs(word: str) -> set[str]:
-    return {word[index : index + 2] for index in range(len(word) - 1)}
+@lru_cache(maxsize=2048)  # more than there are names
+def _pairs(word: str) -> frozenset[str]:
+    return frozenset(word[index : index + 2] for index in range(len(word) - 1))
 
 
 IMAGENET = ClassNames(IMAGENET_NAMES)

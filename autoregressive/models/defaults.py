@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from autoregressive.models.classes import DEMO, IMAGENET, ClassNames
+from autoregressive.models.classes import DEMO, IMAGENET, ClassNames, numbered_classes
 from autoregressive.models.sampling import SamplingParams
 
 DEMO_MODEL = "GPT-demo"  # the transformer that ships with the repository
@@ -23,6 +23,10 @@ class ModelDefaults:
     def num_classes(self) -> int:
         """Classes of the data set."""
         return len(self.classes)
+
+    def classes_of(self, count: int) -> ClassNames:
+        """The names of a data set of so many classes."""
+        return self.classes if count == self.num_classes else numbered_classes(count)
 
 
 LLAMAGEN_DEFAULTS = ModelDefaults(

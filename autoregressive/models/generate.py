@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.errors import SettingName, UserError
 from autoregressive.models.gpt import Transformer
 
 # What LlamaGen's `sdp_kernel(enable_flash=False, enable_mem_efficient=False, enable_math=True)`
@@ -20,8 +21,11 @@ from autoregressive.models.gpt import Transformer
 ATTENTION_BACKENDS = [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
 
 
-class NonFiniteLogitsError(ArithmeticError):
+class NonFiniteLogitsError(UserError):
     """The model gave NaN or infinite logits, so that no token could be drawn from them."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__(f"{told}; try ", SettingName("precision"), " none, or other weights")
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -69,10 +69,8 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         shape = (max_batch_size, n_head, max_seq_length, head_size)
-        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype), persistent=False)
-        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype), persistent=False)
-        self.k_cache: Tensor
-        self.v_cache: Tensor
+        self.k_cache = nn.Buffer(torch.zeros(shape, dtype=dtype), persistent=False)
+        self.v_cache = nn.Buffer(torch.zeros(shape, dtype=dtype), persistent=False)
 
     def update(self, input_pos: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values [batch, heads, tokens, head_size] at input_pos [tokens]; returns
@@ -181,9 +179,8 @@ class Transformer(nn.Module):
         table = rotary_table_2d(
             config.grid, config.head_size, config.rope_base, config.cls_token_num
         )
-        self.register_buffer("freqs_cis", table, persistent=False)
+        self.freqs_cis: Tensor = nn.Buffer(table, persistent=False)
         self.register_buffer("causal_mask", None, persistent=False)
-        self.freqs_cis: Tensor
         self.causal_mask: Tensor | None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":

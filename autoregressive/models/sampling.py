@@ -1,5 +1,6 @@
 """The parameters by which tokens are drawn, and their bounds."""
 
+import secrets
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, cast
@@ -84,3 +85,8 @@ class SamplingParams:
         if not self.guided:
             return 0
         return tokens if self.cfg_interval < 0 else min(tokens, self.cfg_interval + 2)
+
+
+def random_seed() -> int:
+    """A seed for a call that gives none, small enough for JavaScript's numbers."""
+    return secrets.randbelow(2**31)

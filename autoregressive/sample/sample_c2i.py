@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from autoregressive.cli.command import run_command, slow_imports
 
 with slow_imports(__name__):
-    from autoregressive.cli.flags import build_parser, check_arguments, model_options
-    from autoregressive.weights.options import list_classes
+    from autoregressive.cli.flags import build_parser, read_arguments
 
 PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
 
@@ -22,14 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
-    arguments = build_parser(PURPOSE, "autoregressive/sample/sample_c2i.py").parse_args(argv)
-    if arguments.list_classes is not None:
-        print(list_classes(model_options(arguments), arguments.list_classes))
-        return
-    check_arguments(arguments)
-    with slow_imports("__main__" if argv is None else __name__):
-        from autoregressive.sample import naive
-    naive.run(arguments)
+    parser = build_parser(PURPOSE, "autoregressive/sample/sample_c2i.py")
+    arguments = read_arguments(parser, argv)
+    if arguments is not None:
+        with slow_imports("__main__" if argv is None else __name__):
+            from autoregressive.sample import naive
+        naive.run(arguments)
 
 
 if __name__ == "__main__":

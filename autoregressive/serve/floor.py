@@ -9,11 +9,11 @@ draw count as nothing. Both ceilings are measured in the run that uses them.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from autoregressive.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
@@ -44,29 +44,15 @@ class Ceilings:
         )
 
 
-@dataclass(frozen=True)
-class Product:
-    """A weight matrix of a step, and how many matrices of its shape a step multiplies by."""
-
-    inputs: int
-    outputs: int
-    count: int
-
-    @property
-    def elements(self) -> int:
-        """Elements of all these matrices together."""
-        return self.inputs * self.outputs * self.count
-
-
-def products(config: GPTConfig) -> tuple[Product, ...]:
-    """Every matrix product of a step."""
+def product_elements(config: GPTConfig) -> tuple[int, ...]:
+    """Elements of the weights of each kind of matrix product in a step, all layers together."""
     dim, ffn, layers = config.dim, config.ffn_dim, config.n_layer
     return (
-        Product(dim, 3 * dim, layers),  # queries, keys and values
-        Product(dim, dim, layers),  # attention's output
-        Product(dim, 2 * ffn, layers),  # gate and up
-        Product(ffn, dim, layers),  # down
-        Product(dim, config.vocab_size, 1),  # head
+        dim * 3 * dim * layers,  # queries, keys and values
+        dim * dim * layers,  # attention's output
+        dim * 2 * ffn * layers,  # gate and up
+        ffn * dim * layers,  # down
+        dim * config.vocab_size,  # head
     )
 
 
@@ -81,7 +67,7 @@ class Floor:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that every step reads."""
-        return sum(product.elements for product in products(self.config)) * self.element_bytes
+        return sum(product_elements(self.config)) * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -97,22 +83,13 @@ class Floor:
                 is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        return seconds + sum(
-            self.product_seconds(product, rows) for product in products(self.config)
-        )
+        products = product_elements(self.config)
+        return seconds + sum(self.product_seconds(elements, rows) for elements in products)
 
-    def product_seconds(self, product: Product, rows: int) -> float:
-        """The floor of all products of one shape in a step."""
-        reading = product.elements * self.element_bytes / self.ceilings.read_bytes_per_second
-        computing = 2 * product.elements * rows / self.ceilings.operations_per_second
-        return max(reading, computing)
-
-    def image_seconds(self, rows: int, tokens: int) -> float:
-        """The floor of all `tokens` steps of rows that start together. At step p each row reads p +
-        1 tokens.
-        """
-        # linear in the context: the mean step times the number
-        return tokens * self.step_seconds(rows, rows * (tokens + 1) / 2)
+    def product_seconds(self, elements: int, rows: int) -> float:
+        """The floor of products whose weights have so many elements."""
+        reading = elements * self.element_bytes / self.ceilings.read_bytes_per_second
+        return max(reading, 2 * elements * rows / self.ceilings.operations_per_second)
 
 
 @dataclass(frozen=True)
@@ -125,68 +102,74 @@ class JobFloor:
 
 def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> JobFloor:
     """Counts the steps that the engine needs for requests that are all there at the start, and adds
-    up their floor.
-    """
-    steps, seconds = 0, 0.0
-    for span, positions in _planned_spans(limits, jobs):
-        mean_kv_tokens = sum(positions) + len(positions) * (span + 1) / 2
-        steps += span
-        seconds += span * floor.step_seconds(len(positions), mean_kv_tokens)
-    return JobFloor(steps, seconds)
-
-
-def _planned_spans(
-    limits: Limits, jobs: Sequence[SamplingParams]
-) -> Iterator[tuple[int, list[int]]]:
-    """Runs the scheduler alone, and yields spans of steps, each with the positions of its rows at
-    the start.
+    up their floor. It runs the scheduler alone.
     """
     scheduler = Scheduler(limits)
     for number, params in enumerate(jobs):
         scheduler.add(Request(number, 0, params))
-    while True:
-        scheduler.admit()
-        span = scheduler.plan_span(limits.tokens)
-        if span == 0:
-            return
+    scheduler.admit()
+    steps, seconds = 0, 0.0
+    while (span := scheduler.plan_span(limits.tokens)) > 0:
         scheduler.allocate(span)
         positions = [row.position for request in scheduler.running for row in request.rows]
-        yield span, positions
+        mean_kv_tokens = sum(positions) + len(positions) * (span + 1) / 2
+        steps += span
+        seconds += span * floor.step_seconds(len(positions), mean_kv_tokens)
         for ended in scheduler.advance(span):
             scheduler.release_slots(ended.slots)
+        scheduler.admit()
+    return JobFloor(steps, seconds)
+
+
+def speed_lines(
+    images: int,
+    tokens: int,
+    seconds: Sequence[float],
+    job: JobFloor,
+    ceilings: Ceilings | None,
+) -> list[str]:
+    """How fast pictures were drawn, as the command prints it.
+
+    Args:
+        tokens: of an image.
+        seconds: of the sampling, and of the decoding.
+        job: the floor of the sampling.
+        ceilings: those of the floor; None: not measured, for there is no GPU.
+    """
+    sampling, decoding = seconds
+    lines = [
+        f"{images * tokens / sampling:.0f} tokens/s, {images / (sampling + decoding):.2f} images/s "
+        f"with decoding, {sampling / job.steps * 1e3:.3f} ms/step."
+    ]
+    if ceilings is not None:
+        lines.append(
+            f"share of the memory floor: {job.seconds / sampling:.1%} (at best {job.seconds:.3f} "
+            f"seconds, with the {ceilings.read_bytes_per_second / 1e12:.2f} TB/s and "
+            f"{ceilings.operations_per_second / 1e12:.0f} TFLOP/s measured here)."
+        )
+    return lines
 
 
 @ieee_float32()
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Ceilings:
-    """Measures both ceilings on a GPU in well under a second. Each is the median of `repeats` runs
+    """Measures both ceilings on a GPU in well under a second: a sum over 2 GiB, or over half of the
+    free memory where that is less, and a large matrix product. Each is the median of `repeats` runs
     on random data, because zeros run faster.
 
     Args:
         dtype: of the matrix product; float32 is IEEE float32, as the engine's.
     """
-    ceilings = Ceilings(
-        _read_bytes_per_second(device, repeats), _operations_per_second(device, dtype, repeats)
-    )
-    torch.cuda.empty_cache()
-    return ceilings
-
-
-def _read_bytes_per_second(device: torch.device, repeats: int) -> float:
-    """Times a sum over 2 GiB, or over half of the free memory where that is less."""
     free_bytes, _ = torch.cuda.mem_get_info(device)
     size = max(min(_BUFFER_BYTES, free_bytes // 2), _SMALLEST_BUFFER_BYTES)
     data = torch.rand(size // 4, device=device)  # float32
-    return data.numel() * 4 / median_seconds(data.sum, device, repeats)
-
-
-def _operations_per_second(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    read_bytes_per_second = data.numel() * 4 / median_seconds(data.sum, device, repeats)
+    del data
     a, b = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def multiply() -> Tensor:
-        return torch.mm(a, b, out=out)
-
-    return 2 * _MATRIX_SIDE**3 / median_seconds(multiply, device, repeats)
+    multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
+    operations_per_second = 2 * _MATRIX_SIDE**3 / median_seconds(multiply, device, repeats)
+    del a, b, multiply
+    torch.cuda.empty_cache()
+    return Ceilings(read_bytes_per_second, operations_per_second)
 
 
 def median_seconds(

@@ -67,19 +67,18 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     Raises:
         UserError: there are no trained weights, and untrained ones were not asked for.
     """
-    model = settings.choice.model
+    model = settings.model
     found = find_weights(model)
     missing = missing_weights(model, found)
     if missing is not None and not model.random_weights:
-        raise missing.error()
-    if settings.choice.note is not None:
-        tell(settings.choice.note)
+        raise missing
+    if model.note is not None:
+        tell(model.note)
 
     def recipe(index: int) -> MakeEngine:
         device = torch.device("cuda", index) if settings.engines > 1 else model.device
-        return EngineRecipe(
-            replace(model, device=device), found, settings.engine, settings.choice.defaults.sampling
-        )
+        placed = replace(model, device=device)
+        return EngineRecipe(placed, found, settings.engine, model.defaults.sampling)
 
     return served_model(settings, found), recipe
 
@@ -127,15 +126,15 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
 def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
     """The model as clients see it."""
-    choice, model = settings.choice, settings.choice.model
+    model = settings.model
     return ServedModel(
         name=settings.name,
         created=int(time.time()),
         image_size=model.image_size,
         grid=model.grid,
         codebook_size=model.codebook_size,
-        classes=choice.classes,
-        defaults=choice.defaults,
+        classes=model.classes,
+        defaults=model.defaults,
         trained=found.trained,
         record=generation_record(model, found, loop="paged"),
     )

@@ -3,16 +3,17 @@
 pipe = Pipeline.from_pretrained("GPT-demo")
 result = pipe("fox", n=4, seed=7)
 result.images[0].save("fox.png")
+
+The command `serve/sample_c2i.py` draws by `Pipeline.draw` and `Pipeline.decode`, too.
 """
 
 import io
 import os
-import secrets
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -24,35 +25,37 @@ from torch import Tensor
 
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
-from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling import SamplingParams, random_seed
 from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
 from autoregressive.output.records import generation_record, image_record, readable
 from autoregressive.progress import progress_bar
+from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
-from autoregressive.weights.choice import ModelChoice, resolve_model
-from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
+from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from autoregressive.weights.finding import (
+    FoundWeights,
+    ModelSettings,
+    find_weights,
+    missing_weights,
+    resolve_model,
+)
 from autoregressive.weights.loading import LoadedModels, load_models
 from autoregressive.weights.options import ModelOptions
 
 _IMAGES_DECODED_AT_ONCE = 64  # 113 MB of pixels at 384 px, and enough to keep a GPU busy
-_SEEDS = 2**31  # so many are drawn from where none is given
 
 
 class GeneratedImage(Image.Image):
     """A picture with the parameters that it was made with, which go into its files too."""
 
-    @classmethod
-    def of(cls, image: Image.Image, record: dict[str, object]) -> "GeneratedImage":
-        """A picture with its record."""
-        made = cls()
-        made.__dict__.update(image.__dict__)
-        made.info = {"record": record}
-        return made
+    def __init__(self, image: Image.Image, record: dict[str, object]) -> None:
+        super().__init__()
+        self.__dict__.update(image.__dict__)
+        self.info = {"record": record}
 
     @property
     def record(self) -> dict[str, object]:
@@ -61,18 +64,18 @@ class GeneratedImage(Image.Image):
 
     def copy(self) -> "GeneratedImage":
         """A picture of its own with the same record."""
-        return GeneratedImage.of(super().copy(), self.record)
+        return GeneratedImage(super().copy(), self.record)
 
     __copy__ = copy
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """Saves as `PIL.Image.Image.save` does; a PNG, JPEG or WebP file has the record inside."""
+        names = {suffix: kind.name for suffix, kind in PICTURE_FORMATS.items()}
         suffix = Path(fp).suffix.lower() if isinstance(fp, str | os.PathLike) else ""
-        known = PICTURE_FORMATS.get(suffix)
-        name = format or (known.name if known is not None else None)
-        if name is not None and name.upper() in {one.name for one in PICTURE_FORMATS.values()}:
-            options = record_options(name.upper(), readable(self.record), self.record)
-            if name.upper() != "PNG":
+        name = (format or names.get(suffix, "")).upper()
+        if name in names.values():
+            options = record_options(name, readable(self.record), self.record)
+            if name != "PNG":
                 options["quality"] = QUALITY
             params = options | params
         super().save(fp, format, **params)
@@ -105,7 +108,7 @@ class Pipeline:
     """A pretrained model with an engine around it. Calls from several threads wait for each other.
 
     Args:
-        choice: which model, where.
+        model: which one, where.
         found: its weights.
         config: how the engine is built.
 
@@ -117,21 +120,15 @@ class Pipeline:
         UserError: a checkpoint is damaged, or the engine does not fit on the device.
     """
 
-    classes: ClassNames
-    defaults: SamplingParams
-    engine: Engine
-
-    def __init__(self, choice: ModelChoice, found: FoundWeights, config: EngineConfig) -> None:
-        self.choice, self.found = choice, found
-        self.classes, self.defaults = choice.classes, choice.defaults.sampling
-        self.device = choice.model.device
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        check_backend(config, self.device)
-        self._sparing_memory = partial(saying_what_needs_less_memory, choice.model, config)
-        with saying_what_needs_less_memory(choice.model):
-            self.models = load_models(choice.model, found)
-        with self._sparing_memory():
+    def __init__(self, model: ModelSettings, found: FoundWeights, config: EngineConfig) -> None:
+        self.model, self.found, self.config = model, found, config
+        self.classes, self.defaults = model.classes, model.defaults.sampling
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)
+        check_backend(config, model.device)
+        with saying_what_needs_less_memory(model):
+            self.models = load_models(model, found)
+        with saying_what_needs_less_memory(self.model, self.config):
             self.engine = start_engine(self.models, config)
         self._turn = threading.Lock()
 
@@ -158,26 +155,27 @@ class Pipeline:
             ValueError: there is no such model, file or option, or it has no trained weights and
                 `random_weights` was not asked for. The message says what to do.
         """
-        known = sorted(vars(ModelOptions()))
+        known = sorted(field.name for field in fields(ModelOptions))
         for name in options:
             if name not in known:
                 raise UserError(f"there is no option {name}{did_you_mean(name, known)}")
-        for name in ("gpt_ckpt", "vq_ckpt", "pretrained_dir"):
-            if options.get(name) is not None:
-                options[name] = Path(options[name])
         named = _model_option(os.fspath(model))
         if twice := named.keys() & options.keys():
             raise UserError(
                 f"the model is named twice, by model and by {twice.pop()}: leave one out"
             )
-        choice = resolve_model(ModelOptions(**named, **options))
-        if choice.note is not None:
-            warnings.warn(choice.note, stacklevel=2)
-        found = find_weights(choice.model)
-        missing = missing_weights(choice.model, found)
-        if missing is not None and not choice.model.random_weights:
-            raise missing.error()
-        return cls(choice, found, engine or EngineConfig())
+        options |= named
+        for name in ("gpt_ckpt", "vq_ckpt", "pretrained_dir"):
+            if options.get(name) is not None:
+                options[name] = Path(options[name])
+        settings = resolve_model(ModelOptions(**options))
+        if settings.note is not None:
+            warnings.warn(settings.note, stacklevel=2)
+        found = find_weights(settings)
+        missing = missing_weights(settings, found)
+        if missing is not None and not settings.random_weights:
+            raise missing
+        return cls(settings, found, engine or EngineConfig())
 
     def __call__(
         self,
@@ -209,7 +207,7 @@ class Pipeline:
         wanted = _class_list(classes)
         SamplingParams(n=n)  # checks it
         labels = [label for one in wanted for label in [self.classes.resolve(one)] * n]
-        first = secrets.randbelow(_SEEDS) if seed is None else seed
+        first = random_seed() if seed is None else seed
         params = self.defaults.updated(
             seed=first,
             cfg_scale=cfg_scale,
@@ -220,7 +218,13 @@ class Pipeline:
         )
         each = [params.updated(seed=first + index) for index in range(len(labels))]
         codes = self.draw(labels, each, progress=progress)
-        return self._result(labels, each, codes, self.decode(codes))
+        common = generation_record(self.model, self.found, "paged")
+        images = []
+        for label, one, pixels in zip(labels, each, self.decode(codes), strict=True):
+            record = image_record(common, one, label=label, class_name=self.classes[label])
+            picture = picture_grid(pixels[None]).permute(1, 2, 0).contiguous().numpy()
+            images.append(GeneratedImage(Image.fromarray(picture), record))
+        return Result(images, codes, labels, [one.seed for one in each])
 
     def draw(
         self,
@@ -231,8 +235,8 @@ class Pipeline:
     ) -> Tensor:
         """Draws the codes of images: int32 [images, tokens] on the CPU; see `Engine.generate`."""
         shown = on_terminal() if progress is None else progress
-        few_threads = limited_cpu_threads(self.models.gpt.config, self.device)
-        with self._turn, few_threads, self._sparing_memory():
+        few_threads = limited_cpu_threads(self.models.gpt.config, self.model.device)
+        with self._turn, few_threads, saying_what_needs_less_memory(self.model, self.config):
             return self.engine.generate(labels, params, progress=shown, decode=False)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -242,47 +246,36 @@ class Pipeline:
         """
         decoder = self.engine.decoder
         assert decoder is not None
-        with self._turn, self._sparing_memory():
+        with self._turn, saying_what_needs_less_memory(self.model, self.config):
             parts = codes.split(_IMAGES_DECODED_AT_ONCE)
-            return torch.cat([decoder.decode(part.to(self.device)).cpu() for part in parts])
-
-    def _result(
-        self, labels: list[int], params: list[SamplingParams], codes: Tensor, pixels: Tensor
-    ) -> Result:
-        common = generation_record(self.choice.model, self.found, "paged")
-        images = []
-        for label, one, of_image in zip(labels, params, pixels, strict=True):
-            record = image_record(common, one, label=label, class_name=self.classes[label])
-            picture = picture_grid(of_image[None]).permute(1, 2, 0).contiguous().numpy()
-            images.append(GeneratedImage.of(Image.fromarray(picture), record))
-        return Result(images, codes, labels, [one.seed for one in params])
+            return torch.cat([decoder.decode(part.to(self.model.device)).cpu() for part in parts])
 
 
-def _class_list(classes: object) -> list[int | str]:
+def _class_list(classes: int | str | Iterable[int | str]) -> list[int | str]:
     """The classes of a call.
 
     Raises:
         UserError: there are none, or one is neither a name nor an id.
     """
-    wanted = list(classes) if isinstance(classes, Iterable) else [classes]
-    if isinstance(classes, str):
-        wanted = [classes]
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        classes = [classes]
+    wanted = list(classes)
     if not wanted:
         raise UserError("there are no classes to draw: give one or more")
     for one in wanted:
         if not isinstance(one, Integral | str):
             raise UserError(f"class {one!r}: must be a name or a whole number")
-    return [one if isinstance(one, str) else int(str(one)) for one in wanted]
+    return wanted
 
 
-def _model_option(model: str) -> dict[str, Any]:
+def _model_option(model: str) -> dict[str, str]:
     """The option that a name or a path means."""
     if model in GPT_SHAPES:
         return {"gpt_model": model}
     if os.path.exists(model) or os.sep in model or Path(model).suffix:
-        return {"gpt_ckpt": Path(model)}
-    names = list(GPT_SHAPES)
-    told = did_you_mean(model, names) or f": use {', '.join(names)}, or a file or folder"
+        return {"gpt_ckpt": model}
+    names = f": use {', '.join(GPT_SHAPES)}, or a file or folder"
+    told = did_you_mean(model, list(GPT_SHAPES)) or names
     raise SettingError("model", model, f"there is no such model or file{told}")
 
 
@@ -292,8 +285,7 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
     Raises:
         UserError: it does not fit on the device.
     """
-    captures = config.uses_graphs(models.gpt.tok_embeddings.weight.device)
-    shown = on_terminal() and captures
+    shown = on_terminal() and config.uses_graphs(models.gpt.tok_embeddings.weight.device)
     with progress_bar("preparing", " graphs", shown=shown, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -301,3 +293,20 @@ def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
             bar.update(done - bar.n)
 
         return Engine(models.gpt, models.vq, config, on_progress=progress)
+
+
+def check_fits(model: ModelSettings, config: EngineConfig, params: SamplingParams) -> None:
+    """Finds out before any long work whether an engine can ever draw such pictures. How much memory
+    there is shows later.
+
+    Raises:
+        UserError: too few rows or pages were asked for, or a backend that does not run on the
+            device.
+    """
+    check_backend(config, model.device)
+    shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
+    pages = config.num_pages or params.rows * shape.pages_per_row
+    limits = Limits(
+        shape.tokens, shape.page_size, shape.max_rows, pages, shape.num_slots, model.num_classes
+    )
+    Scheduler(limits).check_fits(params)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
+from autoregressive.errors import tell
 
 with slow_imports(__name__):
-    from autoregressive.cli.flags import build_parser, check_arguments, model_options
-    from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
-    from autoregressive.weights.options import list_classes
+    from autoregressive.cli.flags import build_parser, read_arguments
+    from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags, engine_config
 
 COMMAND = "autoregressive/serve/sample_c2i.py"
 PURPOSE = """\
@@ -31,19 +31,48 @@ def build_engine_parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the flags (the process's own if None), draws, saves.
+    """Reads the flags (the process's own if None), draws, saves, and prints how fast it went.
 
     Raises:
         UserError: anything that the user can mend.
     """
-    arguments = build_engine_parser().parse_args(argv)
-    if arguments.list_classes is not None:
-        print(list_classes(model_options(arguments), arguments.list_classes))
+    arguments = read_arguments(build_engine_parser(), argv)
+    if arguments is None:
         return
-    check_arguments(arguments)
     with slow_imports("__main__" if argv is None else __name__):
-        from autoregressive.serve import paged
-    paged.run(arguments)
+        from autoregressive.cli import drawing
+        from autoregressive.devices import now
+        from autoregressive.serve.engine.memory import saying_what_needs_less_memory
+        from autoregressive.serve.floor import (
+            Ceilings,
+            Floor,
+            job_floor,
+            measure_ceilings,
+            speed_lines,
+        )
+        from autoregressive.serve.pipeline import Pipeline, check_fits
+    settings = drawing.resolve_settings(arguments)  # its labels are ids: fox is 7
+    model, params, labels = settings.model, settings.sampling, settings.labels
+    config = engine_config(arguments, min(len(labels) * params.rows, MOST_ROWS))
+    check_fits(model, config, params)
+    if settings.compile:
+        tell("--compile has no effect here: kernels and CUDA graphs take its place")
+    found = drawing.find_weights_and_warn(settings)
+    ceilings = None
+    if model.device.type == "cuda":  # before the engine fills the memory
+        with saying_what_needs_less_memory(model, config):
+            ceilings = measure_ceilings(model.device, model.precision)
+    pipe = Pipeline(model, found, config)
+    started = now(model.device)
+    codes = pipe.draw(labels, params)  # [images, tokens]
+    drawn = now(model.device)
+    pixels = pipe.decode(codes)  # [images, 3, height, width]
+    seconds = (drawn - started, now(model.device) - drawn)
+    drawing.save_results(settings, found, codes, pixels, seconds, loop="paged")  # as a PNG
+    # The steps do not depend on the ceilings.
+    floor = Floor(pipe.models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
+    job = job_floor(floor, pipe.engine.scheduler.limits, [params] * len(labels))
+    print("\n".join(speed_lines(len(labels), model.tokens_per_image, seconds, job, ceilings)))
 
 
 def command() -> NoReturn:

@@ -1,29 +1,37 @@
-"""Finding the weights of the two models that turn a class into a picture: the transformer and the
-tokenizer.
+"""Which model runs, with which weights, where.
 
-Weights come from the checkpoint that was named; else from a folder of pretrained models under the
-published name; else, where that was asked for, from the hub; else they are drawn from the seed, and
-a warning says so. A command always runs, and never passes noise off as a picture.
+`resolve_model` fills in what the user left out and checks it; `find_weights` then looks for the
+weights. They come from the checkpoint that was named; else from a folder of pretrained models under
+the published name; else, where that was asked for, from the hub; else they are drawn from the seed.
+`missing_weights` tells of the last case, so that noise never passes as a picture.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from autoregressive.errors import SettingName, Spelling, UserError, missing_extra
+from autoregressive.devices import PRECISIONS, default_precision, resolve_device
+from autoregressive.errors import Change, SettingError, SettingName, UserError, missing_extra
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
-from autoregressive.weights.options import file_in
-from autoregressive.weights.published import (
-    DEMO_GPT,
-    DEMO_VQ,
-    PUBLISHED_FILES,
-    gpt_file_name,
-    published_as,
-    vq_file_name,
+from autoregressive.models.classes import ClassNames
+from autoregressive.models.defaults import ModelDefaults, model_defaults
+from autoregressive.weights.options import (
+    ModelOptions,
+    check_options,
+    choose_gpt_model,
+    choose_image_size,
+    choose_vq_model,
+    file_in,
+    find_checkpoint,
 )
+from autoregressive.weights.published import (
+    PUBLISHED_FILES,
+    SHIPPED_FILES,
+    PublishedFile,
+    published_file,
+)
+from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class ModelSettings:
 
     gpt_model: str
     vq_model: str
-    gpt_ckpt: Path | None  # as typed; None: look for the weights
+    gpt_ckpt: Path | None  # that the user named; None: look for the weights
     vq_ckpt: Path | None
     from_fsdp: bool
     ema: bool
@@ -47,6 +55,7 @@ class ModelSettings:
     precision: torch.dtype  # of the transformer; the tokenizer runs in float32, as LlamaGen's
     device: torch.device
     seed: int  # draws the weights that are not found
+    note: str | None  # for the user, once the work begins: what is unusual though unasked
 
     @property
     def grid(self) -> int:
@@ -57,6 +66,74 @@ class ModelSettings:
     def tokens_per_image(self) -> int:
         """Codes of one image."""
         return self.grid**2
+
+    @property
+    def defaults(self) -> ModelDefaults:
+        """The values that suit the model's family."""
+        return model_defaults(self.gpt_model)
+
+    @property
+    def classes(self) -> ClassNames:
+        """The names of the model's classes, by id."""
+        return self.defaults.classes_of(self.num_classes)
+
+    @property
+    def published_gpt(self) -> PublishedFile | None:
+        """The file of the transformer's weights; None if none are published for that size."""
+        return published_file(self.gpt_model, self.image_size, self.downsample_size)
+
+
+def resolve_model(options: ModelOptions, seed: int = 0) -> ModelSettings:
+    """Fills in what was left out, and checks all that can be checked without loading weights.
+
+    Args:
+        seed: draws weights that are not found.
+
+    Raises:
+        UserError: a value is out of range, options contradict each other, a checkpoint is missing,
+            or there is no such device.
+    """
+    check_options(options)
+    gpt_model = choose_gpt_model(options)
+    defaults = model_defaults(gpt_model)
+    vq_model = choose_vq_model(options, defaults)
+    tokenizer = VQ_CONFIGS[vq_model]
+    device = resolve_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    typed, default, note = options.precision, default_precision(device), None
+    if default == torch.float16 and typed in (None, "bf16"):
+        major, minor = torch.cuda.get_device_capability(device)
+        older = f"{device} has compute capability {major}.{minor}, and bf16 takes 8.0"
+        if typed is not None:
+            raise SettingError("precision", typed, f"{older}; use fp16 or none")
+        note = f"{older}: the transformer runs in fp16"
+    return ModelSettings(
+        gpt_model=gpt_model,
+        vq_model=vq_model,
+        gpt_ckpt=find_checkpoint(options, "gpt_ckpt"),
+        vq_ckpt=find_checkpoint(options, "vq_ckpt"),
+        from_fsdp=options.from_fsdp,
+        ema=options.ema,
+        random_weights=options.random_weights,
+        download=options.download,
+        folders=options.folders,
+        image_size=choose_image_size(options, gpt_model),
+        downsample_size=tokenizer.downsample_size,
+        codebook_size=options.codebook_size or tokenizer.codebook_size,
+        codebook_embed_dim=options.codebook_embed_dim or tokenizer.codebook_embed_dim,
+        num_classes=options.num_classes or defaults.num_classes,
+        precision=default if typed is None else PRECISIONS[typed],
+        device=device,
+        seed=seed,
+        note=note,
+    )
+
+
+def smaller_precision(model: ModelSettings) -> list[Change]:
+    """What to advise where memory is short: a precision of half the size, if there is one."""
+    if model.precision != torch.float32:
+        return []
+    half = "fp16" if default_precision(model.device) == torch.float16 else "bf16"
+    return [Change("use", "precision", half)]
 
 
 @dataclass(frozen=True)
@@ -80,92 +157,59 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
     """
     if settings.random_weights:
         return FoundWeights(None, None)
-    gpt_file = gpt_file_name(settings.gpt_model, settings.image_size, settings.downsample_size)
-    vq_file = vq_file_name(settings.vq_model)
     return FoundWeights(
-        _find(settings, settings.gpt_ckpt, gpt_file), _find(settings, settings.vq_ckpt, vq_file)
+        settings.gpt_ckpt or _find_published(settings, settings.published_gpt),
+        settings.vq_ckpt or _find_published(settings, published_file(settings.vq_model)),
     )
 
 
-def _find(settings: ModelSettings, typed: Path | None, file_name: str | None) -> Path | None:
-    if typed is not None:
-        return typed
-    there = file_in(settings.folders, file_name)
-    published = published_as(Path(file_name)) if file_name is not None else None
-    if there is None and settings.download and published is not None:
-        folder = settings.folders[0]
-        if not can_be_written(folder):
-            told = f": {folder} cannot be written; choose another "
-            raise UserError(SettingName("download"), told, SettingName("pretrained_dir"))
-        try:
-            from autoregressive.weights.hub import fetch
-        except ModuleNotFoundError as error:
-            raise missing_extra(error) or error from error
-        return fetch(published, folder)
-    return there
+def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path | None:
+    there = file_in(settings.folders, file) if file is not None else None
+    if there is not None or not settings.download or file not in PUBLISHED_FILES:
+        return there
+    folder = settings.folders[0]
+    if not can_be_written(folder):
+        told = f": {folder} cannot be written; choose another "
+        raise UserError(SettingName("download"), told, SettingName("pretrained_dir"))
+    try:
+        from autoregressive.weights.hub import fetch
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error
+    return fetch(file, folder)
 
 
-@dataclass(frozen=True)
-class MissingWeights:
-    """What runs without trained weights, and how to get them."""
-
-    names: tuple[str, ...]  # of the models, for people
-    seed: int  # draws the weights in their place
-    ways: tuple[tuple[str | SettingName, ...], ...]  # to trained weights, a message each
-
-    def warning(self, spell: Spelling) -> str:
-        """The lines that tell it where a picture is drawn all the same."""
-        return "\n".join(
-            [
-                "WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.",
-                f"  {' and '.join(self.names)}: drawn from seed {self.seed}",
-                *(f"  {UserError(*way).spelled(spell)}" for way in self.ways),
-            ]
-        )
-
-    def error(self) -> UserError:
-        """The error that tells it where noise was not asked for."""
-        ways = itertools.chain.from_iterable((*way, "; ") for way in self.ways)
-        what = f"there are no trained weights for {' and '.join(self.names)}: "
-        return UserError(what, *ways, "or use ", SettingName("random_weights"), " for noise")
-
-
-def missing_weights(settings: ModelSettings, found: FoundWeights) -> MissingWeights | None:
-    """What to tell the user where a model has no trained weights; None if both have."""
-    missing: dict[str, str | None] = {}  # name for people -> published file
+def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError | None:
+    """The error where a model has no trained weights, which says how to get them; None if both
+    have. It is for the caller to raise, or to tell as a warning.
+    """
+    size, grid, folder = settings.image_size, settings.grid, settings.folders[0]
+    missing: dict[str, PublishedFile | None] = {}  # by the name for people
     if found.gpt is None:
-        size, grid = settings.image_size, settings.grid
         name = f"{settings.gpt_model} for {size} px in {grid} x {grid} tokens"
-        missing[name] = gpt_file_name(settings.gpt_model, size, settings.downsample_size)
+        missing[name] = settings.published_gpt
     if found.vq is None:
-        missing[settings.vq_model] = vq_file_name(settings.vq_model)
+        missing[settings.vq_model] = published_file(settings.vq_model)
     if not missing:
         return None
-    return MissingWeights(tuple(missing), settings.seed, tuple(_ways_to_weights(settings, missing)))
-
-
-def _ways_to_weights(
-    settings: ModelSettings, missing: dict[str, str | None]
-) -> Iterator[tuple[str | SettingName, ...]]:
+    names, asked_for = " and ".join(missing), SettingName("random_weights")
     if settings.random_weights:
-        yield "leave out ", SettingName("random_weights"), " to use trained ones"
-        return
-    shipped = [name for name in (DEMO_GPT, DEMO_VQ) if name in missing.values()]
-    published = [name for name in missing.values() if name is not None and name not in shipped]
-    folder = settings.folders[0]
+        return UserError(f"{names}: leave out ", asked_for, " to use trained weights")
+    ways: list[str | SettingName] = []
+    files = [file for file in missing.values() if file is not None]
+    published = " and ".join(file.file_name for file in files if file in PUBLISHED_FILES)
+    shipped = " and ".join(file.file_name for file in files if file in SHIPPED_FILES)
     if published:
-        files = " and ".join(published)
-        yield "get them with ", SettingName("download"), f", which puts {files} into {folder}"
+        puts = f", which puts {published} into {folder}; "
+        ways += ["get them with ", SettingName("download"), puts]
     if shipped:
-        files = " and ".join(shipped)
         here = folder == pretrained_folder() and in_checkout()
         fetch = "git checkout pretrained_models" if here else f"copy them into {folder}"
-        yield (f"{files} ship with the program: {fetch}",)
-    unpublished = " and ".join(name for name, file_name in missing.items() if file_name is None)
+        ways += [f"{shipped} ship with the program: {fetch}; "]
+    unpublished = " and ".join(name for name, file in missing.items() if file is None)
     if unpublished:
         sizes = [file.image_size for file in PUBLISHED_FILES if file.model == settings.gpt_model]
         others = f" (there are some for {' and '.join(map(str, sizes))} px)" if sizes else ""
-        yield (
-            f"none are published for {unpublished}{others}: give your own with ",
-            SettingName("gpt_ckpt"),
-        )
+        what = f"none are published for {unpublished}{others}: give your own with "
+        ways += [what, SettingName("gpt_ckpt"), "; "]
+    told = f"there are no trained weights for {names}: "
+    return UserError(told, *ways, "or use ", asked_for, " for noise")

@@ -6,27 +6,40 @@ be a mismatch. Nothing here imports torch.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 
 from autoregressive.errors import SettingError, SettingName, UserError, did_you_mean, either
 from autoregressive.folders import pretrained_folders
-from autoregressive.models.classes import ClassNames, numbered_classes
+from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
+from autoregressive.models.sampling import Bounds
 from autoregressive.weights.published import (
-    DEMO_GPT,
     PUBLISHED_FILES,
     PublishedFile,
-    gpt_file_name,
     published_as,
+    published_file,
 )
 from tokenizer.tokenizer_image.config import VQ_CONFIGS
 
-# of codebooks and data sets; what is larger is a slip of the keyboard, and would fill the memory
-_LARGEST_SIZE = 10**6
-SIZES = ("codebook_size", "codebook_embed_dim", "num_classes")
+# What is larger is a slip of the keyboard, and would fill the memory.
+_SIZE = Bounds(Integral, 1, 10**6, "1 to 1000000")
+_BOUNDS = {
+    "image_size": _SIZE,
+    "downsample_size": _SIZE,
+    "codebook_size": _SIZE,
+    "codebook_embed_dim": _SIZE,
+    "num_classes": _SIZE,
+    "cls_token_num": Bounds(Integral, 1, 1, "1"),
+}
+_NAMES = {
+    "gpt_model": list(GPT_SHAPES),
+    "vq_model": list(VQ_CONFIGS),
+    "gpt_type": ["c2i", "t2i"],
+    "precision": ["none", "fp16", "bf16"],
+}
 
 
 @dataclass(frozen=True)
@@ -63,40 +76,45 @@ class ModelOptions:
     @property
     def published_gpt(self) -> PublishedFile | None:
         """The published transformer that `gpt_ckpt` is named after."""
-        published = published_as(self.gpt_ckpt) if self.gpt_ckpt else None
+        published = published_as(self.gpt_ckpt)
         return published if published and published.image_size else None
 
 
 def check_options(options: ModelOptions) -> None:
-    """Checks names and kinds, which the parser of a command has checked already.
+    """Checks all that can be checked without a look at the device.
 
     Raises:
-        SettingError: there is no such model, or a size is no whole number.
+        UserError: there is no such model, a value is out of range, options contradict each other,
+            or a checkpoint is missing.
     """
-    for setting, known in (
-        ("gpt_model", list(GPT_SHAPES)),
-        ("vq_model", list(VQ_CONFIGS)),
-        ("gpt_type", ["c2i", "t2i"]),
-        ("precision", ["none", "fp16", "bf16"]),
-    ):
+    for setting, known in _NAMES.items():
         name = getattr(options, setting)
         if name is not None and name not in known:
             told = did_you_mean(str(name), known) or f": use {either(known)}"
             raise SettingError(setting, name, f"there is no such choice{told}")
-    for setting in ("image_size", "downsample_size", *SIZES):
+    _check_sizes(options)
+    if options.gpt_type == "t2i":
+        told = "text to image is not supported; this program draws classes (c2i)"
+        raise SettingError("gpt_type", "t2i", told)
+    for setting in ("gpt_ckpt", "vq_ckpt"):
+        find_checkpoint(options, setting)
+    if options.ema and options.gpt_ckpt is None:
+        picks = ": it picks the averaged weights out of a training checkpoint"
+        raise UserError(SettingName("ema"), " goes with ", SettingName("gpt_ckpt"), picks)
+    gpt_model = choose_gpt_model(options)
+    choose_image_size(options, gpt_model)
+    vq_model = choose_vq_model(options, model_defaults(gpt_model))
+    downsample = VQ_CONFIGS[vq_model].downsample_size
+    if options.downsample_size not in (None, downsample):
+        allowed = f"must be {downsample} for {vq_model}"
+        raise SettingError("downsample_size", options.downsample_size, allowed)
+
+
+def _check_sizes(options: ModelOptions) -> None:
+    for setting, bounds in _BOUNDS.items():
         value = getattr(options, setting)
-        if value is not None and not isinstance(value, Integral):
-            raise SettingError(setting, value, "must be a whole number")
-
-
-def file_in(folders: tuple[Path, ...], file_name: str | None) -> Path | None:
-    """The file of that name, or of the same name but ending in .safetensors: its conversion."""
-    if file_name is None:
-        return None
-    candidates = [folder / file_name for folder in folders]
-    candidates += [path.with_suffix(".safetensors") for path in candidates]
-    # Path.exists raises where a name is too long.
-    return next((path for path in candidates if os.path.exists(path)), None)
+        if value is not None:
+            bounds.check(setting, value)
 
 
 def choose_gpt_model(options: ModelOptions) -> str:
@@ -104,8 +122,6 @@ def choose_gpt_model(options: ModelOptions) -> str:
     if options.gpt_model is not None:
         return options.gpt_model
     if options.gpt_ckpt is not None:
-        if options.gpt_ckpt.name == DEMO_GPT:
-            return DEMO_MODEL
         return options.published_gpt.model if options.published_gpt else "GPT-B"
     sizes = (options.image_size,) if options.image_size else model_defaults("GPT-B").image_sizes
     there = any(_gpt_file_there(options, "GPT-B", size) for size in sizes)
@@ -120,14 +136,14 @@ def choose_vq_model(options: ModelOptions, defaults: ModelDefaults) -> str:
     """
     if options.vq_model is not None:
         return options.vq_model
-    published = published_as(options.vq_ckpt) if options.vq_ckpt else None
+    published = published_as(options.vq_ckpt)
     if published is not None and published.image_size is None:
         return published.model
-    wanted = options.downsample_size or VQ_CONFIGS[defaults.vq_model].downsample_size
-    fitting = [name for name, config in VQ_CONFIGS.items() if config.downsample_size == wanted]
+    for name in (defaults.vq_model, *VQ_CONFIGS):
+        if options.downsample_size in (None, VQ_CONFIGS[name].downsample_size):
+            return name
     sizes = sorted({config.downsample_size for config in VQ_CONFIGS.values()})
-    require(bool(fitting), "downsample_size", wanted, either(sizes))
-    return defaults.vq_model if defaults.vq_model in fitting else fitting[0]
+    raise SettingError("downsample_size", options.downsample_size, f"must be {either(sizes)}")
 
 
 def choose_image_size(options: ModelOptions, gpt_model: str) -> int:
@@ -147,8 +163,7 @@ def choose_image_size(options: ModelOptions, gpt_model: str) -> int:
         there = (one for one in best_first if _gpt_file_there(options, gpt_model, one))
         return next(there, defaults.image_size)
     check_image_size(gpt_model, size, named=options.gpt_model is not None)
-    if published is not None and published.image_size != size:
-        assert options.gpt_ckpt is not None
+    if options.gpt_ckpt is not None and published is not None and published.image_size != size:
         makes = f"{options.gpt_ckpt.name} makes pictures of {published.image_size} px"
         raise SettingError("image_size", size, makes)
     return size
@@ -170,58 +185,28 @@ def check_image_size(gpt_model: str, size: int, *, named: bool = True) -> None:
         raise SettingError("image_size", size, told)
 
 
-def chosen_classes(options: ModelOptions) -> ClassNames:
-    """The classes of the model that is meant.
-
-    Raises:
-        SettingError: no data set has so many classes.
-    """
-    defaults = model_defaults(choose_gpt_model(options))
-    count = options.num_classes
-    check_size("num_classes", count)
-    if count is None or count == defaults.num_classes:
-        return defaults.classes
-    return numbered_classes(count)
+def _gpt_file_there(options: ModelOptions, gpt_model: str, image_size: int) -> bool:
+    vq_model = choose_vq_model(options, model_defaults(gpt_model))
+    published = published_file(gpt_model, image_size, VQ_CONFIGS[vq_model].downsample_size)
+    return published is not None and file_in(options.folders, published) is not None
 
 
-def resolve_labels(options: ModelOptions, wanted: Sequence[int | str]) -> tuple[int, ...]:
-    """The ids of classes that are given by id or name.
-
-    Raises:
-        UnknownClassError: no such class. Where the user has not named the model, the message does.
-    """
-    classes, note = chosen_classes(options), _whose_classes(options)
-    return tuple(classes.resolve(one, note) for one in wanted)
+def file_in(folders: tuple[Path, ...], published: PublishedFile) -> Path | None:
+    """The file of that name, or of the same name but ending in .safetensors: its conversion."""
+    candidates = [folder / published.file_name for folder in folders]
+    candidates += [path.with_suffix(".safetensors") for path in candidates]
+    # Path.exists raises where a name is too long.
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
-def list_classes(options: ModelOptions, word: str) -> str:
-    """One line a class of the model whose name contains the word: its id and name.
-
-    Raises:
-        UserError: there is none. Where the user has not named the model, the message does.
-    """
-    return chosen_classes(options).listing(word, _whose_classes(options))
-
-
-def _whose_classes(options: ModelOptions) -> list[str | SettingName]:
-    """The end of a message about a class, where the user may not know which model was chosen."""
-    if options.gpt_model is not None or options.num_classes is not None:
-        return []
-    gpt_model = choose_gpt_model(options)
-    note: list[str | SettingName] = [f"; these are the classes of {gpt_model}"]
-    if gpt_model == DEMO_MODEL:
-        note += ["; ", SettingName("gpt_model"), " GPT-B has ImageNet's"]
-    return note
-
-
-def resolve_checkpoint(options: ModelOptions, setting: str) -> Path | None:
+def find_checkpoint(options: ModelOptions, setting: str) -> Path | None:
     """The checkpoint that was named. A bare name may be that of a file among the pretrained models.
 
     Args:
         setting: "gpt_ckpt" or "vq_ckpt".
 
     Raises:
-        SettingError: there is no such file or folder, or the weights were to be random.
+        UserError: there is no such file or folder, or the weights were to be random.
     """
     typed: Path | None = getattr(options, setting)
     if typed is None:
@@ -230,8 +215,7 @@ def resolve_checkpoint(options: ModelOptions, setting: str) -> Path | None:
         end = " contradict each other: leave one out"
         raise UserError(SettingName(setting), " and ", SettingName("random_weights"), end)
     bare = len(typed.parts) == 1
-    places = [typed, *(folder / typed for folder in options.folders if bare)]
-    for place in places:
+    for place in (typed, *(folder / typed for folder in options.folders if bare)):
         if os.path.exists(place):  # Path.exists raises where the name is too long
             return place
     also = f", nor in {options.folders[0]}" if bare else ""
@@ -241,23 +225,35 @@ def resolve_checkpoint(options: ModelOptions, setting: str) -> Path | None:
     raise SettingError(setting, typed, told)
 
 
-def check_size(setting: str, value: int | None) -> None:
-    """Checks the size of a codebook or a data set.
+def chosen_classes(options: ModelOptions) -> ClassNames:
+    """The classes of the model that is meant. Where the user has not named it, a message about an
+    unknown class does.
 
     Raises:
-        SettingError: it is out of range.
+        SettingError: no data set has so many classes.
     """
-    fits = value is None or 1 <= value <= _LARGEST_SIZE
-    require(fits, setting, value, f"1 to {_LARGEST_SIZE}")
+    _check_sizes(options)
+    gpt_model = choose_gpt_model(options)
+    defaults = model_defaults(gpt_model)
+    classes = defaults.classes_of(options.num_classes or defaults.num_classes)
+    if options.gpt_model is not None or options.num_classes is not None:
+        return classes
+    note: list[str | SettingName] = [f"; these are the classes of {gpt_model}"]
+    if gpt_model == DEMO_MODEL:
+        note += ["; ", SettingName("gpt_model"), " GPT-B has ImageNet's"]
+    return replace(classes, note=tuple(note))
 
 
-def require(holds: bool, setting: str, value: object, allowed: str) -> None:
-    """Raises `SettingError` unless a condition holds."""
-    if not holds:
-        raise SettingError(setting, value, f"must be {allowed}")
+def resolve_labels(options: ModelOptions, wanted: Sequence[int | str] | None) -> tuple[int, ...]:
+    """The ids of classes that are given by id or name; None: the model's own choice.
 
-
-def _gpt_file_there(options: ModelOptions, gpt_model: str, image_size: int) -> bool:
-    vq_model = choose_vq_model(options, model_defaults(gpt_model))
-    file_name = gpt_file_name(gpt_model, image_size, VQ_CONFIGS[vq_model].downsample_size)
-    return file_in(options.folders, file_name) is not None
+    Raises:
+        UserError: there is no such class.
+    """
+    classes = chosen_classes(options)
+    if wanted is not None:
+        return tuple(map(classes.resolve, wanted))
+    defaults = model_defaults(choose_gpt_model(options))
+    if options.num_classes in (None, defaults.num_classes):
+        return defaults.class_labels
+    return tuple(range(len(classes)))[: len(defaults.class_labels)]

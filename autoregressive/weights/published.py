@@ -5,26 +5,22 @@ repository, as data. Nothing here imports torch, or touches the network or the d
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL
-from tokenizer.tokenizer_image.config import VQ_CONFIGS
-
 HUB_REPOSITORY = "FoundationVision/LlamaGen"
 DEMO_GPT, DEMO_VQ = "demo_gpt.safetensors", "demo_vq.safetensors"  # ship with the repository
 
 # The messages that say this answer a request for weights that do not exist.
 UNPUBLISHED = "images of 512 px, and GPT-XL and above at 256 px, have no published weights"
 
-_PUBLISHED_DOWNSAMPLE = 16  # of the tokenizer that every published transformer goes with
-
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file at the root of the hub repository."""
+    """One file of weights: at the root of the hub repository, or shipped."""
 
     file_name: str
     model: str  # a name of GPT_SHAPES or VQ_CONFIGS
     # pixels of a side that the transformer makes; None for a tokenizer, which takes any size
     image_size: int | None = None
+    downsample_size: int = 16  # of the tokenizer that the transformer goes with
 
 
 PUBLISHED_FILES: tuple[PublishedFile, ...] = (
@@ -38,33 +34,26 @@ PUBLISHED_FILES: tuple[PublishedFile, ...] = (
     PublishedFile("c2i_XXL_384.pt", "GPT-XXL", 384),
     PublishedFile("c2i_3B_384.pt", "GPT-3B", 384),
 )
+SHIPPED_FILES = (
+    PublishedFile(DEMO_GPT, "GPT-demo", 128, downsample_size=8),
+    PublishedFile(DEMO_VQ, "VQ-demo"),
+)
 
 
-def gpt_file_name(gpt_model: str, image_size: int, downsample_size: int) -> str | None:
-    """The file that a transformer's weights for images of that size are published in, or shipped
-    in; None if there is none.
-    """
-    if gpt_model == DEMO_MODEL:
-        shipped = (DEMO_DEFAULTS.image_size, VQ_CONFIGS[DEMO_DEFAULTS.vq_model].downsample_size)
-        return DEMO_GPT if (image_size, downsample_size) == shipped else None
-    return _file_name(gpt_model, image_size) if downsample_size == _PUBLISHED_DOWNSAMPLE else None
+def published_file(
+    model: str, image_size: int | None = None, downsample_size: int = 16
+) -> PublishedFile | None:
+    """The file of a model's weights; None if there is none. The sizes are a transformer's."""
+    wanted = (model, image_size, downsample_size)
+    for file in (*PUBLISHED_FILES, *SHIPPED_FILES):
+        if (file.model, file.image_size, file.downsample_size) == wanted:
+            return file
+    return None
 
 
-def vq_file_name(vq_model: str) -> str | None:
-    """The file that a tokenizer's weights are published in, or shipped in; None if there
-    is none.
-    """
-    return DEMO_VQ if vq_model == DEMO_DEFAULTS.vq_model else _file_name(vq_model, None)
-
-
-def published_as(path: Path) -> PublishedFile | None:
-    """The published file that a path is named after, whatever its suffix; None for any
-    other name.
-    """
-    return next((file for file in PUBLISHED_FILES if Path(file.file_name).stem == path.stem), None)
-
-
-def _file_name(model: str, image_size: int | None) -> str | None:
-    wanted = (model, image_size)
-    files = (file for file in PUBLISHED_FILES if (file.model, file.image_size) == wanted)
-    return next((file.file_name for file in files), None)
+def published_as(path: Path | None) -> PublishedFile | None:
+    """The file that a path is named after, whatever its suffix; None for any other name."""
+    for file in (*PUBLISHED_FILES, *SHIPPED_FILES):
+        if path is not None and path.stem == Path(file.file_name).stem:
+            return file
+    return None

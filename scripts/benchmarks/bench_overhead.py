@@ -87,7 +87,7 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     """The service's command with its engine in a thread."""
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     found = FoundWeights(None, None)
-    recipe = EngineRecipe(settings.choice.model, found, settings.engine, SamplingParams())
+    recipe = EngineRecipe(settings.model, found, settings.engine, SamplingParams())
     with lifecycle.listen(settings) as listeners:
         model = lifecycle.served_model(settings, found)
         return lifecycle.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread)
@@ -98,7 +98,7 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
     for it: half of the rows.
     """
     settings = resolve_server_settings(read_arguments(flags, os.environ))
-    model = settings.choice.model
+    model = settings.model
     engine = EngineRecipe(model, FoundWeights(None, None), settings.engine, SamplingParams())(
         lambda done, total: None
     )
@@ -107,7 +107,7 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
     times = []
     for seed in range(_LONE_REQUESTS):
         begun = time.monotonic()
-        request = engine.submit(seed, settings.choice.defaults.sampling.updated(top_k=0, seed=seed))
+        request = engine.submit(seed, model.defaults.sampling.updated(top_k=0, seed=seed))
         while request.steps < rows * model.grid:
             engine.step()
         codes = engine.peek([request]).result()[0].codes

@@ -11,13 +11,17 @@ import torch
 from refusals import refused
 
 from autoregressive.cli.command import flag_of
+from autoregressive.cli.drawing import Settings, find_weights_and_warn, resolve_settings
 from autoregressive.cli.flags import build_parser, model_options
-from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.devices import resolve_device
 from autoregressive.errors import Change, UserError
-from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
-from autoregressive.weights.options import list_classes
+from autoregressive.weights.finding import (
+    FoundWeights,
+    find_weights,
+    missing_weights,
+    smaller_precision,
+)
+from autoregressive.weights.options import chosen_classes
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 
 
@@ -79,8 +83,7 @@ def test_the_warning_names_the_sizes_that_are_published(folder: Path) -> None:
     model = resolved(folder, "--gpt-model", "GPT-XL", "--image-size", "256").model
     missing = missing_weights(model, find_weights(model))
     assert missing is not None
-    warning = missing.warning(flag_of)
-    assert "there are some for 384 px" in warning
+    assert "there are some for 384 px" in missing.spelled(flag_of)
 
 
 def test_defaults_are_llamagens_for_its_models(folder: Path) -> None:
@@ -109,7 +112,7 @@ def test_precision_is_bf16_on_a_gpu_and_float32_on_a_cpu_unless_typed(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert resolved(folder).model.precision == torch.bfloat16
-    assert resolved(folder).note is None
+    assert resolved(folder).model.note is None
     assert resolved(folder).model.device == torch.device("cuda:0")
     assert resolved(folder, "--device", "cuda:1").model.device == torch.device("cuda:1")
     assert resolved(folder, "--device", "cpu").model.precision == torch.float32
@@ -133,12 +136,12 @@ def test_a_gpu_without_bf16_runs_in_fp16_and_says_so(
     settings = resolved(folder)
     assert settings.model.precision == torch.float16
     assert (
-        settings.note
+        settings.model.note
         == "cuda:0 has compute capability 7.5, and bf16 takes 8.0: the transformer runs in fp16"
     )
     for typed, precision in (("fp16", torch.float16), ("none", torch.float32)):
         settings = resolved(folder, "--precision", typed)
-        assert (settings.model.precision, settings.note) == (precision, None)
+        assert (settings.model.precision, settings.model.note) == (precision, None)
     assert smaller_precision(settings.model) == [Change("use", "precision", "fp16")]
     match = r"^--precision bf16: cuda:0 has .* 7\.5, and bf16 takes 8\.0; use fp16 or none$"
     with refused(match):
@@ -316,7 +319,7 @@ def test_an_unknown_class_says_which_model_was_chosen(folder: Path) -> None:
     with refused(match=hint):
         resolved(folder, "--class-labels", "golden retriever")
     with refused(match=hint):
-        list_classes(model_options(parsed("--pretrained-dir", str(folder))), "retriever")
+        chosen_classes(model_options(parsed("--pretrained-dir", str(folder)))).listing("retriever")
     with pytest.raises(UserError) as caught:
         resolved(folder, "--gpt-model", "GPT-demo", "--class-labels", "golden retriever")
     assert hint not in caught.value.spelled(flag_of)
@@ -382,10 +385,10 @@ def test_classes_are_listed_for_the_chosen_model() -> None:
         "--device",
         "cuda",
     )
-    options = model_options(arguments)
-    assert list_classes(options, arguments.list_classes) == " 387  lesser panda"
+    classes = chosen_classes(model_options(arguments))
+    assert classes.listing(arguments.list_classes) == " 387  lesser panda"
     demo = model_options(parsed("--gpt-model", "GPT-demo"))
-    assert len(list_classes(demo, "").splitlines()) == 64
+    assert len(chosen_classes(demo).listing().splitlines()) == 64
 
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,11 +476,11 @@ def test_download_fetches_what_is_published_and_not_there(
         ("--random-weights", "leave out --random-weights"),
     ],
 )
-def test_the_warning_says_noise_and_how_to_get_weights(folder: Path, typed: str, said: str) -> None:
+def test_the_warning_says_noise_and_how_to_get_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str], typed: str, said: str
+) -> None:
     """Fails if a user takes noise for the model's work, or is not told the command that helps."""
-    model = resolved(folder, *typed.split()).model
-    missing = missing_weights(model, find_weights(model))
-    assert missing is not None
-    warning = missing.warning(flag_of)
+    find_weights_and_warn(resolved(folder, *typed.split()))
+    warning = capsys.readouterr().err
     assert "noise; only the speed is real" in warning
     assert said in warning

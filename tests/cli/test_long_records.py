@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.cli.drawing import Settings, resolve_settings, save_results
 from autoregressive.cli.flags import build_parser
-from autoregressive.cli.results import save_results
-from autoregressive.cli.settings import Settings, resolve_settings
 from autoregressive.errors import UserError
 from autoregressive.output.images import JSON_KEY, PICTURE_FORMATS, check_record_fits, save_picture
 from autoregressive.weights.finding import FoundWeights
@@ -89,7 +88,7 @@ def test_a_record_that_does_not_fit_is_refused_before_the_drawing(
 def test_a_command_looks_at_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the settings are taken although the record of so many images does not fit."""
     monkeypatch.setattr(
-        "autoregressive.cli.settings.check_grid_fits", lambda *arguments, **options: None
+        "autoregressive.cli.drawing.check_grid_fits", lambda *arguments, **options: None
     )
     with pytest.raises(UserError, match="--output"):
         settings_of(10_000, tmp_path / "x.jpg")
@@ -101,13 +100,14 @@ def test_a_record_that_passes_the_check_can_be_written(tmp_path: Path) -> None:
     settings = settings_of(1, tmp_path / "x.jpg")
     path = tmp_path / "x.jpg"
     fitting = max(
-        images for images in range(0, 10_000, 50) if fits(path, images, settings.classes[0])
+        images for images in range(0, 10_000, 50) if fits(path, images, settings.model.classes[0])
     )
     labels = [0] * fitting
     weights = tmp_path / LONGEST_NAME
     settings = replace(settings, labels=tuple(labels))
     pixels = torch.zeros(len(labels), 3, 1, 1)
-    save_results(settings, FoundWeights(weights, weights), torch.zeros(1, 1), pixels, loop="paged")
+    found = FoundWeights(weights, weights)
+    save_results(settings, found, torch.zeros(1, 1), pixels, (1.0, 1.0), loop="paged")
     record = json_in(path)
     assert isinstance(record, dict)
     assert record["labels"] == labels

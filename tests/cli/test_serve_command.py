@@ -2,7 +2,6 @@
 CPU.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,17 +19,17 @@ from PIL import Image
 from refusals import refused
 from safetensors.torch import save_file
 
-from autoregressive.cli.settings import Settings, resolve_settings
+from autoregressive.cli import drawing
 from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
-from autoregressive.sample import naive
 from autoregressive.sample import sample_c2i as naive_command
-from autoregressive.serve import paged, pipeline, sample_c2i
+from autoregressive.serve import pipeline, sample_c2i
 from autoregressive.serve.engine import config, memory
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.floor import Ceilings, JobFloor
-from autoregressive.serve.paged import Speed
+from autoregressive.serve.floor import Ceilings, JobFloor, speed_lines
+from autoregressive.weights.finding import ModelSettings, resolve_model
 from autoregressive.weights.loading import LoadedModels
+from autoregressive.weights.options import ModelOptions
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +196,7 @@ def test_a_mistake_is_found_before_loading(
     def loaded(*_: object, **__: object) -> None:
         pytest.fail("weights were looked for")
 
-    monkeypatch.setattr(paged, "find_weights", loaded)
+    monkeypatch.setattr(drawing, "find_weights", loaded)
     with refused(match=re.escape(said)):
         draw("--output", "x.png", *typed)
     assert (work / "x.png").read_bytes() == b"old"
@@ -252,7 +251,7 @@ def test_the_process_is_left_as_it_was(work: Path) -> None:
     assert not torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("command", [paged, naive])
+@pytest.mark.parametrize("command", [sample_c2i, naive_command])
 def test_a_changed_precision_is_said_once(
     work: Path,
     small_demo: None,
@@ -264,13 +263,11 @@ def test_a_changed_precision_is_said_once(
     repeats it.
     """
 
-    def resolve(arguments: argparse.Namespace) -> Settings:
-        settings = resolve_settings(arguments)
-        return replace(settings, choice=replace(settings.choice, note="in fp16"))
+    def resolve(options: ModelOptions, seed: int) -> ModelSettings:
+        return replace(resolve_model(options, seed), note="in fp16")
 
-    monkeypatch.setattr(command, "resolve_settings", resolve)
-    typed = [*FLAGS, "--class-labels", "0", "--cfg-scale", "1"]
-    command.run(sample_c2i.build_engine_parser().parse_args(typed))
+    monkeypatch.setattr(drawing, "resolve_model", resolve)
+    command.main([*FLAGS, "--class-labels", "0", "--cfg-scale", "1"])
     assert capsys.readouterr().err.count("in fp16\n") == 1
 
 
@@ -439,8 +436,8 @@ def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.Monke
 
 def test_the_speed_is_held_against_the_floor() -> None:
     """Fails if a rate is computed from the wrong time, or the share is inverted."""
-    speed = Speed(8, 576, 0.5, 0.3, JobFloor(steps=576, seconds=0.35), Ceilings(4.24e12, 790e12))
-    rates, share = speed.lines()
+    job, ceilings = JobFloor(steps=576, seconds=0.35), Ceilings(4.24e12, 790e12)
+    rates, share = speed_lines(8, 576, (0.5, 0.3), job, ceilings)
     assert rates == "9216 tokens/s, 10.00 images/s with decoding, 0.868 ms/step."
     assert share.startswith(
         "share of the memory floor: 70.0% (at best 0.350 seconds, with the 4.24 TB/s and 790 "

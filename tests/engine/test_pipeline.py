@@ -152,7 +152,7 @@ def test_a_checkpoint_is_loaded_by_its_path() -> None:
     path = ROOT / "pretrained_models" / "demo_gpt.safetensors"
     engine = EngineConfig(max_num_seqs=2, attention_backend="torch")
     pipe = Pipeline.from_pretrained(path, device="cpu", engine=engine)
-    assert pipe.choice.model.gpt_model == "GPT-demo"
+    assert pipe.model.gpt_model == "GPT-demo"
     assert len(pipe.classes) == 64
 
 

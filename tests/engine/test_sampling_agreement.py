@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.cli.settings import ModelSettings, resolve_settings
+from autoregressive.cli.drawing import resolve_settings
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i as fast
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.web.schema import CodesRequest
-from autoregressive.weights.finding import find_weights
+from autoregressive.weights.finding import ModelSettings, find_weights
 from autoregressive.weights.loading import LoadedModels, load_models
 
 FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_picture_formats import record_in
 
+from autoregressive.cli.drawing import resolve_settings
 from autoregressive.cli.flags import build_parser
-from autoregressive.cli.settings import resolve_settings
 from autoregressive.output.images import save_picture
 from autoregressive.output.records import generation_record, readable
 from autoregressive.weights.finding import FoundWeights

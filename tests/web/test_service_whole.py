@@ -18,8 +18,8 @@ import torch
 from fake_service import running_service
 from PIL import Image
 
+from autoregressive.cli.drawing import resolve_settings
 from autoregressive.cli.flags import build_parser
-from autoregressive.cli.settings import resolve_settings
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.output.images import picture_grid
 from autoregressive.serve.engine.config import EngineConfig

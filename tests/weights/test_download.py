@@ -14,7 +14,7 @@ import pytest
 from hub_stand_in import CONTENT, FILE, Hub, running_hub
 
 from autoregressive.weights.hub import DownloadError, fetch
-from autoregressive.weights.published import PUBLISHED_FILES, gpt_file_name, vq_file_name
+from autoregressive.weights.published import PUBLISHED_FILES, published_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -165,13 +165,18 @@ def test_published_names_are_those_of_the_hub() -> None:
     """Fails if a model's weights are looked for under another name than the hub's, or weights
     that do not exist under any.
     """
+
+    def name(model: str, *sizes: int) -> str | None:
+        file = published_file(model, *sizes)
+        return None if file is None else file.file_name
+
     for model in ("B", "L", "XL", "XXL", "3B"):
-        assert gpt_file_name(f"GPT-{model}", 384, 16) == f"c2i_{model}_384.pt"
+        assert name(f"GPT-{model}", 384, 16) == f"c2i_{model}_384.pt"
         small = f"c2i_{model}_256.pt" if model in ("B", "L") else None
-        assert gpt_file_name(f"GPT-{model}", 256, 16) == small
-        assert gpt_file_name(f"GPT-{model}", 512, 16) is None
-        assert gpt_file_name(f"GPT-{model}", 384, 8) is None
-    assert [vq_file_name(name) for name in ("VQ-16", "VQ-8")] == ["vq_ds16_c2i.pt", "vq_ds8_c2i.pt"]
+        assert name(f"GPT-{model}", 256, 16) == small
+        assert name(f"GPT-{model}", 512, 16) is None
+        assert name(f"GPT-{model}", 384, 8) is None
+    assert [name(model) for model in ("VQ-16", "VQ-8")] == ["vq_ds16_c2i.pt", "vq_ds8_c2i.pt"]
 
 
 # --- the command ---
@@ -230,7 +235,7 @@ def test_list_shows_every_file_and_what_is_there(tmp_path: Path) -> None:
     ("folder", "told"),
     [
         ("long" * 100, "File name too long"),
-        ("file", "is no folder"),
+        ("file", "Not a directory"),
         (os.fsdecode(b"\xff"), "is not UTF-8"),
     ],
 )

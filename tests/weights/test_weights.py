@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from autoregressive.cli.drawing import resolve_settings
 from autoregressive.cli.flags import build_parser
-from autoregressive.cli.settings import resolve_settings
 from autoregressive.models.gpt import GPT_models
 from autoregressive.weights.checkpoint import CheckpointError
 from autoregressive.weights.finding import FoundWeights, ModelSettings, find_weights

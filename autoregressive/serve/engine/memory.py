@@ -13,8 +13,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.model_runner import StepBytes, page_bytes
-from autoregressive.weights.choice import smaller_precision
-from autoregressive.weights.finding import ModelSettings
+from autoregressive.weights.finding import ModelSettings, smaller_precision
 
 # of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
 _RESERVE_BYTES = 2 * 2**30

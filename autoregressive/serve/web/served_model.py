@@ -1,12 +1,12 @@
 """The model that is served, and what a request's body means for it."""
 
-import secrets
 from dataclasses import dataclass
 from typing import TypeVar
 
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults
+from autoregressive.models.sampling import random_seed
 from autoregressive.output.records import image_record
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import (
@@ -20,7 +20,6 @@ from autoregressive.serve.worker.messages import EngineRequest
 
 _T = TypeVar("_T")
 _LONGEST_NAME = 64  # characters
-_RANDOM_SEEDS = 2**31  # small enough for JavaScript's numbers
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class ServedModel:
                 temperature=body.temperature,
                 top_k=body.top_k,
                 top_p=body.top_p,
-                seed=_or(body.seed, secrets.randbelow(_RANDOM_SEEDS)),
+                seed=_or(body.seed, random_seed()),
             ),
             pixels=pixels,
             client=client,

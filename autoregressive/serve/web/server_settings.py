@@ -29,7 +29,7 @@ from autoregressive.serve.web.server_flags import (
     TIMEOUTS,
 )
 from autoregressive.serve.web.timeouts import Timeouts
-from autoregressive.weights.choice import ModelChoice, resolve_model
+from autoregressive.weights.finding import ModelSettings, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
 _MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_hex(16))"'
@@ -41,7 +41,7 @@ _LONGEST_WAIT = 10.0**9
 class ServerSettings:
     """The service as its flags describe it."""
 
-    choice: ModelChoice
+    model: ModelSettings
     engine: EngineConfig
     engines: int
     fronts: int  # processes that answer HTTP
@@ -73,7 +73,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     Raises:
         UserError: as `resolve_settings`, or others could use the service without a key.
     """
-    choice = resolve_model(model_options(arguments))
+    model = resolve_model(model_options(arguments))
     host = _or(arguments.host, HOST)
     keys = _resolve_keys(arguments.api_key, host)
     if not _is_host(host):
@@ -85,18 +85,18 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         _check_forwarded_allow_ips(arguments.forwarded_allow_ips)
     engines = _at_least(arguments, "data_parallel_size", 1, 1)
     if engines > 1:
-        _check_gpus(choice, engines)
+        _check_gpus(model, engines)
     _check_addresses(arguments.store_dir, arguments.public_url, host)
     fronts = _at_least(arguments, "api_server_count", engines, 1, 64)
-    stored, stored_bytes = _resolve_store(arguments, choice, fronts)
-    name = _or(arguments.served_model_name, choice.model.gpt_model)
+    stored, stored_bytes = _resolve_store(arguments, model, fronts)
+    name = _or(arguments.served_model_name, model.gpt_model)
     if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
         raise UserError(
             f"--served-model-name {name}: must be printable, not empty, and at most "
             f"{_LONGEST_NAME} characters"
         )
     return ServerSettings(
-        choice=choice,
+        model=model,
         engine=replace(
             engine_config(arguments, EngineConfig.max_num_seqs),
             scheduling_policy=_or(arguments.scheduling_policy, POLICY),
@@ -156,7 +156,7 @@ def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
 
 
 def _resolve_store(
-    arguments: argparse.Namespace, choice: ModelChoice, fronts: int
+    arguments: argparse.Namespace, model: ModelSettings, fronts: int
 ) -> tuple[int, int | None]:
     """How many images are kept, and how many bytes they may have together; None: no limit."""
     stored = _at_least(arguments, "store_images", STORED_IMAGES, 1)
@@ -165,7 +165,7 @@ def _resolve_store(
             f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process "
             "keeps a share"
         )
-    stored_bytes = _stored_bytes(arguments.store_max_size, choice, fronts)
+    stored_bytes = _stored_bytes(arguments.store_max_size, model, fronts)
     for flag, value in (
         ("--store-images", arguments.store_images),
         ("--store-max-size", arguments.store_max_size),
@@ -175,7 +175,7 @@ def _resolve_store(
     return stored, stored_bytes
 
 
-def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | None:
+def _stored_bytes(text: str | None, model: ModelSettings, fronts: int) -> int | None:
     if text is None:
         return None
     size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
@@ -184,7 +184,7 @@ def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | N
             f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G"
         )
     bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
-    if bytes_there < (least := fronts * largest_picture_bytes(choice.model.image_size)):
+    if bytes_there < (least := fronts * largest_picture_bytes(model.image_size)):
         raise UserError(
             f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each "
             "--api-server-count"
@@ -229,8 +229,8 @@ def _resolve_timeouts(arguments: argparse.Namespace) -> Timeouts:
     )
 
 
-def _check_gpus(choice: ModelChoice, engines: int) -> None:
-    device = choice.model.device
+def _check_gpus(model: ModelSettings, engines: int) -> None:
+    device = model.device
     if device.type != "cuda":
         raise UserError(
             f"--data-parallel-size {engines}: takes {engines} GPUs, and this is a CPU; leave it out"

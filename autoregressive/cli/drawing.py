@@ -1,0 +1,174 @@
+"""What both drawing commands share: what they were asked to do, with every value resolved before
+any long work; and the files that they save.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from autoregressive.cli.command import flag_of
+from autoregressive.cli.flags import model_options, sampling_of
+from autoregressive.errors import SettingError, SettingName, UserError, tell
+from autoregressive.files import check_file, check_own_folder
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.output.images import (
+    PICTURE_FORMATS,
+    check_grid_fits,
+    check_record_fits,
+    individual_file,
+    picture_grid,
+    save_codes,
+    save_picture,
+)
+from autoregressive.output.records import (
+    Loop,
+    generation_record,
+    image_record,
+    readable,
+    sampling_record,
+)
+from autoregressive.weights.finding import (
+    FoundWeights,
+    ModelSettings,
+    find_weights,
+    missing_weights,
+    resolve_model,
+)
+from autoregressive.weights.options import resolve_labels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a command was asked to do."""
+
+    model: ModelSettings
+    sampling: SamplingParams
+    labels: tuple[int, ...]  # one a picture
+    compile: bool
+    output: (
+        Path | None
+    )  # the grid; None: the default name, which says whether the weights are trained
+    captions: bool
+    individual: Path | None  # a folder for single pictures, made if need be
+    codes: Path | None
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each picture."""
+        return [self.model.classes[label] for label in self.labels]
+
+    def grid(self, *, trained: bool) -> Path:
+        """The file that the grid goes to."""
+        return self.output or Path("sample_c2i.png" if trained else "sample_c2i_untrained.png")
+
+
+def resolve_settings(arguments: argparse.Namespace) -> Settings:
+    """Fills in what was not typed and checks everything that can be checked without loading
+    weights.
+
+    Args:
+        arguments: what a parser of `build_parser` parsed.
+
+    Raises:
+        UserError: a value is out of range, a class is unknown, flags contradict each other, a
+            checkpoint is missing, there is no such device, or a file cannot be written. The message
+            names the flag and what it allows.
+    """
+    options = model_options(arguments)
+    model = resolve_model(options, sampling_of(arguments, SamplingParams()).seed)
+    settings = Settings(
+        model=model,
+        sampling=sampling_of(arguments, model.defaults.sampling),
+        labels=resolve_labels(options, arguments.class_labels),
+        compile=arguments.compile,
+        output=arguments.output,
+        captions=arguments.captions,
+        individual=arguments.save_individual,
+        codes=arguments.save_codes,
+    )
+    for trained in (True, False):  # which of the default names it will be is not known yet
+        check_file("--output", settings.grid(trained=trained), *PICTURE_FORMATS)
+    grid, labels = settings.grid(trained=True), settings.labels
+    check_grid_fits("--output", grid, len(labels), model.image_size, captions=settings.captions)
+    check_record_fits("--output", grid, labels, settings.names)
+    if settings.codes is not None:
+        check_file("--save-codes", settings.codes, ".npy")
+    if settings.individual is not None:
+        check_own_folder("--save-individual", settings.individual)
+    return settings
+
+
+def find_weights_and_warn(settings: Settings) -> FoundWeights:
+    """Finds the weights; says what is unusual about the work that now begins.
+
+    Raises:
+        UserError: a download failed.
+    """
+    if settings.model.note is not None:
+        tell(settings.model.note)
+    found = find_weights(settings.model)
+    missing = missing_weights(settings.model, found)
+    if missing is not None:
+        seed = settings.model.seed
+        tell("WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.")
+        tell(f"  drawn from seed {seed}: {missing.spelled(flag_of)}")
+    return found
+
+
+def save_results(
+    settings: Settings,
+    found: FoundWeights,
+    codes: Tensor,
+    pixels: Tensor,
+    seconds: Sequence[float],
+    *,
+    loop: Loop,
+) -> None:
+    """Writes every file that was asked for, the grid last. Then prints where it is, and the times.
+
+    Args:
+        codes: integers [images, tokens]
+        pixels: [images, 3, height, width] in -1..1
+        seconds: of the sampling, and of the decoding.
+        loop: which one drew the codes.
+
+    Raises:
+        UserError: the pixels are not finite, or a file cannot be written; files written before
+            stay.
+    """
+    if not pixels.isfinite().all():
+        damaged = "the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged"
+        raise UserError(damaged, SettingName("vq_ckpt", " (see {})"))
+    names, params = settings.names, settings.sampling
+    compiled = settings.compile and loop == "naive"  # the engine has no use for it
+    common = generation_record(settings.model, found, loop, compiled=compiled)
+    grid = settings.grid(trained=found.trained)
+    if settings.codes is not None:
+        save_codes(settings.codes, codes)
+    if settings.individual is not None:
+        try:
+            settings.individual.mkdir(exist_ok=True)
+        except OSError as error:
+            told = f"cannot make this folder: {error.strerror}"
+            raise SettingError("save_individual", settings.individual, told) from error
+        for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
+            one = image_record(
+                common, params, label=label, class_name=name, images=len(names), image=image
+            )
+            file = individual_file(
+                settings.individual, image, label, name, trained=found.trained, suffix=grid.suffix
+            )
+            save_picture(file, picture_grid(pixels[image : image + 1]), readable(one), one)
+    classes = {"labels": list(settings.labels), "class_names": names}
+    record = common | sampling_record(params) | classes
+    whole = picture_grid(pixels, names if settings.captions else None)
+    save_picture(grid, whole, readable(record), record)
+    # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the
+    # pictures.
+    sampling, decoding = seconds
+    print(f"gpt sampling takes about {sampling:.2f} seconds.")
+    print(f"decoder takes about {decoding:.2f} seconds.")
+    print(f"image is saved to {grid}")
