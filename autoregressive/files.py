@@ -174,14 +174,15 @@ def check_file(setting: str | SettingName, path: Path, *suffixes: str) -> None:
 def check_folder(setting: str | SettingName, folder: Path) -> None:
     """Raises `UserError` unless a file can be made in this folder."""
     if not os.path.isdir(folder):
-        told = f": there is no folder {folder}; make it first, or choose another"
-        raise UserError(setting, told)
+        raise UserError(setting, f": there is no folder {folder}; make it first, or choose another")
     try:
         with _unfinished_file(folder / "check"):
             pass
     except OSError as error:
-        told = f": cannot write into the folder {folder}; choose another ({error.strerror})"
-        raise UserError(setting, told) from error
+        raise UserError(
+            setting,
+            f": cannot write into the folder {folder}; choose another ({error.strerror})",
+        ) from error
 
 
 def check_own_folder(setting: str | SettingName, folder: Path) -> None:

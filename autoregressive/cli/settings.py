@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoregressive.cli.flags import model_options, sampling_of
+from autoregressive.errors import SettingName
 from autoregressive.files import check_file, check_own_folder
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.sampling import SamplingParams
@@ -92,14 +93,14 @@ def _resolve_output(
         codes=arguments.save_codes,
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
-        check_file("--output", output.grid(trained=trained), *PICTURE_FORMATS)
+        check_file(SettingName("output"), output.grid(trained=trained), *PICTURE_FORMATS)
     grid = output.grid(trained=True)
-    check_grid_fits("--output", grid, len(labels), side, captions=output.captions)
-    check_record_fits("--output", grid, labels, [classes[label] for label in labels])
+    check_grid_fits(SettingName("output"), grid, len(labels), side, captions=output.captions)
+    check_record_fits(SettingName("output"), grid, labels, [classes[label] for label in labels])
     if output.codes is not None:
-        check_file("--save-codes", output.codes, ".npy")
+        check_file(SettingName("save_codes"), output.codes, ".npy")
     if output.individual is not None:
-        check_own_folder("--save-individual", output.individual)
+        check_own_folder(SettingName("save_individual"), output.individual)
     return output
 
 

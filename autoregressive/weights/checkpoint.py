@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,8 @@ class WeightSource:
     """One set of weights in a checkpoint."""
 
     path: Path
-    tensors: Mapping[
-        str, StoredTensor | ChunkedTensor
-    ]  # by the names that the model gives its parameters
+    # by the names that the model gives its parameters
+    tensors: Mapping[str, StoredTensor | ChunkedTensor]
     # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
     is_fsdp: bool = True
 
@@ -136,8 +136,11 @@ def load_weights(
     """
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
-        told = "is no FSDP checkpoint: its weights are wrapped; leave out"
-        raise CheckpointError(path, told, SettingName("from_fsdp"))
+        raise CheckpointError(
+            path,
+            "is no FSDP checkpoint: its weights are wrapped; leave out",
+            SettingName("from_fsdp"),
+        )
     check_match(model, source)
     model.to(dtype)
     model.to_empty(device=device)
@@ -164,8 +167,9 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
     for name in wanted:
         if name in source.dtypes and not source.dtypes[name].is_floating_point:
             kind = str(source.dtypes[name]).removeprefix("torch.")
-            told = f"{name} is {kind}, and no floating-point numbers; use another file"
-            raise CheckpointError(source.path, told)
+            raise CheckpointError(
+                source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
+            )
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
@@ -223,30 +227,28 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
 def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     whole = saved.content
     kind = "tensor" if isinstance(whole, SavedTensor) else kind_of(whole)
-    told = f"holds a {kind}, not a dictionary of weights; use another file"
-    require(isinstance(whole, Pairs), told)
+    require(
+        isinstance(whole, Pairs),
+        f"holds a {kind}, not a dictionary of weights; use another file",
+    )
     content = whole.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
         require_averages(isinstance(content.get(AVERAGED_WEIGHTS), Pairs))
         wrapper = AVERAGED_WEIGHTS
     weights: Pairs = content[wrapper] if wrapper is not None else whole
-    values: dict[str, object] = {}
+    not_read = COMPUTED_HERE if wrapper is not None else {*COMPUTED_HERE, *TRAINING_STATE}
+    values: dict[str, Any] = {}
     with reading(path, "is no dictionary of weights: {}; use another file"):
         for name, value in weights.items:
-            require(
-                type(name) is str,
-                f"it has a name that is no text, but one {kind_of(name)}",
-            )
-            if name not in COMPUTED_HERE and (wrapper is not None or name not in TRAINING_STATE):
+            require(type(name) is str, f"it has a name that is no text, but one {kind_of(name)}")
+            if name not in not_read:
                 values[name] = value
-    tensors: dict[str, StoredTensor] = {}
-    for plain, name in plain_names(values).items():
-        value = values[name]
-        if not isinstance(value, SavedTensor):
-            told = f"is no dictionary of weights: {name[:100]!r} is no plain tensor"
-            raise CheckpointError(path, f"{told}; use another file")
-        tensors[plain] = saved.find(value)
+    names = plain_names(values)
+    with reading(path, "is no dictionary of weights: {} is no plain tensor; use another file"):
+        for name in names.values():
+            require(isinstance(values[name], SavedTensor), repr(name[:100]))
+    tensors = {plain: saved.find(values[name]) for plain, name in names.items()}
     return WeightSource(path, tensors, is_fsdp=wrapper is None)
 
 
@@ -280,8 +282,11 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 def require_averages(there: bool) -> None:
     """Raises `BadContentError` if a checkpoint has no averaged weights where they are asked for."""
-    told = f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out"
-    require(there, told, SettingName("ema"))
+    require(
+        there,
+        f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out",
+        SettingName("ema"),
+    )
 
 
 def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:

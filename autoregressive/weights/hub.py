@@ -62,8 +62,9 @@ class _Remote:
     def check(self, path: Path) -> None:
         """Raises `DownloadError` if the file of that path has other content."""
         if not self.is_at(path):
-            told = "is not the published file (SHA-256 differs); move it away and fetch again"
-            raise DownloadError(f"{path}: {told}")
+            raise DownloadError(
+                f"{path}: is not the published file (SHA-256 differs); move it away and fetch again"
+            )
 
 
 def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None) -> Path:
@@ -113,8 +114,9 @@ def _ask_hub(name: str, url: str, endpoint: str | None) -> _Remote:
     metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
     # For large files the hub's entity tag is the SHA-256 of the content.
     if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
-        told = "the hub states no SHA-256 for it; check the address of the hub"
-        raise DownloadError(f"{name}: {told}")
+        raise DownloadError(
+            f"{name}: the hub states no SHA-256 for it; check the address of the hub"
+        )
     return _Remote(name, url, str(metadata.etag), metadata.size)
 
 
@@ -135,8 +137,9 @@ def _fetch_into(path: Path, remote: _Remote) -> None:
         _download(remote, part, stream)
         if not remote.is_at(part):
             part.unlink()
-            told = "came damaged (SHA-256 differs) and was thrown away; fetch again"
-            raise DownloadError(f"{remote.name}: {told}")
+            raise DownloadError(
+                f"{remote.name}: came damaged (SHA-256 differs) and was thrown away; fetch again"
+            )
         sync(part)
         os.replace(part, path)
         sync_folder(path.parent)
@@ -168,8 +171,10 @@ def _download(remote: _Remote, part: Path, stream: BinaryIO) -> None:
         there = 0
     needed, free = remote.size_bytes - there, shutil.disk_usage(part.parent).free
     if free < needed:
-        sizes = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free"
-        raise DownloadError(f"{part.parent}: {sizes}; make room")
+        raise DownloadError(
+            f"{part.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free; make "
+            "room"
+        )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
     size = remote.size_bytes
     with progress_bar(remote.name, "B", size, initial=there, unit_scale=True) as bar:
@@ -208,8 +213,10 @@ def _append_rest(remote: _Remote, first: int, stream: BinaryIO, bar: Any) -> Non
             bar.update(-first)
             first = 0
         elif not sent.startswith(f"bytes {first}-"):
-            told = "the server sends another part than the one asked for; try again later"
-            raise DownloadError(f"{remote.url}: {told}")
+            raise DownloadError(
+                f"{remote.url}: the server sends another part than the one asked for; try again "
+                "later"
+            )
         for chunk in response.iter_bytes():
             wanted = chunk[: remote.size_bytes - first]  # a longer file fails the check
             stream.write(wanted)

@@ -159,8 +159,10 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
             checkpoint.
     """
     names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
-    told = f"has more than one index: {', '.join(indices)}; move all but one elsewhere"
-    require(len(indices) < 2, told)
+    require(
+        len(indices) < 2,
+        f"has more than one index: {', '.join(indices)}; move all but one elsewhere",
+    )
     with reading(path, "{}; copy the whole folder again"):
         if indices:
             index = _read_index(path / indices[0])
@@ -178,8 +180,11 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
             _check_numbers(names)
             parts = _read_parts(path, names)
     known = bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts)
-    told = f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds"
-    require(known, f"{told}; copy the whole folder again, or name one of the files")
+    require(
+        known,
+        f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
+        "copy the whole folder again, or name one of the files",
+    )
     pieces = _pieces(parts)
     chosen = choose(pieces)
     with reading(path, "is not complete: {}; copy the whole folder again"):

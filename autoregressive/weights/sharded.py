@@ -115,8 +115,9 @@ def _read_metadata(path: Path) -> object:
         )
     shards_bytes = sum((path / name).stat().st_size for name in visible_names(path, ".distcp"))
     most = min(MOST_INSTRUCTIONS + shards_bytes // _BYTES_PER_INSTRUCTION, _MOST_INSTRUCTIONS)
-    told = "refused, this is not what describes a checkpoint: {}"
-    with reading(file.path, told, _DAMAGED):
+    with reading(
+        file.path, "refused, this is not what describes a checkpoint: {}", damage=_DAMAGED
+    ):
         stream = io.BytesIO(file.read(0, file.size))
         return read_pickle(stream, _KNOWN_NAMES, most_instructions=most)
 

@@ -81,8 +81,9 @@ def reading(path: Path, problem: str = "{}", damage: str = DAMAGED) -> Iterator[
         found, *more = error.args
         raise CheckpointError(path, problem.replace("{}", found), *more) from error
     except OSError as error:
-        told = f"cannot be read: {error.strerror or error}; check the path"
-        raise CheckpointError(path, told) from error
+        raise CheckpointError(
+            path, f"cannot be read: {error.strerror or error}; check the path"
+        ) from error
     except Exception as error:
         if "DefaultCPUAllocator" in str(error):
             raise
@@ -182,9 +183,9 @@ class StoredTensor:
         try:
             whole = torch.empty(count, dtype=self.dtype)
         except (RuntimeError, MemoryError) as error:
-            told = f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory"
             raise BadContentError(
-                f"{told} to read, more than there is; save it as .safetensors"
+                f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read, "
+                "more than there is; save it as .safetensors"
             ) from error
         self.file.read_into(self.offset, _bytes_of(whole))
         return whole

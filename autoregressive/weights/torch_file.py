@@ -268,8 +268,11 @@ def read_torch_archive(
         byte_order = file.read(offset, min(order_bytes, 8)).decode("ascii", "replace")
         require(byte_order in ("", sys.byteorder), _OTHER_BYTE_ORDER)
         offset, pickled_bytes = places[pickles[0]]
-        told = f"describes its content in {pickled_bytes:,} bytes, which is too much"
-        require(pickled_bytes <= pickle_bytes, f"{told}; use another file")
+        require(
+            pickled_bytes <= pickle_bytes,
+            f"describes its content in {pickled_bytes:,} bytes, which is too much; use another "
+            "file",
+        )
         pickled = io.BytesIO(file.read(offset, pickled_bytes))
         content = _load(pickled, instructions=instructions)
     keys = {name.removeprefix(storages): place for name, place in places.items()}
@@ -302,8 +305,11 @@ class _Section:
         """
         left = max(0, self._size - self._position)
         size = left if size < 0 else min(size, left)
-        told = f"is damaged, or has a directory of more than {self._most_bytes:,} bytes"
-        require(size <= self._most_bytes, f"{told}; download or copy it again")
+        require(
+            size <= self._most_bytes,
+            f"is damaged, or has a directory of more than {self._most_bytes:,} bytes; download or "
+            "copy it again",
+        )
         content = self._file.read(self._start + self._position, size)
         self._position += size
         return content
