@@ -21,7 +21,8 @@ from autoregressive.errors import SettingName
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.weights.safetensors_file import (
-    is_safetensors_folder,
+    INDEX_SUFFIX,
+    SUFFIX,
     open_safetensors_folder,
     read_safetensors,
 )
@@ -193,7 +194,7 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
         return WeightSource(path, open_sharded(path, choose))
     if (path / CONSOLIDATED_FILE).is_file():
         return open_checkpoint(path / CONSOLIDATED_FILE, ema=ema)
-    if is_safetensors_folder(path):
+    if visible_names(path, SUFFIX) or visible_names(path, INDEX_SUFFIX):
         return WeightSource(path, open_safetensors_folder(path, choose))
     require(
         not visible_names(path, ".distcp"),

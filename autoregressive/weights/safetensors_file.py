@@ -34,7 +34,7 @@ from autoregressive.weights.stored_tensor import (
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 _MOST_JSON_BYTES = 4 * 2**20  # of a header or an index: some 40,000 tensors
 _MOST_FOLDER_JSON_BYTES = 16 * 2**20  # of all headers of a folder: 500 weights on 160 processes
 _SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's
@@ -141,11 +141,6 @@ def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple
     return offsets
 
 
-def is_safetensors_folder(path: Path) -> bool:
-    """Whether there is anything in a folder for `open_safetensors_folder`."""
-    return bool(visible_names(path, _SUFFIX) or visible_names(path, INDEX_SUFFIX))
-
-
 def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTensor]:
     """The weights of a folder with one file, with parts and their index, or with shards that say
     what they are.
@@ -158,7 +153,7 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
         CheckpointError: a part is missing or one too many, damaged, or belongs to another
             checkpoint.
     """
-    names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
+    names, indices = visible_names(path, SUFFIX), visible_names(path, INDEX_SUFFIX)
     require(
         len(indices) < 2,
         f"has more than one index: {', '.join(indices)}; move all but one elsewhere",
@@ -182,7 +177,7 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
     known = bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts)
     require(
         known,
-        f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
+        f"has {len(parts)} {SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
         "copy the whole folder again, or name one of the files",
     )
     pieces = _pieces(parts)
