@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from autoregressive.errors import UserError, either
+from autoregressive.errors import SettingName, UserError, either
 
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
 
@@ -45,13 +45,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def _opened(path: Path | str, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        with contextlib.suppress(OSError):  # an error here would hide the first one
+            os.close(descriptor)
+
+
 def sync(file: Path) -> None:
     """Returns when the disk has what was written to a file."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
+    with _opened(file, os.O_RDONLY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,25 +95,17 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> int:
     """
     removed = 0
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        leftovers = [entry.path for entry in entries if names.fullmatch(entry.name)]
-        for leftover in leftovers:
-            removed += _remove_if_unlocked(leftover)
+        for leftover in [entry.path for entry in entries if names.fullmatch(entry.name)]:
+            # It is locked, has gone, or cannot be removed: the next save tries again.
+            with (
+                contextlib.suppress(OSError),
+                _opened(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as descriptor,
+            ):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if has_name(descriptor, leftover):
+                    os.unlink(leftover)
+                    removed += 1
     return removed
-
-
-def _remove_if_unlocked(leftover: str) -> bool:
-    try:
-        descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not has_name(descriptor, leftover):
-                return False
-            os.unlink(leftover)
-        finally:
-            os.close(descriptor)
-    except OSError:  # it is locked, has gone, or cannot be removed: the next save tries again
-        return False
-    return True
 
 
 def has_name(descriptor: int, path: Path | str) -> bool:
@@ -126,83 +125,80 @@ def _unfinished_file(target: Path) -> Iterator[Path]:
     """
     remove_leftovers(target.parent, leftovers_of(target.name, target.suffix))
     unfinished = unused_name(target.parent, target.suffix, target.name)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield unfinished
-    finally:
-        # It is not there after success; an error here would hide the first one.
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
+    with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield unfinished
+        finally:
+            # It is not there after success; an error here would hide the first one.
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
 
 def _checksum(text: str) -> str:
     return f"{zlib.crc32(os.fsencode(text)):08x}"
 
 
-def check_file(flag: str, path: Path, *suffixes: str) -> None:
+def check_file(setting: str | SettingName, path: Path, *suffixes: str) -> None:
     """Finds out before any long work whether `write_whole` will be able to write the file; leaves
     nothing behind.
 
     Args:
-        flag: which the message is to name.
+        setting: what names the file, for the message: a setting, or an argument of a command.
         suffixes: one of them must end the name, in any case.
 
     Raises:
         UserError: wrong suffix, a folder, no such folder, a link to itself, or no right to write
             there.
     """
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{flag} {path}: the file's name must end in {either(suffixes)}")
-    check_folder(flag, path.parent)
     target = Path(os.path.realpath(path))
+    if path.suffix.lower() not in suffixes:
+        raise UserError(setting, f" {path}: the file's name must end in {either(suffixes)}")
+    check_folder(setting, path.parent)
     if os.path.islink(target):
-        raise UserError(f"{flag} {path}: this link leads to itself; choose another name")
-    check_folder(flag, target.parent)
+        raise UserError(setting, f" {path}: this link leads to itself; choose another name")
+    check_folder(setting, target.parent)
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
+        raise UserError(setting, f" {path}: {error.strerror}") from error
     if stat.S_ISDIR(mode):
-        raise UserError(f"{flag} {path}: this is a folder; give a file's name")
+        raise UserError(setting, f" {path}: this is a folder; give a file's name")
     if not os.access(target, os.W_OK):
-        raise UserError(f"{flag} {path}: this file is write-protected; choose another name")
+        raise UserError(setting, f" {path}: this file is write-protected; choose another name")
 
 
-def check_folder(flag: str, folder: Path) -> None:
+def check_folder(setting: str | SettingName, folder: Path) -> None:
     """Raises `UserError` unless a file can be made in this folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"{flag}: there is no folder {folder}; make it first, or choose another")
+        raise UserError(setting, f": there is no folder {folder}; make it first, or choose another")
     try:
         with _unfinished_file(folder / "check"):
             pass
     except OSError as error:
         raise UserError(
-            f"{flag}: cannot write into the folder {folder}; choose another ({error.strerror})"
+            setting,
+            f": cannot write into the folder {folder}; choose another ({error.strerror})",
         ) from error
 
 
-def check_own_folder(flag: str, folder: Path) -> None:
+def check_own_folder(setting: str | SettingName, folder: Path) -> None:
     """Raises `UserError` unless files can be made in this folder, or it does not exist and can be
     made.
     """
+    if os.path.isdir(folder):
+        check_folder(setting, folder)
+        return
     try:
         folder.mkdir()
         folder.rmdir()
     except FileExistsError as error:
-        if not os.path.isdir(folder):
-            raise UserError(f"{flag} {folder}: this is a file; name a folder") from error
-        check_folder(flag, folder)
+        raise UserError(setting, f" {folder}: this is a file; name a folder") from error
     except OSError as error:
+        told = f" {folder}: cannot make this folder; choose another ({error.strerror})"
         if not os.path.isdir(folder.parent):
-            raise UserError(
-                f"{flag}: there is no folder {folder.parent}; make it first, or choose another"
-            ) from error
-        raise UserError(
-            f"{flag} {folder}: cannot make this folder; choose another ({error.strerror})"
-        ) from error
+            told = f": there is no folder {folder.parent}; make it first, or choose another"
+        raise UserError(setting, told) from error

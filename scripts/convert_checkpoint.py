@@ -19,9 +19,8 @@ with slow_imports(__name__):
     from autoregressive.files import check_file, write_whole
     from autoregressive.models.gpt import GPT_models
     from autoregressive.progress import progress_bar
-    from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
+    from autoregressive.weights.checkpoint import CheckpointError, WeightSource, open_checkpoint
     from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
-    from autoregressive.weights.weight_source import WeightSource
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
 EXAMPLES = """\

@@ -90,14 +90,16 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
         codes=arguments.save_codes,
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
-        check_file("--output", settings.grid(trained=trained), *PICTURE_FORMATS)
+        check_file(SettingName("output"), settings.grid(trained=trained), *PICTURE_FORMATS)
     grid, labels = settings.grid(trained=True), settings.labels
-    check_grid_fits("--output", grid, len(labels), model.image_size, captions=settings.captions)
-    check_record_fits("--output", grid, labels, settings.names)
+    check_grid_fits(
+        SettingName("output"), grid, len(labels), model.image_size, captions=settings.captions
+    )
+    check_record_fits(SettingName("output"), grid, labels, settings.names)
     if settings.codes is not None:
-        check_file("--save-codes", settings.codes, ".npy")
+        check_file(SettingName("save_codes"), settings.codes, ".npy")
     if settings.individual is not None:
-        check_own_folder("--save-individual", settings.individual)
+        check_own_folder(SettingName("save_individual"), settings.individual)
     return settings
 
 

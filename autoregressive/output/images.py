@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from autoregressive.errors import UserError
+from autoregressive.errors import SettingName, UserError
 from autoregressive.files import write_whole
 
 IMAGES_PER_ROW = 4
@@ -84,11 +84,13 @@ def _grid_size(cells: int, height: int, width: int) -> tuple[int, int]:
     return rows * (height + _PADDING) + _PADDING, columns * (width + _PADDING) + _PADDING
 
 
-def check_grid_fits(flag: str, path: Path, images: int, side: int, *, captions: bool) -> None:
+def check_grid_fits(
+    setting: str | SettingName, path: Path, images: int, side: int, *, captions: bool
+) -> None:
     """Finds out before any long work whether the file's format holds so large a grid.
 
     Args:
-        flag: which the message is to name.
+        setting: what names the file, for the message: a setting, or an argument of a command.
         path: its suffix is one of `PICTURE_FORMATS`.
         images: how many images the grid has.
         side: pixels of an image's side.
@@ -100,17 +102,20 @@ def check_grid_fits(flag: str, path: Path, images: int, side: int, *, captions: 
     most = PICTURE_FORMATS[path.suffix.lower()].largest_side
     if height > most:
         raise UserError(
-            f"{flag} {path}: a grid of {images} images is {height} pixels high, and such a file "
+            setting,
+            f" {path}: a grid of {images} images is {height} pixels high, and such a file "
             f"holds {most}: "
-            "use .png, or draw fewer"
+            "use .png, or draw fewer",
         )
 
 
-def check_record_fits(flag: str, path: Path, labels: Sequence[int], names: Sequence[str]) -> None:
+def check_record_fits(
+    setting: str | SettingName, path: Path, labels: Sequence[int], names: Sequence[str]
+) -> None:
     """Finds out before any long work whether the file's format holds the record of such a grid.
 
     Args:
-        flag, path: as of `check_grid_fits`.
+        setting, path: as of `check_grid_fits`.
         labels, names: the classes of the grid's images.
 
     Raises:
@@ -120,8 +125,9 @@ def check_record_fits(flag: str, path: Path, labels: Sequence[int], names: Seque
     classes = json.dumps({"labels": list(labels), "class_names": list(names)})
     if most is not None and len(classes) + _OTHER_RECORD_BYTES > most:
         raise UserError(
-            f"{flag} {path}: such a file has no room for the classes of {len(labels)} images: "
-            "use .png or .webp, or draw fewer"
+            setting,
+            f" {path}: such a file has no room for the classes of {len(labels)} images: "
+            "use .png or .webp, or draw fewer",
         )
 
 

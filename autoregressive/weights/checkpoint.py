@@ -2,40 +2,112 @@
 Face's directories.
 
 The kind is found by looking, not by name. Each tensor is read straight to its place, dtype and
-device; nothing is unpickled, and whatever goes wrong while reading is a `CheckpointError`.
+device, one at a time, so that memory never holds a second copy of the weights; nothing is
+unpickled, and whatever goes wrong while reading is a `CheckpointError`.
 """
 
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from autoregressive.errors import SettingName
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.weights.safetensors_file import (
-    is_safetensors_folder,
+    INDEX_SUFFIX,
+    SUFFIX,
     open_safetensors_folder,
     read_safetensors,
 )
 from autoregressive.weights.sharded import METADATA_FILE, open_sharded
-from autoregressive.weights.stored_tensor import StoredFile, StoredTensor, visible_names
-from autoregressive.weights.torch_file import TorchFile, read_torch_archive, read_torch_stream
-from autoregressive.weights.weight_source import (
-    AVERAGED_WEIGHTS,
-    TRAINING_STATE,
-    WRAPPERS,
+from autoregressive.weights.stored_tensor import (
+    HAS_PROBLEM,
     CheckpointError,
-    WeightSource,
-    no_averaged_weights,
-    plain_names,
-    select_flattened,
+    ChunkedTensor,
+    StoredFile,
+    StoredTensor,
+    reading,
+    require,
+    visible_names,
+)
+from autoregressive.weights.torch_file import (
+    SavedTensor,
+    TorchFile,
+    read_torch_archive,
+    read_torch_stream,
 )
 
-__all__ = ["CheckpointError", "load_weights", "open_checkpoint"]
+__all__ = ["CheckpointError", "WeightSource", "load_weights", "open_checkpoint"]
 
 CONSOLIDATED_FILE = "consolidated.pth"  # LlamaGen's FSDP training
 
 _ZIP_START, _PICKLE_START, _LFS_START = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+
+# The keys under which training code keeps the weights, in the order that LlamaGen tries them.
+WRAPPERS = ("model", "module", "state_dict")
+AVERAGED_WEIGHTS = "ema"
+
+# What training keeps beside the weights. Never read; named so that any other surplus key is an
+# error.
+TRAINING_STATE = (
+    "optimizer",
+    "optim",
+    "optimizer_disc",
+    "discriminator",
+    "steps",
+    "args",
+    AVERAGED_WEIGHTS,
+)
+
+# DistributedDataParallel prefixes the whole name; the other wrappers (FSDP, torch.compile,
+# activation checkpointing) may wrap any submodule: their mark is anywhere.
+_LEADING_MARKS = re.compile(r"^(module\.)+")
+_MARKS_ANYWHERE = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+# Under which stores that flatten nested dictionaries have the weights: torch's examples save
+# {"app": {"model": ...}}.
+_FOLDERS = ("app", *WRAPPERS, AVERAGED_WEIGHTS)
+
+_DEEPEST_FOLDER = 4
+
+_LONGEST_NAME = 500
+_MOST_WEIGHTS = 20_000  # the state of an optimizer is not counted
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One set of weights in a checkpoint."""
+
+    path: Path
+    # by the names that the model gives its parameters
+    tensors: Mapping[str, StoredTensor | ChunkedTensor]
+    # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
+    is_fsdp: bool = True
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each weight."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each weight is stored in."""
+        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies the named tensor into one of its shape, converting dtype and device.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        with reading(self.path, damage=f"{name} cannot be read ({{}}); download or copy it again"):
+            self.tensors[name].read_into(target)
 
 
 def load_weights(
@@ -66,7 +138,9 @@ def load_weights(
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
         raise CheckpointError(
-            path, "is no FSDP checkpoint: its weights are wrapped; leave --from-fsdp out"
+            path,
+            "is no FSDP checkpoint: its weights are wrapped; leave out",
+            SettingName("from_fsdp"),
         )
     check_match(model, source)
     model.to(dtype)
@@ -83,12 +157,14 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
     """Ends in an error unless the source holds exactly this model's weights.
 
     Raises:
-        CheckpointError: says which other model it is, which flag would help, or which keys differ.
+        CheckpointError: says which other model it is, which setting would help, or which keys
+            differ.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
-        raise CheckpointError(source.path, mismatch)
+        problem, *more = mismatch
+        raise CheckpointError(source.path, str(problem), *more)
     for name in wanted:
         if name in source.dtypes and not source.dtypes[name].is_floating_point:
             kind = str(source.dtypes[name]).removeprefix("torch.")
@@ -104,57 +180,43 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
         CheckpointError: nothing is there, it is no checkpoint, is damaged or hostile, or `ema` is
             not there.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(path, "its name is not UTF-8; rename it") from error
-    try:
+    with reading(path, damage=HAS_PROBLEM):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(path, "its name is not UTF-8; rename it") from error
         return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}; check the path") from error
-    except Exception as error:  # whatever no check foresaw
-        raise CheckpointError(
-            path, f"is damaged ({type(error).__name__}); download or copy it again"
-        ) from error
 
 
 def _open_directory(path: Path, ema: bool) -> WeightSource:
+    choose = functools.partial(select_flattened, ema=ema)
     if (path / METADATA_FILE).is_file():
-        return open_sharded(path, ema)
+        return WeightSource(path, open_sharded(path, choose))
     if (path / CONSOLIDATED_FILE).is_file():
-        return _open_file(path / CONSOLIDATED_FILE, ema)
-    if is_safetensors_folder(path):
-        return open_safetensors_folder(path, ema)
-    if visible_names(path, ".distcp"):
-        raise CheckpointError(
-            path, f"{METADATA_FILE} is missing beside the shards; copy the whole directory again"
-        )
-    state = (
-        "is an empty directory"
-        if not any(path.iterdir())
-        else "is a directory without a checkpoint"
+        return open_checkpoint(path / CONSOLIDATED_FILE, ema=ema)
+    if visible_names(path, SUFFIX) or visible_names(path, INDEX_SUFFIX):
+        return WeightSource(path, open_safetensors_folder(path, choose))
+    require(
+        not visible_names(path, ".distcp"),
+        f"{METADATA_FILE} is missing beside the shards; copy the whole directory again",
     )
-    raise CheckpointError(
-        path,
-        f"{state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or name "
-        "a file",
-    )
+    is_empty = not any(path.iterdir())
+    state = "is an empty directory" if is_empty else "is a directory without a checkpoint"
+    needed = f"{CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed"
+    raise CheckpointError(path, f"{state}; {needed}, or name a file")
 
 
 def _open_file(path: Path, ema: bool) -> WeightSource:
     file = StoredFile(path)
     start = file.read(0, min(file.size, 32))
-    if not start:
-        raise CheckpointError(path, "is empty; download or copy it again")
-    if start.startswith(_LFS_START):
-        raise CheckpointError(
-            path, "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
-        )
+    require(bool(start), "is empty; download or copy it again")
+    require(
+        not start.startswith(_LFS_START),
+        "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+    )
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
-        names = select_flattened(tensors, path, ema)
+        names = select_flattened(tensors, ema)
         return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
     if start.startswith(_ZIP_START):
         return _open_pickled(path, read_torch_archive(file), ema)
@@ -164,32 +226,95 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
 
 
 def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
-    if not isinstance(saved.content, Pairs):
-        kind = kind_of(saved.content) if saved.tensor(saved.content) is None else "tensor"
-        raise CheckpointError(
-            path, f"holds a {kind}, not a dictionary of weights; use another file"
-        )
-    content = saved.content.entries()
+    whole = saved.content
+    kind = "tensor" if isinstance(whole, SavedTensor) else kind_of(whole)
+    require(
+        isinstance(whole, Pairs),
+        f"holds a {kind}, not a dictionary of weights; use another file",
+    )
+    content = whole.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
-        if not isinstance(content.get(AVERAGED_WEIGHTS), Pairs):
-            raise no_averaged_weights(path)
+        require_averages(isinstance(content.get(AVERAGED_WEIGHTS), Pairs))
         wrapper = AVERAGED_WEIGHTS
-    weights: Pairs = content[wrapper] if wrapper is not None else saved.content
-    values: dict[str, object] = {}
-    for name, value in weights:
-        if type(name) is not str:
-            raise _no_weights(path, f"it has a name that is no text, but one {kind_of(name)}")
-        if name not in COMPUTED_HERE and (wrapper is not None or name not in TRAINING_STATE):
-            values[name] = value
-    tensors: dict[str, StoredTensor] = {}
-    for plain, name in plain_names(values, path).items():
-        tensor = saved.tensor(values[name])
-        if tensor is None:
-            raise _no_weights(path, f"{name[:100]!r} is no plain tensor")
-        tensors[plain] = tensor
+    weights: Pairs = content[wrapper] if wrapper is not None else whole
+    not_read = COMPUTED_HERE if wrapper is not None else {*COMPUTED_HERE, *TRAINING_STATE}
+    values: dict[str, Any] = {}
+    with reading(path, "is no dictionary of weights: {}; use another file"):
+        for name, value in weights.items:
+            require(type(name) is str, f"it has a name that is no text, but one {kind_of(name)}")
+            if name not in not_read:
+                values[name] = value
+    names = plain_names(values)
+    with reading(path, "is no dictionary of weights: {} is no plain tensor; use another file"):
+        for name in names.values():
+            require(isinstance(values[name], SavedTensor), repr(name[:100]))
+    tensors = {plain: saved.find(values[name]) for plain, name in names.items()}
     return WeightSource(path, tensors, is_fsdp=wrapper is None)
 
 
-def _no_weights(path: Path, shown: str) -> CheckpointError:
-    return CheckpointError(path, f"is no dictionary of weights: {shown}; use another file")
+# --- names ---
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Name without what DistributedDataParallel, FSDP, torch.compile and activation checkpointing
+    add to it -> name in the checkpoint.
+
+    Raises:
+        BadContentError: two names become the same one, one is so long that it is none, or there are
+            too many.
+    """
+    plain: dict[str, str] = {}
+    for name in names:
+        require(
+            len(name) <= _LONGEST_NAME,
+            f"holds a name of {len(name):,} characters, which no weight has ({name[:50]}...); use "
+            "another file",
+        )
+        require(
+            len(plain) < _MOST_WEIGHTS,
+            f"holds more than {_MOST_WEIGHTS:,} weights, which no model here has; use another file",
+        )
+        short = _LEADING_MARKS.sub("", _MARKS_ANYWHERE.sub("", name))
+        other = plain.setdefault(short, name)
+        require(other == name, f"holds {short} twice, as {other} and as {name}")
+    return plain
+
+
+def require_averages(there: bool) -> None:
+    """Raises `BadContentError` if a checkpoint has no averaged weights where they are asked for."""
+    require(
+        there,
+        f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out",
+        SettingName("ema"),
+    )
+
+
+def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:
+    """Picks the weights among the names of a store that flattens nested dictionaries
+    ("model.norm.weight", "optim...").
+
+    Returns:
+        Plain name -> name in the checkpoint.
+
+    Raises:
+        BadContentError: `ema` is asked for and not there, several sets of weights are there, or two
+            names become the same one.
+    """
+    # folder -> name in it -> name in the checkpoint
+    sets: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        parts = name.split(".", _DEEPEST_FOLDER)
+        folder = tuple(itertools.takewhile(_FOLDERS.__contains__, parts[:-1]))
+        inside = parts[len(folder) :]
+        if (AVERAGED_WEIGHTS in folder) == ema and inside[0] not in TRAINING_STATE:
+            sets.setdefault(folder, {})[".".join(inside)] = name
+    flat = sets.pop((), {})
+    folders = " and ".join(".".join(folder) for folder in sorted(sets))
+    require(
+        len(sets) <= 1,
+        f"holds several sets of weights, under {folders}; save the one that you want alone",
+    )
+    require_averages(bool(sets) or not ema)
+    chosen = next(iter(sets.values()), flat)
+    return {plain: chosen[short] for plain, short in plain_names(chosen).items()}

@@ -2,7 +2,9 @@
 half there.
 
 A file has its name only once its SHA-256 is the one that the hub states; until then it is a hidden
-`.part` beside it.
+`.part` beside it. The environment's variables by which libraries find proxies, certificates and the
+hub are checked before a download: a library that reads a malformed one raises an error of any kind,
+some libraries at import, and does not name the variable.
 """
 
 import contextlib
@@ -11,18 +13,19 @@ import hashlib
 import os
 import re
 import shutil
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
 
-from autoregressive.errors import UserError
+from autoregressive.errors import SettingName, UserError
 from autoregressive.files import has_name, remove_leftovers, sync, sync_folder
 from autoregressive.progress import progress_bar
-from autoregressive.weights.network import unusable_variable
 from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 
 # huggingface_hub is imported where it is used: at its import it reads variables of the environment,
@@ -44,9 +47,24 @@ class DownloadError(UserError):
 class _Remote:
     """What the hub says about a file."""
 
+    name: str
     url: str
     sha256: str
     size_bytes: int
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file of that path has its content."""
+        if path.stat().st_size != self.size_bytes:
+            return False
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+
+    def check(self, path: Path) -> None:
+        """Raises `DownloadError` if the file of that path has other content."""
+        if not self.is_at(path):
+            raise DownloadError(
+                f"{path}: is not the published file (SHA-256 differs); move it away and fetch again"
+            )
 
 
 def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None) -> Path:
@@ -63,77 +81,64 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
             download breaks off (the next call goes on with it), the disk is full, or the file is
             not the one that the hub describes.
     """
-    path = folder / published.file_name
+    name, url = published.file_name, HUB_REPOSITORY
+    path = folder / name
+    if (problem := unusable_variable(endpoint)) is not None:
+        raise DownloadError(f"{name}: cannot be fetched: ", *problem)
     try:
-        if (problem := unusable_variable(endpoint)) is not None:
-            raise DownloadError(f"{published.file_name}: cannot be fetched: {problem}")
-        remote = _ask_hub(published, endpoint)
-        part = path.with_name(f".{published.file_name}.{remote.sha256[:12]}.part")
-        if not path.exists():
-            _remove_parts(path, keep=part)
-            _fetch_into(path, part, remote, published)
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(HUB_REPOSITORY, name, endpoint=endpoint)
+        remote = _ask_hub(name, url, endpoint)
+        if path.exists():
+            remote.check(path)
+            _remove_parts(path)
         else:
-            _check(path, remote)
-            _remove_parts(path, keep=None)
+            folder.mkdir(parents=True, exist_ok=True)
+            _fetch_into(path, remote)
     except DownloadError:
         raise
     except Exception as error:
         # The library passes on what the HTTP client, the TLS library and the system raise.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
-            f"{published.file_name}: the download failed ({reason}) from "
-            f"{_address(published, endpoint)}; "
+            f"{name}: the download failed ({reason}) from {url}; "
             f"run the same command again, or put the file into {folder} by hand"
         ) from error
     return path
 
 
-def _address(published: PublishedFile, endpoint: str | None) -> str:
-    from huggingface_hub import hf_hub_url
-
-    return hf_hub_url(HUB_REPOSITORY, published.file_name, endpoint=endpoint)
-
-
-def _ask_hub(published: PublishedFile, endpoint: str | None) -> _Remote:
+def _ask_hub(name: str, url: str, endpoint: str | None) -> _Remote:
     from huggingface_hub import get_hf_file_metadata
 
-    url = _address(published, endpoint)
     metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
     # For large files the hub's entity tag is the SHA-256 of the content.
-    if (
-        metadata.size is None
-        or metadata.etag is None
-        or not re.fullmatch("[0-9a-f]{64}", metadata.etag)
-    ):
+    if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
         raise DownloadError(
-            f"{published.file_name}: the hub states no SHA-256 for it; check the address of the hub"
+            f"{name}: the hub states no SHA-256 for it; check the address of the hub"
         )
-    return _Remote(url, metadata.etag, metadata.size)
+    return _Remote(name, url, str(metadata.etag), metadata.size)
 
 
-def _remove_parts(path: Path, keep: Path | None) -> None:
-    """Removes unfinished downloads of the file's other versions; without `keep`, of this version
-    too.
-    """
-    kept = f"(?!{re.escape(keep.name)})" if keep is not None else ""
-    remove_leftovers(
-        path.parent, re.compile(rf"{kept}\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
-    )
+def _remove_parts(path: Path) -> None:
+    """Removes unfinished downloads of the file that nobody goes on with."""
+    names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
+    remove_leftovers(path.parent, names)
 
 
-def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFile) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(part, published) as stream:
+def _fetch_into(path: Path, remote: _Remote) -> None:
+    part = path.with_name(f".{remote.name}.{remote.sha256[:12]}.part")
+    with _locked(part, remote) as stream:
+        _remove_parts(path)  # of other versions: this one is locked
         if path.exists():  # another process has fetched it since we looked
             part.unlink()
-            _check(path, remote)
+            remote.check(path)
             return
-        _download(remote, published, part, stream)
-        if not _is(part, remote):
+        _download(remote, part, stream)
+        if not remote.is_at(part):
             part.unlink()
             raise DownloadError(
-                f"{published.file_name}: came damaged (SHA-256 differs) and was thrown away; fetch "
-                "again"
+                f"{remote.name}: came damaged (SHA-256 differs) and was thrown away; fetch again"
             )
         sync(part)
         os.replace(part, path)
@@ -141,7 +146,7 @@ def _fetch_into(path: Path, part: Path, remote: _Remote, published: PublishedFil
 
 
 @contextlib.contextmanager
-def _locked(part: Path, published: PublishedFile) -> Iterator[BinaryIO]:
+def _locked(part: Path, remote: _Remote) -> Iterator[BinaryIO]:
     """The part, open for appending. Its lock is held until the file has its name."""
     for _ in range(_MOST_OPENINGS):
         with part.open("ab") as stream:
@@ -153,91 +158,156 @@ def _locked(part: Path, published: PublishedFile) -> Iterator[BinaryIO]:
                 yield stream
                 return
         # Another process has renamed or removed the part between our open and our lock.
-    raise DownloadError(f"{published.file_name}: is being fetched by another process; wait for it")
+    raise DownloadError(f"{remote.name}: is being fetched by another process; wait for it")
 
 
-def _download(remote: _Remote, published: PublishedFile, part: Path, stream: BinaryIO) -> None:
-    """Appends what is missing, each piece as it comes.
-
-    The library's `http_get` gathers 10 MiB before it writes, and loses them when the connection
-    breaks off.
+def _download(remote: _Remote, part: Path, stream: BinaryIO) -> None:
+    """Appends what is missing. The library's `http_get` gathers 10 MiB before it writes, and loses
+    them when the connection breaks off.
     """
-    there = os.fstat(stream.fileno()).st_size
+    there = part.stat().st_size
     if there > remote.size_bytes:
         stream.truncate(0)
         there = 0
-    free = shutil.disk_usage(part.parent).free
-    if free < remote.size_bytes - there:
-        needed = (remote.size_bytes - there) / 1e9
+    needed, free = remote.size_bytes - there, shutil.disk_usage(part.parent).free
+    if free < needed:
         raise DownloadError(
-            f"{part.parent}: {needed:.1f} GB are needed and {free / 1e9:.1f} are free; make room"
+            f"{part.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free; make "
+            "room"
         )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
     size = remote.size_bytes
-    with progress_bar(published.file_name, "B", size, initial=there, unit_scale=True) as bar:
-        while there < remote.size_bytes:
+    with progress_bar(remote.name, "B", size, initial=there, unit_scale=True) as bar:
+        while there < size:
             try:
-                with _content(remote, there) as (first, chunks):
-                    if first != there:  # the server knows no ranges
-                        stream.truncate(first)
-                        bar.update(first - there)
-                        there = first
-                    for chunk in chunks:
-                        # a longer file fails the check
-                        stream.write(chunk[: remote.size_bytes - there])
-                        stream.flush()
-                        there = os.fstat(stream.fileno()).st_size
-                        bar.update(len(chunk))
-                        if there > furthest:
-                            furthest, failures = there, 0
-                if there < remote.size_bytes:  # a server that does not say how long its answer is
-                    raise httpx2.RemoteProtocolError("the answer ended early")
+                _append_rest(remote, there, stream, bar)
             except _PASSING:
-                failures += 1
+                failures = failures + 1 if part.stat().st_size <= furthest else 1
                 if failures == _MOST_FAILURES:
                     raise
                 time.sleep(_PAUSE_SECONDS)
+            there = part.stat().st_size
+            furthest = max(furthest, there)
 
 
-@contextlib.contextmanager
-def _content(remote: _Remote, first: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """The file's bytes as they come, and which of them is the first: the one asked for, or 0."""
+def _append_rest(remote: _Remote, first: int, stream: BinaryIO, bar: Any) -> None:
+    """Appends the content from its byte `first` on, each piece as it comes."""
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-    # a range counts the bytes of what is sent
+    # A range counts the bytes of what is sent.
     headers = build_hf_headers(token=False) | {"Accept-Encoding": "identity"}
-    if first > 0:
-        headers["Range"] = f"bytes={first}-"
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    headers |= {"Range": f"bytes={first}-"} if first else {}
     with http_stream_backoff(
         "GET",
         remote.url,
         headers=headers,
-        timeout=timeout,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
         retry_on_exceptions=(),
         retry_on_status_codes=(408, 429),
     ) as response:
         hf_raise_for_status(response)
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(
-            f"bytes {first}-"
-        ):
+        sent = response.headers.get("Content-Range", "")
+        if response.status_code != 206:  # the server knows no ranges
+            stream.truncate(0)
+            bar.update(-first)
+            first = 0
+        elif not sent.startswith(f"bytes {first}-"):
             raise DownloadError(
                 f"{remote.url}: the server sends another part than the one asked for; try again "
                 "later"
             )
-        yield (first if response.status_code == 206 else 0), response.iter_bytes()
+        for chunk in response.iter_bytes():
+            wanted = chunk[: remote.size_bytes - first]  # a longer file fails the check
+            stream.write(wanted)
+            stream.flush()
+            first += len(wanted)
+            bar.update(len(wanted))
+    if first < remote.size_bytes:  # a server that does not say how long its answer is
+        raise httpx2.RemoteProtocolError("the answer ended early")
 
 
-def _check(path: Path, remote: _Remote) -> None:
-    if not _is(path, remote):
-        raise DownloadError(
-            f"{path}: is not the published file (SHA-256 differs); move it away and fetch again"
-        )
+# --- variables of the environment ---
+
+_ADDRESS_ADVICE = "is no web address; give one such as https://huggingface.co"
+_MOST_DIGITS = 9  # of seconds; a socket takes no timeout of ten digits
 
 
-def _is(path: Path, remote: _Remote) -> bool:
-    if path.stat().st_size != remote.size_bytes:
-        return False
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == remote.sha256
+def unusable_variable(endpoint: str | None) -> tuple[str | SettingName, ...] | None:
+    """The first variable that no download can work with, and what to do, as the parts of a message;
+    None: there is none.
+
+    The message has no value in it: a proxy's address may hold a password.
+
+    Args:
+        endpoint: the hub's address, where it was given as a setting.
+    """
+    if endpoint is not None and not _is_address(endpoint):
+        return SettingName("endpoint"), f": {_ADDRESS_ADVICE}"
+    for names, is_usable, advice in _CHECKS:
+        for name in names:
+            value = os.environ.get(name)
+            overruled = is_usable is _is_proxy and name.isupper() and name.lower() in os.environ
+            if value and not overruled and not is_usable(value):
+                return (f"{name}: {advice}",)
+    return None
+
+
+def _is_proxy(value: str) -> bool:
+    address = value if "://" in value else f"http://{value}"
+    with contextlib.suppress(ValueError, httpx2.InvalidURL):
+        httpx2.Proxy(address)  # knows which schemes there are
+        return bool(urlsplit(address).hostname) and urlsplit(address).port != 0
+    return False
+
+
+def _is_address(value: str) -> bool:
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(value)
+        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return is_web and _is_header_text(value)
+    return False
+
+
+def _has_certificates(value: str) -> bool:
+    with contextlib.suppress(OSError):  # also OpenSSL's own errors
+        ssl.create_default_context(cafile=value)
+        return True
+    return False
+
+
+def _has_folder(value: str) -> bool:
+    # OpenSSL passes over the others
+    return any(os.path.isdir(folder) for folder in value.split(os.pathsep))
+
+
+def _is_seconds(value: str) -> bool:
+    return value.isdecimal() and len(value) <= _MOST_DIGITS and int(value) > 0
+
+
+def _is_header_text(value: str) -> bool:
+    return value.isascii() and value.isprintable() and " " not in value
+
+
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[[str], bool], str], ...] = (
+    (
+        ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+        _is_proxy,
+        "is no proxy that can be used; give http://, https://, socks5:// or socks5h://HOST:PORT, "
+        "or unset it",
+    ),
+    (
+        ("SSL_CERT_FILE",),
+        _has_certificates,
+        "names no file with certificates; correct it, or unset it",
+    ),
+    (("SSL_CERT_DIR",), _has_folder, "names no folder; correct it, or unset it"),
+    (("HF_ENDPOINT",), _is_address, _ADDRESS_ADVICE),
+    (
+        ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"),
+        _is_seconds,
+        f"must be a whole number of seconds, of at most {_MOST_DIGITS} digits; correct it, or "
+        "unset it",
+    ),
+    (("HF_HUB_USER_AGENT_ORIGIN",), _is_header_text, "must be ASCII without spaces"),
+)

@@ -1,5 +1,6 @@
 """Builds both models with the weights that were found, or with random ones."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +55,11 @@ def _load_gpt(settings: ModelSettings, path: Path | None) -> Transformer:
 
 
 def _load_vq(settings: ModelSettings, path: Path | None) -> VQModel:
-    def build() -> VQModel:
-        return VQ_models[settings.vq_model](
-            codebook_size=settings.codebook_size, codebook_embed_dim=settings.codebook_embed_dim
-        )
-
+    build = functools.partial(
+        VQ_models[settings.vq_model],
+        codebook_size=settings.codebook_size,
+        codebook_embed_dim=settings.codebook_embed_dim,
+    )
     if path is None:
         devices = [settings.device] if settings.device.type == "cuda" else []
         with torch.random.fork_rng(devices), settings.device:

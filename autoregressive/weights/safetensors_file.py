@@ -5,6 +5,7 @@ The library maps files; a mapped file that becomes shorter kills the process. Th
 in JSON and numbers behind it.
 """
 
+import itertools
 import json
 import math
 import re
@@ -16,24 +17,24 @@ from typing import Any
 import torch
 
 from autoregressive.weights.stored_tensor import (
+    DAMAGED,
+    HAS_PROBLEM,
+    BadContentError,
+    CheckpointError,
+    Choose,
     Chunk,
     ChunkedTensor,
     StoredFile,
     StoredTensor,
-    chunked_source,
+    check_coverage,
     is_shape,
-    visible_names,
-)
-from autoregressive.weights.weight_source import (
-    DAMAGED,
-    BadContentError,
-    CheckpointError,
-    WeightSource,
+    reading,
     require,
+    visible_names,
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 _MOST_JSON_BYTES = 4 * 2**20  # of a header or an index: some 40,000 tensors
 _MOST_FOLDER_JSON_BYTES = 16 * 2**20  # of all headers of a folder: 500 weights on 160 processes
 _SHARDING_KEY, _OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch.distributed.checkpoint's
@@ -57,7 +58,7 @@ class SafetensorsFile:
     file says so.
     """
 
-    file: StoredFile
+    name: str
     tensors: Mapping[str, StoredTensor]
     offsets: Mapping[str, tuple[int, ...]] | None
     header_bytes: int
@@ -70,20 +71,18 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         CheckpointError: it is damaged, or a table in it is too large.
     """
     file = StoredFile(path)
-    size = int.from_bytes(file.read(0, 8), "little")
-    if size > file.size - 8:
-        raise CheckpointError(path, DAMAGED)
-    if size > _MOST_JSON_BYTES:
-        raise CheckpointError(
-            path, f"describes its tensors in {size:,} bytes, which is too much; use another file"
+    with reading(path):
+        size = int.from_bytes(file.read(0, 8), "little")
+        require(size <= file.size - 8, DAMAGED)
+        require(
+            size <= _MOST_JSON_BYTES,
+            f"describes its tensors in {size:,} bytes, which is too much; use another file",
         )
-    try:
+    with reading(path, HAS_PROBLEM):
         header = _parse(file.read(8, size))
         extra = header.pop("__metadata__", None)
         tensors = _tensors(header, file, 8 + size)
-        return SafetensorsFile(file, tensors, _offsets(extra, tensors), size)
-    except BadContentError as error:
-        raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
+        return SafetensorsFile(path.name, tensors, _offsets(extra, tensors), size)
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[str, StoredTensor]:
     """Checked as the format demands: one behind the other, from the header to the file's end."""
-    tensors, ends = {}, []
+    tensors, places = {}, [(0, 0)]
     for name, entry in header.items():
         require(isinstance(entry, dict), f"{name} is not described")
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -117,13 +116,11 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
         begin, end = place
         size = math.prod(shape) * _DTYPES[dtype].itemsize
         require(size == end - begin, f"{name} has other bytes than its shape")
-        ends.append((begin, end))
+        places.append((begin, end))
         tensors[name] = StoredTensor(file, start + begin, _DTYPES[dtype], torch.Size(shape))
-    position = 0
-    for begin, end in sorted(ends):
-        require(begin == position, "its tensors overlap, or leave holes")
-        position = end
-    require(start + position == file.size, "it is longer or shorter than its tensors")
+    places = [*sorted(places), (file.size - start, file.size)]
+    for (_, end), (begin, _) in itertools.pairwise(places):
+        require(begin == end, "its tensors overlap, leave holes, or end elsewhere than the file")
     return tensors
 
 
@@ -144,95 +141,81 @@ def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple
     return offsets
 
 
-def is_safetensors_folder(path: Path) -> bool:
-    """Whether there is anything in a folder for `open_safetensors_folder`."""
-    return bool(visible_names(path, _SUFFIX) or visible_names(path, INDEX_SUFFIX))
-
-
-def open_safetensors_folder(path: Path, ema: bool) -> WeightSource:
+def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTensor]:
     """The weights of a folder with one file, with parts and their index, or with shards that say
     what they are.
 
+    Args:
+        choose: picks the weights among the names: plain name -> name. The others are not looked at.
+
     Raises:
+        BadContentError: there is more than one index, or `choose` finds nothing.
         CheckpointError: a part is missing or one too many, damaged, or belongs to another
-            checkpoint; or `ema` is not there.
+            checkpoint.
     """
-    names, indices = visible_names(path, _SUFFIX), visible_names(path, INDEX_SUFFIX)
-    if len(indices) > 1:
-        raise CheckpointError(
-            path, f"has more than one index: {', '.join(indices)}; move all but one elsewhere"
-        )
-    index = _read_index(path / indices[0]) if indices else None
-    if index is not None:
-        names = _named_parts(path, names, set(index.values()), indices[0])
-    else:
-        _check_numbers(path, names)
-    parts = _read_parts(path, names)
-    if index is None and len(parts) > 1 and any(part.offsets is None for part in parts):
-        raise CheckpointError(
-            path,
-            f"has {len(parts)} {_SUFFIX} files and no model{INDEX_SUFFIX} that says what each "
-            "holds; "
-            "copy the whole folder again, or name one of the files",
-        )
-    if index is not None:
-        _check_index(path, parts, index, indices[0])
+    names, indices = visible_names(path, SUFFIX), visible_names(path, INDEX_SUFFIX)
+    require(
+        len(indices) < 2,
+        f"has more than one index: {', '.join(indices)}; move all but one elsewhere",
+    )
+    with reading(path, "{}; copy the whole folder again"):
+        if indices:
+            index = _read_index(path / indices[0])
+            # A name with a folder in it is no file of this folder. A file that the index does not
+            # name is not its own, as `consolidated.safetensors` beside parts.
+            named = set(index.values())
+            missing = min(named.difference(names), default=None)
+            require(
+                missing is None,
+                f"{missing}, which {indices[0]} names, is no file of this folder",
+            )
+            parts = _read_parts(path, sorted(named))
+            _check_index(parts, index, indices[0])
+        else:
+            _check_numbers(names)
+            parts = _read_parts(path, names)
+    known = bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts)
+    require(
+        known,
+        f"has {len(parts)} {SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
+        "copy the whole folder again, or name one of the files",
+    )
     pieces = _pieces(parts)
-    try:
-        return chunked_source(path, pieces, lambda name: _joined(path, name, pieces[name]), ema)
-    except BadContentError as error:
-        raise CheckpointError(
-            path, f"is not complete: {error}; copy the whole folder again"
-        ) from error
+    chosen = choose(pieces)
+    with reading(path, "is not complete: {}; copy the whole folder again"):
+        tensors = {plain: _joined(name, pieces[name]) for plain, name in chosen.items()}
+        check_coverage(tensors.values())
+    return tensors
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """Reads an index: which tensor is in which file."""
     file = StoredFile(path)
-    if file.size > _MOST_JSON_BYTES:
-        raise CheckpointError(
-            path, f"has {file.size:,} bytes, which is too much; use another checkpoint"
+    with reading(path):
+        require(
+            file.size <= _MOST_JSON_BYTES,
+            f"has {file.size:,} bytes, which is too much; use another checkpoint",
         )
-    try:
+    with reading(path, HAS_PROBLEM):
         index = _parse(file.read(0, file.size)).get("weight_map")
-    except BadContentError as error:
-        raise CheckpointError(path, f"is damaged ({error}); download or copy it again") from error
-    if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
-        raise CheckpointError(
-            path,
-            "is damaged (it has no weight_map from weights to files); download or copy it again",
-        )
-    return index
-
-
-def _named_parts(path: Path, there: Sequence[str], named: set[str], index: str) -> list[str]:
-    """The files of the index, which are all there. Others are not its own, as
-    `consolidated.safetensors` beside parts.
-
-    A name with a folder in it is no file of this folder.
-    """
-    missing = sorted(named - set(there))
-    if missing:
-        raise CheckpointError(
-            path,
-            f"{missing[0]}, which {index} names, is no file of this folder; copy the whole folder "
-            "again",
-        )
-    return sorted(named)
+        is_map = isinstance(index, dict) and all(isinstance(part, str) for part in index.values())
+        require(is_map, "it has no weight_map from weights to files")
+    return index  # type: ignore[return-value]
 
 
 def _read_parts(path: Path, names: Sequence[str]) -> list[SafetensorsFile]:
-    parts, header_bytes = [], 0
+    parts: list[SafetensorsFile] = []
+    room = _MOST_FOLDER_JSON_BYTES
     for name in names:
         parts.append(read_safetensors(path / name))
-        header_bytes += parts[-1].header_bytes
-        if header_bytes > _MOST_FOLDER_JSON_BYTES:
+        room -= parts[-1].header_bytes
+        if room < 0:
             told = f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes"
             raise CheckpointError(path, f"{told}, which is too much; use another checkpoint")
     return parts
 
 
-def _check_numbers(path: Path, names: Sequence[str]) -> None:
+def _check_numbers(names: Sequence[str]) -> None:
     """Parts that say how many they are are all there: without an index only their names tell.
 
     Numbers of shards do not matter: torch writes no file for a process that holds nothing.
@@ -241,33 +224,26 @@ def _check_numbers(path: Path, names: Sequence[str]) -> None:
     count = max((int(match[2]) for match in found), default=0)
     there = {int(match[1]) for match in found}
     missing = next((number for number in range(1, count + 1) if number not in there), None)
-    if missing is not None:
-        raise CheckpointError(
-            path, f"part {missing} of {count} is missing; copy the whole folder again"
-        )
+    require(missing is None, f"part {missing} of {count} is missing")
 
 
 def _check_index(
-    path: Path, parts: Sequence[SafetensorsFile], index: Mapping[str, str], index_name: str
+    parts: Sequence[SafetensorsFile], index: Mapping[str, str], index_name: str
 ) -> None:
     """Refuses parts that hold other weights than the index says."""
-    held = {(name, part.file.path.name) for part in parts for name in part.tensors}
-    for name, file_name in sorted(held ^ set(index.items())):
-        told = (
-            f"{file_name} holds {name}, and"
-            if (name, file_name) in held
-            else f"{name} is not in {file_name}, where"
-        )
-        raise CheckpointError(
-            path, f"{told} {index_name} says otherwise; copy the whole folder again"
-        )
+    held = {(name, part.name) for part in parts for name in part.tensors}
+    for name, file in sorted(held ^ set(index.items())):
+        there = f"{file} holds {name}, and"
+        told = there if (name, file) in held else f"{name} is not in {file}, where"
+        raise BadContentError(f"{told} {index_name} says otherwise")
 
 
-def _pieces(
-    parts: Sequence[SafetensorsFile],
-) -> dict[str, list[tuple[tuple[int, ...], StoredTensor]]]:
-    """Name -> the tensor's pieces in all files, and where each begins in the whole."""
-    pieces: dict[str, list[tuple[tuple[int, ...], StoredTensor]]] = {}
+Piece = tuple[tuple[int, ...], StoredTensor]  # where it begins in the whole tensor
+
+
+def _pieces(parts: Sequence[SafetensorsFile]) -> dict[str, list[Piece]]:
+    """Name -> the tensor's pieces in all files."""
+    pieces: dict[str, list[Piece]] = {}
     for part in parts:
         for name, tensor in part.tensors.items():
             offsets = (0,) * len(tensor.shape) if part.offsets is None else part.offsets[name]
@@ -275,18 +251,13 @@ def _pieces(
     return pieces
 
 
-def _joined(
-    path: Path, name: str, pieces: Sequence[tuple[tuple[int, ...], StoredTensor]]
-) -> ChunkedTensor:
+def _joined(name: str, pieces: Sequence[Piece]) -> ChunkedTensor:
     """The tensor that its pieces make."""
-    dtypes = {piece.dtype for _, piece in pieces}
-    if len(dtypes) > 1 or len({len(offsets) for offsets, _ in pieces}) > 1:
-        raise CheckpointError(
-            path, f"the pieces of {name} are of several kinds; copy the whole folder again"
-        )
+    kinds = {(piece.dtype, len(offsets)) for offsets, piece in pieces}
+    require(len(kinds) == 1, f"the pieces of {name} are of several kinds")
     chunks = [
         Chunk(offsets, tuple(piece.shape), lambda piece=piece: piece)  # type: ignore[misc]
         for offsets, piece in pieces
     ]
     shape = torch.Size(max(ends) for ends in zip(*(chunk.ends for chunk in chunks), strict=True))
-    return ChunkedTensor(name, path, dtypes.pop(), shape, chunks)
+    return ChunkedTensor(name, pieces[0][1].dtype, shape, chunks)

@@ -1,32 +1,93 @@
 """Tensors in files: whole ones, and those whose pieces lie in several places, as
-torch.distributed.checkpoint stores what several processes hold.
+torch.distributed.checkpoint stores what several processes hold; and how it is told what is wrong
+with a file.
 
 Files are read, not mapped. A mapped file that becomes shorter kills the process that touches it;
 one that is read becomes an error.
 """
 
+import contextlib
 import itertools
 import math
+import operator
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.weights.weight_source import (
-    CheckpointError,
-    WeightSource,
-    require,
-    select_flattened,
-)
+from autoregressive.errors import SettingName, UserError, shortened
 
 _MOST_DIMENSIONS = 8  # weights have five at most
 _LARGEST_SIDE = 2**48
-_MOST_COMPARISONS = 500_000  # of pieces that form no grid, in one checkpoint: a second or two
+_MOST_CELLS = 1_000_000  # between the cuts of all tensors of a checkpoint: a second or two
 _PIECE_BYTES = 8 * 2**20  # read at a time, where numbers are converted or go to another device
+_LONGEST_MESSAGE, _LONGEST_PATH = 500, 298
+
+DAMAGED = "is damaged or cut short; download or copy it again"
+HAS_PROBLEM = "is damaged ({}); download or copy it again"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be loaded.
+
+    The message is one line of at most 500 characters, begins with the path, and says what to do.
+    The reason is cut, for it can quote what a hostile file has. A long path is cut in its middle.
+
+    Args:
+        more: what follows the reason and a space, such as the names of settings; it is not cut.
+    """
+
+    def __init__(self, path: Path, reason: str, *more: str | SettingName) -> None:
+        shown = str(path)
+        if len(shown) > _LONGEST_PATH:
+            half = (_LONGEST_PATH - 3) // 2
+            shown = f"{shown[:half]}...{shown[-half:]}"
+        end = (" ", *more) if more else ()
+        room = _LONGEST_MESSAGE - len(shown) - 2 - len(str(UserError(*end)))
+        super().__init__(f"{shown}: {shortened(reason, room)}", *end)
+
+
+class BadContentError(Exception):
+    """Content of a checkpoint that is not what it should be; the parts of the message say how.
+
+    The nearest `reading` turns it into a `CheckpointError`, for it knows which file it is.
+    """
+
+
+def require(holds: bool, *parts: str | SettingName) -> None:
+    """Raises `BadContentError` with that message unless the condition holds."""
+    if not holds:
+        raise BadContentError(*parts)
+
+
+@contextlib.contextmanager
+def reading(path: Path, problem: str = "{}", damage: str = DAMAGED) -> Iterator[None]:
+    """Turns whatever is raised while content is read into a `CheckpointError` about the path.
+
+    Args:
+        problem: the message where a check has failed; {} stands for what the check has found.
+        damage: the message where anything else has failed: damaged content can raise any error.
+    """
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+        raise  # a lack of memory is no damage
+    except BadContentError as error:
+        found, *more = error.args
+        raise CheckpointError(path, problem.replace("{}", found), *more) from error
+    except OSError as error:
+        raise CheckpointError(
+            path, f"cannot be read: {error.strerror or error}; check the path"
+        ) from error
+    except Exception as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise CheckpointError(path, damage.replace("{}", type(error).__name__)) from error
 
 
 class StoredFile:
@@ -42,14 +103,13 @@ class StoredFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with reading(path):
             found = os.stat(path)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        if stat.S_ISDIR(found.st_mode):
-            raise CheckpointError(path, "is a directory where a file is needed; copy it again")
-        if not stat.S_ISREG(found.st_mode):  # reading from a pipe would wait for ever
-            raise CheckpointError(path, "is neither a file nor a directory; name one")
+            is_directory = stat.S_ISDIR(found.st_mode)
+            require(not is_directory, "is a directory where a file is needed; copy it again")
+            # Reading from a pipe would wait for ever.
+            is_file = stat.S_ISREG(found.st_mode)
+            require(is_file, "is neither a file nor a directory; name one")
         self.size = found.st_size
         self._identity = _identity(found)
 
@@ -61,29 +121,19 @@ class StoredFile:
         self.read_into(offset, memoryview(content))
         return bytes(content)
 
-    def read_into(self, offset: int, *buffers: memoryview) -> None:
-        """Fills the buffers, one after the other, with what is there."""
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                if _identity(os.fstat(stream.fileno())) != self._identity:
-                    raise CheckpointError(
-                        self.path, "has changed while it was read; try again when it is complete"
-                    )
-                stream.seek(offset)
-                for buffer in buffers:
-                    while buffer:
-                        count = stream.readinto(buffer)
-                        if not count:
-                            raise CheckpointError(
-                                self.path,
-                                "became shorter while it was read; download or copy it again",
-                            )
-                        buffer = buffer[count:]
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(self.path, f"cannot be read: {error.strerror}; check the path")
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer with what is there."""
+        with reading(self.path), self.path.open("rb", buffering=0) as stream:
+            is_same = _identity(os.fstat(stream.fileno())) == self._identity
+            require(is_same, "has changed while it was read; try again when it is complete")
+            stream.seek(offset)
+            while buffer:
+                count = stream.readinto(buffer)
+                require(
+                    bool(count),
+                    "became shorter while it was read; download or copy it again",
+                )
+                buffer = buffer[count:]
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
@@ -113,6 +163,7 @@ class StoredTensor:
         """Copies it into a tensor of its shape, on any device and of any dtype.
 
         Raises:
+            BadContentError: it takes more memory than there is.
             CheckpointError: the file cannot be read.
         """
         if self.shape.numel() == 0:
@@ -132,11 +183,9 @@ class StoredTensor:
         try:
             whole = torch.empty(count, dtype=self.dtype)
         except (RuntimeError, MemoryError) as error:
-            told = (
-                f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read"
-            )
-            raise CheckpointError(
-                self.file.path, f"{told}, more than there is; save it as .safetensors"
+            raise BadContentError(
+                f"has a tensor that takes {count * self.dtype.itemsize:,} bytes of memory to read, "
+                "more than there is; save it as .safetensors"
             ) from error
         self.file.read_into(self.offset, _bytes_of(whole))
         return whole
@@ -173,11 +222,11 @@ def reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor of this shape whose elements lie one behind the other."""
-    strides, step = [], 1
-    for side in reversed(shape):
-        strides.append(step)
-        step *= side
-    return tuple(reversed(strides))
+    steps = itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return tuple(steps)[::-1][: len(shape)]
+
+
+Choose = Callable[[Iterable[str]], dict[str, str]]  # names of tensors -> plain name -> name
 
 
 @dataclass(frozen=True)
@@ -199,7 +248,6 @@ class ChunkedTensor:
     """A tensor that its chunks cover, as has been checked."""
 
     name: str
-    path: Path  # for messages
     dtype: torch.dtype
     shape: torch.Size
     chunks: Sequence[Chunk]
@@ -208,105 +256,59 @@ class ChunkedTensor:
         """Copies it into a tensor of its shape, on any device and of any dtype.
 
         Raises:
-            CheckpointError: a file cannot be read, or a piece is not what it should be.
+            BadContentError: a piece is not what it should be.
+            CheckpointError: a file cannot be read.
         """
         for chunk in self.chunks:
-            if math.prod(chunk.sizes) == 0:
+            if 0 in chunk.sizes:
                 continue
             stored = chunk.find()
-            if tuple(stored.shape) != chunk.sizes or stored.dtype != self.dtype:
-                raise CheckpointError(
-                    self.path,
-                    f"the shards of {self.name} are damaged; copy the whole directory again",
-                )
+            is_piece = tuple(stored.shape) == chunk.sizes and stored.dtype == self.dtype
+            require(
+                is_piece,
+                f"the shards of {self.name} are damaged; copy the whole directory again",
+            )
             stored.read_into(target[tuple(map(slice, chunk.offsets, chunk.ends))])
 
 
-def chunked_source(
-    path: Path, names: Iterable[str], tensor: Callable[[str], ChunkedTensor], ema: bool
-) -> WeightSource:
-    """The weights among the named tensors; the others are not looked at.
+def check_coverage(tensors: Iterable[ChunkedTensor]) -> None:
+    """Checks that each element of each tensor is in one chunk.
+
+    The starts of a tensor's chunks cut it into cells. If the chunks cover it, each of them begins
+    and ends at such cuts. The cells of all tensors together are bounded.
 
     Raises:
-        CheckpointError: `ema` is not there, or two names become the same one.
-        BadContentError: a weight is not covered by its chunks.
+        BadContentError: an element is in no chunk or in several, or it would take too long to find
+            out.
     """
-    tensors: dict[str, ChunkedTensor] = {}
-    coverage = CoverageCheck()
-    for plain, stored in select_flattened(names, path, ema).items():
-        tensors[plain] = tensor(stored)
-        coverage.check(tensors[plain])
-    return WeightSource(path, tensors)
-
-
-class CoverageCheck:
-    """Checks tensor after tensor; the comparisons of all of them together are bounded."""
-
-    def __init__(self) -> None:
-        self._comparisons = 0
-
-    def check(self, tensor: ChunkedTensor) -> None:
-        """The chunks are inside, of the tensor's volume together, and nowhere over each other: then
-        they cover all of it.
-
-        Raises:
-            BadContentError: they do not, or it would take too long to find out.
-        """
+    room = _MOST_CELLS
+    for tensor in tensors:
         # An empty rank of an uneven split has a chunk without elements.
-        chunks = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes)]
+        chunks = [chunk for chunk in tensor.chunks if 0 not in chunk.sizes]
+        cuts = _cuts(tensor, chunks)
+        sides = [len(cut) - 1 for cut in cuts]
+        room -= math.prod(sides)
+        require(room >= 0, f"{tensor.name} is cut up in a way that takes too long to check")
+        covered = np.zeros(sides, dtype=bool)
+        told = f"parts of {tensor.name} are missing or overlap"
         for chunk in chunks:
-            inside = len(chunk.offsets) == len(tensor.shape) and all(
-                map(int.__le__, chunk.ends, tensor.shape)
-            )
-            require(inside, f"a part of {tensor.name} lies outside of it")
-        volume = sum(math.prod(chunk.sizes) for chunk in chunks)
-        require(volume == math.prod(tensor.shape), f"parts of {tensor.name} are missing or overlap")
-        if not _is_grid(chunks, tensor.shape):
-            self._compare(tensor, chunks)
+            begins = [cut[start] for cut, start in zip(cuts, chunk.offsets, strict=True)]
+            ends = [cut.get(end) for cut, end in zip(cuts, chunk.ends, strict=True)]
+            cells = tuple(map(slice, begins, ends))
+            require(None not in ends and not covered[cells].any(), told)
+            covered[cells] = True
+        require(bool(covered.all()), told)
 
-    def _compare(self, tensor: ChunkedTensor, chunks: Sequence[Chunk]) -> None:
-        # Along the axis that is cut most, few parts reach beyond the start of the next: only those
-        # are compared with it.
-        axis = max(
-            range(len(tensor.shape)),
-            key=lambda axis: len({chunk.offsets[axis] for chunk in chunks}),
+
+def _cuts(tensor: ChunkedTensor, chunks: Sequence[Chunk]) -> list[dict[int, int]]:
+    """Where chunks begin along each axis, and where it ends: position -> its number in order."""
+    for chunk in chunks:
+        inside = len(chunk.offsets) == len(tensor.shape) and all(
+            map(int.__le__, chunk.ends, tensor.shape)
         )
-        reaching: list[Chunk] = []
-        for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[axis]):
-            self._comparisons += len(reaching)
-            require(
-                self._comparisons <= _MOST_COMPARISONS,
-                f"{tensor.name} is cut up in a way that takes too long to check",
-            )
-            reaching = [other for other in reaching if other.ends[axis] > chunk.offsets[axis]]
-            overlaps = any(_overlap(chunk, other) for other in reaching)
-            require(not overlaps, f"parts of {tensor.name} overlap")
-            reaching.append(chunk)
-
-
-def _is_grid(chunks: Sequence[Chunk], shape: torch.Size) -> bool:
-    """Whether the tensor is cut along each axis at the same places everywhere, as meshes of
-    processes do.
-    """
-    if len(chunks) < 2:
-        return True
-    next_cut = []
-    for axis, side in enumerate(shape):
-        cuts = sorted({chunk.offsets[axis] for chunk in chunks})
-        next_cut.append(dict(itertools.pairwise([*cuts, side])))
-    if len({str(chunk.offsets) for chunk in chunks}) != len(chunks) or math.prod(
-        map(len, next_cut)
-    ) != len(chunks):
-        return False
-    return all(
-        cuts[chunk.offsets[axis]] == chunk.ends[axis]
-        for axis, cuts in enumerate(next_cut)
-        for chunk in chunks
-    )
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    starts = map(max, one.offsets, other.offsets)
-    return all(
-        start < end for start, end in zip(starts, map(min, one.ends, other.ends), strict=True)
-    )
+        require(inside, f"a part of {tensor.name} lies outside of it")
+    cuts = []
+    for axis, side in enumerate(tensor.shape):
+        positions = sorted({0, side, *(chunk.offsets[axis] for chunk in chunks)})
+        cuts.append({position: number for number, position in enumerate(positions)})
+    return cuts

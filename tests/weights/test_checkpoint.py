@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autoregressive.cli.command import flag_of
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.weights.checkpoint import CheckpointError, load_weights
@@ -93,7 +94,7 @@ def error_of(
         load_weights(
             on_meta(build), path, device=CPU, dtype=torch.float32, ema=ema, from_fsdp=from_fsdp
         )
-    message = str(caught.value)
+    message = caught.value.spelled(flag_of)
     assert "\n" not in message
     assert str(path) in message
     return message
@@ -203,7 +204,7 @@ def test_ema_is_an_error_where_there_is_none_and_never_the_plain_weights(
         save_file(weights, path)
     else:
         torch.save(weights if kind == "flat" else {"model": weights}, path)
-    assert "leave --ema out" in error_of(path, ema=True)
+    assert "leave out --ema" in error_of(path, ema=True)
 
 
 def test_from_fsdp_is_accepted_for_flat_weights_and_refused_for_wrapped_ones(
@@ -213,7 +214,7 @@ def test_from_fsdp_is_accepted_for_flat_weights_and_refused_for_wrapped_ones(
     torch.save(weights, tmp_path / "flat.pt")
     torch.save({"model": weights}, tmp_path / "wrapped.pt")
     assert_loads(tmp_path / "flat.pt", weights, from_fsdp=True)
-    assert "leave --from-fsdp out" in error_of(tmp_path / "wrapped.pt", from_fsdp=True)
+    assert "leave out --from-fsdp" in error_of(tmp_path / "wrapped.pt", from_fsdp=True)
 
 
 def test_from_fsdp_is_accepted_for_safetensors_which_cannot_tell(tmp_path: Path) -> None:
@@ -320,12 +321,12 @@ def hollow(model: nn.Module) -> Weights:
         (
             "VQ-16",
             "GPT-B",
-            "you asked for GPT-B: --vq-ckpt is the flag for this file, --gpt-ckpt takes another",
+            "you asked for GPT-B: --vq-ckpt takes this file, --gpt-ckpt takes another",
         ),
         (
             "GPT-B",
             "VQ-16",
-            "you asked for VQ-16: --gpt-ckpt is the flag for this file, --vq-ckpt takes another",
+            "you asked for VQ-16: --gpt-ckpt takes this file, --vq-ckpt takes another",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_keys_that_no_checkpoint_needs_are_not_called_damage(
 ) -> None:
     """Fails if the user is sent to download a file again that is as it was saved."""
     message = error_of(torch_zip(tmp_path / "weights.pt", pickled))
-    assert "has a key that no checkpoint needs" in message
+    assert "it has a name that is no text, but one tuple" in message
     assert "damaged" not in message
 
 

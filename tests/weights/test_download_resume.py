@@ -19,8 +19,7 @@ import pytest
 from hub_stand_in import CONTENT, FILE, Hub, running_hub
 from system_calls import ERRORS, Killed, SystemCalls, calls_of, counted
 
-from autoregressive.weights.hub import DownloadError, fetch
-from autoregressive.weights.network import unusable_variable
+from autoregressive.weights.hub import DownloadError, fetch, unusable_variable
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = os.urandom(5 * 2**20 + 7)

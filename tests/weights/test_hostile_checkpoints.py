@@ -31,8 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from autoregressive.weights import stored_tensor
-from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
-from autoregressive.weights.weight_source import WeightSource
+from autoregressive.weights.checkpoint import (
+    CheckpointError,
+    WeightSource,
+    load_weights,
+    open_checkpoint,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS, EXTRA_BYTES = 10, 256 * 2**20
@@ -259,9 +263,12 @@ def one_list_of_chunks(
     """All tensors share one list, which has the same chunk so many times."""
     chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([chunk_size]))
     parts = [chunk] * count
-    info = _StorageInfo("shard.distcp", 0, 16)
-    places = {MetadataIndex(f"n{n}", torch.Size([0])): info for n in range(names)}
-    return sharded_directory(path, {f"n{n}": parts for n in range(names)}, places, size)
+    places = {
+        MetadataIndex(f"n{n}", torch.Size([0])): _StorageInfo("shard.distcp", 16 * n, 16)
+        for n in range(names)
+    }
+    tensors = {f"n{n}": parts for n in range(names)}
+    return sharded_directory(path, tensors, places, size, bytes(16 * names))
 
 
 def pieces(path: Path, piece: bytes, count: int, shared: bool) -> Path:

@@ -193,7 +193,7 @@ def test_averaged_weights_of_a_folder_are_found(tmp_path: Path) -> None:
     folder = hugging_face(tmp_path / "folder", both)
     assert_loads(folder, averaged, ema=True)
     assert_loads(folder, drawn_weights(tiny_gpt()))
-    assert "leave --ema out" in error_of(hugging_face(tmp_path / "plain"), ema=True)
+    assert "leave out --ema" in error_of(hugging_face(tmp_path / "plain"), ema=True)
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
