@@ -38,7 +38,9 @@ class ReplicaApp:
         """Why the replica has to be replaced; None while it works."""
         if self._service is None:
             return None
-        return self._service.dispatcher.failure or self._service.dispatcher.start_failure
+        dispatcher = self._service.dispatcher
+        problem = dispatcher.failure or dispatcher.start_failure
+        return None if problem is None else str(problem)
 
     async def __call__(
         self,

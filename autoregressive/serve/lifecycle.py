@@ -21,18 +21,13 @@ from autoregressive.serve.web.descriptors import raise_descriptor_limit
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts.front import FrontRecipe
 from autoregressive.serve.web.fronts.supervisor import FrontSupervisor
-from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
 from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
 from autoregressive.serve.web.store import StoreClaim
-from autoregressive.serve.worker.process import (
-    EngineRecipe,
-    MakeEngine,
-    StartProcess,
-    settle_heap,
-    start_process,
-)
+from autoregressive.serve.worker.process import settle_heap
+from autoregressive.serve.worker.worker import EngineRecipe, MakeEngine, StartProcess, start_process
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
@@ -197,7 +192,7 @@ async def _serve(
         dispatcher.stop(at_once=policy.at_once)
         claim.close()
     if dispatcher.start_failure is not None:
-        raise UserError(dispatcher.start_failure)
+        raise dispatcher.start_failure
     failure = dispatcher.failure or failure
     if failure is not None:
         _log.critical("%s: the service has ended; start it again", failure)

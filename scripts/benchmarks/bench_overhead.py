@@ -45,10 +45,9 @@ with slow_imports(__name__):
     from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.openai_routes import partial_rows
     from autoregressive.serve.web.server_settings import resolve_server_settings
-    from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.previews import fill_undrawn
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
-    from autoregressive.serve.worker.worker import serve
+    from autoregressive.serve.worker.process import connect
+    from autoregressive.serve.worker.worker import EngineRecipe, MakeEngine, serve
     from autoregressive.weights.finding import FoundWeights
 
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
@@ -62,10 +61,7 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
-        outbox = Outbox(connection, "events")
-        self._thread = threading.Thread(
-            target=lambda: serve(make_engine, connection, outbox), daemon=True
-        )
+        self._thread = threading.Thread(target=serve, args=(make_engine, connection), daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -78,7 +74,7 @@ class EngineThread:
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
-    """Starts the engine in a thread; the arguments are those of `worker.process.start_process`."""
+    """Starts the engine in a thread; the arguments are those of `worker.start_process`."""
     ours, theirs = connect()
     return EngineThread(make_engine, theirs), ours
 

@@ -38,9 +38,9 @@ with nullcontext(SignalWatch() if __name__ == "__main__" else None) as WATCH:
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
     from autoregressive.serve.lifecycle import listen, serve
     from autoregressive.serve.web.config_layers import read_arguments
-    from autoregressive.serve.web.served_model import ServedModel
+    from autoregressive.serve.web.schema import ServedModel
     from autoregressive.serve.web.server_settings import resolve_server_settings
-    from autoregressive.serve.worker.process import MakeEngine
+    from autoregressive.serve.worker.worker import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
 LARGE_SIZE = (

@@ -28,7 +28,7 @@ from fake_service import FAULTS, Faults, Service
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web.fronts import supervisor
-from autoregressive.serve.worker import child, process
+from autoregressive.serve.worker import process, worker
 
 _START_SECONDS = 120.0
 
@@ -94,7 +94,7 @@ def fork_child(
     if pid == 0:
         try:
             close_all_but(0, 1, 2, theirs.fileno(), *(one.fileno() for one in sockets))
-            child.live(name, parent, lambda: run(theirs, *sockets))
+            process.live(name, parent, lambda: run(theirs, *sockets))
         finally:
             os._exit(1)
     theirs.close()
@@ -190,7 +190,7 @@ class Forge:
 
 def main() -> None:
     """Forks a service for each line of stdin."""
-    process.start_child = cast(Any, fork_child)
+    worker.start_child = cast(Any, fork_child)
     supervisor.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
     gc.collect()

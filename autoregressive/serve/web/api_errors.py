@@ -1,8 +1,26 @@
 """Errors as all answers have them: OpenAI's `{"error": {message, type, param, code}}`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
+
+
+class ErrorDetail(BaseModel):
+    """An error, and the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error."""
+
+    error: ErrorDetail
 
 
 @dataclass
@@ -28,14 +46,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error as the JSON object of an answer."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        named = {"message": self.message, "type": self.type}
+        return {"error": {**named, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -61,6 +73,11 @@ class ApiError(Exception):
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body
 
 
+def invalid(message: str, param: str) -> ApiError:
+    """A field, or a parameter, has a value that cannot be used."""
+    return ApiError(400, message, "invalid_value", param)
+
+
 def internal_error() -> ApiError:
     """A bug of ours."""
     return ApiError(500, "something went wrong here; the log has it", "internal_error")
@@ -69,6 +86,11 @@ def internal_error() -> ApiError:
 def not_ready(why: str, retry_after: int) -> ApiError:
     """The service does not accept requests yet, or not any more."""
     return ApiError(503, why, "not_ready", None, retry_after)
+
+
+def described(errors: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Errors as FastAPI's routes have them, from a description of each status."""
+    return {status: {"model": ErrorAnswer, "description": text} for status, text in errors.items()}
 
 
 # outcome -> status, message, code, and whether to try again later

@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from autoregressive.serve.web.connections import ConnectionStats
-from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import ServedRequest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)

@@ -17,7 +17,6 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.clients import is_loopback
 from autoregressive.serve.web.descriptors import connection_limit
-from autoregressive.serve.web.pictures import largest_picture_bytes
 from autoregressive.serve.web.server_flags import (
     BUFFERED_MIB,
     ENVIRONMENT,
@@ -28,6 +27,7 @@ from autoregressive.serve.web.server_flags import (
     STORED_IMAGES,
     TIMEOUTS,
 )
+from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.weights.choice import ModelChoice, resolve_model
 

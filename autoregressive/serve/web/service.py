@@ -9,14 +9,13 @@ from typing import Any, cast
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker
+from autoregressive.serve.web.app_state import AppState, RequestBroker
+from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import App
-from autoregressive.serve.web.pictures import largest_picture_bytes
-from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server_settings import ServerSettings
-from autoregressive.serve.web.store import Store, StoreClaim
-from autoregressive.serve.worker.process import MakeEngine, StartProcess, start_process
+from autoregressive.serve.web.store import Store, StoreClaim, largest_picture_bytes
+from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
 
 _MOST_ENCODERS = 8  # threads that make pictures' files

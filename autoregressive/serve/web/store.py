@@ -32,6 +32,7 @@ MEDIA_TYPES = {
 LOCK_FILE = ".llamagen.lock"
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.(png|jpeg|webp)")
+_RECORD_BYTES = 16 * 2**10  # more than what is written into a picture beside the pixels
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # also a link, or a socket, of that name
 _NOT_A_PICTURE = (
@@ -42,6 +43,15 @@ _NOT_A_PICTURE = (
 )
 _log = logging.getLogger("llamagen.store")
 _Result = TypeVar("_Result")
+
+
+def largest_picture_bytes(size: int) -> int:
+    """The largest size of a picture's file: a PNG whose pixels cannot be compressed.
+
+    Args:
+        size: pixels of a side.
+    """
+    return 3 * size * size + _RECORD_BYTES
 
 
 class StoreFailed(Exception):

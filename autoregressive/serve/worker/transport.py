@@ -1,18 +1,83 @@
-"""Messages that wait to be sent to another process, and the thread that sends an engine's.
+"""How messages go from one process to another: as frames, after waiting in a backlog; and the
+thread that sends an engine's.
 
-An engine's loop never waits for a reader, which may be slow or stopped.
+Messages go over a pair of sockets in frames of one or several, so that each costs less when there
+are many. A frame is two lengths, then names and fields as JSON, then the messages' bytes as they
+are (pixels, codes). There is no pickle: neither side runs what the other sends. An engine's loop
+never waits for a reader, which may be slow or stopped.
 """
 
 import itertools
+import json
 import socket
+import struct
 import threading
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any, cast
 
-from autoregressive.serve.worker.messages import encode
+from autoregressive.serve.worker.messages import KINDS
+from autoregressive.serve.worker.process import receive_bytes
 
+_HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
+HEAD_BYTES = _HEAD.size
 _MOST_MESSAGES = 16  # in a frame
 _ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
 _FAR_BEHIND = 64  # with more waiting messages, only the newest of those that supersede each other
+_as_json = json.JSONEncoder(default=vars).encode  # of a dataclass within a message: its fields
+
+
+def encode(messages: Iterable[Any]) -> bytes:
+    """Messages, dataclasses with at most one field of bytes each, as one frame."""
+    told: list[tuple[str, dict[str, Any], int]] = []
+    parts: list[bytes] = []
+    for message in messages:
+        fields, size = dict(vars(message)), 0
+        for name, value in fields.items():
+            if isinstance(value, bytes):
+                parts.append(value)
+                size, fields[name] = len(value), None
+        told.append((type(message).__name__, fields, size))
+    text = _as_json(told).encode()
+    return b"".join((_HEAD.pack(len(text), sum(map(len, parts))), text, *parts))
+
+
+def frame_bytes(head: bytes | bytearray) -> int:
+    """The length of a whole frame, its head included, from its head."""
+    return HEAD_BYTES + sum(_HEAD.unpack_from(head))
+
+
+def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+    """The messages of a frame that `encode` has made.
+
+    Args:
+        kinds: the kinds that they may be of, by name.
+    """
+    length, _ = _HEAD.unpack_from(frame)
+    place = HEAD_BYTES + length
+    messages = []
+    for name, fields, size in json.loads(frame[HEAD_BYTES:place]):
+        kind = kinds[name]
+        for field, annotation in kind.__annotations__.items():
+            if annotation is bytes:
+                fields[field] = bytes(memoryview(frame)[place : place + size])
+            elif is_dataclass(annotation):
+                fields[field] = cast(type, annotation)(**fields[field])
+            elif isinstance(fields.get(field), list):
+                fields[field] = tuple(fields[field])
+        place += size
+        messages.append(kind(**fields))
+    return messages
+
+
+def receive(connection: socket.socket, kinds: Mapping[str, type] = KINDS) -> list[Any]:
+    """Waits for the next frame; its messages, which are of these kinds.
+
+    Raises:
+        EOFError: the other side has gone.
+    """
+    head = receive_bytes(connection, HEAD_BYTES)
+    return decode(head + receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)
 
 
 class Backlog:
@@ -21,13 +86,9 @@ class Backlog:
     The other side may be stopped for as long as --step-timeout, while the engine goes on. Once more
     than 64 messages wait, a new message removes the one that it supersedes. What then waits is
     bounded by the work that was accepted.
-
-    Attributes:
-        bytes: of pixels, codes and text in these messages.
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
         self._messages: dict[int, Any] = {}
         # superseding key -> number of the newest waiting message that has it
         self._newest: dict[tuple[Any, ...], int] = {}
@@ -36,36 +97,40 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._messages)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of pixels, codes and text in these messages."""
+        return sum(map(_bytes_of, self._messages.values()))
+
     def put(self, message: Any) -> None:
         """Adds a message at the end."""
         number = next(self._numbers)
         self._messages[number] = message
-        self.bytes += _bytes_of(message)
         if (key := _superseding_key(message)) is None:
             return
         older = self._newest.get(key)
         self._newest[key] = number
         if older is not None and len(self._messages) > _FAR_BEHIND:
-            self.bytes -= _bytes_of(self._messages.pop(older))
+            del self._messages[older]
 
     def next_batch(self) -> list[Any]:
         """Takes the messages of one frame from the front; an empty list if no message waits."""
         batch: list[Any] = []
-        size = 0
-        while self._messages and len(batch) < _MOST_MESSAGES and size < _ENOUGH_BYTES:
+        while (
+            self._messages
+            and len(batch) < _MOST_MESSAGES
+            and sum(map(_bytes_of, batch)) < _ENOUGH_BYTES
+        ):
             number = next(iter(self._messages))
             message = self._messages.pop(number)
             key = _superseding_key(message)
             if key is not None and self._newest[key] == number:
                 del self._newest[key]
             batch.append(message)
-            size += _bytes_of(message)
-        self.bytes -= size
         return batch
 
     def clear(self) -> None:
         """Drops all messages."""
-        self.bytes = 0
         self._messages.clear()
         self._newest.clear()
 
@@ -92,11 +157,16 @@ class Outbox:
                 self._waiting.put(message)
                 self._changed.notify()
 
-    def put_if_silent(self, message: Any) -> None:
-        """Queues a message unless others wait, which show as well that this process lives."""
+    def put_if_silent(self, message: Any) -> bool:
+        """Queues a message unless others wait, which show as well that this process lives.
+
+        Returns:
+            Whether there is a reader.
+        """
         with self._changed:
             if not self._waiting:
                 self.put(message)
+            return self._thread.is_alive()
 
     def close(self, timeout: float) -> None:
         """Waits until the queued messages are written, at most `timeout` seconds."""
