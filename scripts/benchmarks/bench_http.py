@@ -43,7 +43,7 @@ with slow_imports(__name__):
         script,
     )
     from autoregressive.serve import lifecycle
-    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.server_flags import read_arguments
     from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
         Ended,

@@ -8,7 +8,7 @@ import torch
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.serve import lifecycle
-from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.worker import worker
 

@@ -37,8 +37,8 @@ with nullcontext(SignalWatch() if __name__ == "__main__" else None) as WATCH:
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
     from autoregressive.serve.lifecycle import listen, serve
-    from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.schema import ServedModel
+    from autoregressive.serve.web.server_flags import read_arguments
     from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.worker import MakeEngine
 

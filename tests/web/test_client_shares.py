@@ -15,12 +15,12 @@ from test_worker import order
 from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app import build_service_app
 from autoregressive.serve.web.app_state import DRAWING_PATHS, RequestBroker, client_of, context_of
 from autoregressive.serve.web.clients import WaitingPlaces
-from autoregressive.serve.web.config_layers import read_arguments
 from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
-from autoregressive.serve.web.service import build_service_app
 from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.serve.worker.messages import Ended, EngineRequest, Ready, Started
 from autoregressive.serve.worker.process import connect

@@ -7,6 +7,7 @@ import base64
 import gc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, FairQueue, RequestBroker
 from autoregressive.serve.web.guards import one_drawing_a_turn
-from autoregressive.serve.web.openai_routes import OpenAIEvents, event_stream, preview_of
+from autoregressive.serve.web.openai_routes import event_stream, openai_event, preview_of
 from autoregressive.serve.web.schema import ImageRequest, ServedModel
 from autoregressive.serve.worker.messages import EngineRequest, Preview, ServedRequest
 
@@ -153,8 +154,8 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
                 NobodysTurn(),
             )
             request = Request({"type": "http", "state": {}})
-            events = OpenAIEvents(state, served, ImageRequest.model_validate({}))
-            response = event_stream(state, request, served, events.next_event)
+            next_event = partial(openai_event, state, served, ImageRequest.model_validate({}))
+            response = event_stream(state, request, served, next_event)
             scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
             await response(scope, receive, send)
         assert sent == ["http.response.start"]

@@ -7,6 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+# of some errors, by their codes
+_HEADERS = {
+    # OpenAI's clients would draw the same twice more
+    "run_timeout": {"X-Should-Retry": "false"},
+    "non_finite": {"X-Should-Retry": "false"},
+    "unsupported_encoding": {"Accept-Encoding": "identity"},  # RFC 9110, section 15.5.16
+}
+
 
 class ErrorDetail(BaseModel):
     """An error, and the field that it is about."""
@@ -52,12 +60,9 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
-        if self.code in ("run_timeout", "non_finite"):
-            headers["X-Should-Retry"] = "false"  # OpenAI's clients would draw the same twice more
-        if self.code == "unsupported_encoding":
-            headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        again = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        key = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return again | key | _HEADERS.get(self.code, {})
 
     def encode(self, *, last: bool = False) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Headers and body of the whole answer.

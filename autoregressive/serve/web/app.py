@@ -1,9 +1,14 @@
-"""The service as an ASGI application: routes, the page, the guards around them."""
+"""The service without the server around it: the application with its routes, the page and the
+guards around them, and the start of its engines.
+"""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
@@ -11,11 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
-from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.authentication import Authentication
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
+from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import (
     App,
     Receive,
@@ -34,13 +41,18 @@ from autoregressive.serve.web.schema import (
     ClassesAnswer,
     ModelData,
     ModelsAnswer,
+    ServedModel,
     StatusAnswer,
     VersionAnswer,
 )
+from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.static_files import SharedFile, SharedFiles, has_already
-from autoregressive.serve.web.store import MEDIA_TYPES, Store
+from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.web.strict_route import StrictRoute
+from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
+from autoregressive.version import program_version
 
+_MOST_ENCODERS = 8  # threads that make pictures' files
 PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
 _OPEN_PATHS = ("/", "/health", "/ready", "/static/")
@@ -91,6 +103,76 @@ _HTTP_ERRORS = {
     404: ("there is no such path", "not_found"),
     405: ("this path does not take this method", "method_not_allowed"),
 }
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes that answer HTTP this is."""
+
+    index: int = 0
+    count: int = 1
+
+
+_ONLY = Share()
+
+
+def start_dispatcher(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    start: StartProcess = start_process,
+) -> Dispatcher:
+    """Starts the engines; called in the event loop.
+
+    Args:
+        recipe: which of the engines -> how it is built.
+        start: gives an engine a process.
+    """
+    return Dispatcher(
+        lambda index: start(recipe(index), f"engine-{index}"),
+        settings.engines,
+        settings.max_queue_size,
+        settings.timeouts,
+        model.tokens_of_image,
+        settings.engine.scheduling_policy,
+    )
+
+
+def build_service_app(
+    settings: ServerSettings,
+    model: ServedModel,
+    broker: RequestBroker,
+    address: str,
+    share: Share = _ONLY,
+) -> tuple[App, ThreadPoolExecutor]:
+    """The application, and the threads that make its pictures' files.
+
+    Args:
+        address: where clients reach it, if `settings` do not say.
+    """
+    threads = max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // share.count))
+    encoders = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
+    store = None
+    if settings.store is not None:
+        store = Store(
+            settings.store,
+            settings.stored_images,
+            settings.public_url or address,
+            share.index,
+            share.count,
+            most_bytes=settings.stored_bytes,
+            picture_bytes=largest_picture_bytes(model.image_size),
+        )
+    app = build_app(
+        AppState(model, broker, encoders, store),
+        version=program_version(),
+        docs=settings.docs,
+        api_keys=settings.api_keys,
+        public_host=settings.public_host,
+    )
+    if settings.forwarded_allow_ips is not None:
+        app = cast(App, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
+    return app, encoders
 
 
 def build_app(

@@ -128,12 +128,11 @@ class Dispatcher(RequestBroker):
 
     @override
     def require_ready(self) -> None:
-        if self.failure is not None:
-            raise not_ready("the engine has stopped, and the service with it: try again later", 10)
-        if self.draining:
-            raise not_ready("the service is stopping: try again later", 10)
-        if self.unhealthy is not None:
-            raise not_ready(f"{self.unhealthy}: try again later", 10)
+        why = self.unhealthy
+        if self.draining and self.failure is None:
+            why = "the service is stopping"
+        if why is not None:
+            raise not_ready(f"{why}: try again later", 10)
         if not self.ready:
             done, total = map(sum, zip(*(link.prepared for link in self._links), strict=True))
             progress = f" ({done} of {total} graphs captured)" if total else ""

@@ -9,10 +9,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -49,7 +49,6 @@ from autoregressive.serve.worker.messages import (
 
 # A comment follows so long a silence, or proxies take the connection for dead.
 KEEP_ALIVE_SECONDS = 15.0
-SILENCE = b": waiting\n\n"
 DRAWING_ERRORS = described(
     {
         400: "A field is unknown or out of range; `param` names it.",
@@ -78,6 +77,7 @@ _EMPTY_PICTURE = b'"b64_json":""'
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
 _PREVIEW_QUALITY = 75
 _log = logging.getLogger(REQUESTS)
+_Finished = TypeVar("_Finished")
 
 
 class ClientLeft(Exception):
@@ -104,8 +104,7 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
             return await _whole_images(state, body, wanted, request)
         rows = partial_rows(body.partial_images or 0, model.grid)
         served = await accept(state, replace(wanted, preview_rows=rows), request)
-        events = OpenAIEvents(state, served, body)
-        return event_stream(state, request, served, events.next_event)
+        return event_stream(state, request, served, partial(openai_event, state, served, body))
 
 
 def _check(body: ImageRequest, images: int, store: Store | None) -> None:
@@ -140,16 +139,14 @@ async def _whole_images(
     if store is not None:  # before anything is drawn
         await state.on_disk(_NOT_STORED, store.check, wanted.n)
     served = await accept(state, wanted, request)
-    files: dict[int, bytes] = {}
 
-    async def keep(image: Image) -> None:
-        make_file = picture_of(state, wanted, image, body)
-        to_send = state.make_text if store is None else state.make
-        file = files[image.index] = await to_send(make_file)
+    async def make_file(image: Image) -> bytes:
+        make = state.make_text if store is None else state.make
+        file = await make(picture_of(state, wanted, image, body))
         served.answer_bytes += len(file)
+        return file
 
-    await until_drawn(state, request, served, keep)
-    pictures = [files[index] for index in sorted(files)]
+    pictures = await until_drawn(state, request, served, make_file)
     data = [ImageData(b64_json="") for _ in pictures]
     if store is not None:  # all together, so that none is evicted for the sake of another
         try:
@@ -192,39 +189,36 @@ async def until_drawn(
     state: AppState,
     request: Request,
     served: ServedRequest,
-    keep: Callable[[Image], Awaitable[None]],
-) -> None:
-    """Gives every image to `keep` until the request ends or the client leaves.
+    finish: Callable[[Image], Awaitable[_Finished]],
+) -> list[_Finished]:
+    """What `finish` makes of each image, once the request has ended.
 
     Raises:
         ApiError: the request has no result.
         ClientLeft: the client has left.
     """
 
-    async def collect() -> Ended:
-        while not isinstance(event := await served.next_event(), Ended):
-            if isinstance(event, Image):
-                await keep(event)
-        return event
+    finished: dict[int, _Finished] = {}
 
-    async def wait_until_the_client_leaves() -> None:
+    async def stop_when_the_client_leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        drawing.reschedule(0)  # it times out at once
 
-    collecting = asyncio.create_task(collect())
-    leaving = asyncio.create_task(wait_until_the_client_leaves())
+    leaving = asyncio.create_task(stop_when_the_client_leaves())
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise ClientLeft
-        ended = collecting.result()
+        async with asyncio.timeout(None) as drawing:
+            while not isinstance(event := await served.next_event(), Ended):
+                if isinstance(event, Image):
+                    finished[event.index] = await finish(event)
+    except TimeoutError as error:
+        raise ClientLeft from error
     finally:
-        state.broker.abandon(served)
-        collecting.cancel()
         leaving.cancel()
-        await asyncio.gather(collecting, leaving, return_exceptions=True)
-    if ended.outcome != "finished":
-        raise state.failure(ended)
+        state.broker.abandon(served)
+    if event.outcome != "finished":
+        raise state.failure(event)
+    return [finished[index] for index in sorted(finished)]
 
 
 def event_stream(
@@ -236,15 +230,19 @@ def event_stream(
     """Server-sent events as an answer; the request ends when its reader leaves.
 
     Args:
-        next_event: waits for what happens next, and returns the bytes of its event. They are empty
-            where there is nothing to tell.
+        next_event: waits for what happens next, but not for longer than `KEEP_ALIVE_SECONDS`, and
+            returns the bytes of its event. They are empty where there is nothing to tell.
     """
 
     async def until_the_reader_leaves() -> AsyncIterator[bytes]:
+        told_at = time.monotonic()
         try:
             while served.ended is None or served.has_news:
-                if event := await next_event():
-                    yield event
+                event = await next_event()
+                now = time.monotonic()
+                if event or now - told_at >= KEEP_ALIVE_SECONDS:
+                    told_at = now
+                    yield event or b": waiting\n\n"
         except Exception:
             fields = {"engine_request": served.request_id}
             _log.exception("a stream broke off", extra={"fields": fields})
@@ -270,51 +268,35 @@ def event_bytes(kind: str, picture: bytes | None = None, **fields: Any) -> bytes
     return b"".join((b"event: ", kind.encode(), b"\ndata: ", *parts, b"\n\n"))
 
 
-@dataclass(frozen=True)
-class OpenAIEvents:
-    """OpenAI's events of a streamed request, each with the index of its image."""
+async def openai_event(state: AppState, served: ServedRequest, body: ImageRequest) -> bytes:
+    """OpenAI's next event of a streamed request, with the index of its image, for `event_stream`.
 
-    state: AppState
-    served: ServedRequest
-    body: ImageRequest
-
-    async def next_event(self) -> bytes:
-        """As `event_stream` wants it.
-
-        The pixels are freed when it returns, so a slow reader of the event does not hold them.
-        """
-        state, body, request = self.state, self.body, self.served.request
-        match await self.served.next_event(KEEP_ALIVE_SECONDS):
-            case None:
-                return SILENCE
-            case Preview() as preview:
-                picture = await state.make_text(preview_of(state, preview, body.picture_format))
-                number = request.preview_rows.index(preview.rows)
-                return self._event(
-                    "partial_image", picture, preview.index, partial_image_index=number
-                )
-            case Image() as image:
-                picture = await state.make_text(picture_of(state, request, image, body))
-                usage = Usage.of(1, state.model.tokens_of_image).model_dump()
-                return self._event("completed", picture, image.index, usage=usage)
-            case Ended() as ended if ended.outcome != "finished":
-                return event_bytes("error", **state.failure(ended).body)
-            case _:
-                return b""
-
-    def _event(self, kind: str, picture: bytes, index: int, **fields: Any) -> bytes:
-        return event_bytes(
-            f"image_generation.{kind}",
-            picture,
-            image_index=index,
-            created_at=int(time.time()),
-            background="opaque",
-            output_format=self.body.picture_format,
-            quality="auto",
-            size=self.state.model.size,
-            seed=self.served.request.params.seed,
-            **fields,
-        )
+    The pixels are freed when it returns, so a slow reader of the event does not hold them.
+    """
+    request, about = served.request, dict[str, Any]()
+    match await served.next_event(KEEP_ALIVE_SECONDS):
+        case Preview(index=index) as preview:
+            kind, make_file = "partial_image", preview_of(state, preview, body.picture_format)
+            about["partial_image_index"] = request.preview_rows.index(preview.rows)
+        case Image(index=index) as image:
+            kind, make_file = "completed", picture_of(state, request, image, body)
+            about["usage"] = Usage.of(1, state.model.tokens_of_image).model_dump()
+        case Ended() as ended if ended.outcome != "finished":
+            return event_bytes("error", **state.failure(ended).body)
+        case _:
+            return b""
+    return event_bytes(
+        f"image_generation.{kind}",
+        await state.make_text(make_file),
+        image_index=index,
+        created_at=int(time.time()),
+        background="opaque",
+        output_format=body.picture_format,
+        quality="auto",
+        size=state.model.size,
+        seed=request.params.seed,
+        **about,
+    )
 
 
 class PicturesResponse(Response):

@@ -12,8 +12,6 @@ from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
     IMAGE_TAGS,
-    KEEP_ALIVE_SECONDS,
-    SILENCE,
     accept,
     event_bytes,
     event_stream,
@@ -63,16 +61,14 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         """The tokens of images, for clients that have a decoder of their own."""
         wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))
         served = await accept(state, wanted, request)
-        data: dict[int, CodesData] = {}
 
-        async def keep(image: Image) -> None:
+        async def read_codes(image: Image) -> CodesData:
             await state.turns.take()
-            data[image.index] = CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
+            return CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
 
-        await until_drawn(state, request, served, keep)
         answer = CodesAnswer(
+            data=await until_drawn(state, request, served, read_codes),
             created=int(time.time()),
-            data=[data[index] for index in sorted(data)],
             grid=model.grid,
             codebook_size=model.codebook_size,
             usage=Usage.of(wanted.n, model.tokens_of_image),
@@ -90,15 +86,9 @@ class PageEvents:
     served: ServedRequest
     body: StreamRequest
     ahead: int | None = None  # in the queue, as last told
-    told_at: float = 0.0
 
     async def next_event(self) -> bytes:
         """As `event_stream` wants it."""
-        if event := await self._next():
-            self.told_at = time.monotonic()
-        return event
-
-    async def _next(self) -> bytes:
         state, served, request = self.state, self.served, self.served.request
         tokens = state.model.tokens_of_image
         if self.ahead is None:
@@ -106,9 +96,8 @@ class PageEvents:
         match await served.next_event(_QUEUE_LOOK_SECONDS):
             case None:
                 ahead = state.broker.ahead_of(served)
-                if served.started_at is None and ahead != self.ahead:
-                    return self._queued(ahead)
-                return SILENCE if time.monotonic() - self.told_at > KEEP_ALIVE_SECONDS else b""
+                waits = served.started_at is None and ahead != self.ahead
+                return self._queued(ahead) if waits else b""
             case Started():
                 return event_bytes("started")
             case Progress(tokens=drawn):

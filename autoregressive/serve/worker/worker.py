@@ -66,32 +66,32 @@ _MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `is_out_of_memory` t
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
 
-@dataclass(frozen=True)
-class EngineRecipe:
-    """Loads the models and builds an engine, in the process that calls it."""
+def build_engine(
+    model: ModelSettings,
+    found: FoundWeights,
+    config: EngineConfig,
+    typical: SamplingParams,
+    on_progress: Callable[[int, int], None],
+) -> Engine:
+    """Loads the models and builds an engine that is ready to run.
 
-    model: ModelSettings
-    found: FoundWeights
-    config: EngineConfig
-    typical: SamplingParams  # of a request that says nothing else
+    Args:
+        typical: of a request that says nothing else.
+        on_progress: as of `MakeEngine`.
 
-    def __call__(self, on_progress: Callable[[int, int], None]) -> Engine:
-        """An engine that is ready to run.
-
-        Raises:
-            UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a
-                typical request could never run.
-        """
-        device = self.model.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        with saying_what_needs_less_memory(self.model, self.config):
-            models = load_models(self.model, self.found)
-            limit_cpu_threads(models.gpt.config, device)
-            engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
-            engine.scheduler.check_fits(self.typical)
-        settle_heap()
-        return engine
+    Raises:
+        UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a
+            typical request could never run.
+    """
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    with saying_what_needs_less_memory(model, config):
+        models = load_models(model, found)
+        limit_cpu_threads(models.gpt.config, model.device)
+        engine = Engine(models.gpt, models.vq, config, on_progress=on_progress)
+        engine.scheduler.check_fits(typical)
+    settle_heap()
+    return engine
 
 
 def start_process(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
