@@ -10,6 +10,7 @@ import pytest
 from fake_service import fake_model
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 from test_worker import order
 
 from autoregressive.errors import UserError
@@ -168,9 +169,7 @@ def test_a_proxy_that_would_never_be_trusted_is_refused(text: str) -> None:
     """Fails if a misspelt proxy passes: all clients behind it would share one share, and nobody
     would know why.
     """
-    with pytest.raises(
-        UserError, match=r"--forwarded-allow-ips .*: must be addresses or networks, .* or \* alone"
-    ):
+    with refused(match=r"--forwarded-allow-ips .*: must be addresses or networks, .* or \* alone"):
         resolve_server_settings(read_arguments([f"--forwarded-allow-ips={text}"], {}))
 
 

@@ -374,8 +374,9 @@ def _invalid(finding: Mapping[str, Any]) -> ApiError:
     """One of pydantic's findings as an error."""
     place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
     if not place:
-        message = "the body must be a JSON object, sent as application/json"
-        return ApiError(400, message, "invalid_body")
+        return ApiError(
+            400, "the body must be a JSON object, sent as application/json", "invalid_body"
+        )
     if finding["type"] not in _MUST:
         return invalid(f"{place[0]}: {finding['msg'].rstrip('.')}", place[0])
     limits = finding.get("ctx", {}).items()

@@ -81,11 +81,17 @@ class Metrics(Collector):
             ("dropped", "Connections whose clients read or sent too slowly.", stats.dropped),
         ):
             yield CounterMetricFamily(f"{name}_{kind}", text, value)
-        text = "Bytes of unread answers and unfinished requests."
-        yield GaugeMetricFamily("llamagen:http_buffered_bytes", text, stats.buffered_bytes)
+        yield GaugeMetricFamily(
+            "llamagen:http_buffered_bytes",
+            "Bytes of unread answers and unfinished requests.",
+            stats.buffered_bytes,
+        )
         if self.dropped_lines is not None:
-            name, text = "llamagen:log_lines_dropped", "Lines of the log that could not be written."
-            yield CounterMetricFamily(name, text, self.dropped_lines())
+            yield CounterMetricFamily(
+                "llamagen:log_lines_dropped",
+                "Lines of the log that could not be written.",
+                self.dropped_lines(),
+            )
 
     def ended(self, served: ServedRequest, tokens_of_image: int) -> None:
         """Counts a request that has come to its end, with any outcome."""

@@ -176,8 +176,13 @@ async def accept(state: AppState, wanted: EngineRequest, request: Request) -> Se
     image_bytes = 3 * model.image_size**2 if wanted.pixels else _CODE_BYTES * model.tokens_of_image
     connections = context.connections
     if connections and not connections.has_room_for(wanted.n * image_bytes, wanted.client):
-        message = "too many images are asked for at once: try again later"
-        raise ApiError(503, message, "overloaded", None, state.broker.retry_after())
+        raise ApiError(
+            503,
+            "too many images are asked for at once: try again later",
+            "overloaded",
+            None,
+            state.broker.retry_after(),
+        )
     served = context.served = await state.broker.accept(wanted)
     served.image_bytes = image_bytes
     if connections:
@@ -244,16 +249,18 @@ def event_stream(
                     told_at = now
                     yield event or b": waiting\n\n"
         except Exception:
-            fields = {"engine_request": served.request_id}
-            _log.exception("a stream broke off", extra={"fields": fields})
+            _log.exception(
+                "a stream broke off", extra={"fields": {"engine_request": served.request_id}}
+            )
             context_of(request.scope).failed = True
             yield event_bytes("error", **internal_error().body)
         finally:
             state.broker.abandon(served)
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(
-        until_the_reader_leaves(), media_type="text/event-stream", headers=headers
+        until_the_reader_leaves(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
@@ -315,13 +322,20 @@ class PicturesResponse(Response):
         self._parts = deque([first])
         for picture, other in zip(pictures, others, strict=True):
             self._parts += (_EMPTY_PICTURE[:-1], picture, _EMPTY_PICTURE[-1:] + other)
-        length = str(sum(map(len, self._parts)))
-        super().__init__(headers={"Content-Length": length}, media_type="application/json")
+        super().__init__(
+            headers={"Content-Length": str(sum(map(len, self._parts)))},
+            media_type="application/json",
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer."""
-        start = {"status": self.status_code, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
         while self._parts:
             part = self._parts.popleft()  # the server counts it from now on
             self._served.answer_bytes = sum(map(len, self._parts))

@@ -101,11 +101,11 @@ class PageEvents:
             case Started():
                 return event_bytes("started")
             case Progress(tokens=drawn):
-                left = served.seconds_left(tokens)
-                rounded = None if left is None else round(left, 2)
-                total = request.n * tokens
                 return event_bytes(
-                    "progress", tokens_drawn=drawn, tokens=total, seconds_left=rounded
+                    "progress",
+                    tokens_drawn=drawn,
+                    tokens=request.n * tokens,
+                    seconds_left=served.seconds_left(tokens),
                 )
             case Preview() as preview:
                 picture = await state.make_text(preview_of(state, preview, "webp"))
@@ -127,9 +127,11 @@ class PageEvents:
                     seed=request.params.seed,
                 )
             case Ended() as ended if ended.outcome == "finished":
-                seconds = round(ended.at - served.accepted_at, 3)
-                usage = Usage.of(request.n, tokens).model_dump()
-                return event_bytes("done", seconds=seconds, usage=usage)
+                return event_bytes(
+                    "done",
+                    seconds=round(ended.at - served.accepted_at, 3),
+                    usage=Usage.of(request.n, tokens).model_dump(),
+                )
             case Ended() as ended:
                 return event_bytes("error", **state.failure(ended).body)
 

@@ -273,8 +273,12 @@ class ServedModel:
 
     def no_such_model(self, name: str) -> ApiError:
         """The error for a client that asks for another model."""
-        message = f"the model '{name}' does not exist: this service has {self.name}"
-        return ApiError(404, message, "model_not_found", "model")
+        return ApiError(
+            404,
+            f"the model '{name}' does not exist: this service has {self.name}",
+            "model_not_found",
+            "model",
+        )
 
     def search(self, word: str) -> list[ClassData]:
         """Classes whose name contains the word, or whose id begins with it; names that begin with
@@ -338,11 +342,17 @@ class ServedModel:
         if label is not None:
             raise invalid(f"class_label must be 0 to {len(self.classes) - 1}", "class_label")
         if prompt is None:
-            message = "prompt is missing: a class, by name or id (see /v1/classes)"
-            raise ApiError(400, message, "missing_value", "prompt")
+            raise ApiError(
+                400,
+                "prompt is missing: a class, by name or id (see /v1/classes)",
+                "missing_value",
+                "prompt",
+            )
         if len(prompt) > _LONGEST_NAME:  # a search for similar names would take long
-            what = "prompt must be the name or id of a class (see /v1/classes), not a description"
-            raise invalid(what, "prompt")
+            raise invalid(
+                "prompt must be the name or id of a class (see /v1/classes), not a description",
+                "prompt",
+            )
         try:
             return self.classes.resolve(prompt)
         except UserError as error:

@@ -175,8 +175,9 @@ class ServerParser(OneLineParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError`."""
-        told = shortened(message, _LONGEST_MESSAGE)
-        raise UserError(f"{self.origin}{told} (--help shows the options)")
+        raise UserError(
+            f"{self.origin}{shortened(message, _LONGEST_MESSAGE)} (--help shows the options)"
+        )
 
 
 def build_server_parser() -> ServerParser:
@@ -299,8 +300,7 @@ def _filed_values(path: Path) -> Iterator[tuple[str, str, Any]]:
     if content in (None, ""):
         return
     if not isinstance(content, dict):
-        what = "must be flags and their values, such as port: 8000"
-        raise SettingError("config", path, what)
+        raise SettingError("config", path, "must be flags and their values, such as port: 8000")
     names = [str(name).replace("_", "-") for name in content]
     for name, value in zip(names, content.values(), strict=True):
         if name == "config" or names.count(name) > 1:
@@ -318,9 +318,11 @@ def _config_text(path: Path) -> str:
     with path.open("rb") as stream:
         content = stream.read(_MOST_CONFIG_BYTES + 1)
     if len(content) > _MOST_CONFIG_BYTES:
-        size = f"has more than {_MOST_CONFIG_BYTES} bytes"
-        why = f"{size}; flags and their values take a few hundred"
-        raise SettingError("config", path, why)
+        raise SettingError(
+            "config",
+            path,
+            f"has more than {_MOST_CONFIG_BYTES} bytes; flags and their values take a few hundred",
+        )
     return content.decode()
 
 

@@ -72,8 +72,12 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     }
     host, folder, engines = said["host"], said["store_dir"], said["data_parallel_size"]
     keys = _resolve_keys(said["api_key"], host)
-    every = "0.0.0.0 is every IPv4 address, :: every IPv6 one"
-    _require(_is_host(host), "host", host, f"is neither an address nor a name; {every}")
+    _require(
+        _is_host(host),
+        "host",
+        host,
+        "is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one",
+    )
     _check_proxies(said["forwarded_allow_ips"])
     if engines > 1:
         _check_gpus(choice, engines)
@@ -83,9 +87,12 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     name = said["served_model_name"]
     if name is None:
         name = choice.model.gpt_model
-    fits = name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME
-    what = f"must be printable, not empty, and at most {_LONGEST_NAME} characters"
-    _require(fits, "served_model_name", name, what)
+    _require(
+        name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME,
+        "served_model_name",
+        name,
+        f"must be printable, not empty, and at most {_LONGEST_NAME} characters",
+    )
     return ServerSettings(
         choice=choice,
         engine=replace(
@@ -137,49 +144,85 @@ def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
         _require(not others, "host", host, why)
         return ()
     keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
-    what = "must be printable ASCII, not empty, and without spaces around it"
-    fits = _is_header_text(given) and "" not in keys
-    _require(fits, "api_key", None, f"{what}; commas separate several keys")
-    what = f"a key must have at least {_LEAST_KEY} characters; {_MAKES_A_KEY}"
-    fits = not others or min(map(len, keys)) >= _LEAST_KEY
-    _require(fits, "api_key", None, f"others can reach {host}, so {what}")
+    _require(
+        _is_header_text(given) and "" not in keys,
+        "api_key",
+        None,
+        "must be printable ASCII, not empty, and without spaces around it; commas separate several "
+        "keys",
+    )
+    _require(
+        not others or min(map(len, keys)) >= _LEAST_KEY,
+        "api_key",
+        None,
+        f"others can reach {host}, so a key must have at least {_LEAST_KEY} characters; "
+        f"{_MAKES_A_KEY}",
+    )
     return keys
 
 
 def _check_proxies(said: str | None) -> None:
     """Checks addresses of proxies: uvicorn takes a misspelt one for a name, and trusts no proxy."""
     networks = [] if said in (None, "*") else said.split(",")
-    what = "must be addresses or networks, separated by commas, such as 10.0.0.7,10.1.0.0/16, or *"
-    fits = all(_parses(ip_network, network.strip()) for network in networks)
-    _require(fits, "forwarded_allow_ips", said, f"{what} alone")
+    _require(
+        all(_parses(ip_network, network.strip()) for network in networks),
+        "forwarded_allow_ips",
+        said,
+        "must be addresses or networks, separated by commas, such as 10.0.0.7,10.1.0.0/16, or * "
+        "alone",
+    )
 
 
 def _check_gpus(choice: ModelChoice, engines: int) -> None:
     device, count, setting = choice.model.device, torch.cuda.device_count(), "data_parallel_size"
-    none = f"takes {engines} GPUs, and this is a CPU; leave it out"
-    _require(device.type == "cuda", setting, engines, none)
-    others = ("takes GPUs from cuda:0 on; leave ", SettingName("device"), f" {device} out")
-    _require(device.index in (None, 0), setting, engines, *others)
+    _require(
+        device.type == "cuda",
+        setting,
+        engines,
+        f"takes {engines} GPUs, and this is a CPU; leave it out",
+    )
+    _require(
+        device.index in (None, 0),
+        setting,
+        engines,
+        "takes GPUs from cuda:0 on; leave ",
+        SettingName("device"),
+        f" {device} out",
+    )
     _require(count >= engines, setting, engines, f"there are {count} GPUs here")
 
 
 def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
     """Checks where images are stored and which URLs they get."""
-    missing = f"there is no folder {folder}; make it first, or choose another"
-    # `StoreClaim` looks whether it can write
-    _require(folder is None or os.path.isdir(folder), "store_dir", None, missing)
+    _require(
+        folder is None or os.path.isdir(folder),  # `StoreClaim` looks whether it can write
+        "store_dir",
+        None,
+        f"there is no folder {folder}; make it first, or choose another",
+    )
     if url is not None:
-        scheme = url.startswith(("http://", "https://"))
-        what = "must begin with http:// or https://, and be ASCII without spaces"
-        _require(scheme and _is_header_text(url) and " " not in url, "public_url", url, what)
-        has_host = _parses(urlsplit, url) and urlsplit(url).hostname
-        what = "names no host; such as https://pictures.example.org"
-        _require(has_host, "public_url", url, what)
+        _require(
+            url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url,
+            "public_url",
+            url,
+            "must begin with http:// or https://, and be ASCII without spaces",
+        )
+        _require(
+            _parses(urlsplit, url) and urlsplit(url).hostname,
+            "public_url",
+            url,
+            "names no host; such as https://pictures.example.org",
+        )
     elif folder is not None:
-        everywhere = ("0.0.0.0", "::")  # noqa: S104 -- compared with
-        need = f" {host} the images' URLs need an address: give "
-        told = ("at ", SettingName("host"), need, SettingName("public_url"))
-        _require(host not in everywhere, "store_dir", None, *told)
+        _require(
+            host not in ("0.0.0.0", "::"),  # noqa: S104 -- compared with
+            "store_dir",
+            None,
+            "at ",
+            SettingName("host"),
+            f" {host} the images' URLs need an address: give ",
+            SettingName("public_url"),
+        )
 
 
 def _resolve_store(
@@ -188,9 +231,14 @@ def _resolve_store(
     """How many bytes the stored images may have together, once all that is said about the store
     goes together.
     """
-    share = f", {fronts}: each process keeps a share"
-    least = ("must be at least ", SettingName("api_server_count"), share)
-    _require(images >= fronts, "store_images", images, *least)
+    _require(
+        images >= fronts,
+        "store_images",
+        images,
+        "must be at least ",
+        SettingName("api_server_count"),
+        f", {fronts}: each process keeps a share",
+    )
     stored_bytes = _stored_bytes(arguments.store_max_size, choice, fronts)
     for setting in ("store_images", "store_max_size"):
         if getattr(arguments, setting) is not None and arguments.store_dir is None:
@@ -208,9 +256,13 @@ def _stored_bytes(text: str | None, choice: ModelChoice, fronts: int) -> int | N
         raise SettingError("store_max_size", text, what)
     bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
     least = fronts * largest_picture_bytes(choice.model.image_size)
-    what = f"must be at least {-(-least // 1024)}K: an image for each "
-    count = SettingName("api_server_count")
-    _require(bytes_there >= least, "store_max_size", text, what, count)
+    _require(
+        bytes_there >= least,
+        "store_max_size",
+        text,
+        f"must be at least {-(-least // 1024)}K: an image for each ",
+        SettingName("api_server_count"),
+    )
     return bytes_there
 
 

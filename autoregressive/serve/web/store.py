@@ -95,8 +95,10 @@ class StoreClaim:
                 what = "another service keeps its images there"
             raise SettingError("store_dir", folder, f"{what}; choose another folder") from error
         if removed := remove_leftovers(folder, _UNFINISHED):
-            fields = {"folder": str(folder), "files": removed}
-            _log.warning("unfinished pictures were removed", extra={"fields": fields})
+            _log.warning(
+                "unfinished pictures were removed",
+                extra={"fields": {"folder": str(folder), "files": removed}},
+            )
 
     def close(self) -> None:
         """Gives the folder up."""
@@ -310,6 +312,10 @@ class Store:
     def _log_failure(self, what: str, error: OSError) -> StoreFailed:
         """Logs the disk's error; returns the exception for callers, who must not see the reason."""
         number = errno.errorcode.get(error.errno or 0, "unknown")
-        fields = {"folder": str(self._folder), "errno": number, "reason": error.strerror}
-        _log.error(what, extra={"fields": fields})
+        _log.error(
+            what,
+            extra={
+                "fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}
+            },
+        )
         return StoreFailed(what)

@@ -277,8 +277,9 @@ class ServedRequest:
         return event
 
     def seconds_left(self, tokens_of_image: int) -> float | None:
-        """A guess from its own speed so far; None while no token is drawn."""
+        """A guess from its own speed so far, to hundredths; None while no token is drawn."""
         if self.started_at is None or self.tokens == 0:
             return None
         passed = time.monotonic() - self.started_at
-        return passed / self.tokens * (self.request.n * tokens_of_image - self.tokens)
+        left = self.request.n * tokens_of_image - self.tokens
+        return round(passed / self.tokens * left, 2)

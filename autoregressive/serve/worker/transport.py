@@ -105,11 +105,9 @@ class Backlog:
     def put(self, message: Any) -> None:
         """Adds a message at the end."""
         number = next(self._numbers)
-        self._messages[number] = message
-        if (key := _superseding_key(message)) is None:
-            return
+        key = _superseding_key(message) or (number,)
         older = self._newest.get(key)
-        self._newest[key] = number
+        self._messages[number], self._newest[key] = message, number
         if older is not None and len(self._messages) > _FAR_BEHIND:
             del self._messages[older]
 
@@ -123,8 +121,8 @@ class Backlog:
         ):
             number = next(iter(self._messages))
             message = self._messages.pop(number)
-            key = _superseding_key(message)
-            if key is not None and self._newest[key] == number:
+            key = _superseding_key(message) or (number,)
+            if self._newest[key] == number:
                 del self._newest[key]
             batch.append(message)
         return batch

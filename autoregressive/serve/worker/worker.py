@@ -322,8 +322,9 @@ class Worker:
                 if is_finite:
                     self._send_image(parent, image, picture.numpy().tobytes(), seconds)
                 else:
-                    message = "the decoder's pixels are NaN or infinite"
-                    self._end_early(parent, "non_finite", message)
+                    self._end_early(
+                        parent, "non_finite", "the decoder's pixels are NaN or infinite"
+                    )
 
     def _send_image(
         self, parent: ParentRequest, image: Request, data: bytes, decode_seconds: float
@@ -339,8 +340,8 @@ class Worker:
         del self._parents[request_id]
         for image in parent.images:
             self._parent_of.pop(image, None)
-        used_pages = self._engine.scheduler.pool.used_pages
         self._tell_progress(parent, now)
+        used_pages = self._engine.scheduler.pool.used_pages
         self._outbox.put(Ended(request_id, outcome, now, message, parent.tokens, used_pages))
 
     def _preview(self) -> None:
