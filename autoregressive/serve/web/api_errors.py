@@ -129,7 +129,7 @@ def ended_early(outcome: str, message: str, retry_after: int) -> ApiError:
     """Why a request has ended without its images.
 
     Args:
-        outcome: one of `worker.messages.OUTCOMES` but `finished`, or `engine_lost`.
+        outcome: of an `Ended`, but not `finished`.
     """
     status, text, code, again = _ENDS[outcome]
     return ApiError(status, text.format(message), code, None, retry_after if again else None)

@@ -142,26 +142,17 @@ class Image:
 class Ended:
     """A request has ended, and the engine holds nothing for it any more.
 
-    The outcome is `finished`, `cancelled`, or the reason of the failure.
+    The outcome is `finished`, or what `ended_early` knows: `cancelled`, or the reason of the
+    failure.
     """
 
     request_id: int
-    outcome: str  # one of OUTCOMES
+    outcome: str
     at: float
     message: str = ""
     tokens: int | None = None  # that were given to the device, over all its images
     used_pages: int | None = None  # of the engine, now that this request's are free
 
-
-OUTCOMES = (
-    "finished",
-    "cancelled",
-    "queue_timeout",
-    "run_timeout",
-    "out_of_memory",
-    "non_finite",
-    "refused",
-)
 
 Command = EngineRequest | Cancel | Stop
 RequestEvent = Started | Progress | Preview | Image | Ended  # of one request
