@@ -10,19 +10,19 @@ the environment (LLAMAGEN_GPT_MODEL=GPT-XL), which the YAML file sets.
 """
 
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
 
 from autoregressive.errors import UserError
 from autoregressive.serve.lifecycle import prepare
 from autoregressive.serve.logs import log_our_loggers
-from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.app import build_service_app, start_dispatcher
+from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.guards import App, Receive, Scope, Send
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
-from autoregressive.serve.web.service import Service, start_service
-
-_Message = MutableMapping[str, Any]
+from autoregressive.serve.web.store import StoreClaim
 
 
 class ReplicaApp:
@@ -31,21 +31,17 @@ class ReplicaApp:
     """
 
     def __init__(self) -> None:
-        self._service: Service | None = None
+        self._service: tuple[App, Dispatcher, ThreadPoolExecutor] | None = None
 
     @property
-    def failure(self) -> str | None:
+    def failure(self) -> object:
         """Why the replica has to be replaced; None while it works."""
         if self._service is None:
             return None
-        return self._service.dispatcher.failure or self._service.dispatcher.start_failure
+        _, dispatcher, _ = self._service
+        return dispatcher.failure or dispatcher.start_failure
 
-    async def __call__(
-        self,
-        scope: _Message,
-        receive: Callable[[], Awaitable[_Message]],
-        send: Callable[[_Message], Awaitable[None]],
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the server's start and end."""
         if self._service is None:
             settings = resolve_server_settings(read_arguments([], os.environ))
@@ -56,19 +52,23 @@ class ReplicaApp:
                 )
             log_our_loggers(settings.log_level)
             model, recipe = prepare(settings)
-            self._service = start_service(
-                settings, model, recipe, settings.public_url or "http://127.0.0.1:8000"
-            )
+            StoreClaim(settings.store)  # until this process ends
+            dispatcher = start_dispatcher(settings, model, recipe)
+            address = settings.public_url or "http://127.0.0.1:8000"
+            app, encoders = build_service_app(settings, model, dispatcher, address)
+            self._service = app, dispatcher, encoders
+        app, dispatcher, encoders = self._service
         if scope["type"] != "lifespan":
-            await self._service.app(scope, receive, send)
+            await app(scope, receive, send)
             return
-        while True:
+        ends = False
+        while not ends:
             message = await receive()
-            if message["type"] == "lifespan.shutdown":
-                self._service.close()
+            ends = message["type"] == "lifespan.shutdown"
+            if ends:
+                dispatcher.stop(at_once=False)
+                encoders.shutdown(wait=False, cancel_futures=True)
             await send({"type": f"{message['type']}.complete"})
-            if message["type"] == "lifespan.shutdown":
-                return
 
 
 replica_app = ReplicaApp()
@@ -82,7 +82,7 @@ class LlamaGen:
     def check_health(self) -> None:
         """Ray asks now and then; an exception has it replace the replica."""
         if replica_app.failure is not None:
-            raise RuntimeError(replica_app.failure)
+            raise RuntimeError(str(replica_app.failure))
 
 
 application = LlamaGen.bind()  # type: ignore[attr-defined]

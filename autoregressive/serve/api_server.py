@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None, watch: SignalWatch | None = None) ->
         UserError: any error that the user can mend.
     """
     with saying_what_to_install():
-        from autoregressive.serve.web.config_layers import read_arguments
-    arguments = read_arguments(sys.argv[1:] if argv is None else argv, os.environ)
-    with saying_what_to_install():
+        from autoregressive.serve.web.server_flags import read_arguments
+
+        arguments = read_arguments(sys.argv[1:] if argv is None else argv, os.environ)
         from autoregressive.serve import lifecycle
     return lifecycle.run(arguments, watch)
 

@@ -3,7 +3,7 @@
 """
 
 import argparse
-from typing import Any
+from dataclasses import fields
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
@@ -95,16 +95,6 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
     Raises:
         SettingError: a value is out of range.
     """
-    typed: dict[str, Any] = {
-        "max_num_seqs": arguments.max_num_seqs,
-        "page_size": arguments.page_size,
-        "num_pages": arguments.num_pages,
-        "gpu_memory_utilization": arguments.gpu_memory_utilization,
-        "attention_backend": arguments.attention_backend,
-    }
-    given = {"max_num_seqs": max_num_seqs} | {
-        name: value for name, value in typed.items() if value is not None
-    }
-    return EngineConfig(
-        **given, enforce_eager=arguments.enforce_eager, deterministic=arguments.deterministic
-    )
+    said = {field.name: getattr(arguments, field.name, None) for field in fields(EngineConfig)}
+    given = {name: value for name, value in said.items() if value is not None}
+    return EngineConfig(**{"max_num_seqs": max_num_seqs, **given})

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -16,23 +17,18 @@ from autoregressive.errors import UserError, tell
 from autoregressive.output.records import generation_record
 from autoregressive.serve.logs import ServiceLogs, service_logs
 from autoregressive.serve.signals import SignalWatch
+from autoregressive.serve.web.app import Share, build_service_app, start_dispatcher
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.descriptors import raise_descriptor_limit
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts.front import FrontRecipe
 from autoregressive.serve.web.fronts.supervisor import FrontSupervisor
-from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
-from autoregressive.serve.web.service import Share, build_service_app, start_dispatcher
 from autoregressive.serve.web.store import StoreClaim
-from autoregressive.serve.worker.process import (
-    EngineRecipe,
-    MakeEngine,
-    StartProcess,
-    settle_heap,
-    start_process,
-)
+from autoregressive.serve.worker.process import settle_heap
+from autoregressive.serve.worker.worker import MakeEngine, StartProcess, build_engine, start_process
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
@@ -77,8 +73,8 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
 
     def recipe(index: int) -> MakeEngine:
         device = torch.device("cuda", index) if settings.engines > 1 else model.device
-        placed = replace(model, device=device)
-        return EngineRecipe(placed, found, settings.engine, model.defaults.sampling)
+        typical = settings.model.defaults.sampling
+        return partial(build_engine, replace(model, device=device), found, settings.engine, typical)
 
     return served_model(settings, found), recipe
 
@@ -152,7 +148,7 @@ def serve(
     exit status.
 
     Args:
-        recipe, start: as `start_service`.
+        recipe, start: as `start_dispatcher`.
         listeners: clients connect to them; if there are several, each gets a process.
         watch: of the signals; None: made here.
 
@@ -176,7 +172,7 @@ async def _serve(
 ) -> int:
     claim = StoreClaim(settings.store)
     dispatcher = start_dispatcher(settings, model, recipe, start)
-    dispatcher.metrics.show_dropped_lines(lambda: logs.dropped)
+    dispatcher.metrics.dropped_lines = lambda: logs.dropped
     policy = ShutdownPolicy(dispatcher, logs.announce)
     loop = asyncio.get_running_loop()
 
@@ -196,7 +192,7 @@ async def _serve(
         dispatcher.stop(at_once=policy.at_once)
         claim.close()
     if dispatcher.start_failure is not None:
-        raise UserError(dispatcher.start_failure)
+        raise dispatcher.start_failure
     failure = dispatcher.failure or failure
     if failure is not None:
         _log.critical("%s: the service has ended; start it again", failure)

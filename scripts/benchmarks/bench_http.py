@@ -43,7 +43,7 @@ with slow_imports(__name__):
         script,
     )
     from autoregressive.serve import lifecycle
-    from autoregressive.serve.web.config_layers import read_arguments
+    from autoregressive.serve.web.server_flags import read_arguments
     from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
         Ended,
@@ -54,11 +54,10 @@ with slow_imports(__name__):
         Ready,
         Started,
         Stop,
-        receive,
     )
-    from autoregressive.serve.worker.outbox import Outbox
-    from autoregressive.serve.worker.process import ChildProcess, MakeEngine, start_child
-    from autoregressive.serve.worker.worker import STATS_SECONDS
+    from autoregressive.serve.worker.process import ChildProcess, start_child
+    from autoregressive.serve.worker.transport import Outbox, receive
+    from autoregressive.serve.worker.worker import STATS_SECONDS, MakeEngine
     from autoregressive.weights.finding import FoundWeights
 
 _SERVE = "--serve"  # how this script runs itself

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -42,13 +43,12 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.sampling import SamplingParams
     from autoregressive.serve import api_server, lifecycle
-    from autoregressive.serve.web.config_layers import read_arguments
     from autoregressive.serve.web.openai_routes import partial_rows
+    from autoregressive.serve.web.server_flags import read_arguments
     from autoregressive.serve.web.server_settings import resolve_server_settings
-    from autoregressive.serve.worker.outbox import Outbox
     from autoregressive.serve.worker.previews import fill_undrawn
-    from autoregressive.serve.worker.process import EngineRecipe, MakeEngine, connect
-    from autoregressive.serve.worker.worker import serve
+    from autoregressive.serve.worker.process import connect
+    from autoregressive.serve.worker.worker import MakeEngine, build_engine, serve
     from autoregressive.weights.finding import FoundWeights
 
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
@@ -62,10 +62,7 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
-        outbox = Outbox(connection, "events")
-        self._thread = threading.Thread(
-            target=lambda: serve(make_engine, connection, outbox), daemon=True
-        )
+        self._thread = threading.Thread(target=serve, args=(make_engine, connection), daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> int:
@@ -78,7 +75,7 @@ class EngineThread:
 
 
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
-    """Starts the engine in a thread; the arguments are those of `worker.process.start_process`."""
+    """Starts the engine in a thread; the arguments are those of `worker.start_process`."""
     ours, theirs = connect()
     return EngineThread(make_engine, theirs), ours
 
@@ -87,10 +84,11 @@ def serve_in_a_thread(flags: Sequence[str]) -> int:
     """The service's command with its engine in a thread."""
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     found = FoundWeights(None, None)
-    recipe = EngineRecipe(settings.model, found, settings.engine, SamplingParams())
+    model, params = settings.model, SamplingParams()
+    recipe = partial(build_engine, model, found, settings.engine, params)
     with lifecycle.listen(settings) as listeners:
-        model = lifecycle.served_model(settings, found)
-        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start_in_a_thread)
+        served = lifecycle.served_model(settings, found)
+        return lifecycle.serve(settings, served, lambda index: recipe, listeners, start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:
@@ -99,8 +97,12 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
     """
     settings = resolve_server_settings(read_arguments(flags, os.environ))
     model = settings.model
-    engine = EngineRecipe(model, FoundWeights(None, None), settings.engine, SamplingParams())(
-        lambda done, total: None
+    engine = build_engine(
+        model,
+        FoundWeights(None, None),
+        settings.engine,
+        SamplingParams(),
+        lambda done, total: None,
     )
     assert engine.decoder is not None
     rows = partial_rows(1, model.grid)[0]

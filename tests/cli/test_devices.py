@@ -8,9 +8,9 @@ import torch
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.serve import lifecycle
-from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
-from autoregressive.serve.worker import process
+from autoregressive.serve.worker import worker
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_an_engines_process_uses_the_limited_cpu_threads(
     """Fails if an engine of the service is built with a thread for every core, whatever
     it runs on.
     """
-    monkeypatch.setattr(process, "settle_heap", lambda: None)  # this process goes on
+    monkeypatch.setattr(worker, "settle_heap", lambda: None)  # this process goes on
     _, recipe = lifecycle.prepare(
         resolve_server_settings(read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {}))
     )

@@ -29,7 +29,7 @@ from safetensors.torch import save, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from autoregressive.errors import UserError
-from autoregressive.serve.web.config_layers import read_arguments
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
 
 SECONDS, EXTRA_BYTES = 10.0, 256 * 2**20

@@ -35,10 +35,10 @@ from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.lifecycle import listen, serve
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web.config_layers import read_arguments
-from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.schema import ServedModel
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
-from autoregressive.serve.worker.process import MakeEngine
+from autoregressive.serve.worker.worker import MakeEngine
 
 GRID, TOKENS, IMAGE_SIZE = 8, 64, 32
 LARGE_SIZE = (

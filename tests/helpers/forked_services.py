@@ -32,7 +32,7 @@ from fake_service import FAULTS, Faults, Service, ServiceProcess
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web.fronts import supervisor
-from autoregressive.serve.worker import child, process
+from autoregressive.serve.worker import process, worker
 
 _START_SECONDS = 120.0
 
@@ -73,7 +73,7 @@ def fork_child(
     if pid == 0:
         try:
             close_all_but(0, 1, 2, theirs.fileno(), *(one.fileno() for one in sockets))
-            child.live(name, parent, lambda: run(theirs, *sockets))
+            process.live(name, parent, lambda: run(theirs, *sockets))
         finally:
             os._exit(1)
     theirs.close()
@@ -207,7 +207,7 @@ def _forge() -> Forge:
 
 def main() -> None:
     """Forks a service for each line of stdin."""
-    process.start_child = cast(Any, fork_child)
+    worker.start_child = cast(Any, fork_child)
     supervisor.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under `nohup`

@@ -141,7 +141,7 @@ def test_the_configuration_file_is_utf_8_whatever_the_locale(tmp_path: Path) -> 
     """Fails if a name in --config is read in the encoding of the locale."""
     (tmp_path / "service.yaml").write_text("served-model-name: 模型\n", encoding="utf-8")
     code = (
-        "from autoregressive.serve.web.config_layers import read_arguments\n"
+        "from autoregressive.serve.web.server_flags import read_arguments\n"
         "print(ascii(read_arguments(['--config', 'service.yaml'], {}).served_model_name))"
     )
     variables = ASCII | {

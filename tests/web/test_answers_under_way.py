@@ -17,8 +17,7 @@ from fake_service import CLASS_NAMES, IMAGE_SIZE, fake_model, running_service
 
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import Ended, EngineRequest, Image
+from autoregressive.serve.worker.messages import Ended, EngineRequest, Image, ServedRequest
 
 
 class DrawnBroker:

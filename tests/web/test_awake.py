@@ -12,8 +12,9 @@ from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock
 from autoregressive.serve.web.fronts import front
 from autoregressive.serve.web.fronts.front import Accepted, RemoteBroker, State
-from autoregressive.serve.worker.messages import Ended, EngineRequest, Heartbeat, encode
+from autoregressive.serve.worker.messages import Ended, EngineRequest, Heartbeat
 from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.transport import encode
 
 ORDER = EngineRequest(-1, 1, 1, SamplingParams(), True)
 READY = State(None, None, 0, 1, (), ())

@@ -22,10 +22,9 @@ from autoregressive.serve.worker.messages import (
     Preview,
     Progress,
     Started,
-    receive,
 )
-from autoregressive.serve.worker.outbox import Backlog, Outbox
 from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.transport import Backlog, Outbox, receive
 
 REQUESTS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
 LARGE = Image(99, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds

@@ -23,10 +23,9 @@ from autoregressive.serve.worker.messages import (
     LoopStats,
     Preview,
     Stop,
-    encode,
-    receive,
 )
 from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.transport import encode, receive
 
 LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
 

@@ -10,18 +10,18 @@ import pytest
 from fake_service import fake_model
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 from test_worker import order
 
 from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app import build_service_app
+from autoregressive.serve.web.app_state import DRAWING_PATHS, RequestBroker, client_of, context_of
 from autoregressive.serve.web.clients import WaitingPlaces
-from autoregressive.serve.web.config_layers import read_arguments
-from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker
-from autoregressive.serve.web.generation import DRAWING_PATHS
-from autoregressive.serve.web.request_context import client_of, context_of
+from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
-from autoregressive.serve.web.service import build_service_app
 from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.serve.worker.messages import Ended, EngineRequest, Ready, Started
 from autoregressive.serve.worker.process import connect
@@ -169,9 +169,7 @@ def test_a_proxy_that_would_never_be_trusted_is_refused(text: str) -> None:
     """Fails if a misspelt proxy passes: all clients behind it would share one share, and nobody
     would know why.
     """
-    with pytest.raises(
-        UserError, match=r"--forwarded-allow-ips .*: must be addresses or networks, .* or \* alone"
-    ):
+    with refused(match=r"--forwarded-allow-ips .*: must be addresses or networks, .* or \* alone"):
         resolve_server_settings(read_arguments([f"--forwarded-allow-ips={text}"], {}))
 
 

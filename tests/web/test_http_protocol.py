@@ -16,11 +16,10 @@ import uvicorn
 from fastapi import Request
 
 from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.web import generation, http_protocol
+from autoregressive.serve.web import http_protocol, openai_routes
+from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.request_context import context_of
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import EngineRequest
+from autoregressive.serve.worker.messages import EngineRequest, ServedRequest
 
 pytestmark = pytest.mark.timing
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -259,7 +258,7 @@ def test_a_stream_that_breaks_off_says_so() -> None:
         state = cast(Any, SimpleNamespace(broker=SimpleNamespace(abandon=abandoned.append)))
         request = Request({"type": "http"})
         served = ServedRequest(EngineRequest(3, 0, 1, SamplingParams(), pixels=True), 0.0)
-        response = generation.event_stream(state, request, served, next_event)
+        response = openai_routes.event_stream(state, request, served, next_event)
         with contextlib.suppress(ValueError):
             told = b"".join([cast(bytes, part) async for part in response.body_iterator])
         return told, context_of(request.scope), abandoned

@@ -9,10 +9,9 @@ import uvicorn
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web import http_protocol
+from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.connections import Connections, Phase
-from autoregressive.serve.web.request_context import context_of
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import EngineRequest
+from autoregressive.serve.worker.messages import EngineRequest, ServedRequest
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 PICTURE = b"p" * 30_000  # less than what pauses the writing, more than what the system takes

@@ -8,8 +8,7 @@ from fake_service import CLASS_NAMES, LARGE, LARGE_SIZE, running_service
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import EngineRequest, Image
+from autoregressive.serve.worker.messages import EngineRequest, Image, ServedRequest
 
 
 def test_images_that_are_to_come_count_until_they_are_here() -> None:

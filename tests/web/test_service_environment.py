@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from autoregressive.errors import UserError
-from autoregressive.serve.web.config_layers import is_service_link, read_arguments
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.server import Server
-from autoregressive.serve.web.server_flags import build_server_parser
+from autoregressive.serve.web.server_flags import (
+    build_server_parser,
+    is_service_link,
+    read_arguments,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -41,15 +41,9 @@ from autoregressive.serve.web.fronts.front import (
 )
 from autoregressive.serve.web.fronts.supervisor import FrontLink
 from autoregressive.serve.web.store import Store
-from autoregressive.serve.worker.messages import (
-    Cancel,
-    Ended,
-    EngineRequest,
-    Progress,
-    encode,
-    receive,
-)
+from autoregressive.serve.worker.messages import Cancel, Ended, EngineRequest, Progress
 from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.transport import encode, receive
 
 pytestmark = pytest.mark.timing
 FLAGS = (

@@ -31,9 +31,9 @@ from starlette.routing import Mount, Route
 
 from autoregressive.serve.web import authentication, http_protocol, request_log
 from autoregressive.serve.web.app import build_app, build_routes
-from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.dispatcher import Dispatcher, RequestBroker
+from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.web.timeouts import Timeouts

@@ -18,8 +18,7 @@ from refusals import refused
 from autoregressive.cli.command import flag_of, run_command
 from autoregressive.errors import UserError
 from autoregressive.serve import api_server, lifecycle
-from autoregressive.serve.web.config_layers import read_arguments
-from autoregressive.serve.web.server_flags import ENVIRONMENT, build_server_parser
+from autoregressive.serve.web.server_flags import ENVIRONMENT, build_server_parser, read_arguments
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,15 @@ import pytest
 from system_calls import ERRORS, Killed, SystemCalls, calls_of, counted
 
 from autoregressive.errors import UserError
-from autoregressive.serve.web.pictures import encode_picture, largest_picture_bytes
-from autoregressive.serve.web.store import LOCK_FILE, Store, StoreClaim, StoredPicture, StoreFailed
+from autoregressive.serve.web.openai_routes import encode_picture
+from autoregressive.serve.web.store import (
+    LOCK_FILE,
+    Store,
+    StoreClaim,
+    StoredPicture,
+    StoreFailed,
+    largest_picture_bytes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = b"picture" * 100

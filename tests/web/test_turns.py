@@ -7,6 +7,7 @@ import base64
 import gc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,15 +17,11 @@ from fastapi import Request
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.app_state import AppState, FairQueue
-from autoregressive.serve.web.dispatcher import RequestBroker
-from autoregressive.serve.web.generation import DRAWING_PATHS, event_stream
+from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, FairQueue, RequestBroker
 from autoregressive.serve.web.guards import one_drawing_a_turn
-from autoregressive.serve.web.openai_routes import OpenAIEvents
-from autoregressive.serve.web.schema import ImageRequest
-from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import EngineRequest, Preview
+from autoregressive.serve.web.openai_routes import event_stream, openai_event, preview_of
+from autoregressive.serve.web.schema import ImageRequest, ServedModel
+from autoregressive.serve.worker.messages import EngineRequest, Preview, ServedRequest
 
 MANY, SIZE = 50, 8
 PREVIEW = Preview(0, 0, 4, bytes(SIZE * SIZE * 3))
@@ -98,7 +95,9 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
         moments: list[int] = []
 
         async def write(state: AppState) -> None:
-            assert base64.b64decode(await state.preview_text(PREVIEW, "png")).startswith(b"\x89PNG")
+            assert base64.b64decode(
+                await state.make_text(preview_of(state, PREVIEW, "png"))
+            ).startswith(b"\x89PNG")
             moments.append(turn_of_the_loop)
 
         with ThreadPoolExecutor(4) as encoders:
@@ -155,8 +154,8 @@ def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
                 NobodysTurn(),
             )
             request = Request({"type": "http", "state": {}})
-            events = OpenAIEvents(state, served, ImageRequest.model_validate({}))
-            response = event_stream(state, request, served, events.next_event)
+            next_event = partial(openai_event, state, served, ImageRequest.model_validate({}))
+            response = event_stream(state, request, served, next_event)
             scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
             await response(scope, receive, send)
         assert sent == ["http.response.start"]
@@ -188,7 +187,7 @@ def test_the_service_takes_its_turns() -> None:
             for path in DRAWING_PATHS:
                 await client.post(path, json={"no such field": 1})
             await client.get("/health/none")
-        await state.preview_text(PREVIEW_OF_32, "png")
+        await state.make_text(preview_of(state, PREVIEW_OF_32, "png"))
 
     asyncio.run(run())
     assert len(asked) == len(DRAWING_PATHS) + 1

@@ -12,10 +12,10 @@ import socket
 from collections.abc import Callable
 
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app_state import REQUESTS, new_request_id
 from autoregressive.serve.web.connections import Connections, Phase
 from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
 from autoregressive.serve.web.http_protocol import PatientProtocol
-from autoregressive.serve.web.request_context import REQUESTS, new_request_id
 
 _ACCEPTS_A_TURN = 8  # so that a new one's request is read before many others have come
 _PAUSE_SECONDS = 0.1  # when the system has no room for another

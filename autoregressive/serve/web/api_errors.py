@@ -1,8 +1,34 @@
 """Errors as all answers have them: OpenAI's `{"error": {message, type, param, code}}`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
+
+# of some errors, by their codes
+_HEADERS = {
+    # OpenAI's clients would draw the same twice more
+    "run_timeout": {"X-Should-Retry": "false"},
+    "non_finite": {"X-Should-Retry": "false"},
+    "unsupported_encoding": {"Accept-Encoding": "identity"},  # RFC 9110, section 15.5.16
+}
+
+
+class ErrorDetail(BaseModel):
+    """An error, and the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error."""
+
+    error: ErrorDetail
 
 
 @dataclass
@@ -28,24 +54,15 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error as the JSON object of an answer."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        named = {"message": self.message, "type": self.type}
+        return {"error": {**named, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
-        if self.code in ("run_timeout", "non_finite"):
-            headers["X-Should-Retry"] = "false"  # OpenAI's clients would draw the same twice more
-        if self.code == "unsupported_encoding":
-            headers["Accept-Encoding"] = "identity"  # RFC 9110, section 15.5.16
-        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        again = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        key = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return again | key | _HEADERS.get(self.code, {})
 
     def encode(self, *, last: bool = False) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Headers and body of the whole answer.
@@ -61,6 +78,11 @@ class ApiError(Exception):
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body
 
 
+def invalid(message: str, param: str) -> ApiError:
+    """A field, or a parameter, has a value that cannot be used."""
+    return ApiError(400, message, "invalid_value", param)
+
+
 def internal_error() -> ApiError:
     """A bug of ours."""
     return ApiError(500, "something went wrong here; the log has it", "internal_error")
@@ -69,6 +91,11 @@ def internal_error() -> ApiError:
 def not_ready(why: str, retry_after: int) -> ApiError:
     """The service does not accept requests yet, or not any more."""
     return ApiError(503, why, "not_ready", None, retry_after)
+
+
+def described(errors: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """Errors as FastAPI's routes have them, from a description of each status."""
+    return {status: {"model": ErrorAnswer, "description": text} for status, text in errors.items()}
 
 
 # outcome -> status, message, code, and whether to try again later
@@ -102,7 +129,7 @@ def ended_early(outcome: str, message: str, retry_after: int) -> ApiError:
     """Why a request has ended without its images.
 
     Args:
-        outcome: one of `worker.messages.OUTCOMES` but `finished`, or `engine_lost`.
+        outcome: of an `Ended`, but not `finished`.
     """
     status, text, code, again = _ENDS[outcome]
     return ApiError(status, text.format(message), code, None, retry_after if again else None)

@@ -1,9 +1,14 @@
-"""The service as an ASGI application: routes, the page, the guards around them."""
+"""The service without the server around it: the application with its routes, the page and the
+guards around them, and the start of its engines.
+"""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
@@ -11,12 +16,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from autoregressive.serve.web.api_errors import ApiError, internal_error
-from autoregressive.serve.web.app_state import AppState
+from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
+from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.authentication import Authentication
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
-from autoregressive.serve.web.generation import ClientLeft
+from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import (
     App,
     Receive,
@@ -28,21 +34,25 @@ from autoregressive.serve.web.guards import (
     limit_sizes,
     one_drawing_a_turn,
 )
-from autoregressive.serve.web.openai_routes import add_openai_routes
+from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.request_log import RequestLog
 from autoregressive.serve.web.schema import (
     ClassesAnswer,
-    ErrorAnswer,
     ModelData,
     ModelsAnswer,
+    ServedModel,
     StatusAnswer,
     VersionAnswer,
 )
+from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.static_files import SharedFile, SharedFiles, has_already
-from autoregressive.serve.web.store import MEDIA_TYPES
+from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.web.strict_route import StrictRoute
+from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
+from autoregressive.version import program_version
 
+_MOST_ENCODERS = 8  # threads that make pictures' files
 PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
 _OPEN_PATHS = ("/", "/health", "/ready", "/static/")
@@ -57,23 +67,112 @@ _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     "Accept-Ranges": "none",
 }
-_WRONG: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorAnswer, "description": "The key is missing or wrong."},
-    429: {"model": ErrorAnswer, "description": "Too many wrong keys came from this address."},
+_WRONG = described(
+    {
+        401: "The key is missing or wrong.",
+        429: "Too many wrong keys came from this address.",
+    }
+)
+_ANYWHERE = described(
+    {
+        400: "A parameter is unknown or out of range, or the request is not HTTP/1.1.",
+        413: "The body is too large.",
+        421: "The service has no key, and does not answer to this name.",
+        431: "The headers are too large.",
+        500: "A bug; the log has it.",
+    }
+)
+_NOT_READ = ApiError(503, "the image cannot be read now: try again later", "store_failed", None, 10)
+# What a value must do, by pydantic's type of the error.
+_MUST = {
+    "bool_type": "be a valid boolean",
+    "finite_number": "be a finite number",
+    "float_type": "be a valid number",
+    "greater_than": "be greater than {gt}",
+    "greater_than_equal": "be greater than or equal to {ge}",
+    "int_parsing": "be a valid integer",
+    "int_parsing_size": "be a valid integer",
+    "int_type": "be a valid integer",
+    "less_than_equal": "be less than or equal to {le}",
+    "literal_error": "be {expected}",
+    "string_too_long": "have at most {max_length} characters",
+    "string_type": "be a valid string",
+    "string_unicode": "be a valid string",
 }
-_NO_MODEL: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorAnswer, "description": "No such model."}
+_HTTP_ERRORS = {
+    404: ("there is no such path", "not_found"),
+    405: ("this path does not take this method", "method_not_allowed"),
 }
-_ANYWHERE: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in (
-        (400, "A parameter is unknown or out of range, or the request is not HTTP/1.1."),
-        (413, "The body is too large."),
-        (421, "The service has no key, and does not answer to this name."),
-        (431, "The headers are too large."),
-        (500, "A bug; the log has it."),
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes that answer HTTP this is."""
+
+    index: int = 0
+    count: int = 1
+
+
+_ONLY = Share()
+
+
+def start_dispatcher(
+    settings: ServerSettings,
+    model: ServedModel,
+    recipe: Callable[[int], MakeEngine],
+    start: StartProcess = start_process,
+) -> Dispatcher:
+    """Starts the engines; called in the event loop.
+
+    Args:
+        recipe: which of the engines -> how it is built.
+        start: gives an engine a process.
+    """
+    return Dispatcher(
+        lambda index: start(recipe(index), f"engine-{index}"),
+        settings.engines,
+        settings.max_queue_size,
+        settings.timeouts,
+        model.tokens_of_image,
+        settings.engine.scheduling_policy,
     )
-}
+
+
+def build_service_app(
+    settings: ServerSettings,
+    model: ServedModel,
+    broker: RequestBroker,
+    address: str,
+    share: Share = _ONLY,
+) -> tuple[App, ThreadPoolExecutor]:
+    """The application, and the threads that make its pictures' files.
+
+    Args:
+        address: where clients reach it, if `settings` do not say.
+    """
+    threads = max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // share.count))
+    encoders = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
+    store = None
+    if settings.store is not None:
+        store = Store(
+            settings.store,
+            settings.stored_images,
+            settings.public_url or address,
+            share.index,
+            share.count,
+            most_bytes=settings.stored_bytes,
+            picture_bytes=largest_picture_bytes(model.image_size),
+        )
+    app = build_app(
+        AppState(model, broker, encoders, store),
+        version=program_version(),
+        docs=settings.docs,
+        api_keys=settings.api_keys,
+        public_host=settings.public_host,
+    )
+    if settings.forwarded_allow_ips is not None:
+        app = cast(App, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
+    return app, encoders
 
 
 def build_app(
@@ -126,18 +225,28 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
         responses=_ANYWHERE,
         servers=RELATIVE_SERVER,
         redirect_slashes=False,  # a redirect would name the host that the request names
+        exception_handlers=dict.fromkeys(
+            # starlette raises others again behind the answer, and the log gets them
+            (ApiError, RequestValidationError, HTTPException, ClientLeft, Exception),
+            _tell_error,
+        ),
     )
     app.router.route_class = StrictRoute
     add_openai_routes(app, state)
     add_page_routes(app, state)
     _add_facts(app, state, version)
     if state.store is not None:
-        _add_stored_images(app, state)
+        _add_stored_images(app, state, state.store)
     _add_state(app, state)
-    _add_page(app)
+    page = SharedFile(PAGE / "index.html", _PAGE_HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return page
+
+    app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
     if docs:
         add_docs(app, _PAGE_HEADERS)
-    _add_errors(app)
     return app
 
 
@@ -152,7 +261,7 @@ def _add_facts(app: FastAPI, state: AppState, version: str) -> None:
     @app.get(
         "/v1/models/{model_id:path}",
         response_model=ModelData,
-        responses={**_WRONG, **_NO_MODEL},
+        responses={**_WRONG, **described({404: "No such model."})},
         tags=["facts"],
     )
     async def describe_model(
@@ -180,12 +289,11 @@ def _add_facts(app: FastAPI, state: AppState, version: str) -> None:
         return VersionAnswer(version=version)
 
 
-def _add_stored_images(app: FastAPI, state: AppState) -> None:
+def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
     answers: dict[int | str, dict[str, Any]] = {
         200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
         304: {"description": "The client has it already."},
-        404: {"model": ErrorAnswer, "description": "There is no such image."},
-        503: {"model": ErrorAnswer, "description": "The disk does not give it now."},
+        **described({404: "There is no such image.", 503: "The disk does not give it now."}),
     }
 
     @app.get(
@@ -196,7 +304,7 @@ def _add_stored_images(app: FastAPI, state: AppState) -> None:
     )
     async def fetch_image(name: str, request: Request) -> Response:
         """A stored image."""
-        picture = await state.stored(name)
+        picture = await state.on_disk(_NOT_READ, store.read, name)
         if picture is None:
             raise ApiError(404, "there is no such image, or not any more", "not_found")
         headers = {
@@ -214,13 +322,9 @@ def _add_stored_images(app: FastAPI, state: AppState) -> None:
 
 def _add_state(app: FastAPI, state: AppState) -> None:
     broker = state.broker
+    unavailable = described({503: "Service Unavailable"})
 
-    @app.get(
-        "/health",
-        response_model=StatusAnswer,
-        responses={503: {"model": ErrorAnswer}},
-        tags=["state"],
-    )
+    @app.get("/health", response_model=StatusAnswer, responses=unavailable, tags=["state"])
     async def tell_health() -> StatusAnswer:
         """Whether the service is alive; 503 once one of its processes is lost, and while one does
         not respond.
@@ -229,12 +333,7 @@ def _add_state(app: FastAPI, state: AppState) -> None:
             raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
-    @app.get(
-        "/ready",
-        response_model=StatusAnswer,
-        responses={503: {"model": ErrorAnswer}},
-        tags=["state"],
-    )
+    @app.get("/ready", response_model=StatusAnswer, responses=unavailable, tags=["state"])
     async def tell_ready() -> StatusAnswer:
         """Whether requests are accepted."""
         broker.require_ready()
@@ -243,7 +342,7 @@ def _add_state(app: FastAPI, state: AppState) -> None:
     text: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/plain": {}}},
         **_WRONG,
-        503: {"model": ErrorAnswer, "description": "The process that counts does not respond."},
+        **described({503: "The process that counts does not respond."}),
     }
 
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
@@ -252,64 +351,35 @@ def _add_state(app: FastAPI, state: AppState) -> None:
         return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_page(app: FastAPI) -> None:
-    page = SharedFile(PAGE / "index.html", _PAGE_HEADERS)
-
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> Response:
-        return page
-
-    app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def tell_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        invalid = _as_api_error(error.errors())
-        return JSONResponse(invalid.body, status_code=invalid.status)
-
-    @app.exception_handler(ClientLeft)
-    async def tell_nobody(request: Request, error: ClientLeft) -> Response:
-        return Response(status_code=499)
-
-    # starlette raises it again behind this answer, and the log gets it
-    @app.exception_handler(Exception)
-    async def tell_internal_error(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(internal_error().body, status_code=500)
-
-    @app.exception_handler(HTTPException)
-    async def tell_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        words = {
-            404: ("there is no such path", "not_found"),
-            405: ("this path does not take this method", "method_not_allowed"),
-        }
-        message, code = words.get(
-            error.status_code, ("the request cannot be answered", "bad_request")
-        )
-        body = ApiError(error.status_code, message, code).body
-        headers = dict(error.headers or {})
-        if "GET" in headers.get("Allow", ""):
-            headers["Allow"] = "GET, HEAD"  # FastAPI's routes do not know that they take HEAD
-        return JSONResponse(body, status_code=error.status_code, headers=headers)
+async def _tell_error(request: Request, error: Exception) -> Response:
+    match error:
+        case ClientLeft():
+            return Response(status_code=499)
+        case ApiError():
+            found = error
+        case RequestValidationError():
+            found = _invalid(error.errors()[0])
+        case HTTPException(status_code=status):
+            unknown = ("the request cannot be answered", "bad_request")
+            found = ApiError(status, *_HTTP_ERRORS.get(status, unknown))
+        case _:
+            found = internal_error()
+    headers = dict(getattr(error, "headers", None) or {})
+    if "GET" in headers.get("Allow", ""):
+        headers["Allow"] = "GET, HEAD"  # FastAPI's routes do not know that they take HEAD
+    return JSONResponse(found.body, status_code=found.status, headers=headers)
 
 
-def _as_api_error(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's findings."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = place[0] if place else None
-    what = first["msg"].removeprefix("Input should be ").removeprefix("String should ").rstrip(".")
-    if param is None:
+def _invalid(finding: Mapping[str, Any]) -> ApiError:
+    """One of pydantic's findings as an error."""
+    place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
+    if not place:
         return ApiError(
             400, "the body must be a JSON object, sent as application/json", "invalid_body"
         )
-    return ApiError(
-        400,
-        f"{param} must be {what}" if what != first["msg"] else f"{param}: {what}",
-        "invalid_value",
-        param,
-    )
+    if finding["type"] not in _MUST:
+        return invalid(f"{place[0]}: {finding['msg'].rstrip('.')}", place[0])
+    limits = finding.get("ctx", {}).items()
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in limits}
+    what = _MUST[finding["type"]].format(**shown)
+    return invalid(f"{place[0]} must {what}", place[0])

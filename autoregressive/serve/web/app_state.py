@@ -1,68 +1,93 @@
-"""The objects that the routes work with: the model, the broker of requests, the threads that make
-files, and the store.
+"""What the routes and the guards before them share: the objects that they work with, and the record
+of each HTTP request, which goes with the request's scope.
 """
 
 import asyncio
 import base64
-from collections import deque
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import anyio
 import anyio.to_thread
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early
-from autoregressive.serve.web.dispatcher import RequestBroker
-from autoregressive.serve.web.pictures import encode_picture, encode_preview
-from autoregressive.serve.web.schema import OutputFormat, StreamRequest
-from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.store import Store, StoredPicture, StoreFailed
-from autoregressive.serve.worker.messages import Ended, EngineRequest, Image, Preview
+from autoregressive.serve.web.clients import client_id
+from autoregressive.serve.web.connections import Connection, Connections
+from autoregressive.serve.web.schema import ServedModel
+from autoregressive.serve.web.store import Store, StoreFailed
+from autoregressive.serve.worker.messages import Ended, EngineRequest, ServedRequest
 
+REQUESTS = "llamagen.requests"  # the logger that writes a line for each request
+IMAGES_PATH, STREAM_PATH, CODES_PATH = "/v1/images/generations", "/v1/images/stream", "/v1/codes"
+DRAWING_PATHS = (IMAGES_PATH, STREAM_PATH, CODES_PATH)
+_NAME = "context"  # of the record in a scope's state
 _STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
-_NOT_STORED = ApiError(
-    503,
-    "images cannot be stored now: ask for b64_json, or try again later",
-    "store_failed",
-    "response_format",
-    10,
-)
-_NOT_READ = ApiError(503, "the image cannot be read now: try again later", "store_failed", None, 10)
 _Result = TypeVar("_Result")
 
 
+class RequestBroker(Protocol):
+    """Takes the routes' requests: the dispatcher, or its stand-in in another process."""
+
+    @property
+    def unhealthy(self) -> str | None:
+        """For clients: which process of the service is lost or does not respond, as far as is
+        known.
+        """
+
+    def require_ready(self) -> None:
+        """Raises the `ApiError` that says why no request is accepted now."""
+
+    async def accept(self, request: EngineRequest) -> ServedRequest:
+        """Accepts a request, and fills in its id and deadlines.
+
+        Raises:
+            ApiError: the service is not ready, the queue is full, or the client has its share of
+                it.
+        """
+
+    def abandon(self, served: ServedRequest) -> None:
+        """Drops a request that is not waited for any more. Its engine is told unless it has
+        ended.
+        """
+
+    def ahead_of(self, served: ServedRequest) -> int:
+        """How many waiting requests start before a waiting one, if no more come.
+
+        It is counted every half a second. Where clients take turns it is an estimate, because only
+        the engines know whose turn it is.
+        """
+
+    def retry_after(self) -> int:
+        """Seconds after which to try again: as long as recent requests took."""
+
+    def count(self, outcome: str) -> None:
+        """Counts an answered request for images or codes."""
+
+    async def metrics_text(self) -> bytes:
+        """All metrics in Prometheus' format.
+
+        Raises:
+            ApiError: the dispatcher's process does not respond.
+        """
+
+
 class FairQueue:
-    """Lets one task through at each turn of the event loop, in the order of asking; two where a
-    queue ends. Used in one event loop.
+    """Lets one task through at a turn of the event loop, in the order of asking.
 
     Work that takes long waits for a turn of its own, so that a short request is served between
-    two of them.
+    two of them. Used in one event loop.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._taken = False  # whether a task has this turn
+        self._turn = asyncio.Lock()
 
     async def take(self) -> None:
         """Waits for a turn; returns at once if this one is free."""
-        loop = asyncio.get_running_loop()
-        if not self._taken:
-            self._taken = True
-            loop.call_soon(self._next)
-            return
-        turn = loop.create_future()
-        self._waiting.append(turn)
-        await turn
-
-    def _next(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():  # else its task has been cancelled
-                turn.set_result(None)
-                turn.get_loop().call_soon(self._next)
-                return
-        self._taken = False
+        await self._turn.acquire()
+        asyncio.get_running_loop().call_soon(self._turn.release)
 
 
 @dataclass(frozen=True)
@@ -78,77 +103,76 @@ class AppState:
         default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS)
     )
 
-    async def picture(self, request: EngineRequest, image: Image, body: StreamRequest) -> bytes:
-        """Makes a finished image's file in a thread."""
-        return await self._encoded(lambda: self._picture(request, image, body))
+    async def make(self, make_file: Callable[[], bytes]) -> bytes:
+        """Makes a picture's file in one of the threads that are for that."""
+        return await asyncio.get_running_loop().run_in_executor(self.encoders, make_file)
 
-    async def picture_text(
-        self, request: EngineRequest, image: Image, body: StreamRequest
-    ) -> bytes:
-        """Makes a finished image's file in base64, and waits for the turn to write it."""
-        text = await self._encoded(lambda: base64.b64encode(self._picture(request, image, body)))
+    async def make_text(self, make_file: Callable[[], bytes]) -> bytes:
+        """Makes a picture's file in base64, and waits for the turn to write it."""
+        text = await self.make(lambda: base64.b64encode(make_file()))
         await self.turns.take()
         return text
 
-    async def preview_text(self, preview: Preview, output_format: OutputFormat) -> bytes:
-        """Makes a preview's file in base64, and waits for the turn to write it."""
-        pixels, size = preview.pixels, self.model.image_size
-        text = await self._encoded(
-            lambda: base64.b64encode(encode_preview(pixels, size, output_format))
-        )
-        await self.turns.take()
-        return text
-
-    async def check_store(self, images: int) -> None:
-        """Finds out, before so many images are drawn, whether they can be stored.
-
-        Raises:
-            ApiError: they cannot.
-        """
-        assert self.store is not None
-        if images > (most := self.store.most_of_a_request):
-            raise ApiError(
-                400,
-                f"n must be at most {most} with response_format url: no more are kept",
-                "invalid_value",
-                "n",
-            )
-        await self._on_disk(_NOT_STORED, self.store.check, images)
-
-    async def save(self, pictures: list[bytes], output_format: OutputFormat) -> list[str]:
-        """Stores the pictures of an answer; returns their URLs.
-
-        Raises:
-            ApiError: the disk does not take them.
-        """
-        assert self.store is not None
-        return await self._on_disk(_NOT_STORED, self.store.save, pictures, output_format)
-
-    async def stored(self, name: str) -> StoredPicture | None:
-        """The stored picture of that name.
-
-        Raises:
-            ApiError: the disk does not give it.
-        """
-        assert self.store is not None
-        return await self._on_disk(_NOT_READ, self.store.read, name)
-
-    def failure(self, ended: Ended) -> ApiError:
-        """The error of a request that has no result."""
-        return ended_early(ended.outcome, ended.message, self.broker.retry_after())
-
-    def _picture(self, request: EngineRequest, image: Image, body: StreamRequest) -> bytes:
-        record = self.model.record_of(request, image.index)
-        size, quality = self.model.image_size, body.output_compression
-        return encode_picture(image.data, size, body.picture_format, quality, record)
-
-    async def _on_disk(
+    async def on_disk(
         self, problem: ApiError, function: Callable[..., _Result], *arguments: Any
     ) -> _Result:
+        """Calls a function of the store in a thread.
+
+        Raises:
+            ApiError: the problem, if the disk does not do it.
+        """
         try:
             return await anyio.to_thread.run_sync(function, *arguments, limiter=self.store_threads)
         except StoreFailed as error:
             raise replace(problem) from error
 
-    async def _encoded(self, encode: Callable[[], bytes]) -> bytes:
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, encode)
+    def failure(self, ended: Ended) -> ApiError:
+        """The error of a request that has no result."""
+        return ended_early(ended.outcome, ended.message, self.broker.retry_after())
+
+
+def new_request_id() -> str:
+    """The id of an HTTP request, for its answer and its line in the log."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+@dataclass(eq=False)
+class RequestContext:
+    """One HTTP request, as far as its scope does not say."""
+
+    request_id: str = field(default_factory=new_request_id)
+    # this process's connections, and the one that it came through; None behind another server
+    connections: Connections | None = None
+    connection: Connection | None = None
+    key: int | None = None  # the number of the key that let it in, where the service has keys
+    served: ServedRequest | None = None  # what is drawn for it
+    body_bytes: int = 0  # held of its body
+    unsent_bytes: int = 0  # of its answer, which the connection does not hold yet
+    failed: bool = False  # its stream broke off because of a bug
+    cut: bool = False  # its connection was closed before the answer was complete
+    counted: bool = False  # a warning a second counts it; its own line is for DEBUG
+    # Status and bytes of the answer, if it was given before the application answered: the body
+    # turned out not to be HTTP.
+    refused: tuple[int, int] | None = None
+
+
+def context_of(scope: Any) -> RequestContext:
+    """The record of an ASGI request, which is made at the first call.
+
+    Args:
+        scope: of the request.
+    """
+    state = scope.setdefault("state", {})
+    context: RequestContext = state.get(_NAME) or RequestContext()
+    state[_NAME] = context
+    return context
+
+
+def client_of(scope: Any) -> str:
+    """Names the client of an ASGI request that has been let in, as `client_id` does.
+
+    Args:
+        scope: of the request.
+    """
+    address = scope["client"][0] if scope.get("client") else ""
+    return client_id(address, context_of(scope).key)

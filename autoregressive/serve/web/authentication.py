@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.clients import client_network
 from autoregressive.serve.web.guards import App, Receive, Scope, Send, answer
-from autoregressive.serve.web.request_context import context_of
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
 FAILURE_SECONDS = 6.0  # between two wrong keys after those

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autoregressive.serve.worker.messages import HEAD_BYTES, decode, encode, frame_bytes
-from autoregressive.serve.worker.outbox import Backlog
+from autoregressive.serve.worker.transport import HEAD_BYTES, Backlog, decode, encode, frame_bytes
 
 # A process that has not been heard of for so long is not well; within 2 s all others know.
 SILENT_SECONDS = 1.5

@@ -13,8 +13,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.schema import CodesRequest
-from autoregressive.serve.web.served_model import ServedModel
+from autoregressive.serve.web.schema import CodesRequest, ServedModel
 from autoregressive.serve.web.static_files import SharedFiles
 
 # where the document itself is: behind a proxy the service may be below a path of the proxy's

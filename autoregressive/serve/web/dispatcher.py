@@ -1,28 +1,48 @@
-"""Decides which requests are accepted and which engine draws them, and what becomes of them when
-the service ends or an engine is lost.
+"""Decides which requests are accepted and which engine draws them, talks with the engines'
+processes, and settles what becomes of requests when the service ends or an engine is lost.
 """
 
 import asyncio
+import contextlib
 import itertools
 import math
+import signal
 import socket
+import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from typing_extensions import override
 
+from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import SchedulingPolicy
 from autoregressive.serve.web.api_errors import ApiError, not_ready
-from autoregressive.serve.web.channel import TICK_SECONDS, AwakeClock
+from autoregressive.serve.web.app_state import RequestBroker
+from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 from autoregressive.serve.web.clients import WaitingPlaces
-from autoregressive.serve.web.engine_link import EngineLink
 from autoregressive.serve.web.metrics import Metrics
-from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.web.timeouts import Timeouts
-from autoregressive.serve.worker.messages import EngineRequest, RequestEvent
+from autoregressive.serve.worker.messages import (
+    KINDS,
+    Cancel,
+    Ended,
+    EngineRequest,
+    Event,
+    Heartbeat,
+    Image,
+    LoopStats,
+    Preparing,
+    Preview,
+    Progress,
+    Ready,
+    RequestEvent,
+    ServedRequest,
+    Started,
+    StartFailed,
+    Stop,
+)
 from autoregressive.serve.worker.process import ChildProcess
 
 # which of the engines -> its process and the connection to it
@@ -30,53 +50,8 @@ StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end requests that it is told to end
 _AHEAD_SECONDS = 0.5  # the places in the queue are counted anew after so long
+_EXIT_SECONDS = 0.2  # from the end of an engine's connection to its process's exit code
 _RECENT = 32  # requests whose durations say when to try again
-
-
-class RequestBroker(Protocol):
-    """Takes the routes' requests: the dispatcher, or its stand-in in another process."""
-
-    @property
-    def unhealthy(self) -> str | None:
-        """For clients: which process of the service is lost or does not respond, as far as is
-        known.
-        """
-
-    def require_ready(self) -> None:
-        """Raises the `ApiError` that says why no request is accepted now."""
-
-    async def accept(self, request: EngineRequest) -> ServedRequest:
-        """Accepts a request, and fills in its id and deadlines.
-
-        Raises:
-            ApiError: the service is not ready, the queue is full, or the client has its share of
-                it.
-        """
-
-    def abandon(self, served: ServedRequest) -> None:
-        """Drops a request that is not waited for any more. Its engine is told unless it has
-        ended.
-        """
-
-    def ahead_of(self, served: ServedRequest) -> int:
-        """How many waiting requests start before a waiting one, if no more come.
-
-        It is counted every half a second. Where clients take turns it is an estimate, because only
-        the engines know whose turn it is.
-        """
-
-    def retry_after(self) -> int:
-        """Seconds after which to try again: as long as recent requests took."""
-
-    def count(self, outcome: str) -> None:
-        """Counts an answered request for images or codes."""
-
-    async def metrics_text(self) -> bytes:
-        """All metrics in Prometheus' format.
-
-        Raises:
-            ApiError: the dispatcher's process does not respond.
-        """
 
 
 class Dispatcher(RequestBroker):
@@ -123,13 +98,13 @@ class Dispatcher(RequestBroker):
     @property
     def failure(self) -> str | None:
         """How an engine was lost, so that the service is to end with an error."""
-        lost = (link.lost for link in self._links if link.start_failure is None)
-        return next(filter(None, lost), None)
+        lost = (link.lost for link in self._links if link.lost and not link.start_failure)
+        return next(lost, None)
 
     @property
-    def start_failure(self) -> str | None:
+    def start_failure(self) -> UserError | None:
         """Why an engine could not be built, if the user can mend that."""
-        return next(filter(None, (link.start_failure for link in self._links)), None)
+        return next((link.start_failure for link in self._links if link.start_failure), None)
 
     @property
     @override
@@ -153,12 +128,11 @@ class Dispatcher(RequestBroker):
 
     @override
     def require_ready(self) -> None:
-        if self.failure is not None:
-            raise not_ready("the engine has stopped, and the service with it: try again later", 10)
-        if self.draining:
-            raise not_ready("the service is stopping: try again later", 10)
-        if self.unhealthy is not None:
-            raise not_ready(f"{self.unhealthy}: try again later", 10)
+        why = self.unhealthy
+        if self.draining and self.failure is None:
+            why = "the service is stopping"
+        if why is not None:
+            raise not_ready(f"{why}: try again later", 10)
         if not self.ready:
             done, total = map(sum, zip(*(link.prepared for link in self._links), strict=True))
             progress = f" ({done} of {total} graphs captured)" if total else ""
@@ -177,11 +151,10 @@ class Dispatcher(RequestBroker):
             forward: takes the events, if they are read in another process.
         """
         self.require_ready()
-        now = time.monotonic()
-        timeouts = self.timeouts
-        start_by = now + timeouts.queue if timeouts.queue is not None else None
+        now, queue, run = time.monotonic(), self.timeouts.queue, self.timeouts.run
+        start_by = now + queue if queue is not None else None
         request = replace(
-            request, request_id=next(self._numbers), start_by=start_by, run_seconds=timeouts.run
+            request, request_id=next(self._numbers), start_by=start_by, run_seconds=run
         )
         served = ServedRequest(request, now, forward=forward)
         link = min(self._links, key=lambda link: link.rows)
@@ -197,8 +170,7 @@ class Dispatcher(RequestBroker):
     def abandon(self, served: ServedRequest) -> None:
         served.abandon()
         for link in self._links:
-            if served.request_id in link.requests:
-                link.cancel(served)
+            link.cancel(served)
 
     @override
     def ahead_of(self, served: ServedRequest) -> int:
@@ -268,10 +240,8 @@ class Dispatcher(RequestBroker):
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             for link in self._links:
-                if link.loop_silent_seconds > self.timeouts.step:
-                    link.give_up(
-                        f"an engine has not been heard of for {self.timeouts.step:g} seconds"
-                    )
+                if link.loop_silent_seconds > (limit := self.timeouts.step):
+                    link.give_up(f"an engine has not been heard of for {limit:g} seconds")
                 if now > self._stop_by:
                     for served in link.requests.values():
                         link.cancel(served)
@@ -287,6 +257,141 @@ class Dispatcher(RequestBroker):
     def _page_use(self) -> float:
         pages = sum(link.ready.num_pages for link in self._links if link.ready is not None)
         return sum(link.used_pages for link in self._links) / pages if pages else 0.0
+
+
+class EngineLink:
+    """One engine: what is known of it, and the requests that it has. Used in the event loop.
+
+    Args:
+        on_ended: called in the event loop with each request that has come to its end.
+        places: of the service's queue; requests with rows reserved do not take one.
+        clock: which this event loop keeps.
+    """
+
+    def __init__(
+        self,
+        process: ChildProcess,
+        connection: socket.socket,
+        on_ended: Callable[[ServedRequest], None],
+        places: WaitingPlaces,
+        clock: AwakeClock,
+    ) -> None:
+        self.process = process
+        self.ready: Ready | None = None
+        self.prepared = (0, 0)  # how much, of how much
+        self.start_failure: UserError | None = None  # why it could not be built
+        self.lost: str | None = None  # why, once it has died or was given up
+        self.requests: dict[int, ServedRequest] = {}
+        self.rows = 0  # that its requests take, running or not
+        self.used_pages = 0
+        self._clock = clock
+        self._heard_at = self._loop_heard_at = clock.now()
+        self._on_ended, self._places = on_ended, places
+        self._stopped = False
+        self._channel = Channel(connection, KINDS, self._take, self._died)
+
+    @property
+    def silent(self) -> bool:
+        """Whether a built engine's process sends nothing, not even its heartbeat."""
+        return self.ready is not None and self._clock.now() - self._heard_at > SILENT_SECONDS
+
+    @property
+    def loop_silent_seconds(self) -> float:
+        """How long the engine's loop has not been heard of, once it runs: a step may take long, or
+        hang.
+        """
+        return self._clock.now() - self._loop_heard_at if self.ready is not None else 0.0
+
+    def submit(self, served: ServedRequest) -> None:
+        """Gives it a request."""
+        self.requests[served.request_id] = served
+        self.rows += served.rows
+        if not served.reserved:
+            self._places.take(served.request.client)
+        self._channel.put(served.request)
+
+    def cancel(self, served: ServedRequest) -> None:
+        """Asks it to end a request early, if it has it; the request stays until the engine says
+        so.
+        """
+        if served.request_id in self.requests:
+            self._channel.put(Cancel(served.request_id))
+
+    def give_up(self, why: str) -> None:
+        """Kills the process, and ends its requests; without effect once it is lost or stopped."""
+        if self.lost is not None or self._stopped:
+            return
+        self.lost = why
+        self.process.kill()
+        for request_id in list(self.requests):
+            self._take(Ended(request_id, "engine_lost", time.monotonic()))
+
+    def begin_to_stop(self) -> None:
+        """Tells the process to end; its results are not wanted any more.
+
+        From now on its messages are dropped, because waiting for the process may hold up the loop.
+        """
+        self._stopped = True
+        self._channel.put(Stop())
+        self._channel.flush()
+        self._channel.stop_reading()
+
+    def stop(self, deadline: float) -> None:
+        """Waits for the process until that moment; then kills it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        self.process.kill()
+        self.process.wait()
+        self._channel.close()
+
+    def _died(self) -> None:
+        """The connection has ended. An engine that was not ready yet would end in the same way
+        again.
+        """
+        if self.ready or self.start_failure or self.lost or self._stopped:
+            self.give_up("an engine's process has died")
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_EXIT_SECONDS)
+        code = self.process.poll()
+        ended = "no exit status yet" if code is None else f"exit status {code}"
+        if code is not None and code < 0:
+            ended = signal.Signals(-code).name
+        self.start_failure = UserError(
+            f"an engine's process died while it loaded the model ({ended}); "
+            "check the checkpoints and the memory, and what it wrote before"
+        )
+
+    def _take(self, event: Event) -> None:
+        self._heard_at = self._clock.now()
+        if not isinstance(event, Heartbeat):
+            self._loop_heard_at = self._heard_at
+        match event:
+            case Preparing(done=done, total=total):
+                self.prepared = (done, total)
+            case Ready():
+                self.ready = event
+            case StartFailed():
+                self.start_failure = event.error
+            case LoopStats(used_pages=used_pages):
+                self.used_pages = used_pages
+            case Started() | Progress() | Preview() | Image() | Ended():
+                self._take_request_event(event)
+
+    def _take_request_event(self, event: RequestEvent) -> None:
+        served = self.requests.get(event.request_id)
+        if served is None:
+            return
+        waited = served.started_at is None
+        served.take(event)
+        if waited and not served.reserved and isinstance(event, (Started, Ended)):
+            self._places.give_back(served.request.client)
+        if isinstance(event, Ended):
+            if event.used_pages is not None:
+                self.used_pages = event.used_pages
+            self.rows -= served.rows
+            del self.requests[event.request_id]
+            self._on_ended(served)
 
 
 def _in_turns(waiting: Sequence[ServedRequest]) -> list[ServedRequest]:

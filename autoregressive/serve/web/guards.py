@@ -10,10 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.app_state import FairQueue
+from autoregressive.serve.web.app_state import DRAWING_PATHS, FairQueue, context_of
 from autoregressive.serve.web.clients import is_loopback
-from autoregressive.serve.web.generation import DRAWING_PATHS
-from autoregressive.serve.web.request_context import context_of
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]

@@ -14,15 +14,10 @@ from typing_extensions import override
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app_state import REQUESTS, RequestContext, context_of, new_request_id
 from autoregressive.serve.web.connections import Connection, Connections, Phase
-from autoregressive.serve.web.request_context import (
-    REQUESTS,
-    RequestContext,
-    context_of,
-    new_request_id,
-)
-from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.web.strict_http import read_strictly
+from autoregressive.serve.worker.messages import ServedRequest
 
 # For a client to send a request, from its first byte to its last, or to begin one.
 SEND_SECONDS = 20.0

@@ -1,47 +1,91 @@
-"""OpenAI's route for images, whole or as a stream, and the same for codes."""
+"""OpenAI's route for images, whole or as a stream; and what all routes that draw share: a request
+is accepted, its images are drawn and become files, the answer goes out.
+"""
 
+import asyncio
+import io
+import json
+import logging
 import time
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL.Image
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.generation import (
-    CODES_PATH,
-    DRAWING_ERRORS,
-    EVENT_STREAM,
-    IMAGE_TAGS,
+from autoregressive.output.images import QUALITY, record_options
+from autoregressive.output.records import readable
+from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
+from autoregressive.serve.web.app_state import (
     IMAGES_PATH,
-    KEEP_ALIVE_SECONDS,
-    SILENCE,
-    accept,
-    event_bytes,
-    event_stream,
-    until_drawn,
+    REQUESTS,
+    AppState,
+    client_of,
+    context_of,
 )
-from autoregressive.serve.web.request_context import client_of
 from autoregressive.serve.web.schema import (
-    CodesAnswer,
-    CodesData,
-    CodesRequest,
     ImageData,
     ImageRequest,
     ImagesAnswer,
+    OutputFormat,
+    StreamRequest,
     Usage,
 )
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import Ended, EngineRequest, Image, Preview
+from autoregressive.serve.web.store import Store
+from autoregressive.serve.worker.messages import (
+    Ended,
+    EngineRequest,
+    Image,
+    Preview,
+    ServedRequest,
+)
 
+# A comment follows so long a silence, or proxies take the connection for dead.
+KEEP_ALIVE_SECONDS = 15.0
+DRAWING_ERRORS = described(
+    {
+        400: "A field is unknown or out of range; `param` names it.",
+        401: "The key is missing or wrong.",
+        404: "No such model.",
+        413: "The body is too large.",
+        415: "The body is compressed, or is not declared as JSON.",
+        429: "The queue is full, the client has its share, or too many wrong keys came; "
+        "Retry-After says when to try again.",
+        500: "The model gave no image.",
+        503: "Not ready, stopping, or waited too long.",
+        504: "The images took too long.",
+    }
+)
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+IMAGE_TAGS: list[str | Enum] = ["images"]
+_NOT_STORED = ApiError(
+    503,
+    "images cannot be stored now: ask for b64_json, or try again later",
+    "store_failed",
+    "response_format",
+    10,
+)
+_CODE_BYTES = 12  # of a token of an answer: four from the engine, and its number as text
 _EMPTY_PICTURE = b'"b64_json":""'
+_PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
+_PREVIEW_QUALITY = 75
+_log = logging.getLogger(REQUESTS)
+_Finished = TypeVar("_Finished")
+
+
+class ClientLeft(Exception):
+    """The client has gone, so there is no answer to send."""
 
 
 def add_openai_routes(app: FastAPI, state: AppState) -> None:
-    """Adds the routes to the application itself: FastAPI would build those of a router at the first
+    """Adds the route to the application itself: FastAPI would build those of a router at the first
     request, which takes tens of milliseconds.
     """
     model = state.model
@@ -49,48 +93,24 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
     @app.post(
         IMAGES_PATH,
         response_model=ImagesAnswer,
-        responses={**DRAWING_ERRORS, 200: {"content": EVENT_STREAM[200]["content"]}},
+        responses={**DRAWING_ERRORS, **EVENT_STREAM},
         tags=IMAGE_TAGS,
     )
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """OpenAI's images: `prompt` is a class, by name or id."""
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
-        _check(body, stores=state.store is not None)
+        _check(body, wanted.n, state.store)
         if not body.stream:
             return await _whole_images(state, body, wanted, request)
         rows = partial_rows(body.partial_images or 0, model.grid)
         served = await accept(state, replace(wanted, preview_rows=rows), request)
-        events = OpenAIEvents(state, served, body)
-        return event_stream(state, request, served, events.next_event)
-
-    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=IMAGE_TAGS)
-    async def draw_codes(body: CodesRequest, request: Request) -> Response:
-        """The tokens of images, for clients that have a decoder of their own."""
-        wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))
-        served = await accept(state, wanted, request)
-        data: dict[int, CodesData] = {}
-
-        async def keep(image: Image) -> None:
-            await state.turns.take()
-            data[image.index] = CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
-
-        await until_drawn(state, request, served, keep)
-        answer = CodesAnswer(
-            created=int(time.time()),
-            data=[data[index] for index in sorted(data)],
-            grid=model.grid,
-            codebook_size=model.codebook_size,
-            usage=Usage.of(wanted.n, model.tokens_of_image),
-            model=model.name,
-            seed=wanted.params.seed,
-        )
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return event_stream(state, request, served, partial(openai_event, state, served, body))
 
 
-def _check(body: ImageRequest, *, stores: bool) -> None:
+def _check(body: ImageRequest, images: int, store: Store | None) -> None:
     """Raises an `ApiError` if fields do not go together."""
     problem, param = None, "response_format"
-    if body.response_format == "url" and not stores:
+    if body.response_format == "url" and store is None:
         problem = (
             "response_format must be b64_json: this service stores no images (it was "
             "started without --store-dir)"
@@ -99,31 +119,38 @@ def _check(body: ImageRequest, *, stores: bool) -> None:
         problem = "response_format must be b64_json with stream"
     elif body.partial_images and not body.stream:
         problem, param = "partial_images goes with stream", "partial_images"
+    elif body.response_format == "url" and store and images > (most := store.most_of_a_request):
+        problem = f"n must be at most {most} with response_format url: no more are kept"
+        param = "n"
     if problem is not None:
-        raise ApiError(400, problem, "invalid_value", param)
+        raise invalid(problem, param)
+
+
+def partial_rows(count: int, grid: int) -> tuple[int, ...]:
+    """Rows of the grid at which so many previews of an image are made, evenly spaced."""
+    return tuple(sorted({max(1, grid * (index + 1) // (count + 1)) for index in range(count)}))
 
 
 async def _whole_images(
     state: AppState, body: ImageRequest, wanted: EngineRequest, request: Request
 ) -> Response:
     """Draws all images, and answers with the files or with their URLs."""
-    model, stores = state.model, body.response_format == "url"
-    if stores:
-        await state.check_store(wanted.n)
+    model, store = state.model, state.store if body.response_format == "url" else None
+    if store is not None:  # before anything is drawn
+        await state.on_disk(_NOT_STORED, store.check, wanted.n)
     served = await accept(state, wanted, request)
-    files: dict[int, bytes] = {}
 
-    async def keep(image: Image) -> None:
-        make_file = state.picture if stores else state.picture_text
-        file = files[image.index] = await make_file(wanted, image, body)
+    async def make_file(image: Image) -> bytes:
+        make = state.make_text if store is None else state.make
+        file = await make(picture_of(state, wanted, image, body))
         served.answer_bytes += len(file)
+        return file
 
-    await until_drawn(state, request, served, keep)
-    pictures = [files[index] for index in sorted(files)]
+    pictures = await until_drawn(state, request, served, make_file)
     data = [ImageData(b64_json="") for _ in pictures]
-    if stores:  # all together, so that none is evicted for the sake of another
+    if store is not None:  # all together, so that none is evicted for the sake of another
         try:
-            urls = await state.save(pictures, body.picture_format)
+            urls = await state.on_disk(_NOT_STORED, store.save, pictures, body.picture_format)
         finally:
             served.answer_bytes = 0
         data, pictures = [ImageData(url=url) for url in urls], []
@@ -139,56 +166,144 @@ async def _whole_images(
     return PicturesResponse(served, answer.model_dump_json(exclude_none=True).encode(), pictures)
 
 
-def partial_rows(count: int, grid: int) -> tuple[int, ...]:
-    """Rows of the grid at which so many previews of an image are made, evenly spaced."""
-    return tuple(sorted({max(1, grid * (index + 1) // (count + 1)) for index in range(count)}))
+async def accept(state: AppState, wanted: EngineRequest, request: Request) -> ServedRequest:
+    """Accepts a request if there will be room for its images in this process.
 
-
-@dataclass(frozen=True)
-class OpenAIEvents:
-    """OpenAI's events of a streamed request, each with the index of its image."""
-
-    state: AppState
-    served: ServedRequest
-    body: ImageRequest
-
-    async def next_event(self) -> bytes:
-        """As `event_stream` wants it.
-
-        The pixels are freed when it returns, so a slow reader of the event does not hold them.
-        """
-        state, request = self.state, self.served.request
-        match await self.served.next_event(KEEP_ALIVE_SECONDS):
-            case None:
-                return SILENCE
-            case Preview() as preview:
-                picture = await state.preview_text(preview, self.body.picture_format)
-                number = request.preview_rows.index(preview.rows)
-                return self._event(
-                    "partial_image", picture, preview.index, partial_image_index=number
-                )
-            case Image() as image:
-                picture = await state.picture_text(request, image, self.body)
-                usage = Usage.of(1, state.model.tokens_of_image).model_dump()
-                return self._event("completed", picture, image.index, usage=usage)
-            case Ended() as ended if ended.outcome != "finished":
-                return event_bytes("error", **state.failure(ended).body)
-            case _:
-                return b""
-
-    def _event(self, kind: str, picture: bytes, index: int, **fields: Any) -> bytes:
-        return event_bytes(
-            f"image_generation.{kind}",
-            picture,
-            image_index=index,
-            created_at=int(time.time()),
-            background="opaque",
-            output_format=self.body.picture_format,
-            quality="auto",
-            size=self.state.model.size,
-            seed=self.served.request.params.seed,
-            **fields,
+    Raises:
+        ApiError: there will not, or as `RequestBroker.accept`.
+    """
+    model, context = state.model, context_of(request.scope)
+    image_bytes = 3 * model.image_size**2 if wanted.pixels else _CODE_BYTES * model.tokens_of_image
+    connections = context.connections
+    if connections and not connections.has_room_for(wanted.n * image_bytes, wanted.client):
+        raise ApiError(
+            503,
+            "too many images are asked for at once: try again later",
+            "overloaded",
+            None,
+            state.broker.retry_after(),
         )
+    served = context.served = await state.broker.accept(wanted)
+    served.image_bytes = image_bytes
+    if connections:
+        connections.promise(served.promised_bytes, wanted.client)
+    return served
+
+
+async def until_drawn(
+    state: AppState,
+    request: Request,
+    served: ServedRequest,
+    finish: Callable[[Image], Awaitable[_Finished]],
+) -> list[_Finished]:
+    """What `finish` makes of each image, once the request has ended.
+
+    Raises:
+        ApiError: the request has no result.
+        ClientLeft: the client has left.
+    """
+
+    finished: dict[int, _Finished] = {}
+
+    async def stop_when_the_client_leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        drawing.reschedule(0)  # it times out at once
+
+    leaving = asyncio.create_task(stop_when_the_client_leaves())
+    try:
+        async with asyncio.timeout(None) as drawing:
+            while not isinstance(event := await served.next_event(), Ended):
+                if isinstance(event, Image):
+                    finished[event.index] = await finish(event)
+    except TimeoutError as error:
+        raise ClientLeft from error
+    finally:
+        leaving.cancel()
+        state.broker.abandon(served)
+    if event.outcome != "finished":
+        raise state.failure(event)
+    return [finished[index] for index in sorted(finished)]
+
+
+def event_stream(
+    state: AppState,
+    request: Request,
+    served: ServedRequest,
+    next_event: Callable[[], Awaitable[bytes]],
+) -> StreamingResponse:
+    """Server-sent events as an answer; the request ends when its reader leaves.
+
+    Args:
+        next_event: waits for what happens next, but not for longer than `KEEP_ALIVE_SECONDS`, and
+            returns the bytes of its event. They are empty where there is nothing to tell.
+    """
+
+    async def until_the_reader_leaves() -> AsyncIterator[bytes]:
+        told_at = time.monotonic()
+        try:
+            while served.ended is None or served.has_news:
+                event = await next_event()
+                now = time.monotonic()
+                if event or now - told_at >= KEEP_ALIVE_SECONDS:
+                    told_at = now
+                    yield event or b": waiting\n\n"
+        except Exception:
+            _log.exception(
+                "a stream broke off", extra={"fields": {"engine_request": served.request_id}}
+            )
+            context_of(request.scope).failed = True
+            yield event_bytes("error", **internal_error().body)
+        finally:
+            state.broker.abandon(served)
+
+    return StreamingResponse(
+        until_the_reader_leaves(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+def event_bytes(kind: str, picture: bytes | None = None, **fields: Any) -> bytes:
+    """A server-sent event.
+
+    Args:
+        picture: in base64; becomes the field `b64_json`, and is copied once.
+    """
+    head = json.dumps({"type": kind} | fields).encode()
+    parts = (head,) if picture is None else (head[:-1], b', "b64_json": "', picture, b'"}')
+    return b"".join((b"event: ", kind.encode(), b"\ndata: ", *parts, b"\n\n"))
+
+
+async def openai_event(state: AppState, served: ServedRequest, body: ImageRequest) -> bytes:
+    """OpenAI's next event of a streamed request, with the index of its image, for `event_stream`.
+
+    The pixels are freed when it returns, so a slow reader of the event does not hold them.
+    """
+    request, about = served.request, dict[str, Any]()
+    match await served.next_event(KEEP_ALIVE_SECONDS):
+        case Preview(index=index) as preview:
+            kind, make_file = "partial_image", preview_of(state, preview, body.picture_format)
+            about["partial_image_index"] = request.preview_rows.index(preview.rows)
+        case Image(index=index) as image:
+            kind, make_file = "completed", picture_of(state, request, image, body)
+            about["usage"] = Usage.of(1, state.model.tokens_of_image).model_dump()
+        case Ended() as ended if ended.outcome != "finished":
+            return event_bytes("error", **state.failure(ended).body)
+        case _:
+            return b""
+    return event_bytes(
+        f"image_generation.{kind}",
+        await state.make_text(make_file),
+        image_index=index,
+        created_at=int(time.time()),
+        background="opaque",
+        output_format=body.picture_format,
+        quality="auto",
+        size=state.model.size,
+        seed=request.params.seed,
+        **about,
+    )
 
 
 class PicturesResponse(Response):
@@ -207,14 +322,71 @@ class PicturesResponse(Response):
         self._parts = deque([first])
         for picture, other in zip(pictures, others, strict=True):
             self._parts += (_EMPTY_PICTURE[:-1], picture, _EMPTY_PICTURE[-1:] + other)
-        length = str(sum(map(len, self._parts)))
-        super().__init__(headers={"Content-Length": length}, media_type="application/json")
+        super().__init__(
+            headers={"Content-Length": str(sum(map(len, self._parts)))},
+            media_type="application/json",
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer."""
-        start = {"status": self.status_code, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
         while self._parts:
             part = self._parts.popleft()  # the server counts it from now on
             self._served.answer_bytes = sum(map(len, self._parts))
             await send({"type": "http.response.body", "body": part, "more_body": bool(self._parts)})
+
+
+def picture_of(
+    state: AppState, request: EngineRequest, image: Image, body: StreamRequest
+) -> Callable[[], bytes]:
+    """How the file of a finished image is made, which takes a while."""
+    record, quality = state.model.record_of(request, image.index), body.output_compression
+    size, output_format = state.model.image_size, body.picture_format
+    return partial(encode_picture, image.data, size, output_format, quality, record)
+
+
+def preview_of(
+    state: AppState, preview: Preview, output_format: OutputFormat
+) -> Callable[[], bytes]:
+    """How the file of a preview is made: small and quickly."""
+    options = {"compress_level": 1} if output_format == "png" else {"quality": _PREVIEW_QUALITY}
+    if output_format == "webp":
+        options["method"] = 0
+    return partial(_encode, preview.pixels, state.model.image_size, output_format, options)
+
+
+def encode_picture(
+    pixels: bytes,
+    size: int,
+    output_format: OutputFormat,
+    quality: int | None,
+    record: dict[str, object],
+) -> bytes:
+    """Makes a picture's file.
+
+    Args:
+        pixels: uint8 [size, size, 3]
+        quality: of jpeg and webp, 0 to 100; None: 90.
+        record: how it was made, as of `generation_record` with its class: see `record_options` for
+            where.
+    """
+    options = record_options(output_format.upper(), readable(record), record)
+    if output_format == "png":
+        options["compress_level"] = _PNG_LEVEL
+    else:
+        options["quality"] = QUALITY if quality is None else quality
+    return _encode(pixels, size, output_format, options)
+
+
+def _encode(
+    pixels: bytes, size: int, output_format: OutputFormat, options: Mapping[str, Any]
+) -> bytes:
+    array, file = np.frombuffer(pixels, dtype=np.uint8).reshape(size, size, 3), io.BytesIO()
+    PIL.Image.fromarray(array).save(file, format=output_format.upper(), **options)
+    return file.getvalue()

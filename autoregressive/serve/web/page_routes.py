@@ -1,33 +1,46 @@
-"""The route of the page: a stream of all that happens to a request."""
+"""The routes of our own: the page's stream of all that happens to a request, and codes."""
 
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.generation import (
+from autoregressive.serve.web.app_state import CODES_PATH, STREAM_PATH, AppState, client_of
+from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
     IMAGE_TAGS,
-    KEEP_ALIVE_SECONDS,
-    SILENCE,
-    STREAM_PATH,
     accept,
     event_bytes,
     event_stream,
+    picture_of,
+    preview_of,
+    until_drawn,
 )
-from autoregressive.serve.web.request_context import client_of
-from autoregressive.serve.web.schema import StreamRequest, Usage
-from autoregressive.serve.web.served_request import ServedRequest
-from autoregressive.serve.worker.messages import Ended, Image, Preview, Progress, Started
+from autoregressive.serve.web.schema import (
+    CodesAnswer,
+    CodesData,
+    CodesRequest,
+    StreamRequest,
+    Usage,
+)
+from autoregressive.serve.worker.messages import (
+    Ended,
+    Image,
+    Preview,
+    Progress,
+    ServedRequest,
+    Started,
+)
 
 _QUEUE_LOOK_SECONDS = 0.5  # between two looks at a waiting request's place in the queue
 
 
 def add_page_routes(app: FastAPI, state: AppState) -> None:
-    """Adds the route, to the application itself as `add_openai_routes` does."""
+    """Adds the routes, to the application itself as `add_openai_routes` does."""
+    model = state.model
 
     @app.post(
         STREAM_PATH,
@@ -37,12 +50,32 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
     )
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
-        model = state.model
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
         wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
         served = await accept(state, wanted, request)
         events = PageEvents(state, served, body)
         return event_stream(state, request, served, events.next_event)
+
+    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=IMAGE_TAGS)
+    async def draw_codes(body: CodesRequest, request: Request) -> Response:
+        """The tokens of images, for clients that have a decoder of their own."""
+        wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))
+        served = await accept(state, wanted, request)
+
+        async def read_codes(image: Image) -> CodesData:
+            await state.turns.take()
+            return CodesData(codes=np.frombuffer(image.data, dtype=np.int32).tolist())
+
+        answer = CodesAnswer(
+            data=await until_drawn(state, request, served, read_codes),
+            created=int(time.time()),
+            grid=model.grid,
+            codebook_size=model.codebook_size,
+            usage=Usage.of(wanted.n, model.tokens_of_image),
+            model=model.name,
+            seed=wanted.params.seed,
+        )
+        return Response(answer.model_dump_json(), media_type="application/json")
 
 
 @dataclass
@@ -53,15 +86,9 @@ class PageEvents:
     served: ServedRequest
     body: StreamRequest
     ahead: int | None = None  # in the queue, as last told
-    told_at: float = 0.0
 
     async def next_event(self) -> bytes:
         """As `event_stream` wants it."""
-        if event := await self._next():
-            self.told_at = time.monotonic()
-        return event
-
-    async def _next(self) -> bytes:
         state, served, request = self.state, self.served, self.served.request
         tokens = state.model.tokens_of_image
         if self.ahead is None:
@@ -69,20 +96,19 @@ class PageEvents:
         match await served.next_event(_QUEUE_LOOK_SECONDS):
             case None:
                 ahead = state.broker.ahead_of(served)
-                if served.started_at is None and ahead != self.ahead:
-                    return self._queued(ahead)
-                return SILENCE if time.monotonic() - self.told_at > KEEP_ALIVE_SECONDS else b""
+                waits = served.started_at is None and ahead != self.ahead
+                return self._queued(ahead) if waits else b""
             case Started():
                 return event_bytes("started")
             case Progress(tokens=drawn):
-                left = served.seconds_left(tokens)
-                rounded = None if left is None else round(left, 2)
-                total = request.n * tokens
                 return event_bytes(
-                    "progress", tokens_drawn=drawn, tokens=total, seconds_left=rounded
+                    "progress",
+                    tokens_drawn=drawn,
+                    tokens=request.n * tokens,
+                    seconds_left=served.seconds_left(tokens),
                 )
             case Preview() as preview:
-                picture = await state.preview_text(preview, "webp")
+                picture = await state.make_text(preview_of(state, preview, "webp"))
                 return event_bytes(
                     "preview",
                     picture,
@@ -92,7 +118,7 @@ class PageEvents:
                     output_format="webp",
                 )
             case Image() as image:
-                picture = await state.picture_text(request, image, self.body)
+                picture = await state.make_text(picture_of(state, request, image, self.body))
                 return event_bytes(
                     "image",
                     picture,
@@ -101,9 +127,11 @@ class PageEvents:
                     seed=request.params.seed,
                 )
             case Ended() as ended if ended.outcome == "finished":
-                seconds = round(ended.at - served.accepted_at, 3)
-                usage = Usage.of(request.n, tokens).model_dump()
-                return event_bytes("done", seconds=seconds, usage=usage)
+                return event_bytes(
+                    "done",
+                    seconds=round(ended.at - served.accepted_at, 3),
+                    usage=Usage.of(request.n, tokens).model_dump(),
+                )
             case Ended() as ended:
                 return event_bytes("error", **state.failure(ended).body)
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autoregressive.serve.web.api_errors import ended_early, internal_error
-from autoregressive.serve.web.generation import DRAWING_PATHS
+from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, RequestContext, context_of
 from autoregressive.serve.web.guards import App, Message, Receive, Scope, Send, answer
-from autoregressive.serve.web.request_context import REQUESTS, RequestContext, context_of
-from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.worker.messages import ServedRequest
 
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end

@@ -1,14 +1,24 @@
-"""Bodies of requests and answers. Names and shapes are OpenAI's where OpenAI has them."""
+"""Bodies of requests and answers, and what a request's body means for the model that is served.
+Names and shapes are OpenAI's where OpenAI has them.
+"""
 
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autoregressive.models.sampling import BOUNDS
+from autoregressive.errors import UserError
+from autoregressive.models.classes import ClassNames
+from autoregressive.models.defaults import ModelDefaults
+from autoregressive.models.sampling import BOUNDS, random_seed
+from autoregressive.output.records import image_record
+from autoregressive.serve.web.api_errors import ApiError, invalid
+from autoregressive.serve.worker.messages import EngineRequest
 
 MOST_IMAGES = 10
 MOST_PARTIAL_IMAGES = 3
+_LONGEST_NAME = 64  # characters of a class
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
     Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")
@@ -220,16 +230,128 @@ class VersionAnswer(BaseModel):
     version: str
 
 
-class ErrorDetail(BaseModel):
-    """An error, and the field that it is about."""
+@dataclass(frozen=True)
+class ServedModel:
+    """The model as clients see it, against which requests are checked."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str
+    name: str
+    created: int  # Unix time of the start
+    image_size: int  # pixels of a side
+    grid: int  # tokens of a side
+    codebook_size: int
+    classes: ClassNames
+    defaults: ModelDefaults
+    trained: bool
+    # how every picture is made, as `generation_record` has it, without the sampling parameters
+    record: dict[str, object]
 
+    @property
+    def tokens_of_image(self) -> int:
+        """Tokens of an image."""
+        return self.grid**2
 
-class ErrorAnswer(BaseModel):
-    """OpenAI's error."""
+    @property
+    def size(self) -> str:
+        """The size of an image as OpenAI writes it."""
+        return f"{self.image_size}x{self.image_size}"
 
-    error: ErrorDetail
+    def described(self) -> ModelData:
+        """The model as /v1/models has it."""
+        return ModelData(
+            id=self.name,
+            created=self.created,
+            image_size=self.image_size,
+            grid=self.grid,
+            tokens_per_image=self.tokens_of_image,
+            codebook_size=self.codebook_size,
+            num_classes=len(self.classes),
+            trained=self.trained,
+            defaults=SamplingDefaults.model_validate(self.defaults.sampling, from_attributes=True),
+        )
+
+    def no_such_model(self, name: str) -> ApiError:
+        """The error for a client that asks for another model."""
+        return ApiError(
+            404,
+            f"the model '{name}' does not exist: this service has {self.name}",
+            "model_not_found",
+            "model",
+        )
+
+    def search(self, word: str) -> list[ClassData]:
+        """Classes whose name contains the word, or whose id begins with it; names that begin with
+        it come first.
+        """
+        word = " ".join(word.lower().split())
+        found = [
+            ClassData(id=label, name=name)
+            for label, name in enumerate(self.classes.names)
+            if word in name.lower() or str(label).startswith(word)
+        ]
+        return sorted(
+            found,
+            key=lambda one: (str(one.id) != word, not one.name.lower().startswith(word), one.id),
+        )
+
+    def engine_request(
+        self, body: CodesRequest, *, pixels: bool, client: str = ""
+    ) -> EngineRequest:
+        """The request to the engine; the dispatcher fills in its id and its deadlines.
+
+        Raises:
+            ApiError: no such model, class or size.
+        """
+        if body.model is not None and body.model != self.name:
+            raise self.no_such_model(body.model)
+        if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
+            raise invalid(f"size must be {self.size} or auto", "size")
+        return EngineRequest(
+            request_id=-1,
+            class_label=self._class_label(body),
+            n=body.n or 1,
+            params=self.defaults.sampling.updated(
+                cfg_scale=body.cfg_scale,
+                cfg_interval=body.cfg_interval,
+                temperature=body.temperature,
+                top_k=body.top_k,
+                top_p=body.top_p,
+                seed=random_seed() if body.seed is None else body.seed,
+            ),
+            pixels=pixels,
+            client=client,
+        )
+
+    def record_of(self, request: EngineRequest, index: int) -> dict[str, object]:
+        """How one image of a request was made: enough to make it again on the same machine."""
+        label = request.class_label
+        return image_record(
+            self.record,
+            request.params,
+            label=label,
+            class_name=self.classes[label],
+            images=request.n,
+            image=index,
+        )
+
+    def _class_label(self, body: CodesRequest) -> int:
+        label, prompt = body.class_label, body.prompt
+        if label is not None and label < len(self.classes):
+            return label
+        if label is not None:
+            raise invalid(f"class_label must be 0 to {len(self.classes) - 1}", "class_label")
+        if prompt is None:
+            raise ApiError(
+                400,
+                "prompt is missing: a class, by name or id (see /v1/classes)",
+                "missing_value",
+                "prompt",
+            )
+        if len(prompt) > _LONGEST_NAME:  # a search for similar names would take long
+            raise invalid(
+                "prompt must be the name or id of a class (see /v1/classes), not a description",
+                "prompt",
+            )
+        try:
+            return self.classes.resolve(prompt)
+        except UserError as error:
+            raise invalid(error.spelled(lambda setting: "/v1/classes"), "prompt") from error

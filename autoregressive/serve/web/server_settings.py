@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -12,29 +13,19 @@ from urllib.parse import urlsplit
 import torch
 
 from autoregressive.cli.flags import model_options
-from autoregressive.errors import UserError
+from autoregressive.errors import SettingError, SettingName, UserError
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.clients import is_loopback
 from autoregressive.serve.web.descriptors import connection_limit
-from autoregressive.serve.web.pictures import largest_picture_bytes
-from autoregressive.serve.web.server_flags import (
-    BUFFERED_MIB,
-    ENVIRONMENT,
-    HOST,
-    POLICY,
-    PORT,
-    QUEUE_SIZE,
-    STORED_IMAGES,
-    TIMEOUTS,
-)
+from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TIMEOUT_FLAGS
+from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.weights.finding import ModelSettings, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
 _MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_hex(16))"'
 _LONGEST_NAME = 200  # of the model, as in a request
-_LONGEST_WAIT = 10.0**9
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class ServerSettings:
     @property
     def public_host(self) -> str | None:
         """The name in `public_url`."""
-        return None if self.public_url is None else _host_of(self.public_url)
+        return None if self.public_url is None else urlsplit(self.public_url).hostname
 
 
 def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
@@ -74,105 +65,186 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         UserError: as `resolve_settings`, or others could use the service without a key.
     """
     model = resolve_model(model_options(arguments))
-    host = _or(arguments.host, HOST)
-    keys = _resolve_keys(arguments.api_key, host)
-    if not _is_host(host):
-        raise UserError(
-            f"--host {host}: is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: "
-            "every IPv6 one"
-        )
-    if arguments.forwarded_allow_ips is not None:
-        _check_forwarded_allow_ips(arguments.forwarded_allow_ips)
-    engines = _at_least(arguments, "data_parallel_size", 1, 1)
+    flags = {**SERVICE_FLAGS, **TIMEOUT_FLAGS}
+    said: dict[str, Any] = {
+        setting: flag.resolve(setting, getattr(arguments, setting))
+        for setting, flag in flags.items()
+    }
+    host, folder, engines = said["host"], said["store_dir"], said["data_parallel_size"]
+    keys = _resolve_keys(said["api_key"], host)
+    _require(
+        _is_host(host),
+        "host",
+        host,
+        "is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one",
+    )
+    _check_proxies(said["forwarded_allow_ips"])
     if engines > 1:
         _check_gpus(model, engines)
-    _check_addresses(arguments.store_dir, arguments.public_url, host)
-    fronts = _at_least(arguments, "api_server_count", engines, 1, 64)
-    stored, stored_bytes = _resolve_store(arguments, model, fronts)
-    name = _or(arguments.served_model_name, model.gpt_model)
-    if not name.isprintable() or not name.strip() or len(name) > _LONGEST_NAME:
-        raise UserError(
-            f"--served-model-name {name}: must be printable, not empty, and at most "
-            f"{_LONGEST_NAME} characters"
-        )
+    _check_addresses(folder, said["public_url"], host)
+    fronts = said["api_server_count"] or engines
+    stored_bytes = _resolve_store(arguments, model, said["store_images"], fronts)
+    name = said["served_model_name"]
+    if name is None:
+        name = model.gpt_model
+    _require(
+        name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME,
+        "served_model_name",
+        name,
+        f"must be printable, not empty, and at most {_LONGEST_NAME} characters",
+    )
     return ServerSettings(
         model=model,
         engine=replace(
             engine_config(arguments, EngineConfig.max_num_seqs),
-            scheduling_policy=_or(arguments.scheduling_policy, POLICY),
+            scheduling_policy=said["scheduling_policy"],
         ),
         engines=engines,
         fronts=fronts,
         name=name,
         host=host,
-        port=_at_least(arguments, "port", PORT, 0, 65535),
+        port=said["port"],
         api_keys=keys,
-        max_queue_size=_at_least(arguments, "max_queue_size", QUEUE_SIZE, 0),
-        forwarded_allow_ips=arguments.forwarded_allow_ips,
-        max_connections=connection_limit(_asked(arguments, "max_connections", 8), engines + fronts),
-        max_buffered_bytes=_at_least(arguments, "max_buffered_mib", BUFFERED_MIB, 16) * 2**20,
-        timeouts=_resolve_timeouts(arguments),
-        store=arguments.store_dir,
-        stored_images=stored,
+        max_queue_size=said["max_queue_size"],
+        forwarded_allow_ips=said["forwarded_allow_ips"],
+        max_connections=connection_limit(said["max_connections"], engines + fronts),
+        max_buffered_bytes=said["max_buffered_mib"] * 2**20,
+        timeouts=Timeouts(
+            queue=said["queue_timeout"] or None,
+            run=said["request_timeout"] or None,
+            step=said["step_timeout"],
+            shutdown=said["shutdown_timeout"],
+        ),
+        store=folder,
+        stored_images=said["store_images"],
         stored_bytes=stored_bytes,
-        public_url=arguments.public_url,
+        public_url=said["public_url"],
         docs=not arguments.disable_docs,
-        log_level=_or(arguments.log_level, "info"),
+        log_level=said["log_level"],
     )
 
 
-def _check_forwarded_allow_ips(text: str) -> None:
+def _require(holds: object, setting: str, said: object, *problem: str | SettingName) -> None:
+    """Raises a `UserError` about a setting unless a condition holds.
+
+    Args:
+        said: its value; None: the message does not show it.
+    """
+    if not holds:
+        value = "" if said is None else f" {said}"
+        raise UserError(SettingName(setting), f"{value}: ", *problem)
+
+
+def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
+    """The keys. Where others can reach the service, they must be too long to be guessed."""
+    others = not is_loopback(host)
+    if given is None:
+        way = f"set a key ({ENVIRONMENT}API_KEY), or use {SERVICE_FLAGS['host'].default}"
+        why = f"others can reach this address, so {way}; {_MAKES_A_KEY}"
+        _require(not others, "host", host, why)
+        return ()
+    keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
+    _require(
+        _is_header_text(given) and "" not in keys,
+        "api_key",
+        None,
+        "must be printable ASCII, not empty, and without spaces around it; commas separate several "
+        "keys",
+    )
+    _require(
+        not others or min(map(len, keys)) >= _LEAST_KEY,
+        "api_key",
+        None,
+        f"others can reach {host}, so a key must have at least {_LEAST_KEY} characters; "
+        f"{_MAKES_A_KEY}",
+    )
+    return keys
+
+
+def _check_proxies(said: str | None) -> None:
     """Checks addresses of proxies: uvicorn takes a misspelt one for a name, and trusts no proxy."""
-    for item in [] if text == "*" else text.split(","):
-        try:
-            ip_network(item.strip())
-        except ValueError as error:
-            what = (
-                "must be addresses or networks, separated by commas, such as "
-                "10.0.0.7,10.1.0.0/16, or * alone"
-            )
-            raise UserError(f"--forwarded-allow-ips {text}: {what}") from error
+    networks = [] if said in (None, "*") else said.split(",")
+    _require(
+        all(_parses(ip_network, network.strip()) for network in networks),
+        "forwarded_allow_ips",
+        said,
+        "must be addresses or networks, separated by commas, such as 10.0.0.7,10.1.0.0/16, or * "
+        "alone",
+    )
+
+
+def _check_gpus(model: ModelSettings, engines: int) -> None:
+    device, count, setting = model.device, torch.cuda.device_count(), "data_parallel_size"
+    _require(
+        device.type == "cuda",
+        setting,
+        engines,
+        f"takes {engines} GPUs, and this is a CPU; leave it out",
+    )
+    _require(
+        device.index in (None, 0),
+        setting,
+        engines,
+        "takes GPUs from cuda:0 on; leave ",
+        SettingName("device"),
+        f" {device} out",
+    )
+    _require(count >= engines, setting, engines, f"there are {count} GPUs here")
 
 
 def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
     """Checks where images are stored and which URLs they get."""
-    if folder is not None and not os.path.isdir(folder):  # `StoreClaim` looks whether it can write
-        raise UserError(
-            f"--store-dir: there is no folder {folder}; make it first, or choose another"
-        )
+    _require(
+        folder is None or os.path.isdir(folder),  # `StoreClaim` looks whether it can write
+        "store_dir",
+        None,
+        f"there is no folder {folder}; make it first, or choose another",
+    )
     if url is not None:
-        has_scheme = url.startswith(("http://", "https://"))
-        if not has_scheme or not _is_header_text(url) or " " in url:
-            what = "must begin with http:// or https://, and be ASCII without spaces"
-            raise UserError(f"--public-url {url}: {what}")
-        if not _host_of(url):
-            raise UserError(
-                f"--public-url {url}: names no host; such as https://pictures.example.org"
-            )
-    elif folder is not None and host in ("0.0.0.0", "::"):  # noqa: S104 -- a comparison
-        raise UserError(
-            f"--store-dir: at --host {host} the images' URLs need an address: give --public-url"
+        _require(
+            url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url,
+            "public_url",
+            url,
+            "must begin with http:// or https://, and be ASCII without spaces",
+        )
+        _require(
+            _parses(urlsplit, url) and urlsplit(url).hostname,
+            "public_url",
+            url,
+            "names no host; such as https://pictures.example.org",
+        )
+    elif folder is not None:
+        _require(
+            host not in ("0.0.0.0", "::"),  # noqa: S104 -- compared with
+            "store_dir",
+            None,
+            "at ",
+            SettingName("host"),
+            f" {host} the images' URLs need an address: give ",
+            SettingName("public_url"),
         )
 
 
 def _resolve_store(
-    arguments: argparse.Namespace, model: ModelSettings, fronts: int
-) -> tuple[int, int | None]:
-    """How many images are kept, and how many bytes they may have together; None: no limit."""
-    stored = _at_least(arguments, "store_images", STORED_IMAGES, 1)
-    if stored < fronts:
-        raise UserError(
-            f"--store-images {stored}: must be at least --api-server-count, {fronts}: each process "
-            "keeps a share"
-        )
+    arguments: argparse.Namespace, model: ModelSettings, images: int, fronts: int
+) -> int | None:
+    """How many bytes the stored images may have together, once all that is said about the store
+    goes together.
+    """
+    _require(
+        images >= fronts,
+        "store_images",
+        images,
+        "must be at least ",
+        SettingName("api_server_count"),
+        f", {fronts}: each process keeps a share",
+    )
     stored_bytes = _stored_bytes(arguments.store_max_size, model, fronts)
-    for flag, value in (
-        ("--store-images", arguments.store_images),
-        ("--store-max-size", arguments.store_max_size),
-    ):
-        if value is not None and arguments.store_dir is None:
-            raise UserError(f"{flag} goes with --store-dir, the folder that images are stored in")
-    return stored, stored_bytes
+    for setting in ("store_images", "store_max_size"):
+        if getattr(arguments, setting) is not None and arguments.store_dir is None:
+            end = ", the folder that images are stored in"
+            raise UserError(SettingName(setting), " goes with ", SettingName("store_dir"), end)
+    return stored_bytes
 
 
 def _stored_bytes(text: str | None, model: ModelSettings, fronts: int) -> int | None:
@@ -180,83 +252,18 @@ def _stored_bytes(text: str | None, model: ModelSettings, fronts: int) -> int | 
         return None
     size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
     if size is None:
-        raise UserError(
-            f"--store-max-size {text}: must be a number of bytes, or of K, M, G or T, such as 10G"
-        )
+        what = "must be a number of bytes, or of K, M, G or T, such as 10G"
+        raise SettingError("store_max_size", text, what)
     bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
-    if bytes_there < (least := fronts * largest_picture_bytes(model.image_size)):
-        raise UserError(
-            f"--store-max-size {text}: must be at least {-(-least // 1024)}K: an image for each "
-            "--api-server-count"
-        )
-    return bytes_there
-
-
-def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
-    """The keys. Where others can reach the service, they must be too long to be guessed."""
-    others = not is_loopback(host)
-    if given is None:
-        if others:
-            way = f"set a key ({ENVIRONMENT}API_KEY), or use {HOST}"
-            why = f"--host {host}: others can reach this address"
-            raise UserError(f"{why}, so {way}; {_MAKES_A_KEY}")
-        return ()
-    keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
-    if not _is_header_text(given) or "" in keys:
-        what = "--api-key: must be printable ASCII, not empty, and without spaces around it"
-        raise UserError(f"{what}; commas separate several keys")
-    if others and min(map(len, keys)) < _LEAST_KEY:
-        why = f"--api-key: others can reach {host}"
-        what = f"a key must have at least {_LEAST_KEY} characters"
-        raise UserError(f"{why}, so {what}; {_MAKES_A_KEY}")
-    return keys
-
-
-def _resolve_timeouts(arguments: argparse.Namespace) -> Timeouts:
-    def seconds(name: str, default: float | None, least: float = 0) -> float:
-        value: float = _or(getattr(arguments, name), default)
-        if not least <= value <= _LONGEST_WAIT:
-            raise UserError(
-                f"--{name.replace('_', '-')} {value:g}: must be {least:g} to {_LONGEST_WAIT:.0f}"
-            )
-        return value
-
-    return Timeouts(
-        queue=seconds("queue_timeout", TIMEOUTS.queue) or None,
-        run=seconds("request_timeout", TIMEOUTS.run) or None,
-        step=seconds("step_timeout", TIMEOUTS.step, 1),
-        shutdown=seconds("shutdown_timeout", TIMEOUTS.shutdown),
+    least = fronts * largest_picture_bytes(model.image_size)
+    _require(
+        bytes_there >= least,
+        "store_max_size",
+        text,
+        f"must be at least {-(-least // 1024)}K: an image for each ",
+        SettingName("api_server_count"),
     )
-
-
-def _check_gpus(model: ModelSettings, engines: int) -> None:
-    device = model.device
-    if device.type != "cuda":
-        raise UserError(
-            f"--data-parallel-size {engines}: takes {engines} GPUs, and this is a CPU; leave it out"
-        )
-    if device.index not in (None, 0):
-        raise UserError(
-            f"--data-parallel-size {engines}: takes GPUs from cuda:0 on; leave --device {device} "
-            "out"
-        )
-    if torch.cuda.device_count() < engines:
-        raise UserError(
-            f"--data-parallel-size {engines}: there are {torch.cuda.device_count()} GPUs here"
-        )
-
-
-def _at_least(
-    arguments: argparse.Namespace, name: str, default: int, least: int, most: int = 10**6
-) -> int:
-    value = _or(getattr(arguments, name), default)
-    if not least <= value <= most:
-        raise UserError(f"--{name.replace('_', '-')} {value}: must be {least} to {most}")
-    return value
-
-
-def _asked(arguments: argparse.Namespace, name: str, least: int) -> int | None:
-    return None if getattr(arguments, name) is None else _at_least(arguments, name, least, least)
+    return bytes_there
 
 
 def _is_header_text(text: str) -> bool:
@@ -266,18 +273,12 @@ def _is_header_text(text: str) -> bool:
 
 def _is_host(host: str) -> bool:
     """Whether the system can be asked for it."""
+    return host != "" and host.isprintable() and _parses(lambda name: name.encode("idna"), host)
+
+
+def _parses(parse: Callable[[str], object], text: str) -> bool:
     try:
-        return host.isprintable() and host.encode("idna") != b""
-    except UnicodeError:  # a name with an empty or an endless part
+        parse(text)
+    except ValueError:
         return False
-
-
-def _host_of(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:  # half an IPv6 address
-        return None
-
-
-def _or(given: Any, otherwise: Any) -> Any:
-    return otherwise if given is None else given
+    return True

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from autoregressive.errors import UserError
+from autoregressive.errors import SettingError
 from autoregressive.files import remove_leftovers, sync, sync_folder, unused_name
 
 # the system's table may lack webp
@@ -32,6 +33,7 @@ MEDIA_TYPES = {
 LOCK_FILE = ".llamagen.lock"
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.(png|jpeg|webp)")
+_RECORD_BYTES = 16 * 2**10  # more than what is written into a picture beside the pixels
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # also a link, or a socket, of that name
 _NOT_A_PICTURE = (
@@ -42,6 +44,15 @@ _NOT_A_PICTURE = (
 )
 _log = logging.getLogger("llamagen.store")
 _Result = TypeVar("_Result")
+
+
+def largest_picture_bytes(size: int) -> int:
+    """The largest size of a picture's file: a PNG whose pixels cannot be compressed.
+
+    Args:
+        size: pixels of a side.
+    """
+    return 3 * size * size + _RECORD_BYTES
 
 
 class StoreFailed(Exception):
@@ -70,8 +81,20 @@ class StoreClaim:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._lock_file = None if folder is None else _lock(folder)
-        if folder is not None and (removed := remove_leftovers(folder, _UNFINISHED)):
+        self._lock_file: int | None = None
+        if folder is None:
+            return
+        try:
+            os.scandir(folder).close()
+            self._lock_file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            what = f"cannot be read, written or locked ({error.strerror})"
+            if isinstance(error, BlockingIOError):
+                what = "another service keeps its images there"
+            raise SettingError("store_dir", folder, f"{what}; choose another folder") from error
+        if removed := remove_leftovers(folder, _UNFINISHED):
             _log.warning(
                 "unfinished pictures were removed",
                 extra={"fields": {"folder": str(folder), "files": removed}},
@@ -82,29 +105,6 @@ class StoreClaim:
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
-
-
-def _lock(folder: Path) -> int:
-    try:
-        os.scandir(folder).close()
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"--store-dir {folder}: cannot read or write there ({error.strerror}); choose another"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise UserError(
-                f"--store-dir {folder}: another service keeps its images there; choose another "
-                "folder"
-            ) from error
-        raise UserError(
-            f"--store-dir {folder}: cannot be locked ({error.strerror}); choose another folder"
-        ) from error
-    return descriptor
 
 
 class Store:
@@ -137,7 +137,7 @@ class Store:
         picture_bytes: int = 2**20,
     ) -> None:
         self._folder, self._most, self._base_url = folder, most // count, base_url.rstrip("/")
-        self._most_bytes = None if most_bytes is None else most_bytes // count
+        self._most_bytes = (sys.maxsize if most_bytes is None else most_bytes) // count
         self._index, self._count, self._picture_bytes = index, count, picture_bytes
         self._kept = deque(self._found())  # names and sizes, the oldest first
         self._kept_bytes = sum(size for _, size in self._kept)
@@ -152,11 +152,7 @@ class Store:
         """How many pictures an answer may have, so that none of them is evicted for another one's
         sake.
         """
-        return (
-            self._most
-            if self._most_bytes is None
-            else min(self._most, self._most_bytes // self._picture_bytes)
-        )
+        return min(self._most, self._most_bytes // self._picture_bytes)
 
     def check(self, pictures: int) -> None:
         """Finds out whether so many pictures could be saved now; where the disk is full, evicts the
@@ -225,26 +221,24 @@ class Store:
         found = []
         try:
             with os.scandir(self._folder) as entries:
-                for entry in entries:
-                    if _NAME.fullmatch(entry.name) and self._is_mine(entry.name):
-                        # another program may remove it meanwhile
-                        with contextlib.suppress(FileNotFoundError):
-                            state = entry.stat(follow_symlinks=False)
-                            if stat.S_ISREG(state.st_mode):
-                                found.append((state.st_mtime_ns, entry.name, state.st_size))
+                for entry in filter(self._is_mine, entries):
+                    # another program may remove it meanwhile
+                    with contextlib.suppress(FileNotFoundError):
+                        state = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(state.st_mode):
+                            found.append((state.st_mtime_ns, entry.name, state.st_size))
         except OSError as error:
-            raise UserError(
-                f"--store-dir {self._folder}: cannot be read ({error.strerror}); choose another"
-            ) from error
+            told = f"cannot be read ({error.strerror}); choose another"
+            raise SettingError("store_dir", self._folder, told) from error
         return [(name, size) for _, name, size in sorted(found)]
 
-    def _is_mine(self, name: str) -> bool:
-        return int(name[:8], 16) % self._count == self._index
+    def _is_mine(self, entry: os.DirEntry[str]) -> bool:
+        name = entry.name
+        return bool(_NAME.fullmatch(name)) and int(name[:8], 16) % self._count == self._index
 
     def _new_name(self, suffix: str) -> str:
-        while not self._is_mine(name := f"{secrets.token_hex(16)}.{suffix}"):
-            pass
-        return name
+        share = secrets.randbelow(2**32 // self._count) * self._count + self._index
+        return f"{share:08x}{secrets.token_hex(12)}.{suffix}"
 
     def _make_room(self, pictures: int, size: int) -> bool:
         """Evicts the oldest for so many pictures and bytes to come; returns whether they fit then.
@@ -252,16 +246,14 @@ class Store:
         They may not fit while others are being written, which can only be evicted later. The lock
         is held.
         """
-        while not (fits := self._fits(pictures, size)) and self._kept:
+        while (
+            len(self._kept) + self._coming + pictures > self._most
+            or self._kept_bytes + self._coming_bytes + size > self._most_bytes
+        ):
+            if not self._kept:
+                return self._coming == 0
             self._evict_oldest()
-        return fits or self._coming == 0
-
-    def _fits(self, pictures: int, size: int) -> bool:
-        count, total = (
-            len(self._kept) + self._coming + pictures,
-            self._kept_bytes + self._coming_bytes + size,
-        )
-        return count <= self._most and (self._most_bytes is None or total <= self._most_bytes)
+        return True
 
     def _evict_while_full(self, size: int, work: Callable[[], _Result]) -> _Result:
         """Calls `work`, which needs `size` bytes of the disk. While the disk is full it evicts the

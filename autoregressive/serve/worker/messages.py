@@ -1,27 +1,21 @@
-"""Messages between the service and the process that owns an engine: commands one way, events the
-other.
+"""What the service and the process that owns an engine tell each other: commands one way, events
+the other; and `ServedRequest`, the service's record of a request, which takes its events.
 
-A message is a frozen dataclass. Messages go over a pair of sockets in frames of one or several, so
-that each costs less when there are many. A frame is two lengths, then names and fields as JSON,
-then the messages' bytes as they are (pixels, codes). There is no pickle: neither side runs what the
-other sends. Moments are of `time.monotonic`, which all processes of a host share.
+A message is a frozen dataclass. Moments are of `time.monotonic`, which all processes of a host
+share. `transport` says how messages go over a connection.
 
 A kind of message may have `SUPERSEDES`: names of fields. A newer message of the kind with the same
 values in these fields then supersedes an older one that still waits to be sent (see `Backlog`).
 """
 
-import json
-import socket
-import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
-from typing import Any, ClassVar, cast
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from autoregressive.errors import Change, SettingName, UserError
 from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.worker.child import receive_bytes
-
-_HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
-HEAD_BYTES = _HEAD.size
 
 
 @dataclass(frozen=True)
@@ -76,9 +70,17 @@ class Ready:
 
 @dataclass(frozen=True)
 class StartFailed:
-    """The start failed for a reason that the user can mend: one line."""
+    """The start failed for a reason that the user can mend: what the `UserError` says."""
 
-    message: str
+    parts: tuple[Any, ...]
+    remedies: tuple[Any, ...]
+
+    @property
+    def error(self) -> UserError:
+        """The error, to be raised again; data classes have come as their fields."""
+        parts = (part if isinstance(part, str) else SettingName(**part) for part in self.parts)
+        ways = [way if isinstance(way, str) else Change(**way) for way in self.remedies]
+        return UserError(*parts, remedies=ways)
 
 
 @dataclass(frozen=True)
@@ -140,26 +142,17 @@ class Image:
 class Ended:
     """A request has ended, and the engine holds nothing for it any more.
 
-    The outcome is `finished`, `cancelled`, or the reason of the failure.
+    The outcome is `finished`, or what `ended_early` knows: `cancelled`, or the reason of the
+    failure.
     """
 
     request_id: int
-    outcome: str  # one of OUTCOMES
+    outcome: str
     at: float
     message: str = ""
     tokens: int | None = None  # that were given to the device, over all its images
     used_pages: int | None = None  # of the engine, now that this request's are free
 
-
-OUTCOMES = (
-    "finished",
-    "cancelled",
-    "queue_timeout",
-    "run_timeout",
-    "out_of_memory",
-    "non_finite",
-    "refused",
-)
 
 Command = EngineRequest | Cancel | Stop
 RequestEvent = Started | Progress | Preview | Image | Ended  # of one request
@@ -167,57 +160,117 @@ Event = Preparing | Ready | StartFailed | Heartbeat | LoopStats | RequestEvent
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 
-_as_json = json.JSONEncoder(default=vars).encode  # of a dataclass within a message: its fields
+@dataclass(eq=False)
+class ServedRequest:
+    """Made where it is accepted; lives until its engine says that it holds nothing for it any more.
 
-
-def encode(messages: Iterable[Any]) -> bytes:
-    """Messages, dataclasses with at most one field of bytes each, as one frame."""
-    told: list[tuple[str, dict[str, Any], int]] = []
-    parts: list[bytes] = []
-    for message in messages:
-        fields, size = dict(vars(message)), 0
-        for name, value in fields.items():
-            if isinstance(value, bytes):
-                parts.append(value)
-                size, fields[name] = len(value), None
-        told.append((type(message).__name__, fields, size))
-    text = _as_json(told).encode()
-    return b"".join((_HEAD.pack(len(text), sum(map(len, parts))), text, *parts))
-
-
-def frame_bytes(head: bytes | bytearray) -> int:
-    """The length of a whole frame, its head included, from its head."""
-    return HEAD_BYTES + sum(_HEAD.unpack_from(head))
-
-
-def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[Any]:
-    """The messages of a frame that `encode` has made.
-
-    Args:
-        kinds: the kinds that they may be of, by name.
+    A slow reader receives only the newest `Progress` and the newest preview of each image, so the
+    images that were asked for bound what is kept for it.
     """
-    length, _ = _HEAD.unpack_from(frame)
-    place = HEAD_BYTES + length
-    messages = []
-    for name, fields, size in json.loads(frame[HEAD_BYTES:place]):
-        kind = kinds[name]
-        for field, annotation in kind.__annotations__.items():
-            if annotation is bytes:
-                fields[field] = bytes(memoryview(frame)[place : place + size])
-            elif is_dataclass(annotation):
-                fields[field] = cast(type, annotation)(**fields[field])
-            elif isinstance(fields.get(field), list):
-                fields[field] = tuple(fields[field])
-        place += size
-        messages.append(kind(**fields))
-    return messages
 
+    request: EngineRequest
+    accepted_at: float
+    started_at: float | None = None
+    first_token_at: float | None = None
+    ended: Ended | None = None
+    tokens: int = 0
+    decode_seconds: float = 0.0
+    reserved: bool = False  # rows were free for it when it came: it waits for no other
+    abandoned: bool = False  # its events are not read any more
+    answer_bytes: int = 0  # of its images' files that wait to be sent
+    image_bytes: int = 0  # of the pixels or codes of one of its images
+    images_here: int = 0  # that have come from the engine
+    # takes the events, if they are read in another process
+    forward: Callable[[RequestEvent], None] | None = None
+    _read_bytes: int = 0  # of the image that its reader makes a file of
+    # in the order of their coming
+    _events: dict[tuple[str, int], RequestEvent] = field(default_factory=dict)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
-def receive(connection: socket.socket, kinds: Mapping[str, type] = KINDS) -> list[Any]:
-    """Waits for the next frame; its messages, which are of these kinds.
+    @property
+    def request_id(self) -> int:
+        """The number by which this process and its engine know it."""
+        return self.request.request_id
 
-    Raises:
-        EOFError: the other side has gone.
-    """
-    head = receive_bytes(connection, HEAD_BYTES)
-    return decode(head + receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it takes at most."""
+        return self.request.n * self.request.params.rows
+
+    def take(self, event: RequestEvent) -> None:
+        """Takes an event from the engine; called in the event loop."""
+        match event:
+            case Started(at=at):
+                self.started_at = at
+            case Progress(tokens=tokens, at=at):
+                self.tokens = tokens
+                self.first_token_at = self.first_token_at or at
+            case Image():
+                self.decode_seconds += event.decode_seconds
+                self.images_here += 1
+                self._events.pop(("Preview", event.index), None)
+            case Ended():
+                self.ended = event
+                self.tokens = self.tokens if event.tokens is None else event.tokens
+        if self.forward is not None:
+            if not self.abandoned or isinstance(event, Ended):
+                self.forward(event)
+            return
+        # readers that do not watch need not be woken for these
+        told = self.request.watched or not isinstance(event, (Started, Progress))
+        if told and not self.abandoned:
+            key = (type(event).__name__, getattr(event, "index", 0))
+            self._events.pop(key, None)
+            self._events[key] = event
+            self._news.set()
+
+    def abandon(self) -> None:
+        """Drops its events and all later ones, because their reader has gone."""
+        self.abandoned = True
+        self._events.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pixels, codes and files that wait for its reader in this process."""
+        events = self._events.values()
+        images = sum(len(event.data) for event in events if isinstance(event, Image))
+        previews = sum(len(event.pixels) for event in events if isinstance(event, Preview))
+        return self.answer_bytes + self._read_bytes + images + previews
+
+    @property
+    def promised_bytes(self) -> int:
+        """Bytes of its images that are still to come from the engine."""
+        if self.ended is not None or self.abandoned:
+            return 0
+        return (self.request.n - self.images_here) * self.image_bytes
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `next_event` would return at once."""
+        return bool(self._events)
+
+    async def next_event(self, timeout: float | None = None) -> RequestEvent | None:
+        """Waits for the next event, the last of which is `Ended`; not to be called after that one.
+
+        Returns:
+            None if no event comes within `timeout` seconds.
+        """
+        self._read_bytes = 0
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._events:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            return None
+        event = self._events.pop(next(iter(self._events)))
+        self._read_bytes = len(event.data) if isinstance(event, Image) else 0
+        return event
+
+    def seconds_left(self, tokens_of_image: int) -> float | None:
+        """A guess from its own speed so far, to hundredths; None while no token is drawn."""
+        if self.started_at is None or self.tokens == 0:
+            return None
+        passed = time.monotonic() - self.started_at
+        left = self.request.n * tokens_of_image - self.tokens
+        return round(passed / self.tokens * left, 2)

@@ -3,8 +3,10 @@ rest.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,7 +14,6 @@ from torch import Tensor
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine, PartialCodes
 from autoregressive.serve.engine.request import Request, RequestState
-from autoregressive.serve.worker.parent_request import ParentRequest
 
 _TIME_SHARE = 0.2  # of the loop's time at most, where decoding holds it up
 
@@ -38,6 +39,7 @@ class Previewer:
     def __init__(self, engine: Engine, most: int) -> None:
         self._engine, self._most = engine, most
         self._grid = round(engine.shape.tokens**0.5)
+        self._shown: WeakKeyDictionary[Request, int] = WeakKeyDictionary()  # rows, at the last time
         self._lot: _Lot | None = None
         self._next_at = 0.0
 
@@ -47,9 +49,12 @@ class Previewer:
         return self._lot is not None
 
     def advance(
-        self, parents: Iterable[ParentRequest], *, may_begin: bool
+        self, wanted: Iterable[tuple[Request, Sequence[int]]], *, may_begin: bool
     ) -> list[tuple[Request, int, Tensor]]:
         """Goes on with a lot as far as that takes no waiting, or begins one.
+
+        Args:
+            wanted: images, each with the numbers of drawn rows at which a preview is wanted.
 
         Returns:
             Images of a lot that is complete, each with its number of drawn rows and its pixels,
@@ -62,7 +67,7 @@ class Previewer:
         lot, self._lot = self._lot, None
         try:
             if lot is None and may_begin and begun >= self._next_at:
-                lot = self._begin(parents)
+                lot = self._begin(wanted)
             if lot is not None and lot.codes is not None and lot.codes.ready():
                 lot = self._decode(lot, lot.codes.result())
             if lot is not None and lot.pictures is not None and lot.pictures.ready():
@@ -75,21 +80,17 @@ class Previewer:
             pause = (ended - begun) * (1 / _TIME_SHARE - 1)
             self._next_at = max(self._next_at, ended + pause)
 
-    def _begin(self, parents: Iterable[ParentRequest]) -> _Lot | None:
-        candidates: list[tuple[int, int, Request, ParentRequest]] = []  # rows sent, rows to send
-        for parent in parents:
-            if parent.request.preview_rows and parent.request.pixels and parent.failure is None:
-                for image in parent.images:
-                    rows = parent.rows_to_preview(image, self._grid)
-                    if rows is not None and image.state is RequestState.RUNNING:
-                        candidates.append((parent.previewed.get(image, 0), rows, image, parent))
-        candidates.sort(key=lambda candidate: candidate[0])  # the least seen image comes first
-        wanted: dict[Request, int] = {}
-        for _, rows, image, parent in candidates[: self._most]:
-            wanted[image] = parent.previewed[image] = rows
-        if not wanted:
-            return None
-        return _Lot(wanted, self._engine.peek(list(wanted)), None)
+    def _begin(self, wanted: Iterable[tuple[Request, Sequence[int]]]) -> _Lot | None:
+        candidates: list[tuple[int, int, Request]] = []  # rows shown, rows to show
+        for image, preview_rows in wanted:
+            drawn, shown = image.steps // self._grid, self._shown.get(image, 0)
+            rows = max((rows for rows in preview_rows if shown < rows <= drawn), default=0)
+            if rows and drawn < self._grid and image.state is RequestState.RUNNING:
+                candidates.append((shown, rows, image))
+        candidates.sort(key=itemgetter(0))  # the least seen image comes first
+        chosen = {image: rows for _, rows, image in candidates[: self._most]}
+        self._shown.update(chosen)
+        return _Lot(chosen, self._engine.peek(list(chosen)), None) if chosen else None
 
     def _decode(self, lot: _Lot, parts: list[PartialCodes]) -> _Lot:
         assert self._engine.decoder is not None

@@ -1,103 +1,38 @@
-"""The processes that the service starts, and the engine's: how it is built, and how it ends.
+"""The processes that the service starts: how they are started, and where each of them begins, which
+is `python -m autoregressive.serve.worker.process NAME PARENT CONNECTION SOCKET...`.
 
 A process, not a thread: HTTP work never holds the interpreter lock that a step needs, whatever
 kills the engine does not kill the service, and a hung one can be killed. docs/design.md says what
-it costs.
+it costs. A process first binds itself to its parent's life, leaves signals to the parent, and sets
+up its log. Only then does it import anything that takes long, so nothing here does.
 """
 
 import contextlib
+import ctypes
 import gc
+import logging
 import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from typing import NoReturn
 
-import torch
-
-from autoregressive.cli.command import flag_of
-from autoregressive.devices import limit_cpu_threads
-from autoregressive.errors import UserError
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
-from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.memory import saying_what_needs_less_memory
+from autoregressive.serve.logs import log_in_child
 from autoregressive.serve.signals import SIGNALS
-from autoregressive.serve.worker import child
-from autoregressive.serve.worker.messages import Heartbeat, StartFailed
-from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.worker import serve
-from autoregressive.weights.finding import FoundWeights, ModelSettings
-from autoregressive.weights.loading import load_models
 
 ChildProcess = subprocess.Popen[bytes]
-# Builds an engine. Its argument is called with how much of the preparation is done, and how much
-# there is.
-MakeEngine = Callable[[Callable[[int, int], None]], Engine]
+_HEAD = struct.Struct("<Q")  # bytes of the pickled function that follow
 _WAITING_BYTES = 4 * 2**20  # in a connection
 # New objects after which the garbage collector looks at them: by default 700, or 2000 from Python
 # 3.13 on.
 _NEW_OBJECTS = 20_000
-_HEARTBEAT_SECONDS = 0.25
-_LAST_WORDS_SECONDS = 5.0  # for the last messages to be written
-
-
-StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  # as `start_process`
-
-
-@dataclass(frozen=True)
-class EngineRecipe:
-    """Loads the models and builds an engine, in the process that calls it."""
-
-    model: ModelSettings
-    found: FoundWeights
-    config: EngineConfig
-    typical: SamplingParams  # of a request that says nothing else
-
-    def __call__(self, on_progress: Callable[[int, int], None]) -> Engine:
-        """An engine that is ready to run.
-
-        Raises:
-            UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a
-                typical request could never run.
-        """
-        device = self.model.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        with saying_what_needs_less_memory(self.model, self.config):
-            models = load_models(self.model, self.found)
-            limit_cpu_threads(models.gpt.config, device)
-            engine = Engine(models.gpt, models.vq, self.config, on_progress=on_progress)
-            engine.scheduler.check_fits(self.typical)
-        settle_heap()
-        return engine
-
-
-def settle_heap() -> None:
-    """Takes all objects that exist out of later garbage collections, and makes collections rare.
-
-    A process calls it when it has started. Modules, models and graphs stay to its end, and a full
-    collection would look at each of them: some 0.2 s for torch's and FastAPI's, in which the
-    process does nothing else. Afterwards a collection looks at newer objects only: hundreds for
-    each request that is being answered. Python would collect fully again and again as those become
-    more, for 50 ms where hundreds of requests come and go, and would find little: most of what a
-    request holds is freed with it.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
-
-
-def start_process(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
-    """Starts a process that builds an engine and runs it; the connection to it."""
-    return start_child(partial(_run, make_engine), name)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_LAST_LINES_SECONDS = 1.0
+_log = logging.getLogger("llamagen.service")
 
 
 def start_child(
@@ -117,28 +52,23 @@ def start_child(
     data = pickle.dumps(run)
     ours, theirs = connect()
     descriptors = [one.fileno() for one in (theirs, *sockets)]
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        child.__name__,
-        name,
-        str(os.getpid()),
-        *map(str, descriptors),
-    ]
+    arguments = [name, str(os.getpid()), *map(str, descriptors)]
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    with signals_held():
+    # signals to the process are held back until it ignores them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-P", "-m", __name__, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
             env=os.environ | {"PYTHONPATH": path},
         )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
-    with contextlib.suppress(
-        BrokenPipeError, ConnectionResetError
-    ):  # it has died already, as will be noticed
-        ours.sendall(child.HEAD.pack(len(data)) + data)
+    # if it has died already, that will be noticed
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        ours.sendall(_HEAD.pack(len(data)) + data)
     return process, ours
 
 
@@ -154,34 +84,85 @@ def connect() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Holds back signals to this thread and to a process that it starts, which calls
-    `ignore_signals` as soon as it can.
+def main() -> None:
+    """Calls the function that comes through the connection with the connection and the other
+    sockets.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    name, parent, *descriptors = sys.argv[1:]
+
+    def work() -> None:
+        connection, *others = (socket.socket(fileno=int(descriptor)) for descriptor in descriptors)
+        (size,) = _HEAD.unpack(receive_bytes(connection, _HEAD.size))
+        # The service tells what to run, through a pair of sockets that nobody else has.
+        run = pickle.loads(receive_bytes(connection, size))  # noqa: S301
+        run(connection, *others)
+
+    live(name, int(parent), work)
+
+
+def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
+    """The life of a process that the service starts.
+
+    It ends when its parent ends, even while it loads or hangs. It ignores signals, because the
+    service decides when it ends. It ends at once when its work is done, because taking down torch's
+    modules one by one may take seconds.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent != os.getppid():  # it has gone already
+        os._exit(1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    writer = log_in_child("info")
+    status = 1
     try:
-        yield
+        work()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except EOFError:  # the parent has gone
+        pass
+    except BaseException:
+        _log.critical("%s has ended by an error", name, exc_info=True)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        writer.drain(_LAST_LINES_SECONDS)
+        os._exit(status)
 
 
-def _run(make_engine: MakeEngine, connection: socket.socket) -> None:
-    outbox = Outbox(connection, "events")
-    threading.Thread(target=_send_heartbeats, args=(outbox,), name="heartbeat", daemon=True).start()
-    status = 0
-    try:
-        serve(make_engine, connection, outbox)
-    except UserError as error:
-        outbox.put(StartFailed(error.spelled(flag_of)))
-        status = 2
-    finally:
-        outbox.close(_LAST_WORDS_SECONDS)
-    sys.exit(status)
+def receive_bytes(connection: socket.socket, count: int) -> bytearray:
+    """Waits for the next `count` bytes of a connection.
+
+    Raises:
+        EOFError: the other side has gone, or the connection is closed here.
+    """
+    received = bytearray(count)
+    missing = memoryview(received)
+    while missing:
+        try:
+            size = connection.recv_into(missing)
+        except OSError as error:
+            raise EOFError from error
+        if size == 0:
+            raise EOFError
+        missing = missing[size:]
+    return received
 
 
-def _send_heartbeats(outbox: Outbox) -> None:
-    """Sends heartbeats even while a step takes long, or hangs."""
-    while True:
-        outbox.put_if_silent(Heartbeat())
-        time.sleep(_HEARTBEAT_SECONDS)
+def settle_heap() -> None:
+    """Takes all objects that exist out of later garbage collections, and makes collections rare.
+
+    A process calls it when it has started. Modules, models and graphs stay to its end, and a full
+    collection would look at each of them: some 0.2 s for torch's and FastAPI's, in which the
+    process does nothing else. Afterwards a collection looks at newer objects only: hundreds for
+    each request that is being answered. Python would collect fully again and again as those become
+    more, for 50 ms where hundreds of requests come and go, and would find little: most of what a
+    request holds is freed with it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+
+
+if __name__ == "__main__":
+    main()

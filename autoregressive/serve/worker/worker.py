@@ -1,4 +1,4 @@
-"""The engine's owner: a loop that takes commands, steps the engine, decodes pictures, and tells
+"""The engine's process: a loop that takes commands, steps the engine, decodes pictures, and tells
 what happens.
 
 The loop waits only for commands, and only when there is nothing else to do, so no reader and no
@@ -9,25 +9,33 @@ be trusted.
 
 import gc
 import socket
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 
 import torch
 from torch import Tensor
 
-from autoregressive.devices import is_out_of_memory
+from autoregressive.devices import is_out_of_memory, limit_cpu_threads
+from autoregressive.errors import UserError
 from autoregressive.models.generate import NonFiniteLogitsError
+from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import (
     Cancel,
     Command,
     Ended,
     EngineRequest,
+    Heartbeat,
     Image,
     LoopStats,
     Preparing,
@@ -35,27 +43,108 @@ from autoregressive.serve.worker.messages import (
     Progress,
     Ready,
     Started,
+    StartFailed,
     Stop,
-    receive,
 )
-from autoregressive.serve.worker.outbox import Outbox
-from autoregressive.serve.worker.parent_request import ParentRequest
 from autoregressive.serve.worker.previews import Previewer
+from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
+from autoregressive.serve.worker.transport import Outbox, receive
+from autoregressive.weights.finding import FoundWeights, ModelSettings
+from autoregressive.weights.loading import load_models
+
+# Builds an engine. Its argument is called with how much of the preparation is done, and how much
+# there is.
+MakeEngine = Callable[[Callable[[int, int], None]], Engine]
+StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  # as `start_process`
 
 STATS_SECONDS = 0.25  # between two `LoopStats`, while no step takes longer
+_HEARTBEAT_SECONDS = 0.25
+_LAST_WORDS_SECONDS = 5.0  # for the last messages to be written
 _WATCHED_SECONDS = 0.1  # between two `Progress` of a request
 _DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that those on their way take bounded memory
 _MEMORY_ERRORS = (RuntimeError, MemoryError)  # among which `is_out_of_memory` tells those of memory
 _POLL_SECONDS = 0.001  # where only pictures are on their way
 
 
-@dataclass(frozen=True)
-class _Decoding:
-    """Pictures of finished images on their way: one for each request of the engine."""
+def build_engine(
+    model: ModelSettings,
+    found: FoundWeights,
+    config: EngineConfig,
+    typical: SamplingParams,
+    on_progress: Callable[[int, int], None],
+) -> Engine:
+    """Loads the models and builds an engine that is ready to run.
 
+    Args:
+        typical: of a request that says nothing else.
+        on_progress: as of `MakeEngine`.
+
+    Raises:
+        UserError: a checkpoint is damaged, memory does not hold the model or its pages, or a
+            typical request could never run.
+    """
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
+    with saying_what_needs_less_memory(model, config):
+        models = load_models(model, found)
+        limit_cpu_threads(models.gpt.config, model.device)
+        engine = Engine(models.gpt, models.vq, config, on_progress=on_progress)
+        engine.scheduler.check_fits(typical)
+    settle_heap()
+    return engine
+
+
+def start_process(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
+    """Starts a process that builds an engine and runs it; the connection to it."""
+    return start_child(partial(serve, make_engine), name)
+
+
+def serve(make_engine: MakeEngine, connection: socket.socket) -> None:
+    """Builds the engine, telling how far it is, and runs it.
+
+    Raises:
+        SystemExit: it could not be built, for a reason that the user can mend.
+        Exception: as `Worker.run`, or of building the engine.
+    """
+    outbox = Outbox(connection, "events")
+    threading.Thread(target=_send_heartbeats, args=(outbox,), name="heartbeat", daemon=True).start()
+    try:
+        engine = make_engine(lambda done, total: outbox.put(Preparing(done, total)))
+        limits = engine.scheduler.limits
+        outbox.put(Ready(limits.max_rows, limits.num_pages, engine.shape.pages_per_row))
+        Worker(engine, connection, outbox).run()
+    except UserError as error:
+        outbox.put(StartFailed(error.parts, error.remedies))
+        sys.exit(2)
+    finally:
+        outbox.close(_LAST_WORDS_SECONDS)
+
+
+def _send_heartbeats(outbox: Outbox) -> None:
+    """Sends heartbeats even while a step takes long, or hangs."""
+    while outbox.put_if_silent(Heartbeat()):
+        time.sleep(_HEARTBEAT_SECONDS)
+
+
+@dataclass(eq=False)
+class ParentRequest:
+    """A request of the service that has not ended, and what has been told of it.
+
+    Each of its images is a request of the engine, so that it begins as soon as there is room for
+    it.
+    """
+
+    request: EngineRequest
     images: list[Request]
-    pictures: DeviceFuture[tuple[Tensor, ...]]
-    begun: float
+    left: int  # images whose result has not been sent
+    started_at: float | None = None
+    told_at: float | None = None  # moment of the last `Progress`
+    failure: tuple[str, str] | None = None  # outcome and message, once something went wrong
+
+    @property
+    def tokens(self) -> int:
+        """Tokens given to the device so far."""
+        return sum(image.steps for image in self.images)
 
 
 class Worker:
@@ -63,8 +152,8 @@ class Worker:
 
     Args:
         engine: with a tokenizer, unless only codes will be asked for.
-        connection: commands come from it and events go to it; closed by the other side, it ends the
-            loop.
+        connection: commands come from it; closed by the other side, it ends the loop.
+        outbox: events go to it.
     """
 
     def __init__(self, engine: Engine, connection: socket.socket, outbox: Outbox) -> None:
@@ -72,7 +161,10 @@ class Worker:
         self._parents: dict[int, ParentRequest] = {}
         self._parent_of: dict[Request, ParentRequest] = {}
         self._undecoded: deque[Request] = deque()
-        self._decodings: deque[_Decoding] = deque()
+        # Pictures of finished images on their way, and since when.
+        self._decodings: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]], float]] = (
+            deque()
+        )
         # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one
         # image at a time then.
         self._at_once = (
@@ -109,23 +201,19 @@ class Worker:
         while wait([self._connection], timeout):
             for command in receive(self._connection):
                 assert isinstance(command, Command)
-                self._carry_out(command)
+                match command:
+                    case EngineRequest():
+                        self._submit(command)
+                    case Cancel(request_id=request_id):
+                        if (parent := self._parents.get(request_id)) is not None:
+                            self._end_early(parent, "cancelled")
+                    case Stop():
+                        self._serving = False
             timeout = 0.0
 
-    def _carry_out(self, command: Command) -> None:
-        match command:
-            case EngineRequest():
-                self._submit(command)
-            case Cancel(request_id=request_id):
-                if (parent := self._parents.get(request_id)) is not None:
-                    self._end_early(parent, "cancelled", "")
-            case Stop():
-                self._serving = False
-
     def _submit(self, request: EngineRequest) -> None:
-        parent = ParentRequest(request, left=request.n)
         try:
-            parent.images = [
+            images = [
                 self._engine.submit(
                     request.class_label, request.params, first_image=index, client=request.client
                 )
@@ -134,10 +222,10 @@ class Worker:
         except ValueError as error:
             self._outbox.put(Ended(request.request_id, "refused", time.monotonic(), str(error)))
             return
-        self._parents[request.request_id] = parent
-        self._parent_of |= dict.fromkeys(parent.images, parent)
+        parent = self._parents[request.request_id] = ParentRequest(request, images, request.n)
+        self._parent_of |= dict.fromkeys(images, parent)
 
-    def _end_early(self, parent: ParentRequest, outcome: str, message: str) -> None:
+    def _end_early(self, parent: ParentRequest, outcome: str, message: str = "") -> None:
         """The first reason counts; the request ends when the engine has let go of all its
         images.
         """
@@ -149,11 +237,12 @@ class Worker:
     def _expire(self) -> None:
         now = time.monotonic()
         for parent in self._parents.values():
-            start_by = parent.request.start_by
-            if not parent.running and start_by is not None and now > start_by:
-                self._end_early(parent, "queue_timeout", "")
-            if parent.deadline is not None and now > parent.deadline:
-                self._end_early(parent, "run_timeout", "")
+            start_by, run_seconds = parent.request.start_by, parent.request.run_seconds
+            if parent.started_at is None:
+                if start_by is not None and now > start_by:
+                    self._end_early(parent, "queue_timeout")
+            elif run_seconds is not None and now > parent.started_at + run_seconds:
+                self._end_early(parent, "run_timeout")
 
     def _step(self) -> list[Request]:
         if not self._engine.wait_for_work(0):
@@ -165,10 +254,9 @@ class Worker:
             _free_memory(error)
             ended = []  # the next step returns those that have failed
         for parent in self._parents.values():
-            if not parent.begun and parent.failure is None and parent.running:
-                parent.begun = True
-                if parent.request.run_seconds is not None:
-                    parent.deadline = begun + parent.request.run_seconds
+            begins = parent.started_at is None and parent.failure is None
+            if begins and any(image.state is not RequestState.WAITING for image in parent.images):
+                parent.started_at = begun
                 self._outbox.put(Started(parent.request.request_id, begun))
         return ended
 
@@ -187,7 +275,7 @@ class Worker:
                     assert image.codes is not None
                     self._send_image(parent, image, image.codes[0].numpy().tobytes(), 0.0)
         for parent in list(self._parents.values()):
-            if parent.failure is not None and not parent.held:
+            if parent.failure is not None and all(image.ended for image in parent.images):
                 self._drop(parent, *parent.failure)
 
     def _decode(self) -> None:
@@ -208,7 +296,7 @@ class Worker:
         codes = torch.cat([image.codes for image in finished if image.codes is not None])
         try:
             pictures = self._engine.decoder.submit_to_host(codes)
-            self._decodings.append(_Decoding(finished, pictures, begun))
+            self._decodings.append((finished, pictures, begun))
         except _MEMORY_ERRORS as error:
             self._lose_pictures(finished, error)
 
@@ -216,28 +304,27 @@ class Worker:
         _free_memory(error)
         for image in images:
             if (parent := self._parent_of.pop(image, None)) is not None:
-                self._end_early(parent, "out_of_memory", "")
+                self._end_early(parent, "out_of_memory")
 
     def _send_decoded(self) -> None:
-        while self._decodings and self._decodings[0].pictures.ready():
-            decoding = self._decodings.popleft()
+        while self._decodings and self._decodings[0][1].ready():
+            images, decoding, begun = self._decodings.popleft()
             try:
-                pictures, finite = decoding.pictures.result()
+                pictures, finite = decoding.result()
             except _MEMORY_ERRORS as error:
-                self._lose_pictures(decoding.images, error)
+                self._lose_pictures(images, error)
                 continue
-            seconds = (time.monotonic() - decoding.begun) / len(decoding.images)
-            for image, picture, is_finite in zip(
-                decoding.images, pictures, finite.tolist(), strict=True
-            ):
+            seconds = (time.monotonic() - begun) / len(images)
+            for image, picture, is_finite in zip(images, pictures, finite.tolist(), strict=True):
                 parent = self._parent_of.pop(image, None)
                 if parent is None or parent.failure is not None:
                     continue
                 if is_finite:
                     self._send_image(parent, image, picture.numpy().tobytes(), seconds)
                 else:
-                    message = "the decoder's pixels are NaN or infinite"
-                    self._end_early(parent, "non_finite", message)
+                    self._end_early(
+                        parent, "non_finite", "the decoder's pixels are NaN or infinite"
+                    )
 
     def _send_image(
         self, parent: ParentRequest, image: Request, data: bytes, decode_seconds: float
@@ -253,39 +340,40 @@ class Worker:
         del self._parents[request_id]
         for image in parent.images:
             self._parent_of.pop(image, None)
-        used_pages = self._engine.scheduler.pool.used_pages
         self._tell_progress(parent, now)
+        used_pages = self._engine.scheduler.pool.used_pages
         self._outbox.put(Ended(request_id, outcome, now, message, parent.tokens, used_pages))
 
     def _preview(self) -> None:
+        wanted = (
+            (image, parent.request.preview_rows)
+            for parent in self._parents.values()
+            if parent.request.pixels and parent.failure is None
+            for image in parent.images
+        )
         try:
-            previews = self._previewer.advance(
-                self._parents.values(), may_begin=not self._undecoded
-            )
+            previews = self._previewer.advance(wanted, may_begin=not self._undecoded)
         except _MEMORY_ERRORS as error:
             _free_memory(error)  # only previews are lost
             return
         for image, rows, picture in previews:
             parent = self._parent_of.get(image)
             if parent is not None and parent.failure is None and not image.ended:
-                pixels = picture.numpy().tobytes()
-                self._outbox.put(
-                    Preview(parent.request.request_id, image.first_image, rows, pixels)
-                )
+                pixels, request_id = picture.numpy().tobytes(), parent.request.request_id
+                self._outbox.put(Preview(request_id, image.first_image, rows, pixels))
 
     def _tell(self) -> None:
         now = time.monotonic()
         for parent in self._parents.values():
-            due = parent.begun and now - parent.told_at >= _WATCHED_SECONDS
-            if not parent.first_token or (parent.request.watched and due):
+            if parent.told_at is None or now - parent.told_at >= _WATCHED_SECONDS:
                 self._tell_progress(parent, now)
         if now - self._stats_at >= STATS_SECONDS:
             self._stats_at = now
             self._outbox.put(LoopStats(self._engine.scheduler.pool.used_pages))
 
     def _tell_progress(self, parent: ParentRequest, now: float) -> None:
-        if parent.tokens > 0 and (parent.request.watched or not parent.first_token):
-            parent.first_token, parent.told_at = True, now
+        if (parent.request.watched or parent.told_at is None) and parent.tokens > 0:
+            parent.told_at = now
             self._outbox.put(Progress(parent.request.request_id, parent.tokens, now))
 
 
@@ -312,22 +400,3 @@ def _free_memory(error: Exception) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def serve(
-    make_engine: Callable[[Callable[[int, int], None]], Engine],
-    connection: socket.socket,
-    outbox: Outbox,
-) -> None:
-    """Builds the engine, telling how far it is, and runs it.
-
-    Args:
-        make_engine: as `MakeEngine` of `process`.
-
-    Raises:
-        Exception: as `Worker.run`, or of building the engine.
-    """
-    engine = make_engine(lambda done, total: outbox.put(Preparing(done, total)))
-    limits = engine.scheduler.limits
-    outbox.put(Ready(limits.max_rows, limits.num_pages, engine.shape.pages_per_row))
-    Worker(engine, connection, outbox).run()

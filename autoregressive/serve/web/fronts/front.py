@@ -22,14 +22,13 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from autoregressive.serve.web.api_errors import ApiError, not_ready
+from autoregressive.serve.web.app import Share, build_service_app
+from autoregressive.serve.web.app_state import RequestBroker
 from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 from autoregressive.serve.web.connections import Connections, ConnectionStats
-from autoregressive.serve.web.dispatcher import RequestBroker
-from autoregressive.serve.web.served_model import ServedModel
-from autoregressive.serve.web.served_request import ServedRequest
+from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server
 from autoregressive.serve.web.server_settings import ServerSettings
-from autoregressive.serve.web.service import Share, build_service_app
 from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
     Cancel,
@@ -39,6 +38,7 @@ from autoregressive.serve.worker.messages import (
     Image,
     Preview,
     Progress,
+    ServedRequest,
     Started,
 )
 from autoregressive.serve.worker.process import settle_heap

@@ -24,7 +24,6 @@ from autoregressive.serve.web.fronts.front import (
     State,
     Up,
 )
-from autoregressive.serve.web.served_request import ServedRequest
 from autoregressive.serve.web.server import ShutdownPolicy, writing_seconds
 from autoregressive.serve.worker.messages import (
     Cancel,
@@ -32,6 +31,7 @@ from autoregressive.serve.worker.messages import (
     EngineRequest,
     Heartbeat,
     RequestEvent,
+    ServedRequest,
 )
 from autoregressive.serve.worker.process import start_child
 
