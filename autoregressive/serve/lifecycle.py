@@ -16,8 +16,7 @@ from autoregressive.errors import UserError, tell
 from autoregressive.output.records import generation_record
 from autoregressive.serve.logs import ServiceLogs, service_logs
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.descriptors import raise_descriptor_limit
+from autoregressive.serve.web.connections import Connections, raise_descriptor_limit
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts.front import FrontRecipe
 from autoregressive.serve.web.fronts.supervisor import FrontSupervisor

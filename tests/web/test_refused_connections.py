@@ -15,8 +15,7 @@ from fake_service import Service
 from autoregressive.serve.web import acceptor as web_acceptor
 from autoregressive.serve.web import authentication
 from autoregressive.serve.web.acceptor import Acceptor
-from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
+from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections
 
 
 def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]]) -> None:

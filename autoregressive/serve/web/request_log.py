@@ -115,10 +115,7 @@ class RequestLog:
 def _headers(start: Message, context: RequestContext) -> list[tuple[bytes, bytes]]:
     """The headers of an answer, with its id; they close the connection where they must."""
     headers = [*start.get("headers", []), (b"x-request-id", context.request_id.encode())]
-    # Either the rest of the request's body is not read, or others want the connection's place.
-    last = (context.connection is not None and context.connection.sends) or (
-        context.connections is not None and context.connections.crowded
-    )
+    last = context.connection is not None and context.connection.answers_last
     return [*headers, _CLOSE] if last and _CLOSE not in headers else headers
 
 

@@ -5,7 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from typing import assert_never
 
@@ -178,9 +178,7 @@ class FrontSupervisor:
         self.failure: str | None = None
         self._ends = False  # fronts that go are not lost
         self._fronts: list[FrontLink] = []
-        dispatcher.metrics.connection_stats = lambda: sum(
-            (front.connection_stats for front in self._fronts), ConnectionStats()
-        )
+        dispatcher.metrics.connection_stats = self._connection_stats
         try:
             for recipe, listener in recipes:
                 self._fronts.append(FrontLink(recipe, listener, dispatcher, self._lose_front))
@@ -192,6 +190,10 @@ class FrontSupervisor:
     def up(self) -> bool:
         """Whether all fronts answer."""
         return all(front.up for front in self._fronts)
+
+    def _connection_stats(self) -> ConnectionStats:
+        counts = zip(*(astuple(front.connection_stats) for front in self._fronts), strict=True)
+        return ConnectionStats(*map(sum, counts))
 
     async def run(self) -> None:
         """Runs until the end is due, or a front is lost. All fronts have ended then."""
