@@ -6,7 +6,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -14,6 +13,7 @@ import pytest
 from fake_service import Service, running_service
 
 from autoregressive.serve.web import authentication
+from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.authentication import (
     FAILURE_SECONDS,
     FREE_FAILURES,
@@ -37,29 +37,25 @@ class Clock:
 
 
 class Door:
-    """The guard alone: a route behind it, and no engine."""
+    """The guard alone."""
 
     def __init__(self, *keys: str) -> None:
         self.clock = Clock()
         self.throttle = FailureThrottle(self.clock)
-        self.guard = Authentication(self._route, keys, lambda path: path == "/open", self.throttle)
-
-    async def _route(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        self.guard = Authentication(keys, lambda path: path == "/open", self.throttle)
 
     def knock(
         self, authorization: str | None, address: str = "192.0.2.1", path: str = "/"
     ) -> tuple[int, dict[bytes, bytes]]:
         """Status and headers of the answer."""
-        sent: list[Any] = []
-
-        async def keep(message: Any) -> None:
-            sent.append(message)
-
         headers = [] if authorization is None else [(b"authorization", authorization.encode())]
         scope = {"type": "http", "path": path, "headers": headers, "client": (address, 1)}
-        asyncio.run(self.guard(scope, None, keep))  # type: ignore[arg-type]
-        return sent[0]["status"], dict(sent[0]["headers"])
+
+        async def ask() -> ApiError | None:
+            return self.guard.refusal(scope)
+
+        refusal = asyncio.run(ask())
+        return (200, {}) if refusal is None else (refusal.status, dict(refusal.encode()[0]))
 
     def fail(self, times: int, address: str = "192.0.2.1") -> list[int]:
         """Statuses of so many wrong keys."""

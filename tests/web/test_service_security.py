@@ -29,7 +29,7 @@ from fastapi.routing import APIRoute
 from source_tree import source_files
 from starlette.routing import Mount, Route
 
-from autoregressive.serve.web import authentication, http_protocol, request_log
+from autoregressive.serve.web import authentication, guards, http_protocol
 from autoregressive.serve.web.app import build_app, build_routes
 from autoregressive.serve.web.app_state import AppState
 from autoregressive.serve.web.connections import Connections
@@ -747,7 +747,7 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
         task = asyncio.create_task(
             cast(
                 Any,
-                request_log.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep),
+                guards.RequestLog(forever, cast(Any, None), ())(scope, cast(Any, None), keep),
             )
         )
         await asyncio.sleep(0.01)

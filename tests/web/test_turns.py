@@ -19,7 +19,7 @@ from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import AppState, FairQueue
 from autoregressive.serve.web.dispatcher import RequestBroker
 from autoregressive.serve.web.generation import DRAWING_PATHS, event_stream
-from autoregressive.serve.web.guards import one_drawing_a_turn
+from autoregressive.serve.web.guards import Guards
 from autoregressive.serve.web.openai_routes import OpenAIEvents
 from autoregressive.serve.web.schema import ImageRequest
 from autoregressive.serve.web.served_model import ServedModel
@@ -82,9 +82,17 @@ def test_a_probe_passes_a_burst_of_drawings() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             served.append(scope["path"])
 
-        guard = one_drawing_a_turn(app, FairQueue())
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request"}
+
+        guards = Guards(app, lambda scope: None, FairQueue())
         paths = [DRAWING_PATHS[who % len(DRAWING_PATHS)] for who in range(MANY)] + ["/health"]
-        await asyncio.gather(*(guard({"type": "http", "path": path}, None, None) for path in paths))  # type: ignore[arg-type]
+        scopes: list[dict[str, Any]] = [
+            {"method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+            | {"headers": [], "http_version": "1.1"}
+            for path in paths
+        ]
+        await asyncio.gather(*(guards(scope, receive, cast(Any, None)) for scope in scopes))
         return served
 
     served = asyncio.run(run())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,12 @@ from starlette.exceptions import HTTPException
 
 from autoregressive.serve.web.api_errors import ApiError, internal_error
 from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.authentication import Authentication
+from autoregressive.serve.web.authentication import Authentication, host_refusal
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
 from autoregressive.serve.web.generation import ClientLeft
-from autoregressive.serve.web.guards import (
-    App,
-    Receive,
-    Scope,
-    Send,
-    accept_whole_urls,
-    answer_head,
-    known_hosts,
-    limit_sizes,
-    one_drawing_a_turn,
-)
+from autoregressive.serve.web.guards import App, Guards, Receive, RequestLog, Scope, Send
 from autoregressive.serve.web.openai_routes import add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
-from autoregressive.serve.web.request_log import RequestLog
 from autoregressive.serve.web.schema import (
     ClassesAnswer,
     ErrorAnswer,
@@ -102,12 +92,10 @@ def build_app(
 
     app = build_routes(state, version=version, docs=docs)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
-    guarded = limit_sizes(one_drawing_a_turn(app, state.turns))
-    if api_keys:  # a key keeps other sites out, so any host will do
-        guarded = Authentication(guarded, api_keys, is_open)
-    else:
-        guarded = known_hosts(guarded, public_host)
-    logged = RequestLog(accept_whole_urls(answer_head(guarded)), state.broker.count, api_keys)
+    # A key keeps other sites out, so any host will do.
+    by_host = partial(host_refusal, public=public_host)
+    refusal = Authentication(api_keys, is_open).refusal if api_keys else by_host
+    logged = RequestLog(Guards(app, refusal, state.turns), state.broker.count, api_keys)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)
