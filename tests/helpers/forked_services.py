@@ -27,7 +27,7 @@ from fake_service import FAULTS, Faults, Service
 
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web.fronts import supervisor
+from autoregressive.serve.web import fronts
 from autoregressive.serve.worker import child, process
 
 _START_SECONDS = 120.0
@@ -191,7 +191,7 @@ class Forge:
 def main() -> None:
     """Forks a service for each line of stdin."""
     process.start_child = cast(Any, fork_child)
-    supervisor.start_child = cast(Any, fork_child)
+    fronts.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
     gc.collect()
     gc.freeze()  # or each fork's first collection would copy all memory

@@ -14,6 +14,7 @@ from fake_service import Service
 from autoregressive.serve.web import acceptor as web_acceptor
 from autoregressive.serve.web import authentication
 from autoregressive.serve.web.acceptor import Acceptor
+from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.authentication import FREE_FAILURES, Authentication
 from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections
 
@@ -105,11 +106,10 @@ def test_a_warning_a_second_counts_what_happened(
     async def run() -> None:
         guard = Authentication(["key"], lambda path: False)
         wrong = {"path": "/", "headers": [(b"authorization", b"Bearer wrong")]}
-        for _ in range(FREE_FAILURES):
-            guard.refusal(wrong)
-        for count in (3, 2):
+        for count in (FREE_FAILURES, 3, 2):
             for _ in range(count):
-                guard.refusal(wrong)
+                with pytest.raises(ApiError):
+                    guard.check(wrong)
             await asyncio.sleep(0.15)
 
     asyncio.run(run())

@@ -8,6 +8,7 @@ descriptor is left it logs a traceback for each place of the backlog, again and 
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import socket
 from collections.abc import Callable
@@ -29,7 +30,6 @@ _REFUSE_AFTER_SECONDS = 0.5
 # system would reset the connection, and the client would lose the answer.
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 2 * 2**20
-_NONE_WAITS = (BlockingIOError, InterruptedError, ConnectionAbortedError)
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger(REQUESTS)
 
@@ -50,69 +50,58 @@ class Acceptor:
         self._listener, self._protocol, self._connections = listener, protocol, connections
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._pause: asyncio.TimerHandle | None = None
         self._busy_since: float | None = None  # as far as new connections have shown it
         self._refused: set[_Refusal] = set()
         listener.setblocking(False)
-        self._resume()
+        self._accepting = self._loop.create_task(self._accept())
 
     def close(self) -> None:
         """Stops accepting. The listener's owner closes the listener."""
         self._loop.remove_reader(self._listener)
-        if self._pause is not None:
-            self._pause.cancel()
+        self._accepting.cancel()
         for refusal in self._refused:
             refusal.transport.abort()
 
     async def wait_closed(self) -> None:
         """Returns at once, because uvicorn waits for the connections."""
 
-    def _resume(self) -> None:
-        self._pause = None
-        self._loop.add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            if self._should_wait():
-                self._pause_for(_BUSY_PAUSE_SECONDS)
-                return
+    async def _accept(self) -> None:
+        for number in itertools.count():
+            if number % _ACCEPTS_A_TURN == 0:
+                await asyncio.sleep(0)
             try:
-                connection, _ = self._listener.accept()
-            except _NONE_WAITS:
-                return
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except ConnectionAbortedError:
+                continue
             except OSError as error:
                 if error.errno in _STARVED:
                     self._connections.starve()
-                self._pause_for(_PAUSE_SECONDS)
-                return
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            await self._wait_for_room()
             opened: PatientProtocol | _Refusal
             if self._connections.make_room():
                 opened = self._protocol()
                 self._connections.move(opened, Phase.NEW)  # it takes a descriptor from now on
             else:
                 opened = _Refusal(self._refused)
-            task = self._loop.create_task(self._connect(connection, opened))
+            task = self._loop.create_task(self._open(connection, opened))
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
-    def _should_wait(self) -> bool:
-        """Whether a new connection waits in the backlog, because one may soon be free or idle."""
-        if self._connections.has_room:
-            self._busy_since = None
-            return False
-        now = self._loop.time()
-        if self._busy_since is None:
-            self._busy_since = now
-        return now - self._busy_since < _REFUSE_AFTER_SECONDS
+    async def _wait_for_room(self) -> None:
+        """Waits for a moment if all connections are busy, because one may soon be free or idle."""
+        while not self._connections.has_room:
+            now = self._loop.time()
+            self._busy_since = self._busy_since or now
+            if now - self._busy_since >= _REFUSE_AFTER_SECONDS:
+                return
+            await asyncio.sleep(_BUSY_PAUSE_SECONDS)
+        self._busy_since = None
 
-    def _pause_for(self, seconds: float) -> None:
-        self._loop.remove_reader(self._listener)
-        self._pause = self._loop.call_later(seconds, self._resume)
-
-    async def _connect(
+    async def _open(
         self, connection: socket.socket, protocol: "PatientProtocol | _Refusal"
     ) -> None:
-        connection.setblocking(False)
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection)
         except OSError:  # the client has left

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from autoregressive.serve.web.api_errors import ApiError, internal_error
 from autoregressive.serve.web.app_state import AppState
-from autoregressive.serve.web.authentication import Authentication, host_refusal
+from autoregressive.serve.web.authentication import Authentication, check_host
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
 from autoregressive.serve.web.generation import ClientLeft
 from autoregressive.serve.web.guards import App, Guards, Receive, RequestLog, Scope, Send
@@ -29,7 +29,7 @@ from autoregressive.serve.web.schema import (
     StatusAnswer,
     VersionAnswer,
 )
-from autoregressive.serve.web.static_files import SharedFile, SharedFiles, has_already
+from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES
 from autoregressive.serve.web.strict_route import StrictRoute
 
@@ -93,9 +93,9 @@ def build_app(
     app = build_routes(state, version=version, docs=docs)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
     # A key keeps other sites out, so any host will do.
-    by_host = partial(host_refusal, public=public_host)
-    refusal = Authentication(api_keys, is_open).refusal if api_keys else by_host
-    logged = RequestLog(Guards(app, refusal, state.turns), state.broker.count, api_keys)
+    by_host = partial(check_host, public=public_host)
+    check_access = Authentication(api_keys, is_open).check if api_keys else by_host
+    logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)
@@ -122,7 +122,8 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     if state.store is not None:
         _add_stored_images(app, state)
     _add_state(app, state)
-    _add_page(app)
+    add_file(app, "/", PAGE / "index.html", _PAGE_HEADERS)
+    add_folder(app, "/static", PAGE, _PAGE_HEADERS)
     if docs:
         add_docs(app, _PAGE_HEADERS)
     _add_errors(app)
@@ -238,16 +239,6 @@ def _add_state(app: FastAPI, state: AppState) -> None:
     async def tell_metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_page(app: FastAPI) -> None:
-    page = SharedFile(PAGE / "index.html", _PAGE_HEADERS)
-
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> Response:
-        return page
-
-    app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -48,28 +48,27 @@ class FailureThrottle:
         # network and number of a key that was right there
         self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def seconds_to_wait(self, network: str) -> float:
-        """Seconds until the network may try a key; 0: it may now."""
-        wait = (
-            self._recovered_at.get(network, 0.0)
-            - self._clock()
-            - (FREE_FAILURES - 1) * FAILURE_SECONDS
-        )
-        return max(0.0, wait)
+    def seconds_to_wait(self, network: str, key: int | None) -> float:
+        """Notes that a network has sent a key.
 
-    def count_failure(self, network: str) -> None:
-        """Counts a wrong key."""
+        Args:
+            key: the number of a right one; None: it is wrong.
+
+        Returns:
+            Seconds until the network may try a key; 0: this one counts.
+        """
+        if (network, key) in self._proven:
+            return 0.0
         now = self._clock()
-        recovered_at = max(now, self._recovered_at.get(network, now)) + FAILURE_SECONDS
-        _put(self._recovered_at, network, recovered_at)
-
-    def is_proven(self, network: str, key: int) -> bool:
-        """Whether the key was right from that network before."""
-        return (network, key) in self._proven
-
-    def prove(self, network: str, key: int) -> None:
-        """Notes that the key was right from that network."""
-        _put(self._proven, (network, key), None)
+        recovered_at = max(now, self._recovered_at.get(network, now))
+        wait = recovered_at - now - (FREE_FAILURES - 1) * FAILURE_SECONDS
+        if wait > 0:
+            return wait
+        if key is None:
+            _put(self._recovered_at, network, recovered_at + FAILURE_SECONDS)
+        else:
+            _put(self._proven, (network, key), None)
+        return 0.0
 
 
 def _put(table: OrderedDict[Any, Any], name: object, value: object) -> None:
@@ -98,35 +97,33 @@ class Authentication:
         self._throttle = throttle or FailureThrottle()
         self._untried = 0  # keys since the last warning
 
-    def refusal(self, scope: Any) -> ApiError | None:
-        """Why a request is not let in; None if it is.
+    def check(self, scope: Any) -> None:
+        """Lets in a request with a right key, or for an open path.
 
         Args:
             scope: of the ASGI request.
+
+        Raises:
+            ApiError: it has no key or a wrong one, or too many wrong keys came before it.
         """
         if self._is_open(scope["path"]):
-            return None
+            return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if not given:  # the page's first request, for example: not a guess, and so not a failure
             message = "this service wants a key: Authorization: Bearer KEY"
-            return ApiError(401, message, "invalid_api_key")
+            raise ApiError(401, message, "invalid_api_key")
         network = client_network(scope["client"][0] if scope.get("client") else "")
         context = context_of(scope)
-        context.key = number = self._find(given)
-        if number is not None and self._throttle.is_proven(network, number):
-            return None
-        wait = self._throttle.seconds_to_wait(network)
+        context.key = self._find(given)
+        wait = self._throttle.seconds_to_wait(network, context.key)
         if wait > 0:
             self._count_untried()
             context.counted = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
-            return ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
-        if number is None:
-            self._throttle.count_failure(network)
+            raise ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
+        if context.key is None:
             message = "the key is not this service's; send Authorization: Bearer KEY"
-            return ApiError(401, message, "invalid_api_key")
-        self._throttle.prove(network, number)
-        return None
+            raise ApiError(401, message, "invalid_api_key")
 
     def _count_untried(self) -> None:
         """Counts keys for one warning a second, because an attacker may send thousands."""
@@ -157,9 +154,8 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def host_refusal(scope: Any, public: str | None) -> ApiError | None:
-    """Why a request is not let in if there are no keys: it is for another host than this machine
-    and `public`.
+def check_host(scope: Any, public: str | None) -> None:
+    """Lets in a request for this machine or for `public`. It is for a service without keys.
 
     The owner of a web page can make its name resolve to 127.0.0.1. The browser then takes the
     service for a part of that page's site, and lets the page read answers (DNS rebinding). But it
@@ -172,14 +168,17 @@ def host_refusal(scope: Any, public: str | None) -> ApiError | None:
     Args:
         scope: of the ASGI request.
         public: the name that clients use, where it is not this machine's own.
+
+    Raises:
+        ApiError: it is for another host.
     """
     given = [value for name, value in scope["headers"] if name == b"host"]
     if not given:
-        return None
+        return
     if len(given) == 1 and (host := _HOST.fullmatch(given[0])) is not None:
         name = (host[1] or host[2]).decode("ascii").lower()
         if name == public or is_loopback(name):
-            return None
+            return
     why = "without a key this service answers to localhost only"
     way = "start it with --api-key, or with --public-url and the URL that clients use"
-    return ApiError(421, f"{why}: {way}", "unknown_host")
+    raise ApiError(421, f"{why}: {way}", "unknown_host")

@@ -47,45 +47,38 @@ class Guards:
     them. When connections hold too much already, these requests are refused, and not read.
 
     Args:
-        refusal: why a client is not let in, if it is not.
+        check_access: raises the `ApiError` of a request that is not let in.
         turns: which the routes that draw take.
     """
 
-    def __init__(
-        self, app: App, refusal: Callable[[Scope], ApiError | None], turns: FairQueue
-    ) -> None:
-        self._app, self._refusal, self._turns = app, refusal, turns
+    def __init__(self, app: App, check_access: Callable[[Scope], None], turns: FairQueue) -> None:
+        self._app, self._check_access, self._turns = app, check_access, turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on one request, or answers it."""
         _use_whole_url(scope)
         draws = scope["path"] in DRAWING_PATHS
-        error = self._refusal(scope) or _unreadable(scope)
-        body: bytes | None = b""
-        if error is None:
-            try:
-                body = await _read_body(scope, receive, keeps=draws)
-            except ApiError as too_much:
-                error = too_much
-        if error is not None:
+        try:
+            self._check_access(scope)
+            _check_head(scope)
+            body = await _read_body(scope, receive, keeps=draws)
+        except ApiError as error:
             # What follows something that is not HTTP cannot be trusted.
             await answer(send, error, last=error.status == 400)
-        elif body is not None:
-            if draws:
-                await self._turns.take()
-            await self._pass_on(scope, receive, send, [body])
-
-    async def _pass_on(
-        self, scope: Scope, receive: Receive, send: Send, unread: list[bytes]
-    ) -> None:
-        """HEAD is answered wherever GET is (RFC 9110, section 9.3.2)."""
+            return
+        if body is None:
+            return
+        if draws:
+            await self._turns.take()
+        unread = [body]
+        del body  # the route is the only one to hold it
 
         async def receive_again() -> Message:
             if not unread:
                 return await receive()
             return {"type": "http.request", "body": unread.pop(), "more_body": False}
 
-        if scope["method"] == "HEAD":
+        if scope["method"] == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2)
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive_again, send)
 
@@ -113,20 +106,23 @@ def _use_whole_url(scope: Scope) -> None:
         scope["headers"] = [(b"host", host), *others]
 
 
-def _unreadable(scope: Scope) -> ApiError | None:
-    """Why a request is refused before its body is read."""
+def _check_head(scope: Scope) -> None:
+    """Checks the request's line and its headers.
+
+    Raises:
+        ApiError: they are too large, or not HTTP/1.1.
+    """
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-        return headers_too_large()
+        raise headers_too_large()
     names = {name for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
-        return ApiError(400, "the request has two lengths", "bad_request")
+        raise ApiError(400, "the request has two lengths", "bad_request")
     if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
-        return ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
+        raise ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
     if scope["http_version"] not in _VERSIONS:
-        return ApiError(400, "this service speaks HTTP/1.1", "bad_request")
-    return None
+        raise ApiError(400, "this service speaks HTTP/1.1", "bad_request")
 
 
 async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | None:

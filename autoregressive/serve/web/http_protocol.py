@@ -3,10 +3,8 @@ leniently, answers what is not HTTP, and drops slow senders and stalled readers.
 """
 
 import asyncio
-import contextlib
 import logging
 import re
-import socket
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -139,23 +137,14 @@ class PatientProtocol(H11Protocol, Connection):
         self._taken_bytes = 0  # by the client, or by the system for it
         self._head_bytes = 0  # of the headers of the request that is answered
         self._drawn_bytes = 0  # written up to the end of the latest answer that was drawn
-        self._is_new = True  # the event loop has not looked yet whether a request is here
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
-        # asyncio does this only where a socket names its protocol. Without it the second part of an
-        # answer waits 40 ms for the client to confirm the first.
-        with contextlib.suppress(OSError):  # it has left already
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch_sender()
-        self._tell_phase()
+        self._connections.move(self, Phase.NEW)
         # A request that is here by now is read in the next turn of the event loop.
-        self.loop.call_soon(self.loop.call_soon, self._arrive)
-
-    def _arrive(self) -> None:
-        self._is_new = False
-        self._tell_phase()
+        self.loop.call_soon(self.loop.call_soon, self._tell_phase)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -326,7 +315,7 @@ class PatientProtocol(H11Protocol, Connection):
             return Phase.UNREAD
         if self.conn.their_state is h11.SEND_BODY or self._unread_bytes:
             return Phase.HEAD
-        return Phase.NEW if self._is_new else Phase.IDLE
+        return Phase.IDLE
 
     def _tell_phase(self) -> None:
         if not self.transport.real.is_closing():  # else it keeps its phase until it is gone
