@@ -229,25 +229,17 @@ class ServiceLogs:
         self._stdout.drain(max(0.0, deadline - time.monotonic()))
 
     def _read(self) -> None:
-        unfinished, plain = b"", False
-        while chunk := os.read(self._source, _READ_BYTES):
-            *lines, unfinished = (unfinished + chunk).split(b"\n")
-            if len(unfinished) > _LONGEST_LINE_BYTES:
-                lines.append(unfinished)
-                unfinished = b""
-            for line in lines:
-                plain = plain or line == _PLAIN
-                self._pass_on(line, plain)
-        if unfinished:
-            self._pass_on(unfinished, plain)
-
-    def _pass_on(self, line: bytes, plain: bool) -> None:
-        if line == _PLAIN or (not plain and not line.strip()):
-            return
-        if not plain and not _is_json_object(line):
-            message = line.decode(errors="backslashreplace")
-            line = _line("warning", "stderr", message, time.time()).encode()
-        self.writer.put(line + b"\n")
+        plain = False
+        with open(self._source, "rb", buffering=_READ_BYTES) as source:
+            while line := source.readline(_LONGEST_LINE_BYTES):
+                line = line.removesuffix(b"\n")
+                if line == _PLAIN:
+                    plain = True
+                elif plain or _is_json_object(line):
+                    self.writer.put(line + b"\n")
+                elif line.strip():
+                    message = line.decode(errors="backslashreplace")
+                    self.writer.write(_line("warning", "stderr", message, time.time()) + "\n")
 
 
 def _duplicate(descriptor: int) -> int:

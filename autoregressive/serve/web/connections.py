@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from autoregressive.errors import SettingError, UserError
 from autoregressive.serve.web.clients import fits_share
@@ -95,8 +95,7 @@ _INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed fir
 _BUSY = (Phase.HEAD, Phase.BODY, Phase.UNREAD, Phase.ANSWER)
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """What a connection costs this process."""
 
     held_bytes: int  # of its requests and answers

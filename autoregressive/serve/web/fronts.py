@@ -45,7 +45,6 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
 
-_HEARTBEAT_SECONDS = 0.2
 _REPLY_SECONDS = 5.0  # for the dispatcher to answer a question
 _LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
 _LEAVE_SECONDS = 3.0  # for a front to end once its answers are read, or have had their time
@@ -235,11 +234,8 @@ class RemoteBroker(RequestBroker):
 
     async def _watch(self) -> None:
         """Sends heartbeats, and looks whether the dispatcher responds."""
-        told_at = -_HEARTBEAT_SECONDS
         while self._silent_seconds <= self._timeout:
-            now = self._clock.now()
-            if now - told_at >= _HEARTBEAT_SECONDS and self._channel.idle:
-                told_at = now
+            if self._channel.idle:
                 self._tell()
             await asyncio.sleep(TICK_SECONDS)
         _log.critical(
@@ -396,8 +392,7 @@ class FrontLink:
         self._heard_at = self._dispatcher.clock.now()
         match message:
             case Up(connections=stats, answered=answered):
-                self.up = True
-                self.connection_stats = stats
+                self.up, self.connection_stats = True, stats
                 for outcome, requests in answered.items():
                     self._dispatcher.count(outcome, requests)
             case EngineRequest():

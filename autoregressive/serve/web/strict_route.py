@@ -1,6 +1,7 @@
 """Checks a request's query, the type of its body, and its JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NoReturn, cast
 
@@ -169,11 +170,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ApiError(
-                    400, f"the body has {_shown(name)} twice", "invalid_json", _shown(name)
-                )
-            seen.add(name)
+        counts = Counter(name for name, _ in pairs)
+        twice = _shown(next(name for name, count in counts.items() if count > 1))
+        raise ApiError(400, f"the body has {twice} twice", "invalid_json", twice)
     return fields
