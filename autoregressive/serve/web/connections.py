@@ -72,8 +72,8 @@ def connection_limit(asked: int | None, children: int) -> int:
         )
     if asked is not None and asked > fit:
         most = f"at most {fit} connections fit below the limit of {limit} open files"
-        ways = ("ask for fewer", "raise it (ulimit -n)")
-        raise SettingError("max_connections", asked, most, ways)
+        way = "ask for fewer or raise it (ulimit -n)"
+        raise SettingError("max_connections", asked, most, [way])
     return min(fit, _DEFAULT_CONNECTIONS) if asked is None else asked
 
 
