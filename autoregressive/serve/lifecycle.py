@@ -17,12 +17,9 @@ from autoregressive.errors import UserError, tell
 from autoregressive.output.records import generation_record
 from autoregressive.serve.logs import ServiceLogs, service_logs
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web.app import Share, build_service_app, start_dispatcher
-from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.descriptors import raise_descriptor_limit
+from autoregressive.serve.web.app import build_service_app, start_dispatcher
+from autoregressive.serve.web.connections import Connections, raise_descriptor_limit
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.fronts.front import FrontRecipe
-from autoregressive.serve.web.fronts.supervisor import FrontSupervisor
 from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
@@ -33,12 +30,16 @@ from autoregressive.weights.finding import FoundWeights, find_weights, missing_w
 
 _log = logging.getLogger("llamagen.service")
 _SEND_BUFFER_BYTES = 128 * 2**10  # that the system holds for a connection's reader
-
-
-# A client that vanishes without a word, as when its cable is pulled, is noticed within half a
-# minute: by probes that it does not answer, or by data that it does not confirm. The names are
-# Linux's.
-_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
+# Of connections. A client that vanishes without a word, as when its cable is pulled, is noticed
+# within half a minute: by probes that it does not answer, or by data that it does not confirm.
+# Without TCP_NODELAY the second part of an answer waits 40 ms for the client to confirm the first.
+_TCP_OPTIONS = {
+    "TCP_KEEPIDLE": 15,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 30_000,
+    "TCP_NODELAY": 1,
+}
 
 
 def run(arguments: argparse.Namespace, watch: SignalWatch | None = None) -> int:
@@ -97,8 +98,8 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
         # connections inherit all of these
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBES.items():
-            if hasattr(socket, name):
+        for name, value in _TCP_OPTIONS.items():
+            if hasattr(socket, name):  # the names are Linux's
                 listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         return stack.enter_context(listener)
 
@@ -172,7 +173,7 @@ async def _serve(
 ) -> int:
     claim = StoreClaim(settings.store)
     dispatcher = start_dispatcher(settings, model, recipe, start)
-    dispatcher.metrics.dropped_lines = lambda: logs.dropped
+    dispatcher.metrics.dropped_lines = lambda: logs.writer.dropped
     policy = ShutdownPolicy(dispatcher, logs.announce)
     loop = asyncio.get_running_loop()
 
@@ -181,82 +182,56 @@ async def _serve(
             loop.call_soon_threadsafe(policy.signal)
 
     watch.hand_over(take_signal)
-    failure = None
+    fronts = None
     try:
         address = _url(listeners[0])
         logs.announce(f"{model.name} is being loaded; it will be served at {address}")
-        run = _serve_here if len(listeners) == 1 else _serve_through_fronts
-        failure = await run(settings, model, dispatcher, policy, listeners, logs)
-        watch.status = policy.status or int(dispatcher.failure is not None or failure is not None)
+        if len(listeners) > 1:
+            from autoregressive.serve.web.fronts import FrontSupervisor
+
+            fronts = FrontSupervisor(settings, model, address, listeners, dispatcher, policy)
+            settle_heap()
+            serving = fronts.run()
+        else:
+            serving = _answer(settings, model, dispatcher, policy, listeners[0])
+
+        async def announce() -> None:
+            begun = time.monotonic()
+            while not (dispatcher.ready and (fronts is None or fronts.up)):
+                await asyncio.sleep(0.05)
+            logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {address}")
+
+        announcing = asyncio.create_task(announce())
+        await serving
+        announcing.cancel()
+        failure = dispatcher.failure or (None if fronts is None else fronts.failure)
+        watch.status = policy.status or int(failure is not None)
     finally:
         dispatcher.stop(at_once=policy.at_once)
         claim.close()
     if dispatcher.start_failure is not None:
         raise dispatcher.start_failure
-    failure = dispatcher.failure or failure
     if failure is not None:
         _log.critical("%s: the service has ended; start it again", failure)
-        return policy.status or 1
-    return policy.status
+    return watch.status
 
 
-async def _serve_here(
+async def _answer(
     settings: ServerSettings,
     model: ServedModel,
     dispatcher: Dispatcher,
     policy: ShutdownPolicy,
-    listeners: Sequence[socket.socket],
-    logs: ServiceLogs,
+    listener: socket.socket,
 ) -> None:
-    """Answers HTTP in this process."""
-    address = _url(listeners[0])
-    app, encoders = build_service_app(settings, model, dispatcher, address)
+    """Answers HTTP in this process until the end is due."""
+    app, encoders = build_service_app(settings, model, dispatcher, _url(listener))
     connections = Connections(settings.max_connections, settings.max_buffered_bytes)
     dispatcher.metrics.connection_stats = lambda: connections.stats
     server = Server(app, settings.timeouts.shutdown, connections, policy.due)
     policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
-    announcing = asyncio.create_task(_announce(lambda: dispatcher.ready, address, logs))
-    try:
-        await server.serve(sockets=list(listeners))
-    finally:
-        announcing.cancel()
-        encoders.shutdown(wait=False, cancel_futures=True)
-
-
-async def _serve_through_fronts(
-    settings: ServerSettings,
-    model: ServedModel,
-    dispatcher: Dispatcher,
-    policy: ShutdownPolicy,
-    listeners: Sequence[socket.socket],
-    logs: ServiceLogs,
-) -> str | None:
-    """Answers HTTP in a process for each listener; returns how one of them was lost, if one was."""
-    address = _url(listeners[0])
-    recipes = [
-        (FrontRecipe(settings, model, address, Share(index, len(listeners))), listener)
-        for index, listener in enumerate(listeners)
-    ]
-    fronts = FrontSupervisor(dispatcher, policy, recipes)
-    for listener in listeners:  # each has its process's copy now
-        listener.close()
-    settle_heap()
-    announcing = asyncio.create_task(
-        _announce(lambda: dispatcher.ready and fronts.up, address, logs)
-    )
-    try:
-        await fronts.run()
-    finally:
-        announcing.cancel()
-    return fronts.failure
-
-
-async def _announce(is_ready: Callable[[], bool], address: str, logs: ServiceLogs) -> None:
-    begun = time.monotonic()
-    while not is_ready():
-        await asyncio.sleep(0.05)
-    logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {address}")
+    await server.serve(sockets=[listener])
+    encoders.shutdown(wait=False, cancel_futures=True)
 
 
 def _url(listener: socket.socket) -> str:

@@ -19,9 +19,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from types import TracebackType
 
 _WAITING_BYTES = 4 * 2**20  # of lines that are not written yet; further lines are dropped
 _PIPE_BYTES = 2**20  # of stderr's pipe, or less where the system allows less
@@ -35,14 +34,9 @@ _log = logging.getLogger("llamagen.service")
 
 def _line(level: str, logger: str, message: str, created: float, **fields: object) -> str:
     """A line of the log without its end."""
-    moment = (
-        datetime.fromtimestamp(created, tz=UTC)
-        .isoformat(timespec="milliseconds")
-        .replace("+00:00", "Z")
-    )
-    return json.dumps(
-        {"time": moment, "level": level, "logger": logger, "message": message} | fields, default=str
-    )
+    moment = datetime.fromtimestamp(created, tz=UTC).isoformat(timespec="milliseconds")
+    told = {"time": moment.replace("+00:00", "Z"), "level": level, "logger": logger}
+    return json.dumps(told | {"message": message} | fields, default=str)
 
 
 class JsonFormatter(logging.Formatter):
@@ -53,9 +47,8 @@ class JsonFormatter(logging.Formatter):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = self.formatException(record.exc_info)
-        return _line(
-            record.levelname.lower(), record.name, record.getMessage(), record.created, **fields
-        )
+        level, message = record.levelname.lower(), record.getMessage()
+        return _line(level, record.name, message, record.created, **fields)
 
 
 class LineWriter:
@@ -66,13 +59,16 @@ class LineWriter:
     Args:
         report: makes a line from the number of dropped ones; it is written once lines can be
             written again.
+
+    Attributes:
+        dropped: lines that were dropped so far.
     """
 
     def __init__(self, descriptor: int, report: Callable[[int], bytes] | None = None) -> None:
         self._descriptor, self._report = descriptor, report
         self._lines: deque[bytes] = deque()
         self._waiting_bytes = 0  # the line that is being written included
-        self._dropped = self._reported = 0
+        self.dropped = self._reported = 0
         self._torn = False  # the last line was written in part
         self._changed = threading.Condition()
         threading.Thread(target=self._write, name=f"lines to {descriptor}", daemon=True).start()
@@ -81,16 +77,11 @@ class LineWriter:
         """Queues a line that has its end already."""
         with self._changed:
             if self._waiting_bytes + len(line) > _WAITING_BYTES:
-                self._dropped += 1
+                self.dropped += 1
                 return
             self._lines.append(line)
             self._waiting_bytes += len(line)
             self._changed.notify_all()
-
-    @property
-    def dropped(self) -> int:
-        """Lines that were dropped so far."""
-        return self._dropped
 
     def write(self, text: str) -> None:
         """Queues a line, as `logging.StreamHandler` has it."""
@@ -108,12 +99,12 @@ class LineWriter:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines)
                 line = self._lines.popleft()
-                dropped = self._dropped - self._reported
+                dropped = self.dropped - self._reported
             if dropped and self._report is not None and self._write_line(self._report(dropped)):
                 self._reported += dropped
             written = self._write_line(line)
             with self._changed:
-                self._dropped += not written
+                self.dropped += not written
                 self._waiting_bytes -= len(line)
                 self._changed.notify_all()
 
@@ -133,70 +124,54 @@ class LineWriter:
         return True
 
 
-def _line_handler(writer: LineWriter) -> logging.Handler:
-    """Formats records in the thread that logs, because the objects in them may change."""
-    handler = logging.StreamHandler(writer)
-    handler.setFormatter(JsonFormatter())
-    return handler
-
-
 def _report_dropped(count: int) -> bytes:
     message = f"{count} lines of the log were dropped: they could not be written"
     return f"{_line('warning', 'llamagen.logs', message, time.time(), dropped=count)}\n".encode()
 
 
-def _set_levels(level: str) -> None:
+def _log_to(descriptor: int, level: str, loggers: Sequence[str]) -> LineWriter:
+    """Logs what these loggers say. Records are formatted in the thread that logs, because the
+    objects in them may change."""
+    writer = LineWriter(descriptor, _report_dropped)
+    handler = logging.StreamHandler(writer)
+    handler.setFormatter(JsonFormatter())
+    for name in loggers:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
     logging.getLogger("llamagen").setLevel(level.upper())
     # uvicorn's warnings are in the line of the request, too: "Invalid HTTP request received.",
     # "Unsupported upgrade request."
     logging.getLogger("uvicorn").setLevel("ERROR")
+    return writer
 
 
 def log_our_loggers(level: str) -> None:
     """Logs what the service's loggers and uvicorn's say, in a process that is not the service's
     own.
     """
-    handler = _line_handler(LineWriter(sys.stderr.fileno(), _report_dropped))
-    for name in ("llamagen", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-    _set_levels(level)
+    _log_to(sys.stderr.fileno(), level, ("llamagen", "uvicorn"))
 
 
 def log_everything(descriptor: int, level: str) -> LineWriter:
     """Logs what all loggers, warnings and uncaught exceptions of this process say, as JSON."""
-    writer = LineWriter(descriptor, _report_dropped)
-    root = logging.getLogger()
-    root.handlers = [_line_handler(writer)]
-    root.setLevel("WARNING")
-    _set_levels(level)
+    writer = _log_to(descriptor, level, ("",))  # the root of all loggers
+    logging.getLogger().setLevel("WARNING")
     logging.captureWarnings(True)
 
-    def log_uncaught(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
-        _log.critical("the process has ended by an error", exc_info=(kind, error, traceback))
+    def log_uncaught(kind: type[BaseException], error: BaseException, _: object) -> None:
+        _log.critical("the process has ended by an error", exc_info=error)
 
     def log_of_thread(args: threading.ExceptHookArgs) -> None:
-        if args.exc_value is not None and args.exc_type is not SystemExit:
+        if args.exc_type is not SystemExit:
             name = args.thread.name if args.thread is not None else "unknown"
-            _log.error(
-                "thread %s has ended by an error",
-                name,
-                exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
-            )
+            _log.error("thread %s has ended by an error", name, exc_info=args.exc_value)
 
     def log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
         message = unraisable.err_msg or "an exception was ignored in"
-        error = unraisable.exc_value
-        traceback = (type(error), error, unraisable.exc_traceback) if error is not None else None
-        _log.error("%s: %r", message, unraisable.object, exc_info=traceback)
+        _log.error("%s: %r", message, unraisable.object, exc_info=unraisable.exc_value)
 
-    sys.excepthook, threading.excepthook, sys.unraisablehook = (
-        log_uncaught,
-        log_of_thread,
-        log_unraisable,
-    )
+    sys.excepthook, threading.excepthook = log_uncaught, log_of_thread
+    sys.unraisablehook = log_unraisable
     return writer
 
 
@@ -208,18 +183,21 @@ def log_in_child(level: str) -> LineWriter:
 
 
 class ServiceLogs:
-    """The log, and the messages for people on stdout. Made by `service_logs`."""
+    """The log, and the messages for people on stdout. Made by `service_logs`.
+
+    Attributes:
+        writer: of the log's lines.
+    """
 
     def __init__(self, level: str) -> None:
         self._stderr = _duplicate(2)
         self._stdout = LineWriter(_duplicate(1))
-        source, sink = os.pipe()
+        self._source, sink = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         os.dup2(sink, 2)
         os.close(sink)
-        self._source = source
-        self._writer = log_everything(self._stderr, level)
+        self.writer = log_everything(self._stderr, level)
         # A fault like SIGSEGV is reported in plain text, because the thread that reads the pipe
         # ends with the process.
         faulthandler.enable(self._stderr)
@@ -227,20 +205,11 @@ class ServiceLogs:
         self._reading.start()
         atexit.register(self._end)
 
-    @property
-    def dropped(self) -> int:
-        """Lines of the log that were dropped so far."""
-        return self._writer.dropped
-
     def announce(self, message: str) -> None:
         """Prints a message for people on stdout."""
         # there is none if stdout is closed
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self._stdout.put(f"{message}\n".encode(encoding, errors="backslashreplace"))
-
-    def end_json(self) -> None:
-        """Passes on all later lines unchanged: they are errors that people can mend."""
-        os.write(2, b"\n" + _PLAIN + b"\n")
 
     def _end(self) -> None:
         """Writes the waiting lines, if they are read. The processes that the service started have
@@ -255,31 +224,22 @@ class ServiceLogs:
         os.close(nowhere)
         deadline = time.monotonic() + _LAST_LINES_SECONDS
         self._reading.join(_LAST_LINES_SECONDS)
-        if self._writer.drain(max(0.0, deadline - time.monotonic())):
+        if self.writer.drain(max(0.0, deadline - time.monotonic())):
             os.dup2(self._stderr, 2)
         self._stdout.drain(max(0.0, deadline - time.monotonic()))
 
     def _read(self) -> None:
-        unfinished, plain = b"", False
-        while chunk := os.read(self._source, _READ_BYTES):
-            *lines, unfinished = (unfinished + chunk).split(b"\n")
-            if len(unfinished) > _LONGEST_LINE_BYTES:
-                lines.append(unfinished)
-                unfinished = b""
-            for line in lines:
-                plain = plain or line == _PLAIN
-                self._pass_on(line, plain)
-        if unfinished:
-            self._pass_on(unfinished, plain)
-
-    def _pass_on(self, line: bytes, plain: bool) -> None:
-        if line == _PLAIN or (not plain and not line.strip()):
-            return
-        if not plain and not _is_json_object(line):
-            line = _line(
-                "warning", "stderr", line.decode(errors="backslashreplace"), time.time()
-            ).encode()
-        self._writer.put(line + b"\n")
+        plain = False
+        with open(self._source, "rb", buffering=_READ_BYTES) as source:
+            while line := source.readline(_LONGEST_LINE_BYTES):
+                line = line.removesuffix(b"\n")
+                if line == _PLAIN:
+                    plain = True
+                elif plain or _is_json_object(line):
+                    self.writer.put(line + b"\n")
+                elif line.strip():
+                    message = line.decode(errors="backslashreplace")
+                    self.writer.write(_line("warning", "stderr", message, time.time()) + "\n")
 
 
 def _duplicate(descriptor: int) -> int:
@@ -304,8 +264,7 @@ def service_logs(level: str) -> Iterator[ServiceLogs]:
     """Makes every line on stderr a JSON object, until the end of the context; used once in a
     process.
     """
-    logs = ServiceLogs(level)
     try:
-        yield logs
-    finally:
-        logs.end_json()
+        yield ServiceLogs(level)
+    finally:  # later lines are passed on unchanged: they are errors that people can mend
+        os.write(2, b"\n" + _PLAIN + b"\n")

@@ -53,10 +53,8 @@ class SignalWatch:
         self._take: Callable[[], None] | None = None
         self._count = 0
         self._first_at = 0.0
-        ignored = {
-            number for number in (signal.SIGHUP,) if signal.getsignal(number) is signal.SIG_IGN
-        }
-        self._numbers = SIGNALS - ignored
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._numbers = SIGNALS - {signal.SIGHUP} if nohup else SIGNALS
         signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
         # for threads of libraries that were started earlier, and do not block the signals
         for number in self._numbers:

@@ -31,7 +31,7 @@ from fake_service import FAULTS, Faults, Service, ServiceProcess
 
 from autoregressive.cli.command import run_command
 from autoregressive.serve.signals import SignalWatch
-from autoregressive.serve.web.fronts import supervisor
+from autoregressive.serve.web import fronts
 from autoregressive.serve.worker import process, worker
 
 _START_SECONDS = 120.0
@@ -208,7 +208,7 @@ def _forge() -> Forge:
 def main() -> None:
     """Forks a service for each line of stdin."""
     worker.start_child = cast(Any, fork_child)
-    supervisor.start_child = cast(Any, fork_child)
+    fronts.start_child = cast(Any, fork_child)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under `nohup`
     gc.collect()

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from autoregressive.models.sampling import SamplingParams
+from autoregressive.serve.web import fronts
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock
-from autoregressive.serve.web.fronts import front
-from autoregressive.serve.web.fronts.front import Accepted, RemoteBroker, State
+from autoregressive.serve.web.fronts import Accepted, RemoteBroker, State
 from autoregressive.serve.worker.messages import Ended, EngineRequest, Heartbeat
 from autoregressive.serve.worker.process import connect
 from autoregressive.serve.worker.transport import encode
@@ -95,7 +95,7 @@ def test_what_is_asked_of_the_dispatcher_has_a_deadline(monkeypatch: pytest.Monk
     """Fails if a request, or /metrics, waits for ever for a dispatcher that does not answer; a late
     answer harms nothing.
     """
-    monkeypatch.setattr(front, "_REPLY_SECONDS", 0.1)
+    monkeypatch.setattr(fronts, "_REPLY_SECONDS", 0.1)
 
     async def go() -> None:
         front = Front(timeout=60)

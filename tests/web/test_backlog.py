@@ -8,12 +8,11 @@ from typing import cast
 
 import pytest
 
+from autoregressive.serve.web import fronts
 from autoregressive.serve.web.channel import SILENT_SECONDS, Channel
 from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.fronts import supervisor
-from autoregressive.serve.web.fronts.front import FrontRecipe, State, Up
-from autoregressive.serve.web.fronts.supervisor import FrontLink
+from autoregressive.serve.web.fronts import FrontLink, State, Up
 from autoregressive.serve.worker.messages import (
     KINDS,
     Ended,
@@ -23,7 +22,7 @@ from autoregressive.serve.worker.messages import (
     Progress,
     Started,
 )
-from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.process import ChildProcess, connect
 from autoregressive.serve.worker.transport import Backlog, Outbox, receive
 
 REQUESTS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
@@ -171,17 +170,15 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
     """Fails if pictures pile up for a front that does not respond until --step-timeout
     has passed.
     """
-    monkeypatch.setattr(supervisor, "_MOST_BEHIND_BYTES", 2**20)
+    monkeypatch.setattr(fronts, "_MOST_BEHIND_BYTES", 2**20)
 
     async def go() -> None:
         ours, theirs = connect()
-        monkeypatch.setattr(supervisor, "start_child", lambda recipe, name, listener: (None, ours))
         moment = 0.0
         clock = SimpleNamespace(now=lambda: moment)
         dispatcher = SimpleNamespace(clock=clock, timeouts=SimpleNamespace(step=60.0))
-        recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
         front = FrontLink(
-            recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
+            cast(ChildProcess, None), ours, cast(Dispatcher, dispatcher), lambda: None
         )
         front._take(Up(ConnectionStats(), {}))
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))

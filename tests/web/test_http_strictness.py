@@ -7,7 +7,8 @@ import pytest
 import uvicorn
 from test_http_protocol import on_a_server
 
-from autoregressive.serve.web.guards import limit_sizes
+from autoregressive.serve.web.app_state import FairQueue
+from autoregressive.serve.web.guards import Guards
 
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -117,6 +118,7 @@ def test_how_a_request_is_cut_into_packets_makes_no_difference(split: int) -> No
 def scope(**fields: Any) -> dict[str, Any]:
     return {
         "type": "http",
+        "method": "GET",
         "path": "/",
         "raw_path": b"/",
         "query_string": b"",
@@ -151,5 +153,6 @@ def test_other_versions_are_refused(fields: dict[str, Any], status: int) -> None
         if message["type"] == "http.response.start":
             told.append(message["status"])
 
-    asyncio.run(cast(Any, limit_sizes(app)(scope(**fields), receive, send)))
+    guards = Guards(app, lambda scope: None, FairQueue())
+    asyncio.run(cast(Any, guards(scope(**fields), receive, send)))
     assert told == [status]

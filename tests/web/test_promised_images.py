@@ -32,7 +32,7 @@ def test_what_is_promised_bounds_what_is_accepted() -> None:
     connections.promise(600, "a")
     assert connections.has_room_for(400, "b")
     assert not connections.has_room_for(401, "b")
-    connections.add_bytes(100)
+    connections.buffered_bytes += 100
     assert not connections.has_room_for(400, "b")
 
 

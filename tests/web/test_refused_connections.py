@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -15,8 +14,9 @@ from fake_service import Service
 from autoregressive.serve.web import acceptor as web_acceptor
 from autoregressive.serve.web import authentication
 from autoregressive.serve.web.acceptor import Acceptor
-from autoregressive.serve.web.connections import Connections
-from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
+from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.authentication import FREE_FAILURES, Authentication
+from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections
 
 
 def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]]) -> None:
@@ -97,17 +97,21 @@ def test_guesses_that_are_slowed_down_write_a_line_a_second(locked: Service) -> 
     assert len([line for line in requests if line["status"] == 401]) == statuses[401]
 
 
-def test_a_warning_a_second_counts_what_happened(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_a_second_counts_what_happened(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a count is lost or told twice, or there is a line for each."""
+    monkeypatch.setattr(authentication, "_WARNING_SECONDS", 0.05)
 
     async def run() -> None:
-        warning = authentication._CountedWarning(
-            logging.getLogger("test"), "it happened", "times", 0.05
-        )
-        for count in (3, 2):
+        guard = Authentication(["key"], lambda path: False)
+        wrong = {"path": "/", "headers": [(b"authorization", b"Bearer wrong")]}
+        for count in (FREE_FAILURES, 3, 2):
             for _ in range(count):
-                warning.count()
+                with pytest.raises(ApiError):
+                    guard.check(wrong)
             await asyncio.sleep(0.15)
 
     asyncio.run(run())
-    assert [cast(Any, record).fields for record in caplog.records] == [{"times": 3}, {"times": 2}]
+    told = [cast(Any, record).fields for record in caplog.records]
+    assert told == [{"guesses": 3}, {"guesses": 2}]

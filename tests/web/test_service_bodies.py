@@ -269,9 +269,9 @@ def test_probes_may_have_any_query(service: Service) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("cfg_scal", "cfg_scal is not a known field; did you mean cfg_scale?"),
-        ("CFG_SCALE", "CFG_SCALE is not a known field"),
-        ("temprature", "temprature is not a known field; did you mean temperature?"),
+        ("cfg_scal", "cfg_scal is not a known field: did you mean cfg_scale?"),
+        ("CFG_SCALE", "CFG_SCALE is not a known field: did you mean cfg_scale?"),
+        ("temprature", "temprature is not a known field: did you mean temperature?"),
         ("steps", "steps is not a known field"),
         ("x" * 5000, "x" * 100 + "... is not a known field"),
     ],

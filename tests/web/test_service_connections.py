@@ -25,8 +25,7 @@ from fake_service import KEY, LARGE, Service, running_service
 
 from autoregressive.errors import UserError
 from autoregressive.serve.web import connections as web_connections
-from autoregressive.serve.web import descriptors
-from autoregressive.serve.web.connections import Connections, ConnectionStats, Phase
+from autoregressive.serve.web.connections import Connections, ConnectionStats, Load, Phase
 
 OPEN_FILES = 256
 HOSTILE = 2 * OPEN_FILES
@@ -345,18 +344,15 @@ class FakeConnection:
     """What `Connections` sees of one."""
 
     def __init__(self, held: int = 0, left: float | None = None) -> None:
-        self.held_bytes, self.seconds_left = held, left
-        self.promised = ("", 0)
-        self.sends = False
+        self.load = Load(held, left)
+        self.answers_last = False
         self.closed = False
 
-    def look(self, seconds: float) -> None:
+    def look(self, seconds: float) -> Load:
         """Nothing changes."""
+        return self.load
 
     def drop(self) -> None:
-        self.closed = True
-
-    def close_idle(self) -> None:
         self.closed = True
 
 
@@ -519,7 +515,7 @@ def test_the_slowest_are_dropped_until_the_rest_fits() -> None:
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> None:
-    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(web_connections.resource, "getrlimit", lambda kind: (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -536,31 +532,31 @@ def test_the_default_fits_below_the_limit(
 ) -> None:
     """Fails if there may be more connections than descriptors."""
     limits(monkeypatch, soft, hard)
-    assert descriptors.connection_limit(None, children) == most
+    assert web_connections.connection_limit(None, children) == most
 
 
 def test_more_connections_than_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if it starts with a promise that it cannot keep, or the message does not say what to
     do."""
     limits(monkeypatch, 256, 256)
-    assert descriptors.connection_limit(152, 2) == 152
+    assert web_connections.connection_limit(152, 2) == 152
     with pytest.raises(
-        UserError, match=r"--max-connections 153: at most 152 connections fit .* 256 .*ulimit -n"
+        UserError, match=r"max_connections 153: at most 152 connections fit .* 256 .*ulimit -n"
     ):
-        descriptors.connection_limit(153, 2)
+        web_connections.connection_limit(153, 2)
     limits(monkeypatch, 64, 64)
     with pytest.raises(
         UserError, match=r"limit of open files is 64, which is too low: raise it \(ulimit -n 1024\)"
     ):
-        descriptors.connection_limit(None, 2)
+        web_connections.connection_limit(None, 2)
 
 
 def test_the_soft_limit_is_raised_and_the_log_says_so() -> None:
     """Fails if the service stays at a soft limit of 100 where 300 are allowed."""
     code = (
         "import resource; from autoregressive.serve import logs;"
-        "from autoregressive.serve.web import descriptors;"
-        "writer = logs.log_everything(2, 'info'); descriptors.raise_descriptor_limit(); "
+        "from autoregressive.serve.web import connections;"
+        "writer = logs.log_everything(2, 'info'); connections.raise_descriptor_limit(); "
         "writer.drain(5);"
         "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
     )

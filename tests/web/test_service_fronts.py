@@ -7,7 +7,6 @@ import base64
 import io
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,23 +25,22 @@ from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import AwakeClock
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.fronts.front import (
+from autoregressive.serve.web.fronts import (
     KINDS,
     Accepted,
     AskMetrics,
     Finish,
+    FrontLink,
     FrontMessage,
-    FrontRecipe,
     MetricsText,
     Refused,
     RemoteBroker,
     State,
     Up,
 )
-from autoregressive.serve.web.fronts.supervisor import FrontLink
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Cancel, Ended, EngineRequest, Progress
-from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.process import ChildProcess, connect
 from autoregressive.serve.worker.transport import encode, receive
 
 pytestmark = pytest.mark.timing
@@ -402,9 +400,7 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
     asyncio.run(go())
 
 
-def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait() -> None:
     """Fails if a supervisor, or a client for whom there is no room, waits until hundreds of
     pictures have been passed on.
     """
@@ -414,15 +410,10 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait(
 
     async def go() -> list[FrontMessage | Progress]:
         ours, theirs = connect()
-        monkeypatch.setattr(
-            "autoregressive.serve.web.fronts.supervisor.start_child",
-            lambda recipe, name, listener: (None, ours),
-        )
         metrics = SimpleNamespace(text=lambda: b"all is well")
         dispatcher = SimpleNamespace(admit=refuse, metrics=metrics, clock=AwakeClock())
-        recipe = cast(FrontRecipe, SimpleNamespace(share=SimpleNamespace(index=0)))
         front = FrontLink(
-            recipe, cast(socket.socket, None), cast(Dispatcher, dispatcher), lambda: None
+            cast(ChildProcess, None), ours, cast(Dispatcher, dispatcher), lambda: None
         )
         for number in range(3):
             front._forward(number, Progress(99, number, 1.0))

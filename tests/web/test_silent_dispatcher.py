@@ -14,7 +14,7 @@ from test_awake import ORDER, Front, until
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.channel import SILENT_SECONDS
-from autoregressive.serve.web.fronts.front import KINDS, State, Up
+from autoregressive.serve.web.fronts import KINDS, State, Up
 from autoregressive.serve.worker.messages import Heartbeat
 from autoregressive.serve.worker.transport import receive
 

@@ -18,7 +18,7 @@ from fastapi import Request
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, FairQueue, RequestBroker
-from autoregressive.serve.web.guards import one_drawing_a_turn
+from autoregressive.serve.web.guards import Guards
 from autoregressive.serve.web.openai_routes import event_stream, openai_event, preview_of
 from autoregressive.serve.web.schema import ImageRequest, ServedModel
 from autoregressive.serve.worker.messages import EngineRequest, Preview, ServedRequest
@@ -79,9 +79,17 @@ def test_a_probe_passes_a_burst_of_drawings() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
             served.append(scope["path"])
 
-        guard = one_drawing_a_turn(app, FairQueue())
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request"}
+
+        guards = Guards(app, lambda scope: None, FairQueue())
         paths = [DRAWING_PATHS[who % len(DRAWING_PATHS)] for who in range(MANY)] + ["/health"]
-        await asyncio.gather(*(guard({"type": "http", "path": path}, None, None) for path in paths))  # type: ignore[arg-type]
+        scopes: list[dict[str, Any]] = [
+            {"method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+            | {"headers": [], "http_version": "1.1"}
+            for path in paths
+        ]
+        await asyncio.gather(*(guards(scope, receive, cast(Any, None)) for scope in scopes))
         return served
 
     served = asyncio.run(run())

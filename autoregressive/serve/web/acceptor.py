@@ -6,15 +6,19 @@ descriptor is left it logs a traceback for each place of the backlog, again and 
 """
 
 import asyncio
+import contextlib
 import errno
+import itertools
 import logging
 import socket
 from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import override
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.app_state import REQUESTS, new_request_id
-from autoregressive.serve.web.connections import Connections, Phase
-from autoregressive.serve.web.descriptors import REFUSED_SOCKETS
+from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections, Phase
 from autoregressive.serve.web.http_protocol import PatientProtocol
 
 _ACCEPTS_A_TURN = 8  # so that a new one's request is read before many others have come
@@ -26,8 +30,6 @@ _REFUSE_AFTER_SECONDS = 0.5
 # system would reset the connection, and the client would lose the answer.
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 2 * 2**20
-_READ_BYTES = 64 * 2**10
-_NONE_WAITS = (BlockingIOError, InterruptedError, ConnectionAbortedError)
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger(REQUESTS)
 
@@ -48,121 +50,110 @@ class Acceptor:
         self._listener, self._protocol, self._connections = listener, protocol, connections
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
-        self._pause: asyncio.TimerHandle | None = None
         self._busy_since: float | None = None  # as far as new connections have shown it
-        # How many bytes of each may still be read, and the timer that closes it.
-        self._refused: dict[socket.socket, tuple[int, asyncio.TimerHandle]] = {}
+        self._refused: set[_Refusal] = set()
         listener.setblocking(False)
-        self._resume()
+        self._accepting = self._loop.create_task(self._accept())
 
     def close(self) -> None:
         """Stops accepting. The listener's owner closes the listener."""
         self._loop.remove_reader(self._listener)
-        if self._pause is not None:
-            self._pause.cancel()
-        for connection in list(self._refused):
-            self._close_refused(connection)
+        self._accepting.cancel()
+        for refusal in self._refused:
+            refusal.transport.abort()
 
     async def wait_closed(self) -> None:
         """Returns at once, because uvicorn waits for the connections."""
 
-    def _resume(self) -> None:
-        self._pause = None
-        self._loop.add_reader(self._listener, self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            if self._should_wait():
-                self._pause_for(_BUSY_PAUSE_SECONDS)
-                return
+    async def _accept(self) -> None:
+        for number in itertools.count():
+            if number % _ACCEPTS_A_TURN == 0:
+                await asyncio.sleep(0)
             try:
-                connection, address = self._listener.accept()
-            except _NONE_WAITS:
-                return
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except ConnectionAbortedError:
+                continue
             except OSError as error:
                 if error.errno in _STARVED:
                     self._connections.starve()
-                self._pause_for(_PAUSE_SECONDS)
-                return
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            await self._wait_for_room()
+            opened: PatientProtocol | _Refusal
             if self._connections.make_room():
-                self._open(connection)
+                opened = self._protocol()
+                self._connections.move(opened, Phase.NEW)  # it takes a descriptor from now on
             else:
-                self._refuse(connection, address)
+                opened = _Refusal(self._refused)
+            task = self._loop.create_task(self._open(connection, opened))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
 
-    def _should_wait(self) -> bool:
-        """Whether a new connection waits in the backlog, because one may soon be free or idle."""
-        if self._connections.has_room:
-            self._busy_since = None
-            return False
-        now = self._loop.time()
-        if self._busy_since is None:
-            self._busy_since = now
-        return now - self._busy_since < _REFUSE_AFTER_SECONDS
+    async def _wait_for_room(self) -> None:
+        """Waits for a moment if all connections are busy, because one may soon be free or idle."""
+        while not self._connections.has_room:
+            now = self._loop.time()
+            self._busy_since = self._busy_since or now
+            if now - self._busy_since >= _REFUSE_AFTER_SECONDS:
+                return
+            await asyncio.sleep(_BUSY_PAUSE_SECONDS)
+        self._busy_since = None
 
-    def _pause_for(self, seconds: float) -> None:
-        self._loop.remove_reader(self._listener)
-        self._pause = self._loop.call_later(seconds, self._resume)
-
-    def _open(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        protocol = self._protocol()
-        self._connections.move(protocol, Phase.NEW)  # it takes a descriptor from now on
-        task = self._loop.create_task(self._connect(connection, protocol))
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
-
-    async def _connect(self, connection: socket.socket, protocol: PatientProtocol) -> None:
+    async def _open(
+        self, connection: socket.socket, protocol: "PatientProtocol | _Refusal"
+    ) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: protocol, connection)
         except OSError:  # the client has left
-            self._connections.remove(protocol)
+            if isinstance(protocol, PatientProtocol):
+                self._connections.remove(protocol)
             connection.close()
 
-    def _refuse(self, connection: socket.socket, address: tuple[str, int]) -> None:
-        """Answers why, as far as that goes without waiting for the client."""
-        connection.setblocking(False)
-        number = new_request_id()
+
+class _Refusal(asyncio.Protocol):
+    """Tells a client that all connections are busy, and drops what it still sends.
+
+    Args:
+        others: that are told so now.
+    """
+
+    transport: Any  # once it is open
+
+    def __init__(self, others: "set[_Refusal]") -> None:
+        self._others, self._left_bytes = others, _DRAIN_BYTES
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        request_id = new_request_id()
+        client = transport.get_extra_info("peername")
         # A warning a second counts the refused ones.
-        _log.debug(
-            "request",
-            extra={"fields": {"request_id": number, "client": address[0], "status": 503}},
-        )
-        try:
-            connection.send(_refusal(number))
-            connection.shutdown(socket.SHUT_WR)
-        except OSError:  # it has left
-            connection.close()
+        line = {"request_id": request_id, "client": client and client[0], "status": 503}
+        _log.debug("request", extra={"fields": line})
+        self.transport.write(_refusal(request_id))
+        if len(self._others) >= REFUSED_SOCKETS:
+            self.transport.close()
             return
-        if len(self._refused) >= REFUSED_SOCKETS:
-            connection.close()
-            return
-        timer = self._loop.call_later(_DRAIN_SECONDS, self._close_refused, connection)
-        self._refused[connection] = (_DRAIN_BYTES, timer)
-        self._loop.add_reader(connection, self._drain, connection)
+        self._others.add(self)
+        asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self.transport.abort)
+        with contextlib.suppress(OSError):  # it has left
+            self.transport.write_eof()
 
-    def _drain(self, connection: socket.socket) -> None:
-        left, timer = self._refused[connection]
-        try:
-            count = len(connection.recv(_READ_BYTES))
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            count = 0
-        self._refused[connection] = (left - count, timer)
-        if count == 0 or left <= count:
-            self._close_refused(connection)
+    @override
+    def data_received(self, data: bytes) -> None:
+        self._left_bytes -= len(data)
+        if self._left_bytes <= 0:
+            self.transport.abort()
 
-    def _close_refused(self, connection: socket.socket) -> None:
-        _, timer = self._refused.pop(connection)
-        timer.cancel()
-        self._loop.remove_reader(connection)
-        connection.close()
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._others.discard(self)
 
 
-def _refusal(number: str) -> bytes:
+def _refusal(request_id: str) -> bytes:
     """The bytes of the answer to a client that found all connections busy."""
     error = ApiError(503, "all connections are busy: try again later", "overloaded", None, 5)
     headers, body = error.encode(last=True)
-    lines = [b"HTTP/1.1 503 Service Unavailable"]
-    lines += [b"%b: %b" % header for header in (*headers, (b"x-request-id", number.encode()))]
+    headers.append((b"x-request-id", request_id.encode()))
+    lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers)]
     return b"\r\n".join([*lines, b"", body])

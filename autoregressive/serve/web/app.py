@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,23 +21,12 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
 from autoregressive.serve.web.app_state import AppState, RequestBroker
-from autoregressive.serve.web.authentication import Authentication
+from autoregressive.serve.web.authentication import Authentication, check_host
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import (
-    App,
-    Receive,
-    Scope,
-    Send,
-    accept_whole_urls,
-    answer_head,
-    known_hosts,
-    limit_sizes,
-    one_drawing_a_turn,
-)
+from autoregressive.serve.web.guards import App, Guards, Receive, RequestLog, Scope, Send
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
-from autoregressive.serve.web.request_log import RequestLog
 from autoregressive.serve.web.schema import (
     ClassesAnswer,
     ModelData,
@@ -46,7 +36,7 @@ from autoregressive.serve.web.schema import (
     VersionAnswer,
 )
 from autoregressive.serve.web.server_settings import ServerSettings
-from autoregressive.serve.web.static_files import SharedFile, SharedFiles, has_already
+from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.web.strict_route import StrictRoute
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
@@ -201,12 +191,10 @@ def build_app(
 
     app = build_routes(state, version=version, docs=docs)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
-    guarded = limit_sizes(one_drawing_a_turn(app, state.turns))
-    if api_keys:  # a key keeps other sites out, so any host will do
-        guarded = Authentication(guarded, api_keys, is_open)
-    else:
-        guarded = known_hosts(guarded, public_host)
-    logged = RequestLog(accept_whole_urls(answer_head(guarded)), state.broker.count, api_keys)
+    # A key keeps other sites out, so any host will do.
+    by_host = partial(check_host, public=public_host)
+    check_access = Authentication(api_keys, is_open).check if api_keys else by_host
+    logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)
@@ -238,13 +226,8 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     if state.store is not None:
         _add_stored_images(app, state, state.store)
     _add_state(app, state)
-    page = SharedFile(PAGE / "index.html", _PAGE_HEADERS)
-
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> Response:
-        return page
-
-    app.mount("/static", SharedFiles(PAGE, _PAGE_HEADERS))
+    add_file(app, "/", PAGE / "index.html", _PAGE_HEADERS)
+    add_folder(app, "/static", PAGE, _PAGE_HEADERS)
     if docs:
         add_docs(app, _PAGE_HEADERS)
     return app

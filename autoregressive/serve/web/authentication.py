@@ -1,10 +1,12 @@
-"""Lets clients with a key in, and slows down clients that guess."""
+"""Who is let in: clients with a key, or without keys, those that use one of this machine's names.
+Clients that guess keys are slowed down."""
 
 import asyncio
 import hashlib
 import hmac
 import logging
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -12,12 +14,15 @@ from typing import Any
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.app_state import context_of
-from autoregressive.serve.web.clients import client_network
-from autoregressive.serve.web.guards import App, Receive, Scope, Send, answer
+from autoregressive.serve.web.clients import client_network, is_loopback
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
 FAILURE_SECONDS = 6.0  # between two wrong keys after those
 MOST_NETWORKS = 16_384  # in each table; beyond that, the oldest entry is dropped
+_WARNING_SECONDS = 1.0  # between two warnings about keys that were not tried
+# An IPv6 address in brackets, or a name or an IPv4 address; with or without a port.
+_HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]*)?", re.IGNORECASE)
+_log = logging.getLogger("llamagen.authentication")
 
 
 class FailureThrottle:
@@ -43,28 +48,27 @@ class FailureThrottle:
         # network and number of a key that was right there
         self._proven: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def seconds_to_wait(self, network: str) -> float:
-        """Seconds until the network may try a key; 0: it may now."""
-        wait = (
-            self._recovered_at.get(network, 0.0)
-            - self._clock()
-            - (FREE_FAILURES - 1) * FAILURE_SECONDS
-        )
-        return max(0.0, wait)
+    def seconds_to_wait(self, network: str, key: int | None) -> float:
+        """Notes that a network has sent a key.
 
-    def count_failure(self, network: str) -> None:
-        """Counts a wrong key."""
+        Args:
+            key: the number of a right one; None: it is wrong.
+
+        Returns:
+            Seconds until the network may try a key; 0: this one counts.
+        """
+        if (network, key) in self._proven:
+            return 0.0
         now = self._clock()
-        recovered_at = max(now, self._recovered_at.get(network, now)) + FAILURE_SECONDS
-        _put(self._recovered_at, network, recovered_at)
-
-    def is_proven(self, network: str, key: int) -> bool:
-        """Whether the key was right from that network before."""
-        return (network, key) in self._proven
-
-    def prove(self, network: str, key: int) -> None:
-        """Notes that the key was right from that network."""
-        _put(self._proven, (network, key), None)
+        recovered_at = max(now, self._recovered_at.get(network, now))
+        wait = recovered_at - now - (FREE_FAILURES - 1) * FAILURE_SECONDS
+        if wait > 0:
+            return wait
+        if key is None:
+            _put(self._recovered_at, network, recovered_at + FAILURE_SECONDS)
+        else:
+            _put(self._proven, (network, key), None)
+        return 0.0
 
 
 def _put(table: OrderedDict[Any, Any], name: object, value: object) -> None:
@@ -74,29 +78,8 @@ def _put(table: OrderedDict[Any, Any], name: object, value: object) -> None:
         table.popitem(last=False)
 
 
-class _CountedWarning:
-    """One warning a second that says how often something has happened. Used in one event loop.
-
-    Args:
-        field: the name of the count.
-    """
-
-    def __init__(self, log: logging.Logger, message: str, field: str, seconds: float = 1.0) -> None:
-        self._log, self._message, self._field, self._seconds = log, message, field, seconds
-        self._count = 0
-
-    def count(self) -> None:
-        self._count += 1
-        if self._count == 1:
-            asyncio.get_running_loop().call_later(self._seconds, self._write)
-
-    def _write(self) -> None:
-        count, self._count = self._count, 0
-        self._log.warning(self._message, extra={"fields": {self._field: count}})
-
-
 class Authentication:
-    """Lets in clients that have one of the keys.
+    """Lets in clients that have one of the keys. Used in one event loop.
 
     Args:
         keys: clients send one of them.
@@ -105,52 +88,53 @@ class Authentication:
 
     def __init__(
         self,
-        app: App,
         keys: Sequence[str],
         is_open: Callable[[str], bool],
         throttle: FailureThrottle | None = None,
     ) -> None:
-        self._app, self._is_open = app, is_open
+        self._is_open = is_open
         self._digests = [_digest(key.encode()) for key in keys]
         self._throttle = throttle or FailureThrottle()
-        log = logging.getLogger("llamagen.authentication")
-        self._throttled = _CountedWarning(log, "keys were not tried: too many are wrong", "guesses")
+        self._untried = 0  # keys since the last warning
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request, or passes it on."""
-        refusal = None if self._is_open(scope["path"]) else self._refusal(scope)
-        if refusal is None:
-            await self._app(scope, receive, send)
-        else:
-            await answer(send, refusal)
+    def check(self, scope: Any) -> None:
+        """Lets in a request with a right key, or for an open path.
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+        Args:
+            scope: of the ASGI request.
+
+        Raises:
+            ApiError: it has no key or a wrong one, or too many wrong keys came before it.
+        """
+        if self._is_open(scope["path"]):
+            return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if not given:  # the page's first request, for example: not a guess, and so not a failure
-            return ApiError(
-                401, "this service wants a key: Authorization: Bearer KEY", "invalid_api_key"
-            )
+            message = "this service wants a key: Authorization: Bearer KEY"
+            raise ApiError(401, message, "invalid_api_key")
         network = client_network(scope["client"][0] if scope.get("client") else "")
         context = context_of(scope)
-        context.key = number = self._find(given)
-        if number is not None and self._throttle.is_proven(network, number):
-            return None
-        wait = self._throttle.seconds_to_wait(network)
+        context.key = self._find(given)
+        wait = self._throttle.seconds_to_wait(network, context.key)
         if wait > 0:
-            # An attacker may send thousands a second.
-            self._throttled.count()
+            self._count_untried()
             context.counted = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
-            return ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
-        if number is None:
-            self._throttle.count_failure(network)
-            return ApiError(
-                401,
-                "the key is not this service's; send Authorization: Bearer KEY",
-                "invalid_api_key",
-            )
-        self._throttle.prove(network, number)
-        return None
+            raise ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
+        if context.key is None:
+            message = "the key is not this service's; send Authorization: Bearer KEY"
+            raise ApiError(401, message, "invalid_api_key")
+
+    def _count_untried(self) -> None:
+        """Counts keys for one warning a second, because an attacker may send thousands."""
+        self._untried += 1
+        if self._untried == 1:
+            asyncio.get_running_loop().call_later(_WARNING_SECONDS, self._warn)
+
+    def _warn(self) -> None:
+        fields = {"guesses": self._untried}
+        _log.warning("keys were not tried: too many are wrong", extra={"fields": fields})
+        self._untried = 0
 
     def _find(self, given: list[bytes]) -> int | None:
         """The number of the key that was sent.
@@ -168,3 +152,33 @@ class Authentication:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def check_host(scope: Any, public: str | None) -> None:
+    """Lets in a request for this machine or for `public`. It is for a service without keys.
+
+    The owner of a web page can make its name resolve to 127.0.0.1. The browser then takes the
+    service for a part of that page's site, and lets the page read answers (DNS rebinding). But it
+    sends the page's name as Host. A client that sends no Host, such as a load balancer's probe in
+    HTTP/1.0, is no browser, and is answered.
+
+    starlette's `TrustedHostMiddleware` knows neither networks (127.0.0.0/8) nor this service's
+    errors.
+
+    Args:
+        scope: of the ASGI request.
+        public: the name that clients use, where it is not this machine's own.
+
+    Raises:
+        ApiError: it is for another host.
+    """
+    given = [value for name, value in scope["headers"] if name == b"host"]
+    if not given:
+        return
+    if len(given) == 1 and (host := _HOST.fullmatch(given[0])) is not None:
+        name = (host[1] or host[2]).decode("ascii").lower()
+        if name == public or is_loopback(name):
+            return
+    why = "without a key this service answers to localhost only"
+    way = "start it with --api-key, or with --public-url and the URL that clients use"
+    raise ApiError(421, f"{why}: {way}", "unknown_host")

@@ -5,7 +5,7 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 _HOST_BITS = 64  # of an IPv6 address: a subscriber may change the last 64 bits at will
-_SHARE = 4  # a client's places may be so many times those that stay free
+_SHARE = 4  # a client may have so many times what stays free
 
 
 def is_loopback(host: str) -> bool:
@@ -47,15 +47,27 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
     return mapped or address
 
 
+def fits_share(own: int, count: int, free: int) -> bool:
+    """Whether a client may have more of what clients share.
+
+    A client that has something already gets more only if it then has at most four times as much as
+    stays free; a client that has nothing gets whatever is free. These are the dynamic thresholds by
+    which switches share memory among their queues (Choudhury and Hahne, 1998). One client alone
+    can take four fifths, two can take four ninths each, N can take 4 / (4 N + 1) each.
+
+    Args:
+        own: what it has.
+        count: what it asks for.
+        free: what stays free if it gets that.
+    """
+    return free >= 0 and (own == 0 or own + count <= _SHARE * free)
+
+
 class WaitingPlaces:
     """Counts the requests that wait for others, by client.
 
-    With shares, a client that waits already gets one more place only if it then has at most four
-    times as many as stay free; a client that does not wait gets any place that is free. These are
-    the dynamic thresholds by which switches share memory among their queues (Choudhury and Hahne,
-    1998). One client alone can fill four fifths of the queue, two can fill four ninths each, N can
-    fill 4 / (4 N + 1) each. As no waiting request is sent away, a client that came early may have
-    more for a while; until enough of its requests have started, it gets no further place.
+    As no waiting request is sent away, a client that came early may have more than its share for a
+    while; until enough of its requests have started, it gets no further place.
 
     Args:
         size: how many may wait.
@@ -83,10 +95,8 @@ class WaitingPlaces:
 
     def admits(self, client: str) -> bool:
         """Whether one more request of a client may wait."""
-        own = self._taken[client]
-        if self.full or not self._shared or own == 0:
-            return not self.full
-        return own + 1 <= _SHARE * (self.size - self.taken - 1)
+        own = self._taken[client] if self._shared else 0
+        return fits_share(own, 1, self.size - self.taken - 1)
 
     def take(self, client: str) -> None:
         """Counts a request that waits from now on."""

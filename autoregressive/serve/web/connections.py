@@ -3,20 +3,78 @@ when that is too much."""
 
 import asyncio
 import logging
+import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from autoregressive.errors import SettingError, UserError
+from autoregressive.serve.web.clients import fits_share
 
 _LOOK_SECONDS = 0.2  # between two looks at the connections
 _GRACE_SECONDS = 1.0  # for a new connection to begin its request, before it counts as idle
 _ARRIVAL_SECONDS = 0.05  # for the rest of a request that comes in two packets
 _LOG_SECONDS = 1.0  # between two lines of the log
 _CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is its connection's last
-_SHARE = 4  # a client's images may take so many times the bytes that stay free
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
+MOST_DESCRIPTORS = 65535  # more are not needed, and some systems allow a thousand million
+_DEFAULT_CONNECTIONS = 4096
+_LEAST_CONNECTIONS = 8
+REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
+# Beside connections: the standard streams, the event loop's own, listeners, stored files that are
+# being written or read (eight at a time), libraries' files, and connections that have been closed
+# in this turn of the event loop, or accepted in it, and refused ones.
+_RESERVE = 64 + REFUSED_SOCKETS
+_RESERVE_FOR_A_CHILD = 4  # a connection to it, its sentinel, and what starting it takes
 _log = logging.getLogger("llamagen.connections")
+
+
+def _descriptor_limits() -> tuple[int, int, int]:
+    """The soft limit of open files, the hard one, and the one that this service sets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    known = [MOST_DESCRIPTORS if one == resource.RLIM_INFINITY else one for one in (soft, hard)]
+    return soft, hard, max(known[0], min(known[1], MOST_DESCRIPTORS))
+
+
+def raise_descriptor_limit() -> None:
+    """Raises the soft limit of this process and of its children to the hard one, or to
+    `MOST_DESCRIPTORS`; the log says so."""
+    soft, hard, limit = _descriptor_limits()
+    if soft == resource.RLIM_INFINITY or limit <= soft:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    except (OSError, ValueError) as error:  # macOS allows fewer than its hard limit says
+        fields = {"limit": soft, "reason": str(error)}
+        _log.warning("the limit of open files stays", extra={"fields": fields})
+        return
+    fields = {"before": soft, "limit": limit}
+    _log.info("the limit of open files is raised", extra={"fields": fields})
+
+
+def connection_limit(asked: int | None, children: int) -> int:
+    """How many connections a process that answers HTTP holds at most.
+
+    Args:
+        asked: the number that was asked for; None: the default, or as many as fit.
+        children: processes that it may start.
+
+    Raises:
+        UserError: so many do not fit, or fewer than eight do.
+    """
+    *_, limit = _descriptor_limits()
+    fit = limit - _RESERVE - _RESERVE_FOR_A_CHILD * children
+    if fit < _LEAST_CONNECTIONS:
+        raise UserError(
+            f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"
+        )
+    if asked is not None and asked > fit:
+        most = f"at most {fit} connections fit below the limit of {limit} open files"
+        way = "ask for fewer or raise it (ulimit -n)"
+        raise SettingError("max_connections", asked, most, [way])
+    return min(fit, _DEFAULT_CONNECTIONS) if asked is None else asked
 
 
 class Phase(Enum):
@@ -34,40 +92,35 @@ class Phase(Enum):
 
 
 _INCOMPLETE = (Phase.IDLE, Phase.HEAD, Phase.BODY)  # the first to be closed first
+_BUSY = (Phase.HEAD, Phase.BODY, Phase.UNREAD, Phase.ANSWER)
+
+
+class Load(NamedTuple):
+    """What a connection costs this process."""
+
+    held_bytes: int  # of its requests and answers
+    # Until it is dropped if its client goes on like this; None: nothing waits for the client.
+    seconds_left: float | None
+    client: str = ""
+    promised_bytes: int = 0  # of images that are still to come for the client from the engine
 
 
 class Connection(Protocol):
     """A connection as this module needs it."""
 
     @property
-    def sends(self) -> bool:
-        """Whether the client is in the middle of a body, as far as is known."""
+    def answers_last(self) -> bool:
+        """Whether the answer that begins now has to be the connection's last."""
 
-    def look(self, seconds: float) -> None:
+    def look(self, seconds: float) -> Load:
         """Looks whether the client takes its answer; called again and again.
 
         Args:
             seconds: since the last time.
         """
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of its requests and answers that this process holds."""
-
-    @property
-    def promised(self) -> tuple[str, int]:
-        """Its client, and the bytes of images that are still to come for it from the engine."""
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Until it is dropped if its client goes on like this; None: nothing waits for the
-        client."""
-
     def drop(self) -> None:
-        """Closes it; its answer is cut off, if there is one."""
-
-    def close_idle(self) -> None:
-        """Closes it at once, even if this process still holds a part of an answer."""
+        """Closes it at once; its answer is cut off, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +131,8 @@ class ConnectionStats:
     shed: int = 0  # closed to make room for new ones
     refused: int = 0  # new ones, because all others were busy
     dropped: int = 0  # because their clients read or sent too slowly
-    buffered_bytes: int = (
-        0  # answers that wait for their readers, and requests that are not complete
-    )
-
-    def __add__(self, other: "ConnectionStats") -> "ConnectionStats":
-        return ConnectionStats(
-            *(
-                ours + theirs
-                for ours, theirs in zip(vars(self).values(), vars(other).values(), strict=True)
-            )
-        )
+    # answers that wait for their readers, and requests that are not complete
+    buffered_bytes: int = 0
 
 
 class Connections:
@@ -105,30 +149,38 @@ class Connections:
     Args:
         most: that may be open.
         most_bytes: that they may hold.
+
+    Attributes:
+        buffered_bytes: when they were last looked at, and what has come since then.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
-        self.buffered_bytes = 0  # when they were last looked at, and what has come since then
-        # Bytes of images that are to come for each client: then, and of those accepted since then.
+        self.buffered_bytes = 0
+        # Bytes of images that are to come for each client: at the last look, and of those accepted
+        # since then.
         self._promised: Counter[str] = Counter()
         self._phases: dict[Connection, Phase] = {}
         # Since when each has been waiting for a request, for the rest of one, or for its reader;
         # the longest first, or nearly so.
         self._by_phase: dict[Phase, dict[Connection, float]] = {phase: {} for phase in Phase}
         # of connections by what became of them, now and when they were last logged
-        self._counts: Counter[str] = Counter()
-        self._logged: Counter[str] = Counter()
+        self._counts = Counter(shed=0, refused=0, dropped=0, out_of_descriptors=0)
+        self._logged = self._counts.copy()
         self._timer: asyncio.TimerHandle | None = None
-        self._looked_at = 0.0
-        self._logged_at = 0.0
-        self._crowded_until = 0.0
+        self._looked_at = self._logged_at = self._crowded_until = 0.0
 
     @property
     def stats(self) -> ConnectionStats:
         """The counts of this moment."""
-        shed, refused, dropped = (self._counts[kind] for kind in ("shed", "refused", "dropped"))
-        return ConnectionStats(len(self._phases), shed, refused, dropped, self.buffered_bytes)
+        counts = self._counts
+        return ConnectionStats(
+            connections=len(self._phases),
+            shed=counts["shed"],
+            refused=counts["refused"],
+            dropped=counts["dropped"],
+            buffered_bytes=self.buffered_bytes,
+        )
 
     @property
     def overload(self) -> str | None:
@@ -142,8 +194,7 @@ class Connections:
     def has_room_for(self, count: int, client: str) -> bool:
         """Whether a client may ask for images of so many bytes."""
         free = self.most_bytes - self.buffered_bytes - self._promised.total() - count
-        own = self._promised[client]
-        return free >= 0 and (own == 0 or own + count <= _SHARE * free)
+        return fits_share(self._promised[client], count, free)
 
     def promise(self, count: int, client: str) -> None:
         """Notes that a client has asked for images of so many bytes."""
@@ -177,12 +228,23 @@ class Connections:
     def shed(self) -> bool:
         """Closes a connection; returns whether there was one that may be closed."""
         connection = self._first_to_close()
-        if connection is None:
-            return False
+        if connection is not None:
+            self._close(connection, "shed")
+        return connection is not None
+
+    def starve(self) -> None:
+        """Closes a connection, because the system has no descriptor or no memory for another."""
+        self._counts["out_of_descriptors"] += 1
+        self.shed()
+
+    def drop(self, connection: Connection) -> None:
+        """Closes a connection whose client is too slow."""
+        self._close(connection, "dropped")
+
+    def _close(self, connection: Connection, why: str) -> None:
         self.remove(connection)
-        self._counts["shed"] += 1
-        connection.close_idle()
-        return True
+        self._counts[why] += 1
+        connection.drop()
 
     def _first_to_close(self) -> Connection | None:
         """The one that has been idle for longest; if none has been for a while, the one that has
@@ -204,11 +266,6 @@ class Connections:
 
     def _oldest(self, phase: Phase) -> tuple[Connection, float]:
         return next(iter(self._by_phase[phase].items()))
-
-    def starve(self) -> None:
-        """Closes a connection, because the system has no descriptor or no memory for another."""
-        self._counts["out_of_descriptors"] += 1
-        self.shed()
 
     def move(self, connection: Connection, phase: Phase) -> None:
         """Notes what a connection is doing; it may be new."""
@@ -235,67 +292,47 @@ class Connections:
         if phase is not None:
             del self._by_phase[phase][connection]
 
-    def add_bytes(self, count: int) -> None:
-        """Counts bytes that have come. They count until the next look."""
-        self.buffered_bytes += count
-
-    def count_dropped(self) -> None:
-        """Counts a client that was too slow."""
-        self._counts["dropped"] += 1
-
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         # While this process stood still no client could be served, so that time does not count.
         seconds, self._looked_at = min(now - self._looked_at, 2 * _LOOK_SECONDS), now
-        busy = [
-            connection
-            for phase in (Phase.HEAD, Phase.BODY, Phase.UNREAD, Phase.ANSWER)
-            for connection in self._by_phase[phase]
-        ]
-        for connection in busy:
-            connection.look(seconds)
-        held = {
-            connection: connection.held_bytes for connection in busy if connection in self._phases
-        }
-        self.buffered_bytes = sum(held.values())
+        busy = [connection for phase in _BUSY for connection in self._by_phase[phase]]
+        loads = {connection: connection.look(seconds) for connection in busy}
+        loads = {one: load for one, load in loads.items() if one in self._phases}
+        self.buffered_bytes = sum(load.held_bytes for load in loads.values())
         self._promised.clear()
-        for connection in held:
-            client, count = connection.promised
-            if count:
-                self._promised[client] += count
+        for load in loads.values():
+            self._promised[load.client] += load.promised_bytes
         if self.buffered_bytes > self.most_bytes:
-            self._drop_slowest(held)
+            self._drop_slowest(loads)
         self._log(now)
         self._timer = loop.call_later(_LOOK_SECONDS, self._look) if self._phases else None
 
-    def _drop_slowest(self, held: dict[Connection, int]) -> None:
+    def _drop_slowest(self, loads: dict[Connection, Load]) -> None:
         """Drops the slowest until the rest fits, but none that holds no more than its share."""
         share = self.most_bytes // self.most
         slow = [
-            (left, connection)
-            for connection in held
-            if (left := connection.seconds_left) is not None
+            (load.seconds_left, load.held_bytes, connection)
+            for connection, load in loads.items()
+            if load.seconds_left is not None and load.held_bytes > share
         ]
-        for _, connection in sorted(slow, key=lambda one: one[0]):
+        for _, held_bytes, connection in sorted(slow, key=lambda one: one[0]):
             if self.buffered_bytes <= self.most_bytes:
                 return
-            if held[connection] > share:
-                self.buffered_bytes -= held[connection]
-                self.remove(connection)
-                self.count_dropped()
-                connection.drop()
+            self.buffered_bytes -= held_bytes
+            self.drop(connection)
 
     def _log(self, now: float) -> None:
         """At most a line a second, however many connections come and go."""
         new = self._counts - self._logged
         if not new or (self._phases and now - self._logged_at < _LOG_SECONDS):
             return
+        fields = {kind: new[kind] for kind in self._counts}
         self._logged, self._logged_at = self._counts.copy(), now
-        fields = {kind: new[kind] for kind in ("shed", "refused", "dropped", "out_of_descriptors")}
-        known = {
+        fields |= {
             "connections": len(self._phases),
             "most": self.most,
             "buffered_bytes": self.buffered_bytes,
         }
-        _log.warning("connections were closed", extra={"fields": fields | known})
+        _log.warning("connections were closed", extra={"fields": fields})

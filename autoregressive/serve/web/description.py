@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import CodesRequest, ServedModel
-from autoregressive.serve.web.static_files import SharedFiles
+from autoregressive.serve.web.static_files import add_folder
 
 # where the document itself is: behind a proxy the service may be below a path of the proxy's
 RELATIVE_SERVER = [{"url": "."}]
@@ -91,7 +91,7 @@ def add_docs(app: FastAPI, headers: Mapping[str, str]) -> None:
     Args:
         headers: of the service's pages; the page's own script is added to their policy.
     """
-    app.mount("/docs-assets", SharedFiles(_DOCS_ASSETS, headers))
+    add_folder(app, "/docs-assets", _DOCS_ASSETS, headers)
     page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
         openapi_url="openapi.json",
         title="LlamaGen",

@@ -1,17 +1,22 @@
-"""What requests pass before a route is called: the host that they name, their size, a turn.
+"""What a request passes on its way to a route, and its answer on the way back.
 
 These are plain ASGI applications around another one, so that streams, and the news that a client
 has left, pass through. They are called with HTTP requests only.
 """
 
+import asyncio
+import contextlib
+import logging
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.app_state import DRAWING_PATHS, FairQueue, context_of
-from autoregressive.serve.web.clients import is_loopback
+from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
+from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, FairQueue, context_of
+from autoregressive.serve.web.http_protocol import headers_too_large
+from autoregressive.serve.worker.messages import ServedRequest
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -23,181 +28,247 @@ MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
 _RETRY_SECONDS = 5
 _VERSIONS = ("1.0", "1.1", "2", "3")  # the latter two behind another server than ours
-# An IPv6 address in brackets, or a name or an IPv4 address; with or without a port.
-_HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]*)?", re.IGNORECASE)
 _URL = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
+_LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
+_LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
+_CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
+_CLOSE = (b"connection", b"close")
+_log = logging.getLogger(REQUESTS)
+
+
+class Guards:
+    """Answers the requests that no route should see, and reads the whole body of the others before
+    their route is called.
+
+    Requests of the routes that draw pass one at a turn of the event loop. To read and check one
+    takes a millisecond or two. When hundreds come at once, a probe would otherwise wait for all of
+    them. When connections hold too much already, these requests are refused, and not read.
+
+    Args:
+        check_access: raises the `ApiError` of a request that is not let in.
+        turns: which the routes that draw take.
+    """
+
+    def __init__(self, app: App, check_access: Callable[[Scope], None], turns: FairQueue) -> None:
+        self._app, self._check_access, self._turns = app, check_access, turns
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on one request, or answers it."""
+        _use_whole_url(scope)
+        draws = scope["path"] in DRAWING_PATHS
+        try:
+            self._check_access(scope)
+            _check_head(scope)
+            body = await _read_body(scope, receive, keeps=draws)
+        except ApiError as error:
+            # What follows something that is not HTTP cannot be trusted.
+            await answer(send, error, last=error.status == 400)
+            return
+        if body is None:
+            return
+        if draws:
+            await self._turns.take()
+        unread = [body]
+        del body  # the route is the only one to hold it
+
+        async def receive_again() -> Message:
+            if not unread:
+                return await receive()
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+        if scope["method"] == "HEAD":  # answered wherever GET is (RFC 9110, section 9.3.2)
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive_again, send)
 
 
 async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
     """Sends an error as the whole answer.
 
     Args:
-        last: close the connection, because what follows on it cannot be trusted.
+        last: close the connection after it.
     """
     headers, body = error.encode(last=last)
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def accept_whole_urls(app: App) -> App:
+def _use_whole_url(scope: Scope) -> None:
     """Accepts a whole URL in the place of the path (the "absolute form").
 
     The URL's host then replaces the Host header. RFC 9112, section 3.2.2, demands both of a server.
     """
-
-    async def accept(scope: Scope, receive: Receive, send: Send) -> None:
-        if (url := _URL.fullmatch(scope["raw_path"])) is not None:
-            host, path = url[1], url[2] or b"/"
-            scope["raw_path"], scope["path"] = path, unquote(path.decode("ascii"))
-            others = [(name, value) for name, value in scope["headers"] if name != b"host"]
-            scope["headers"] = [(b"host", host), *others]
-        await app(scope, receive, send)
-
-    return accept
+    if (url := _URL.fullmatch(scope["raw_path"])) is not None:
+        host, path = url[1], url[2] or b"/"
+        scope["raw_path"], scope["path"] = path, unquote(path.decode("ascii"))
+        others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["headers"] = [(b"host", host), *others]
 
 
-def answer_head(app: App) -> App:
-    """Answers HEAD wherever GET is answered, with the same headers (RFC 9110, section 9.3.2)."""
+def _check_head(scope: Scope) -> None:
+    """Checks the request's line and its headers.
 
-    async def answer_without_body(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_head(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
+    Raises:
+        ApiError: they are too large, or not HTTP/1.1.
+    """
+    headers = scope["headers"]
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
+        raise headers_too_large()
+    names = {name for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
+        raise ApiError(400, "the request has two lengths", "bad_request")
+    if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
+        raise ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
+    if scope["http_version"] not in _VERSIONS:
+        raise ApiError(400, "this service speaks HTTP/1.1", "bad_request")
 
-        if scope["method"] == "HEAD":
-            await app({**scope, "method": "GET"}, receive, send_head)
-        else:
-            await app(scope, receive, send)
 
-    return answer_without_body
-
-
-def known_hosts(app: App, public: str | None) -> App:
-    """Answers requests for this machine's own names and for one other name, and refuses others.
-
-    The owner of a web page can make its name resolve to 127.0.0.1. The browser then takes the
-    service for a part of that page's site, and lets the page read answers (DNS rebinding). But it
-    sends the page's name as Host. A client that sends no Host, such as a load balancer's probe in
-    HTTP/1.0, is no browser, and is answered.
-
-    starlette's `TrustedHostMiddleware` knows neither networks (127.0.0.0/8) nor this service's
-    errors.
+async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | None:
+    """The whole body; None if the client has left.
 
     Args:
-        public: the other name.
-    """
+        keeps: it is for a route that draws. Others have no use for theirs, and get an empty one.
 
-    def knows(headers: list[tuple[bytes, bytes]]) -> bool:
-        given = [value for name, value in headers if name == b"host"]
-        if len(given) != 1:
-            return not given
-        host = _HOST.fullmatch(given[0])
-        if host is None:
-            return False
-        name = (host[1] or host[2]).decode("ascii").lower()
-        return name == public or is_loopback(name)
-
-    async def check(scope: Scope, receive: Receive, send: Send) -> None:
-        if knows(scope["headers"]):
-            await app(scope, receive, send)
-            return
-        why = "without a key this service answers to localhost only"
-        way = "start it with --api-key, or with --public-url and the URL that clients use"
-        await answer(send, ApiError(421, f"{why}: {way}", "unknown_host"))
-
-    return check
-
-
-def one_drawing_a_turn(app: App, turns: FairQueue) -> App:
-    """Lets requests of the routes that draw pass one at a turn of the event loop.
-
-    To read and check one takes a millisecond or two. When hundreds come at once, a probe would
-    otherwise wait for all of them.
-    """
-
-    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in DRAWING_PATHS:
-            await turns.take()
-        await app(scope, receive, send)
-
-    return wait
-
-
-def limit_sizes(app: App) -> App:
-    """Refuses headers and bodies that are too large, and reads the whole body before the route is
-    called.
-
-    When connections hold too much already, no body is read, and a request to draw is refused.
-    """
-
-    async def limit(scope: Scope, receive: Receive, send: Send) -> None:
-        if (error := _unreadable(scope)) is not None:
-            await answer(send, error, last=error.status == 400)
-            return
-        body = await _read_body(scope, receive)
-        if isinstance(body, ApiError):
-            await answer(send, body)
-            return
-        left: list[bytes] = [] if body is None else [body]
-        del body  # the route is the only one to hold it
-
-        async def receive_again() -> Message:
-            if not left:
-                return await receive()
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
-
-        if left:
-            await app(scope, receive_again, send)
-
-    return limit
-
-
-async def _read_body(scope: Scope, receive: Receive) -> bytes | ApiError | None:
-    """The whole body of a request to draw, an empty one of others, which have no use for it.
-
-    Returns:
-        Why the body is refused, where it is; None if the client has left.
+    Raises:
+        ApiError: connections hold too much, or the body is too large.
     """
     context = context_of(scope)
-    draws = scope["path"] in DRAWING_PATHS
-    if draws and context.connections is not None and context.connections.overload is not None:
-        return ApiError(503, context.connections.overload, "overloaded", None, _RETRY_SECONDS)
+    if keeps and context.connections is not None and (why := context.connections.overload):
+        raise ApiError(503, why, "overloaded", None, _RETRY_SECONDS)
+    too_large = ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-    too_large = any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths)
+    if any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths):
+        raise too_large
     parts: list[bytes] = []  # a buffer that grows would be larger than its content
-    size = 0
-    more = not too_large
+    size, more = 0, True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         part = message.get("body", b"")
         size += len(part)
-        if draws:
+        if size > MOST_BODY_BYTES:
+            raise too_large
+        if keeps:
             parts.append(part)
             context.body_bytes = size
-        too_large = size > MOST_BODY_BYTES
-        more = message.get("more_body", False) and not too_large
-    if too_large:
-        return ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
+        more = message.get("more_body", False)
     context.body_bytes *= 2  # the framework keeps the bytes, and their content
     return b"".join(parts)
 
 
-def _unreadable(scope: Scope) -> ApiError | None:
-    """Why a request is refused before its body is read."""
-    headers = scope["headers"]
-    target = len(scope["raw_path"]) + len(scope["query_string"])
-    if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
-        return ApiError(
-            431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"
-        )
-    names = {name for name, _ in headers}
-    if {b"content-length", b"transfer-encoding"} <= names:  # a proxy may believe the other one
-        return ApiError(400, "the request has two lengths", "bad_request")
-    if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
-        return ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
-    if scope["http_version"] not in _VERSIONS:
-        return ApiError(400, "this service speaks HTTP/1.1", "bad_request")
-    return None
+class RequestLog:
+    """Adds an id to every answer, writes a line for each request, and answers an exception with a
+    500.
+
+    Args:
+        count: called with the outcome of every request of the routes that draw.
+        secrets: never written, wherever a client puts them.
+    """
+
+    def __init__(self, app: App, count: Callable[[str], None], secrets: Sequence[str]) -> None:
+        self._app, self._count = app, count
+        self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        begun, context = time.monotonic(), context_of(scope)
+        status, sent, complete = 0, 0, False
+
+        async def send_numbered(message: Message) -> None:
+            nonlocal status, sent, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message["headers"], (b"x-request-id", context.request_id.encode())]
+                last = context.connection is not None and context.connection.answers_last
+                if last and _CLOSE not in headers:
+                    headers.append(_CLOSE)
+                await send({**message, "headers": headers})
+                return
+            body = b"" if scope["method"] == "HEAD" else message.get("body", b"")
+            sent += len(body)
+            more = message.get("more_body", False)
+            context.unsent_bytes = len(body)
+            for start in range(0, max(1, len(body)), _CHUNK_BYTES):
+                end = start + _CHUNK_BYTES
+                await send(
+                    {**message, "body": body[start:end], "more_body": more or end < len(body)}
+                )
+            context.unsent_bytes = 0
+            complete = not more
+
+        failure = None
+        try:
+            await self._app(scope, receive, send_numbered)
+        except asyncio.CancelledError:
+            # The service ends, and has waited long enough. The task ends here; nothing awaits it.
+            if status == 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_ANSWER_SECONDS):
+                        await answer(send_numbered, ended_early("cancelled", "", 10))
+            else:  # cut short, so that it does not pass for whole; its reader may not even read
+                context.cut = True
+        except Exception as error:
+            failure = error
+            if status == 0:
+                await answer(send_numbered, internal_error())
+        finally:
+            context.body_bytes = context.unsent_bytes = 0
+            if context.refused is not None:
+                status, sent = context.refused
+            elif context.cut or (not complete and failure is None):
+                status = 499
+            self._write(scope, status, sent, time.monotonic() - begun, failure)
+
+    def _write(
+        self, scope: Scope, status: int, sent: int, seconds: float, failure: Exception | None
+    ) -> None:
+        context = context_of(scope)
+        line: dict[str, Any] = {
+            "request_id": context.request_id,
+            "client": self._shown(scope["client"][0]) if scope.get("client") else None,
+            "method": self._shown(scope["method"]),
+            "path": self._shown(scope["path"]),
+            "status": status,
+            "bytes": sent,
+            "seconds": round(seconds, 4),
+        }
+        if context.served is not None:
+            line |= _about(context.served)
+        if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
+            broken = failure is not None or context.failed
+            outcome = _outcome(status, context.served)
+            line["outcome"] = "failed" if broken and status != 499 else outcome
+            self._count(line["outcome"])
+        level = logging.ERROR if failure is not None else logging.INFO
+        if context.counted:
+            level = logging.DEBUG
+        _log.log(level, "request", extra={"fields": line}, exc_info=failure)
+
+    def _shown(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]")
+        return text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}..."
+
+
+def _about(served: ServedRequest) -> dict[str, Any]:
+    request = served.request
+    line: dict[str, Any] = {
+        "images": request.n,
+        "class_label": request.class_label,
+        "seed": request.params.seed,
+    }
+    # Of a request that is neither watched nor ended, only the first few tokens are known.
+    if request.watched or (served.ended is not None and served.ended.tokens is not None):
+        line["tokens"] = served.tokens
+    if served.started_at is not None:
+        line["queue_seconds"] = round(served.started_at - served.accepted_at, 4)
+    return line
+
+
+def _outcome(status: int, served: ServedRequest | None) -> str:
+    ended = None if served is None else served.ended
+    if status == 200 and ended is not None and ended.outcome != "finished":
+        return ended.outcome
+    invalid = "invalid" if 400 <= status < 500 else "failed"
+    return {200: "success", 499: "disconnected", 429: "rejected"}.get(status, invalid)

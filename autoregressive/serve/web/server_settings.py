@@ -17,7 +17,7 @@ from autoregressive.errors import SettingError, SettingName, UserError
 from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.clients import is_loopback
-from autoregressive.serve.web.descriptors import connection_limit
+from autoregressive.serve.web.connections import connection_limit
 from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TIMEOUT_FLAGS
 from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts

@@ -6,13 +6,11 @@ milliseconds.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 
 _PART_BYTES = 64 * 2**10
 _MEDIA_TYPES = {  # Python's and the system's tables differ from one version to the next
@@ -24,61 +22,38 @@ _MEDIA_TYPES = {  # Python's and the system's tables differ from one version to 
 }
 
 
-class SharedFile(Response):
-    """A file as the answer to any number of requests.
-
-    All readers share the content. It is sent in parts, because the part that waits for a reader
-    counts as held for that reader.
+def add_file(app: FastAPI, path: str, file: Path, headers: Mapping[str, str]) -> None:
+    """Serves a file.
 
     Args:
         headers: of the answer, beside `ETag` and those of the content.
     """
+    content = file.read_bytes()
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {**headers, "ETag": etag}
+    whole = {**headers, "Content-Length": str(len(content))}
+    media_type = _MEDIA_TYPES.get(file.suffix, "application/octet-stream")
 
-    def __init__(self, path: Path, headers: Mapping[str, str]) -> None:
-        content = path.read_bytes()
-        self.etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-        media_type = _MEDIA_TYPES.get(path.suffix, "application/octet-stream")
-        super().__init__(content, headers={**headers, "ETag": self.etag}, media_type=media_type)
-        self._unchanged = Response(status_code=304, headers={**headers, "ETag": self.etag})
+    async def parts() -> AsyncIterator[bytes]:
+        # All readers share the content. Only the part that waits for a reader counts as held.
+        for start in range(0, len(content), _PART_BYTES):
+            yield content[start : start + _PART_BYTES]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the file, or a 304 if the client has it already."""
-        if has_already(Request(scope), self.etag):
-            await self._unchanged(scope, receive, send)
-            return
-        start = {"status": self.status_code, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
-        size = len(self.body)
-        for begin in range(0, max(1, size), _PART_BYTES):
-            end = begin + _PART_BYTES
-            part = {"body": bytes(self.body[begin:end]), "more_body": end < size}
-            await send({"type": "http.response.body", **part})
+    async def send_file(request: Request) -> Response:
+        if has_already(request, etag):
+            return Response(status_code=304, headers=headers)
+        return StreamingResponse(parts(), headers=whole, media_type=media_type)
+
+    app.add_route(path, send_file, methods=["GET"], include_in_schema=False)
 
 
-class SharedFiles:
-    """The files of a folder, without those of folders in it, as an ASGI application to be mounted.
-
-    Args:
-        headers: of all answers.
+def add_folder(app: FastAPI, path: str, folder: Path, headers: Mapping[str, str]) -> None:
+    """Serves the files of a folder below a path, without those of folders in it; arguments as of
+    `add_file`.
     """
-
-    def __init__(self, folder: Path, headers: Mapping[str, str]) -> None:
-        self._files = {
-            path.name: SharedFile(path, headers) for path in folder.iterdir() if path.is_file()
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request.
-
-        Raises:
-            HTTPException: no such file, or another method than GET.
-        """
-        if scope["method"] != "GET":
-            raise HTTPException(405, headers={"Allow": "GET"})
-        file = self._files.get(scope["path"].removeprefix(f"{scope['root_path']}/"))
-        if file is None:
-            raise HTTPException(404)
-        await file(scope, receive, send)
+    for file in folder.iterdir():
+        if file.is_file():
+            add_file(app, f"{path}/{file.name}", file, headers)
 
 
 def has_already(request: Request, etag: str) -> bool:

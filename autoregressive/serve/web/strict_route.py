@@ -1,8 +1,8 @@
 """Checks a request's query, the type of its body, and its JSON."""
 
-import difflib
 import json
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NoReturn, cast
 
 import anyio
@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from autoregressive.errors import did_you_mean
 from autoregressive.serve.web.api_errors import ApiError
 
 _SHOWN_CHARACTERS = 100  # of a name that a client made up
@@ -49,26 +50,10 @@ class StrictRoute(APIRoute):
                     content = await anyio.to_thread.run_sync(
                         read_fields, body, schema, limiter=reading
                     )
-                request = _ReadRequest(request, body, content)
+                request._json = content  # where starlette keeps what it has read itself
             return await handle(request)
 
         return check_and_handle
-
-
-class _ReadRequest(Request):
-    """A request whose body has been read. FastAPI documents this way to read bodies otherwise."""
-
-    def __init__(self, request: Request, body: bytes, content: object) -> None:
-        super().__init__(request.scope, request.receive)
-        self._bytes, self._content = body, content
-
-    async def body(self) -> bytes:
-        """Returns the body as the client sent it."""
-        return self._bytes
-
-    async def json(self) -> object:
-        """Returns the value that the body says."""
-        return self._content
 
 
 def read_fields(body: bytes, schema: type[BaseModel]) -> object:
@@ -82,14 +67,17 @@ def read_fields(body: bytes, schema: type[BaseModel]) -> object:
     """
     content = read_json(body)
     if isinstance(content, dict):
-        check_fields(content, schema.model_fields)
+        # The first one is enough, because a body may have a hundred thousand.
+        unknown = next((name for name in content if name not in schema.model_fields), None)
+        if unknown is not None:
+            raise _unknown(unknown, schema.model_fields, "field", "unknown_field")
         for name, field in schema.model_fields.items():
             if field.annotation is Any:
                 content.pop(name, None)
     return content
 
 
-def check_query(given: Iterable[str], known: Collection[str]) -> None:
+def check_query(given: Iterable[str], known: Sequence[str]) -> None:
     """Checks a query, in which a misspelt parameter must not be ignored.
 
     Raises:
@@ -104,22 +92,9 @@ def check_query(given: Iterable[str], known: Collection[str]) -> None:
         seen.add(name)
 
 
-def check_fields(given: Iterable[str], known: Collection[str]) -> None:
-    """Checks the fields of a body. It looks for the first unknown field only, because a body may
-    have 100,000 of them.
-
-    Raises:
-        ApiError: a field is unknown.
-    """
-    for name in given:
-        if name not in known:
-            raise _unknown(name, known, "field", "unknown_field")
-
-
-def _unknown(name: str, known: Collection[str], kind: str, code: str) -> ApiError:
+def _unknown(name: str, known: Iterable[str], kind: str, code: str) -> ApiError:
     shown = _shown(name)
-    close = difflib.get_close_matches(shown, known, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(shown, [*known])
     return ApiError(400, f"{shown} is not a known {kind}{hint}", code, shown)
 
 
@@ -195,11 +170,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ApiError(
-                    400, f"the body has {_shown(name)} twice", "invalid_json", _shown(name)
-                )
-            seen.add(name)
+        counts = Counter(name for name, _ in pairs)
+        twice = _shown(next(name for name, count in counts.items() if count > 1))
+        raise ApiError(400, f"the body has {twice} twice", "invalid_json", twice)
     return fields
