@@ -170,7 +170,7 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     return channels_last(tokenizer.eval().requires_grad_(False))
 
 
-class Stage:
+class TrainingStage:
     """One thing to train: a model, its optimizer, and the averaged weights that are shipped.
 
     Attributes:
@@ -238,7 +238,7 @@ class Stage:
                 value.copy_(saved[name])
 
 
-class TokenizerStage(Stage):
+class TokenizerStage(TrainingStage):
     """Reconstruction (absolute error and edges) and codebook loss."""
 
     model: VQModel
@@ -254,7 +254,7 @@ class TokenizerStage(Stage):
         self.decode = compiled(model.decode, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `Stage`."""
+        """See `TrainingStage`."""
         plan = self.plan
         set_rate(self.optimizer, learning_rate(plan.tokenizer_rate, step, self.steps))
         pixels, _ = render_batch(self.sprites, plan.tokenizer_batch, plan.seed, "tokenizer", step)
@@ -294,7 +294,7 @@ class TokenizerStage(Stage):
         )
 
 
-class GPTStage(Stage):
+class GPTStage(TrainingStage):
     """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance
     works.
     """
@@ -324,7 +324,7 @@ class GPTStage(Stage):
         self.loss = compiled(self._loss, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `Stage`."""
+        """See `TrainingStage`."""
         plan = self.plan
         set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
         pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)

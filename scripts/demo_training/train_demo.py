@@ -32,7 +32,7 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.arguments import add_device, script_parser, whole_number
     from autoregressive.benchmarks.harness import use_device
     from autoregressive.demo_training.emoji_data import load_sprites
-    from autoregressive.demo_training.stages import GPTStage, Plan, Stage, TokenizerStage
+    from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
     from autoregressive.files import check_folder, write_whole
 
 DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -48,7 +48,9 @@ class Limits:
     save_every: int  # steps
 
 
-def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: Limits) -> bool:
+def train(
+    name: str, stage: TrainingStage, run_dir: Path, device: torch.device, limits: Limits
+) -> bool:
     """Runs a stage to its end or a limit, from the last saved state. True when it is done."""
     state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
     step = 0
@@ -195,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name in ("tokenizer", "gpt") if arguments.stage == "all" else (arguments.stage,):
         if name == "tokenizer":
-            stage: Stage = TokenizerStage(plan, sprites)
+            stage: TrainingStage = TokenizerStage(plan, sprites)
             path, model = vq_path, "VQ-demo"
         elif vq_path.exists():
             stage = GPTStage(plan, sprites, vq_path)

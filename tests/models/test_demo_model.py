@@ -23,7 +23,7 @@ from autoregressive.demo_training.emoji_data import (
     render_batch,
     step_generator,
 )
-from autoregressive.demo_training.stages import GPTStage, Plan, Stage, TokenizerStage
+from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.generate import generate
@@ -48,7 +48,7 @@ def made_up_sprites() -> torch.Tensor:
     return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
 
 
-def stage_of(name: str, folder: Path) -> Stage:
+def stage_of(name: str, folder: Path) -> TrainingStage:
     if name == "tokenizer":
         return TokenizerStage(SMALL, made_up_sprites())
     export(TokenizerStage(SMALL, made_up_sprites()).average, folder / "vq.safetensors", "test")
