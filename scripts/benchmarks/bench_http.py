@@ -30,7 +30,7 @@ from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import httpx2
-    from bench_overhead import recipe_of, serve_with, settings_of
+    from bench_overhead import serve_with, settings_of
 
     from autoregressive.benchmarks.arguments import positive, script_parser, whole_number
     from autoregressive.benchmarks.report import give_figures
@@ -107,7 +107,7 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
     def start(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
         return start_child(partial(draw_nothing, int(places), float(seconds)), name)
 
-    return serve_with(settings, start, lambda index: recipe_of(settings))
+    return serve_with(settings, start)
 
 
 def spent(processes: Iterable[int]) -> list[tuple[float, int]]:

@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -67,20 +67,17 @@ def settings_of(flags: Sequence[str]) -> ServerSettings:
     return resolve_server_settings(read_arguments(flags, os.environ))
 
 
-def serve_with(
-    settings: ServerSettings,
-    start: StartProcess,
-    recipe: Callable[[int], MakeEngine],
-) -> int:
-    """The service's command with random weights and engines that `start` starts otherwise."""
-    with lifecycle.listen(settings) as listeners:
-        model = lifecycle.served_model(settings, _NO_WEIGHTS)
-        return lifecycle.serve(settings, model, recipe, listeners, start)
-
-
 def recipe_of(settings: ServerSettings) -> EngineRecipe:
     """How an engine is built with random weights."""
     return EngineRecipe(settings.choice.model, _NO_WEIGHTS, settings.engine, SamplingParams())
+
+
+def serve_with(settings: ServerSettings, start: StartProcess) -> int:
+    """The service's command with random weights and engines that `start` starts otherwise."""
+    recipe = recipe_of(settings)
+    with lifecycle.listen(settings) as listeners:
+        model = lifecycle.served_model(settings, _NO_WEIGHTS)
+        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start)
 
 
 class EngineThread(threading.Thread):
@@ -108,8 +105,7 @@ def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.s
 
 def serve_in_a_thread(flags: Sequence[str]) -> int:
     """The service's command with its engine in a thread."""
-    settings = settings_of(flags)
-    return serve_with(settings, start_in_a_thread, lambda index: recipe_of(settings))
+    return serve_with(settings_of(flags), start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:
