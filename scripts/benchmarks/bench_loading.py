@@ -40,14 +40,10 @@ with slow_imports(__name__):
         add_output,
         script_parser,
     )
-    from autoregressive.benchmarks.harness import (
-        empty_transformer,
-        seconds_of,
-        use_device,
-        with_random_weights,
-    )
+    from autoregressive.benchmarks.harness import seconds_of, use_device, with_random_weights
     from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.files import check_folder
+    from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.weights.checkpoint import load_weights
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
@@ -65,9 +61,15 @@ _COLUMNS = {
 }
 
 
+def build_on_meta(name: str) -> Transformer:
+    """The transformer on the meta device, which takes no memory. All have the large vocabulary."""
+    with torch.device("meta"):
+        return GPT_models[name](block_size=576)
+
+
 def random_weights(name: str) -> dict[str, Tensor]:
     """Float32 weights of that model, each with memory of its own."""
-    shape = empty_transformer(name)
+    shape = build_on_meta(name)
     return with_random_weights(shape, torch.device("cpu"), torch.float32).state_dict()
 
 
@@ -149,7 +151,7 @@ def sampled_peak() -> Iterator[list[int]]:
 def measure_here(kind: str, name: str, path: Path, device: torch.device) -> dict[str, Any]:
     """Loads once in this process, which should have done nothing else."""
     torch.zeros(1, device=device)
-    model = empty_transformer(name)
+    model = build_on_meta(name)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
     with sampled_peak() as peak:
         seconds = seconds_of(
