@@ -4,24 +4,11 @@ One tensor is in memory at a time, and the file is written whole or not at all.
 """
 
 import argparse
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
 from autoregressive.errors import UserError
-
-with slow_imports(__name__):
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    from autoregressive.files import check_file, write_whole
-    from autoregressive.models.gpt import GPT_models
-    from autoregressive.progress import progress_bar
-    from autoregressive.weights.checkpoint import CheckpointError, WeightSource, open_checkpoint
-    from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
-    from tokenizer.tokenizer_image.vq_model import VQ_models
+from autoregressive.files import check_file
 
 EXAMPLES = """\
 examples:
@@ -34,18 +21,6 @@ The command reads .pt and .pth files (weights alone, or under model, module or s
 (in both of its formats), and Hugging Face folders with model.safetensors or its parts and their
 index. A converted file is loaded like the original, and faster.
 """
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The codes of the safetensors format; sorted by size in the file, so that each tensor is aligned.
-FORMAT_CODES = {
-    torch.float64: "F64", torch.int64: "I64", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-HEADER_ALIGNMENT_BYTES = 8
-LEAST_SHARED = 0.5  # of a known model's weights, by which a part of it is recognised
-MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an output can
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
         help="take the averaged weights that training kept beside the others",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="convert the numbers (default: keep them as they are)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="convert the numbers (default: keep them as they are)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     return parser.parse_args()
@@ -88,146 +65,16 @@ def check_output(path: Path, force: bool) -> None:
         )
 
 
-def convert(source: WeightSource, output: Path, dtype: torch.dtype | None) -> int:
-    """Writes the source's weights to a temporary file, checks it, and moves it into place.
-
-    Args:
-        dtype: of the floating-point tensors; None keeps each as it is.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        UserError: the source is damaged or holds something the format has no code for, or the disk
-            is full.
-    """
-    dtypes = {
-        name: dtype if dtype is not None and stored.is_floating_point else stored
-        for name, stored in source.dtypes.items()
-        if name not in COMPUTED_HERE
-    }
-    if not dtypes:
-        raise CheckpointError(source.path, "holds no weights; use another file")
-    unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
-    if unknown:
-        kind = dtypes[unknown[0]]
-        way = "give --dtype, or use another file" if kind.is_floating_point else "use another file"
-        raise CheckpointError(
-            source.path, f"{unknown[0]} is {kind}, which is not written here; {way}"
-        )
-    check_size(source, dtypes)
-
-    def write(part: Path) -> None:
-        with part.open("wb") as stream:
-            write_safetensors(source, dtypes, stream)
-        check_written(part, source, dtypes)
-
-    write_whole(output, write)
-    return output.stat().st_size
-
-
-def check_size(source: WeightSource, names: Iterable[str]) -> None:
-    """A few stored numbers can stand for any number of weights, which would fill the memory and the
-    disk.
-
-    Raises:
-        CheckpointError: the weights are many times larger than what is stored.
-    """
-    files = (
-        [source.path]
-        if source.path.is_file()
-        else [path for path in source.path.iterdir() if path.is_file()]
-    )
-    stored = sum(file.stat().st_size for file in files)
-    claimed = sum(source.shapes[name].numel() * source.dtypes[name].itemsize for name in names)
-    if claimed > MOST_REPEATS * stored:
-        told = f"claims {claimed:,} bytes of weights, more than the checkpoint has ({stored:,})"
-        raise CheckpointError(source.path, f"{told}; use another file")
-
-
-def check_complete(source: WeightSource) -> None:
-    """A folder does not always tell that one of its files was not copied; the known models do.
-
-    Raises:
-        CheckpointError: the weights are those of a known model, or most of them, and not all.
-    """
-    found, known = source.shapes, {}
-    for name, build in {**GPT_models, **VQ_models}.items():
-        with torch.device("meta"):
-            known[name] = {key: tensor.shape for key, tensor in build().state_dict().items()}
-    if any(find_incomplete(wanted, found) is None for wanted in known.values()):
-        return
-    shared = {
-        name: len(wanted.items() & found.items()) / len(wanted) for name, wanted in known.items()
-    }
-    nearest = identify(found) or max(known, key=lambda name: shared[name])
-    if nearest != identify(found) and shared[nearest] < LEAST_SHARED:
-        return
-    incomplete = find_incomplete(known[nearest], found)
-    raise CheckpointError(
-        source.path, f"is no complete {nearest} ({incomplete}); copy all of it again"
-    )
-
-
-def write_safetensors(
-    source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO
-) -> None:
-    """Header, then tensor after tensor. The library's `save_file` would need all of them in memory
-    at once.
-    """
-    order = sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        start, end = end, end + source.shapes[name].numel() * dtypes[name].itemsize
-        code, shape = FORMAT_CODES[dtypes[name]], list(source.shapes[name])
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    with progress_bar("converting", "B", end, unit_scale=True, leave=False) as progress:
-        for name in order:
-            tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
-            source.read_into(name, tensor)
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            progress.update(tensor.nbytes)
-
-
-def check_written(path: Path, source: WeightSource, dtypes: dict[str, torch.dtype]) -> None:
-    """Reads the file's header back through the library.
-
-    Raises:
-        UserError: it is not what was to be written.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            agree = names == dtypes.keys() and all(
-                file.get_slice(name).get_shape() == list(source.shapes[name]) for name in names
-            )
-    except SafetensorError as error:
-        raise UserError(f"{path}: came out damaged ({error}); is the disk full?") from error
-    if not agree:
-        raise UserError(
-            f"{path}: came out with other tensors than {source.path} holds; nothing was left behind"
-        )
-
-
 def main() -> None:
     """Does what the command line says."""
     arguments = parse_arguments()
     check_output(arguments.output, arguments.force)
+    with slow_imports(__name__):
+        from autoregressive.weights.checkpoint import open_checkpoint
+        from autoregressive.weights.conversion import check_complete, convert
     source = open_checkpoint(arguments.input, ema=arguments.ema)
     check_complete(source)
-    size_bytes = convert(source, arguments.output, DTYPES.get(arguments.dtype))
-    model = identify(source.shapes) or "a model that is not known here"
-    parameters = sum(
-        shape.numel() for name, shape in source.shapes.items() if name not in COMPUTED_HERE
-    )
-    print(
-        f"{arguments.output}: {model}, {parameters / 1e6:.1f} million numbers, "
-        f"{size_bytes / 1e6:.1f} MB"
-    )
+    print(f"{arguments.output}: {convert(source, arguments.output, arguments.dtype)}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
 """What the scripts' command lines have in common: models, lists with commas, numbers, the device,
 the file for the figures.
 
-A value that cannot be used is refused in one line before any measuring begins.
+A value that cannot be used is refused in one line before any measuring begins. This module does not
+import torch, so a script can read its flags first.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-import torch
-
-from autoregressive.benchmarks.models import PAPER_MODELS
 from autoregressive.cli.command import OneLineParser
-from autoregressive.devices import resolve_device
-from autoregressive.files import check_file, write_whole
+from autoregressive.files import check_file
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
-from autoregressive.output.records import device_name
+
+PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
+METHODS = ("naive", "compile", "paged")  # of speedup_table.py
+_DEVICE = "cuda if there is a GPU, else cpu"
+Value = TypeVar("Value")
 
 
 def script_parser(purpose: str | None) -> OneLineParser:
@@ -44,14 +45,16 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def row_counts(typed: str) -> list[int]:
-    """A type of flag: comma-separated numbers of rows, each of whole guided pairs."""
-    counts = [int(count) if count.isdecimal() else 0 for count in typed.split(",")]
-    if any(count < 2 or count % 2 for count in counts):
-        raise argparse.ArgumentTypeError(
-            f"{typed}: must be even numbers, 2 or more, with commas between them"
-        )
-    return counts
+def listed(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """A type of flag: comma-separated values of another type."""
+    return lambda typed: [kind(word) for word in typed.split(",")]
+
+
+def row_count(typed: str) -> int:
+    """A type of flag: a number of rows, which are guided pairs."""
+    if not typed.isdecimal() or int(typed) < 2 or int(typed) % 2:
+        raise argparse.ArgumentTypeError(f"{typed}: must be an even number, 2 or more")
+    return int(typed)
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -67,7 +70,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def positive(typed: str) -> float:
-    """A type of flag: a number of seconds."""
+    """A type of flag: a number of seconds, or of requests a second."""
     try:
         value = float(typed)
     except ValueError:
@@ -90,6 +93,21 @@ def output_file(flag: str, suffix: str) -> Callable[[str], Path]:
     return parse
 
 
+def add_model(parser: argparse.ArgumentParser, default: str | None, told: str = "") -> None:
+    """Adds --gpt-model.
+
+    Args:
+        told: what --help says of the default; its own name if empty.
+    """
+    parser.add_argument(
+        "--gpt-model",
+        choices=list(GPT_SHAPES),
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(GPT_SHAPES)} (default: {told or default})",
+    )
+
+
 def add_models(parser: argparse.ArgumentParser, *, gpu_only: bool = False) -> None:
     """Adds --models. Its value goes to `models_for`, unless the script needs a GPU anyway."""
     default = ",".join(PAPER_MODELS)
@@ -103,11 +121,16 @@ def add_models(parser: argparse.ArgumentParser, *, gpu_only: bool = False) -> No
     )
 
 
-def models_for(typed: list[str] | None, device: torch.device) -> list[str]:
-    """What --models means on a device: large models take hours on a CPU, where the small one shows
-    that the script works.
+def models_for(typed: list[str] | None, on_gpu: bool) -> list[str]:
+    """What --models means: large models take hours on a CPU, where the small one shows that the
+    script works.
     """
-    return typed or (list(PAPER_MODELS) if device.type == "cuda" else [DEMO_MODEL])
+    return typed or (list(PAPER_MODELS) if on_gpu else [DEMO_MODEL])
+
+
+def on_cpu(default: object) -> str:
+    """How a flag's help tells the default of a CPU behind that of a GPU."""
+    return f"; on a CPU {default}"
 
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
@@ -146,43 +169,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds --device, a `torch.device` that is here."""
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds --device. Its value goes to `harness.use_device`; None is a GPU if there is one."""
     parser.add_argument(
         "--device",
-        type=resolve_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=default,
         metavar="D",
-        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
+        help=f"cpu, cuda or cuda:N (default: {default or _DEVICE})",
     )
 
 
-def on_cpu(default: object) -> str:
-    """How a flag's help tells the default of a CPU behind that of a GPU."""
-    return f"; on a CPU {default}"
-
-
-def use_device(device: torch.device) -> str:
-    """Makes the device the current one. Returns its name."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device_name(device)
-
-
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds --output: its value goes to `give_figures` after the work."""
+def add_output(parser: argparse.ArgumentParser, what: str = "also write the figures here") -> None:
+    """Adds --output: its value goes to `report.give_figures` after the work."""
     parser.add_argument(
-        "--output",
-        type=output_file("--output", ".json"),
-        metavar="FILE.json",
-        help="also write the figures here",
+        "--output", type=output_file("--output", ".json"), metavar="FILE.json", help=what
     )
-
-
-def give_figures(figures: Mapping[str, object], path: Path | None) -> None:
-    """Prints the figures as one line of JSON, the last of a benchmark's output, and writes them
-    where --output says.
-    """
-    print(json.dumps(figures))
-    if path is not None:
-        write_whole(path, lambda part: part.write_text(json.dumps(figures, indent=1) + "\n"))

@@ -7,9 +7,9 @@ attention are the weights' and the KV cache's alone, as in serve/floor.py: activ
 cache. The other operations have nothing else to move, so theirs are all that they read and write.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from math import prod
 
 import torch
@@ -37,7 +37,6 @@ from kernels.operations import FusedProducts, Operations, torch_operations
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
-_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Setting:
     def layers(self) -> Layers:
         """The layers that carry out a step of so many rows, with scratch memory of their own."""
         return self.factory.make(
-            self.rows, lambda name, dims, dtype: self.empty(*dims, dtype=dtype)
+            self.rows, lambda name, dims, dtype: torch.empty(dims, dtype=dtype, device=self.device)
         )
 
     @cached_property
@@ -88,13 +87,18 @@ class Setting:
         """Normally distributed numbers."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory that is to be written."""
-        return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+    def copies(self, *shape: int) -> Tensor:
+        """So many random tensors of a shape that they are cold when they are used in turn."""
+        size = prod(shape) * self.dtype.itemsize
+        return self.random(max(2, -(-self.cold_bytes // size)), *shape)
 
-    def copies(self, size: int) -> int:
-        """How many of something of `size` bytes are cold when they are used in turn."""
-        return max(2, -(-self.cold_bytes // size))
+    def input(self, inputs: int) -> Tensor:
+        """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
+        return self.random(self.rows, inputs).mul_(inputs**-0.5)
+
+    def normed(self) -> Tensor:
+        """The same inputs [rows, width], in the memory that the last norm writes."""
+        return self.layers.normed.normal_().mul_(self.config.dim**-0.5)
 
 
 @dataclass(frozen=True)
@@ -123,76 +127,194 @@ def cases(setting: Setting) -> Iterator[Case]:
     yield draw_case(setting)
 
 
+def case_of(
+    name: str,
+    operation: Callable[..., object],
+    reference: Callable[..., object],
+    tensors: Sequence[Tensor],
+    *,
+    shape: str,
+    moved: int,
+    whole: Sequence[int] = (),
+    partial_sums: Sequence[int] = (),
+    cold: int | None = None,
+) -> Case:
+    """An operation and its reference, which take the same tensors.
+
+    Args:
+        moved: bytes.
+        whole: places of the tensors that are compared.
+        partial_sums: places of those whose sums over the first dimension are compared.
+        cold: the place of a tensor of several copies, one of which is taken at a time.
+    """
+
+    def taken(copy: int) -> list[Tensor]:
+        return [tensor[copy] if at == cold else tensor for at, tensor in enumerate(tensors)]
+
+    def run(copy: int) -> None:
+        operation(*taken(copy))
+
+    def error() -> float:
+        given = taken(0)
+        exact = [
+            tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+            for tensor in given
+        ]
+        operation(*given)
+        reference(*exact)
+        pairs = [(given[at], exact[at]) for at in whole]
+        pairs += [(given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums]
+        return largest(relative_error(*pair) for pair in pairs)
+
+    return Case(
+        name, shape, moved, run, error, copies=1 if cold is None else tensors[cold].shape[0]
+    )
+
+
+def product_case(
+    setting: Setting,
+    name: str,
+    operation: Callable[..., object],
+    reference: Callable[..., object],
+    tensors: Sequence[Tensor],
+    *,
+    whole: Sequence[int] = (),
+    partial_sums: Sequence[int] = (),
+    cold: int = 1,
+) -> Case:
+    """A product by weights [copies, outputs, inputs]; the library's is the product alone.
+
+    Args:
+        tensors: [rows, inputs] first. The others are as of `case_of`.
+        cold: the place of the weights.
+    """
+    x, weights = tensors[0], tensors[cold]
+    outputs, inputs = weights[0].shape
+    product = torch.empty(setting.rows, outputs, dtype=x.dtype, device=x.device)
+    case = case_of(
+        name,
+        operation,
+        reference,
+        tensors,
+        shape=f"{outputs} x {inputs}",
+        moved=weights[0].nbytes,
+        whole=whole,
+        partial_sums=partial_sums,
+        cold=cold,
+    )
+    return replace(
+        case,
+        multiplications=weights[0].numel() * setting.rows,
+        library=lambda copy: torch.mm(x, weights[copy].t(), out=product),
+    )
+
+
 def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
     """A layer whose norms have kernels of their own, and the head."""
-    dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
-    reference = torch_operations()
+    config, operations, reference = setting.config, setting.operations, torch_operations()
+    dim, ffn, eps = config.dim, config.ffn_dim, config.norm_eps
 
-    def linear(name: str, inputs: int, out: Tensor) -> Case:
+    def linear(name: str, outputs: int, inputs: int, out: Tensor) -> Case:
         """A product whose consumer adds up the partial sums."""
-        x = _input(setting, inputs)
+        tensors = (setting.input(inputs), setting.copies(outputs, inputs), out)
+        return product_case(
+            setting, name, layers.product, reference.linear, tensors, partial_sums=[2]
+        )
 
-        def product(weight: Tensor) -> None:
-            layers.product(x, weight, out)
+    def of_normed(
+        name: str,
+        product: Callable[[Tensor], None],
+        exact: Callable[..., None],
+        outputs: int,
+        out: Tensor,
+    ) -> Case:
+        """A product of what the norm before it has left."""
+        tensors = (setting.normed(), setting.copies(outputs, dim), out)
+        return product_case(
+            setting, name, lambda x, weight, out: product(weight), exact, tensors, whole=[2]
+        )
 
-        return product_case(setting, name, x, out.shape[2], out, product, reference.linear)
-
-    yield linear("qkv product", dim, layers.qkv)
+    yield linear("qkv product", 3 * dim, dim, layers.qkv)
     yield from attention_cases(setting)
-    yield linear("output product", dim, layers.projected)
-    yield add_norm_case(setting, layers)
-    x, hidden, logits = _normed(setting), layers.hidden, layers.logits
-    yield product_case(
-        setting, "swiglu", x, 2 * ffn, hidden, layers.gated_product, reference.swiglu
+    yield linear("output product", dim, dim, layers.projected)
+    partials = layers.projected.normal_()
+    tensors = (layers.residual.normal_(), partials, setting.random(dim), layers.normed)
+    yield case_of(
+        "add_norm",
+        partial(operations.add_norm, eps=eps),
+        partial(reference.add_norm, eps=eps),
+        tensors,
+        shape=f"{partials.shape[0]} x {dim}",
+        moved=tensors[0].nbytes + sum(tensor.nbytes for tensor in tensors),
+        whole=[0, 3],
     )
+    yield of_normed("swiglu", layers.gated_product, reference.swiglu, 2 * ffn, layers.hidden)
     if isinstance(layers, LibraryLayers):
-        yield gate_case(setting, layers)
-    yield linear("down product", ffn, layers.down)
-    yield product_case(
-        setting, "head", _normed(setting), vocab, logits, layers.head, reference.whole_linear
-    )
+        both = setting.random(*layers.gate_up.shape)
+        yield case_of(
+            "gate",
+            operations.gate,
+            reference.gate,
+            (both, layers.hidden),
+            shape=f"{ffn}",
+            moved=both.nbytes + layers.hidden.nbytes,
+            whole=[1],
+        )
+    yield linear("down product", dim, ffn, layers.down)
+    yield of_normed("head", layers.head, reference.whole_linear, config.vocab_size, layers.logits)
 
 
 def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
     """A layer whose products norm their inputs and add themselves to the residual stream, and the
     head.
     """
-    dim, ffn, vocab = setting.config.dim, setting.config.ffn_dim, setting.config.vocab_size
+    dim, ffn, eps = setting.config.dim, setting.config.ffn_dim, setting.config.norm_eps
     fused, reference = layers.products, reference_products()
 
     def norming(
-        name: str,
-        outputs: int,
-        squares: Tensor,
-        out: Tensor,
-        product: Callable[..., None],
-        exact: Callable[..., None],
+        name: str, kind: str, outputs: int, squares: Tensor, out: Tensor, **compared: list[int]
     ) -> Case:
         """Norms its input, by `squares` [blocks, rows] as the product before leaves them."""
-        x = _input_of_fused(setting, squares)
+        residual = setting.random(setting.rows, dim, dtype=torch.float32)
+        blocks = residual.square().tensor_split(squares.shape[0], dim=1)
+        squares.copy_(torch.stack([block.sum(dim=1) for block in blocks]))
+        norm_weight = setting.random(dim).mul_(dim**-0.5)
+        x = (residual * norm_weight * HEADROOM).to(setting.dtype)
+        product, exact = (
+            partial(getattr(products, kind), eps=eps) for products in (fused, reference)
+        )
+        tensors = (x, squares, setting.copies(outputs, dim), out)
+        return product_case(setting, name, product, exact, tensors, cold=2, **compared)
 
-        def run(weight: Tensor) -> None:
-            product(x, squares, weight, out, eps=_EPS)
-
-        def compare(x: Tensor, weight: Tensor, wanted: Tensor) -> None:
-            exact(x, squares, weight, wanted, eps=_EPS)
-
-        return product_case(setting, name, x, outputs, out, run, compare)
+    def project(name: str, inputs: int, squares: Tensor) -> Case:
+        """Adds itself to the residual stream, and prepares the next product's input; the library's
+        only multiplies.
+        """
+        tensors = (
+            setting.input(inputs),
+            setting.copies(dim, inputs),
+            layers.residual.normal_(),
+            setting.random(dim),
+            layers.normed,
+            squares,
+        )
+        return product_case(
+            setting,
+            name,
+            fused.project,
+            reference.project,
+            tensors,
+            whole=[2, 4],
+            partial_sums=[5],
+        )
 
     squares, ffn_squares = layers.squares, layers.ffn_squares
-    yield norming("qkv product", 3 * dim, squares, layers.qkv, fused.linear, reference.linear)
+    yield norming("qkv product", "linear", 3 * dim, squares, layers.qkv, partial_sums=[3])
     yield from attention_cases(setting)
-    yield project_case(setting, layers, "output product", dim, ffn_squares)
-    yield norming("swiglu", 2 * ffn, ffn_squares, layers.hidden, fused.swiglu, reference.swiglu)
-    yield project_case(setting, layers, "down product", ffn, squares)
-    yield norming("head", vocab, squares, layers.logits, fused.head, reference.head)
-
-
-def attention_cases(setting: Setting) -> Iterator[Case]:
-    """Attention as a whole, and alone the kernel that ends it."""
-    yield attention_case(setting)
-    if setting.attention_tiles is not None:
-        yield combine_case(setting, setting.attention_tiles)
+    yield project("output product", dim, ffn_squares)
+    yield norming("swiglu", "swiglu", 2 * ffn, ffn_squares, layers.hidden, whole=[3])
+    yield project("down product", ffn, squares)
+    yield norming("head", "head", setting.config.vocab_size, squares, layers.logits, whole=[3])
 
 
 def reference_products() -> FusedProducts:
@@ -212,135 +334,38 @@ def reference_products() -> FusedProducts:
     )
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted; NaN where something is NaN."""
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest error. It is NaN if one of them is, which `max` may pass over."""
-    return float(torch.tensor(list(errors)).max())
-
-
-def compared(
-    run: Callable[[int], object], out: Tensor, reference: Callable[[Tensor], object]
-) -> Callable[[], float]:
-    """A function that measures the error of one run.
-
-    Args:
-        out: what `run` writes, [rows, columns] or partial sums of it.
-        reference: writes the same into the float32 tensor that it is given.
+def attention_cases(setting: Setting) -> Iterator[Case]:
+    """Attention with its combining kernel, over pages in random order; and alone the kernel that
+    combines.
     """
-
-    def error() -> float:
-        run(0)
-        wanted = torch.empty_like(out, dtype=torch.float32)
-        reference(wanted)
-        whole = (each.view(-1, *out.shape[-2:]).sum(dim=0) for each in (out, wanted))
-        return relative_error(*whole)
-
-    return error
-
-
-def product_case(
-    setting: Setting,
-    name: str,
-    x: Tensor,
-    outputs: int,
-    out: Tensor,
-    product: Callable[[Tensor], object],
-    reference: Callable[[Tensor, Tensor, Tensor], object],
-) -> Case:
-    """A product by weights [outputs, inputs]; the library's is the product alone.
-
-    Args:
-        x: [rows, inputs]
-        out: written by `product`, [rows, columns] or partial sums of it.
-        product: of `x` and one copy of the weights.
-        reference: of `x`, the weights and a tensor like `out` to write, all in float32.
-    """
-    weights = _weights(setting, outputs, x.shape[1])
-
-    def run(copy: int) -> None:
-        product(weights[copy])
-
-    def compare(wanted: Tensor) -> None:
-        reference(x.float(), weights[0].float(), wanted)
-
-    return _timed_product(setting, name, weights, x, run, compared(run, out, compare))
-
-
-def gate_case(setting: Setting, layers: LibraryLayers) -> Case:
-    """The gate alone, of a product of both halves."""
-    products, out = setting.random(*layers.gate_up.shape), layers.hidden
-
-    def run(_: int) -> None:
-        setting.operations.gate(products, out)
-
-    error = compared(run, out, lambda wanted: torch_operations().gate(products.float(), wanted))
-    return Case("gate", f"{setting.config.ffn_dim}", products.nbytes + out.nbytes, run, error)
-
-
-def project_case(
-    setting: Setting, layers: FusedLayers, name: str, inputs: int, squares: Tensor
-) -> Case:
-    """A product that adds itself to the residual stream, and prepares the next one's input; the
-    library's only multiplies.
-    """
-    dim, normed = setting.config.dim, layers.normed
-    weights, x = _weights(setting, dim, inputs), _input(setting, inputs)
-    residual, norm_weight = layers.residual.normal_(), setting.random(dim)
-
-    def run(copy: int) -> None:
-        layers.products.project(x, weights[copy], residual, norm_weight, normed, squares)
-
-    def error() -> float:
-        own, wanted, sums = (
-            residual.clone(),
-            torch.empty_like(normed, dtype=torch.float32),
-            torch.empty_like(squares),
-        )
-        run(0)
-        fused_project_reference(
-            x.float(), weights[0].float(), own, norm_weight.float(), wanted, sums
-        )
-        pairs = (residual, own), (normed, wanted), (squares.sum(dim=0), sums.sum(dim=0))
-        return largest(relative_error(*pair) for pair in pairs)
-
-    return _timed_product(setting, name, weights, x, run, error)
-
-
-def attention_case(setting: Setting) -> Case:
-    """Attention and its combining kernel, over pages in random order."""
-    config, rows, itemsize, layers, batch = (
-        setting.config,
-        setting.rows,
-        setting.dtype.itemsize,
-        setting.layers,
-        setting.batch,
-    )
-    heads, size = config.n_head, config.head_size
-    pages = (2, rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
-    kv = setting.random(setting.copies(prod(pages) * itemsize), *pages)
+    config, rows, layers, batch = setting.config, setting.rows, setting.layers, setting.batch
+    heads, size, itemsize = config.n_head, config.head_size, setting.dtype.itemsize
+    pages = (rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
     rotary = rotary_table_2d(config.grid, size).to(setting.device)
-    layers.qkv.normal_()
 
-    def run(copy: int) -> None:
-        layers.attend(kv[copy], rotary, batch)
+    def exact(qkv: Tensor, kv: Tensor, *others: Tensor) -> None:
+        torch_operations().attention(qkv, rotary, *kv, *others)
 
-    def error() -> float:
-        keys, values = kv[0].float()  # before the kernel writes the newest token
-        run(0)
-        wanted = torch.empty_like(layers.attn_out, dtype=torch.float32)
-        scratch = layers.chunk_out, layers.chunk_stats
-        torch_operations().attention(
-            layers.qkv, rotary, keys, values, batch.page_table, batch.positions, *scratch, wanted
-        )
-        return relative_error(layers.attn_out, wanted)
-
-    kv_bytes = rows * setting.context * 2 * config.dim * itemsize
-    shape = f"{heads} x {size}, {setting.context} tokens"
-    return Case("attention", shape, kv_bytes, run, error, copies=len(kv))
+    yield case_of(
+        "attention",
+        lambda qkv, kv, *others: layers.attend(kv, rotary, batch),
+        exact,
+        (
+            layers.qkv.normal_(),
+            setting.copies(2, *pages),
+            batch.page_table,
+            batch.positions,
+            layers.chunk_out,
+            layers.chunk_stats,
+            layers.attn_out,
+        ),
+        shape=f"{heads} x {size}, {setting.context} tokens",
+        moved=rows * setting.context * 2 * config.dim * itemsize,
+        whole=[6],
+        cold=1,
+    )
+    if setting.attention_tiles is not None:
+        yield combine_case(setting, setting.attention_tiles)
 
 
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
@@ -352,70 +377,41 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
     # largest score, sum of weights
     stats = setting.random(rows, heads, chunks, 2, dtype=torch.float32)
     stats[..., 1].abs_().add_(1)
-    for partial in (attn_out, stats):
-        partial[:, :, written:] = torch.nan
+    for each in (attn_out, stats):
+        each[:, :, written:] = torch.nan
     positions = torch.full((rows,), setting.context - 1, dtype=torch.int32, device=setting.device)
-    out = setting.empty(rows, config.dim)
-
-    def run(_: int) -> None:
-        combine(attn_out, stats, positions, out, tiles, launch_pdl=setting.launch_pdl)
-
-    def reference(wanted: Tensor) -> None:
-        combine_reference(attn_out, stats, positions, wanted, tiles.chunk)
-
-    moved = rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes
-    shape = f"{heads} x {size}, {written} chunks"
-    return Case("combine", shape, moved, run, compared(run, out, reference))
-
-
-def add_norm_case(setting: Setting, layers: PlainLayers) -> Case:
-    """The residual stream after the attention's output product."""
-    dim = setting.config.dim
-    residual, norm_weight, normed = layers.residual.normal_(), setting.random(dim), layers.normed
-    partials = layers.projected.normal_()
-
-    def run(_: int) -> None:
-        setting.operations.add_norm(residual, partials, norm_weight, normed, eps=_EPS)
-
-    def error() -> float:
-        own, wanted = residual.clone(), torch.empty_like(normed, dtype=torch.float32)
-        run(0)
-        torch_operations().add_norm(own, partials, norm_weight, wanted, eps=_EPS)
-        return relative_error(normed, wanted)
-
-    moved = 2 * residual.nbytes + partials.nbytes + norm_weight.nbytes + normed.nbytes
-    return Case("add_norm", f"{partials.shape[0]} x {dim}", moved, run, error)
+    out = torch.empty_like(setting.layers.attn_out)
+    return case_of(
+        "combine",
+        partial(combine, tiles=tiles, launch_pdl=setting.launch_pdl),
+        partial(combine_reference, chunk=tiles.chunk),
+        (attn_out, stats, positions, out),
+        shape=f"{heads} x {size}, {written} chunks",
+        moved=rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes,
+        whole=[3],
+    )
 
 
 def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
     config, layers, batch = setting.config, setting.layers, setting.batch
-    tables = (
-        setting.random(config.vocab_size, config.dim),
-        setting.random(config.num_classes + 1, config.dim),
-    )
-    norm_weight = setting.random(config.dim)
+    width = config.dim
+    tables = setting.random(config.vocab_size, width), setting.random(config.num_classes + 1, width)
+    weights = (*tables, setting.random(width))
+    fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
     written = [layers.residual, layers.normed]
-    headroom = 1.0
-    if isinstance(layers, FusedLayers):  # the first product norms
+    if layers.squares is not None:  # the first product norms
         written.append(layers.squares)
-        headroom = layers.products.headroom
-
-    def run(_: int) -> None:
-        layers.embed(*tables, norm_weight, batch)
-
-    def error() -> float:
-        run(0)
-        wanted = [torch.empty_like(each, dtype=torch.float32) for each in written]
-        fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
-        torch_operations().embed(*fed, *tables, norm_weight, *wanted, eps=_EPS, headroom=headroom)
-        return largest(relative_error(*pair) for pair in zip(written, wanted, strict=True))
-
-    moved = (
-        sum(each.nbytes for each in written)
-        + (setting.rows + 1) * config.dim * setting.dtype.itemsize
+    read = (setting.rows + 1) * width * setting.dtype.itemsize
+    return case_of(
+        "embed",
+        lambda *tensors: layers.embed(*weights, batch),
+        partial(torch_operations().embed, eps=config.norm_eps, headroom=layers.headroom),
+        (*fed, *weights, *written),
+        shape=f"{width}",
+        moved=sum(tensor.nbytes for tensor in written) + read,
+        whole=range(7, 7 + len(written)),
     )
-    return Case("embed", f"{config.dim}", moved, run, error)
 
 
 def draw_case(setting: Setting) -> Case:
@@ -428,80 +424,33 @@ def draw_case(setting: Setting) -> Case:
     scales, ones = torch.full((images,), 4.0, device=device), torch.ones(images, device=device)
     sampling = (scales, ones, torch.full_like(each, min(2000, vocab // 2)), ones, each.long(), each)
 
-    def state() -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, codes and failures, which a draw changes."""
+    def drawing(operations: Operations) -> tuple[Callable[[int], None], Tensor]:
+        """Draws one token more at each call; and the codes that it writes."""
         positions = torch.zeros(rows, dtype=torch.int32, device=device)
         codes = torch.zeros(images, _CELLS, dtype=torch.int32, device=device)
-        return positions, codes, torch.zeros_like(each)
+        changed = (codes, torch.zeros_like(each))
 
-    def draw(operations: Operations, changed: tuple[Tensor, Tensor, Tensor]) -> None:
-        positions, codes, failed = changed
-        operations.draw_tokens(logits, positions, *pairs, *sampling, codes, failed, images=images)
+        def draw(_: int) -> None:
+            operations.draw_tokens(logits, positions, *pairs, *sampling, *changed, images=images)
 
-    own = state()
+        return draw, codes
 
     def error() -> float:
-        got, wanted = state(), state()
-        draw(setting.operations, got)
-        draw(torch_operations(), wanted)
-        return float((got[1][:, 0] != wanted[1][:, 0]).double().mean())
+        found = []
+        for operations in (setting.operations, torch_operations()):
+            draw, codes = drawing(operations)
+            draw(0)
+            found.append(codes[:, 0])
+        return float((found[0] != found[1]).double().mean())
 
-    def run(_: int) -> None:
-        draw(setting.operations, own)
-
-    return Case("draw", f"{vocab}", logits.nbytes, run, error)
-
-
-def _weights(setting: Setting, outputs: int, inputs: int) -> Tensor:
-    """Random weights in several copies, [copies, outputs, inputs]."""
-    return setting.random(
-        setting.copies(outputs * inputs * setting.dtype.itemsize), outputs, inputs
-    )
+    return Case("draw", f"{vocab}", logits.nbytes, drawing(setting.operations)[0], error)
 
 
-def _input(setting: Setting, inputs: int) -> Tensor:
-    """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
-    return setting.random(setting.rows, inputs).mul_(inputs**-0.5)
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted; NaN where something is NaN."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-def _input_of_fused(setting: Setting, squares: Tensor) -> Tensor:
-    """The same [rows, width], as the product before leaves it for one that norms it; writes its
-    sums of squares [blocks, rows].
-    """
-    dim = setting.config.dim
-    residual = setting.random(setting.rows, dim, dtype=torch.float32)
-    norm_weight = setting.random(dim).mul_(dim**-0.5)
-    blocks = residual.square().tensor_split(squares.shape[0], dim=1)
-    squares.copy_(torch.stack([block.sum(dim=1) for block in blocks]))
-    return (residual * norm_weight * HEADROOM).to(setting.dtype)
-
-
-def _normed(setting: Setting) -> Tensor:
-    """The same inputs [rows, width], in the memory that the last norm writes."""
-    return setting.layers.normed.normal_().mul_(setting.config.dim**-0.5)
-
-
-def _timed_product(
-    setting: Setting,
-    name: str,
-    weights: Tensor,
-    x: Tensor,
-    run: Callable[[int], object],
-    error: Callable[[], float],
-) -> Case:
-    copies, outputs, inputs = weights.shape
-    product = setting.empty(setting.rows, outputs)
-
-    def library(copy: int) -> None:
-        torch.mm(x, weights[copy].t(), out=product)
-
-    return Case(
-        name,
-        f"{outputs} x {inputs}",
-        outputs * inputs * setting.dtype.itemsize,
-        run,
-        error,
-        multiplications=outputs * inputs * setting.rows,
-        copies=copies,
-        library=library,
-    )
+def largest(errors: Iterable[float]) -> float:
+    """The largest error. It is NaN if one of them is, which `max` may pass over."""
+    return float(torch.tensor(list(errors)).max())

@@ -1,26 +1,73 @@
-"""What the benchmarks of the service share: to start it, to ask it with its key, and to keep it
-busy from other processes.
+"""What the benchmarks of the service share: to start it, to ask it with its key, to keep it busy
+from other processes, and to count what comes of it. A load generator imports no torch.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from statistics import linear_regression
+from typing import Any
 
 import httpx2
 
-from autoregressive.benchmarks.serve_report import steady_rate
 from autoregressive.errors import UserError
 
+PERCENTILES = "p50 / p90 / p99"
+# of images, that a run at full load has to last at least for `steady_rate`: the start takes up to
+# four, and has a third
+WAVES = 15
 _SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 _URL = "http://127.0.0.1:8000"
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """The percentiles by nearest rank, in seconds; None if there are no values."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return None
+    return {
+        f"p{rank}": round(ordered[math.ceil(rank * len(ordered) / 100) - 1], 4)
+        for rank in (50, 90, 99)
+    }
+
+
+def steady_rate(
+    moments: Iterable[float], first: int, begun: float, until: float
+) -> tuple[int, float, float]:
+    """The pace of images while a service is kept busy: neither its start nor its end, where there
+    is less to do, counts.
+
+    Images may come in waves, so how many lie between two moments depends on where waves are cut:
+    the pace is the slope of the straight line (least squares) through the images counted over time.
+    It is right to a tenth with three waves, to a hundredth with eight, whatever their shape.
+
+    Args:
+        moments: seconds, at which images came
+        first: so many are of the start, one or more.
+        begun, until: moments from which on the service was kept busy, and left alone.
+
+    Returns:
+        How many images count, seconds from the first of them to the last, images a second; (0, 0,
+        0) if the start took more than a third of the time, or what counts came within less than a
+        third: there are too few waves then, or none.
+    """
+    ordered = sorted(moment for moment in moments if begun <= moment <= until)
+    counted, third = ordered[first:], (until - begun) / 3
+    if not counted or ordered[first - 1] - begun > third or counted[-1] - counted[0] < third:
+        return 0, 0.0, 0.0
+    return (
+        len(counted),
+        counted[-1] - counted[0],
+        linear_regression(counted, range(len(counted))).slope,
+    )
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +133,8 @@ def last_json(command: Sequence[str]) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[1]).name} failed: run it by hand to see why")
-    return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def at_once(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -111,7 +159,7 @@ def saturate(
     load += ["--seconds", str(seconds)]
     probed, *loads = at_once(
         [
-            script("bench_probes.py", "--url", url, "--seconds", seconds),
+            script("bench_serve.py", "--url", url, "--probe", "--seconds", seconds),
             *([*load, "--seed", str(seed)] for seed in range(clients)),
         ]
     )

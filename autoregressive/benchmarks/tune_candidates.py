@@ -43,14 +43,14 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
                 yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
-def fused_swiglu_candidates(inputs: int) -> Iterator[FusedTiles]:
+def fused_swiglu_candidates(hidden: int, inputs: int) -> Iterator[FusedTiles]:
     """Candidates for the fused gated product, which has no splits."""
     for (half, warps), tile in product(((32, 4), (64, 4), (64, 8)), (64, 128, 256)):
         for stages in _stages(-(-inputs // tile), 2 * half, tile):
             yield FusedTiles(half, tile, 1, stages, warps)
 
 
-def fused_head_candidates(inputs: int) -> Iterator[FusedTiles]:
+def fused_head_candidates(vocabulary: int, inputs: int) -> Iterator[FusedTiles]:
     """Candidates for the fused head, which has no splits."""
     for (outputs, warps), tile in product(((64, 4), (128, 4), (128, 8)), (64, 128)):
         for stages in _stages(-(-inputs // tile), outputs, tile):
@@ -82,23 +82,14 @@ def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:
     for tile, tiles, warps in ((256, 1, 8), (256, 1, 4), (128, 2, 8), (128, 3, 8), (256, 2, 8)):
         if 24 <= outputs / 128 * -(-inputs // (tile * tiles)) <= 600 and outputs % 128 == 0:
             yield LinearTiles(128, tile, tiles, early=tiles, stages=1, warps=warps)
-    for splits in (1, 2, 3, 4, 5, 7):
-        if not 48 <= outputs / 64 * splits <= 400:
-            continue
-        for tile, early, stages in (
-            (64, 2, 5),
-            (64, 4, 4),
-            (128, 2, 3),
-            (128, 1, 3),
-            (64, 0, 6),
-            (128, 3, 3),
-        ):
-            tiles = -(-inputs // (tile * splits))
-            if tiles > early + 1:
-                yield LinearTiles(64, tile, tiles, early, stages, warps=4)
+    pipelines = ((64, 2, 5), (64, 4, 4), (128, 2, 3), (128, 1, 3), (64, 0, 6), (128, 3, 3))
+    for splits, (tile, early, stages) in product((1, 2, 3, 4, 5, 7), pipelines):
+        tiles = -(-inputs // (tile * splits))
+        if 48 <= outputs / 64 * splits <= 400 and tiles > early + 1:
+            yield LinearTiles(64, tile, tiles, early, stages, warps=4)
 
 
-def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
+def swiglu_candidates(hidden: int, inputs: int) -> Iterator[SwigluTiles]:
     """Candidates for the gated product, with few or many tiles early."""
     for tile in (256, 128, 64):
         whole = -(-inputs // tile)
@@ -122,7 +113,7 @@ def swiglu_candidates(inputs: int) -> Iterator[SwigluTiles]:
                 yield SwigluTiles(32, tile, early, stages, warps=4)
 
 
-def whole_candidates(inputs: int) -> Iterator[LinearTiles]:
+def whole_candidates(vocabulary: int, inputs: int) -> Iterator[LinearTiles]:
     """Candidates for the head, whose inputs are not split; they use a pipeline."""
     for tile, early, stages in (
         (256, 1, 3),

@@ -14,12 +14,14 @@ the demo model shows that it works; there is no floor then. Exit status 1 if a m
 others are measured all the same.
 """
 
+import argparse
 import gc
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
+from functools import partial
+from statistics import median
+from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
@@ -34,92 +36,52 @@ with slow_imports(__name__):
         add_models,
         add_output,
         add_repeats,
-        give_figures,
+        listed,
         models_for,
         on_cpu,
-        row_counts,
+        row_count,
         script_parser,
-        use_device,
         whole_number,
     )
-    from autoregressive.benchmarks.models import random_transformer
+    from autoregressive.benchmarks.harness import (
+        empty_transformer,
+        random_tokenizer,
+        seconds_of,
+        use_device,
+        with_random_weights,
+    )
+    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import default_precision, now
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
+    from autoregressive.output.records import device_name
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.model_runner import page_bytes
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from autoregressive.weights.options import check_image_size
-    from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 
-_ROWS, _CPU_ROWS = "2,16,64,256,512", "2"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured of every model."""
-
-    rows: list[int]
-    image_size: int | None  # None: 384; of GPT-demo 128
-    images: int | None  # None: as many as run at once
-    repeats: int
-    pixels: bool
-    deterministic: bool
-    enforce_eager: bool
-    device: torch.device
+_ROWS, _CPU_ROWS = [2, 16, 64, 256, 512], [2]
+_COLUMNS = {
+    "model": "<9",
+    "rows": ">5",
+    "ms/step": ">9.3f",
+    "floor ms": ">9.3f",
+    "share": ">7.1%",
+    "images/s": ">9.2f",
+}
 
 
-@dataclass(frozen=True)
-class Result:
-    """One model and number of rows."""
-
-    model: str
-    rows: int
-    images: int
-    steps: int
-    seconds: float
-    repeats: list[float]
-    floor_seconds: float | None  # None: no GPU
-
-    @property
-    def step_ms(self) -> float:
-        """Milliseconds that a step takes."""
-        return self.seconds / self.steps * 1e3
-
-    @property
-    def share(self) -> float | None:
-        """The floor divided by the time; None without a GPU."""
-        return None if self.floor_seconds is None else self.floor_seconds / self.seconds
-
-    def line(self) -> str:
-        """The line of the table."""
-        share = "-" if self.share is None else f"{self.share:.1%}"
-        floor = (
-            "-" if self.floor_seconds is None else f"{self.floor_seconds / self.steps * 1e3:.3f}"
-        )
-        return (
-            f"{self.model:<9} {self.rows:>5} {self.step_ms:>9.3f} {floor:>9} {share:>7} "
-            f"{self.images / self.seconds:>9.2f}"
-        )
-
-
-def build(model: str, options: Options) -> tuple[Transformer, VQModel | None]:
-    """Random weights on the device: bf16 (fp16 on a GPU without), float32 on a CPU."""
-    device = options.device
-    gpt = random_transformer(model, options.image_size, device, default_precision(device))
-    vq = None
-    if options.pixels:
-        torch.manual_seed(0)
-        vq = VQ_models[model_defaults(model).vq_model]().to(device).eval().requires_grad_(False)
-    return gpt, vq
-
-
-def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str, object]:
+def measure(
+    model: str, options: argparse.Namespace, ceilings: Ceilings | None, table: Table
+) -> dict[str, Any]:
     """All numbers of rows of one model, with one engine."""
-    device = options.device
-    params = model_defaults(model).sampling
-    gpt, vq = build(model, options)
+    device: torch.device = options.device
+    defaults = model_defaults(model)
+    params = defaults.sampling
+    shape = empty_transformer(model, options.image_size)
+    gpt = with_random_weights(shape, device, default_precision(device))
+    vq = random_tokenizer(defaults.vq_model, device) if options.pixels else None
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)
     floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
@@ -128,28 +90,36 @@ def measure(model: str, options: Options, ceilings: Ceilings | None) -> dict[str
     )
     began = now(device)
     engine = Engine(gpt, vq, config)
-    start_seconds = now(device) - began
+    report: dict[str, Any] = {
+        "model": model,
+        "start_seconds": now(device) - began,
+        "results": [],
+    }
     engine.generate([0], params, decode=options.pixels)
-    results = []
     for rows in options.rows:
         images = options.images or rows // params.rows
         labels = [image % engine.num_classes for image in range(images)]
-        times = []
-        for repeat in range(options.repeats):
-            began = now(device)
-            engine.generate(labels, replace(params, seed=repeat), decode=options.pixels)
-            times.append(now(device) - began)
+        seeded = [replace(params, seed=seed) for seed in range(options.repeats)]
+        draw = partial(engine.generate, labels, decode=options.pixels)
+        times = [seconds_of(partial(draw, each), device) for each in seeded]
+        seconds = median(times)
         job = job_floor(floor, engine.scheduler.limits, [params] * images)
         floor_seconds = None if ceilings is None else job.seconds
-        results.append(
-            Result(model, rows, images, job.steps, statistics.median(times), times, floor_seconds)
-        )
-        print(results[-1].line(), flush=True)
-    report: dict[str, object] = {
-        "model": model,
-        "start_seconds": start_seconds,
-        "results": [with_rates(each) for each in results],
-    }
+        result = {
+            "model": model,
+            "rows": rows,
+            "images": images,
+            "steps": job.steps,
+            "seconds": seconds,
+            "repeats": times,
+            "floor_seconds": floor_seconds,
+            "step_ms": seconds / job.steps * 1e3,
+            "share": floor_seconds and floor_seconds / seconds,
+            "images_per_second": images / seconds,
+        }
+        report["results"].append(result)
+        floor_ms = floor_seconds and floor_seconds / job.steps * 1e3
+        table.row(model, rows, result["step_ms"], floor_ms, result["share"], images / seconds)
     if ceilings is not None:
         report["ceilings"] = asdict(ceilings)
         report["memory_gib"] = memory_gib(engine, gpt)
@@ -168,65 +138,47 @@ def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
-def with_rates(result: Result) -> dict[str, object]:
-    """A result with its rates, ready for JSON."""
-    return asdict(result) | {
-        "step_ms": result.step_ms,
-        "share": result.share,
-        "images_per_second": result.images / result.seconds,
-    }
+def measure_all(options: argparse.Namespace, table: Table) -> Iterator[dict[str, Any]]:
+    """One model after the other. One that fails is reported with the reason, so that the others are
+    still measured.
 
-
-def measure_all(models: Sequence[str], options: Options) -> Iterator[dict[str, object]]:
-    """One after the other; the ceilings are measured three times before the first, while the GPU is
-    cool, and before each.
+    The ceilings are measured three times before the first, while the GPU is cool, and before each.
     """
     ceilings = None
-    for number, model in enumerate(models):
-        for _ in range(0 if options.device.type != "cuda" else 3 if number == 0 else 1):
-            measured = measure_ceilings(options.device, default_precision(options.device))
+    device = options.device
+    for number, model in enumerate(options.models):
+        for _ in range(0 if device.type != "cuda" else 3 if number == 0 else 1):
+            measured = measure_ceilings(device, default_precision(device))
             ceilings = measured if ceilings is None else ceilings.or_higher(measured)
-        yield measure_or_say_why(model, options, ceilings)
-
-
-def measure_or_say_why(
-    model: str, options: Options, ceilings: Ceilings | None
-) -> dict[str, object]:
-    """Measures one model. If that fails, it says why, so that the others are still measured."""
-    try:
-        return measure(model, options, ceilings)
-    except Exception as error:  # a compiler's errors are of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        print(f"{model:<9} failed: {reason}", flush=True)
-        return {"model": model, "error": reason}
-    finally:  # the next model needs the memory
-        gc.collect()
-        if options.device.type == "cuda":
+        try:
+            yield measure(model, options, ceilings, table)
+        except Exception as error:  # a compiler's errors are of many kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{model:<9} failed: {reason}", flush=True)
+            yield {"model": model, "error": reason}
+        gc.collect()  # the next model needs the memory
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Path | None]:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_models(parser)
     parser.add_argument(
         "--rows",
-        type=row_counts,
+        type=listed(row_count),
         metavar="NUMBERS",
-        help=(
-            "rows that run at once: even numbers, with commas between them (default: "
-            f"{_ROWS}{on_cpu(_CPU_ROWS)})"
-        ),
+        help="rows that run at once: even numbers, with commas between them (default: "
+        f"{','.join(map(str, _ROWS))}{on_cpu(_CPU_ROWS[0])})",
     )
     add_image_size(parser)
     parser.add_argument(
         "--images",
         type=whole_number(1),
         metavar="N",
-        help=(
-            "also more than run at once; goes with one number of --rows (default: as many as "
-            "run at once)"
-        ),
+        help="also more than run at once; goes with one number of --rows (default: as many as run "
+        "at once)",
     )
     add_repeats(parser, 3)
     parser.add_argument(
@@ -238,43 +190,33 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[list[str], Options, Pat
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
-    device = typed.device
-    typed.models = models_for(typed.models, device)
-    typed.rows = typed.rows or row_counts(_ROWS if device.type == "cuda" else _CPU_ROWS)
-    if typed.image_size is not None:
-        for model in typed.models:
-            check_image_size(model, typed.image_size)
+    typed.device = use_device(typed.device)
+    on_gpu = typed.device.type == "cuda"
+    typed.models = models_for(typed.models, on_gpu)
+    typed.rows = typed.rows or (_ROWS if on_gpu else _CPU_ROWS)
+    for model in typed.models if typed.image_size is not None else []:
+        check_image_size(model, typed.image_size)
     if typed.images is not None and len(typed.rows) > 1:
         raise UserError(f"--images {typed.images}: goes with one number of --rows")
-    options = Options(
-        rows=typed.rows,
-        image_size=typed.image_size,
-        images=typed.images,
-        repeats=typed.repeats,
-        pixels=typed.pixels,
-        deterministic=typed.deterministic,
-        enforce_eager=typed.enforce_eager,
-        device=device,
-    )
-    return typed.models, options, typed.output
+    return typed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    models, options, output = parse_arguments(argv)
+    typed = parse_arguments(argv)
     torch.set_num_threads(1)  # a GPU computes, or the demo model's products are too small to share
-    device_name = use_device(options.device)
-    print(f"{device_name}, median of {options.repeats}")
-    print(f"{'model':<9} {'rows':>5} {'ms/step':>9} {'floor ms':>9} {'share':>7} {'images/s':>9}")
-    results = list(measure_all(models, options))
+    device = device_name(typed.device)
+    print(f"{device}, median of {typed.repeats}")
+    results = list(measure_all(typed, Table(_COLUMNS)))
+    options = {**vars(typed), "device": str(typed.device)}
     report = {
         "benchmark": "decode",
-        "device": device_name,
+        "device": device,
         "torch": torch.__version__,
-        "options": asdict(options) | {"device": str(options.device)},
+        "options": {key: options[key] for key in options if key not in ("models", "output")},
         "models": results,
     }
-    give_figures(report, output)
+    give_figures(report, typed.output)
     if any("error" in model for model in results):
         sys.exit(1)
 

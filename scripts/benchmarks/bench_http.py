@@ -14,37 +14,34 @@ how often its threads are taken off one. Ends in JSON.
 import argparse
 import contextlib
 import heapq
-import json
 import os
 import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import cast
 
 from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
     import httpx2
+    from bench_overhead import serve_with, settings_of
 
     from autoregressive.benchmarks.arguments import positive, script_parser, whole_number
-    from autoregressive.benchmarks.serve_report import WAVES
+    from autoregressive.benchmarks.report import give_figures
     from autoregressive.benchmarks.service import (
+        WAVES,
         authorization,
         last_json,
         running_service,
         saturate,
         script,
     )
-    from autoregressive.serve import lifecycle
-    from autoregressive.serve.web.server_flags import read_arguments
-    from autoregressive.serve.web.server_settings import resolve_server_settings
     from autoregressive.serve.worker.messages import (
         Ended,
         EngineRequest,
@@ -58,7 +55,6 @@ with slow_imports(__name__):
     from autoregressive.serve.worker.process import ChildProcess, start_child
     from autoregressive.serve.worker.transport import Outbox, receive
     from autoregressive.serve.worker.worker import STATS_SECONDS, MakeEngine
-    from autoregressive.weights.finding import FoundWeights
 
 _SERVE = "--serve"  # how this script runs itself
 # Engines' processes import `draw_nothing` by its module's name, so that must not be __main__.
@@ -105,59 +101,37 @@ def serve(places: str, seconds: str, engines: str, flags: Sequence[str]) -> int:
     """The service's command with such engines, more than one without the GPUs that
     --data-parallel-size asks for.
     """
-    settings = replace(
-        resolve_server_settings(read_arguments(flags, os.environ)), engines=int(engines)
-    )
+    settings = replace(settings_of(flags), engines=int(engines))
 
     def start(make_engine: MakeEngine, name: str) -> tuple[ChildProcess, socket.socket]:
         return start_child(partial(draw_nothing, int(places), float(seconds)), name)
 
-    with lifecycle.listen(settings) as listeners:
-        model = lifecycle.served_model(settings, FoundWeights(None, None))
-        recipe = cast(MakeEngine, None)  # the engines know what to do
-        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start)
+    return serve_with(settings, start)
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What a process has used so far."""
-
-    processor_seconds: float
-    switches: int  # how often its threads were taken off a processor
-
-
-def spent(processes: Iterable[int]) -> list[Spent]:
-    """What each of some processes has used so far. This needs Linux."""
+def spent(processes: Iterable[int]) -> list[tuple[float, int]]:
+    """What each of some processes has used so far: seconds of a processor, and how often its
+    threads were taken off one. This needs Linux.
+    """
     found = []
     for process in processes:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        lines = []
+        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        switches = 0
         for thread in Path(f"/proc/{process}/task").glob("*/status"):
             with contextlib.suppress(OSError):  # it has ended
-                lines += [
-                    line for line in thread.read_text().splitlines() if "ctxt_switches" in line
-                ]
-        seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        found.append(Spent(seconds, sum(int(line.split()[1]) for line in lines)))
+                lines = thread.read_text().splitlines()
+                switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+        found.append((seconds, switches))
     return found
-
-
-def cost(then: Spent, now: Spent, images: int) -> dict[str, float]:
-    """What an image has cost between two moments."""
-    milliseconds = 1e3 * (now.processor_seconds - then.processor_seconds) / images
-    switches = (now.switches - then.switches) / images
-    return {"milliseconds": round(milliseconds, 3), "switches": round(switches, 2)}
 
 
 def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     """A service's processes, which are numbered in the order of their start."""
-    children = sorted(
-        map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split())
-    )
-    names = [
-        *(f"engine {index}" for index in range(engines)),
-        *(f"front {index}" for index in range(fronts)),
-    ]
+    listed = Path(f"/proc/{service}/task/{service}/children").read_text().split()
+    children = sorted(map(int, listed))
+    names = [f"engine {index}" for index in range(engines)]
+    names += [f"front {index}" for index in range(fronts)]
     return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
 
 
@@ -173,9 +147,8 @@ def images_drawn(url: str) -> int:
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
         )
     lines = answer.text.splitlines()
-    return int(
-        float(next(line.split()[1] for line in lines if line.startswith("llamagen:images_total ")))
-    )
+    [line] = [line for line in lines if line.startswith("llamagen:images_total ")]
+    return int(float(line.split()[1]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,12 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{result['images_per_second']:.1f} images/s"
     )
     print(f"probes: {result['probes']}")
-    costs = {
-        name: cost(then, now, images)
-        for name, then, now in zip(processes, before, after, strict=True)
-    }
-    for name, spent_an_image in costs.items():
-        milliseconds, switches = spent_an_image.values()
+    costs = {}
+    for name, then, now in zip(processes, before, after, strict=True):
+        milliseconds = 1e3 * (now[0] - then[0]) / images
+        switches = (now[1] - then[1]) / images
+        costs[name] = {"milliseconds": round(milliseconds, 3), "switches": round(switches, 2)}
         print(f"{name}: {milliseconds:.2f} ms, {switches:.1f} switches an image")
     options = {
         "places": arguments.places,
@@ -218,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "engines": engines,
         "fronts": fronts,
     }
-    print(json.dumps({"benchmark": "http", "options": options, "result": result, "costs": costs}))
+    give_figures({"benchmark": "http", "options": options, "result": result, "costs": costs})
     return 0
 
 

@@ -20,7 +20,7 @@ of compute capability 8.0 or above; exit status 2 if a kernel is wrong.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError, tell
@@ -29,16 +29,18 @@ with slow_imports(__name__):
     import torch
 
     from autoregressive.benchmarks.arguments import (
+        add_device,
         add_models,
         add_output,
-        give_figures,
-        row_counts,
+        listed,
+        row_count,
         script_parser,
-        use_device,
     )
+    from autoregressive.benchmarks.harness import config_of, use_device
     from autoregressive.benchmarks.kernel_cases import Case, Setting, cases
-    from autoregressive.benchmarks.models import config_of
-    from autoregressive.devices import PRECISIONS, resolve_device
+    from autoregressive.benchmarks.report import Table, give_figures
+    from autoregressive.devices import PRECISIONS
+    from autoregressive.output.records import device_name
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
     from kernels.attention_reference import attention_reference
     from kernels.operations import select_operations, triton_runs_on
@@ -50,47 +52,18 @@ CACHES = 4  # copies fill the second-level cache so many times
 _LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # share of draws that may differ from the reference's: ties within the noise's precision
 _OTHER_TOKENS = 0.1
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kernel at one shape."""
-
-    model: str
-    rows: int
-    operation: str
-    shape: str
-    error: float
-    wrong: bool
-    us: float | None  # None: wrong, and not timed
-    floor_us: float
-    library_us: float | None
-
-    @property
-    def share(self) -> float | None:
-        """The floor divided by the time; None if the result was wrong."""
-        return None if self.us is None else self.floor_us / self.us
-
-    def line(self) -> str:
-        """The line of the table."""
-        name = (
-            f"{self.model:<9} {self.rows:>4}  {self.operation:<15} {self.shape:<20} "
-            f"{self.error:>8.1e}"
-        )
-        if self.us is None or self.share is None:
-            return f"{name}  WRONG: not timed"
-        library = (
-            f"{self.library_us:>10.2f} {self.library_us / self.us:>8.2f}x"
-            if self.library_us is not None
-            else ""
-        )
-        return f"{name} {self.us:>8.2f} {self.floor_us:>9.2f} {self.share:>7.1%}{library}"
-
-
-HEADER = (
-    f"{'model':<9} {'rows':>4}  {'operation':<15} {'shape':<20} {'error':>8} "
-    f"{'us':>8} {'floor us':>9} {'share':>7}{'cuBLAS us':>10} {'speed-up':>9}"
-)
+_COLUMNS = {
+    "model": "<9",
+    "rows": ">4",
+    "operation": "<15",
+    "shape": "<20",
+    "error": ">8.1e",
+    "us": ">8.2f",
+    "floor us": ">9.2f",
+    "share": ">7.1%",
+    "cuBLAS us": ">10.2f",
+    "speed-up": ">9.2f",
+}
 
 
 def floor_seconds(case: Case, ceilings: Ceilings) -> float:
@@ -116,56 +89,61 @@ def launch_us(run: Callable[[int], object], copies: int, device: torch.device) -
     return median_seconds(graph.replay, device, REPEATS) / launches * 1e6
 
 
-def measure(case: Case, setting: Setting, model: str, ceilings: Ceilings) -> Result:
-    """Compares an operation with its reference, then times it."""
+def measure(
+    case: Case, setting: Setting, model: str, ceilings: Ceilings, table: Table
+) -> dict[str, Any]:
+    """Compares an operation with its reference, then times it unless it is wrong. Prints a line."""
     error = case.error()
     wrong = is_wrong(case, error, setting.dtype)
-    us = library_us = None
+    floor_us = floor_seconds(case, ceilings) * 1e6
+    us = library_us = share = speed_up = None
     if not wrong:
         us = launch_us(case.run, case.copies, setting.device)
-        library_us = (
-            launch_us(case.library, case.copies, setting.device)
-            if case.library is not None
-            else None
-        )
-    floor_us = floor_seconds(case, ceilings) * 1e6
-    return Result(
-        model, setting.rows, case.operation, case.shape, error, wrong, us, floor_us, library_us
-    )
+        share = floor_us / us
+        if case.library is not None:
+            library_us = launch_us(case.library, case.copies, setting.device)
+            speed_up = library_us / us
+    seen = (model, setting.rows, case.operation, case.shape, error)
+    table.row(*seen, "WRONG" if wrong else us, floor_us, share, library_us, speed_up)
+    return {
+        "model": model,
+        "rows": setting.rows,
+        "operation": case.operation,
+        "shape": case.shape,
+        "error": error,
+        "wrong": wrong,
+        "us": us,
+        "floor_us": floor_us,
+        "library_us": library_us,
+        "share": share,
+    }
 
 
 @torch.no_grad()
-def measure_model(
-    model: str, row_counts: list[int], context: int, dtype: torch.dtype, device: torch.device
-) -> list[Result]:
-    """Prints a line for each kernel and number of rows."""
-    config = config_of(model)
+def measure_model(model: str, typed: argparse.Namespace, table: Table) -> list[dict[str, Any]]:
+    """Measures every kernel for every number of rows."""
+    config, device, dtype = config_of(model), typed.device, PRECISIONS[typed.precision]
     operations = select_operations(
         device, dtype, config.n_head, config.head_size, "triton", tell=tell
     )
     capability = torch.cuda.get_device_capability(device)
     tiles = tile_table(capability, dtype).find(ATTENTION, config.n_head, config.head_size)
-    attention_tiles = None if operations.attention is attention_reference else tiles
-    launch_pdl = capability >= (9, 0)
     ceilings = measure_ceilings(device, dtype)
-    cold_bytes = CACHES * torch.cuda.get_device_properties(device).L2_cache_size
     results = []
-    for rows in row_counts:
+    for rows in typed.rows:
         setting = Setting(
             config,
             rows,
-            context,
+            typed.context,
             device,
             dtype,
             operations,
-            cold_bytes,
-            attention_tiles,
-            launch_pdl,
+            CACHES * torch.cuda.get_device_properties(device).L2_cache_size,
+            attention_tiles=None if operations.attention is attention_reference else tiles,
+            launch_pdl=capability >= (9, 0),
         )
         torch.manual_seed(0)
-        for case in cases(setting):
-            results.append(measure(case, setting, model, ceilings))
-            print(results[-1].line(), flush=True)
+        results += [measure(case, setting, model, ceilings, table) for case in cases(setting)]
     return results
 
 
@@ -175,7 +153,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_models(parser, gpu_only=True)
     parser.add_argument(
         "--rows",
-        type=row_counts,
+        type=listed(row_count),
         default="2,16,64",
         metavar="NUMBERS",
         help="rows of a step: even numbers, with commas between them (default: %(default)s)",
@@ -194,45 +172,42 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="P",
         help="none (float32), fp16 or bf16 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", default="cuda", metavar="D", help="cuda or cuda:N (default: %(default)s)"
-    )
+    add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
     for model in typed.models:
-        if not 1 <= typed.context <= config_of(model).block_size:
+        tokens = config_of(model).block_size
+        if not 1 <= typed.context <= tokens:
             raise UserError(
-                f"--context {typed.context}: must be 1 to {config_of(model).block_size}, the "
-                f"tokens of {model}'s image"
+                f"--context {typed.context}: must be 1 to {tokens}, the tokens of {model}'s image"
             )
-    device = resolve_device(typed.device) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type != "cuda" or not triton_runs_on(device):
+    typed.device = use_device(typed.device)
+    if typed.device.type != "cuda" or not triton_runs_on(typed.device):
         raise UserError(
             "a GPU of compute capability 8.0 or above is needed: elsewhere the kernels do not run"
         )
-    typed.device = device
     return typed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     typed = parse_arguments(argv)
-    device_name = use_device(typed.device)
-    print(f"{device_name}, precision {typed.precision}, median of {REPEATS}, microseconds")
-    print(HEADER)
-    dtype, results = PRECISIONS[typed.precision], []
+    device = device_name(typed.device)
+    print(f"{device}, precision {typed.precision}, median of {REPEATS}, microseconds")
+    table, results = Table(_COLUMNS), []
     for model in typed.models:
-        results += measure_model(model, typed.rows, typed.context, dtype, typed.device)
-    figures = [asdict(result) | {"share": result.share} for result in results]
-    about = {
+        results += measure_model(model, typed, table)
+    report = {
         "benchmark": "kernels",
-        "device": device_name,
+        "device": device,
         "torch": torch.__version__,
         "precision": typed.precision,
+        "context": typed.context,
+        "repeats": REPEATS,
+        "results": results,
     }
-    report = about | {"context": typed.context, "repeats": REPEATS, "results": figures}
     give_figures(report, typed.output)
-    wrong = sum(result.wrong for result in results)
+    wrong = sum(result["wrong"] for result in results)
     if wrong:
         raise UserError(
             f"{wrong} of {len(results)} kernels differ from their references: see the lines above"

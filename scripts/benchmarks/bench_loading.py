@@ -20,8 +20,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
@@ -34,8 +34,14 @@ with slow_imports(__name__):
     from torch import Tensor, distributed
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from autoregressive.benchmarks.arguments import add_output, give_figures, script_parser
-    from autoregressive.devices import now, resolve_device
+    from autoregressive.benchmarks.arguments import (
+        add_device,
+        add_model,
+        add_output,
+        script_parser,
+    )
+    from autoregressive.benchmarks.harness import seconds_of, use_device, with_random_weights
+    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.weights.checkpoint import load_weights
@@ -44,48 +50,32 @@ KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors
 SAMPLING_SECONDS = 0.002
 RANKS = 2
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One load."""
-
-    kind: str
-    on_disk_bytes: int
-    weights_bytes: int  # of the set of weights that is loaded, as stored
-    target_bytes: int  # of the model's tensors on the CPU
-    peak_bytes: int  # anonymous memory above the start
-    seconds: float
-
-    @property
-    def limit_bytes(self) -> int:
-        """What the peak must not exceed."""
-        return self.target_bytes + int(ALLOWED_SHARE * self.weights_bytes)
-
-    @property
-    def within_limit(self) -> bool:
-        """Whether the peak stays within the limit."""
-        return self.peak_bytes <= self.limit_bytes
+_COLUMNS = {
+    "kind": "<13",
+    "on disk": ">8.0f",
+    "target": ">8.0f",
+    "peak": ">8.0f",
+    "limit": ">8.0f",
+    "seconds": ">8.2f",
+    "MB above the start": "<2",
+}
 
 
 def build_on_meta(name: str) -> Transformer:
-    """The transformer on the meta device, which takes no memory."""
+    """The transformer on the meta device, which takes no memory. All have the large vocabulary."""
     with torch.device("meta"):
         return GPT_models[name](block_size=576)
 
 
 def random_weights(name: str) -> dict[str, Tensor]:
     """Float32 weights of that model, each with memory of its own."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {key: tensor.shape for key, tensor in build_on_meta(name).state_dict().items()}
-    return {
-        key: torch.empty(shape).uniform_(-1, 1, generator=generator)
-        for key, shape in shapes.items()
-    }
+    shape = build_on_meta(name)
+    return with_random_weights(shape, torch.device("cpu"), torch.float32).state_dict()
 
 
 def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
     """Writes a checkpoint of that kind as training would leave it."""
+    path = folder / "weights.pt"
     if kind == "sharded":
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -97,19 +87,17 @@ def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
         path = folder / "weights.safetensors"
         save_file(weights, path)
     elif kind == "flat .pt":
-        path = folder / "weights.pt"
         torch.save(weights, path)
     else:
-        path = folder / "training.pt"
-        copies = [[tensor + 1 for tensor in weights.values()] for _ in range(3)]
-        moments = {
-            i: {"exp_avg": m, "exp_avg_sq": v}
-            for i, (m, v) in enumerate(zip(*copies[:2], strict=True))
-        }
+        first, second, averaged = (
+            {key: tensor + 1 for key, tensor in weights.items()} for _ in range(3)
+        )
+        moments = zip(first.values(), second.values(), strict=True)
+        state = {i: {"exp_avg": m, "exp_avg_sq": v} for i, (m, v) in enumerate(moments)}
         content = {
             "model": weights,
-            "ema": dict(zip(weights, copies[2], strict=True)),
-            "optimizer": {"state": moments, "param_groups": [{"lr": 1e-4}]},
+            "ema": averaged,
+            "optimizer": {"state": state, "param_groups": [{"lr": 1e-4}]},
             "steps": 100,
             "args": argparse.Namespace(gpt_model=name),
         }
@@ -146,7 +134,9 @@ def sampled_peak() -> Iterator[list[int]]:
     start, peak, done = anonymous_bytes(), [0], threading.Event()
 
     def sample() -> None:
-        while not done.wait(SAMPLING_SECONDS):
+        ended = False
+        while not ended:
+            ended = done.wait(SAMPLING_SECONDS)
             peak[0] = max(peak[0], anonymous_bytes() - start)
 
     thread = threading.Thread(target=sample)
@@ -156,30 +146,34 @@ def sampled_peak() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-        peak[0] = max(peak[0], anonymous_bytes() - start)
 
 
-def measure_here(kind: str, name: str, path: Path, device: torch.device) -> Measurement:
+def measure_here(kind: str, name: str, path: Path, device: torch.device) -> dict[str, Any]:
     """Loads once in this process, which should have done nothing else."""
     torch.zeros(1, device=device)
     model = build_on_meta(name)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
     with sampled_peak() as peak:
-        began = now(device)
-        load_weights(model, path, device=device, dtype=torch.bfloat16)
-        seconds = now(device) - began
+        seconds = seconds_of(
+            lambda: load_weights(model, path, device=device, dtype=torch.bfloat16), device
+        )
     files = [path] if path.is_file() else list(path.iterdir())
-    return Measurement(
-        kind=kind,
-        on_disk_bytes=sum(file.stat().st_size for file in files),
-        weights_bytes=elements * torch.float32.itemsize,
-        target_bytes=elements * torch.bfloat16.itemsize if device.type == "cpu" else 0,
-        peak_bytes=peak[0],
-        seconds=seconds,
-    )
+    weights_bytes = elements * torch.float32.itemsize
+    target_bytes = elements * torch.bfloat16.itemsize if device.type == "cpu" else 0
+    limit_bytes = target_bytes + int(ALLOWED_SHARE * weights_bytes)
+    return {
+        "kind": kind,
+        "on_disk_bytes": sum(file.stat().st_size for file in files),
+        "weights_bytes": weights_bytes,  # of the set of weights that is loaded, as stored
+        "target_bytes": target_bytes,  # of the model's tensors on the CPU
+        "peak_bytes": peak[0],  # anonymous memory above the start
+        "seconds": seconds,
+        "limit_bytes": limit_bytes,
+        "within_limit": peak[0] <= limit_bytes,
+    }
 
 
-def measure(kind: str, name: str, folder: Path, device: torch.device) -> Measurement:
+def measure(kind: str, name: str, folder: Path, device: torch.device) -> dict[str, Any]:
     """Writes a checkpoint, loads it in a fresh process, and removes it."""
     fresh = multiprocessing.get_context("spawn")
     with (
@@ -193,33 +187,10 @@ def measure(kind: str, name: str, folder: Path, device: torch.device) -> Measure
             raise UserError(f"the process that loads {kind} failed: {error}") from error
 
 
-def print_table(measurements: list[Measurement]) -> None:
-    """Prints one line for each kind, with sizes in MB (10^6 bytes)."""
-    print(
-        f"{'kind':<13} {'on disk':>8} {'target':>8} {'peak':>8} {'limit':>8} {'seconds':>8}  MB "
-        "above the start"
-    )
-    for m in measurements:
-        sizes = [
-            size / 1e6 for size in (m.on_disk_bytes, m.target_bytes, m.peak_bytes, m.limit_bytes)
-        ]
-        columns = " ".join(f"{size:>8.0f}" for size in sizes)
-        print(
-            f"{m.kind:<13} {columns} {m.seconds:>8.2f}  "
-            f"{'ok' if m.within_limit else 'OVER THE LIMIT'}"
-        )
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--gpt-model",
-        choices=list(GPT_models),
-        default="GPT-L",
-        metavar="NAME",
-        help=f"the weights' shapes: {', '.join(GPT_models)} (default: %(default)s)",
-    )
+    add_model(parser, "GPT-L")
     parser.add_argument(
         "--kinds",
         nargs="+",
@@ -228,13 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KIND",
         help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
     )
-    parser.add_argument(
-        "--device",
-        type=resolve_device,
-        default="cpu",
-        metavar="D",
-        help="where the model goes: cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    add_device(parser, "cpu")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -244,6 +209,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_output(parser)
     typed = parser.parse_args(argv)
+    typed.device = use_device(typed.device)
     if typed.folder is not None:
         check_folder("--folder", typed.folder)
     anonymous_bytes()
@@ -252,26 +218,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    arguments = parse_arguments(argv)
-    name: str = arguments.gpt_model
-    measurements = []
-    for kind in arguments.kinds:
+    typed = parse_arguments(argv)
+    name, table, measurements = typed.gpt_model, Table(_COLUMNS), []
+    for kind in typed.kinds:
         print(f"{name}, {kind} ...", file=sys.stderr)
-        measurements.append(measure(kind, name, arguments.folder, arguments.device))
-    print_table(measurements)
+        found = measure(kind, name, typed.folder, typed.device)
+        measurements.append(found)
+        sizes = [found[f"{size}_bytes"] / 1e6 for size in ("on_disk", "target", "peak", "limit")]
+        told = "ok" if found["within_limit"] else "OVER THE LIMIT"
+        table.row(kind, *sizes, found["seconds"], told)
     report = {
         "benchmark": "loading",
         "gpt_model": name,
-        "device": str(arguments.device),
+        "device": str(typed.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "measurements": [
-            asdict(m) | {"limit_bytes": m.limit_bytes, "within_limit": m.within_limit}
-            for m in measurements
-        ],
+        "measurements": measurements,
     }
-    give_figures(report, arguments.output)
-    if not all(m.within_limit for m in measurements):
+    give_figures(report, typed.output)
+    if not all(found["within_limit"] for found in measurements):
         sys.exit(1)
 
 

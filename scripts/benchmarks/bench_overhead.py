@@ -5,9 +5,9 @@
 The service is saturated by scripts/benchmarks/bench_serve.py: as many requests under way as fill
 the rows twice, of one guided image each, without previews, so that when a wave of them ends, those
 wait already who take its rows. What counts is the slope of images over time, after two waves and
-until no more is asked for. Beside it scripts/benchmarks/bench_probes.py asks for /health and
-/metrics. Before that, the rows are filled once, and the time to the first preview of a lone request
-is taken, half drawn. The engine alone draws four times as many images as fit, with their pixels
+until no more is asked for. Beside it another process asks for /health and /metrics. Before that,
+the rows are filled once, and the time to the first preview of a lone request is taken, half drawn.
+The engine alone draws four times as many images as fit, with their pixels
 (scripts/benchmarks/bench_decode.py). With --in-a-thread also the service with its engine in a
 thread of the same process. With --data-parallel-size also so many engines behind one service, with
 as many times the requests, from as many processes. Random weights; each in processes of its own.
@@ -15,7 +15,6 @@ Ends in JSON.
 """
 
 import argparse
-import json
 import math
 import os
 import socket
@@ -31,43 +30,62 @@ from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
-    from autoregressive.benchmarks.arguments import add_repeats, script_parser, whole_number
-    from autoregressive.benchmarks.serve_report import WAVES, percentiles
+    from autoregressive.benchmarks.arguments import (
+        add_model,
+        add_repeats,
+        script_parser,
+        whole_number,
+    )
+    from autoregressive.benchmarks.report import give_figures
     from autoregressive.benchmarks.service import (
+        WAVES,
         at_once,
         last_json,
+        percentiles,
         running_service,
         saturate,
         script,
     )
-    from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.sampling import SamplingParams
     from autoregressive.serve import api_server, lifecycle
     from autoregressive.serve.web.openai_routes import partial_rows
     from autoregressive.serve.web.server_flags import read_arguments
-    from autoregressive.serve.web.server_settings import resolve_server_settings
+    from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
     from autoregressive.serve.worker.previews import fill_undrawn
     from autoregressive.serve.worker.process import connect
-    from autoregressive.serve.worker.worker import MakeEngine, build_engine, serve
+    from autoregressive.serve.worker.worker import MakeEngine, StartProcess, build_engine, serve
     from autoregressive.weights.finding import FoundWeights
 
 _IN_THREAD, _LONE = "--serve-in-a-thread", "--draw-lone-previews"  # how this script runs itself
 _LONE_REQUESTS = 21  # of which the first warms up
 _LEAST_SECONDS = 10  # of a run
+_NO_WEIGHTS = FoundWeights(None, None)
 
 
-class EngineThread:
-    """Stands in for the engine's process: the same loop in a thread of the service's own
-    process.
-    """
+def settings_of(flags: Sequence[str]) -> ServerSettings:
+    """The service's settings, as its command reads them."""
+    return resolve_server_settings(read_arguments(flags, os.environ))
 
-    def __init__(self, make_engine: MakeEngine, connection: socket.socket) -> None:
-        self._thread = threading.Thread(target=serve, args=(make_engine, connection), daemon=True)
-        self._thread.start()
+
+def recipe_of(settings: ServerSettings) -> MakeEngine:
+    """How an engine is built with random weights."""
+    return partial(build_engine, settings.model, _NO_WEIGHTS, settings.engine, SamplingParams())
+
+
+def serve_with(settings: ServerSettings, start: StartProcess) -> int:
+    """The service's command with random weights and engines that `start` starts otherwise."""
+    recipe = recipe_of(settings)
+    with lifecycle.listen(settings) as listeners:
+        model = lifecycle.served_model(settings, _NO_WEIGHTS)
+        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start)
+
+
+class EngineThread(threading.Thread):
+    """Stands in for the engine's process."""
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for the thread; returns the status of a process that has ended."""
-        self._thread.join(timeout)
+        self.join(timeout)
         return 0
 
     def kill(self) -> None:
@@ -77,48 +95,39 @@ class EngineThread:
 def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.socket]:
     """Starts the engine in a thread; the arguments are those of `worker.start_process`."""
     ours, theirs = connect()
-    return EngineThread(make_engine, theirs), ours
+    thread = EngineThread(target=serve, args=(make_engine, theirs), daemon=True)
+    thread.start()
+    return thread, ours
 
 
 def serve_in_a_thread(flags: Sequence[str]) -> int:
     """The service's command with its engine in a thread."""
-    settings = resolve_server_settings(read_arguments(flags, os.environ))
-    found = FoundWeights(None, None)
-    model, params = settings.model, SamplingParams()
-    recipe = partial(build_engine, model, found, settings.engine, params)
-    with lifecycle.listen(settings) as listeners:
-        served = lifecycle.served_model(settings, found)
-        return lifecycle.serve(settings, served, lambda index: recipe, listeners, start_in_a_thread)
+    return serve_with(settings_of(flags), start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:
     """What the engine itself takes to the first preview of a lone request, as bench_serve.py asks
     for it: half of the rows.
     """
-    settings = resolve_server_settings(read_arguments(flags, os.environ))
-    model = settings.model
-    engine = build_engine(
-        model,
-        FoundWeights(None, None),
-        settings.engine,
-        SamplingParams(),
-        lambda done, total: None,
-    )
+    settings = settings_of(flags)
+    engine = recipe_of(settings)(lambda done, total: None)
     assert engine.decoder is not None
-    rows = partial_rows(1, model.grid)[0]
+    grid = settings.model.grid
+    rows = partial_rows(1, grid)[0]
     times = []
     for seed in range(_LONE_REQUESTS):
         begun = time.monotonic()
-        request = engine.submit(seed, model.defaults.sampling.updated(top_k=0, seed=seed))
-        while request.steps < rows * model.grid:
+        sampling = settings.model.defaults.sampling.updated(top_k=0, seed=seed)
+        request = engine.submit(seed, sampling)
+        while request.steps < rows * grid:
             engine.step()
         codes = engine.peek([request]).result()[0].codes
-        engine.decoder.submit_to_host(fill_undrawn(codes, rows, model.grid)).result()
+        engine.decoder.submit_to_host(fill_undrawn(codes, rows, grid)).result()
         times.append(time.monotonic() - begun)
         engine.cancel(request)
         while not request.ended:
             engine.step()
-    print(json.dumps({"first_preview_seconds": percentiles(times[1:])}))
+    give_figures({"first_preview_seconds": percentiles(times[1:])})
     return 0
 
 
@@ -159,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for run in result["runs"]:
             print(f"    a run: {run}", flush=True)
-    print(json.dumps({"benchmark": "overhead", "model": model, "rows": rows, "results": results}))
+    give_figures({"benchmark": "overhead", "model": model, "rows": rows, "results": results})
     return 0
 
 
@@ -206,13 +215,7 @@ def behind(
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--gpt-model",
-        choices=list(GPT_SHAPES),
-        default="GPT-XL",
-        metavar="NAME",
-        help="(default: GPT-XL)",
-    )
+    add_model(parser, "GPT-XL")
     parser.add_argument(
         "--image-size", type=whole_number(1), metavar="PIXELS", help="(default: the model's)"
     )

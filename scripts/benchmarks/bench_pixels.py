@@ -10,9 +10,10 @@ a CPU one small case shows that it works.
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
@@ -25,52 +26,44 @@ with slow_imports(__name__):
         add_device,
         add_output,
         add_repeats,
-        give_figures,
         on_cpu,
         script_parser,
-        use_device,
         whole_number,
     )
+    from autoregressive.benchmarks.harness import random_tokenizer, seconds_of, use_device
+    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import now
+    from autoregressive.output.records import device_name
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
     from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQ_models, VQModel
 
 _NAIVE_IMAGES = 8  # at once: more need too much memory in float32
 _WARM_UPS = 3
-
-
-@dataclass(frozen=True)
-class Result:
-    """One size and number of images."""
-
-    image_size: int
-    images: int
-    naive_ms: float
-    engine_ms: float
-    worst_psnr: float | None  # decibels; None: equal
-
-    @property
-    def speed_up(self) -> float:
-        """The naive decoder's time divided by the engine's."""
-        return self.naive_ms / self.engine_ms
+_COLUMNS = {
+    "px": ">7",
+    "images": ">6",
+    "naive": ">9.2f",
+    "engine": ">9.2f",
+    "an image": ">9.2f",
+    "speed-up": ">9.2f",
+    "PSNR dB": ">7.1f",
+}
 
 
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Milliseconds by the host's clock, the device idle before and after."""
-    times = []
-    for _ in range(_WARM_UPS + repeats):
-        began = now(device)
-        run()
-        times.append((now(device) - began) * 1e3)
-    return statistics.median(times[_WARM_UPS:])
+    """Milliseconds by the host's clock, after the warm-up."""
+    times = [seconds_of(run, device) for _ in range(_WARM_UPS + repeats)]
+    return median(times[_WARM_UPS:]) * 1e3
 
 
-def naive(vq: VQModel, codes: Tensor, grid: int) -> Tensor:
+def naive(vq: VQModel, codes: Tensor, grid: int, *, tf32: bool) -> Tensor:
     """Decodes as the naive command does, a large batch in parts."""
     shape = [vq.config.codebook_embed_dim, grid, grid]
-    return torch.cat(
-        [vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)]
-    )
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32
+    ):
+        parts = codes.split(_NAIVE_IMAGES)
+        return torch.cat([vq.decode_code(part, [part.shape[0], *shape]) for part in parts])
 
 
 def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
@@ -82,7 +75,9 @@ def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> dict[str, object]:
+def measure(
+    vq: VQModel, image_size: int, batches: list[int], repeats: int, table: Table
+) -> dict[str, Any]:
     """All batches at one size of image, and what building the decoder (compiling, capturing) took:
     seconds and memory.
     """
@@ -90,7 +85,8 @@ def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> d
     grid = image_size // vq.config.downsample_size
     before, began = _reserved_bytes(device), now(device)
     decoder = PixelDecoder(vq, grid, device)
-    start_seconds, mib = now(device) - began, (_reserved_bytes(device) - before) / 2**20
+    start_seconds = now(device) - began
+    mib = (_reserved_bytes(device) - before) / 2**20
     print(
         f"{image_size:>4} px: the decoder was ready after {start_seconds:.1f} s and keeps "
         f"{mib:.0f} MiB",
@@ -98,40 +94,29 @@ def measure(vq: VQModel, image_size: int, batches: list[int], repeats: int) -> d
     )
     results = []
     for images in batches:
-        codes = torch.randint(
-            0, vq.config.codebook_size, (images, grid * grid), dtype=torch.int32, device=device
+        shape = images, grid * grid
+        codes = torch.randint(0, vq.config.codebook_size, shape, dtype=torch.int32, device=device)
+        psnr = worst_psnr(decoder.decode(codes), naive(vq, codes, grid, tf32=False))
+        naive_ms = median_ms(partial(naive, vq, codes, grid, tf32=True), device, repeats)
+        engine_ms = median_ms(partial(decoder.decode, codes), device, repeats)
+        results.append(
+            {
+                "image_size": image_size,
+                "images": images,
+                "naive_ms": naive_ms,
+                "engine_ms": engine_ms,
+                "worst_psnr": psnr,  # decibels; None: equal
+            }
         )
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        ):
-            exact = naive(vq, codes, grid)
-        psnr = worst_psnr(decoder.decode(codes), exact)
-        del exact
-        with torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=True
-        ):
-            naive_ms = median_ms(lambda codes=codes: naive(vq, codes, grid), device, repeats)  # type: ignore[misc]
-        engine_ms = median_ms(lambda codes=codes: decoder.decode(codes), device, repeats)  # type: ignore[misc]
-        results.append(Result(image_size, images, naive_ms, engine_ms, psnr))
-        print(row(results[-1]), flush=True)
-    cases = [asdict(result) for result in results]
+        speed_up = naive_ms / engine_ms
+        told = "equal" if psnr is None else psnr
+        table.row(image_size, images, naive_ms, engine_ms, engine_ms / images, speed_up, told)
     return {
         "image_size": image_size,
         "start_seconds": start_seconds,
         "decoder_mib": mib,
-        "results": cases,
+        "results": results,
     }
-
-
-def row(result: Result) -> str:
-    """A line of the table."""
-    psnr = "equal" if result.worst_psnr is None else f"{result.worst_psnr:.1f}"
-    times = (
-        f"{result.naive_ms:>9.2f} {result.engine_ms:>9.2f} {result.engine_ms / result.images:>9.2f}"
-    )
-    return (
-        f"{result.image_size:>4} px {result.images:>6} {times} {result.speed_up:>8.2f}x {psnr:>7}"
-    )
 
 
 def _reserved_bytes(device: torch.device) -> int:
@@ -169,6 +154,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
+    typed.device = use_device(typed.device)
     on_gpu = typed.device.type == "cuda"
     typed.vq_model = typed.vq_model or ("VQ-16" if on_gpu else "VQ-demo")
     typed.image_size = typed.image_size or ([256, 384] if on_gpu else [128])
@@ -185,28 +171,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    arguments = parse_arguments(argv)
-    device, name = arguments.device, arguments.vq_model
-    device_name = use_device(device)
-    torch.manual_seed(0)
-    vq = VQ_models[name]().to(device).eval().requires_grad_(False)
-    report: dict[str, object] = {
+    typed = parse_arguments(argv)
+    device, name = device_name(typed.device), typed.vq_model
+    vq = random_tokenizer(name, typed.device)
+    print(f"{name} on {device}, median of {typed.repeats}, milliseconds")
+    table = Table(_COLUMNS)
+    report = {
         "benchmark": "pixels",
         "vq_model": name,
         "torch": torch.__version__,
-        "repeats": arguments.repeats,
-        "device": device_name,
+        "repeats": typed.repeats,
+        "device": device,
+        "sizes": [
+            measure(vq, size, typed.images, typed.repeats, table) for size in typed.image_size
+        ],
     }
-    print(f"{name} on {device_name}, median of {arguments.repeats}, milliseconds")
-    print(
-        f"{'size':>7} {'images':>6} {'naive':>9} {'engine':>9} {'an image':>9} {'speed-up':>9} "
-        f"{'PSNR dB':>7}"
-    )
-    report["sizes"] = [
-        measure(vq, image_size, arguments.images, arguments.repeats)
-        for image_size in arguments.image_size
-    ]
-    give_figures(report, arguments.output)
+    give_figures(report, typed.output)
 
 
 if __name__ == "__main__":

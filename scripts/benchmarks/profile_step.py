@@ -17,10 +17,10 @@ profiler, which makes kernels a little slower. On a CPU, operations are timed by
 attention and combine are one, and there is no floor.
 """
 
+import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
@@ -34,30 +34,29 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.arguments import (
         add_device,
         add_engine_flags,
+        add_model,
         add_output,
-        give_figures,
         on_cpu,
+        row_count,
         script_parser,
+    )
+    from autoregressive.benchmarks.harness import (
+        config_of,
+        empty_transformer,
         use_device,
+        with_random_weights,
     )
-    from autoregressive.benchmarks.models import config_of, random_transformer
-    from autoregressive.benchmarks.step_times import (
-        HEADER,
-        ORDER,
-        Kernel,
-        OperationTime,
-        summed,
-        with_floor,
-    )
+    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import PRECISIONS, limited_cpu_threads
     from autoregressive.models.defaults import DEMO_MODEL
-    from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.models.gpt import Transformer
     from autoregressive.models.sampling import SamplingParams
+    from autoregressive.output.records import device_name
     from autoregressive.serve.engine.batch import Batch, BatchShape
     from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.model_runner import ModelRunner
     from autoregressive.serve.engine.request import ImageState, RowState
-    from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
+    from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds, product_elements
     from kernels.operations import Operations, triton_runs_on
 
 STEPS = 16  # of a span; the context grows by as many
@@ -65,18 +64,147 @@ REPEATS = 11
 PAGE_SIZE = 16
 TOP_K = 2000  # the commands' default
 _MODEL = "GPT-XL"
+_COLUMNS = {
+    "operation": "<15",
+    "launches": ">8.4g",
+    "busy us": ">10.2f",
+    "mean us": ">9.2f",
+    "adds us": ">10.2f",
+    "MB": ">9.2f",
+    "floor us": ">9.2f",
+    "share": ">7.1%",
+}
+# As `floor.products` lists them.
+PRODUCTS = ("qkv product", "output product", "swiglu", "down product", "head")
+# In the order of a step. Where a library does the products of many rows, `swiglu` is the product
+# and `gate` what follows it.
+_ATTENTION_HALF = ("embed", "qkv product", "attention", "combine", "output product", "add_norm")
+ORDER = (*_ATTENTION_HALF, "swiglu", "gate", "down product", "head", "draw")
+
+_KERNELS = {
+    f"_{name}_kernel": name
+    for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")
+}
+_KERNELS |= {"_hopper_attention_kernel": "attention", "_fused_swiglu_kernel": "swiglu"}
+_ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
+# Every other kernel is of a product: the one that is due after these. After `add_norm` it depends
+# on the product before.
+_NEXT_PRODUCT = {"embed": "qkv product", "attention": "output product", "combine": "output product"}
+_NEXT_PRODUCT |= {"swiglu": "down product", "gate": "down product"}
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is profiled."""
+class Kernel:
+    """One launch, as a profiler saw it."""
 
-    model: str
-    rows: int
-    context: int  # tokens that the span's middle step attends to, the newest included
-    precision: str
-    enforce_eager: bool
-    deterministic: bool
+    name: str
+    start_us: float
+    end_us: float
+
+
+@dataclass(frozen=True)
+class OperationTime:
+    """All launches of an operation, for one step."""
+
+    operation: str
+    launches: float
+    busy_us: float  # from start to end
+    # from the end of the kernel before to the own end; None: nothing overlaps
+    adds_us: float | None = None
+    # that must come from memory; None: none but activations, which stay in the cache
+    bytes: int | None = None
+    floor_us: float | None = None
+
+    @property
+    def mean_us(self) -> float:
+        """Microseconds that one launch is busy."""
+        return self.busy_us / self.launches
+
+    @property
+    def share(self) -> float | None:
+        """The floor divided by the operation's time; None without a floor."""
+        return self.floor_us and self.floor_us / (self.adds_us or self.busy_us)
+
+
+def operations_of(names: Iterable[str], layers: int) -> list[str]:
+    """Which operation each kernel is of, by its name and by what came before.
+
+    Args:
+        names: kernels in the order of their starts, from the beginning of a step.
+        layers: of the model.
+    """
+    found: list[str] = []
+    due, last_product, layer = "qkv product", "", 0
+    for name in names:
+        own = next(
+            (operation for kernel, operation in _KERNELS.items() if name.startswith(kernel)), None
+        )
+        operation = own or due
+        found.append(operation)
+        if operation in PRODUCTS:
+            last_product = operation
+        if operation == "embed":
+            layer = 0
+        if operation == "add_norm" and last_product == "output product":
+            due = "swiglu"
+        elif operation == "add_norm" or (
+            operation == "down product" and name.startswith(_ADDS_ITSELF)
+        ):
+            layer += 1
+            due = "qkv product" if layer < layers else "head"
+        elif own is not None:
+            due = _NEXT_PRODUCT.get(own, due)
+    return found
+
+
+def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[OperationTime]:
+    """Times for one step of each operation, in the order of a step.
+
+    Args:
+        kernels: all of `steps` steps, in any order.
+
+    Raises:
+        UserError: the kernels are not those of so many steps.
+    """
+    kernels = sorted(kernels, key=lambda kernel: (kernel.start_us, kernel.end_us))
+    labels = operations_of((kernel.name for kernel in kernels), layers)
+    seen = labels.count("embed")
+    if seen != steps or labels.count("draw") != steps:
+        raise UserError(
+            f"the profiler saw {seen} of {steps} steps: try again, or with --enforce-eager"
+        )
+    launches, busy, adds = (dict.fromkeys(ORDER, 0.0) for _ in range(3))
+    end_us = kernels[0].start_us
+    for label, kernel in zip(labels, kernels, strict=True):
+        launches[label] += 1 / steps
+        busy[label] += (kernel.end_us - kernel.start_us) / steps
+        adds[label] += max(0.0, kernel.end_us - end_us) / steps
+        end_us = max(end_us, kernel.end_us)
+    return [
+        OperationTime(label, launches[label], busy[label], adds[label])
+        for label in ORDER
+        if launches[label]
+    ]
+
+
+def with_floor(
+    times: list[OperationTime], floor: Floor, rows: int, context: float
+) -> list[OperationTime]:
+    """Adds each operation's bytes and its memory floor.
+
+    Args:
+        context: tokens that a row attends to.
+    """
+    kv_bytes = round(rows * context * floor.kv_bytes_per_token)
+    known = {"attention": (kv_bytes, kv_bytes / floor.ceilings.read_bytes_per_second)}
+    for name, elements in zip(PRODUCTS, product_elements(floor.config), strict=True):
+        known[name] = (elements * floor.element_bytes, floor.product_seconds(elements, rows))
+    return [
+        replace(each, bytes=known[each.operation][0], floor_us=known[each.operation][1] * 1e6)
+        if each.operation in known
+        else each
+        for each in times
+    ]
 
 
 class TimedRunner(ModelRunner):
@@ -88,39 +216,28 @@ class TimedRunner(ModelRunner):
         """The model's operations, each of which is timed."""
         operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
         self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
-        self._products = {
+        linear = {
             (3 * width, width): "qkv product",
             (width, width): "output product",
             (width, ffn): "down product",
         }
-        names = (
-            "embed",
-            "linear",
-            "whole_linear",
-            "swiglu",
-            "gate",
-            "attention",
-            "add_norm",
-            "draw_tokens",
-        )
-        timed: dict[str, Any] = {
-            name: self._timed(name, getattr(operations, name)) for name in names
-        }
-        return replace(operations, **timed)
+        titles = {"whole_linear": "head", "draw_tokens": "draw"}
 
-    def _timed(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-        title = {"whole_linear": "head", "draw_tokens": "draw"}.get(name, name)
+        def timed(name: str) -> Callable[..., None]:
+            operation = getattr(operations, name)
 
-        def run(*tensors: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            result = operation(*tensors, **options)
-            seconds = time.perf_counter() - began
-            self.seconds.setdefault(
-                self._products[tensors[1].shape] if name == "linear" else title, []
-            ).append(seconds)
-            return result
+            def run(*tensors: Any, **options: Any) -> None:
+                began = time.perf_counter()
+                operation(*tensors, **options)
+                seconds = time.perf_counter() - began
+                title = linear[tensors[1].shape] if name == "linear" else titles.get(name, name)
+                self.seconds.setdefault(title, []).append(seconds)
 
-        return run
+            return run
+
+        names = ("embed", "linear", "swiglu", "gate", "attention", "add_norm", *titles)
+        calls: dict[str, Any] = {name: timed(name) for name in names}
+        return replace(operations, **calls)
 
 
 class Span:
@@ -150,15 +267,13 @@ class Span:
     def rewind(self) -> None:
         """Puts every row at the span's first position."""
         model = self.runner.model
-        # class 0 and no class in turn
-        labels = [row % 2 and model.num_classes for row in range(self.rows)]
-        rows = [
-            RowState(label, row // 2, self.first, self._pages[row])
-            for row, label in enumerate(labels)
+        rows = [  # of class 0 and of no class in turn
+            RowState(row % 2 and model.num_classes, row // 2, self.first, pages)
+            for row, pages in enumerate(self._pages)
         ]
         params = SamplingParams(top_k=min(TOP_K, model.vocab_size))
         images = [
-            ImageState(params, image, image, rows[2 * image], rows[2 * image + 1])
+            ImageState(params, image, image, *rows[2 * image : 2 * image + 2])
             for image in range(self.images)
         ]
         self.batch.load(rows, images)
@@ -177,44 +292,42 @@ def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             span.run()
             torch.cuda.synchronize(device)
-    events = [
-        event
+    kernels = [
+        Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    kernels = [Kernel(event.name, event.time_range.start, event.time_range.end) for event in events]
     return summed(kernels, layers, span.steps)
 
 
 def profile_on_cpu(span: Span) -> tuple[list[OperationTime], float]:
     """The host's times of one span, after a warm-up; and seconds of a step."""
     assert isinstance(span.runner, TimedRunner)
-    seconds = 0.0
+    calls, began = span.runner.seconds, 0.0
     for _ in range(2):
         span.rewind()
-        span.runner.seconds.clear()
+        calls.clear()
         began = time.perf_counter()
         span.run()
-        seconds = (time.perf_counter() - began) / span.steps
-    calls = span.runner.seconds
-    times = {
-        name: (len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6) for name in calls
-    }
-    return [OperationTime(name, *times[name], None) for name in ORDER if name in times], seconds
+    seconds = (time.perf_counter() - began) / span.steps
+    times = [
+        OperationTime(name, len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6)
+        for name in ORDER
+        if name in calls
+    ]
+    return times, seconds
 
 
 @torch.no_grad()
-def measure(case: Case, device: torch.device) -> dict[str, object]:
+def measure(typed: argparse.Namespace) -> dict[str, object]:
     """Prints the table; returns everything for JSON."""
-    dtype, on_gpu = PRECISIONS[case.precision], device.type == "cuda"
-    ceilings = measure_ceilings(device, dtype) if on_gpu else None
-    gpt = random_transformer(case.model, None, device, dtype)
-    shape = BatchShape.of(case.rows, gpt.config.block_size, PAGE_SIZE)
-    config = EngineConfig(enforce_eager=case.enforce_eager, deterministic=case.deterministic)
-    make_runner = ModelRunner if on_gpu else TimedRunner
-    span = Span(
-        make_runner(gpt, shape, case.rows * shape.pages_per_row, config), case.rows, case.context
-    )
+    device, rows, dtype = typed.device, typed.rows, PRECISIONS[typed.precision]
+    ceilings = measure_ceilings(device, dtype) if device.type == "cuda" else None
+    gpt = with_random_weights(empty_transformer(typed.gpt_model), device, dtype)
+    shape = BatchShape.of(rows, gpt.config.block_size, PAGE_SIZE)
+    config = EngineConfig(enforce_eager=typed.enforce_eager, deterministic=typed.deterministic)
+    make_runner = TimedRunner if ceilings is None else ModelRunner
+    span = Span(make_runner(gpt, shape, rows * shape.pages_per_row, config), rows, typed.context)
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
     floor_us = None
     with limited_cpu_threads(gpt.config, device):
@@ -222,13 +335,11 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
             times, step_seconds = profile_on_cpu(span)
         else:
             floor = Floor(gpt.config, dtype.itemsize, ceilings)
-            times = with_floor(
-                profile_on_gpu(span, gpt.config.n_layer), floor, case.rows, span.mean_context
-            )
-            step_seconds = (
-                median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
-            )
-            floor_us = floor.step_seconds(case.rows, case.rows * span.mean_context) * 1e6
+            times = profile_on_gpu(span, gpt.config.n_layer)
+            times = with_floor(times, floor, rows, span.mean_context)
+            span_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind)
+            step_seconds = span_seconds / span.steps
+            floor_us = floor.step_seconds(rows, rows * span.mean_context) * 1e6
             report |= {
                 "floor_us": floor_us,
                 "share": floor_us / (step_seconds * 1e6),
@@ -241,35 +352,29 @@ def measure(case: Case, device: torch.device) -> dict[str, object]:
 
 def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> None:
     """Prints the table, and below it the time of the step."""
-    print(HEADER)
+    table = Table(_COLUMNS)
     for each in times:
-        print(each.line())
-    busy, adds = (
-        sum(each.busy_us for each in times),
-        [each.adds_us for each in times if each.adds_us is not None],
+        spent = (each.operation, each.launches, each.busy_us, each.mean_us, each.adds_us)
+        megabytes = each.bytes and each.bytes / 1e6
+        table.row(*spent, megabytes, each.floor_us, each.share)
+    if floor_us is None:
+        print(f"the step: {step_us:.1f} us")
+        return
+    busy, adds = sum(each.busy_us for each in times), sum(each.adds_us or 0.0 for each in times)
+    print(f"under the profiler: {adds:.1f} us, or {busy:.1f} with overlaps counted twice")
+    print(
+        f"the step: {step_us:.1f} us: {floor_us / step_us:.1%} of the floor, which is "
+        f"{floor_us:.1f} us"
     )
-    if adds:
-        print(f"under the profiler: {sum(adds):.1f} us, or {busy:.1f} with overlaps counted twice")
-    share = (
-        ""
-        if floor_us is None
-        else f": {floor_us / step_us:.1%} of the floor, which is {floor_us:.1f} us"
-    )
-    print(f"the step: {step_us:.1f} us{share}")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Path | None]:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--gpt-model",
-        choices=list(GPT_models),
-        metavar="NAME",
-        help=f"{', '.join(GPT_models)} (default: {_MODEL}{on_cpu(DEMO_MODEL)})",
-    )
+    add_model(parser, None, f"{_MODEL}{on_cpu(DEMO_MODEL)}")
     parser.add_argument(
         "--rows",
-        type=int,
+        type=row_count,
         default=16,
         metavar="N",
         help="an even number: guided pairs (default: %(default)s)",
@@ -290,46 +395,48 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Case, torch.device, Pat
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
-    if typed.rows < 2 or typed.rows % 2:
-        raise UserError(f"--rows {typed.rows}: must be an even number, 2 or more")
-    device = typed.device
-    model = typed.gpt_model or (_MODEL if device.type == "cuda" else DEMO_MODEL)
-    tokens = config_of(model).block_size
-    context = tokens // 2 if typed.context is None else typed.context
-    if not 1 <= context <= tokens:
-        raise UserError(f"--context {context}: must be 1 to {tokens}, the tokens of an image")
-    if device.type == "cuda" and not triton_runs_on(device):
+    typed.device = use_device(typed.device)
+    on_gpu = typed.device.type == "cuda"
+    typed.gpt_model = typed.gpt_model or (_MODEL if on_gpu else DEMO_MODEL)
+    typed.precision = typed.precision or ("bf16" if on_gpu else "none")
+    tokens = config_of(typed.gpt_model).block_size
+    typed.context = tokens // 2 if typed.context is None else typed.context
+    if not 1 <= typed.context <= tokens:
+        raise UserError(f"--context {typed.context}: must be 1 to {tokens}, the tokens of an image")
+    if on_gpu and not triton_runs_on(typed.device):
         raise UserError(
             "this GPU runs torch's operations, whose kernels' names do not tell what they are of: "
             "use --device cpu"
         )
-    precision = typed.precision or ("bf16" if device.type == "cuda" else "none")
-    case = Case(model, typed.rows, context, precision, typed.enforce_eager, typed.deterministic)
-    return case, device, typed.output
+    return typed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
-    case, device, output = parse_arguments(argv)
-    device_name = use_device(device)
+    typed = parse_arguments(argv)
+    device = device_name(typed.device)
     print(
-        f"{case.model} on {device_name}: one step of {case.rows} rows at context {case.context}, "
-        f"precision {case.precision}"
+        f"{typed.gpt_model} on {device}: one step of {typed.rows} rows at context {typed.context}, "
+        f"precision {typed.precision}"
     )
     try:
-        measured = measure(case, device)
+        measured = measure(typed)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{device} has too little free memory: fewer --rows, or a smaller --gpt-model"
+            f"{typed.device} has too little free memory: fewer --rows, or a smaller --gpt-model"
         ) from error
     report = {
         "benchmark": "profile_step",
-        "device": device_name,
+        "device": device,
         "torch": torch.__version__,
-        **asdict(case),
-        **measured,
+        "model": typed.gpt_model,
+        "rows": typed.rows,
+        "context": typed.context,
+        "precision": typed.precision,
+        "enforce_eager": typed.enforce_eager,
+        "deterministic": typed.deterministic,
     }
-    give_figures(report, output)
+    give_figures(report | measured, typed.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ with slow_imports(__name__):
     import torch
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_models, names, output_file, script_parser
+    from autoregressive.benchmarks.arguments import add_models, add_output, names, script_parser
+    from autoregressive.benchmarks.harness import with_random_weights
     from autoregressive.benchmarks.tune_candidates import (
         attention_candidates,
         fused_candidates,
@@ -38,8 +40,9 @@ with slow_imports(__name__):
     )
     from autoregressive.files import check_file, write_whole
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
+    from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
-    from autoregressive.serve.engine.layers import Layers, LayersFactory, LayerWeights, ModelWeights
+    from autoregressive.serve.engine.layers import LayersFactory, ModelWeights
     from autoregressive.serve.floor import median_seconds
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
@@ -51,86 +54,55 @@ _TOKENS, _PAGE_SIZE = 576, 16
 # their mean is a whole image's; at one alone, tiles win that lose at the others
 _CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
+_COLD_HEAD_BYTES = 100e6
 
 
-@dataclass(frozen=True)
 class Chain:
-    """Layers of random weights, as a step runs them."""
+    """Layers of random weights in bf16 on the GPU, as a step runs them, and several heads.
 
-    config: GPTConfig
-    weights: ModelWeights
-    heads: list[Tensor]  # [vocabulary, width]
-    kv_pages: Tensor  # [layers, 2, pages, heads, page_size, stride of a head]
-    batch: Batch
+    Args:
+        config: of as many layers as wanted.
+    """
 
-    @classmethod
-    def of(cls, config: GPTConfig, layers: int) -> "Chain":
-        """A chain on the GPU, in bf16."""
-        width, ffn, device = config.dim, config.ffn_dim, torch.device("cuda")
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
-
-        norm = torch.ones(width, device=device, dtype=torch.bfloat16)
-        made = [
-            LayerWeights(
-                attention_norm=norm,
-                qkv=random(3 * width, width),
-                output=random(width, width),
-                ffn_norm=norm,
-                gate_up=random(2 * ffn, width),
-                down=random(width, ffn),
-            )
-            for _ in range(layers)
-        ]
-        head, classes = random(config.vocab_size, width), random(1, width)
-        rotary = torch.rand(_TOKENS + 1, config.head_size // 2, 2, device=device)
-        weights = ModelWeights(head, classes, made, norm, head, rotary)
-        heads = [
-            head,
-            *(random(config.vocab_size, width) for _ in range(1 + int(100e6 / (2 * head.numel())))),
-        ]
-        batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
-        pages = max(_ROWS) * batch.shape.pages_per_row
+    def __init__(self, config: GPTConfig) -> None:
+        self.config, device, dtype = config, torch.device("cuda"), torch.bfloat16
+        with torch.device("meta"):
+            gpt = Transformer(config)
+        self.weights = ModelWeights.of(with_random_weights(gpt, device, dtype))
+        head = self.weights.head
+        copies = 2 + int(_COLD_HEAD_BYTES / head.nbytes)
+        self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in range(copies - 1))]
+        self.batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
+        pages = max(_ROWS) * self.batch.shape.pages_per_row
         # More rows than these share pages: only whether the kernels run matters then.
-        batch.page_table.copy_(
-            (torch.arange(batch.page_table.numel()) % pages).view_as(batch.page_table)
-        )
-        batch.positions.fill_(_CONTEXTS[0])
-        kv = (layers, 2, pages, config.n_head, _PAGE_SIZE, head_stride(config.head_size, 2))
-        return cls(config, weights, heads, random(*kv), batch)
+        table = torch.arange(self.batch.page_table.numel()) % pages
+        self.batch.page_table.copy_(table.view_as(self.batch.page_table))
+        self.batch.positions.fill_(_CONTEXTS[0])
+        shape = (config.n_layer, 2, pages, config.n_head, _PAGE_SIZE)
+        stride = head_stride(config.head_size, dtype.itemsize)
+        self.kv_pages = torch.randn(*shape, stride, device=device, dtype=dtype) * 0.02
 
-    def layers_step(self, operations: Operations, rows: int) -> Callable[[], None]:
-        """What runs one step through the layers, with its scratch memory."""
-        layers = self._layers(operations, rows)
+    def prepare(self, operations: Operations, rows: int, heads: bool) -> Callable[[], None]:
+        """What runs one step through the layers, or all heads, with scratch memory of its own."""
 
-        def run() -> None:
-            for layer, next_norm, pages in zip(
-                self.weights.layers, self.weights.next_norms, self.kv_pages, strict=True
-            ):
-                layers.layer(layer, next_norm, pages, self.weights.rotary, self.batch)
-
-        return run
-
-    def heads_step(self, operations: Operations, rows: int) -> Callable[[], None]:
-        """What runs the last product, several times."""
-        layers = self._layers(operations, rows)
-
-        def run() -> None:
-            for head in self.heads:
-                layers.head(head)
-
-        return run
-
-    def _layers(self, operations: Operations, rows: int) -> Layers:
         def filled(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.ones(dims, dtype=dtype, device="cuda")
 
-        layers = LayersFactory(self.config, torch.bfloat16, operations, library=False).make(
-            rows, filled
-        )
+        factory = LayersFactory(self.config, torch.bfloat16, operations, library=False)
+        layers, weights = factory.make(rows, filled), self.weights
         layers.normed.normal_()
-        return layers
+
+        def run() -> None:
+            if heads:
+                for head in self.heads:
+                    layers.head(head)
+                return
+            for layer, next_norm, pages in zip(
+                weights.layers, weights.next_norms, self.kv_pages, strict=True
+            ):
+                layers.layer(layer, next_norm, pages, weights.rotary, self.batch)
+
+        return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -140,14 +112,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: no GPU with Triton kernels is here, or the table cannot be written, or is none.
     """
     arguments = parse_arguments(argv)
-    major, minor = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability()
     path: Path = arguments.output
-    rules = TileTable(shared_memory=tile_table((major, minor), torch.bfloat16).shared_memory)
-    table = replace(table_so_far(path), shared_memory=rules.shared_memory)
+    shared_memory = tile_table(capability, torch.bfloat16).shared_memory
+    table = replace(table_so_far(path), shared_memory=shared_memory)
+    kernels = Kernels(launch_pdl=capability >= (9, 0), hopper=capability == (9, 0))
     for name in arguments.models:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head, block_size=_TOKENS)
-        kernels = Kernels(launch_pdl=(major, minor) >= (9, 0), hopper=(major, minor) == (9, 0))
         table = tune(config, table, kernels, name, arguments.sections)
         write_table(table, path, torch.cuda.get_device_name())
     print(json.dumps({"benchmark": "tune_kernels", "models": arguments.models, "table": str(path)}))
@@ -172,7 +144,7 @@ class Stage:
     """A setting of the table and what is tried for it."""
 
     section: str
-    key: Any
+    key: tuple[int, int]
     candidates: list[Any]
 
     @property
@@ -186,42 +158,28 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
     candidates = list(attention_candidates(config.head_size, kernels.hopper))
     attention = Stage("attention", (config.n_head, config.head_size), candidates)
+
+    def stage(section: str, outputs: int, inputs: int, candidates: Callable[..., Any]) -> Stage:
+        return Stage(section, (outputs, inputs), list(candidates(outputs, inputs)))
+
     if kernels.hopper:
+        most_8, most_6 = (partial(fused_candidates, most_splits=most) for most in (8, 6))
         layer = [
-            Stage("fused_project", (width, ffn), list(fused_candidates(width, ffn, most_splits=8))),
-            Stage(
-                "fused_project", (width, width), list(fused_candidates(width, width, most_splits=8))
-            ),
-            Stage("fused_swiglu", (ffn, width), list(fused_swiglu_candidates(width))),
-            Stage(
-                "fused_linear",
-                (3 * width, width),
-                list(fused_candidates(3 * width, width, most_splits=6)),
-            ),
+            stage("fused_project", width, ffn, most_8),
+            stage("fused_project", width, width, most_8),
+            stage("fused_swiglu", ffn, width, fused_swiglu_candidates),
+            stage("fused_linear", 3 * width, width, most_6),
             attention,
         ]
-        return [
-            *layer,
-            *layer,
-            Stage("fused_head", (vocabulary, width), list(fused_head_candidates(width))),
-        ]
+        return [*layer, *layer, stage("fused_head", vocabulary, width, fused_head_candidates)]
     return [
         attention,
-        Stage("linear", (3 * width, width), list(linear_candidates(3 * width, width))),
-        Stage("swiglu", (ffn, width), list(swiglu_candidates(width))),
-        Stage("linear", (width, ffn), list(linear_candidates(width, ffn))),
-        Stage("linear", (width, width), list(linear_candidates(width, width))),
+        stage("linear", 3 * width, width, linear_candidates),
+        stage("swiglu", ffn, width, swiglu_candidates),
+        stage("linear", width, ffn, linear_candidates),
+        stage("linear", width, width, linear_candidates),
         attention,
-        Stage("whole_linear", (vocabulary, width), list(whole_candidates(width))),
-    ]
-
-
-def sections_of(hopper: bool) -> list[str]:
-    """The sections of the table that a GPU uses for the weights that are tuned here."""
-    return [
-        section
-        for section in SECTIONS
-        if section == "attention" or section.startswith("fused_") == hopper
+        stage("whole_linear", vocabulary, width, whole_candidates),
     ]
 
 
@@ -231,11 +189,10 @@ def tune(
     """The table with the best settings found for one model, in these sections; the others keep
     theirs.
     """
-    width, ffn = config.dim, config.ffn_dim
     stages = [stage for stage in stages_of(config, kernels) if stage.section in sections]
     compile_in_parallel(config, table, stages, kernels)
-    layer_bytes = 2 * (4 * width * width + 3 * width * ffn)
-    chain = Chain.of(config, 2 + int(_COLD_BYTES / layer_bytes))
+    layer_bytes = 2 * (4 * config.dim**2 + 3 * config.dim * config.ffn_dim)
+    chain = Chain(replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes)))
     for stage in stages:
         tried = {}
         for candidate in stage.candidates:
@@ -244,20 +201,13 @@ def tune(
                 tried[candidate] = score(chain, changed, kernels, heads=stage.of_head)
             except Exception as error:  # a setting that does not fit the GPU is no candidate
                 print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
-        if not tried:
-            print(
-                f"{name} {stage.section} {stage.key}: no candidate runs, the rule's tiles stay",
-                flush=True,
-            )
-            continue
-        best = min(tried, key=lambda candidate: sum(tried[candidate]))
-        table = table.with_setting(stage.section, stage.key, best)
-        times = ", ".join(
-            f"{rows} rows {micros:.2f} us" for rows, micros in zip(_ROWS, tried[best], strict=True)
-        )
-        print(
-            f"{name} {stage.section} {stage.key}, best of {len(tried)}: {best}, {times}", flush=True
-        )
+        told = "no candidate runs, the rule's tiles stay"
+        if tried:
+            best = min(tried, key=lambda candidate: sum(tried[candidate]))
+            table = table.with_setting(stage.section, stage.key, best)
+            times = (f"{n} rows {us:.2f} us" for n, us in zip(_ROWS, tried[best], strict=True))
+            told = f"best of {len(tried)}: {best}, {', '.join(times)}"
+        print(f"{name} {stage.section} {stage.key}: {told}", flush=True)
     return table
 
 
@@ -266,13 +216,13 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
     of rows.
     """
     operations = kernels.operations(table, chain.config)
-    prepare = chain.heads_step if heads else chain.layers_step
-    repeats = len(chain.heads if heads else chain.weights.layers)
+    repeats = len(chain.heads) if heads else chain.config.n_layer
     if not kernels.hopper:  # whose programs hold fewer tiles then
-        prepare(operations, MANY_ROWS)()  # raises where the largest tile of rows does not fit
+        # raises where the largest tile of rows does not fit
+        chain.prepare(operations, MANY_ROWS, heads)()
     times = []
     for rows in _ROWS:
-        run = prepare(operations, rows)
+        run = chain.prepare(operations, rows, heads)
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -290,17 +240,17 @@ def compile_in_parallel(
     config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels
 ) -> None:
     """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
-    tried = {
-        (stage.section, stage.key, tiles): stage for stage in stages for tiles in stage.candidates
+    jobs = {
+        (stage.section, stage.key, tiles): stage.of_head
+        for stage in stages
+        for tiles in stage.candidates
     }
-    jobs = [
-        (config, table.with_setting(stage.section, stage.key, key[2]), kernels, stage.of_head)
-        for key, stage in tried.items()
-    ]
+    tables = [(table.with_setting(*setting), of_head) for setting, of_head in jobs.items()]
     context = multiprocessing.get_context("spawn")
-    workers = max(1, min(len(jobs), (os.cpu_count() or 1) - 1))
+    workers = max(1, min(len(tables), (os.cpu_count() or 1) - 1))
     processes = [
-        context.Process(target=_compile, args=(jobs[index::workers],)) for index in range(workers)
+        context.Process(target=_compile, args=(config, tables[index::workers], kernels))
+        for index in range(workers)
     ]
     for process in processes:
         process.start()
@@ -308,12 +258,11 @@ def compile_in_parallel(
         process.join()
 
 
-def _compile(jobs: list[tuple[GPTConfig, TileTable, Kernels, bool]]) -> None:
-    chain = Chain.of(jobs[0][0], layers=1)
-    for config, table, kernels, of_head in jobs:
-        operations = kernels.operations(table, config)
+def _compile(config: GPTConfig, tables: list[tuple[TileTable, bool]], kernels: Kernels) -> None:
+    chain = Chain(config)
+    for table, of_head in tables:
         try:
-            (chain.heads_step if of_head else chain.layers_step)(operations, _ROWS[0])()
+            chain.prepare(kernels.operations(table, config), _ROWS[0], of_head)()
             torch.cuda.synchronize()
         except Exception as error:
             print(f"  does not run: {str(error).splitlines()[0][:100]}")
@@ -334,8 +283,7 @@ def write_table(table: TileTable, path: Path, gpu: str) -> None:
     parts = {
         name: entries(name, settings) for name in SECTIONS if (settings := table.measured.get(name))
     }
-    versions = f"torch {torch.__version__}"
-    members = [f'  "measured_on": {json.dumps(f"{gpu}, {versions}")}']
+    members = [f'  "measured_on": {json.dumps(f"{gpu}, torch {torch.__version__}")}']
     members += [f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items()]
     text = "{\n" + ",\n".join(members) + "\n}\n"
     write_whole(path, lambda part: part.write_text(text))
@@ -372,23 +320,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
         ),
     )
-    parser.add_argument(
-        "--output",
-        type=output_file("--output", ".json"),
-        metavar="FILE.json",
-        help="the table (default: that of this GPU's architecture in kernels/, which the engine "
-        "reads)",
+    add_output(
+        parser,
+        "the table (default: that of this GPU's architecture in kernels/, which the engine reads)",
     )
     typed = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
-    used = sections_of(hopper=torch.cuda.get_device_capability() == (9, 0))
+    major, minor = torch.cuda.get_device_capability()
+    hopper = (major, minor) == (9, 0)
+    used = [name for name in SECTIONS if name == "attention" or name.startswith("fused_") == hopper]
     typed.sections = typed.sections or used
     unused = [section for section in typed.sections if section not in used]
     if unused:
         raise UserError(f"--sections {','.join(unused)}: this GPU uses {', '.join(used)}")
     if typed.output is None:
-        major, minor = torch.cuda.get_device_capability()
         typed.output = Path(tile_tables.__file__).parent / f"tiles_sm{major}{minor}.json"
         check_file("--output", typed.output, ".json")
     return typed

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from autoregressive.cli.command import run_command, slow_imports
@@ -26,14 +26,16 @@ from autoregressive.errors import UserError
 with slow_imports(__name__):
     import torch
     import torch._inductor.config
-    from demo_support.demo_stages import GPTStage, Plan, Stage, TokenizerStage
-    from demo_support.emoji_data import LARGEST_SEED, add_font, load_sprites
     from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
     from autoregressive.benchmarks.arguments import add_device, script_parser, whole_number
+    from autoregressive.benchmarks.harness import use_device
+    from autoregressive.demo_training.emoji_data import load_sprites
+    from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
     from autoregressive.files import check_folder, write_whole
 
+DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +48,9 @@ class Limits:
     save_every: int  # steps
 
 
-def train(name: str, stage: Stage, run_dir: Path, device: torch.device, limits: Limits) -> bool:
+def train(
+    name: str, stage: TrainingStage, run_dir: Path, device: torch.device, limits: Limits
+) -> bool:
     """Runs a stage to its end or a limit, from the last saved state. True when it is done."""
     state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
     step = 0
@@ -108,6 +112,18 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
 
 
+def add_font(parser: argparse.ArgumentParser) -> None:
+    """Adds --font: its value goes to `load_sprites`."""
+    parser.add_argument(
+        "--font",
+        type=Path,
+        default=DEFAULT_FONT,
+        metavar="FILE.ttf",
+        help="NotoColorEmoji.ttf, of Debian's package fonts-noto-color-emoji (default: "
+        "%(default)s)",
+    )
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line, and ends the process on a mistake."""
     parser = script_parser(__doc__)
@@ -119,20 +135,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="all, tokenizer, or gpt (after the tokenizer) (default: %(default)s)",
     )
     add_font(parser)
-    run_help, output_help = (
-        f"{what}; made if need be (default: %(default)s)"
-        for what in ("states to resume from, and logs", "weights")
-    )
-    parser.add_argument(
-        "--run-dir", type=Path, default=ROOT / "runs" / "demo", metavar="DIR", help=run_help
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=ROOT / "pretrained_models",
-        metavar="DIR",
-        help=output_help,
-    )
+    for flag, default, what in (
+        ("--run-dir", "runs/demo", "states to resume from, and logs"),
+        ("--output-dir", "pretrained_models", "weights"),
+    ):
+        told = f"{what}; made if need be (default: %(default)s)"
+        parser.add_argument(flag, type=Path, default=ROOT / default, metavar="DIR", help=told)
     add_device(parser)
     stop = "then the same command resumes (default: no limit)"
     parser.add_argument(
@@ -162,37 +170,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             flag, type=kind, default=field.default, metavar="N" if kind is int else "X", help=told
         )
     typed = parser.parse_args(argv)
+    typed.device = use_device(typed.device)
     if not typed.minutes >= 0:  # nor NaN
         raise UserError(f"--minutes {typed.minutes}: must be 0 or more")
     return typed
 
 
-def check_plan(plan: Plan) -> None:
-    """Raises `UserError` for a number that a stage would stumble over only once it runs."""
-    allowed = {
-        "seed": (0 <= plan.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
-        "ema_decay": (0 <= plan.ema_decay < 1, "0 or more and below 1"),
-        "class_dropout": (0 <= plan.class_dropout <= 1, "0 to 1"),
-    }
-    for field, value in asdict(plan).items():
-        count, number = (
-            (value >= 1, "1 or more"),
-            (0 <= value < math.inf, "a finite number, 0 or more"),
-        )
-        holds, what = allowed.get(field, count if isinstance(value, int) else number)
-        if not holds:
-            raise UserError(f"--{field.replace('_', '-')} {value}: must be {what}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not trained yet and exports it."""
     arguments = parse_arguments(argv)
-    plan = Plan(**{field: getattr(arguments, field) for field in asdict(Plan())})
-    check_plan(plan)
-    device = arguments.device
-    limits = Limits(
-        time.monotonic() + 60 * arguments.minutes, arguments.stop_after, arguments.save_every
-    )
+    plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
+    deadline = time.monotonic() + 60 * arguments.minutes
+    limits = Limits(deadline, arguments.stop_after, arguments.save_every)
     for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(flag, folder)
@@ -202,29 +191,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     # else reductions are tuned by timing, and the last bits vary
     torch._inductor.config.deterministic = True
     torch.set_float32_matmul_precision("high")
-    sprites = emoji.to(device)
+    sprites = emoji.to(arguments.device)
     vq_path, gpt_path = (
-        arguments.output_dir / "demo_vq.safetensors",
-        arguments.output_dir / "demo_gpt.safetensors",
+        arguments.output_dir / f"demo_{name}.safetensors" for name in ("vq", "gpt")
     )
-    if arguments.stage in ("all", "tokenizer"):
-        tokenizer_stage = TokenizerStage(plan, sprites)
-        if not train("tokenizer", tokenizer_stage, arguments.run_dir, device, limits):
-            print("tokenizer: stopped; the same command goes on")
-            return
-        export(
-            tokenizer_stage.weights(),
-            vq_path,
-            f"VQ-demo, {plan.tokenizer_steps} steps, seed {plan.seed}",
-        )
-    if arguments.stage in ("all", "gpt"):
-        if not vq_path.exists():
+    for name in ("tokenizer", "gpt") if arguments.stage == "all" else (arguments.stage,):
+        if name == "tokenizer":
+            stage: TrainingStage = TokenizerStage(plan, sprites)
+            path, model = vq_path, "VQ-demo"
+        elif vq_path.exists():
+            stage = GPTStage(plan, sprites, vq_path)
+            path, model = gpt_path, "GPT-demo"
+        else:
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
-        gpt_stage = GPTStage(plan, sprites, vq_path)
-        if not train("gpt", gpt_stage, arguments.run_dir, device, limits):
-            print("gpt: stopped; the same command goes on")
+        if not train(name, stage, arguments.run_dir, arguments.device, limits):
+            print(f"{name}: stopped; the same command goes on")
             return
-        export(gpt_stage.weights(), gpt_path, f"GPT-demo, {plan.gpt_steps} steps, seed {plan.seed}")
+        export(stage.average, path, f"{model}, {stage.steps} steps, seed {plan.seed}")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,11 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, p
             "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
         )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(path), *(["GPT-B"] if path.stem == "download_models" else [])]
+    typed = {
+        "download_models": ["GPT-B"],
+        "convert_checkpoint": ["in.pt", str(tmp_path / "out.safetensors")],
+    }
+    command = [sys.executable, str(path), *typed.get(path.stem, [])]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes) as process:
         assert process.stdout is not None

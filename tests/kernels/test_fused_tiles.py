@@ -8,7 +8,7 @@ import pytest
 import torch
 from tune_kernels import Kernels, stages_of, write_table
 
-from autoregressive.benchmarks.models import PAPER_MODELS
+from autoregressive.benchmarks.arguments import PAPER_MODELS
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import tiles as tile_tables
 from kernels.attention import AttentionTiles

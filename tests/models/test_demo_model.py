@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_reference
-from demo_support.demo_stages import GPTStage, Plan, Stage, TokenizerStage
-from demo_support.emoji_data import (
-    DEFAULT_FONT,
+from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
+from safetensors import safe_open
+from train_demo import DEFAULT_FONT, Limits, export, train
+
+from autoregressive.demo_training.emoji_data import (
     IMAGE_SIZE,
     SPRITE_SIZE,
     load_sprites,
@@ -21,12 +23,10 @@ from demo_support.emoji_data import (
     render_batch,
     step_generator,
 )
-from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
-from safetensors import safe_open
-from train_demo import Limits, export, train
-
+from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
+from autoregressive.models.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -45,10 +45,10 @@ def made_up_sprites() -> torch.Tensor:
     return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
 
 
-def stage_of(name: str, folder: Path) -> Stage:
+def stage_of(name: str, folder: Path) -> TrainingStage:
     if name == "tokenizer":
         return TokenizerStage(SMALL, made_up_sprites())
-    export(TokenizerStage(SMALL, made_up_sprites()).weights(), folder / "vq.safetensors", "test")
+    export(TokenizerStage(SMALL, made_up_sprites()).average, folder / "vq.safetensors", "test")
     return GPTStage(SMALL, made_up_sprites(), folder / "vq.safetensors")
 
 
@@ -59,7 +59,7 @@ def trained(name: str, folder: Path, steps_at_a_time: int) -> dict[str, torch.Te
     for _ in range(10):
         stage = stage_of(name, folder)
         if train(name, stage, folder, CPU, limits):
-            return stage.weights()
+            return stage.average
     raise AssertionError("training never ended")
 
 
@@ -78,7 +78,7 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_unbroken_one(
         torch.use_deterministic_algorithms(False)
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    start = stage_of(name, tmp_path).weights()
+    start = stage_of(name, tmp_path).average
     assert any(not torch.equal(whole[key], start[key]) for key in whole), "nothing was trained"
 
 
@@ -142,8 +142,9 @@ def test_blur_removes_what_is_finer_than_four_pixels() -> None:
 def test_the_engine_draws_pictures_to_judge() -> None:
     """Fails if the pictures are out of range, empty or all alike, or the seed is ignored."""
     gpt, tokenizer = load_models(ROOT / "pretrained_models", CPU)
-    first, second = draw_with_engine(gpt, tokenizer, torch.tensor([3, 3]), 2.0, batch=2, seed=1)
-    (other,) = draw_with_engine(gpt, tokenizer, torch.tensor([3]), 1.0, batch=2, seed=2)
+    guided, plain = (SamplingParams(cfg_scale=3.0 - seed, top_k=0, seed=seed) for seed in (1, 2))
+    first, second = draw_with_engine(gpt, tokenizer, torch.tensor([3, 3]), guided, batch=2)
+    (other,) = draw_with_engine(gpt, tokenizer, torch.tensor([3]), plain, batch=2)
     for picture in (first, second, other):
         assert picture.shape == (3, IMAGE_SIZE, IMAGE_SIZE)
         assert picture.abs().max() <= 1
@@ -178,7 +179,7 @@ def test_the_shipped_files_are_small_enough_and_say_what_they_are() -> None:
 
 def test_equal_weights_make_equal_files(tmp_path: Path) -> None:
     """Two runs from one seed are compared by their files' digests."""
-    weights = stage_of("tokenizer", tmp_path).weights()
+    weights = stage_of("tokenizer", tmp_path).average
     for i in range(6):
         export(weights, tmp_path / f"{i}.safetensors", "test")
     assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(6)}) == 1

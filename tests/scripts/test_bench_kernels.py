@@ -2,6 +2,7 @@
 it calls wrong.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import bench_kernels
 import pytest
 import torch
 from compiled import Build, launches_of, without_memory
+from profile_step import PRODUCTS
 from torch import Tensor
 
 from autoregressive.benchmarks import kernel_cases
@@ -22,7 +24,8 @@ from autoregressive.benchmarks.kernel_cases import (
     reference_products,
     relative_error,
 )
-from autoregressive.benchmarks.step_times import PRODUCTS
+from autoregressive.benchmarks.report import Table
+from autoregressive.devices import PRECISIONS
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.engine.batch import Batch, BatchShape
@@ -72,6 +75,14 @@ def fused(rows: int = 4, products: FusedProducts | None = None) -> Setting:
     return replace(plain(rows), operations=replace(torch_operations(), fused=cut))
 
 
+def asked(rows: list[int], context: int, dtype: torch.dtype) -> argparse.Namespace:
+    """What the command line says, on a GPU."""
+    precision = next(name for name, known in PRECISIONS.items() if known == dtype)
+    return argparse.Namespace(
+        rows=rows, context=context, precision=precision, device=torch.device("cuda")
+    )
+
+
 def measured_settings(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
@@ -92,7 +103,7 @@ def measured_settings(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1)
         )
         patch.setattr(bench_kernels, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
-        bench_kernels.measure_model("GPT-B", row_counts, 8, dtype, torch.device("cuda"))
+        bench_kernels.measure_model("GPT-B", asked(row_counts, 8, dtype), Table({}))
     return settings
 
 
@@ -202,16 +213,12 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
     batches = {shape: Batch(shape, torch.device("cpu")) for shape in shapes}
     with launches_of(capability) as builds:
 
-        def written_down(
-            case: Case, setting: Setting, model: str, ceilings: Ceilings
-        ) -> bench_kernels.Result:
+        def written_down(case: Case, setting: Setting, *_: object) -> dict[str, Any]:
             builds.clear()
             if case.operation in ("attention", "combine", "gate"):
                 case.run(0)
             launched[case.operation, setting.rows] = list(builds)
-            return bench_kernels.Result(
-                model, setting.rows, case.operation, case.shape, 0.0, False, 1.0, 1.0, None
-            )
+            return {}
 
         monkeypatch.setattr(kernel_cases, "combine", combine)
         monkeypatch.setattr(
@@ -224,7 +231,8 @@ def test_combine_alone_is_the_kernel_that_ends_a_steps_attention(
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1)
         )
-        bench_kernels.measure_model("GPT-B", [2, MANY_ROWS + 2], 40, dtype, torch.device("cuda"))
+        typed = asked([2, MANY_ROWS + 2], 40, dtype)
+        bench_kernels.measure_model("GPT-B", typed, Table({}))
     for rows in (2, MANY_ROWS + 2):
         assert [build.name for build in launched["combine", rows]] == ["_combine_kernel"]
         assert launched["combine", rows] == launched["attention", rows][1:]

@@ -13,8 +13,7 @@ import pytest
 from fake_service import Service, running_service
 from PIL import Image
 
-from autoregressive.benchmarks.serve_report import _ticks, percentiles, steady_rate
-from autoregressive.benchmarks.service import saturate
+from autoregressive.benchmarks.service import percentiles, saturate, steady_rate
 from autoregressive.cli.command import flag_of
 from autoregressive.errors import UserError
 
@@ -55,7 +54,7 @@ def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert json.loads(output.read_text()) == figures
-    assert Image.open(plot).size == (720, 420)
+    assert Image.open(plot).width == 900
     gentle, harsh = figures["results"]
     assert gentle["failures"] == {}
     assert gentle["images"] == 2 * gentle["requests"]
@@ -69,16 +68,6 @@ def test_rates_are_measured_and_drawn(service: Service, tmp_path: Path) -> None:
             <= result["image_seconds"]["p90"]
             <= result["image_seconds"]["p99"]
         )
-
-
-@pytest.mark.parametrize("most", [0.0, 0.003, 0.9, 1.0, 1.87, 5.0, 5.1, 9.99, 140.0, 1000.0])
-def test_axes_have_few_round_ticks_that_reach_the_highest_point(most: float) -> None:
-    ticks = _ticks(most)
-    assert ticks[0] == 0
-    assert 2 <= len(ticks) <= 6
-    assert most <= ticks[-1]
-    assert most == 0 or ticks[-2] < most
-    assert float(f"{ticks[1]:.0e}") == ticks[1] or f"{ticks[1]:e}".startswith("2.5")
 
 
 def test_arrivals_are_the_same_for_one_seed(service: Service) -> None:
@@ -166,7 +155,7 @@ def test_clients_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ended_in(command: list[str]) -> dict[str, object]:
         commands.append(command)
-        if "bench_probes.py" in command[1]:
+        if "--probe" in command:
             return {"results": "as they were"}
         return {"results": [told[int(command[command.index("--seed") + 1])]]}
 
@@ -217,7 +206,7 @@ def test_probes_are_counted_and_timed(service: Service) -> None:
     """Fails if a path is not asked about twenty times a second with the other, or what is printed
     is not what is in the JSON.
     """
-    done = bench("--url", service.url, "--seconds", "2", script="bench_probes")
+    done = bench("--url", service.url, "--seconds", "2", "--probe")
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     results = json.loads(last)["results"]
@@ -258,15 +247,13 @@ def test_http_alone_is_measured() -> None:
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [
-        *(
-            (script, *mistake)
-            for script in ("bench_probes", "bench_serve")
-            for mistake in (
-                (("--url", "http://127.0.0.1:1"), "start autoregressive/serve/api_server.py first"),
-                (("--url", "nonsense"), "no service answers there"),
-            )
+        (
+            "bench_serve",
+            ("--probe", "--url", "http://127.0.0.1:1"),
+            "start autoregressive/serve/api_server.py first",
         ),
-        ("bench_probes", ("--seconds", "0"), "1 or more"),
+        ("bench_serve", ("--probe", "--url", "nonsense"), "no service answers there"),
+        ("bench_serve", ("--seconds", "0"), "above 0"),
         ("bench_serve", ("--output-format", "bmp"), "choose from"),
         ("bench_serve", ("--rates", "0"), "above 0"),
         ("bench_serve", ("--n", "11"), "1 to 10"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
+from autoregressive.weights.conversion import convert as convert_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,9 +186,7 @@ def test_advice_about_a_dtype_helps(tmp_path: Path, kind: torch.dtype, told: str
     """Fails if --dtype is advised for numbers that it does not convert."""
     torch.save({"a": torch.zeros(3, dtype=kind)}, tmp_path / "in.pt")
     with pytest.raises(CheckpointError, match=told):
-        convert_checkpoint.convert(
-            open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None
-        )
+        convert_weights(open_checkpoint(tmp_path / "in.pt"), tmp_path / "out.safetensors", None)
     assert not (tmp_path / "out.safetensors").exists()
 
 

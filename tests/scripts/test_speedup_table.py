@@ -11,7 +11,7 @@ import pytest
 import speedup_table
 from PIL import Image
 
-from autoregressive.benchmarks.speedup_report import ModelRow, chart, markdown
+from autoregressive.benchmarks import speedup
 from autoregressive.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,36 +19,35 @@ HEADER = (
     "| Method | params | baseline(s) | compile(s) | paged(s) | speed-up | over compile | "
     "floor(s) | share |"
 )
-FULL = ModelRow("GPT-XL", 775_000_000, {"naive": 23.7, "compile": 1.53, "paged": 0.48}, {}, 0.32)
-FAILED = ModelRow(
-    "GPT-3B",
-    3_100_000_000,
-    {"naive": 15.76},
-    {"compile": "RuntimeError: a | b\nc", "paged": "no\nmemory"},
-    None,
-)
+
+
+def timings(**seconds: float) -> dict[str, speedup.Outcome]:
+    return {method: {"timing": {"seconds": taken}} for method, taken in seconds.items()}
+
+
+FULL = timings(naive=23.7, compile=1.53, paged=0.48)
+FAILED = timings(naive=15.76) | {
+    "compile": {"error": "RuntimeError: a | b\nc"},
+    "paged": {"error": "no\nmemory"},
+}
 
 
 def test_the_tables_rows() -> None:
-    """Fails if the header changes, a ratio is inverted, a failure hides its reason, or a reason
-    breaks the table.
-    """
-    header, _, full, failed = markdown([FULL, FAILED]).splitlines()
-    assert header == HEADER
-    assert full == "| GPT-XL | 775M | 23.70 | 1.53 | 0.480 | 49.4x | 3.2x | 0.320 | 67% |"
-    assert (
-        failed
-        == "| GPT-3B | 3.1B | 15.76 | failed: RuntimeError: a / b c | failed: no memory | - | - | "
-        "- | - |"
-    )
+    """Fails if a ratio is inverted, a failure hides its reason, or a reason breaks the table."""
+    full = speedup.cells("GPT-XL", 775_000_000, FULL, 0.32)
+    failed = speedup.cells("GPT-3B", 3_100_000_000, FAILED, None)
+    assert full == ["GPT-XL", "775M", "23.70", "1.53", "0.480", "49.4x", "3.2x", "0.320", "67%"]
+    reasons = ["failed: RuntimeError: a / b c", "failed: no memory"]
+    assert failed == ["GPT-3B", "3.1B", "15.76", *reasons, "-", "-", "-", "-"]
 
 
 def test_the_chart_shows_every_bar() -> None:
     """Fails if a bar is left out, or nothing measured ends in an error."""
-    picture = chart([FULL, FAILED], "a device")
+    floors = {"GPT-XL": 0.32, "GPT-3B": None}
+    picture = speedup.chart({"GPT-XL": FULL, "GPT-3B": FAILED}, floors, "a device")
     colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
     assert {(150, 150, 150), (90, 140, 200), (220, 110, 40), (70, 70, 70)} <= colours
-    empty = chart([ModelRow("GPT-B", 1, {}, {"naive": "x"}, None)], "a device")
+    empty = speedup.chart({"GPT-B": {"naive": {"error": "x"}}}, {"GPT-B": None}, "a device")
     assert empty.width == picture.width
     assert empty.height < picture.height
 
@@ -63,12 +62,12 @@ for method in words["--methods"].split(","):
         print("a last word", file=sys.stderr)
         sys.exit(3)
     if words["--models"] == "GPT-L" and method == "naive":
-        print(json.dumps({"method": method, "error": "ValueError: why"}))
+        print(json.dumps({"error": "ValueError: why"}))
         sys.exit(1)
     timing = {"seconds": 2.0, "repeats": [2.0], "floor_seconds": 1.0 if method == "paged" else None}
     timing["caches"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     timing["read_bytes_per_second"] = 4e12 if words["--models"] == "GPT-L" else 3e12
-    print(json.dumps({"method": method, "timing": timing}))
+    print(json.dumps({"timing": timing}))
 """
 
 
@@ -138,15 +137,15 @@ def test_a_run_resumes(
     words = ["--models", "GPT-L,GPT-B", "--device", "cpu", "--output-dir", str(stand_in)]
     with pytest.raises(SystemExit, match="1"):
         speedup_table.main(words)
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, str]] = []
 
-    def run_model(model: str, methods: list[str], _: object) -> list[tuple[str, dict[str, object]]]:
-        asked.append((model, methods))
-        return [(method, {"timing": {"seconds": 5.0}}) for method in methods]
+    def run_method(script: str, model: str, method: str, _: object) -> speedup.Outcome:
+        asked.append((model, method))
+        return {"timing": {"seconds": 5.0}}
 
-    monkeypatch.setattr(speedup_table, "run_model", run_model)
+    monkeypatch.setattr(speedup, "run_method", run_method)
     speedup_table.main(words)
-    assert asked == [("GPT-L", ["naive", "compile"]), ("GPT-B", [])]
+    assert asked == [("GPT-L", "naive"), ("GPT-L", "compile")]
     assert f"GPT-L, paged: kept from {stand_in / 'speedup.json'}" in capsys.readouterr().out
     assert (
         "| GPT-L | 343M | 5.00 | 5.00 | 2.00 | 2.5x | 2.5x |"
@@ -154,8 +153,8 @@ def test_a_run_resumes(
     )
     with pytest.raises(UserError, match="another job"):
         speedup_table.main([*words, "--image-size", "256"])
-    version = speedup_table.code_version()
-    monkeypatch.setattr(speedup_table, "code_version", lambda: f"changed since {version}")
+    version = speedup.code_version()
+    monkeypatch.setattr(speedup, "code_version", lambda: f"changed since {version}")
     with pytest.raises(UserError, match="another job"):
         speedup_table.main(words)
     for foreign in ("{}", '{"job": {}, "results": [1]}'):

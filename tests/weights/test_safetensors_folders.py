@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
-from convert_checkpoint import check_complete
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_loads, drawn_weights, error_of, tiny_gpt
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.weights.checkpoint import CheckpointError, open_checkpoint
+from autoregressive.weights.conversion import check_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2

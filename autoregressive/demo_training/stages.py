@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from demo_support.emoji_data import IMAGE_SIZE, render_batch, step_generator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.demo_training.emoji_data import (
+    IMAGE_SIZE,
+    LARGEST_SEED,
+    render_batch,
+    step_generator,
+)
+from autoregressive.errors import SettingError
+from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.weights.checkpoint import load_weights
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
-
-_PARTS = ("model", "average", "optimizer")  # of a stage, that a saved state has
 
 
 def _told(default: Any, meaning: str) -> Any:
@@ -47,6 +52,25 @@ class Plan:
     gpt_rate: float = _told(1e-3, "peak learning rate")
     gpt_weight_decay: float = _told(0.05, "AdamW's")
     class_dropout: float = _told(0.1, 'share of labels replaced by "no class"')
+
+    def __post_init__(self) -> None:
+        """Refuses a number that a stage would stumble over only once it runs.
+
+        Raises:
+            SettingError: there is one.
+        """
+        allowed = {
+            "seed": (0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
+            "ema_decay": (0 <= self.ema_decay < 1, "0 or more and below 1"),
+            "class_dropout": (0 <= self.class_dropout <= 1, "0 to 1"),
+        }
+        for name, value in asdict(self).items():
+            usual = (0 <= value < math.inf, "a finite number, 0 or more")
+            if isinstance(value, int):
+                usual = (value >= 1, "1 or more")
+            holds, what = allowed.get(name, usual)
+            if not holds:
+                raise SettingError(name, value, f"must be {what}")
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int = 300) -> float:
@@ -88,54 +112,23 @@ def mixed_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-class Average:
-    """An exponential moving average of a module's parameters: what is shipped."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.parameters = dict(module.named_parameters())
-        self.values = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the averages towards the parameters as they are now."""
-        torch._foreach_lerp_(
-            list(self.values.values()), list(self.parameters.values()), 1 - self.decay
-        )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages by name."""
-        return self.values
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The reverse, in place."""
-        for name, value in self.values.items():
-            value.copy_(state[name])
-
-
-class Update:
-    """An optimisation step as a function of tensors. On a GPU it is captured as a CUDA graph: the
-    host's launches take longer.
+class Captured:
+    """An optimisation step as a function of tensors, captured as a CUDA graph: the host's launches
+    take longer.
 
     The first calls run as they are, then one is captured (which does not execute it), and from then
     on the graph is replayed on copies of the inputs. The function must not wait for the device.
     """
 
-    def __init__(
-        self, function: Callable[..., dict[str, Tensor]], device: torch.device, warm_up: int = 3
-    ) -> None:
-        self.function = function
-        self.remaining = warm_up if device.type == "cuda" else -1
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+    def __init__(self, function: Callable[..., dict[str, Tensor]], warm_up: int = 3) -> None:
+        self.function, self.remaining = function, warm_up
+        self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.outputs: dict[str, Tensor] = {}
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """What the function returns; valid until the next call."""
-        if self.remaining < 0:
-            return self.function(*inputs)
-        assert self.stream is not None
         if self.remaining > 0:
             self.remaining -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -154,18 +147,19 @@ class Update:
         return self.outputs
 
 
-def adamw(groups: Any, device: torch.device) -> torch.optim.AdamW:
-    """AdamW whose rate is a tensor on the device, so that a captured step sees it change."""
-    on_gpu = device.type == "cuda"
-    rate = torch.zeros((), device=device)
-    return torch.optim.AdamW(
-        groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu
-    )
-
-
 def compiled(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
     """The function compiled for a GPU, as it is elsewhere."""
     return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+
+
+def demo_transformer(tokenizer: VQModel) -> Transformer:
+    """The transformer of a tokenizer's codes, on torch's current device."""
+    config = tokenizer.config
+    return GPT_models["GPT-demo"](
+        vocab_size=config.codebook_size,
+        block_size=(IMAGE_SIZE // config.downsample_size) ** 2,
+        num_classes=len(DEMO_EMOJI),
+    )
 
 
 def load_tokenizer(path: Path, device: torch.device) -> VQModel:
@@ -176,41 +170,75 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     return channels_last(tokenizer.eval().requires_grad_(False))
 
 
-class Stage:
+class TrainingStage:
     """One thing to train: a model, its optimizer, and the averaged weights that are shipped.
 
     Attributes:
         steps: how many the training has.
         made_with: what a saved state must have been made with to be resumed.
+        average: the exponential moving average of the model's parameters, by name.
+        others: further tensors of a saved state, by name.
     """
 
     model: nn.Module
-    average: Average
+    average: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
 
     def __init__(self, plan: Plan, sprites: Tensor, steps: int) -> None:
         self.plan, self.sprites, self.device, self.steps = plan, sprites, sprites.device, steps
         self.made_with: dict[str, Any] = asdict(plan)
+        self.others: dict[str, Tensor] = {}
+
+    def prepare(self, groups: Any, update: Callable[..., dict[str, Tensor]]) -> None:
+        """Makes the optimizer and the averages of `model`.
+
+        Args:
+            groups: the model's parameters, as the optimizer takes them.
+            update: an optimisation step; `self.update` carries it out.
+        """
+        on_gpu = self.device.type == "cuda"
+        # The rate is a tensor on the device, so that a captured step sees it change.
+        rate = torch.zeros((), device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu
+        )
+        parameters = self.model.named_parameters()
+        self.average = {name: value.detach().clone() for name, value in parameters}
+        self.update = Captured(update) if on_gpu else update
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Runs one optimisation step, which changes the state in place. Returns figures to log."""
         raise NotImplementedError
 
+    def descend(self, loss: Tensor) -> Tensor:
+        """Moves the parameters down the loss, and the averages towards them; returns the norm of
+        the gradient.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self.model.parameters()), 1 - self.plan.ema_decay
+            )
+        return norm
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        return {name: getattr(self, name).state_dict() for name in _PARTS}
+        models = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**models, "average": self.average, **self.others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse."""
-        for name in _PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        """The reverse, in place."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for kept, saved in ((self.average, state["average"]), (self.others, state)):
+            for name, value in kept.items():
+                value.copy_(saved[name])
 
-    def weights(self) -> dict[str, Tensor]:
-        """What is shipped: the averaged weights."""
-        return self.average.values
 
-
-class TokenizerStage(Stage):
+class TokenizerStage(TrainingStage):
     """Reconstruction (absolute error and edges) and codebook loss."""
 
     model: VQModel
@@ -218,29 +246,23 @@ class TokenizerStage(Stage):
     def __init__(self, plan: Plan, sprites: Tensor) -> None:
         super().__init__(plan, sprites, plan.tokenizer_steps)
         torch.manual_seed(plan.seed)
-        self.model = channels_last(VQ_models["VQ-demo"]().to(self.device))
-        self.optimizer = adamw(self.model.parameters(), self.device)
-        self.average = Average(self.model, plan.ema_decay)
-        self.used = torch.zeros(
-            self.model.config.codebook_size, dtype=torch.bool, device=self.device
-        )
-        self.encode = compiled(
-            lambda pixels: self.model.quant_conv(self.model.encoder(pixels)), self.device
-        )
-        self.decode = compiled(self.model.decode, self.device)
-        self.update = Update(self._update, self.device)
+        self.model = model = channels_last(VQ_models["VQ-demo"]().to(self.device))
+        self.prepare(model.parameters(), self._update)
+        self.used = torch.zeros(model.config.codebook_size, dtype=torch.bool, device=self.device)
+        self.others["used"] = self.used
+        self.encode = compiled(lambda pixels: model.quant_conv(model.encoder(pixels)), self.device)
+        self.decode = compiled(model.decode, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `Stage`."""
-        set_rate(self.optimizer, learning_rate(self.plan.tokenizer_rate, step, self.steps))
-        pixels, _ = render_batch(
-            self.sprites, self.plan.tokenizer_batch, self.plan.seed, "tokenizer", step
-        )
+        """See `TrainingStage`."""
+        plan = self.plan
+        set_rate(self.optimizer, learning_rate(plan.tokenizer_rate, step, self.steps))
+        pixels, _ = render_batch(self.sprites, plan.tokenizer_batch, plan.seed, "tokenizer", step)
         figures = dict(self.update(pixels.contiguous(memory_format=torch.channels_last)))
         vectors, codes = figures.pop("vectors"), figures.pop("codes")
         self.used[codes] = True
         figures["codes used"] = self.used.sum()
-        if (step + 1) % self.plan.revive_every == 0:
+        if (step + 1) % plan.revive_every == 0:
             if step < self.steps / 2:
                 self._revive_unused(step, vectors)
             self.used.zero_()
@@ -252,14 +274,8 @@ class TokenizerStage(Stage):
         quantized = self.model.quantize(features.float())
         with mixed_precision(self.device):
             made = self.decode(quantized.vectors).float()
-        absolute = (made - pixels).abs().mean()
-        edges = edge_loss(made, pixels)
-        loss = absolute + self.plan.edge_weight * edges + quantized.codebook_loss
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update()
+        absolute, edges = (made - pixels).abs().mean(), edge_loss(made, pixels)
+        self.descend(absolute + self.plan.edge_weight * edges + quantized.codebook_loss)
         figures = {"absolute": absolute, "edges": edges, "codebook": quantized.codebook_loss}
         figures["vectors"] = features.permute(0, 2, 3, 1).flatten(0, 2).float()  # [cells, dim]
         figures["codes"] = quantized.codes.flatten()
@@ -277,17 +293,8 @@ class TokenizerStage(Stage):
             torch.where(self.used[:, None], embedding, F.normalize(vectors[chosen], dim=-1))
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """See `Stage`."""
-        return super().state_dict() | {"used": self.used}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Stage`."""
-        super().load_state_dict(state)
-        self.used.copy_(state["used"])
-
-
-class GPTStage(Stage):
+class GPTStage(TrainingStage):
     """Next-code prediction on the tokenizer's codes; some labels are dropped, so that guidance
     works.
     """
@@ -298,30 +305,26 @@ class GPTStage(Stage):
         super().__init__(plan, sprites, plan.gpt_steps)
         self.made_with["tokenizer"] = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
         tokenizer = load_tokenizer(tokenizer_path, self.device)
-        grid = IMAGE_SIZE // tokenizer.config.downsample_size
-        model = GPT_models["GPT-demo"](
-            vocab_size=tokenizer.config.codebook_size, block_size=grid**2, num_classes=len(sprites)
-        )
-        # In eval mode the model's own dropout is off: pictures never repeat, so there is nothing to
+        # In eval mode the model's own dropout is off: images never repeat, so there is nothing to
         # overfit.
-        self.model = model.to(self.device).eval()
+        self.model = demo_transformer(tokenizer).to(self.device).eval()
         self.model.init_weights(step_generator(plan.seed, "gpt weights", 0, self.device))
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        gains = [p for p in self.model.parameters() if p.dim() == 1]
+        parameters = list(self.model.parameters())
         groups = [
-            {"params": matrices, "weight_decay": plan.gpt_weight_decay},
-            {"params": gains, "weight_decay": 0.0},
+            {
+                "params": [p for p in parameters if p.dim() > 1],
+                "weight_decay": plan.gpt_weight_decay,
+            },
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
-        self.optimizer = adamw(groups, self.device)
-        self.average = Average(self.model, plan.ema_decay)
+        self.prepare(groups, self._update)
         self.encode = compiled(
             lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device
         )
         self.loss = compiled(self._loss, self.device)
-        self.update = Update(self._update, self.device)
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `Stage`."""
+        """See `TrainingStage`."""
         plan = self.plan
         set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
         pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)
@@ -340,11 +343,7 @@ class GPTStage(Stage):
             with torch.no_grad():
                 codes = self.encode(pixels)
             loss = self.loss(codes, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update()
+            norm = self.descend(loss)
         return {"loss": loss.detach(), "gradient norm": norm.detach()}
 
     def _loss(self, codes: Tensor, labels: Tensor) -> Tensor:
