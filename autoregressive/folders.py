@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def command_line(path: str) -> str:
     Args:
         path: of its file, from the repository's root.
     """
+    started_as = os.path.basename(sys.argv[0])
+    if started_as.startswith("llamagen-"):  # an installed command
+        return started_as
     module = path.removesuffix(".py").replace("/", ".")
     return f"python {path}" if in_checkout() else f"python -m {module}"
 

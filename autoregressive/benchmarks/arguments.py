@@ -26,7 +26,6 @@ def script_parser(purpose: str | None) -> OneLineParser:
     return OneLineParser(
         description=purpose,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 

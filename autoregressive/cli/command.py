@@ -19,7 +19,12 @@ _NO_FLAGS = {"n", "first_image"}  # of the engine's requests
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage in front."""
+    """An argument parser whose errors are one line, without the usage in front. It takes no
+    abbreviations: a typed part of a flag would mean another flag once there are two.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses, and suggests the closest flag for one that is unknown."""

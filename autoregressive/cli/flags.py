@@ -58,7 +58,6 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=30, width=110
         ),
-        allow_abbrev=False,
     )
     add_version_flag(parser)
     _add_drawing(parser.add_argument_group("what to draw"))

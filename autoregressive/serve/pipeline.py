@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -86,9 +86,15 @@ class Result:
     """The images of one call, those of one class side by side. A notebook shows them as a grid."""
 
     images: list[GeneratedImage]
-    codes: Tensor  # int32 [images, tokens] on the CPU
+    codes: Tensor = field(repr=False)  # int32 [images, tokens] on the CPU
     labels: list[int]  # the class of each image
     seeds: list[int]  # of each image: with it alone, the image is drawn again
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> GeneratedImage:
+        return self.images[index]
 
     @cached_property
     def grid(self) -> Image.Image:
@@ -155,10 +161,14 @@ class Pipeline:
             ValueError: there is no such model, file or option, or it has no trained weights and
                 `random_weights` was not asked for. The message says what to do.
         """
-        known = sorted(field.name for field in fields(ModelOptions))
+        known = sorted(option.name for option in fields(ModelOptions))
         for name in options:
             if name not in known:
                 raise UserError(f"there is no option {name}{did_you_mean(name, known)}")
+        if not isinstance(model, str | os.PathLike):
+            raise SettingError("model", model, "must be a name or a path")
+        if not isinstance(engine, EngineConfig | None):
+            raise SettingError("engine", engine, "must be an EngineConfig")
         named = _model_option(os.fspath(model))
         if twice := named.keys() & options.keys():
             raise UserError(
@@ -257,13 +267,13 @@ def _class_list(classes: int | str | Iterable[int | str]) -> list[int | str]:
     Raises:
         UserError: there are none, or one is neither a name nor an id.
     """
-    if isinstance(classes, str) or not isinstance(classes, Iterable):
-        classes = [classes]
-    wanted = list(classes)
+    wanted: list[Any] = [classes]
+    if isinstance(classes, Iterable) and not isinstance(classes, str | bytes):
+        wanted = list(classes)
     if not wanted:
         raise UserError("there are no classes to draw: give one or more")
     for one in wanted:
-        if not isinstance(one, Integral | str):
+        if not isinstance(one, Integral | str) or isinstance(one, bool):
             raise UserError(f"class {one!r}: must be a name or a whole number")
     return wanted
 

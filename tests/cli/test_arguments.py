@@ -10,7 +10,7 @@ import pytest
 import torch
 from refusals import refused
 
-from autoregressive.cli.command import flag_of
+from autoregressive.cli.command import OneLineParser, flag_of
 from autoregressive.cli.drawing import Settings, find_weights_and_warn, resolve_settings
 from autoregressive.cli.flags import build_parser, model_options
 from autoregressive.devices import resolve_device
@@ -337,6 +337,15 @@ def test_what_argparse_refuses_is_one_line_too(
         parsed(*typed.split())
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_parser_guesses_an_abbreviated_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if a part of a flag does what the flag does: --al of llamagen-download fetched all."""
+    parser = OneLineParser()
+    parser.add_argument("--all", action="store_true")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--al"])
+    assert "did you mean --all?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

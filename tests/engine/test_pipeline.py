@@ -92,6 +92,8 @@ def test_a_notebook_shows_the_grid(undrawn: Pipeline) -> None:
         assert shown.size == result.grid.size
         assert shown.width == 4 * 130 + 2
         assert shown.height > 2 * 130
+    assert (len(result), result[4]) == (5, result.images[4])
+    assert "tensor" not in repr(result)
 
 
 def test_without_a_seed_each_call_differs(undrawn: Pipeline) -> None:
@@ -104,6 +106,8 @@ def test_without_a_seed_each_call_differs(undrawn: Pipeline) -> None:
     [
         ({"classes": "foxx"}, "class 'foxx' is unknown; the closest are fox (7)"),
         ({"classes": 64}, "class 64: ids go from 0 to 63"),
+        ({"classes": True}, "class True: must be a name or a whole number"),
+        ({"classes": b"fox"}, "class b'fox': must be a name or a whole number"),
         ({"classes": []}, "give one or more"),
         ({"classes": "fox", "n": 0}, "n 0: must be 1 to"),
         ({"classes": "fox", "top_p": 2.0}, "top_p 2.0: must be above 0 and at most 1"),
@@ -125,6 +129,8 @@ def test_a_mistake_is_a_value_error(
     [
         ("gpt-xl", {}, "did you mean GPT-XL?"),
         ("nonsense", {}, "use GPT-B"),
+        (None, {}, "model None: must be a name or a path"),
+        ("GPT-demo", {"engine": "fast"}, "engine fast: must be an EngineConfig"),
         ("missing.pt", {}, "there is no such file or folder"),
         ("GPT-XL", {}, "there are no trained weights for GPT-XL"),
         ("GPT-XL", {"devise": "cpu"}, "there is no option devise: did you mean device?"),
@@ -138,7 +144,7 @@ def test_a_mistake_is_a_value_error(
     ],
 )
 def test_a_model_that_is_not_there_is_a_value_error(
-    tmp_path: Path, model: str, options: dict[str, Any], told: str
+    tmp_path: Path, model: Any, options: dict[str, Any], told: str
 ) -> None:
     """Fails if noise is drawn unasked, or an error speaks of flags."""
     with pytest.raises(UserError) as caught:

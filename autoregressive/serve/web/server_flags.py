@@ -188,7 +188,6 @@ def build_server_parser() -> ServerParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=30, width=110
         ),
-        allow_abbrev=False,
     )
     add_version_flag(parser)
     service = parser.add_argument_group("service")
