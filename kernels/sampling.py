@@ -350,7 +350,7 @@ def draw_tokens(
     Args:
         early_positions: `positions` and `conditional_rows` may be read, and the noise made, before
             the kernels before this one have ended. True only if it is certain that the previous
-            draw has ended by then.
+            draw has ended by then, as in the engine's steps (`kernels.operations`).
         num_warps: of a program; None takes what keeps the vocabulary in registers.
 
     Raises:

@@ -252,7 +252,8 @@ class Pipeline:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [images, tokens] -> pixels [images, 3, height, width], about -1..1, on the CPU.
 
-        They are decoded a few at a time, which a GPU's memory holds however many there are.
+        They are decoded a few at a time, which a GPU's memory holds however many there are. On a
+        GPU the decoder is a captured graph on a stream of its own.
         """
         decoder = self.engine.decoder
         assert decoder is not None

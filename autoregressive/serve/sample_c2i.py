@@ -1,4 +1,4 @@
-"""Draws pictures of classes with the engine: the naive command's flags, files and output lines, and
+"""Draws pictures of classes with the engine: the plain command's flags, files and output lines, and
 how fast it went.
 
 All pictures are requests of one engine, which runs as many rows at once as --max-num-seqs and its
@@ -24,7 +24,7 @@ that all pictures share, as LlamaGen has it. Both draw from the same probabiliti
 
 
 def build_engine_parser() -> OneLineParser:
-    """The naive command's flags and the engine's."""
+    """The plain command's flags and the engine's."""
     parser = build_parser(PURPOSE, COMMAND)
     add_engine_flags(parser, max_num_seqs=f"what the pictures need, at most {MOST_ROWS}")
     return parser
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             speed_lines,
         )
         from autoregressive.serve.pipeline import Pipeline, check_fits
-    settings = drawing.resolve_settings(arguments)  # its labels are ids: fox is 7
+    settings = drawing.resolve_settings(arguments)  # a class that was named is an id now
     model, params, labels = settings.model, settings.sampling, settings.labels
     config = engine_config(arguments, min(len(labels) * params.rows, MOST_ROWS))
     check_fits(model, config, params)

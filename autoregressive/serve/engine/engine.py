@@ -328,8 +328,10 @@ class Engine:
         return steps, scheduler.advance(steps)
 
     def _retire(self, ended: list[Request]) -> None:
-        """Begins to fetch the codes of requests whose last step is on the device. Their slots stay
-        taken until the copy arrives.
+        """Begins to fetch the codes of requests whose last step is on the device.
+
+        They are gathered on the device and copied to pinned memory behind the span, and nothing
+        waits: a CUDA event tells when they are there. Their slots stay taken until then.
         """
         if not ended:
             return

@@ -102,7 +102,7 @@ class Layers(ABC):
     qkv: Tensor  # [splits, rows, 3 * width]
     # Where the products norm their inputs: [blocks, rows], sums of the residual stream's squares.
     squares: Tensor | None = None
-    headroom = 1.0  # factor of what is not yet normed
+    headroom = 1.0  # scales what the products norm themselves, so that fp16 holds it
 
     def __init__(
         self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
@@ -184,7 +184,10 @@ class Layers(ABC):
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
     def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
-        """Writes the newest keys and values to their pages, and `attn_out`."""
+        """Writes the newest keys and values to their pages, and `attn_out`.
+
+        One kernel attends within each chunk of the context, and another combines the chunks.
+        """
         key_pages, value_pages = kv_pages
         self.operations.attention(
             self.qkv,

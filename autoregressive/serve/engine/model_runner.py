@@ -90,8 +90,8 @@ class ModelRunner:
             step()
 
     def _step(self, batch: Batch, rows: int) -> None:
-        """Draws one token for each of the first `rows` rows. Padding among them touches no page and
-        no code.
+        """Draws one token for each image of the first `rows` rows. Padding among them touches no
+        page and no code, so the draw may count an image for every row.
         """
         logits = self.layers_for(rows).run(self.weights, self.kv_pages, batch)
         self.operations.draw_tokens(

@@ -140,8 +140,8 @@ class Scheduler:
     def allocate(self, steps: int) -> None:
         """Takes the pages that every row needs for the next `steps` steps.
 
-        Between two events use only grows, so what a planned span holds is what the forecast says of
-        its last step.
+        The pages in use only grow between two events (a row ends, or guidance does). So a span
+        holds at most the pages that the forecast has for its last step.
         """
         for request in self.running:
             pages_per_row = -(-(request.steps + steps) // self.limits.page_size)
