@@ -7,7 +7,6 @@ checkpoints need, and for names, calls and dictionaries it puts inert values on 
 by the number of instructions. Nothing here recurses, so nesting may be of any depth.
 """
 
-import functools
 import itertools
 import pickle
 import pickletools
@@ -20,6 +19,7 @@ from autoregressive.weights.stored_tensor import BadContentError, require
 # About 100 bytes of memory and 2 us each. A checkpoint of 1,000 weights with the optimizer's state
 # has some 100,000.
 MOST_INSTRUCTIONS = 1_000_000
+_MOST_ARGUMENTS = 16  # of a call that builds a tensor; torch writes up to ten
 
 
 class UnknownName(BadContentError):
@@ -37,14 +37,23 @@ class UnknownName(BadContentError):
 class Name:
     """A class, function or dtype that the pickle refers to: only its name, without the module.
 
-    Attributes:
-        build: what a call of it in the pickle calls instead.
+    Args:
+        builder: what a call of it in the pickle calls instead. None: a `Record` of it is kept.
     """
 
-    __slots__ = ("build", "name")
+    __slots__ = ("_builder", "name")
 
-    def __init__(self, name: str, build: Callable[..., object]) -> None:
-        self.name, self.build = name, build
+    def __init__(self, name: str, builder: Callable[..., object] | None) -> None:
+        self.name, self._builder = name, builder
+
+    def call(self, arguments: tuple[Any, ...]) -> object:
+        """What a call of it becomes. A pickle can give one long tuple to thousands of calls, so a
+        record keeps the tuple itself, and a builder takes few arguments.
+        """
+        if self._builder is None:
+            return Record(self.name, arguments)
+        require(len(arguments) <= _MOST_ARGUMENTS, f"it calls {self.name} with too many arguments")
+        return self._builder(*arguments)
 
 
 class Record:
@@ -54,7 +63,7 @@ class Record:
 
     __slots__ = ("arguments", "kind", "state")
 
-    def __init__(self, kind: str, *arguments: Any) -> None:
+    def __init__(self, kind: str, arguments: tuple[Any, ...] = ()) -> None:
         self.kind, self.arguments = kind, arguments
         self.state: Any = None
 
@@ -119,7 +128,7 @@ def read_pickle(
 
 def _ordered_dictionary(*arguments: Any) -> Record:
     # One of old has a list of its items.
-    return Record("OrderedDict", *arguments) if arguments else Pairs()
+    return Record("OrderedDict", arguments) if arguments else Pairs()
 
 
 class _InertUnpickler(pickle._Unpickler):
@@ -135,7 +144,7 @@ class _InertUnpickler(pickle._Unpickler):
         full = f"{module}.{name}"
         if full not in self.known_names:
             raise UnknownName(full)
-        return Name(name, self.builders.get(full, functools.partial(Record, name)))
+        return Name(name, self.builders.get(full))
 
     def persistent_load(self, pid: Any) -> object:
         refers = type(pid) is tuple and pid and pid[0] in ("storage", b"storage")
@@ -150,7 +159,7 @@ class _InertUnpickler(pickle._Unpickler):
         arguments, called = self.stack.pop(), self.stack.pop()
         inert = type(called) is Name and type(arguments) is tuple
         require(inert, f"it calls a {kind_of(called)}")
-        self.append(called.build(*arguments))
+        self.append(called.call(arguments))
 
     def load_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]

@@ -171,7 +171,7 @@ def _of_type(rebuild: object, kind: object, arguments: object, state: object) ->
     plain = type(kind) is Name and kind.name in ("Tensor", "Parameter")
     if not plain or type(rebuild) is not Name or type(arguments) is not tuple:
         return Record("tensor")
-    return rebuild.build(*arguments)
+    return rebuild.call(arguments)
 
 
 def _parameter(tensor: object, *rest: object) -> object:
@@ -363,6 +363,7 @@ def read_torch_stream(file: StoredFile) -> TorchFile:
         places: dict[str, tuple[int, int]] = {}
         position = stream.tell()
         for key in map(_key, keys):
+            require(key not in places, DAMAGED)
             elements = int.from_bytes(file.read(position, 8), "little", signed=True)
             size = elements * sizes[key]
             places[key] = (position + 8, size)

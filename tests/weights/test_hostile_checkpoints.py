@@ -145,6 +145,14 @@ def legacy(pickled: bytes) -> bytes:
     return start[:place] + pickled + start[place + len(content) :]
 
 
+def one_tuple_for_many(called: bytes, call: bytes) -> bytes:
+    """20,000 calls with one tuple of 20,000 values. To copy it for each call takes 3 GB."""
+    return (
+        b"\x80\x02" + called + b"q\x00(" + b"N" * 20_000 + b"tq\x01"
+        + (b"h\x00h\x01" + call) * 20_000 + b"."
+    )  # fmt: skip
+
+
 HOSTILE_PICKLES: dict[str, Callable[[], bytes]] = {
     "key of 60 levels": lambda: with_key(nested(60)),
     "key of 26 levels": lambda: with_key(nested(26)),
@@ -166,6 +174,11 @@ HOSTILE_PICKLES: dict[str, Callable[[], bytes]] = {
     "a set of itself": lambda: b"\x80\x02]q\x00h\x00a.",
     "set of nested tuples": lambda: (
         b"\x80\x02c__builtin__\nset\n]" + pickle.dumps(nested(60), protocol=2)[2:-1] + b"a\x85R."
+    ),
+    "one long tuple for 20,000 records": lambda: one_tuple_for_many(b"ctorch\nSize\n", b"R"),
+    "one long tuple for 20,000 objects": lambda: one_tuple_for_many(b"ctorch\nSize\n", b"\x81"),
+    "one long tuple for 20,000 tensors": lambda: one_tuple_for_many(
+        b"ctorch._utils\n_rebuild_tensor_v2\n", b"R"
     ),
     "nothing at all": lambda: b"",
     "only a protocol": lambda: b"\x80\x02.",
@@ -202,7 +215,14 @@ def error_in_time(path: Path) -> str:
 @pytest.mark.timing
 @pytest.mark.parametrize(
     "kind",
-    ["key of 60 levels", "key of 26 levels", "key of 3,000,000 levels", "a million dictionaries"],
+    [
+        "key of 60 levels",
+        "key of 26 levels",
+        "key of 3,000,000 levels",
+        "a million dictionaries",
+        "one long tuple for 20,000 records",
+        "one long tuple for 20,000 objects",
+    ],
 )
 def test_the_worst_pickles_keep_within_time_and_memory(tmp_path: Path, kind: str) -> None:
     """Fails if one takes more than 10 s or the file's size and 256 MiB, or kills the process that

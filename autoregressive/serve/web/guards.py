@@ -135,10 +135,9 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
     context = context_of(scope)
     if keeps and context.connections is not None and (why := context.connections.overload):
         raise ApiError(503, why, "overloaded", None, _RETRY_SECONDS)
-    too_large = ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths):
-        raise too_large
+        raise _body_too_large()
     parts: list[bytes] = []  # a buffer that grows would be larger than its content
     size, more = 0, True
     while more:
@@ -148,13 +147,18 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
         part = message.get("body", b"")
         size += len(part)
         if size > MOST_BODY_BYTES:
-            raise too_large
+            raise _body_too_large()
         if keeps:
             parts.append(part)
             context.body_bytes = size
         more = message.get("more_body", False)
     context.body_bytes *= 2  # the framework keeps the bytes, and their content
     return b"".join(parts)
+
+
+def _body_too_large() -> ApiError:
+    # It is made where it is raised: a local variable would keep the parts in a cycle.
+    return ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
 
 
 class RequestLog:
