@@ -5,7 +5,7 @@ engine. A table, a chart, JSON.
 
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's
 defaults; bf16 on a GPU. Weights are random where none are found: speed does not depend on them.
-Each model runs in a fresh process; times are medians after one warm-up (16 tokens of the plain
+Each method of each model runs in a fresh process; times are medians after one warm-up (16 tokens of the plain
 loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
 its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models'
 processes have measured. The table goes to speedup.md in --output-dir, the chart to speedup.png.
