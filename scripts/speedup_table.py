@@ -5,12 +5,13 @@ engine. A table, a chart, JSON.
 
 The job is that of the commands: the tokens of LlamaGen's eight labels, guided, with each model's
 defaults; bf16 on a GPU. Weights are random where none are found: speed does not depend on them.
-Each method of each model runs in a fresh process; times are medians after one warm-up (16 tokens of the plain
-loop, which compiles nothing; the whole job for the others, compiled anew each time). The floor and
-its share are those of autoregressive/serve/floor.py, at the highest bandwidth that the models'
-processes have measured. The table goes to speedup.md in --output-dir, the chart to speedup.png.
-What is finished is kept in speedup.json there: a run that was broken off, or in which something
-failed (exit status 1), goes on where it was. On a CPU the demo model takes the others' place.
+Each method of each model runs in a fresh process. Times are medians after one warm-up: 16 tokens of
+the plain loop, which compiles nothing, and the whole job for the others, compiled anew each time.
+The floor and its share are those of autoregressive/serve/floor.py, at the highest bandwidth that
+the models' processes have measured. The table goes to speedup.md in --output-dir, the chart to
+speedup.png. What is finished is kept in speedup.json there, so a run that was broken off, or in
+which something failed (exit status 1), goes on where it was. On a CPU the demo model takes the
+others' place.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def test_a_command_looks_at_the_record(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "autoregressive.cli.drawing.check_grid_fits", lambda *arguments, **options: None
     )
-    with pytest.raises(UserError, match="^output "):
+    with pytest.raises(UserError, match=r"^output "):
         settings_of(10_000, tmp_path / "x.jpg")
     settings_of(10_000, tmp_path / "x.webp")
 
