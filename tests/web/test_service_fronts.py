@@ -23,7 +23,6 @@ from test_service_promises import burst, send, status_of
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.channel import AwakeClock
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts import (
     KINDS,
@@ -41,7 +40,7 @@ from autoregressive.serve.web.fronts import (
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Cancel, Ended, EngineRequest, Progress
 from autoregressive.serve.worker.process import ChildProcess, connect
-from autoregressive.serve.worker.transport import encode, receive
+from autoregressive.serve.worker.transport import AwakeClock, encode, receive
 
 pytestmark = pytest.mark.timing
 FLAGS = (

@@ -13,10 +13,9 @@ from fake_service import running_service
 from test_awake import ORDER, Front, until
 
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.channel import SILENT_SECONDS
 from autoregressive.serve.web.fronts import KINDS, State, Up
 from autoregressive.serve.worker.messages import Heartbeat
-from autoregressive.serve.worker.transport import receive
+from autoregressive.serve.worker.transport import SILENT_SECONDS, receive
 
 
 class Clock:

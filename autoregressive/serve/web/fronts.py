@@ -25,7 +25,6 @@ from typing_extensions import override
 from autoregressive.serve.web.api_errors import ApiError, internal_error, not_ready
 from autoregressive.serve.web.app import Share, build_service_app
 from autoregressive.serve.web.app_state import RequestBroker
-from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.schema import ServedModel
@@ -45,6 +44,7 @@ from autoregressive.serve.worker.messages import (
     Started,
 )
 from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
+from autoregressive.serve.worker.transport import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 
 _REPLY_SECONDS = 5.0  # for the dispatcher to answer a question
 _LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
