@@ -25,7 +25,7 @@ from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts import (
-    KINDS,
+    FRONT_KINDS,
     Accepted,
     AskMetrics,
     Finish,
@@ -382,7 +382,9 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         heard: list[type] = []
         while len(heard) < 2:
             heard += [
-                type(message) for message in receive(theirs, KINDS) if not isinstance(message, Up)
+                type(message)
+                for message in receive(theirs, FRONT_KINDS)
+                if not isinstance(message, Up)
             ]
         assert heard == [EngineRequest, Cancel]
         theirs.sendall(encode([Finish(at_once=True)]))
@@ -392,7 +394,7 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         await broker.close()
         told: list[Up] = []
         while not any(up.answered for up in told):
-            told += receive(theirs, KINDS)
+            told += receive(theirs, FRONT_KINDS)
         assert told[-1].answered == {"success": 1}
         theirs.close()
 
@@ -420,7 +422,7 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait() -
         front._take(EngineRequest(7, 1, 1, SamplingParams(), True))
         await front._channel.drain(5)
         front._channel.close()
-        heard = receive(theirs, KINDS) + receive(theirs, KINDS)
+        heard = receive(theirs, FRONT_KINDS) + receive(theirs, FRONT_KINDS)
         theirs.close()
         return heard
 

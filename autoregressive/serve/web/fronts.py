@@ -30,8 +30,8 @@ from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy, writing_seconds
 from autoregressive.serve.web.server_settings import ServerSettings
-from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
+    KINDS,
     Cancel,
     Ended,
     EngineRequest,
@@ -116,7 +116,7 @@ class Finish:
 
 
 FrontMessage = Up | Accepted | Refused | State | AskMetrics | MetricsText | Finish
-KINDS: dict[str, type] = messages.KINDS | {kind.__name__: kind for kind in FrontMessage.__args__}
+FRONT_KINDS: dict[str, type] = KINDS | {kind.__name__: kind for kind in FrontMessage.__args__}
 
 
 class RemoteBroker(RequestBroker):
@@ -148,7 +148,7 @@ class RemoteBroker(RequestBroker):
         self._replies: dict[int, asyncio.Future[Any]] = {}
         # answered requests that the dispatcher has not been told of
         self._uncounted: Counter[str] = Counter()
-        self._channel = Channel(connection, KINDS, self._take, alone)
+        self._channel = Channel(connection, FRONT_KINDS, self._take, alone)
         self._watching = asyncio.create_task(self._watch())
 
     @property
@@ -222,7 +222,6 @@ class RemoteBroker(RequestBroker):
         self._uncounted.clear()
 
     async def _ask(self, number: int, question: object) -> Any:
-        """Sends a question, and waits for the reply."""
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         self._channel.put(question)
         try:
@@ -249,8 +248,6 @@ class RemoteBroker(RequestBroker):
     def _take(self, message: object) -> None:
         self._heard_at = self._clock.now()
         match message:
-            case Heartbeat():
-                pass
             case Accepted(request_id=request_id):
                 self._ahead[request_id] = message.ahead
                 self._resolve(request_id, message)
@@ -337,7 +334,7 @@ class FrontLink:
         self.connection_stats = ConnectionStats()
         self._heard_at = dispatcher.clock.now()
         self._told: State | None = None
-        self._channel = Channel(connection, KINDS, self._take, self._leave)
+        self._channel = Channel(connection, FRONT_KINDS, self._take, self._leave)
 
     @property
     def silent_seconds(self) -> float:
