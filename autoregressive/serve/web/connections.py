@@ -49,9 +49,9 @@ def raise_descriptor_limit() -> None:
     except (OSError, ValueError) as error:  # macOS allows fewer than its hard limit says
         fields = {"limit": soft, "reason": str(error)}
         _log.warning("the limit of open files stays", extra={"fields": fields})
-        return
-    fields = {"before": soft, "limit": limit}
-    _log.info("the limit of open files is raised", extra={"fields": fields})
+    else:
+        fields = {"before": soft, "limit": limit}
+        _log.info("the limit of open files is raised", extra={"fields": fields})
 
 
 def connection_limit(asked: int | None, children: int) -> int:
@@ -173,12 +173,11 @@ class Connections:
     @property
     def stats(self) -> ConnectionStats:
         """The counts of this moment."""
-        counts = self._counts
         return ConnectionStats(
             connections=len(self._phases),
-            shed=counts["shed"],
-            refused=counts["refused"],
-            dropped=counts["dropped"],
+            shed=self._counts["shed"],
+            refused=self._counts["refused"],
+            dropped=self._counts["dropped"],
             buffered_bytes=self.buffered_bytes,
         )
 
@@ -229,7 +228,7 @@ class Connections:
         """Closes a connection; returns whether there was one that may be closed."""
         connection = self._first_to_close()
         if connection is not None:
-            self._close(connection, "shed")
+            self.drop(connection, "shed")
         return connection is not None
 
     def starve(self) -> None:
@@ -237,11 +236,8 @@ class Connections:
         self._counts["out_of_descriptors"] += 1
         self.shed()
 
-    def drop(self, connection: Connection) -> None:
-        """Closes a connection whose client is too slow."""
-        self._close(connection, "dropped")
-
-    def _close(self, connection: Connection, why: str) -> None:
+    def drop(self, connection: Connection, why: str = "dropped") -> None:
+        """Closes a connection, and counts why: by default because its client is too slow."""
         self.remove(connection)
         self._counts[why] += 1
         connection.drop()
@@ -288,8 +284,7 @@ class Connections:
         """Forgets a connection that is closed, or about to be; without effect if it is not
         known.
         """
-        phase = self._phases.pop(connection, None)
-        if phase is not None:
+        if (phase := self._phases.pop(connection, None)) is not None:
             del self._by_phase[phase][connection]
 
     def _look(self) -> None:
@@ -328,11 +323,11 @@ class Connections:
         new = self._counts - self._logged
         if not new or (self._phases and now - self._logged_at < _LOG_SECONDS):
             return
-        fields = {kind: new[kind] for kind in self._counts}
-        self._logged, self._logged_at = self._counts.copy(), now
-        fields |= {
+        fields = {
+            **{kind: new[kind] for kind in self._counts},
             "connections": len(self._phases),
             "most": self.most,
             "buffered_bytes": self.buffered_bytes,
         }
+        self._logged, self._logged_at = self._counts.copy(), now
         _log.warning("connections were closed", extra={"fields": fields})
