@@ -93,7 +93,7 @@ class Authentication:
         throttle: FailureThrottle | None = None,
     ) -> None:
         self._is_open = is_open
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._throttle = throttle or FailureThrottle()
         self._untried = 0  # keys since the last warning
 
@@ -117,19 +117,15 @@ class Authentication:
         context.key = self._find(given)
         wait = self._throttle.seconds_to_wait(network, context.key)
         if wait > 0:
-            self._count_untried()
+            self._untried += 1
+            if self._untried == 1:  # a warning a second, because an attacker may send thousands
+                asyncio.get_running_loop().call_later(_WARNING_SECONDS, self._warn)
             context.counted = True
             message = "too many wrong keys came from this address: no key is tried for some seconds"
             raise ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
         if context.key is None:
             message = "the key is not this service's; send Authorization: Bearer KEY"
             raise ApiError(401, message, "invalid_api_key")
-
-    def _count_untried(self) -> None:
-        """Counts keys for one warning a second, because an attacker may send thousands."""
-        self._untried += 1
-        if self._untried == 1:
-            asyncio.get_running_loop().call_later(_WARNING_SECONDS, self._warn)
 
     def _warn(self) -> None:
         fields = {"guesses": self._untried}
@@ -143,15 +139,11 @@ class Authentication:
         the content or the place of a key.
         """
         scheme, _, credentials = given[0].partition(b" ")
-        digest = _digest(credentials.lstrip(b" "))
+        digest = hashlib.sha256(credentials.lstrip(b" ")).digest()
         matches = [hmac.compare_digest(digest, expected) for expected in self._digests]
         if len(given) > 1 or scheme.lower() != b"bearer" or not any(matches):
             return None
         return matches.index(True)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def check_host(scope: Any, public: str | None) -> None:
