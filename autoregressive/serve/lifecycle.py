@@ -89,7 +89,6 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
         UserError: the address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    shared = settings.fronts > 1
 
     def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
         listener = socket.create_server(
@@ -107,7 +106,7 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
         try:
             # Not shared at first, so that a service that has the address already is noticed.
             listeners = [open_socket(settings.port, reuse_port=False)]
-            if shared:
+            if settings.fronts > 1:
                 port = listeners[0].getsockname()[1]
                 listeners[0].close()
                 listeners = [open_socket(port, reuse_port=True) for _ in range(settings.fronts)]

@@ -47,8 +47,8 @@ class JsonFormatter(logging.Formatter):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = self.formatException(record.exc_info)
-        level, message = record.levelname.lower(), record.getMessage()
-        return _line(level, record.name, message, record.created, **fields)
+        level = record.levelname.lower()
+        return _line(level, record.name, record.getMessage(), record.created, **fields)
 
 
 class LineWriter:
@@ -251,12 +251,9 @@ def _duplicate(descriptor: int) -> int:
 
 
 def _is_json_object(line: bytes) -> bool:
-    if not line.startswith(b"{"):
-        return False
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    return False
 
 
 @contextlib.contextmanager
