@@ -104,6 +104,4 @@ class WaitingPlaces:
 
     def give_back(self, client: str) -> None:
         """Counts a request that does not wait any more."""
-        self._taken[client] -= 1
-        if not self._taken[client]:
-            del self._taken[client]
+        self._taken -= Counter([client])  # a client with none is forgotten
