@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 from typing_extensions import override
 
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.app_state import REQUESTS, new_request_id
 from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections, Phase
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import MOST_HEADER_BYTES, App
+from autoregressive.serve.web.guards import MOST_HEADER_BYTES
 from autoregressive.serve.web.http_protocol import PatientProtocol
 
 _WRITING_SECONDS = 10.0  # at least, for complete answers to be read before the end
@@ -124,7 +125,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         shutdown: float,
         connections: Connections,
         due: Callable[[float], bool] = lambda now: False,
