@@ -113,9 +113,9 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else None
             why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
-            where = f"{settings.host} port {settings.port}"
             raise UserError(
-                f"cannot listen on {where}: {why}; choose another --port or --host"
+                f"cannot listen on {settings.host} port {settings.port}: {why}; "
+                "choose another --port or --host"
             ) from error
         yield listeners
 

@@ -110,8 +110,9 @@ class Authentication:
             return
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if not given:  # the page's first request, for example: not a guess, and so not a failure
-            message = "this service wants a key: Authorization: Bearer KEY"
-            raise ApiError(401, message, "invalid_api_key")
+            raise ApiError(
+                401, "this service wants a key: Authorization: Bearer KEY", "invalid_api_key"
+            )
         network = client_network(scope["client"][0] if scope.get("client") else "")
         context = context_of(scope)
         context.key = self._find(given)
@@ -121,15 +122,25 @@ class Authentication:
             if self._untried == 1:  # a warning a second, because an attacker may send thousands
                 asyncio.get_running_loop().call_later(_WARNING_SECONDS, self._warn)
             context.counted = True
-            message = "too many wrong keys came from this address: no key is tried for some seconds"
-            raise ApiError(429, message, "too_many_wrong_keys", None, math.ceil(wait))
+            raise ApiError(
+                429,
+                "too many wrong keys came from this address: no key is tried for some seconds",
+                "too_many_wrong_keys",
+                None,
+                math.ceil(wait),
+            )
         if context.key is None:
-            message = "the key is not this service's; send Authorization: Bearer KEY"
-            raise ApiError(401, message, "invalid_api_key")
+            raise ApiError(
+                401,
+                "the key is not this service's; send Authorization: Bearer KEY",
+                "invalid_api_key",
+            )
 
     def _warn(self) -> None:
-        fields = {"guesses": self._untried}
-        _log.warning("keys were not tried: too many are wrong", extra={"fields": fields})
+        _log.warning(
+            "keys were not tried: too many are wrong",
+            extra={"fields": {"guesses": self._untried}},
+        )
         self._untried = 0
 
     def _find(self, given: list[bytes]) -> int | None:
@@ -171,6 +182,9 @@ def check_host(scope: Any, public: str | None) -> None:
         name = (host[1] or host[2]).decode("ascii").lower()
         if name == public or is_loopback(name):
             return
-    why = "without a key this service answers to localhost only"
-    way = "start it with --api-key, or with --public-url and the URL that clients use"
-    raise ApiError(421, f"{why}: {way}", "unknown_host")
+    raise ApiError(
+        421,
+        "without a key this service answers to localhost only: start it with --api-key, or with "
+        "--public-url and the URL that clients use",
+        "unknown_host",
+    )

@@ -71,9 +71,12 @@ def connection_limit(asked: int | None, children: int) -> int:
             f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"
         )
     if asked is not None and asked > fit:
-        most = f"at most {fit} connections fit below the limit of {limit} open files"
-        way = "ask for fewer or raise it (ulimit -n)"
-        raise SettingError("max_connections", asked, most, [way])
+        raise SettingError(
+            "max_connections",
+            asked,
+            f"at most {fit} connections fit below the limit of {limit} open files",
+            ["ask for fewer or raise it (ulimit -n)"],
+        )
     return min(fit, _DEFAULT_CONNECTIONS) if asked is None else asked
 
 

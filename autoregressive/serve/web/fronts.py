@@ -344,10 +344,10 @@ class FrontLink:
     @property
     def hangs(self) -> bool:
         """Whether it has been silent for too long, or its waiting messages endanger the memory."""
-        silent = self.silent_seconds
-        if silent > self._dispatcher.timeouts.step:
-            return True
-        return silent > SILENT_SECONDS and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
+        return self.silent_seconds > self._dispatcher.timeouts.step or (
+            self.silent_seconds > SILENT_SECONDS
+            and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
+        )
 
     def tell(self, state: State) -> None:
         """Sends a state if it is new, else a heartbeat.

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NoReturn, cast
 
-import anyio
 import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -83,13 +82,11 @@ def check_query(given: Iterable[str], known: Sequence[str]) -> None:
     Raises:
         ApiError: a parameter is unknown, or is there twice.
     """
-    seen = set()
-    for name in given:
+    for name, count in Counter(given).items():
         if name not in known:
             raise _unknown(name, known, "query parameter", "unknown_parameter")
-        if name in seen:
+        if count > 1:
             raise ApiError(400, f"the query has {name} twice", "invalid_value", name)
-        seen.add(name)
 
 
 def _unknown(name: str, known: Iterable[str], kind: str, code: str) -> ApiError:
@@ -127,8 +124,11 @@ def check_type(content_type: str | None, content_encoding: str | None, body: byt
     if kind != "application/json" and not (
         kind.startswith("application/") and kind.endswith("+json")
     ):
-        message = "the body must be JSON, and declared so: Content-Type: application/json"
-        raise ApiError(415, message, "unsupported_media_type")
+        raise ApiError(
+            415,
+            "the body must be JSON, and declared so: Content-Type: application/json",
+            "unsupported_media_type",
+        )
 
 
 def read_json(body: bytes) -> object:
