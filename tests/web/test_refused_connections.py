@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 from fake_service import Service
 
-from autoregressive.serve.web import authentication
+from autoregressive.serve.web import checks
 from autoregressive.serve.web import server as web_server
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.authentication import FREE_FAILURES, Authentication
+from autoregressive.serve.web.checks import FREE_FAILURES, Authentication
 from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections
 from autoregressive.serve.web.server import Acceptor
 
@@ -101,7 +101,7 @@ def test_a_warning_a_second_counts_what_happened(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a count is lost or told twice, or there is a line for each."""
-    monkeypatch.setattr(authentication, "_WARNING_SECONDS", 0.05)
+    monkeypatch.setattr(checks, "_WARNING_SECONDS", 0.05)
 
     async def run() -> None:
         guard = Authentication(["key"], lambda path: False)

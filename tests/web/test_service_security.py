@@ -30,7 +30,7 @@ from source_tree import source_files
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
-from autoregressive.serve.web import authentication, guards, http_protocol
+from autoregressive.serve.web import checks, guards, http_protocol
 from autoregressive.serve.web.app import build_app, build_routes
 from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.connections import Connections
@@ -303,7 +303,7 @@ def test_with_the_key_every_route_works(locked: Service, tmp_path: Path) -> None
 
 def test_the_key_is_compared_in_constant_time() -> None:
     """Fails if the time of an answer tells how much of a key is right."""
-    tree = ast.parse(inspect.getsource(authentication.Authentication))
+    tree = ast.parse(inspect.getsource(checks.Authentication))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert "hmac.compare_digest" in called
     for node in ast.walk(tree):

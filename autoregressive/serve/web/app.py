@@ -22,7 +22,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
 from autoregressive.serve.web.app_state import AppState, RequestBroker
-from autoregressive.serve.web.authentication import Authentication, check_host
+from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import Guards, RequestLog
@@ -39,7 +39,6 @@ from autoregressive.serve.web.schema import (
 from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
-from autoregressive.serve.web.strict_route import StrictRoute
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
 
