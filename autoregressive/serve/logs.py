@@ -24,7 +24,6 @@ from datetime import UTC, datetime
 
 _WAITING_BYTES = 4 * 2**20  # of lines that are not written yet; further lines are dropped
 _PIPE_BYTES = 2**20  # of stderr's pipe, or less where the system allows less
-_READ_BYTES = 64 * 2**10
 _LONGEST_LINE_BYTES = 256 * 2**10  # of what others print
 _LAST_LINES_SECONDS = 1.0  # for waiting lines to be written when the process ends
 # A line of stderr's pipe: the lines after it are for people, and are passed on unchanged.
@@ -33,7 +32,6 @@ _log = logging.getLogger("llamagen.service")
 
 
 def _line(level: str, logger: str, message: str, created: float, **fields: object) -> str:
-    """A line of the log without its end."""
     moment = datetime.fromtimestamp(created, tz=UTC).isoformat(timespec="milliseconds")
     told = {"time": moment.replace("+00:00", "Z"), "level": level, "logger": logger}
     return json.dumps(told | {"message": message} | fields, default=str)
@@ -230,7 +228,7 @@ class ServiceLogs:
 
     def _read(self) -> None:
         plain = False
-        with open(self._source, "rb", buffering=_READ_BYTES) as source:
+        with open(self._source, "rb", buffering=64 * 2**10) as source:
             while line := source.readline(_LONGEST_LINE_BYTES):
                 line = line.removesuffix(b"\n")
                 if line == _PLAIN:

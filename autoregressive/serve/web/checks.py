@@ -32,8 +32,6 @@ _WARNING_SECONDS = 1.0  # between two warnings about keys that were not tried
 # An IPv6 address in brackets, or a name or an IPv4 address; with or without a port.
 _HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+?)\.?)(?::[0-9]*)?", re.IGNORECASE)
 _SHOWN_CHARACTERS = 100  # of a name that a client made up
-# Monitors add parameters of their own to /health and the like, which take none.
-_CHECKED_QUERIES = "/v1/"
 # A body of a mebibyte takes up to a fifth of a second to read. Meanwhile the event loop would
 # answer no client, so bodies above this size are read in a thread, one at a time.
 _READ_AT_ONCE_BYTES = 16 * 2**10
@@ -167,9 +165,8 @@ class Authentication:
         scheme, _, credentials = given[0].partition(b" ")
         digest = hashlib.sha256(credentials.lstrip(b" ")).digest()
         matches = [hmac.compare_digest(digest, expected) for expected in self._digests]
-        if len(given) > 1 or scheme.lower() != b"bearer" or not any(matches):
-            return None
-        return matches.index(True)
+        is_bearer = len(given) == 1 and scheme.lower() == b"bearer"
+        return matches.index(True) if is_bearer and any(matches) else None
 
 
 def check_host(scope: Any, public: str | None) -> None:
@@ -212,13 +209,13 @@ class StrictRoute(APIRoute):
         """FastAPI's handler, behind the checks."""
         handle = super().get_route_handler()
         known = [parameter.alias for parameter in self.dependant.query_params]
-        schema: type[BaseModel] | None = None
-        if self.body_field is not None:
-            schema = cast(type[BaseModel], self.body_field.field_info.annotation)
+        field = self.body_field
+        schema = None if field is None else cast(type[BaseModel], field.field_info.annotation)
         reading = anyio.CapacityLimiter(1)
 
         async def check_and_handle(request: Request) -> Response:
-            if self.path.startswith(_CHECKED_QUERIES):
+            # Monitors add parameters of their own to /health and the like, which take none.
+            if self.path.startswith("/v1/"):
                 check_query([name for name, _ in request.query_params.multi_items()], known)
             if schema is not None:
                 body = await request.body()

@@ -513,13 +513,13 @@ class FrontSupervisor:
             front.finish(at_once=False)
         seconds = writing_seconds(self._dispatcher.timeouts.shutdown) + _LEAVE_SECONDS
         deadline, hurries = time.monotonic() + seconds, False
-        while any(front.process.poll() is None for front in writing):
+        while time.monotonic() <= deadline and any(
+            front.process.poll() is None for front in writing
+        ):
             if self._policy.at_once and not hurries:  # told meanwhile, perhaps
                 deadline, hurries = time.monotonic() + _LAST_ANSWERS_SECONDS, True
                 for front in writing:
                     front.finish(at_once=True)
-            if time.monotonic() > deadline:
-                break
             await asyncio.sleep(TICK_SECONDS / 2)
         if not all([front.kill() for front in writing]) and not self._policy.at_once:
             self._policy.status = 1

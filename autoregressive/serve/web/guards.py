@@ -22,8 +22,6 @@ from autoregressive.serve.worker.messages import ServedRequest
 
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
-_RETRY_SECONDS = 5
-_VERSIONS = ("1.0", "1.1", "2", "3")  # the latter two behind another server than ours
 _URL = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
@@ -117,7 +115,8 @@ def _check_head(scope: Scope) -> None:
         raise ApiError(400, "the request has two lengths", "bad_request")
     if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
         raise ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
-    if scope["http_version"] not in _VERSIONS:
+    # the latter two come from another server than ours
+    if scope["http_version"] not in ("1.0", "1.1", "2", "3"):
         raise ApiError(400, "this service speaks HTTP/1.1", "bad_request")
 
 
@@ -132,7 +131,7 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
     """
     context = context_of(scope)
     if keeps and context.connections is not None and (why := context.connections.overload):
-        raise ApiError(503, why, "overloaded", None, _RETRY_SECONDS)
+        raise ApiError(503, why, "overloaded", None, 5)
     too_large = ApiError(413, "the body is too large: at most 1 MiB", "body_too_large")
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths):

@@ -36,7 +36,6 @@ _REFUSE_AFTER_SECONDS = 0.5
 # system would reset the connection, and the client would lose the answer.
 _DRAIN_SECONDS = 1.0
 _DRAIN_BYTES = 2 * 2**20
-_STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger("llamagen.service")
 
 
@@ -153,9 +152,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def protocol() -> PatientProtocol:
-            state: dict[str, Any] = self.lifespan.state
             return PatientProtocol(
-                self.config, self.server_state, state, loop, connections=self._connections
+                self.config,
+                self.server_state,
+                self.lifespan.state,
+                loop,
+                connections=self._connections,
             )
 
         acceptors = [Acceptor(listener, protocol, self._connections) for listener in sockets or []]
@@ -226,7 +228,7 @@ class Acceptor:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
-                if error.errno in _STARVED:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._connections.starve()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
@@ -280,9 +282,13 @@ class _Refusal(asyncio.Protocol):
         request_id = new_request_id()
         client = transport.get_extra_info("peername")
         # A warning a second counts the refused ones.
-        line = {"request_id": request_id, "client": client and client[0], "status": 503}
-        logging.getLogger(REQUESTS).debug("request", extra={"fields": line})
-        self.transport.write(_refusal(request_id))
+        fields = {"request_id": request_id, "client": client and client[0], "status": 503}
+        logging.getLogger(REQUESTS).debug("request", extra={"fields": fields})
+        error = ApiError(503, "all connections are busy: try again later", "overloaded", None, 5)
+        headers, body = error.encode(last=True)
+        headers.append((b"x-request-id", request_id.encode()))
+        lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers)]
+        self.transport.write(b"\r\n".join([*lines, b"", body]))
         if len(self._others) >= REFUSED_SOCKETS:
             self.transport.close()
             return
@@ -300,12 +306,3 @@ class _Refusal(asyncio.Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._others.discard(self)
-
-
-def _refusal(request_id: str) -> bytes:
-    """The bytes of the answer to a client that found all connections busy."""
-    error = ApiError(503, "all connections are busy: try again later", "overloaded", None, 5)
-    headers, body = error.encode(last=True)
-    headers.append((b"x-request-id", request_id.encode()))
-    lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%b: %b" % header for header in headers)]
-    return b"\r\n".join([*lines, b"", body])

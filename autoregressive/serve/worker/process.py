@@ -27,9 +27,6 @@ from autoregressive.serve.signals import SIGNALS
 ChildProcess = subprocess.Popen[bytes]
 _HEAD = struct.Struct("<Q")  # bytes of the pickled function that follow
 _WAITING_BYTES = 4 * 2**20  # in a connection
-# New objects after which the garbage collector looks at them: by default 700, or 2000 from Python
-# 3.13 on.
-_NEW_OBJECTS = 20_000
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _LAST_LINES_SECONDS = 1.0
 _log = logging.getLogger("llamagen.service")
@@ -161,7 +158,8 @@ def settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+    # after so many new objects; by default after 700, or 2000 from Python 3.13 on
+    gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
 
 if __name__ == "__main__":

@@ -206,9 +206,7 @@ def _bytes_of(message: Any) -> int:
 def _superseding_key(message: Any) -> tuple[Any, ...] | None:
     """A newer message with the same key supersedes an older one. None: it supersedes nothing."""
     fields = getattr(message, "SUPERSEDES", None)
-    if fields is None:
-        return None
-    return (type(message), *(getattr(message, field) for field in fields))
+    return None if fields is None else (type(message), *(getattr(message, one) for one in fields))
 
 
 class AwakeClock:
@@ -368,7 +366,6 @@ class Channel:
         return not self._unsent and bool(self._urgent or self._waiting)
 
     def _read(self) -> None:
-        """Reads a few of the frames that have come."""
         for _ in range(_FRAMES_A_TURN):
             if not self._read_frame():
                 return
