@@ -173,13 +173,6 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
     return writer
 
 
-def log_in_child(level: str) -> LineWriter:
-    """Logs everything in a process that the service has started, its stdout included."""
-    os.dup2(2, 1)
-    faulthandler.enable()
-    return log_everything(2, level)
-
-
 class ServiceLogs:
     """The log, and the messages for people on stdout. Made by `service_logs`.
 
@@ -217,9 +210,8 @@ class ServiceLogs:
             if sys.stderr is not None:
                 sys.stderr.flush()
         faulthandler.disable()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)  # ends the pipe
-        os.close(nowhere)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # ends the pipe
         deadline = time.monotonic() + _LAST_LINES_SECONDS
         self._reading.join(_LAST_LINES_SECONDS)
         if self.writer.drain(max(0.0, deadline - time.monotonic())):

@@ -9,6 +9,7 @@ up its log. Only then does it import anything that takes long, so nothing here d
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from autoregressive.serve.logs import log_in_child
+from autoregressive.serve.logs import log_everything
 from autoregressive.serve.signals import SIGNALS
 
 ChildProcess = subprocess.Popen[bytes]
@@ -111,7 +112,9 @@ def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    writer = log_in_child("info")
+    os.dup2(2, 1)  # what is printed on stdout belongs to the log, too
+    faulthandler.enable()
+    writer = log_everything(2, "info")
     status = 1
     try:
         work()
