@@ -183,7 +183,7 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
         moment = silent
         assert front.hangs == hangs
-        front._channel.close()
+        front.channel.close()
         theirs.close()
 
     asyncio.run(go())

@@ -420,8 +420,8 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait() -
             front._forward(number, Progress(99, number, 1.0))
         front._take(AskMetrics(5))
         front._take(EngineRequest(7, 1, 1, SamplingParams(), True))
-        await front._channel.drain(5)
-        front._channel.close()
+        await front.channel.drain(5)
+        front.channel.close()
         heard = receive(theirs, FRONT_KINDS) + receive(theirs, FRONT_KINDS)
         theirs.close()
         return heard

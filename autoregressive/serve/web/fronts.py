@@ -334,7 +334,7 @@ class FrontLink:
         self.connection_stats = ConnectionStats()
         self._heard_at = dispatcher.clock.now()
         self._told: State | None = None
-        self._channel = Channel(connection, FRONT_KINDS, self._take, self._leave)
+        self.channel = Channel(connection, FRONT_KINDS, self._take, self._leave)
 
     @property
     def silent_seconds(self) -> float:
@@ -345,8 +345,7 @@ class FrontLink:
     def hangs(self) -> bool:
         """Whether it has been silent for too long, or its waiting messages endanger the memory."""
         return self.silent_seconds > self._dispatcher.timeouts.step or (
-            self.silent_seconds > SILENT_SECONDS
-            and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
+            self.silent_seconds > SILENT_SECONDS and self.channel.waiting_bytes > _MOST_BEHIND_BYTES
         )
 
     def tell(self, state: State) -> None:
@@ -367,23 +366,15 @@ class FrontLink:
         )
         if state != self._told:
             self._told = state
-            self._channel.put(state)
-        elif self._channel.idle:
-            self._channel.put(Heartbeat())
-
-    def finish(self, *, at_once: bool) -> None:
-        """Tells it to end.
-
-        Args:
-            at_once: without waiting for anything.
-        """
-        self._channel.put(Finish(at_once), urgent=at_once)
+            self.channel.put(state)
+        elif self.channel.idle:
+            self.channel.put(Heartbeat())
 
     def kill(self) -> bool:
         """Ends it for certain; returns whether it had ended in order by itself."""
         self.process.kill()
         status = self.process.wait()
-        self._channel.close()
+        self.channel.close()
         return status == 0
 
     def _take(self, message: Up | EngineRequest | Cancel | AskMetrics) -> None:
@@ -400,7 +391,7 @@ class FrontLink:
                     self._dispatcher.abandon(served)
             case AskMetrics(question=question):
                 text = self._dispatcher.metrics.text()
-                self._channel.put(MetricsText(question, text), urgent=True)
+                self.channel.put(MetricsText(question, text), urgent=True)
             case _:
                 assert_never(message)
 
@@ -412,11 +403,11 @@ class FrontLink:
             if not isinstance(error, ApiError):
                 _log.exception("a request could not be accepted")
                 error = internal_error()
-            self._channel.put(Refused(number, error), urgent=True)
+            self.channel.put(Refused(number, error), urgent=True)
             return
         self._requests[number] = served
         ahead = self._dispatcher.ahead_of(served) if request.watched else 0
-        self._channel.put(Accepted(number, ahead))
+        self.channel.put(Accepted(number, ahead))
 
     def _leave(self) -> None:
         for served in list(self._requests.values()):  # their clients have gone with it
@@ -424,7 +415,7 @@ class FrontLink:
         self._gone()
 
     def _forward(self, number: int, event: RequestEvent) -> None:
-        self._channel.put(replace(event, request_id=number))
+        self.channel.put(replace(event, request_id=number))
         if isinstance(event, Ended):
             del self._requests[number]
 
@@ -510,7 +501,7 @@ class FrontSupervisor:
         self._ends = True
         writing = [front for front in self._fronts if front.up]
         for front in writing:
-            front.finish(at_once=False)
+            front.channel.put(Finish(at_once=False))
         seconds = writing_seconds(self._dispatcher.timeouts.shutdown) + _LEAVE_SECONDS
         deadline, hurries = time.monotonic() + seconds, False
         while time.monotonic() <= deadline and any(
@@ -519,7 +510,7 @@ class FrontSupervisor:
             if self._policy.at_once and not hurries:  # told meanwhile, perhaps
                 deadline, hurries = time.monotonic() + _LAST_ANSWERS_SECONDS, True
                 for front in writing:
-                    front.finish(at_once=True)
+                    front.channel.put(Finish(at_once=True), urgent=True)
             await asyncio.sleep(TICK_SECONDS / 2)
         if not all([front.kill() for front in writing]) and not self._policy.at_once:
             self._policy.status = 1
