@@ -92,11 +92,13 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
     Raises:
         UserError: the address is taken, or not this machine's.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
 
     def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
         listener = socket.create_server(
-            (settings.host, port), family=family, backlog=2048, reuse_port=reuse_port
+            (settings.host, port),
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            backlog=2048,
+            reuse_port=reuse_port,
         )
         # Connections inherit all of these. The first is what the system holds for a reader.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 * 2**10)

@@ -320,15 +320,16 @@ def read_json(body: bytes) -> object:
             front is ignored.
     """
     try:
-        text = body.decode("utf-8-sig")
+        return json.loads(
+            body.decode("utf-8-sig"),
+            parse_float=_number,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_fields,
+        )
     except UnicodeDecodeError as error:
         raise ApiError(
             400, f"the body is not UTF-8 (at byte {error.start})", "invalid_json"
         ) from error
-    try:
-        return json.loads(
-            text, parse_float=_number, parse_constant=_refuse_constant, object_pairs_hook=_fields
-        )
     except json.JSONDecodeError as error:
         raise ApiError(
             400, f"the body is not JSON (at character {error.pos})", "invalid_json"

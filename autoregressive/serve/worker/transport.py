@@ -25,7 +25,6 @@ from autoregressive.serve.worker.messages import KINDS
 from autoregressive.serve.worker.process import receive_bytes
 
 _HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
-HEAD_BYTES = _HEAD.size
 _MOST_MESSAGES = 16  # in a frame
 _ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behind them
 _FAR_BEHIND = 64  # with more waiting messages, only the newest of those that supersede each other
@@ -56,7 +55,7 @@ def encode(messages: Iterable[Any]) -> bytes:
 
 def frame_bytes(head: bytes | bytearray) -> int:
     """The length of a whole frame, its head included, from its head."""
-    return HEAD_BYTES + sum(_HEAD.unpack_from(head))
+    return _HEAD.size + sum(_HEAD.unpack_from(head))
 
 
 def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[Any]:
@@ -66,9 +65,9 @@ def decode(frame: bytes | bytearray, kinds: Mapping[str, type] = KINDS) -> list[
         kinds: the kinds that they may be of, by name.
     """
     length, _ = _HEAD.unpack_from(frame)
-    place = HEAD_BYTES + length
+    place = _HEAD.size + length
     messages = []
-    for name, fields, size in json.loads(frame[HEAD_BYTES:place]):
+    for name, fields, size in json.loads(frame[_HEAD.size : place]):
         kind = kinds[name]
         for field, annotation in kind.__annotations__.items():
             if annotation is bytes:
@@ -88,8 +87,8 @@ def receive(connection: socket.socket, kinds: Mapping[str, type] = KINDS) -> lis
     Raises:
         EOFError: the other side has gone.
     """
-    head = receive_bytes(connection, HEAD_BYTES)
-    return decode(head + receive_bytes(connection, frame_bytes(head) - HEAD_BYTES), kinds)
+    head = receive_bytes(connection, _HEAD.size)
+    return decode(head + receive_bytes(connection, frame_bytes(head) - _HEAD.size), kinds)
 
 
 class Backlog:
@@ -264,7 +263,7 @@ class Channel:
         self._unsent = _NOTHING  # of a frame
         self._about_to_write = False
         self._writable = True  # as far as is known
-        self._frame = bytearray(HEAD_BYTES)  # that comes: its head, then all of it
+        self._frame = bytearray(_HEAD.size)  # that comes: its head, then all of it
         self._missing = memoryview(self._frame)
         self._loop.add_reader(connection, self._read)
 
@@ -378,10 +377,10 @@ class Channel:
                 if count == 0:
                     raise EOFError
                 self._missing = self._missing[count:]
-                if not self._missing and len(self._frame) == HEAD_BYTES:  # its head is complete
+                if not self._missing and len(self._frame) == _HEAD.size:  # its head is complete
                     head, self._frame = self._frame, bytearray(frame_bytes(self._frame))
-                    self._frame[:HEAD_BYTES] = head
-                    self._missing = memoryview(self._frame)[HEAD_BYTES:]
+                    self._frame[: _HEAD.size] = head
+                    self._missing = memoryview(self._frame)[_HEAD.size :]
             messages = decode(self._frame, self._kinds)
         except (BlockingIOError, InterruptedError):
             return False
@@ -390,7 +389,7 @@ class Channel:
                 _log.exception("messages could not be read")
             self._lose()
             return False
-        self._frame = bytearray(HEAD_BYTES)
+        self._frame = bytearray(_HEAD.size)
         self._missing = memoryview(self._frame)
         for message in messages:
             if self._closed:
