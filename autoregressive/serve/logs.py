@@ -85,7 +85,7 @@ class LineWriter:
         """Queues a line, as `logging.StreamHandler` has it."""
         self.put(text.encode())
 
-    def drain(self, timeout: float) -> bool:
+    def drain(self, timeout: float = _LAST_LINES_SECONDS) -> bool:
         """Waits until all lines are written, at most `timeout` seconds; returns whether they
         are.
         """

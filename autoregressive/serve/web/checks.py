@@ -224,13 +224,13 @@ class StrictRoute(APIRoute):
                     request.headers.get("content-encoding"),
                     body,
                 )
+                # into the place where starlette keeps what it has read itself
                 if len(body) <= _READ_AT_ONCE_BYTES:
-                    content = read_fields(body, schema)
+                    request._json = read_fields(body, schema)
                 else:
-                    content = await anyio.to_thread.run_sync(
+                    request._json = await anyio.to_thread.run_sync(
                         read_fields, body, schema, limiter=reading
                     )
-                request._json = content  # where starlette keeps what it has read itself
             return await handle(request)
 
         return check_and_handle

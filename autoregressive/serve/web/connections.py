@@ -21,7 +21,6 @@ _CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is it
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 MOST_DESCRIPTORS = 65535  # more are not needed, and some systems allow a thousand million
 _DEFAULT_CONNECTIONS = 4096
-_LEAST_CONNECTIONS = 8
 REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
 # Beside connections: the standard streams, the event loop's own, listeners, stored files that are
 # being written or read (eight at a time), libraries' files, and connections that have been closed
@@ -66,7 +65,7 @@ def connection_limit(asked: int | None, children: int) -> int:
     """
     *_, limit = _descriptor_limits()
     fit = limit - _RESERVE - _RESERVE_FOR_A_CHILD * children
-    if fit < _LEAST_CONNECTIONS:
+    if fit < 8:
         raise UserError(
             f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"
         )

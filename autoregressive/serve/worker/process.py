@@ -29,7 +29,6 @@ ChildProcess = subprocess.Popen[bytes]
 _HEAD = struct.Struct("<Q")  # bytes of the pickled function that follow
 _WAITING_BYTES = 4 * 2**20  # in a connection
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_LAST_LINES_SECONDS = 1.0
 _log = logging.getLogger("llamagen.service")
 
 
@@ -51,7 +50,6 @@ def start_child(
     ours, theirs = connect()
     descriptors = [one.fileno() for one in (theirs, *sockets)]
     arguments = [name, str(os.getpid()), *map(str, descriptors)]
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     # signals to the process are held back until it ignores them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -59,7 +57,7 @@ def start_child(
             [sys.executable, "-P", "-m", __name__, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -126,7 +124,7 @@ def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     except BaseException:
         _log.critical("%s has ended by an error", name, exc_info=True)
     finally:
-        writer.drain(_LAST_LINES_SECONDS)
+        writer.drain()
         os._exit(status)
 
 

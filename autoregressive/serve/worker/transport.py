@@ -31,7 +31,6 @@ _FAR_BEHIND = 64  # with more waiting messages, only the newest of those that su
 # A process that has not been heard of for so long is not well; within 2 s all others know.
 SILENT_SECONDS = 1.5
 TICK_SECONDS = 0.1  # between two looks at an `AwakeClock`
-_LONGEST_TICK_SECONDS = 0.5
 _FRAMES_A_TURN = 8  # of the event loop, at most
 _NOTHING = memoryview(b"")
 _log = logging.getLogger("llamagen.messages")
@@ -224,7 +223,7 @@ class AwakeClock:
     def now(self) -> float:
         """Seconds since it was made; looks at the clock."""
         before, self._looked_at = self._looked_at, self._clock()
-        self._awake += min(self._looked_at - before, _LONGEST_TICK_SECONDS)
+        self._awake += min(self._looked_at - before, 0.5)
         return self._awake
 
 
