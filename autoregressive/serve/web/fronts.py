@@ -373,9 +373,8 @@ class FrontLink:
     def kill(self) -> bool:
         """Ends it for certain; returns whether it had ended in order by itself."""
         self.process.kill()
-        status = self.process.wait()
         self.channel.close()
-        return status == 0
+        return self.process.wait() == 0
 
     def _take(self, message: Up | EngineRequest | Cancel | AskMetrics) -> None:
         self._heard_at = self._dispatcher.clock.now()
