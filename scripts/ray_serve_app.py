@@ -13,13 +13,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from autoregressive.errors import UserError
 from autoregressive.serve.lifecycle import prepare
 from autoregressive.serve.logs import log_our_loggers
 from autoregressive.serve.web.app import build_service_app, start_dispatcher
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import App, Receive, Scope, Send
 from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.web.store import StoreClaim
@@ -31,7 +31,7 @@ class ReplicaApp:
     """
 
     def __init__(self) -> None:
-        self._service: tuple[App, Dispatcher, ThreadPoolExecutor] | None = None
+        self._service: tuple[ASGIApp, Dispatcher, ThreadPoolExecutor] | None = None
 
     @property
     def failure(self) -> object:

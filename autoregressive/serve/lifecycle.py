@@ -29,7 +29,6 @@ from autoregressive.serve.worker.worker import MakeEngine, StartProcess, build_e
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
-_SEND_BUFFER_BYTES = 128 * 2**10  # that the system holds for a connection's reader
 # Of connections. A client that vanishes without a word, as when its cable is pulled, is noticed
 # within half a minute: by probes that it does not answer, or by data that it does not confirm.
 # Without TCP_NODELAY the second part of an answer waits 40 ms for the client to confirm the first.
@@ -74,8 +73,13 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
 
     def recipe(index: int) -> MakeEngine:
         device = torch.device("cuda", index) if settings.engines > 1 else model.device
-        typical = settings.model.defaults.sampling
-        return partial(build_engine, replace(model, device=device), found, settings.engine, typical)
+        return partial(
+            build_engine,
+            replace(model, device=device),
+            found,
+            settings.engine,
+            model.defaults.sampling,
+        )
 
     return served_model(settings, found), recipe
 
@@ -88,15 +92,16 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
     Raises:
         UserError: the address is taken, or not this machine's.
     """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    shared = settings.fronts > 1
 
     def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
         listener = socket.create_server(
-            (settings.host, port), family=family, backlog=2048, reuse_port=reuse_port
+            (settings.host, port),
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            backlog=2048,
+            reuse_port=reuse_port,
         )
-        # connections inherit all of these
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        # Connections inherit all of these. The first is what the system holds for a reader.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 * 2**10)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _TCP_OPTIONS.items():
             if hasattr(socket, name):  # the names are Linux's
@@ -107,16 +112,16 @@ def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
         try:
             # Not shared at first, so that a service that has the address already is noticed.
             listeners = [open_socket(settings.port, reuse_port=False)]
-            if shared:
+            if settings.fronts > 1:
                 port = listeners[0].getsockname()[1]
                 listeners[0].close()
                 listeners = [open_socket(port, reuse_port=True) for _ in range(settings.fronts)]
         except (OSError, ValueError) as error:
             number = error.errno if isinstance(error, OSError) else None
             why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
-            where = f"{settings.host} port {settings.port}"
             raise UserError(
-                f"cannot listen on {where}: {why}; choose another --port or --host"
+                f"cannot listen on {settings.host} port {settings.port}: {why}; "
+                "choose another --port or --host"
             ) from error
         yield listeners
 

@@ -24,7 +24,6 @@ from datetime import UTC, datetime
 
 _WAITING_BYTES = 4 * 2**20  # of lines that are not written yet; further lines are dropped
 _PIPE_BYTES = 2**20  # of stderr's pipe, or less where the system allows less
-_READ_BYTES = 64 * 2**10
 _LONGEST_LINE_BYTES = 256 * 2**10  # of what others print
 _LAST_LINES_SECONDS = 1.0  # for waiting lines to be written when the process ends
 # A line of stderr's pipe: the lines after it are for people, and are passed on unchanged.
@@ -33,7 +32,6 @@ _log = logging.getLogger("llamagen.service")
 
 
 def _line(level: str, logger: str, message: str, created: float, **fields: object) -> str:
-    """A line of the log without its end."""
     moment = datetime.fromtimestamp(created, tz=UTC).isoformat(timespec="milliseconds")
     told = {"time": moment.replace("+00:00", "Z"), "level": level, "logger": logger}
     return json.dumps(told | {"message": message} | fields, default=str)
@@ -47,8 +45,8 @@ class JsonFormatter(logging.Formatter):
         fields = dict(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
             fields["exception"] = self.formatException(record.exc_info)
-        level, message = record.levelname.lower(), record.getMessage()
-        return _line(level, record.name, message, record.created, **fields)
+        level = record.levelname.lower()
+        return _line(level, record.name, record.getMessage(), record.created, **fields)
 
 
 class LineWriter:
@@ -87,7 +85,7 @@ class LineWriter:
         """Queues a line, as `logging.StreamHandler` has it."""
         self.put(text.encode())
 
-    def drain(self, timeout: float) -> bool:
+    def drain(self, timeout: float = _LAST_LINES_SECONDS) -> bool:
         """Waits until all lines are written, at most `timeout` seconds; returns whether they
         are.
         """
@@ -175,13 +173,6 @@ def log_everything(descriptor: int, level: str) -> LineWriter:
     return writer
 
 
-def log_in_child(level: str) -> LineWriter:
-    """Logs everything in a process that the service has started, its stdout included."""
-    os.dup2(2, 1)
-    faulthandler.enable()
-    return log_everything(2, level)
-
-
 class ServiceLogs:
     """The log, and the messages for people on stdout. Made by `service_logs`.
 
@@ -219,9 +210,8 @@ class ServiceLogs:
             if sys.stderr is not None:
                 sys.stderr.flush()
         faulthandler.disable()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)  # ends the pipe
-        os.close(nowhere)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # ends the pipe
         deadline = time.monotonic() + _LAST_LINES_SECONDS
         self._reading.join(_LAST_LINES_SECONDS)
         if self.writer.drain(max(0.0, deadline - time.monotonic())):
@@ -230,7 +220,7 @@ class ServiceLogs:
 
     def _read(self) -> None:
         plain = False
-        with open(self._source, "rb", buffering=_READ_BYTES) as source:
+        with open(self._source, "rb", buffering=64 * 2**10) as source:
             while line := source.readline(_LONGEST_LINE_BYTES):
                 line = line.removesuffix(b"\n")
                 if line == _PLAIN:
@@ -251,12 +241,9 @@ def _duplicate(descriptor: int) -> int:
 
 
 def _is_json_object(line: bytes) -> bool:
-    if not line.startswith(b"{"):
-        return False
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        return line.startswith(b"{") and isinstance(json.loads(line), dict)
+    return False
 
 
 @contextlib.contextmanager

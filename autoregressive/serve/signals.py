@@ -75,8 +75,7 @@ class SignalWatch:
             self._receive(signal.Signals(signal.sigwait(self._numbers)))
 
     def _receive(self, number: signal.Signals) -> None:
-        take = self._take
-        if take is None:
+        if self._take is None:
             _end_before_the_service(number)
         now = time.monotonic()
         if self._count == 0:
@@ -84,7 +83,7 @@ class SignalWatch:
         elif now - self._first_at < _SAME_SECONDS:
             return
         self._count += 1
-        take()
+        self._take()
         if self._count == 2:
             forcing = threading.Timer(_FORCED_SECONDS, self._force)
             forcing.daemon = True

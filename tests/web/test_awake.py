@@ -10,11 +10,10 @@ import pytest
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web import fronts
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.channel import SILENT_SECONDS, AwakeClock
 from autoregressive.serve.web.fronts import Accepted, RemoteBroker, State
 from autoregressive.serve.worker.messages import Ended, EngineRequest, Heartbeat
 from autoregressive.serve.worker.process import connect
-from autoregressive.serve.worker.transport import encode
+from autoregressive.serve.worker.transport import SILENT_SECONDS, AwakeClock, encode
 
 ORDER = EngineRequest(-1, 1, 1, SamplingParams(), True)
 READY = State(None, None, 0, 1, (), ())

@@ -9,7 +9,6 @@ from typing import cast
 import pytest
 
 from autoregressive.serve.web import fronts
-from autoregressive.serve.web.channel import SILENT_SECONDS, Channel
 from autoregressive.serve.web.connections import ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts import FrontLink, State, Up
@@ -23,7 +22,7 @@ from autoregressive.serve.worker.messages import (
     Started,
 )
 from autoregressive.serve.worker.process import ChildProcess, connect
-from autoregressive.serve.worker.transport import Backlog, Outbox, receive
+from autoregressive.serve.worker.transport import SILENT_SECONDS, Backlog, Channel, Outbox, receive
 
 REQUESTS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
 LARGE = Image(99, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
@@ -184,7 +183,7 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
         front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
         moment = silent
         assert front.hangs == hangs
-        front._channel.close()
+        front.channel.close()
         theirs.close()
 
     asyncio.run(go())

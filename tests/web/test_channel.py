@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.serve.web.channel import Channel
 from autoregressive.serve.worker.messages import (
     KINDS,
     Cancel,
@@ -25,7 +24,7 @@ from autoregressive.serve.worker.messages import (
     Stop,
 )
 from autoregressive.serve.worker.process import connect
-from autoregressive.serve.worker.transport import encode, receive
+from autoregressive.serve.worker.transport import Channel, encode, receive
 
 LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
 

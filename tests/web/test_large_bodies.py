@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from test_service_connections import address
 
-from autoregressive.serve.web import strict_route
+from autoregressive.serve.web import checks
+from autoregressive.serve.web.checks import StrictRoute, read_fields
 from autoregressive.serve.web.schema import ImageRequest
-from autoregressive.serve.web.strict_route import StrictRoute, read_fields
 
 REQUESTS = 12
 # of which 24 MiB are the bodies, and most of the rest is reading one
@@ -73,14 +73,14 @@ def test_long_bodies_are_not_read_in_the_event_loop(
     monkeypatch: pytest.MonkeyPatch, size: int, in_the_loop: bool
 ) -> None:
     """Fails if everybody waits while a long body is read, or a short one takes a thread."""
-    read_json = strict_route.read_json
+    read_json = checks.read_json
     threads: list[str] = []
 
     def watched(body: bytes) -> object:
         threads.append(threading.current_thread().name)
         return read_json(body)
 
-    monkeypatch.setattr(strict_route, "read_json", watched)
+    monkeypatch.setattr(checks, "read_json", watched)
     app = FastAPI()
     app.router.route_class = StrictRoute
     loops: list[str] = []

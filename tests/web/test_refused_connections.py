@@ -11,12 +11,12 @@ from typing import Any, cast
 import pytest
 from fake_service import Service
 
-from autoregressive.serve.web import acceptor as web_acceptor
-from autoregressive.serve.web import authentication
-from autoregressive.serve.web.acceptor import Acceptor
+from autoregressive.serve.web import checks
+from autoregressive.serve.web import server as web_server
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.authentication import FREE_FAILURES, Authentication
+from autoregressive.serve.web.checks import FREE_FAILURES, Authentication
 from autoregressive.serve.web.connections import REFUSED_SOCKETS, Connections
+from autoregressive.serve.web.server import Acceptor
 
 
 def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]]) -> None:
@@ -35,7 +35,7 @@ def on_a_full_process(visit: Callable[[int, Acceptor], Coroutine[Any, Any, None]
 
 @pytest.fixture(autouse=True)
 def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web_acceptor, "_REFUSE_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(web_server, "_REFUSE_AFTER_SECONDS", 0.0)
 
 
 def test_a_refusal_reaches_who_still_sends() -> None:
@@ -101,7 +101,7 @@ def test_a_warning_a_second_counts_what_happened(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if a count is lost or told twice, or there is a line for each."""
-    monkeypatch.setattr(authentication, "_WARNING_SECONDS", 0.05)
+    monkeypatch.setattr(checks, "_WARNING_SECONDS", 0.05)
 
     async def run() -> None:
         guard = Authentication(["key"], lambda path: False)

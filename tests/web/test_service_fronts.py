@@ -23,10 +23,9 @@ from test_service_promises import burst, send, status_of
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.channel import AwakeClock
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts import (
-    KINDS,
+    FRONT_KINDS,
     Accepted,
     AskMetrics,
     Finish,
@@ -41,7 +40,7 @@ from autoregressive.serve.web.fronts import (
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.worker.messages import Cancel, Ended, EngineRequest, Progress
 from autoregressive.serve.worker.process import ChildProcess, connect
-from autoregressive.serve.worker.transport import encode, receive
+from autoregressive.serve.worker.transport import AwakeClock, encode, receive
 
 pytestmark = pytest.mark.timing
 FLAGS = (
@@ -383,7 +382,9 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         heard: list[type] = []
         while len(heard) < 2:
             heard += [
-                type(message) for message in receive(theirs, KINDS) if not isinstance(message, Up)
+                type(message)
+                for message in receive(theirs, FRONT_KINDS)
+                if not isinstance(message, Up)
             ]
         assert heard == [EngineRequest, Cancel]
         theirs.sendall(encode([Finish(at_once=True)]))
@@ -393,7 +394,7 @@ def test_what_is_asked_of_a_front_that_is_given_up_is_forgotten() -> None:
         await broker.close()
         told: list[Up] = []
         while not any(up.answered for up in told):
-            told += receive(theirs, KINDS)
+            told += receive(theirs, FRONT_KINDS)
         assert told[-1].answered == {"success": 1}
         theirs.close()
 
@@ -419,9 +420,9 @@ def test_a_front_hears_of_refusals_and_metrics_before_the_pictures_that_wait() -
             front._forward(number, Progress(99, number, 1.0))
         front._take(AskMetrics(5))
         front._take(EngineRequest(7, 1, 1, SamplingParams(), True))
-        await front._channel.drain(5)
-        front._channel.close()
-        heard = receive(theirs, KINDS) + receive(theirs, KINDS)
+        await front.channel.drain(5)
+        front.channel.close()
+        heard = receive(theirs, FRONT_KINDS) + receive(theirs, FRONT_KINDS)
         theirs.close()
         return heard
 

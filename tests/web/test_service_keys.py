@@ -12,9 +12,9 @@ import httpx2
 import pytest
 from fake_service import Service, running_service
 
-from autoregressive.serve.web import authentication
+from autoregressive.serve.web import checks
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.authentication import (
+from autoregressive.serve.web.checks import (
     FAILURE_SECONDS,
     FREE_FAILURES,
     MOST_NETWORKS,
@@ -300,13 +300,13 @@ def test_the_comparison_looks_at_every_key(monkeypatch: pytest.MonkeyPatch) -> N
     own length.
     """
     compared: list[tuple[int, int]] = []
-    compare = authentication.hmac.compare_digest
+    compare = checks.hmac.compare_digest
 
     def watch(given: bytes, expected: bytes) -> bool:
         compared.append((len(given), len(expected)))
         return compare(given, expected)
 
-    monkeypatch.setattr(authentication.hmac, "compare_digest", watch)
+    monkeypatch.setattr(checks.hmac, "compare_digest", watch)
     door = Door(OLD, NEW, LONGER)
     for key in (OLD, NEW, LONGER, "", "x" * 5000):
         compared.clear()

@@ -28,13 +28,13 @@ from fake_service import Service, fake_model, running_service
 from fastapi.routing import APIRoute
 from source_tree import source_files
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
-from autoregressive.serve.web import authentication, guards, http_protocol
+from autoregressive.serve.web import checks, guards, http_protocol
 from autoregressive.serve.web.app import build_app, build_routes
 from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import App
 from autoregressive.serve.web.store import Store
 from autoregressive.serve.web.timeouts import Timeouts
 
@@ -120,7 +120,9 @@ def error_of(answer: bytes) -> dict[str, Any]:
 # 1. The key
 
 
-def without_engines(folder: Path, use: Callable[[App], Awaitable[None]], **settings: Any) -> None:
+def without_engines(
+    folder: Path, use: Callable[[ASGIApp], Awaitable[None]], **settings: Any
+) -> None:
     """The application in this process; with no engine behind it, whatever draws runs into a bug."""
 
     async def run() -> None:
@@ -301,7 +303,7 @@ def test_with_the_key_every_route_works(locked: Service, tmp_path: Path) -> None
 
 def test_the_key_is_compared_in_constant_time() -> None:
     """Fails if the time of an answer tells how much of a key is right."""
-    tree = ast.parse(inspect.getsource(authentication.Authentication))
+    tree = ast.parse(inspect.getsource(checks.Authentication))
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert "hmac.compare_digest" in called
     for node in ast.walk(tree):
@@ -779,7 +781,7 @@ def test_while_it_is_loaded_it_tells_nothing(tmp_path: Path) -> None:
 def test_a_bug_tells_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A 500 in the same shape and with a number; the traceback is in the log, under that number."""
 
-    async def draw(app: App) -> None:
+    async def draw(app: ASGIApp) -> None:
         transport = httpx2.ASGITransport(cast(Any, app))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for path in ("/v1/images/generations", "/v1/images/stream", "/v1/codes"):

@@ -13,10 +13,9 @@ from fake_service import running_service
 from test_awake import ORDER, Front, until
 
 from autoregressive.serve.web.api_errors import ApiError
-from autoregressive.serve.web.channel import SILENT_SECONDS
-from autoregressive.serve.web.fronts import KINDS, State, Up
+from autoregressive.serve.web.fronts import FRONT_KINDS, State, Up
 from autoregressive.serve.worker.messages import Heartbeat
-from autoregressive.serve.worker.transport import receive
+from autoregressive.serve.worker.transport import SILENT_SECONDS, receive
 
 
 class Clock:
@@ -74,7 +73,7 @@ def test_answers_are_counted_together() -> None:
         clock.moment += 1
         told: list[Up] = []
         while not any(up.answered for up in told):
-            told += await asyncio.to_thread(receive, front.dispatcher, KINDS)
+            told += await asyncio.to_thread(receive, front.dispatcher, FRONT_KINDS)
         assert told[-1].answered == {"invalid": 2000, "success": 1000}
         front.say(Heartbeat())
 

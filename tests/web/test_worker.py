@@ -25,7 +25,6 @@ from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState
-from autoregressive.serve.web.channel import AwakeClock
 from autoregressive.serve.web.clients import WaitingPlaces
 from autoregressive.serve.web.dispatcher import EngineLink
 from autoregressive.serve.worker import messages
@@ -46,7 +45,7 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.previews import fill_undrawn
 from autoregressive.serve.worker.process import ChildProcess, connect, start_child
-from autoregressive.serve.worker.transport import Outbox, decode, encode, receive
+from autoregressive.serve.worker.transport import AwakeClock, Outbox, decode, encode, receive
 from autoregressive.serve.worker.worker import serve
 
 GRID = round(TOKENS**0.5)

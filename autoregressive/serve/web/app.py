@@ -17,14 +17,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
 from autoregressive.serve.web.app_state import AppState, RequestBroker
-from autoregressive.serve.web.authentication import Authentication, check_host
+from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import App, Guards, Receive, RequestLog, Scope, Send
+from autoregressive.serve.web.guards import Guards, RequestLog
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.schema import (
@@ -38,7 +39,6 @@ from autoregressive.serve.web.schema import (
 from autoregressive.serve.web.server_settings import ServerSettings
 from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
-from autoregressive.serve.web.strict_route import StrictRoute
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
 
@@ -134,7 +134,7 @@ def build_service_app(
     broker: RequestBroker,
     address: str,
     share: Share = _ONLY,
-) -> tuple[App, ThreadPoolExecutor]:
+) -> tuple[ASGIApp, ThreadPoolExecutor]:
     """The application, and the threads that make its pictures' files.
 
     Args:
@@ -161,7 +161,7 @@ def build_service_app(
         public_host=settings.public_host,
     )
     if settings.forwarded_allow_ips is not None:
-        app = cast(App, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
+        app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
     return app, encoders
 
 
@@ -172,7 +172,7 @@ def build_app(
     docs: bool,
     api_keys: Sequence[str],
     public_host: str | None = None,
-) -> App:
+) -> ASGIApp:
     """The whole service.
 
     Args:

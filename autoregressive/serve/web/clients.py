@@ -5,7 +5,6 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 _HOST_BITS = 64  # of an IPv6 address: a subscriber may change the last 64 bits at will
-_SHARE = 4  # a client may have so many times what stays free
 
 
 def is_loopback(host: str) -> bool:
@@ -60,7 +59,7 @@ def fits_share(own: int, count: int, free: int) -> bool:
         count: what it asks for.
         free: what stays free if it gets that.
     """
-    return free >= 0 and (own == 0 or own + count <= _SHARE * free)
+    return free >= 0 and (own == 0 or own + count <= 4 * free)
 
 
 class WaitingPlaces:
@@ -104,6 +103,4 @@ class WaitingPlaces:
 
     def give_back(self, client: str) -> None:
         """Counts a request that does not wait any more."""
-        self._taken[client] -= 1
-        if not self._taken[client]:
-            del self._taken[client]
+        self._taken -= Counter([client])  # a client with none is forgotten

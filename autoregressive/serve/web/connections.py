@@ -21,7 +21,6 @@ _CROWDED_SECONDS = 10.0  # so long after nearly all were busy, each answer is it
 _FREE_SHARE = 0.1  # of the connections: drawings do not take these, so that probes get in
 MOST_DESCRIPTORS = 65535  # more are not needed, and some systems allow a thousand million
 _DEFAULT_CONNECTIONS = 4096
-_LEAST_CONNECTIONS = 8
 REFUSED_SOCKETS = 32  # so many refused connections stay open until their clients have the answer
 # Beside connections: the standard streams, the event loop's own, listeners, stored files that are
 # being written or read (eight at a time), libraries' files, and connections that have been closed
@@ -49,9 +48,9 @@ def raise_descriptor_limit() -> None:
     except (OSError, ValueError) as error:  # macOS allows fewer than its hard limit says
         fields = {"limit": soft, "reason": str(error)}
         _log.warning("the limit of open files stays", extra={"fields": fields})
-        return
-    fields = {"before": soft, "limit": limit}
-    _log.info("the limit of open files is raised", extra={"fields": fields})
+    else:
+        fields = {"before": soft, "limit": limit}
+        _log.info("the limit of open files is raised", extra={"fields": fields})
 
 
 def connection_limit(asked: int | None, children: int) -> int:
@@ -66,14 +65,17 @@ def connection_limit(asked: int | None, children: int) -> int:
     """
     *_, limit = _descriptor_limits()
     fit = limit - _RESERVE - _RESERVE_FOR_A_CHILD * children
-    if fit < _LEAST_CONNECTIONS:
+    if fit < 8:
         raise UserError(
             f"the limit of open files is {limit}, which is too low: raise it (ulimit -n 1024)"
         )
     if asked is not None and asked > fit:
-        most = f"at most {fit} connections fit below the limit of {limit} open files"
-        way = "ask for fewer or raise it (ulimit -n)"
-        raise SettingError("max_connections", asked, most, [way])
+        raise SettingError(
+            "max_connections",
+            asked,
+            f"at most {fit} connections fit below the limit of {limit} open files",
+            ["ask for fewer or raise it (ulimit -n)"],
+        )
     return min(fit, _DEFAULT_CONNECTIONS) if asked is None else asked
 
 
@@ -173,12 +175,11 @@ class Connections:
     @property
     def stats(self) -> ConnectionStats:
         """The counts of this moment."""
-        counts = self._counts
         return ConnectionStats(
             connections=len(self._phases),
-            shed=counts["shed"],
-            refused=counts["refused"],
-            dropped=counts["dropped"],
+            shed=self._counts["shed"],
+            refused=self._counts["refused"],
+            dropped=self._counts["dropped"],
             buffered_bytes=self.buffered_bytes,
         )
 
@@ -229,7 +230,7 @@ class Connections:
         """Closes a connection; returns whether there was one that may be closed."""
         connection = self._first_to_close()
         if connection is not None:
-            self._close(connection, "shed")
+            self.drop(connection, "shed")
         return connection is not None
 
     def starve(self) -> None:
@@ -237,11 +238,8 @@ class Connections:
         self._counts["out_of_descriptors"] += 1
         self.shed()
 
-    def drop(self, connection: Connection) -> None:
-        """Closes a connection whose client is too slow."""
-        self._close(connection, "dropped")
-
-    def _close(self, connection: Connection, why: str) -> None:
+    def drop(self, connection: Connection, why: str = "dropped") -> None:
+        """Closes a connection, and counts why: by default because its client is too slow."""
         self.remove(connection)
         self._counts[why] += 1
         connection.drop()
@@ -288,8 +286,7 @@ class Connections:
         """Forgets a connection that is closed, or about to be; without effect if it is not
         known.
         """
-        phase = self._phases.pop(connection, None)
-        if phase is not None:
+        if (phase := self._phases.pop(connection, None)) is not None:
             del self._by_phase[phase][connection]
 
     def _look(self) -> None:
@@ -328,11 +325,11 @@ class Connections:
         new = self._counts - self._logged
         if not new or (self._phases and now - self._logged_at < _LOG_SECONDS):
             return
-        fields = {kind: new[kind] for kind in self._counts}
-        self._logged, self._logged_at = self._counts.copy(), now
-        fields |= {
+        fields = {
+            **{kind: new[kind] for kind in self._counts},
             "connections": len(self._phases),
             "most": self.most,
             "buffered_bytes": self.buffered_bytes,
         }
+        self._logged, self._logged_at = self._counts.copy(), now
         _log.warning("connections were closed", extra={"fields": fields})

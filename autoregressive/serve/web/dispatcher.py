@@ -20,7 +20,6 @@ from autoregressive.errors import UserError
 from autoregressive.serve.engine.config import SchedulingPolicy
 from autoregressive.serve.web.api_errors import ApiError, not_ready
 from autoregressive.serve.web.app_state import RequestBroker
-from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 from autoregressive.serve.web.clients import WaitingPlaces
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.web.timeouts import Timeouts
@@ -44,6 +43,7 @@ from autoregressive.serve.worker.messages import (
     Stop,
 )
 from autoregressive.serve.worker.process import ChildProcess
+from autoregressive.serve.worker.transport import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 
 # which of the engines -> its process and the connection to it
 StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]

@@ -25,14 +25,13 @@ from typing_extensions import override
 from autoregressive.serve.web.api_errors import ApiError, internal_error, not_ready
 from autoregressive.serve.web.app import Share, build_service_app
 from autoregressive.serve.web.app_state import RequestBroker
-from autoregressive.serve.web.channel import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy, writing_seconds
 from autoregressive.serve.web.server_settings import ServerSettings
-from autoregressive.serve.worker import messages
 from autoregressive.serve.worker.messages import (
+    KINDS,
     Cancel,
     Ended,
     EngineRequest,
@@ -45,6 +44,7 @@ from autoregressive.serve.worker.messages import (
     Started,
 )
 from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
+from autoregressive.serve.worker.transport import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 
 _REPLY_SECONDS = 5.0  # for the dispatcher to answer a question
 _LAST_WORDS_SECONDS = 2.0  # for the last counts to be written
@@ -116,7 +116,7 @@ class Finish:
 
 
 FrontMessage = Up | Accepted | Refused | State | AskMetrics | MetricsText | Finish
-KINDS: dict[str, type] = messages.KINDS | {kind.__name__: kind for kind in FrontMessage.__args__}
+FRONT_KINDS: dict[str, type] = KINDS | {kind.__name__: kind for kind in FrontMessage.__args__}
 
 
 class RemoteBroker(RequestBroker):
@@ -148,7 +148,7 @@ class RemoteBroker(RequestBroker):
         self._replies: dict[int, asyncio.Future[Any]] = {}
         # answered requests that the dispatcher has not been told of
         self._uncounted: Counter[str] = Counter()
-        self._channel = Channel(connection, KINDS, self._take, alone)
+        self._channel = Channel(connection, FRONT_KINDS, self._take, alone)
         self._watching = asyncio.create_task(self._watch())
 
     @property
@@ -222,7 +222,6 @@ class RemoteBroker(RequestBroker):
         self._uncounted.clear()
 
     async def _ask(self, number: int, question: object) -> Any:
-        """Sends a question, and waits for the reply."""
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         self._channel.put(question)
         try:
@@ -249,8 +248,6 @@ class RemoteBroker(RequestBroker):
     def _take(self, message: object) -> None:
         self._heard_at = self._clock.now()
         match message:
-            case Heartbeat():
-                pass
             case Accepted(request_id=request_id):
                 self._ahead[request_id] = message.ahead
                 self._resolve(request_id, message)
@@ -337,7 +334,7 @@ class FrontLink:
         self.connection_stats = ConnectionStats()
         self._heard_at = dispatcher.clock.now()
         self._told: State | None = None
-        self._channel = Channel(connection, KINDS, self._take, self._leave)
+        self.channel = Channel(connection, FRONT_KINDS, self._take, self._leave)
 
     @property
     def silent_seconds(self) -> float:
@@ -347,10 +344,9 @@ class FrontLink:
     @property
     def hangs(self) -> bool:
         """Whether it has been silent for too long, or its waiting messages endanger the memory."""
-        silent = self.silent_seconds
-        if silent > self._dispatcher.timeouts.step:
-            return True
-        return silent > SILENT_SECONDS and self._channel.waiting_bytes > _MOST_BEHIND_BYTES
+        return self.silent_seconds > self._dispatcher.timeouts.step or (
+            self.silent_seconds > SILENT_SECONDS and self.channel.waiting_bytes > _MOST_BEHIND_BYTES
+        )
 
     def tell(self, state: State) -> None:
         """Sends a state if it is new, else a heartbeat.
@@ -370,24 +366,15 @@ class FrontLink:
         )
         if state != self._told:
             self._told = state
-            self._channel.put(state)
-        elif self._channel.idle:
-            self._channel.put(Heartbeat())
-
-    def finish(self, *, at_once: bool) -> None:
-        """Tells it to end.
-
-        Args:
-            at_once: without waiting for anything.
-        """
-        self._channel.put(Finish(at_once), urgent=at_once)
+            self.channel.put(state)
+        elif self.channel.idle:
+            self.channel.put(Heartbeat())
 
     def kill(self) -> bool:
         """Ends it for certain; returns whether it had ended in order by itself."""
         self.process.kill()
-        status = self.process.wait()
-        self._channel.close()
-        return status == 0
+        self.channel.close()
+        return self.process.wait() == 0
 
     def _take(self, message: Up | EngineRequest | Cancel | AskMetrics) -> None:
         self._heard_at = self._dispatcher.clock.now()
@@ -403,7 +390,7 @@ class FrontLink:
                     self._dispatcher.abandon(served)
             case AskMetrics(question=question):
                 text = self._dispatcher.metrics.text()
-                self._channel.put(MetricsText(question, text), urgent=True)
+                self.channel.put(MetricsText(question, text), urgent=True)
             case _:
                 assert_never(message)
 
@@ -415,11 +402,11 @@ class FrontLink:
             if not isinstance(error, ApiError):
                 _log.exception("a request could not be accepted")
                 error = internal_error()
-            self._channel.put(Refused(number, error), urgent=True)
+            self.channel.put(Refused(number, error), urgent=True)
             return
         self._requests[number] = served
         ahead = self._dispatcher.ahead_of(served) if request.watched else 0
-        self._channel.put(Accepted(number, ahead))
+        self.channel.put(Accepted(number, ahead))
 
     def _leave(self) -> None:
         for served in list(self._requests.values()):  # their clients have gone with it
@@ -427,7 +414,7 @@ class FrontLink:
         self._gone()
 
     def _forward(self, number: int, event: RequestEvent) -> None:
-        self._channel.put(replace(event, request_id=number))
+        self.channel.put(replace(event, request_id=number))
         if isinstance(event, Ended):
             del self._requests[number]
 
@@ -513,16 +500,16 @@ class FrontSupervisor:
         self._ends = True
         writing = [front for front in self._fronts if front.up]
         for front in writing:
-            front.finish(at_once=False)
+            front.channel.put(Finish(at_once=False))
         seconds = writing_seconds(self._dispatcher.timeouts.shutdown) + _LEAVE_SECONDS
         deadline, hurries = time.monotonic() + seconds, False
-        while any(front.process.poll() is None for front in writing):
+        while time.monotonic() <= deadline and any(
+            front.process.poll() is None for front in writing
+        ):
             if self._policy.at_once and not hurries:  # told meanwhile, perhaps
                 deadline, hurries = time.monotonic() + _LAST_ANSWERS_SECONDS, True
                 for front in writing:
-                    front.finish(at_once=True)
-            if time.monotonic() > deadline:
-                break
+                    front.channel.put(Finish(at_once=True), urgent=True)
             await asyncio.sleep(TICK_SECONDS / 2)
         if not all([front.kill() for front in writing]) and not self._policy.at_once:
             self._policy.status = 1

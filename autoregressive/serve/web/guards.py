@@ -9,25 +9,19 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, FairQueue, context_of
 from autoregressive.serve.web.http_protocol import headers_too_large
 from autoregressive.serve.worker.messages import ServedRequest
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
-_RETRY_SECONDS = 5
-_VERSIONS = ("1.0", "1.1", "2", "3")  # the latter two behind another server than ours
 _URL = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
@@ -49,7 +43,9 @@ class Guards:
         turns: which the routes that draw take.
     """
 
-    def __init__(self, app: App, check_access: Callable[[Scope], None], turns: FairQueue) -> None:
+    def __init__(
+        self, app: ASGIApp, check_access: Callable[[Scope], None], turns: FairQueue
+    ) -> None:
         self._app, self._check_access, self._turns = app, check_access, turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,7 +115,8 @@ def _check_head(scope: Scope) -> None:
         raise ApiError(400, "the request has two lengths", "bad_request")
     if b"transfer-encoding" in names and scope["http_version"] == "1.0":  # RFC 9112, section 6.1
         raise ApiError(400, "HTTP/1.0 has no Transfer-Encoding", "bad_request")
-    if scope["http_version"] not in _VERSIONS:
+    # the latter two come from another server than ours
+    if scope["http_version"] not in ("1.0", "1.1", "2", "3"):
         raise ApiError(400, "this service speaks HTTP/1.1", "bad_request")
 
 
@@ -134,7 +131,7 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
     """
     context = context_of(scope)
     if keeps and context.connections is not None and (why := context.connections.overload):
-        raise ApiError(503, why, "overloaded", None, _RETRY_SECONDS)
+        raise ApiError(503, why, "overloaded", None, 5)
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths):
         raise _body_too_large()
@@ -170,7 +167,7 @@ class RequestLog:
         secrets: never written, wherever a client puts them.
     """
 
-    def __init__(self, app: App, count: Callable[[str], None], secrets: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str], None], secrets: Sequence[str]) -> None:
         self._app, self._count = app, count
         self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
 
@@ -237,11 +234,21 @@ class RequestLog:
             "bytes": sent,
             "seconds": round(seconds, 4),
         }
-        if context.served is not None:
-            line |= _about(context.served)
+        if (served := context.served) is not None:
+            request = served.request
+            line |= {
+                "images": request.n,
+                "class_label": request.class_label,
+                "seed": request.params.seed,
+            }
+            # Of a request that is neither watched nor ended, only the first few tokens are known.
+            if request.watched or (served.ended is not None and served.ended.tokens is not None):
+                line["tokens"] = served.tokens
+            if served.started_at is not None:
+                line["queue_seconds"] = round(served.started_at - served.accepted_at, 4)
         if scope["path"] in DRAWING_PATHS and scope["method"] == "POST":
             broken = failure is not None or context.failed
-            outcome = _outcome(status, context.served)
+            outcome = _outcome(status, served)
             line["outcome"] = "failed" if broken and status != 499 else outcome
             self._count(line["outcome"])
         level = logging.ERROR if failure is not None else logging.INFO
@@ -253,21 +260,6 @@ class RequestLog:
         for secret in self._secrets:
             text = text.replace(secret, "[key]")
         return text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}..."
-
-
-def _about(served: ServedRequest) -> dict[str, Any]:
-    request = served.request
-    line: dict[str, Any] = {
-        "images": request.n,
-        "class_label": request.class_label,
-        "seed": request.params.seed,
-    }
-    # Of a request that is neither watched nor ended, only the first few tokens are known.
-    if request.watched or (served.ended is not None and served.ended.tokens is not None):
-        line["tokens"] = served.tokens
-    if served.started_at is not None:
-        line["queue_seconds"] = round(served.started_at - served.accepted_at, 4)
-    return line
 
 
 def _outcome(status: int, served: ServedRequest | None) -> str:

@@ -48,8 +48,9 @@ _log = logging.getLogger(REQUESTS)
 
 def headers_too_large() -> ApiError:
     """The answer to a request with too many headers, or too long ones."""
-    message = "the headers are too large: at most 100 of them, and 64 KiB"
-    return ApiError(431, message, "headers_too_large")
+    return ApiError(
+        431, "the headers are too large: at most 100 of them, and 64 KiB", "headers_too_large"
+    )
 
 
 class StrictReceiveBuffer(ReceiveBuffer):
@@ -224,9 +225,6 @@ class PatientProtocol(H11Protocol, Connection):
         if self._read_seconds <= 0:
             self._connections.drop(self)
         self._tell_phase()
-        return self._load(waiting)
-
-    def _load(self, waiting: int) -> Load:
         held, served, seconds_left = self._unread_bytes + waiting, self._served, None
         if waiting > 0:
             seconds_left = self._read_seconds
@@ -318,25 +316,26 @@ class PatientProtocol(H11Protocol, Connection):
 
     @override
     def send_400_response(self, msg: str) -> None:
-        # the reason is in the exception that is being handled
-        reason = sys.exc_info()[1]
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
             self.transport.abort()
             return
-        malformed = "a line, a header or the framing of the body is malformed"
-        error = ApiError(400, f"this is not HTTP/1.1: {malformed}", "bad_request")
+        error = ApiError(
+            400,
+            "this is not HTTP/1.1: a line, a header or the framing of the body is malformed",
+            "bad_request",
+        )
+        reason = sys.exc_info()[1]  # the exception that is being handled
         if isinstance(reason, h11.RemoteProtocolError) and reason.error_status_hint == 431:
             error = headers_too_large()
         headers, body = error.encode(last=True)
         request_id = new_request_id() if self._context is None else self._context.request_id
         headers.append((b"x-request-id", request_id.encode()))
         status = error.status
-        parts: list[Any] = [
+        for part in (
             h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
             h11.Data(data=body),
             h11.EndOfMessage(),
-        ]
-        for part in parts:
+        ):
             self.transport.write(self.conn.send(part))
         self.transport.close()
         if self._is_answering:  # it was a request before; the line is written at its end
@@ -345,13 +344,13 @@ class PatientProtocol(H11Protocol, Connection):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             return
-        line = {
+        fields = {
             "request_id": request_id,
             "client": self.client[0] if self.client else None,
             "status": status,
             "bytes": len(body),
         }
-        _log.info("request", extra={"fields": line})
+        _log.info("request", extra={"fields": fields})
 
     def _watch_sender(self) -> None:
         """The time runs while a request is incomplete, and not while it is answered."""

@@ -9,6 +9,7 @@ up its log. Only then does it import anything that takes long, so nothing here d
 
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -21,17 +22,13 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from autoregressive.serve.logs import log_in_child
+from autoregressive.serve.logs import log_everything
 from autoregressive.serve.signals import SIGNALS
 
 ChildProcess = subprocess.Popen[bytes]
 _HEAD = struct.Struct("<Q")  # bytes of the pickled function that follow
 _WAITING_BYTES = 4 * 2**20  # in a connection
-# New objects after which the garbage collector looks at them: by default 700, or 2000 from Python
-# 3.13 on.
-_NEW_OBJECTS = 20_000
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_LAST_LINES_SECONDS = 1.0
 _log = logging.getLogger("llamagen.service")
 
 
@@ -53,7 +50,6 @@ def start_child(
     ours, theirs = connect()
     descriptors = [one.fileno() for one in (theirs, *sockets)]
     arguments = [name, str(os.getpid()), *map(str, descriptors)]
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     # signals to the process are held back until it ignores them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -61,7 +57,7 @@ def start_child(
             [sys.executable, "-P", "-m", __name__, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -114,7 +110,9 @@ def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    writer = log_in_child("info")
+    os.dup2(2, 1)  # what is printed on stdout belongs to the log, too
+    faulthandler.enable()
+    writer = log_everything(2, "info")
     status = 1
     try:
         work()
@@ -126,7 +124,7 @@ def live(name: str, parent: int, work: Callable[[], None]) -> NoReturn:
     except BaseException:
         _log.critical("%s has ended by an error", name, exc_info=True)
     finally:
-        writer.drain(_LAST_LINES_SECONDS)
+        writer.drain()
         os._exit(status)
 
 
@@ -161,7 +159,8 @@ def settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS, *gc.get_threshold()[1:])
+    # after so many new objects; by default after 700, or 2000 from Python 3.13 on
+    gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
 
 if __name__ == "__main__":
