@@ -235,8 +235,10 @@ async def _answer(
     server = Server(app, settings.timeouts.shutdown, connections, policy.due)
     policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
-    await server.serve(sockets=[listener])
-    encoders.shutdown(wait=False, cancel_futures=True)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        encoders.shutdown(wait=False, cancel_futures=True)
 
 
 def _url(listener: socket.socket) -> str:

@@ -151,5 +151,5 @@ def test_a_mistake_is_told(typed: list[str], capsys: pytest.CaptureFixture[str])
     """Fails if a span beyond the image's end, or half a pair, is measured."""
     with pytest.raises((UserError, SystemExit)) as ended:
         profile_step.main(["--device", "cpu", "--gpt-model", "GPT-demo", *typed])
-    assert isinstance(ended.value, UserError) or ended.value.code == 2
+    assert getattr(ended.value, "code", 2) == 2
     assert typed[0] in str(ended.value) + capsys.readouterr().err

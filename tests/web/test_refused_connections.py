@@ -115,3 +115,27 @@ def test_a_warning_a_second_counts_what_happened(
     asyncio.run(run())
     told = [cast(Any, record).fields for record in caplog.records]
     assert told == [{"guesses": 3}, {"guesses": 2}]
+
+
+def test_a_connection_that_cannot_be_opened_does_not_end_the_others() -> None:
+    """Fails if one error while a connection is opened means that nobody is accepted any more."""
+    tried = 0
+
+    def protocol() -> Any:
+        nonlocal tried
+        tried += 1
+        raise MemoryError
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            acceptor = Acceptor(listener, protocol, Connections(10, 1000))
+            try:
+                for _ in range(2):
+                    _, writer = await asyncio.open_connection(*listener.getsockname())
+                    writer.close()
+                while tried < 2:
+                    await asyncio.sleep(0.01)
+            finally:
+                acceptor.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))

@@ -444,11 +444,16 @@ class FrontSupervisor:
         self._ends = False  # fronts that go are not lost
         self._fronts: list[FrontLink] = []
         dispatcher.metrics.connection_stats = self._connection_stats
-        for index, listener in enumerate(listeners):
-            run = partial(run_front, settings, model, address, Share(index, len(listeners)))
-            process, connection = start_child(run, f"front-{index}", listener)
-            self._fronts.append(FrontLink(process, connection, dispatcher, self._lose_front))
-            listener.close()
+        try:
+            for index, listener in enumerate(listeners):
+                run = partial(run_front, settings, model, address, Share(index, len(listeners)))
+                process, connection = start_child(run, f"front-{index}", listener)
+                self._fronts.append(FrontLink(process, connection, dispatcher, self._lose_front))
+                listener.close()
+        except BaseException:
+            for front in self._fronts:
+                front.kill()
+            raise
 
     @property
     def up(self) -> bool:

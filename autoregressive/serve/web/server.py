@@ -232,16 +232,21 @@ class Acceptor:
                     self._connections.starve()
                 await asyncio.sleep(_PAUSE_SECONDS)
                 continue
-            await self._wait_for_room()
-            opened: PatientProtocol | _Refusal
-            if self._connections.make_room():
-                opened = self._protocol()
-                self._connections.move(opened, Phase.NEW)  # it takes a descriptor from now on
-            else:
-                opened = _Refusal(self._refused)
-            task = self._loop.create_task(self._open(connection, opened))
-            self._opening.add(task)
-            task.add_done_callback(self._opening.discard)
+            try:
+                await self._wait_for_room()
+                opened: PatientProtocol | _Refusal
+                if self._connections.make_room():
+                    opened = self._protocol()
+                    self._connections.move(opened, Phase.NEW)  # it takes a descriptor from now on
+                else:
+                    opened = _Refusal(self._refused)
+                task = self._loop.create_task(self._open(connection, opened))
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
+            except Exception:  # nobody would be answered any more if this loop ended
+                _log.exception("a connection could not be opened")
+                connection.close()
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _wait_for_room(self) -> None:
         """Waits for a moment if all connections are busy, because one may soon be free or idle."""
