@@ -74,7 +74,7 @@ class RequestBroker(Protocol):
         """
 
 
-class FairQueue:
+class Turns:
     """Lets one task through at a turn of the event loop, in the order of asking.
 
     Work that takes long waits for a turn of its own, so that a short request is served between
@@ -98,20 +98,22 @@ class AppState:
     broker: RequestBroker
     encoders: Executor
     store: Store | None
-    turns: FairQueue = field(default_factory=FairQueue)  # to read a request, or to write an image
+    turns: Turns = field(default_factory=Turns)  # to read a request, or to write an image
     store_threads: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS)
     )
 
     async def make(self, make_file: Callable[[], bytes]) -> bytes:
-        """Makes a picture's file in one of the threads that are for that."""
+        """Makes a picture's file in an encoder thread."""
         return await asyncio.get_running_loop().run_in_executor(self.encoders, make_file)
 
-    async def make_text(self, make_file: Callable[[], bytes]) -> bytes:
-        """Makes a picture's file in base64, and waits for the turn to write it."""
-        text = await self.make(lambda: base64.b64encode(make_file()))
+    async def make_base64(self, make_file: Callable[[], bytes]) -> bytes:
+        """Makes a picture's file in base64, in an encoder thread, and waits for the turn to write
+        it.
+        """
+        file = await self.make(lambda: base64.b64encode(make_file()))
         await self.turns.take()
-        return text
+        return file
 
     async def on_disk(
         self, problem: ApiError, function: Callable[..., _Result], *arguments: Any

@@ -103,7 +103,7 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
         if not body.stream:
             return await _whole_images(state, body, wanted, request)
         rows = partial_rows(body.partial_images or 0, model.grid)
-        served = await accept(state, replace(wanted, preview_rows=rows), request)
+        served = await begin_drawing(state, replace(wanted, preview_rows=rows), request)
         return event_stream(state, request, served, partial(openai_event, state, served, body))
 
 
@@ -138,10 +138,10 @@ async def _whole_images(
     model, store = state.model, state.store if body.response_format == "url" else None
     if store is not None:  # before anything is drawn
         await state.on_disk(_NOT_STORED, store.check, wanted.n)
-    served = await accept(state, wanted, request)
+    served = await begin_drawing(state, wanted, request)
 
     async def make_file(image: Image) -> bytes:
-        make = state.make_text if store is None else state.make
+        make = state.make_base64 if store is None else state.make
         file = await make(picture_of(state, wanted, image, body))
         served.answer_bytes += len(file)
         return file
@@ -166,7 +166,7 @@ async def _whole_images(
     return PicturesResponse(served, answer.model_dump_json(exclude_none=True).encode(), pictures)
 
 
-async def accept(state: AppState, wanted: EngineRequest, request: Request) -> ServedRequest:
+async def begin_drawing(state: AppState, wanted: EngineRequest, request: Request) -> ServedRequest:
     """Accepts a request if there will be room for its images in this process.
 
     Raises:
@@ -208,7 +208,7 @@ async def until_drawn(
     async def stop_when_the_client_leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        drawing.reschedule(0)  # it times out at once
+        drawing.reschedule(asyncio.get_running_loop().time())  # its time is over now
 
     leaving = asyncio.create_task(stop_when_the_client_leaves())
     try:
@@ -294,7 +294,7 @@ async def openai_event(state: AppState, served: ServedRequest, body: ImageReques
             return b""
     return event_bytes(
         f"image_generation.{kind}",
-        await state.make_text(make_file),
+        await state.make_base64(make_file),
         image_index=index,
         created_at=int(time.time()),
         background="opaque",

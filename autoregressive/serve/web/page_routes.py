@@ -12,7 +12,7 @@ from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
     IMAGE_TAGS,
-    accept,
+    begin_drawing,
     event_bytes,
     event_stream,
     picture_of,
@@ -52,7 +52,7 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
         wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
-        served = await accept(state, wanted, request)
+        served = await begin_drawing(state, wanted, request)
         events = PageEvents(state, served, body)
         return event_stream(state, request, served, events.next_event)
 
@@ -60,7 +60,7 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for clients that have a decoder of their own."""
         wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))
-        served = await accept(state, wanted, request)
+        served = await begin_drawing(state, wanted, request)
 
         async def read_codes(image: Image) -> CodesData:
             await state.turns.take()
@@ -108,7 +108,7 @@ class PageEvents:
                     seconds_left=served.seconds_left(tokens),
                 )
             case Preview() as preview:
-                picture = await state.make_text(preview_of(state, preview, "webp"))
+                picture = await state.make_base64(preview_of(state, preview, "webp"))
                 return event_bytes(
                     "preview",
                     picture,
@@ -118,7 +118,7 @@ class PageEvents:
                     output_format="webp",
                 )
             case Image() as image:
-                picture = await state.make_text(picture_of(state, request, image, self.body))
+                picture = await state.make_base64(picture_of(state, request, image, self.body))
                 return event_bytes(
                     "image",
                     picture,
