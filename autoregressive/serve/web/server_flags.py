@@ -216,8 +216,10 @@ def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argpa
     exported = _read_layer(_exported_values(environment), "environment: ")
     config = typed.get("config") or exported.get("config")
     filed = {} if config is None else _read_layer(_filed_values(config), f"{config}: ")
-    unsaid = vars(build_server_parser().parse_args([]))
-    return argparse.Namespace(**{**unsaid, **filed, **exported, **typed})
+    # a parser fills in only what is missing
+    return build_server_parser().parse_args(
+        [], argparse.Namespace(**{**filed, **exported, **typed})
+    )
 
 
 def _given(tokens: Sequence[str], origin: str) -> dict[str, Any]:
@@ -284,7 +286,6 @@ def _exported_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str,
 
 
 def _filed_values(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """The flags that the file gives."""
     try:
         # all is text as written: safe_load reads 010 as 8, no as False
         content = yaml.load(_config_text(path), yaml.BaseLoader)  # noqa: S506 -- it makes text only
