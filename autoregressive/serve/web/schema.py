@@ -16,8 +16,6 @@ from autoregressive.output.records import image_record
 from autoregressive.serve.web.api_errors import ApiError, invalid
 from autoregressive.serve.worker.messages import EngineRequest
 
-MOST_IMAGES = 10
-MOST_PARTIAL_IMAGES = 3
 _LONGEST_NAME = 64  # characters of a class
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
@@ -48,7 +46,7 @@ class CodesRequest(_Body):
     model: str | None = Field(
         None, max_length=200, description="The served model's name, or nothing."
     )
-    n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
+    n: int | None = Field(None, ge=1, le=10, description="How many images.")
     seed: int | None = _bounded(
         "seed", "The same draws again, on the same machine. Left out: random."
     )
@@ -100,7 +98,7 @@ class ImageRequest(StreamRequest):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
-        None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews of each image, with `stream`."
+        None, ge=0, le=3, description="Previews of each image, with `stream`."
     )
 
 
