@@ -61,14 +61,11 @@ class ReplicaApp:
         if scope["type"] != "lifespan":
             await app(scope, receive, send)
             return
-        ends = False
-        while not ends:
-            message = await receive()
-            ends = message["type"] == "lifespan.shutdown"
-            if ends:
-                dispatcher.stop(at_once=False)
-                encoders.shutdown(wait=False, cancel_futures=True)
-            await send({"type": f"{message['type']}.complete"})
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        dispatcher.stop(at_once=False)
+        encoders.shutdown(wait=False, cancel_futures=True)
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 replica_app = ReplicaApp()

@@ -46,15 +46,11 @@ class ApiError(Exception):
     retry_after: int | None = None  # seconds
 
     @property
-    def type(self) -> str:
-        """OpenAI's name for this kind of error."""
-        other = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, other)
-
-    @property
     def body(self) -> dict[str, Any]:
         """The error as the JSON object of an answer."""
-        named = {"message": self.message, "type": self.type}
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        named = {"message": self.message, "type": kinds.get(self.status, other)}
         return {"error": {**named, "param": self.param, "code": self.code}}
 
     @property

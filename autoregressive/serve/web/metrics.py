@@ -66,8 +66,12 @@ class Metrics(Collector):
             name: Counter(f"llamagen:{name}", text, registry=registry)
             for name, text in _COUNTERS.items()
         }
-        text = "Requests for images or codes by outcome."
-        self.requests = Counter("llamagen:requests", text, ["outcome"], registry=registry)
+        self.requests = Counter(
+            "llamagen:requests",
+            "Requests for images or codes by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         registry.register(self)
 
     @override

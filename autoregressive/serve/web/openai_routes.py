@@ -109,21 +109,19 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
 
 def _check(body: ImageRequest, images: int, store: Store | None) -> None:
     """Raises an `ApiError` if fields do not go together."""
-    problem, param = None, "response_format"
-    if body.response_format == "url" and store is None:
-        problem = (
+    by_url = body.response_format == "url"
+    if by_url and store is None:
+        raise invalid(
             "response_format must be b64_json: this service stores no images (it was "
-            "started without --store-dir)"
+            "started without --store-dir)",
+            "response_format",
         )
-    elif body.response_format == "url" and body.stream:
-        problem = "response_format must be b64_json with stream"
-    elif body.partial_images and not body.stream:
-        problem, param = "partial_images goes with stream", "partial_images"
-    elif body.response_format == "url" and store and images > (most := store.most_of_a_request):
-        problem = f"n must be at most {most} with response_format url: no more are kept"
-        param = "n"
-    if problem is not None:
-        raise invalid(problem, param)
+    if by_url and body.stream:
+        raise invalid("response_format must be b64_json with stream", "response_format")
+    if body.partial_images and not body.stream:
+        raise invalid("partial_images goes with stream", "partial_images")
+    if by_url and store and images > (most := store.most_of_a_request):
+        raise invalid(f"n must be at most {most} with response_format url: no more are kept", "n")
 
 
 def partial_rows(count: int, grid: int) -> tuple[int, ...]:
