@@ -54,8 +54,7 @@ class ReplicaApp:
             model, recipe = prepare(settings)
             StoreClaim(settings.store)  # until this process ends
             dispatcher = start_dispatcher(settings, model, recipe)
-            address = settings.public_url or "http://127.0.0.1:8000"
-            app, encoders = build_service_app(settings, model, dispatcher, address)
+            app, encoders = build_service_app(settings, model, dispatcher, "http://127.0.0.1:8000")
             self._service = app, dispatcher, encoders
         app, dispatcher, encoders = self._service
         if scope["type"] != "lifespan":

@@ -67,8 +67,11 @@ class ApiError(Exception):
             last: the connection is closed after it.
         """
         body = json.dumps(self.body).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        headers |= self.headers
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **self.headers,
+        }
         if last:
             headers["Connection"] = "close"
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body

@@ -182,8 +182,11 @@ def build_app(
     app = build_routes(state, version=version, docs=docs)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
     # A key keeps other sites out, so any host will do.
-    by_host = partial(check_host, public=public_host)
-    check_access = Authentication(api_keys, is_open).check if api_keys else by_host
+    check_access = (
+        Authentication(api_keys, is_open).check
+        if api_keys
+        else partial(check_host, public=public_host)
+    )
     logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -354,5 +357,4 @@ def _invalid(finding: Mapping[str, Any]) -> ApiError:
         return invalid(f"{place[0]}: {finding['msg'].rstrip('.')}", place[0])
     limits = finding.get("ctx", {}).items()
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in limits}
-    what = _MUST[finding["type"]].format(**shown)
-    return invalid(f"{place[0]} must {what}", place[0])
+    return invalid(f"{place[0]} must {_MUST[finding['type']].format(**shown)}", place[0])

@@ -96,8 +96,9 @@ def add_docs(app: FastAPI, headers: Mapping[str, str]) -> None:
     )
     (script,) = re.findall(rb"<script>(.*?)</script>", page.body, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = headers["Content-Security-Policy"]
-    policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
+    policy = headers["Content-Security-Policy"].replace(
+        "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
+    )
 
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> HTMLResponse:

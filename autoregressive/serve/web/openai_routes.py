@@ -344,9 +344,14 @@ def picture_of(
     state: AppState, request: EngineRequest, image: Image, body: StreamRequest
 ) -> Callable[[], bytes]:
     """How the file of a finished image is made, which takes a while."""
-    record, quality = state.model.record_of(request, image.index), body.output_compression
-    size, output_format = state.model.image_size, body.picture_format
-    return partial(encode_picture, image.data, size, output_format, quality, record)
+    return partial(
+        encode_picture,
+        image.data,
+        state.model.image_size,
+        body.picture_format,
+        body.output_compression,
+        state.model.record_of(request, image.index),
+    )
 
 
 def preview_of(

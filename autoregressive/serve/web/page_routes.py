@@ -53,8 +53,7 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
         wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
         served = await begin_drawing(state, wanted, request)
-        events = PageEvents(state, served, body)
-        return event_stream(state, request, served, events.next_event)
+        return event_stream(state, request, served, PageEvents(state, served, body).next_event)
 
     @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=IMAGE_TAGS)
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
@@ -108,20 +107,18 @@ class PageEvents:
                     seconds_left=served.seconds_left(tokens),
                 )
             case Preview() as preview:
-                picture = await state.make_base64(preview_of(state, preview, "webp"))
                 return event_bytes(
                     "preview",
-                    picture,
+                    await state.make_base64(preview_of(state, preview, "webp")),
                     image_index=preview.index,
                     rows=preview.rows,
                     grid=state.model.grid,
                     output_format="webp",
                 )
             case Image() as image:
-                picture = await state.make_base64(picture_of(state, request, image, self.body))
                 return event_bytes(
                     "image",
-                    picture,
+                    await state.make_base64(picture_of(state, request, image, self.body)),
                     image_index=image.index,
                     output_format=self.body.picture_format,
                     seed=request.params.seed,

@@ -82,8 +82,11 @@ class ServerFlag:
         """
         value = self.default if said is None else said
         if isinstance(value, (int, float)) and not self.least <= value <= self.most:
-            shown = f"{value:g}" if isinstance(value, float) else value
-            raise SettingError(setting, shown, f"must be {self.least} to {self.most}")
+            raise SettingError(
+                setting,
+                f"{value:g}" if isinstance(value, float) else value,
+                f"must be {self.least} to {self.most}",
+            )
         return value
 
 
@@ -244,8 +247,10 @@ def _read_layer(values: Iterable[tuple[str, str, Any]], layer: str) -> dict[str,
     for origin, name, value in values:
         setting, flag = name.replace("-", "_"), f"--{name.replace('_', '-')}"
         if setting not in flags or setting in _NO_VALUES:
-            where, what = shortened(origin, _LONGEST_MESSAGE), shortened(flag, 100)
-            raise UserError(f"{where}: there is no flag {what} (--help shows the options)")
+            raise UserError(
+                f"{shortened(origin, _LONGEST_MESSAGE)}: there is no flag {shortened(flag, 100)} "
+                "(--help shows the options)"
+            )
         if flags[setting].nargs == 0:
             switch = _SWITCHES.get(str(value).lower())
             if switch is None:

@@ -268,6 +268,5 @@ class ServedRequest:
         """A guess from its own speed so far, to hundredths; None while no token is drawn."""
         if self.started_at is None or self.tokens == 0:
             return None
-        passed = time.monotonic() - self.started_at
-        left = self.request.n * tokens_of_image - self.tokens
-        return round(passed / self.tokens * left, 2)
+        token_seconds = (time.monotonic() - self.started_at) / self.tokens
+        return round(token_seconds * (self.request.n * tokens_of_image - self.tokens), 2)

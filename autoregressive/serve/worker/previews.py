@@ -78,8 +78,7 @@ class Previewer:
             return []
         finally:
             ended = time.monotonic()
-            pause = (ended - begun) * (1 / _TIME_SHARE - 1)
-            self._next_at = max(self._next_at, ended + pause)
+            self._next_at = max(self._next_at, ended + (ended - begun) * (1 / _TIME_SHARE - 1))
 
     def _begin(self, wanted: Iterable[tuple[Request, Sequence[int]]]) -> _Lot | None:
         candidates: list[tuple[int, int, Request]] = []  # rows shown, rows to show

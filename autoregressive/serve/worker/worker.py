@@ -344,8 +344,16 @@ class Worker:
         for drawing in parent.drawings:
             self._parent_of.pop(drawing, None)
         self._tell_progress(parent, now)
-        used_pages = self._engine.scheduler.pool.used_pages
-        self._outbox.put(Ended(request_id, outcome, now, message, parent.tokens, used_pages))
+        self._outbox.put(
+            Ended(
+                request_id,
+                outcome,
+                now,
+                message,
+                tokens=parent.tokens,
+                used_pages=self._engine.scheduler.pool.used_pages,
+            )
+        )
 
     def _preview(self) -> None:
         wanted = (
