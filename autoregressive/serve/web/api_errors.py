@@ -50,8 +50,14 @@ class ApiError(Exception):
         """The error as the JSON object of an answer."""
         other = "server_error" if self.status >= 500 else "invalid_request_error"
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        named = {"message": self.message, "type": kinds.get(self.status, other)}
-        return {"error": {**named, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": kinds.get(self.status, other),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     @property
     def headers(self) -> dict[str, str]:

@@ -336,8 +336,10 @@ async def _tell_error(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             found = _invalid(error.errors()[0])
         case HTTPException(status_code=status):
-            unknown = ("the request cannot be answered", "bad_request")
-            found = ApiError(status, *_HTTP_ERRORS.get(status, unknown))
+            found = ApiError(
+                status,
+                *_HTTP_ERRORS.get(status, ("the request cannot be answered", "bad_request")),
+            )
         case _:
             found = internal_error()
     headers = dict(getattr(error, "headers", None) or {})

@@ -24,7 +24,6 @@ REQUESTS = "llamagen.requests"  # the logger that writes a line for each request
 IMAGES_PATH, STREAM_PATH, CODES_PATH = "/v1/images/generations", "/v1/images/stream", "/v1/codes"
 DRAWING_PATHS = (IMAGES_PATH, STREAM_PATH, CODES_PATH)
 _NAME = "context"  # of the record in a scope's state
-_STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
 _Result = TypeVar("_Result")
 
 
@@ -99,9 +98,8 @@ class AppState:
     encoders: Executor
     store: Store | None
     turns: Turns = field(default_factory=Turns)  # to read a request, or to write an image
-    store_threads: anyio.CapacityLimiter = field(
-        default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS)
-    )
+    # a slow disk holds up these, and neither the encoders nor the page
+    store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(8))
 
     async def make(self, make_file: Callable[[], bytes]) -> bytes:
         """Makes a picture's file in an encoder thread."""

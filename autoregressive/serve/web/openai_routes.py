@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
 
@@ -64,7 +63,6 @@ DRAWING_ERRORS = described(
     }
 )
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-IMAGE_TAGS: list[str | Enum] = ["images"]
 _NOT_STORED = ApiError(
     503,
     "images cannot be stored now: ask for b64_json, or try again later",
@@ -94,7 +92,7 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
         IMAGES_PATH,
         response_model=ImagesAnswer,
         responses={**DRAWING_ERRORS, **EVENT_STREAM},
-        tags=IMAGE_TAGS,
+        tags=["images"],
     )
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """OpenAI's images: `prompt` is a class, by name or id."""

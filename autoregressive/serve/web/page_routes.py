@@ -11,7 +11,6 @@ from autoregressive.serve.web.app_state import CODES_PATH, STREAM_PATH, AppState
 from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
-    IMAGE_TAGS,
     begin_drawing,
     event_bytes,
     event_stream,
@@ -46,7 +45,7 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         STREAM_PATH,
         responses={**DRAWING_ERRORS, **EVENT_STREAM},
         response_class=StreamingResponse,
-        tags=IMAGE_TAGS,
+        tags=["images"],
     )
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
@@ -55,7 +54,7 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         served = await begin_drawing(state, wanted, request)
         return event_stream(state, request, served, PageEvents(state, served, body).next_event)
 
-    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=IMAGE_TAGS)
+    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=["images"])
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for clients that have a decoder of their own."""
         wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))

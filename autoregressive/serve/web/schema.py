@@ -321,12 +321,11 @@ class ServedModel:
 
     def record_of(self, request: EngineRequest, index: int) -> dict[str, object]:
         """How one image of a request was made: enough to make it again on the same machine."""
-        label = request.class_label
         return image_record(
             self.record,
             request.params,
-            label=label,
-            class_name=self.classes[label],
+            label=request.class_label,
+            class_name=self.classes[request.class_label],
             images=request.n,
             image=index,
         )

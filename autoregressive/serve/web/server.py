@@ -146,8 +146,10 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop(),
             connections=self._connections,
         )
-        acceptors = [Acceptor(listener, protocol, self._connections) for listener in sockets or []]
-        self.servers = cast(list[asyncio.Server], acceptors)  # closed, and waited for, by uvicorn
+        self.servers = [  # closed, and waited for, by uvicorn
+            cast(asyncio.Server, Acceptor(listener, protocol, self._connections))
+            for listener in sockets or []
+        ]
         self.started = True
 
     @override

@@ -30,7 +30,6 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 --config names (max-num-seqs: 64); the command line counts first, then the environment, then the
 file."""
 _LEVELS = ("debug", "info", "warning", "error")
-_LONGEST_WAIT = 10**9  # seconds
 _LONGEST_MESSAGE = 500
 _MOST_CONFIG_BYTES = 65536
 _SWITCHES = {
@@ -91,7 +90,7 @@ class ServerFlag:
 
 
 def _seconds(text: str, default: float | None, least: int = 0) -> ServerFlag:
-    return ServerFlag("SECONDS", text, default, float, least, _LONGEST_WAIT)
+    return ServerFlag("SECONDS", text, default, float, least, most=10**9)
 
 
 SERVICE_FLAGS = {
@@ -230,8 +229,11 @@ def _given(tokens: Sequence[str], origin: str) -> dict[str, Any]:
     parser = build_server_parser()
     parser.origin = origin
     unsaid = vars(parser.parse_args([]))  # None, and False of switches
-    given = vars(parser.parse_args(tokens))
-    return {setting: value for setting, value in given.items() if value != unsaid[setting]}
+    return {
+        setting: value
+        for setting, value in vars(parser.parse_args(tokens)).items()
+        if value != unsaid[setting]
+    }
 
 
 def _read_layer(values: Iterable[tuple[str, str, Any]], layer: str) -> dict[str, Any]:

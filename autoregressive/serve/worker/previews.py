@@ -72,8 +72,7 @@ class Previewer:
             if lot is not None and lot.codes is not None and lot.codes.ready():
                 lot = self._decode(lot, lot.codes.result())
             if lot is not None and lot.pictures is not None and lot.pictures.ready():
-                pictures = lot.pictures.result()[0]
-                return list(zip(lot.rows, lot.rows.values(), pictures, strict=True))
+                return list(zip(lot.rows, lot.rows.values(), lot.pictures.result()[0], strict=True))
             self._lot = lot
             return []
         finally:
