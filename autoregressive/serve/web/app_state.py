@@ -10,7 +10,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-import anyio
 import anyio.to_thread
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early
@@ -174,5 +173,4 @@ def client_of(scope: Any) -> str:
     Args:
         scope: of the request.
     """
-    address = scope["client"][0] if scope.get("client") else ""
-    return client_id(address, context_of(scope).key)
+    return client_id(scope["client"][0] if scope.get("client") else "", context_of(scope).key)

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median_high
 
 from typing_extensions import override
 
@@ -188,8 +189,7 @@ class Dispatcher(RequestBroker):
 
     @override
     def retry_after(self) -> int:
-        recent = sorted(self._durations)
-        return max(1, math.ceil(recent[len(recent) // 2])) if recent else 1
+        return max(1, math.ceil(median_high(self._durations))) if self._durations else 1
 
     @override
     def count(self, outcome: str, requests: int = 1) -> None:

@@ -32,13 +32,10 @@ def _bounded(name: str, description: str) -> Any:
     return Field(None, description=description, **limits)
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class CodesRequest(_Body):
+class CodesRequest(BaseModel):
     """What to draw, and how."""
 
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     prompt: str | None = Field(None, max_length=1000, description="A class, by name or id.")
     class_label: int | None = Field(
         None, ge=0, description="A class by id; counts before `prompt`."

@@ -195,7 +195,6 @@ def _check_gpus(model: ModelSettings, engines: int) -> None:
 
 
 def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
-    """Checks where images are stored and which URLs they get."""
     _require(
         folder is None or os.path.isdir(folder),  # `StoreClaim` looks whether it can write
         "store_dir",

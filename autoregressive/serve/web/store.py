@@ -89,9 +89,11 @@ class StoreClaim:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            what = f"cannot be read, written or locked ({error.strerror})"
-            if isinstance(error, BlockingIOError):
-                what = "another service keeps its images there"
+            what = (
+                "another service keeps its images there"
+                if isinstance(error, BlockingIOError)
+                else f"cannot be read, written or locked ({error.strerror})"
+            )
             raise SettingError("store_dir", folder, f"{what}; choose another folder") from error
         if removed := remove_leftovers(folder, _UNFINISHED):
             _log.warning(

@@ -213,7 +213,7 @@ class ServedRequest:
             if not self.abandoned or isinstance(event, Ended):
                 self.forward(event)
             return
-        # readers that do not watch need not be woken for these
+        # readers that do not watch need not be woken for `Started` and `Progress`
         told = self.request.watched or not isinstance(event, (Started, Progress))
         if told and not self.abandoned:
             key = (type(event).__name__, getattr(event, "index", 0))
