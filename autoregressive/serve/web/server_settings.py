@@ -129,8 +129,7 @@ def _require(holds: object, setting: str, said: object, *problem: str | SettingN
         said: its value; None: the message does not show it.
     """
     if not holds:
-        value = "" if said is None else f" {said}"
-        raise UserError(SettingName(setting), f"{value}: ", *problem)
+        raise UserError(SettingName(setting), ": " if said is None else f" {said}: ", *problem)
 
 
 def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
