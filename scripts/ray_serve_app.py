@@ -54,21 +54,17 @@ class ReplicaApp:
             model, recipe = prepare(settings)
             StoreClaim(settings.store)  # until this process ends
             dispatcher = start_dispatcher(settings, model, recipe)
-            address = settings.public_url or "http://127.0.0.1:8000"
-            app, encoders = build_service_app(settings, model, dispatcher, address)
+            app, encoders = build_service_app(settings, model, dispatcher, "http://127.0.0.1:8000")
             self._service = app, dispatcher, encoders
         app, dispatcher, encoders = self._service
         if scope["type"] != "lifespan":
             await app(scope, receive, send)
             return
-        ends = False
-        while not ends:
-            message = await receive()
-            ends = message["type"] == "lifespan.shutdown"
-            if ends:
-                dispatcher.stop(at_once=False)
-                encoders.shutdown(wait=False, cancel_futures=True)
-            await send({"type": f"{message['type']}.complete"})
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        dispatcher.stop(at_once=False)
+        encoders.shutdown(wait=False, cancel_futures=True)
+        await send({"type": "lifespan.shutdown.complete"})
 
 
 replica_app = ReplicaApp()

@@ -10,7 +10,6 @@ from autoregressive.cli.flags import PRECISION_HELP
 from autoregressive.serve.engine.config import EngineConfig
 from kernels import BACKENDS
 
-_DEFAULTS = EngineConfig()
 MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then
 
 
@@ -34,7 +33,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "--page-size",
         type=int,
         metavar="N",
-        help=f"tokens of a page of the KV cache (default: {_DEFAULTS.page_size})",
+        help=f"tokens of a page of the KV cache (default: {EngineConfig.page_size})",
     )
     group.add_argument(
         "--num-pages",
@@ -48,7 +47,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         metavar="X",
         help="share of the GPU's memory that may be filled, everything counted; no effect beside "
         "--num-pages, none on a CPU "
-        f"(default: {_DEFAULTS.gpu_memory_utilization})",
+        f"(default: {EngineConfig.gpu_memory_utilization})",
     )
     group.add_argument(
         "--enforce-eager",
@@ -61,7 +60,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         metavar="B",
         help=f"{', '.join(BACKENDS)}: Triton kernels where they run, or one or the other for "
         "certain "
-        f"(default: {_DEFAULTS.attention_backend})",
+        f"(default: {EngineConfig.attention_backend})",
     )
     group.add_argument(
         "--deterministic",

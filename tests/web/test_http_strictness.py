@@ -7,7 +7,7 @@ import pytest
 import uvicorn
 from test_http_protocol import on_a_server
 
-from autoregressive.serve.web.app_state import FairQueue
+from autoregressive.serve.web.app_state import Turns
 from autoregressive.serve.web.guards import Guards
 
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
@@ -153,6 +153,6 @@ def test_other_versions_are_refused(fields: dict[str, Any], status: int) -> None
         if message["type"] == "http.response.start":
             told.append(message["status"])
 
-    guards = Guards(app, lambda scope: None, FairQueue())
+    guards = Guards(app, lambda scope: None, Turns())
     asyncio.run(cast(Any, guards(scope(**fields), receive, send)))
     assert told == [status]

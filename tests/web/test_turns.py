@@ -17,7 +17,7 @@ from fastapi import Request
 
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.web.app import build_app
-from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, FairQueue, RequestBroker
+from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, RequestBroker, Turns
 from autoregressive.serve.web.guards import Guards
 from autoregressive.serve.web.openai_routes import event_stream, openai_event, preview_of
 from autoregressive.serve.web.schema import ImageRequest, ServedModel
@@ -32,13 +32,13 @@ def test_one_passes_at_each_turn_in_the_order_of_asking() -> None:
     passed: list[tuple[int, int]] = []  # (turn of the loop, who)
     turn_of_the_loop = 0
 
-    async def pass_one(turns: FairQueue, who: int) -> None:
+    async def pass_one(turns: Turns, who: int) -> None:
         await turns.take()
         passed.append((turn_of_the_loop, who))
 
     async def run() -> None:
         nonlocal turn_of_the_loop
-        turns = FairQueue()
+        turns = Turns()
         for _ in range(2):  # the second time after everybody has gone
             passed.clear()
             tasks = [asyncio.create_task(pass_one(turns, who)) for who in range(MANY)]
@@ -54,7 +54,7 @@ def test_one_passes_at_each_turn_in_the_order_of_asking() -> None:
 
 def test_who_is_cancelled_takes_no_turn() -> None:
     async def run() -> list[int]:
-        turns, passed = FairQueue(), []
+        turns, passed = Turns(), []
 
         async def pass_one(who: int) -> None:
             await turns.take()
@@ -82,7 +82,7 @@ def test_a_probe_passes_a_burst_of_drawings() -> None:
         async def receive() -> dict[str, Any]:
             return {"type": "http.request"}
 
-        guards = Guards(app, lambda scope: None, FairQueue())
+        guards = Guards(app, lambda scope: None, Turns())
         paths = [DRAWING_PATHS[who % len(DRAWING_PATHS)] for who in range(MANY)] + ["/health"]
         scopes: list[dict[str, Any]] = [
             {"method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
@@ -104,7 +104,7 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
 
         async def write(state: AppState) -> None:
             assert base64.b64decode(
-                await state.make_text(preview_of(state, PREVIEW, "png"))
+                await state.make_base64(preview_of(state, PREVIEW, "png"))
             ).startswith(b"\x89PNG")
             moments.append(turn_of_the_loop)
 
@@ -131,7 +131,7 @@ def test_pictures_that_are_ready_at_once_are_written_one_at_a_turn() -> None:
 def test_a_reader_that_leaves_before_its_turn_ends_its_job_at_once() -> None:
     """Fails if the request is let go of only when the garbage collector comes by."""
 
-    class NobodysTurn(FairQueue):
+    class NobodysTurn(Turns):
         async def take(self) -> None:
             waits.set()
             await asyncio.Event().wait()
@@ -182,7 +182,7 @@ def test_the_service_takes_its_turns() -> None:
     """
     asked: list[str] = []
 
-    class WatchedQueue(FairQueue):
+    class WatchedQueue(Turns):
         async def take(self) -> None:
             asked.append("turn")
 
@@ -195,7 +195,7 @@ def test_the_service_takes_its_turns() -> None:
             for path in DRAWING_PATHS:
                 await client.post(path, json={"no such field": 1})
             await client.get("/health/none")
-        await state.make_text(preview_of(state, PREVIEW_OF_32, "png"))
+        await state.make_base64(preview_of(state, PREVIEW_OF_32, "png"))
 
     asyncio.run(run())
     assert len(asked) == len(DRAWING_PATHS) + 1

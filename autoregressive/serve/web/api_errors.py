@@ -46,16 +46,18 @@ class ApiError(Exception):
     retry_after: int | None = None  # seconds
 
     @property
-    def type(self) -> str:
-        """OpenAI's name for this kind of error."""
-        other = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, other)
-
-    @property
     def body(self) -> dict[str, Any]:
         """The error as the JSON object of an answer."""
-        named = {"message": self.message, "type": self.type}
-        return {"error": {**named, "param": self.param, "code": self.code}}
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        return {
+            "error": {
+                "message": self.message,
+                "type": kinds.get(self.status, other),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
     @property
     def headers(self) -> dict[str, str]:
@@ -71,8 +73,11 @@ class ApiError(Exception):
             last: the connection is closed after it.
         """
         body = json.dumps(self.body).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        headers |= self.headers
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **self.headers,
+        }
         if last:
             headers["Connection"] = "close"
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body

@@ -5,7 +5,6 @@ guards around them, and the start of its engines.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from autoregressive.serve.web.api_errors import ApiError, described, internal_error, invalid
 from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
-from autoregressive.serve.web.description import RELATIVE_SERVER, add_docs, complete_description
+from autoregressive.serve.web.description import add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.guards import Guards, RequestLog
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
@@ -95,17 +94,6 @@ _HTTP_ERRORS = {
 }
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which of several processes that answer HTTP this is."""
-
-    index: int = 0
-    count: int = 1
-
-
-_ONLY = Share()
-
-
 def start_dispatcher(
     settings: ServerSettings,
     model: ServedModel,
@@ -133,14 +121,16 @@ def build_service_app(
     model: ServedModel,
     broker: RequestBroker,
     address: str,
-    share: Share = _ONLY,
+    index: int = 0,
+    count: int = 1,
 ) -> tuple[ASGIApp, ThreadPoolExecutor]:
     """The application, and the threads that make its pictures' files.
 
     Args:
         address: where clients reach it, if `settings` do not say.
+        index, count: which of so many processes that answer HTTP this is.
     """
-    threads = max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // share.count))
+    threads = max(1, min(_MOST_ENCODERS, (os.cpu_count() or 1) // count))
     encoders = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
     store = None
     if settings.store is not None:
@@ -148,8 +138,8 @@ def build_service_app(
             settings.store,
             settings.stored_images,
             settings.public_url or address,
-            share.index,
-            share.count,
+            index,
+            count,
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
@@ -192,8 +182,11 @@ def build_app(
     app = build_routes(state, version=version, docs=docs)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
     # A key keeps other sites out, so any host will do.
-    by_host = partial(check_host, public=public_host)
-    check_access = Authentication(api_keys, is_open).check if api_keys else by_host
+    check_access = (
+        Authentication(api_keys, is_open).check
+        if api_keys
+        else partial(check_host, public=public_host)
+    )
     logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -211,7 +204,8 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json" if docs else None,
         responses=_ANYWHERE,
-        servers=RELATIVE_SERVER,
+        # where the document itself is: behind a proxy the service may be below a path
+        servers=[{"url": "."}],
         redirect_slashes=False,  # a redirect would name the host that the request names
         exception_handlers=dict.fromkeys(
             # starlette raises others again behind the answer, and the log gets them
@@ -222,10 +216,10 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     app.router.route_class = StrictRoute
     add_openai_routes(app, state)
     add_page_routes(app, state)
-    _add_facts(app, state, version)
     if state.store is not None:
         _add_stored_images(app, state, state.store)
-    _add_state(app, state)
+    _add_facts(app, state.model, version)
+    _add_state(app, state.broker)
     add_file(app, "/", PAGE / "index.html", _PAGE_HEADERS)
     add_folder(app, "/static", PAGE, _PAGE_HEADERS)
     if docs:
@@ -233,9 +227,7 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     return app
 
 
-def _add_facts(app: FastAPI, state: AppState, version: str) -> None:
-    model = state.model
-
+def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
     async def list_models() -> ModelsAnswer:
         """The served model."""
@@ -272,17 +264,49 @@ def _add_facts(app: FastAPI, state: AppState, version: str) -> None:
         return VersionAnswer(version=version)
 
 
-def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
-    answers: dict[int | str, dict[str, Any]] = {
-        200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-        304: {"description": "The client has it already."},
-        **described({404: "There is no such image.", 503: "The disk does not give it now."}),
-    }
+def _add_state(app: FastAPI, broker: RequestBroker) -> None:
+    unavailable = described({503: "Service Unavailable"})
 
+    @app.get("/health", response_model=StatusAnswer, responses=unavailable, tags=["state"])
+    async def tell_health() -> StatusAnswer:
+        """Whether the service is alive; 503 once one of its processes is lost, and while one does
+        not respond.
+        """
+        if (why := broker.unhealthy) is not None:
+            raise ApiError(503, why, "engine_lost", None, 10)
+        return StatusAnswer(status="alive")
+
+    @app.get("/ready", response_model=StatusAnswer, responses=unavailable, tags=["state"])
+    async def tell_ready() -> StatusAnswer:
+        """Whether requests are accepted."""
+        broker.require_ready()
+        return StatusAnswer(status="ready")
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {}}},
+            **_WRONG,
+            **described({503: "The process that counts does not respond."}),
+        },
+        tags=["state"],
+    )
+    async def tell_metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
     @app.get(
         "/v1/files/{name}",
         response_class=Response,
-        responses={**_WRONG, **answers},
+        responses={
+            **_WRONG,
+            200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+            304: {"description": "The client has it already."},
+            **described({404: "There is no such image.", 503: "The disk does not give it now."}),
+        },
         tags=["images"],
     )
     async def fetch_image(name: str, request: Request) -> Response:
@@ -303,37 +327,6 @@ def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
         return Response(picture.content, media_type=picture.media_type, headers=headers)
 
 
-def _add_state(app: FastAPI, state: AppState) -> None:
-    broker = state.broker
-    unavailable = described({503: "Service Unavailable"})
-
-    @app.get("/health", response_model=StatusAnswer, responses=unavailable, tags=["state"])
-    async def tell_health() -> StatusAnswer:
-        """Whether the service is alive; 503 once one of its processes is lost, and while one does
-        not respond.
-        """
-        if (why := broker.unhealthy) is not None:
-            raise ApiError(503, why, "engine_lost", None, 10)
-        return StatusAnswer(status="alive")
-
-    @app.get("/ready", response_model=StatusAnswer, responses=unavailable, tags=["state"])
-    async def tell_ready() -> StatusAnswer:
-        """Whether requests are accepted."""
-        broker.require_ready()
-        return StatusAnswer(status="ready")
-
-    text: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/plain": {}}},
-        **_WRONG,
-        **described({503: "The process that counts does not respond."}),
-    }
-
-    @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
-    async def tell_metrics() -> Response:
-        """Metrics for Prometheus."""
-        return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
-
-
 async def _tell_error(request: Request, error: Exception) -> Response:
     match error:
         case ClientLeft():
@@ -343,8 +336,10 @@ async def _tell_error(request: Request, error: Exception) -> Response:
         case RequestValidationError():
             found = _invalid(error.errors()[0])
         case HTTPException(status_code=status):
-            unknown = ("the request cannot be answered", "bad_request")
-            found = ApiError(status, *_HTTP_ERRORS.get(status, unknown))
+            found = ApiError(
+                status,
+                *_HTTP_ERRORS.get(status, ("the request cannot be answered", "bad_request")),
+            )
         case _:
             found = internal_error()
     headers = dict(getattr(error, "headers", None) or {})
@@ -364,5 +359,4 @@ def _invalid(finding: Mapping[str, Any]) -> ApiError:
         return invalid(f"{place[0]}: {finding['msg'].rstrip('.')}", place[0])
     limits = finding.get("ctx", {}).items()
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in limits}
-    what = _MUST[finding["type"]].format(**shown)
-    return invalid(f"{place[0]} must {what}", place[0])
+    return invalid(f"{place[0]} must {_MUST[finding['type']].format(**shown)}", place[0])

@@ -10,7 +10,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
-import anyio
 import anyio.to_thread
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early
@@ -24,7 +23,6 @@ REQUESTS = "llamagen.requests"  # the logger that writes a line for each request
 IMAGES_PATH, STREAM_PATH, CODES_PATH = "/v1/images/generations", "/v1/images/stream", "/v1/codes"
 DRAWING_PATHS = (IMAGES_PATH, STREAM_PATH, CODES_PATH)
 _NAME = "context"  # of the record in a scope's state
-_STORE_THREADS = 8  # a slow disk holds up these, and neither the encoders nor the page
 _Result = TypeVar("_Result")
 
 
@@ -74,7 +72,7 @@ class RequestBroker(Protocol):
         """
 
 
-class FairQueue:
+class Turns:
     """Lets one task through at a turn of the event loop, in the order of asking.
 
     Work that takes long waits for a turn of its own, so that a short request is served between
@@ -98,20 +96,21 @@ class AppState:
     broker: RequestBroker
     encoders: Executor
     store: Store | None
-    turns: FairQueue = field(default_factory=FairQueue)  # to read a request, or to write an image
-    store_threads: anyio.CapacityLimiter = field(
-        default_factory=lambda: anyio.CapacityLimiter(_STORE_THREADS)
-    )
+    turns: Turns = field(default_factory=Turns)  # to read a request, or to write an image
+    # a slow disk holds up these, and neither the encoders nor the page
+    store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(8))
 
     async def make(self, make_file: Callable[[], bytes]) -> bytes:
-        """Makes a picture's file in one of the threads that are for that."""
+        """Makes a picture's file in an encoder thread."""
         return await asyncio.get_running_loop().run_in_executor(self.encoders, make_file)
 
-    async def make_text(self, make_file: Callable[[], bytes]) -> bytes:
-        """Makes a picture's file in base64, and waits for the turn to write it."""
-        text = await self.make(lambda: base64.b64encode(make_file()))
+    async def make_base64(self, make_file: Callable[[], bytes]) -> bytes:
+        """Makes a picture's file in base64, in an encoder thread, and waits for the turn to write
+        it.
+        """
+        file = await self.make(lambda: base64.b64encode(make_file()))
         await self.turns.take()
-        return text
+        return file
 
     async def on_disk(
         self, problem: ApiError, function: Callable[..., _Result], *arguments: Any
@@ -174,5 +173,4 @@ def client_of(scope: Any) -> str:
     Args:
         scope: of the request.
     """
-    address = scope["client"][0] if scope.get("client") else ""
-    return client_id(address, context_of(scope).key)
+    return client_id(scope["client"][0] if scope.get("client") else "", context_of(scope).key)

@@ -16,11 +16,7 @@ from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import CodesRequest, ServedModel
 from autoregressive.serve.web.static_files import add_folder
 
-# where the document itself is: behind a proxy the service may be below a path of the proxy's
-RELATIVE_SERVER = [{"url": "."}]
-_DOCS_ASSETS = Path(fastapi_offline.__file__).parent / "static"
 _KEY = "HTTPBearer"
-_SEED = 7
 
 
 def complete_description(
@@ -60,17 +56,16 @@ def examples(model: ServedModel) -> dict[str, list[dict[str, Any]]]:
 
     The first one shows every setting.
     """
-    drawn = {"prompt": _prompt(model), "n": 1, "seed": _SEED}
+    drawn = {"prompt": _prompt(model), "n": 1, "seed": 7}
     sampling = model.described().defaults.model_dump()
     pictures = {"model": model.name, "size": model.size, "output_format": "png"}
-    streamed = {"stream": True, "partial_images": 2}
     return {
         "CodesRequest": [{**drawn, "model": model.name, **sampling}, drawn],
         "StreamRequest": [{**drawn, **pictures, **sampling}, drawn],
         "ImageRequest": [
             {**drawn, **pictures, "response_format": "b64_json", **sampling},
             drawn,
-            {**drawn, **streamed},
+            {**drawn, "stream": True, "partial_images": 2},
         ],
     }
 
@@ -91,7 +86,7 @@ def add_docs(app: FastAPI, headers: Mapping[str, str]) -> None:
     Args:
         headers: of the service's pages; the page's own script is added to their policy.
     """
-    add_folder(app, "/docs-assets", _DOCS_ASSETS, headers)
+    add_folder(app, "/docs-assets", Path(fastapi_offline.__file__).parent / "static", headers)
     page = get_swagger_ui_html(  # links are relative: a proxy may have the service below a path
         openapi_url="openapi.json",
         title="LlamaGen",
@@ -101,10 +96,10 @@ def add_docs(app: FastAPI, headers: Mapping[str, str]) -> None:
     )
     (script,) = re.findall(rb"<script>(.*?)</script>", page.body, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    policy = headers["Content-Security-Policy"]
-    policy = policy.replace("script-src 'self'", f"script-src 'self' 'sha256-{digest}'")
-    own = {**headers, "Content-Security-Policy": policy}
+    policy = headers["Content-Security-Policy"].replace(
+        "script-src 'self'", f"script-src 'self' 'sha256-{digest}'"
+    )
 
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> HTMLResponse:
-        return HTMLResponse(page.body, headers=own)
+        return HTMLResponse(page.body, headers={**headers, "Content-Security-Policy": policy})

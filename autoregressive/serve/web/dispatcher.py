@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median_high
 
 from typing_extensions import override
 
@@ -45,8 +46,6 @@ from autoregressive.serve.worker.messages import (
 from autoregressive.serve.worker.process import ChildProcess
 from autoregressive.serve.worker.transport import SILENT_SECONDS, TICK_SECONDS, AwakeClock, Channel
 
-# which of the engines -> its process and the connection to it
-StartEngine = Callable[[int], tuple[ChildProcess, socket.socket]]
 _LEAVE_SECONDS = 3.0  # for engines' processes to leave their loops; then they are killed
 _LET_GO_SECONDS = 3.0  # for an engine to end requests that it is told to end
 _AHEAD_SECONDS = 0.5  # the places in the queue are counted anew after so long
@@ -58,7 +57,7 @@ class Dispatcher(RequestBroker):
     """Used in the event loop.
 
     Args:
-        start_engine: starts one engine's process.
+        start_engine: which of the engines -> its process and the connection to it.
         engines: how many.
         max_queue_size: requests that may wait at a time, those that find free rows not counted.
         tokens_of_image: of the model, for the metrics.
@@ -67,7 +66,7 @@ class Dispatcher(RequestBroker):
 
     def __init__(
         self,
-        start_engine: StartEngine,
+        start_engine: Callable[[int], tuple[ChildProcess, socket.socket]],
         engines: int,
         max_queue_size: int,
         timeouts: Timeouts,
@@ -98,8 +97,9 @@ class Dispatcher(RequestBroker):
     @property
     def failure(self) -> str | None:
         """How an engine was lost, so that the service is to end with an error."""
-        lost = (link.lost for link in self._links if link.lost and not link.start_failure)
-        return next(lost, None)
+        return next(
+            (link.lost for link in self._links if link.lost and not link.start_failure), None
+        )
 
     @property
     def start_failure(self) -> UserError | None:
@@ -118,8 +118,11 @@ class Dispatcher(RequestBroker):
     @property
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        built = all(link.ready is not None for link in self._links)
-        return built and not self.draining and self.failure is None
+        return (
+            not self.draining
+            and self.failure is None
+            and all(link.ready is not None for link in self._links)
+        )
 
     @property
     def unfinished(self) -> int:
@@ -151,10 +154,12 @@ class Dispatcher(RequestBroker):
             forward: takes the events, if they are read in another process.
         """
         self.require_ready()
-        now, queue, run = time.monotonic(), self.timeouts.queue, self.timeouts.run
-        start_by = now + queue if queue is not None else None
+        now, queue = time.monotonic(), self.timeouts.queue
         request = replace(
-            request, request_id=next(self._numbers), start_by=start_by, run_seconds=run
+            request,
+            request_id=next(self._numbers),
+            start_by=None if queue is None else now + queue,
+            run_seconds=self.timeouts.run,
         )
         served = ServedRequest(request, now, forward=forward)
         link = min(self._links, key=lambda link: link.rows)
@@ -184,8 +189,7 @@ class Dispatcher(RequestBroker):
 
     @override
     def retry_after(self) -> int:
-        recent = sorted(self._durations)
-        return max(1, math.ceil(recent[len(recent) // 2])) if recent else 1
+        return max(1, math.ceil(median_high(self._durations))) if self._durations else 1
 
     @override
     def count(self, outcome: str, requests: int = 1) -> None:

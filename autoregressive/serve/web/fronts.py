@@ -23,7 +23,7 @@ from typing import Any, ClassVar, assert_never
 from typing_extensions import override
 
 from autoregressive.serve.web.api_errors import ApiError, internal_error, not_ready
-from autoregressive.serve.web.app import Share, build_service_app
+from autoregressive.serve.web.app import build_service_app
 from autoregressive.serve.web.app_state import RequestBroker
 from autoregressive.serve.web.connections import Connections, ConnectionStats
 from autoregressive.serve.web.dispatcher import Dispatcher
@@ -280,7 +280,7 @@ def run_front(
     settings: ServerSettings,
     model: ServedModel,
     address: str,
-    share: Share,
+    share: tuple[int, int],
     connection: socket.socket,
     listener: socket.socket,
 ) -> None:
@@ -288,7 +288,7 @@ def run_front(
 
     Args:
         address: where clients reach the service, if the settings do not say.
-        share: which of the fronts this is.
+        share: which of the fronts this is, and how many there are.
         connection: to the dispatcher.
         listener: clients connect to it.
     """
@@ -302,7 +302,7 @@ def run_front(
             settings.timeouts.step,
             lambda: connections.stats,
         )
-        app, encoders = build_service_app(settings, model, broker, address, share)
+        app, encoders = build_service_app(settings, model, broker, address, *share)
         server = Server(app, settings.timeouts.shutdown, connections)
         settle_heap()
         await server.serve(sockets=[listener])
@@ -446,7 +446,7 @@ class FrontSupervisor:
         dispatcher.metrics.connection_stats = self._connection_stats
         try:
             for index, listener in enumerate(listeners):
-                run = partial(run_front, settings, model, address, Share(index, len(listeners)))
+                run = partial(run_front, settings, model, address, (index, len(listeners)))
                 process, connection = start_child(run, f"front-{index}", listener)
                 self._fronts.append(FrontLink(process, connection, dispatcher, self._lose_front))
                 listener.close()

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
-from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, FairQueue, context_of
+from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, Turns, context_of
 from autoregressive.serve.web.http_protocol import headers_too_large
 from autoregressive.serve.worker.messages import ServedRequest
 
@@ -43,9 +43,7 @@ class Guards:
         turns: which the routes that draw take.
     """
 
-    def __init__(
-        self, app: ASGIApp, check_access: Callable[[Scope], None], turns: FairQueue
-    ) -> None:
+    def __init__(self, app: ASGIApp, check_access: Callable[[Scope], None], turns: Turns) -> None:
         self._app, self._check_access, self._turns = app, check_access, turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -12,11 +12,6 @@ from autoregressive.serve.worker.messages import ServedRequest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
-_GAUGES = {
-    "num_requests_running": "Requests of which at least one image is being drawn.",
-    "num_requests_waiting": "Accepted requests that have not begun.",
-    "kv_cache_usage_perc": "Share of the KV cache's pages that are in use, 0 to 1.",
-}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": (
         "From acceptance to when the device was given the first span.",
@@ -55,8 +50,19 @@ class Metrics(Collector):
         page_use: Callable[[], float],
     ) -> None:
         self.registry = registry = CollectorRegistry()
-        shown = (running, waiting, page_use)
-        for (name, text), value in zip(_GAUGES.items(), shown, strict=True):
+        for name, value, text in (
+            (
+                "num_requests_running",
+                running,
+                "Requests of which at least one image is being drawn.",
+            ),
+            ("num_requests_waiting", waiting, "Accepted requests that have not begun."),
+            (
+                "kv_cache_usage_perc",
+                page_use,
+                "Share of the KV cache's pages that are in use, 0 to 1.",
+            ),
+        ):
             Gauge(f"llamagen:{name}", text, registry=registry).set_function(value)
         self._histograms = {
             name: Histogram(f"llamagen:{name}", text, buckets=buckets, registry=registry)
@@ -66,8 +72,12 @@ class Metrics(Collector):
             name: Counter(f"llamagen:{name}", text, registry=registry)
             for name, text in _COUNTERS.items()
         }
-        text = "Requests for images or codes by outcome."
-        self.requests = Counter("llamagen:requests", text, ["outcome"], registry=registry)
+        self.requests = Counter(
+            "llamagen:requests",
+            "Requests for images or codes by outcome.",
+            ["outcome"],
+            registry=registry,
+        )
         registry.register(self)
 
     @override

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
 
@@ -64,7 +63,6 @@ DRAWING_ERRORS = described(
     }
 )
 EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-IMAGE_TAGS: list[str | Enum] = ["images"]
 _NOT_STORED = ApiError(
     503,
     "images cannot be stored now: ask for b64_json, or try again later",
@@ -94,7 +92,7 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
         IMAGES_PATH,
         response_model=ImagesAnswer,
         responses={**DRAWING_ERRORS, **EVENT_STREAM},
-        tags=IMAGE_TAGS,
+        tags=["images"],
     )
     async def generate_images(body: ImageRequest, request: Request) -> Response:
         """OpenAI's images: `prompt` is a class, by name or id."""
@@ -103,27 +101,25 @@ def add_openai_routes(app: FastAPI, state: AppState) -> None:
         if not body.stream:
             return await _whole_images(state, body, wanted, request)
         rows = partial_rows(body.partial_images or 0, model.grid)
-        served = await accept(state, replace(wanted, preview_rows=rows), request)
+        served = await begin_drawing(state, replace(wanted, preview_rows=rows), request)
         return event_stream(state, request, served, partial(openai_event, state, served, body))
 
 
 def _check(body: ImageRequest, images: int, store: Store | None) -> None:
     """Raises an `ApiError` if fields do not go together."""
-    problem, param = None, "response_format"
-    if body.response_format == "url" and store is None:
-        problem = (
+    by_url = body.response_format == "url"
+    if by_url and store is None:
+        raise invalid(
             "response_format must be b64_json: this service stores no images (it was "
-            "started without --store-dir)"
+            "started without --store-dir)",
+            "response_format",
         )
-    elif body.response_format == "url" and body.stream:
-        problem = "response_format must be b64_json with stream"
-    elif body.partial_images and not body.stream:
-        problem, param = "partial_images goes with stream", "partial_images"
-    elif body.response_format == "url" and store and images > (most := store.most_of_a_request):
-        problem = f"n must be at most {most} with response_format url: no more are kept"
-        param = "n"
-    if problem is not None:
-        raise invalid(problem, param)
+    if by_url and body.stream:
+        raise invalid("response_format must be b64_json with stream", "response_format")
+    if body.partial_images and not body.stream:
+        raise invalid("partial_images goes with stream", "partial_images")
+    if by_url and store and images > (most := store.most_of_a_request):
+        raise invalid(f"n must be at most {most} with response_format url: no more are kept", "n")
 
 
 def partial_rows(count: int, grid: int) -> tuple[int, ...]:
@@ -138,10 +134,10 @@ async def _whole_images(
     model, store = state.model, state.store if body.response_format == "url" else None
     if store is not None:  # before anything is drawn
         await state.on_disk(_NOT_STORED, store.check, wanted.n)
-    served = await accept(state, wanted, request)
+    served = await begin_drawing(state, wanted, request)
 
     async def make_file(image: Image) -> bytes:
-        make = state.make_text if store is None else state.make
+        make = state.make_base64 if store is None else state.make
         file = await make(picture_of(state, wanted, image, body))
         served.answer_bytes += len(file)
         return file
@@ -166,7 +162,7 @@ async def _whole_images(
     return PicturesResponse(served, answer.model_dump_json(exclude_none=True).encode(), pictures)
 
 
-async def accept(state: AppState, wanted: EngineRequest, request: Request) -> ServedRequest:
+async def begin_drawing(state: AppState, wanted: EngineRequest, request: Request) -> ServedRequest:
     """Accepts a request if there will be room for its images in this process.
 
     Raises:
@@ -208,7 +204,7 @@ async def until_drawn(
     async def stop_when_the_client_leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        drawing.reschedule(0)  # it times out at once
+        drawing.reschedule(asyncio.get_running_loop().time())  # its time is over now
 
     leaving = asyncio.create_task(stop_when_the_client_leaves())
     try:
@@ -294,7 +290,7 @@ async def openai_event(state: AppState, served: ServedRequest, body: ImageReques
             return b""
     return event_bytes(
         f"image_generation.{kind}",
-        await state.make_text(make_file),
+        await state.make_base64(make_file),
         image_index=index,
         created_at=int(time.time()),
         background="opaque",
@@ -346,9 +342,14 @@ def picture_of(
     state: AppState, request: EngineRequest, image: Image, body: StreamRequest
 ) -> Callable[[], bytes]:
     """How the file of a finished image is made, which takes a while."""
-    record, quality = state.model.record_of(request, image.index), body.output_compression
-    size, output_format = state.model.image_size, body.picture_format
-    return partial(encode_picture, image.data, size, output_format, quality, record)
+    return partial(
+        encode_picture,
+        image.data,
+        state.model.image_size,
+        body.picture_format,
+        body.output_compression,
+        state.model.record_of(request, image.index),
+    )
 
 
 def preview_of(

@@ -11,8 +11,7 @@ from autoregressive.serve.web.app_state import CODES_PATH, STREAM_PATH, AppState
 from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
-    IMAGE_TAGS,
-    accept,
+    begin_drawing,
     event_bytes,
     event_stream,
     picture_of,
@@ -46,21 +45,20 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         STREAM_PATH,
         responses={**DRAWING_ERRORS, **EVENT_STREAM},
         response_class=StreamingResponse,
-        tags=IMAGE_TAGS,
+        tags=["images"],
     )
     async def stream_images(body: StreamRequest, request: Request) -> Response:
         """The page's events: queued, started, progress, preview, image, then done or error."""
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
         wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
-        served = await accept(state, wanted, request)
-        events = PageEvents(state, served, body)
-        return event_stream(state, request, served, events.next_event)
+        served = await begin_drawing(state, wanted, request)
+        return event_stream(state, request, served, PageEvents(state, served, body).next_event)
 
-    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=IMAGE_TAGS)
+    @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=["images"])
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
         """The tokens of images, for clients that have a decoder of their own."""
         wanted = model.engine_request(body, pixels=False, client=client_of(request.scope))
-        served = await accept(state, wanted, request)
+        served = await begin_drawing(state, wanted, request)
 
         async def read_codes(image: Image) -> CodesData:
             await state.turns.take()
@@ -108,20 +106,18 @@ class PageEvents:
                     seconds_left=served.seconds_left(tokens),
                 )
             case Preview() as preview:
-                picture = await state.make_text(preview_of(state, preview, "webp"))
                 return event_bytes(
                     "preview",
-                    picture,
+                    await state.make_base64(preview_of(state, preview, "webp")),
                     image_index=preview.index,
                     rows=preview.rows,
                     grid=state.model.grid,
                     output_format="webp",
                 )
             case Image() as image:
-                picture = await state.make_text(picture_of(state, request, image, self.body))
                 return event_bytes(
                     "image",
-                    picture,
+                    await state.make_base64(picture_of(state, request, image, self.body)),
                     image_index=image.index,
                     output_format=self.body.picture_format,
                     seed=request.params.seed,

@@ -16,8 +16,6 @@ from autoregressive.output.records import image_record
 from autoregressive.serve.web.api_errors import ApiError, invalid
 from autoregressive.serve.worker.messages import EngineRequest
 
-MOST_IMAGES = 10
-MOST_PARTIAL_IMAGES = 3
 _LONGEST_NAME = 64  # characters of a class
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
@@ -34,13 +32,10 @@ def _bounded(name: str, description: str) -> Any:
     return Field(None, description=description, **limits)
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class CodesRequest(_Body):
+class CodesRequest(BaseModel):
     """What to draw, and how."""
 
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     prompt: str | None = Field(None, max_length=1000, description="A class, by name or id.")
     class_label: int | None = Field(
         None, ge=0, description="A class by id; counts before `prompt`."
@@ -48,7 +43,7 @@ class CodesRequest(_Body):
     model: str | None = Field(
         None, max_length=200, description="The served model's name, or nothing."
     )
-    n: int | None = Field(None, ge=1, le=MOST_IMAGES, description="How many images.")
+    n: int | None = Field(None, ge=1, le=10, description="How many images.")
     seed: int | None = _bounded(
         "seed", "The same draws again, on the same machine. Left out: random."
     )
@@ -100,7 +95,7 @@ class ImageRequest(StreamRequest):
     )
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
-        None, ge=0, le=MOST_PARTIAL_IMAGES, description="Previews of each image, with `stream`."
+        None, ge=0, le=3, description="Previews of each image, with `stream`."
     )
 
 
@@ -323,12 +318,11 @@ class ServedModel:
 
     def record_of(self, request: EngineRequest, index: int) -> dict[str, object]:
         """How one image of a request was made: enough to make it again on the same machine."""
-        label = request.class_label
         return image_record(
             self.record,
             request.params,
-            label=label,
-            class_name=self.classes[label],
+            label=request.class_label,
+            class_name=self.classes[request.class_label],
             images=request.n,
             image=index,
         )

@@ -8,6 +8,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import uvicorn
@@ -129,39 +130,39 @@ class Server(uvicorn.Server):
         connections: Connections,
         due: Callable[[float], bool] = lambda now: False,
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            http=PatientProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            workers=1,  # None would take the value of WEB_CONCURRENCY, even if it is no number
-            h11_max_incomplete_event_size=MOST_HEADER_BYTES,
-            timeout_graceful_shutdown=writing_seconds(shutdown),
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=PatientProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                workers=1,  # None would take the value of WEB_CONCURRENCY, even if it is no number
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+                timeout_graceful_shutdown=writing_seconds(shutdown),
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            )
         )
-        super().__init__(config)
         self._connections, self._due = connections, due
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
-        loop = asyncio.get_running_loop()
-
-        def protocol() -> PatientProtocol:
-            return PatientProtocol(
-                self.config,
-                self.server_state,
-                self.lifespan.state,
-                loop,
-                connections=self._connections,
-            )
-
-        acceptors = [Acceptor(listener, protocol, self._connections) for listener in sockets or []]
-        self.servers = cast(list[asyncio.Server], acceptors)  # closed, and waited for, by uvicorn
+        protocol = partial(
+            PatientProtocol,
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            asyncio.get_running_loop(),
+            connections=self._connections,
+        )
+        self.servers = [  # closed, and waited for, by uvicorn
+            cast(asyncio.Server, Acceptor(listener, protocol, self._connections))
+            for listener in sockets or []
+        ]
         self.started = True
 
     @override

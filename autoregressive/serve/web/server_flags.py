@@ -30,7 +30,6 @@ Every flag may also be given in the environment (LLAMAGEN_MAX_NUM_SEQS=64) or in
 --config names (max-num-seqs: 64); the command line counts first, then the environment, then the
 file."""
 _LEVELS = ("debug", "info", "warning", "error")
-_LONGEST_WAIT = 10**9  # seconds
 _LONGEST_MESSAGE = 500
 _MOST_CONFIG_BYTES = 65536
 _SWITCHES = {
@@ -82,13 +81,16 @@ class ServerFlag:
         """
         value = self.default if said is None else said
         if isinstance(value, (int, float)) and not self.least <= value <= self.most:
-            shown = f"{value:g}" if isinstance(value, float) else value
-            raise SettingError(setting, shown, f"must be {self.least} to {self.most}")
+            raise SettingError(
+                setting,
+                f"{value:g}" if isinstance(value, float) else value,
+                f"must be {self.least} to {self.most}",
+            )
         return value
 
 
 def _seconds(text: str, default: float | None, least: int = 0) -> ServerFlag:
-    return ServerFlag("SECONDS", text, default, float, least, _LONGEST_WAIT)
+    return ServerFlag("SECONDS", text, default, float, least, most=10**9)
 
 
 SERVICE_FLAGS = {
@@ -216,8 +218,10 @@ def read_arguments(argv: Sequence[str], environment: Mapping[str, str]) -> argpa
     exported = _read_layer(_exported_values(environment), "environment: ")
     config = typed.get("config") or exported.get("config")
     filed = {} if config is None else _read_layer(_filed_values(config), f"{config}: ")
-    unsaid = vars(build_server_parser().parse_args([]))
-    return argparse.Namespace(**{**unsaid, **filed, **exported, **typed})
+    # a parser fills in only what is missing
+    return build_server_parser().parse_args(
+        [], argparse.Namespace(**{**filed, **exported, **typed})
+    )
 
 
 def _given(tokens: Sequence[str], origin: str) -> dict[str, Any]:
@@ -225,8 +229,11 @@ def _given(tokens: Sequence[str], origin: str) -> dict[str, Any]:
     parser = build_server_parser()
     parser.origin = origin
     unsaid = vars(parser.parse_args([]))  # None, and False of switches
-    given = vars(parser.parse_args(tokens))
-    return {setting: value for setting, value in given.items() if value != unsaid[setting]}
+    return {
+        setting: value
+        for setting, value in vars(parser.parse_args(tokens)).items()
+        if value != unsaid[setting]
+    }
 
 
 def _read_layer(values: Iterable[tuple[str, str, Any]], layer: str) -> dict[str, Any]:
@@ -242,8 +249,10 @@ def _read_layer(values: Iterable[tuple[str, str, Any]], layer: str) -> dict[str,
     for origin, name, value in values:
         setting, flag = name.replace("-", "_"), f"--{name.replace('_', '-')}"
         if setting not in flags or setting in _NO_VALUES:
-            where, what = shortened(origin, _LONGEST_MESSAGE), shortened(flag, 100)
-            raise UserError(f"{where}: there is no flag {what} (--help shows the options)")
+            raise UserError(
+                f"{shortened(origin, _LONGEST_MESSAGE)}: there is no flag {shortened(flag, 100)} "
+                "(--help shows the options)"
+            )
         if flags[setting].nargs == 0:
             switch = _SWITCHES.get(str(value).lower())
             if switch is None:
@@ -284,7 +293,6 @@ def _exported_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str,
 
 
 def _filed_values(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """The flags that the file gives."""
     try:
         # all is text as written: safe_load reads 010 as 8, no as False
         content = yaml.load(_config_text(path), yaml.BaseLoader)  # noqa: S506 -- it makes text only

@@ -65,15 +65,15 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         UserError: as `resolve_settings`, or others could use the service without a key.
     """
     model = resolve_model(model_options(arguments))
-    flags = {**SERVICE_FLAGS, **TIMEOUT_FLAGS}
     said: dict[str, Any] = {
         setting: flag.resolve(setting, getattr(arguments, setting))
-        for setting, flag in flags.items()
+        for setting, flag in {**SERVICE_FLAGS, **TIMEOUT_FLAGS}.items()
     }
     host, folder, engines = said["host"], said["store_dir"], said["data_parallel_size"]
     keys = _resolve_keys(said["api_key"], host)
     _require(
-        _is_host(host),
+        # whether the system can be asked for it
+        host.isprintable() and host != "" and _parses(lambda name: name.encode("idna"), host),
         "host",
         host,
         "is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one",
@@ -83,10 +83,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         _check_gpus(model, engines)
     _check_addresses(folder, said["public_url"], host)
     fronts = said["api_server_count"] or engines
-    stored_bytes = _resolve_store(arguments, model, said["store_images"], fronts)
-    name = said["served_model_name"]
-    if name is None:
-        name = model.gpt_model
+    stored_bytes = _stored_bytes(arguments, model, said["store_images"], fronts)
+    name = model.gpt_model if said["served_model_name"] is None else said["served_model_name"]
     _require(
         name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME,
         "served_model_name",
@@ -131,17 +129,20 @@ def _require(holds: object, setting: str, said: object, *problem: str | SettingN
         said: its value; None: the message does not show it.
     """
     if not holds:
-        value = "" if said is None else f" {said}"
-        raise UserError(SettingName(setting), f"{value}: ", *problem)
+        raise UserError(SettingName(setting), ": " if said is None else f" {said}: ", *problem)
 
 
 def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
     """The keys. Where others can reach the service, they must be too long to be guessed."""
     others = not is_loopback(host)
     if given is None:
-        way = f"set a key ({ENVIRONMENT}API_KEY), or use {SERVICE_FLAGS['host'].default}"
-        why = f"others can reach this address, so {way}; {_MAKES_A_KEY}"
-        _require(not others, "host", host, why)
+        _require(
+            not others,
+            "host",
+            host,
+            f"others can reach this address, so set a key ({ENVIRONMENT}API_KEY), or use "
+            f"{SERVICE_FLAGS['host'].default}; {_MAKES_A_KEY}",
+        )
         return ()
     keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
     _require(
@@ -193,7 +194,6 @@ def _check_gpus(model: ModelSettings, engines: int) -> None:
 
 
 def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
-    """Checks where images are stored and which URLs they get."""
     _require(
         folder is None or os.path.isdir(folder),  # `StoreClaim` looks whether it can write
         "store_dir",
@@ -225,7 +225,7 @@ def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
         )
 
 
-def _resolve_store(
+def _stored_bytes(
     arguments: argparse.Namespace, model: ModelSettings, images: int, fronts: int
 ) -> int | None:
     """How many bytes the stored images may have together, once all that is said about the store
@@ -239,41 +239,38 @@ def _resolve_store(
         SettingName("api_server_count"),
         f", {fronts}: each process keeps a share",
     )
-    stored_bytes = _stored_bytes(arguments.store_max_size, model, fronts)
+    stored_bytes = None
+    if (text := arguments.store_max_size) is not None:
+        size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
+        if size is None:
+            raise SettingError(
+                "store_max_size",
+                text,
+                "must be a number of bytes, or of K, M, G or T, such as 10G",
+            )
+        stored_bytes = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
+        least = fronts * largest_picture_bytes(model.image_size)
+        _require(
+            stored_bytes >= least,
+            "store_max_size",
+            text,
+            f"must be at least {-(-least // 1024)}K: an image for each ",
+            SettingName("api_server_count"),
+        )
     for setting in ("store_images", "store_max_size"):
         if getattr(arguments, setting) is not None and arguments.store_dir is None:
-            end = ", the folder that images are stored in"
-            raise UserError(SettingName(setting), " goes with ", SettingName("store_dir"), end)
+            raise UserError(
+                SettingName(setting),
+                " goes with ",
+                SettingName("store_dir"),
+                ", the folder that images are stored in",
+            )
     return stored_bytes
-
-
-def _stored_bytes(text: str | None, model: ModelSettings, fronts: int) -> int | None:
-    if text is None:
-        return None
-    size = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper(), re.ASCII)
-    if size is None:
-        what = "must be a number of bytes, or of K, M, G or T, such as 10G"
-        raise SettingError("store_max_size", text, what)
-    bytes_there = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
-    least = fronts * largest_picture_bytes(model.image_size)
-    _require(
-        bytes_there >= least,
-        "store_max_size",
-        text,
-        f"must be at least {-(-least // 1024)}K: an image for each ",
-        SettingName("api_server_count"),
-    )
-    return bytes_there
 
 
 def _is_header_text(text: str) -> bool:
     """Whether it comes through an HTTP header as it is."""
     return text.isascii() and text.isprintable() and text == text.strip() != ""
-
-
-def _is_host(host: str) -> bool:
-    """Whether the system can be asked for it."""
-    return host != "" and host.isprintable() and _parses(lambda name: name.encode("idna"), host)
 
 
 def _parses(parse: Callable[[str], object], text: str) -> bool:

@@ -34,7 +34,6 @@ LOCK_FILE = ".llamagen.lock"
 _NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.(png|jpeg|webp)")
 _RECORD_BYTES = 16 * 2**10  # more than what is written into a picture beside the pixels
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # also a link, or a socket, of that name
 _NOT_A_PICTURE = (
     errno.ENOENT,
@@ -90,9 +89,11 @@ class StoreClaim:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            what = f"cannot be read, written or locked ({error.strerror})"
-            if isinstance(error, BlockingIOError):
-                what = "another service keeps its images there"
+            what = (
+                "another service keeps its images there"
+                if isinstance(error, BlockingIOError)
+                else f"cannot be read, written or locked ({error.strerror})"
+            )
             raise SettingError("store_dir", folder, f"{what}; choose another folder") from error
         if removed := remove_leftovers(folder, _UNFINISHED):
             _log.warning(
@@ -228,8 +229,9 @@ class Store:
                         if stat.S_ISREG(state.st_mode):
                             found.append((state.st_mtime_ns, entry.name, state.st_size))
         except OSError as error:
-            told = f"cannot be read ({error.strerror}); choose another"
-            raise SettingError("store_dir", self._folder, told) from error
+            raise SettingError(
+                "store_dir", self._folder, f"cannot be read ({error.strerror}); choose another"
+            ) from error
         return [(name, size) for _, name, size in sorted(found)]
 
     def _is_mine(self, entry: os.DirEntry[str]) -> bool:
@@ -265,7 +267,8 @@ class Store:
                 return work()
             except OSError as error:
                 with self._changed:
-                    if error.errno not in _NO_ROOM or not self._kept or freed > 2 * size:
+                    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    if not full or not self._kept or freed > 2 * size:
                         raise self._log_failure("pictures cannot be stored", error) from error
                     freed += self._evict_oldest()
 
@@ -311,11 +314,10 @@ class Store:
 
     def _log_failure(self, what: str, error: OSError) -> StoreFailed:
         """Logs the disk's error; returns the exception for callers, who must not see the reason."""
-        number = errno.errorcode.get(error.errno or 0, "unknown")
-        _log.error(
-            what,
-            extra={
-                "fields": {"folder": str(self._folder), "errno": number, "reason": error.strerror}
-            },
-        )
+        fields = {
+            "folder": str(self._folder),
+            "errno": errno.errorcode.get(error.errno or 0, "unknown"),
+            "reason": error.strerror,
+        }
+        _log.error(what, extra={"fields": fields})
         return StoreFailed(what)

@@ -19,13 +19,17 @@ from autoregressive.models.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class EngineRequest:
+class _OfRequest:
+    request_id: int
+
+
+@dataclass(frozen=True)
+class EngineRequest(_OfRequest):
     """A command: draw `n` images of a class.
 
     The route fills in what to draw; the dispatcher fills in the id and the deadlines.
     """
 
-    request_id: int
     class_label: int
     n: int
     params: SamplingParams  # of each image, so with n = 1
@@ -40,10 +44,8 @@ class EngineRequest:
 
 
 @dataclass(frozen=True)
-class Cancel:
+class Cancel(_OfRequest):
     """A command: end a request early."""
-
-    request_id: int
 
 
 @dataclass(frozen=True)
@@ -99,28 +101,25 @@ class LoopStats:
 
 
 @dataclass(frozen=True)
-class Started:
+class Started(_OfRequest):
     """A request's first image has been admitted."""
 
-    request_id: int
     at: float
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(_OfRequest):
     """How many tokens of a request, over all its images, have been given to the device."""
 
-    request_id: int
     tokens: int
     at: float
     SUPERSEDES: ClassVar[tuple[str, ...]] = ("request_id",)
 
 
 @dataclass(frozen=True)
-class Preview:
+class Preview(_OfRequest):
     """A picture of which the top rows are drawn; pixels uint8 [size, size, 3]."""
 
-    request_id: int
     index: int  # of the image in its request
     rows: int
     pixels: bytes
@@ -128,10 +127,9 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Image:
+class Image(_OfRequest):
     """A finished image: pixels uint8 [size, size, 3], or codes int32 [tokens]."""
 
-    request_id: int
     index: int  # of the image in its request
     at: float
     decode_seconds: float
@@ -139,14 +137,13 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Ended(_OfRequest):
     """A request has ended, and the engine holds nothing for it any more.
 
     The outcome is `finished`, or what `ended_early` knows: `cancelled`, or the reason of the
     failure.
     """
 
-    request_id: int
     outcome: str
     at: float
     message: str = ""
@@ -216,7 +213,7 @@ class ServedRequest:
             if not self.abandoned or isinstance(event, Ended):
                 self.forward(event)
             return
-        # readers that do not watch need not be woken for these
+        # readers that do not watch need not be woken for `Started` and `Progress`
         told = self.request.watched or not isinstance(event, (Started, Progress))
         if told and not self.abandoned:
             key = (type(event).__name__, getattr(event, "index", 0))
@@ -271,6 +268,5 @@ class ServedRequest:
         """A guess from its own speed so far, to hundredths; None while no token is drawn."""
         if self.started_at is None or self.tokens == 0:
             return None
-        passed = time.monotonic() - self.started_at
-        left = self.request.n * tokens_of_image - self.tokens
-        return round(passed / self.tokens * left, 2)
+        token_seconds = (time.monotonic() - self.started_at) / self.tokens
+        return round(token_seconds * (self.request.n * tokens_of_image - self.tokens), 2)

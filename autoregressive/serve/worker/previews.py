@@ -54,10 +54,11 @@ class Previewer:
         """Goes on with a lot as far as that takes no waiting, or begins one.
 
         Args:
-            wanted: images, each with the numbers of drawn rows at which a preview is wanted.
+            wanted: requests for one image each, with the numbers of drawn rows at which a preview
+                is wanted.
 
         Returns:
-            Images of a lot that is complete, each with its number of drawn rows and its pixels,
+            Requests of a lot that is complete, each with its number of drawn rows and its pixels,
             uint8 [size, size, 3].
 
         Raises:
@@ -71,24 +72,22 @@ class Previewer:
             if lot is not None and lot.codes is not None and lot.codes.ready():
                 lot = self._decode(lot, lot.codes.result())
             if lot is not None and lot.pictures is not None and lot.pictures.ready():
-                pictures = lot.pictures.result()[0]
-                return list(zip(lot.rows, lot.rows.values(), pictures, strict=True))
+                return list(zip(lot.rows, lot.rows.values(), lot.pictures.result()[0], strict=True))
             self._lot = lot
             return []
         finally:
             ended = time.monotonic()
-            pause = (ended - begun) * (1 / _TIME_SHARE - 1)
-            self._next_at = max(self._next_at, ended + pause)
+            self._next_at = max(self._next_at, ended + (ended - begun) * (1 / _TIME_SHARE - 1))
 
     def _begin(self, wanted: Iterable[tuple[Request, Sequence[int]]]) -> _Lot | None:
         candidates: list[tuple[int, int, Request]] = []  # rows shown, rows to show
-        for image, preview_rows in wanted:
-            drawn, shown = image.steps // self._grid, self._shown.get(image, 0)
+        for request, preview_rows in wanted:
+            drawn, shown = request.steps // self._grid, self._shown.get(request, 0)
             rows = max((rows for rows in preview_rows if shown < rows <= drawn), default=0)
-            if rows and drawn < self._grid and image.state is RequestState.RUNNING:
-                candidates.append((shown, rows, image))
-        candidates.sort(key=itemgetter(0))  # the least seen image comes first
-        chosen = {image: rows for _, rows, image in candidates[: self._most]}
+            if rows and drawn < self._grid and request.state is RequestState.RUNNING:
+                candidates.append((shown, rows, request))
+        least_seen = sorted(candidates, key=itemgetter(0))[: self._most]
+        chosen = {request: rows for _, rows, request in least_seen}
         self._shown.update(chosen)
         return _Lot(chosen, self._engine.peek(list(chosen)), None) if chosen else None
 

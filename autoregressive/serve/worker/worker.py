@@ -130,12 +130,12 @@ def _send_heartbeats(outbox: Outbox) -> None:
 class ParentRequest:
     """A request of the service that has not ended, and what has been told of it.
 
-    Each of its images is a request of the engine, so that it begins as soon as there is room for
-    it.
+    Each of its images is drawn by a request of its own to the engine, so that it begins as soon as
+    there is room for it.
     """
 
     request: EngineRequest
-    images: list[Request]
+    drawings: list[Request]  # one an image
     left: int  # images whose result has not been sent
     started_at: float | None = None
     told_at: float | None = None  # moment of the last `Progress`
@@ -144,7 +144,7 @@ class ParentRequest:
     @property
     def tokens(self) -> int:
         """Tokens given to the device so far."""
-        return sum(image.steps for image in self.images)
+        return sum(drawing.steps for drawing in self.drawings)
 
 
 class Worker:
@@ -213,7 +213,7 @@ class Worker:
 
     def _submit(self, request: EngineRequest) -> None:
         try:
-            images = [
+            drawings = [
                 self._engine.submit(
                     request.class_label, request.params, first_image=index, client=request.client
                 )
@@ -222,8 +222,8 @@ class Worker:
         except ValueError as error:
             self._outbox.put(Ended(request.request_id, "refused", time.monotonic(), str(error)))
             return
-        parent = self._parents[request.request_id] = ParentRequest(request, images, request.n)
-        self._parent_of |= dict.fromkeys(images, parent)
+        parent = self._parents[request.request_id] = ParentRequest(request, drawings, request.n)
+        self._parent_of |= dict.fromkeys(drawings, parent)
 
     def _end_early(self, parent: ParentRequest, outcome: str, message: str = "") -> None:
         """The first reason counts; the request ends when the engine has let go of all its
@@ -231,8 +231,8 @@ class Worker:
         """
         if parent.failure is None:
             parent.failure = (outcome, message)
-            for image in parent.images:
-                self._engine.cancel(image)
+            for drawing in parent.drawings:
+                self._engine.cancel(drawing)
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -255,27 +255,29 @@ class Worker:
             ended = []  # the next step returns those that have failed
         for parent in self._parents.values():
             begins = parent.started_at is None and parent.failure is None
-            if begins and any(image.state is not RequestState.WAITING for image in parent.images):
+            if begins and any(
+                drawing.state is not RequestState.WAITING for drawing in parent.drawings
+            ):
                 parent.started_at = begun
                 self._outbox.put(Started(parent.request.request_id, begun))
         return ended
 
     def _finish(self, ended: Sequence[Request]) -> None:
-        for image in ended:
-            parent = self._parent_of.pop(image, None)
+        for drawing in ended:
+            parent = self._parent_of.pop(drawing, None)
             if parent is None:  # it was cancelled and has been dropped
                 continue
-            if image.state is RequestState.FAILED:
-                self._end_early(parent, *_reason(image))
-            elif image.state is RequestState.FINISHED and parent.failure is None:
+            if drawing.state is RequestState.FAILED:
+                self._end_early(parent, *_reason(drawing))
+            elif drawing.state is RequestState.FINISHED and parent.failure is None:
                 if parent.request.pixels:
-                    self._undecoded.append(image)
-                    self._parent_of[image] = parent  # until its picture is sent
+                    self._undecoded.append(drawing)
+                    self._parent_of[drawing] = parent  # until its picture is sent
                 else:
-                    assert image.codes is not None
-                    self._send_image(parent, image, image.codes[0].numpy().tobytes(), 0.0)
+                    assert drawing.codes is not None
+                    self._send_image(parent, drawing, drawing.codes[0].numpy().tobytes(), 0.0)
         for parent in list(self._parents.values()):
-            if parent.failure is not None and all(image.ended for image in parent.images):
+            if parent.failure is not None and all(drawing.ended for drawing in parent.drawings):
                 self._drop(parent, *parent.failure)
 
     def _decode(self) -> None:
@@ -286,51 +288,52 @@ class Worker:
             and len(finished) < self._at_once
             and len(self._decodings) < _DECODINGS_AT_ONCE
         ):
-            image = self._undecoded.popleft()
-            if image in self._parent_of:  # the others are not wanted any more
-                finished.append(image)
+            drawing = self._undecoded.popleft()
+            if drawing in self._parent_of:  # the others are not wanted any more
+                finished.append(drawing)
         if not finished:
             return
         assert self._engine.decoder is not None
         begun = time.monotonic()
-        codes = torch.cat([image.codes for image in finished if image.codes is not None])
+        codes = torch.cat([drawing.codes for drawing in finished if drawing.codes is not None])
         try:
-            pictures = self._engine.decoder.submit_to_host(codes)
-            self._decodings.append((finished, pictures, begun))
+            self._decodings.append((finished, self._engine.decoder.submit_to_host(codes), begun))
         except _MEMORY_ERRORS as error:
             self._lose_pictures(finished, error)
 
-    def _lose_pictures(self, images: Sequence[Request], error: Exception) -> None:
+    def _lose_pictures(self, drawings: Sequence[Request], error: Exception) -> None:
         _free_memory(error)
-        for image in images:
-            if (parent := self._parent_of.pop(image, None)) is not None:
+        for drawing in drawings:
+            if (parent := self._parent_of.pop(drawing, None)) is not None:
                 self._end_early(parent, "out_of_memory")
 
     def _send_decoded(self) -> None:
         while self._decodings and self._decodings[0][1].ready():
-            images, decoding, begun = self._decodings.popleft()
+            drawings, decoding, begun = self._decodings.popleft()
             try:
                 pictures, finite = decoding.result()
             except _MEMORY_ERRORS as error:
-                self._lose_pictures(images, error)
+                self._lose_pictures(drawings, error)
                 continue
-            seconds = (time.monotonic() - begun) / len(images)
-            for image, picture, is_finite in zip(images, pictures, finite.tolist(), strict=True):
-                parent = self._parent_of.pop(image, None)
+            seconds = (time.monotonic() - begun) / len(drawings)
+            for drawing, picture, is_finite in zip(
+                drawings, pictures, finite.tolist(), strict=True
+            ):
+                parent = self._parent_of.pop(drawing, None)
                 if parent is None or parent.failure is not None:
                     continue
                 if is_finite:
-                    self._send_image(parent, image, picture.numpy().tobytes(), seconds)
+                    self._send_image(parent, drawing, picture.numpy().tobytes(), seconds)
                 else:
                     self._end_early(
                         parent, "non_finite", "the decoder's pixels are NaN or infinite"
                     )
 
     def _send_image(
-        self, parent: ParentRequest, image: Request, data: bytes, decode_seconds: float
+        self, parent: ParentRequest, drawing: Request, data: bytes, decode_seconds: float
     ) -> None:
-        request_id, now = parent.request.request_id, time.monotonic()
-        self._outbox.put(Image(request_id, image.first_image, now, decode_seconds, data))
+        request_id, index = parent.request.request_id, drawing.first_image  # its only image
+        self._outbox.put(Image(request_id, index, time.monotonic(), decode_seconds, data))
         parent.left -= 1
         if parent.left == 0:
             self._drop(parent, "finished", "")
@@ -338,29 +341,37 @@ class Worker:
     def _drop(self, parent: ParentRequest, outcome: str, message: str) -> None:
         request_id, now = parent.request.request_id, time.monotonic()
         del self._parents[request_id]
-        for image in parent.images:
-            self._parent_of.pop(image, None)
+        for drawing in parent.drawings:
+            self._parent_of.pop(drawing, None)
         self._tell_progress(parent, now)
-        used_pages = self._engine.scheduler.pool.used_pages
-        self._outbox.put(Ended(request_id, outcome, now, message, parent.tokens, used_pages))
+        self._outbox.put(
+            Ended(
+                request_id,
+                outcome,
+                now,
+                message,
+                tokens=parent.tokens,
+                used_pages=self._engine.scheduler.pool.used_pages,
+            )
+        )
 
     def _preview(self) -> None:
         wanted = (
-            (image, parent.request.preview_rows)
+            (drawing, parent.request.preview_rows)
             for parent in self._parents.values()
             if parent.request.pixels and parent.failure is None
-            for image in parent.images
+            for drawing in parent.drawings
         )
         try:
             previews = self._previewer.advance(wanted, may_begin=not self._undecoded)
         except _MEMORY_ERRORS as error:
             _free_memory(error)  # only previews are lost
             return
-        for image, rows, picture in previews:
-            parent = self._parent_of.get(image)
-            if parent is not None and parent.failure is None and not image.ended:
-                pixels, request_id = picture.numpy().tobytes(), parent.request.request_id
-                self._outbox.put(Preview(request_id, image.first_image, rows, pixels))
+        for drawing, rows, picture in previews:
+            parent = self._parent_of.get(drawing)
+            if parent is not None and parent.failure is None and not drawing.ended:
+                request_id, index = parent.request.request_id, drawing.first_image
+                self._outbox.put(Preview(request_id, index, rows, picture.numpy().tobytes()))
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -377,19 +388,19 @@ class Worker:
             self._outbox.put(Progress(parent.request.request_id, parent.tokens, now))
 
 
-def _reason(image: Request) -> tuple[str, str]:
+def _reason(drawing: Request) -> tuple[str, str]:
     """Outcome and message of a failed request of the engine."""
-    if isinstance(image.cause, NonFiniteLogitsError):
+    if isinstance(drawing.cause, NonFiniteLogitsError):
         return (
             "non_finite",
             "the model's logits are NaN or infinite: its weights are damaged or overflow this "
             "precision",
         )
-    if image.cause is not None and is_out_of_memory(image.cause):
+    if drawing.cause is not None and is_out_of_memory(drawing.cause):
         return "out_of_memory", ""
     raise RuntimeError(
         "a request failed for a reason that does not leave the engine running"
-    ) from image.cause
+    ) from drawing.cause
 
 
 def _free_memory(error: Exception) -> None:
