@@ -7,7 +7,7 @@ attention are the weights' and the KV cache's alone, as in serve/floor.py: activ
 cache. The other operations have nothing else to move, so theirs are all that they read and write.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -96,10 +96,6 @@ class Setting:
         """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
         return self.random(self.rows, inputs).mul_(inputs**-0.5)
 
-    def normed(self) -> Tensor:
-        """The same inputs [rows, width], in the memory that the last norm writes."""
-        return self.layers.normed.normal_().mul_(self.config.dim**-0.5)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -164,7 +160,8 @@ def case_of(
         reference(*exact)
         pairs = [(given[at], exact[at]) for at in whole]
         pairs += [(given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums]
-        return largest(relative_error(*pair) for pair in pairs)
+        # NaN if one of them is, which Python's `max` may pass over
+        return float(torch.tensor([relative_error(*pair) for pair in pairs]).max())
 
     return Case(
         name, shape, moved, run, error, copies=1 if cold is None else tensors[cold].shape[0]
@@ -229,7 +226,8 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
         out: Tensor,
     ) -> Case:
         """A product of what the norm before it has left."""
-        tensors = (setting.normed(), setting.copies(outputs, dim), out)
+        normed = layers.normed.normal_().mul_(dim**-0.5)
+        tensors = (normed, setting.copies(outputs, dim), out)
         return product_case(
             setting, name, lambda x, weight, out: product(weight), exact, tensors, whole=[2]
         )
@@ -449,8 +447,3 @@ def draw_case(setting: Setting) -> Case:
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; NaN where something is NaN."""
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest error. It is NaN if one of them is, which `max` may pass over."""
-    return float(torch.tensor(list(errors)).max())

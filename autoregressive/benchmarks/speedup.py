@@ -19,9 +19,14 @@ import torch
 import triton
 from PIL import Image
 
-from autoregressive.benchmarks.arguments import METHODS, models_for
 from autoregressive.benchmarks.harness import empty_transformer, seconds_of, use_device
-from autoregressive.benchmarks.report import bar_chart, give_figures, markdown
+from autoregressive.benchmarks.script import (
+    METHODS,
+    bar_chart,
+    give_figures,
+    markdown,
+    models_for,
+)
 from autoregressive.cli.drawing import Settings, resolve_settings
 from autoregressive.cli.flags import build_parser
 from autoregressive.devices import limited_cpu_threads, now

@@ -32,8 +32,12 @@ with slow_imports(__name__):
     import httpx2
     from bench_overhead import serve_with, settings_of
 
-    from autoregressive.benchmarks.arguments import positive, script_parser, whole_number
-    from autoregressive.benchmarks.report import give_figures
+    from autoregressive.benchmarks.script import (
+        give_figures,
+        positive,
+        script_parser,
+        whole_number,
+    )
     from autoregressive.benchmarks.service import (
         WAVES,
         authorization,

@@ -30,13 +30,13 @@ from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.script import (
         add_model,
         add_repeats,
+        give_figures,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.report import give_figures
     from autoregressive.benchmarks.service import (
         WAVES,
         at_once,

@@ -22,16 +22,17 @@ with slow_imports(__name__):
     import torch
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import random_tokenizer, seconds_of, use_device
+    from autoregressive.benchmarks.script import (
+        Table,
         add_device,
         add_output,
         add_repeats,
+        give_figures,
         on_cpu,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.harness import random_tokenizer, seconds_of, use_device
-    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import now
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
@@ -108,9 +109,9 @@ def measure(
                 "worst_psnr": psnr,  # decibels; None: equal
             }
         )
-        speed_up = naive_ms / engine_ms
+        ratios = (engine_ms / images, naive_ms / engine_ms)
         told = "equal" if psnr is None else psnr
-        table.row(image_size, images, naive_ms, engine_ms, engine_ms / images, speed_up, told)
+        table.row(image_size, images, naive_ms, engine_ms, *ratios, told)
     return {
         "image_size": image_size,
         "start_seconds": start_seconds,
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vq = random_tokenizer(name, typed.device)
     print(f"{name} on {device}, median of {typed.repeats}, milliseconds")
     table = Table(_COLUMNS)
-    report = {
+    figures = {
         "benchmark": "pixels",
         "vq_model": name,
         "torch": torch.__version__,
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure(vq, size, typed.images, typed.repeats, table) for size in typed.image_size
         ],
     }
-    give_figures(report, typed.output)
+    give_figures(figures, typed.output)
 
 
 if __name__ == "__main__":

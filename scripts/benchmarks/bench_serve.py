@@ -30,15 +30,17 @@ from autoregressive.errors import UserError, tell
 with slow_imports(__name__):
     import httpx2
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.script import (
         add_output,
+        bar_chart,
+        give_figures,
         listed,
+        markdown,
         output_file,
         positive,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.report import bar_chart, give_figures, markdown
     from autoregressive.benchmarks.service import (
         PERCENTILES,
         add_url,

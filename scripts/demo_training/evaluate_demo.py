@@ -29,15 +29,15 @@ with slow_imports(__name__):
     from torchvision.utils import make_grid, save_image
     from train_demo import ROOT, add_font
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import use_device
+    from autoregressive.benchmarks.script import (
         add_device,
         add_output,
+        give_figures,
         output_file,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.harness import use_device
-    from autoregressive.benchmarks.report import give_figures
     from autoregressive.demo_training.emoji_data import (
         IMAGE_SIZE,
         LARGEST_SEED,

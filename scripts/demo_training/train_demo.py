@@ -29,8 +29,8 @@ with slow_imports(__name__):
     from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_device, script_parser, whole_number
     from autoregressive.benchmarks.harness import use_device
+    from autoregressive.benchmarks.script import add_device, script_parser, whole_number
     from autoregressive.demo_training.emoji_data import load_sprites
     from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
     from autoregressive.files import check_folder, write_whole
