@@ -107,12 +107,8 @@ def mean_pairwise_distance(pixels: Tensor) -> float:
     """Pixels [classes, pictures, 3, height, width] -> mean over classes and pairs of the
     root-mean-square difference.
     """
-    distances = []
-    for pictures in pixels.flatten(2).float():
-        count, values = pictures.shape
-        pairs = F.pdist(pictures) / math.sqrt(values)
-        assert pairs.shape[0] == count * (count - 1) // 2
-        distances.append(pairs.mean())
+    root = math.sqrt(pixels[0, 0].numel())
+    distances = [(F.pdist(each) / root).mean() for each in pixels.flatten(2).float()]
     return torch.stack(distances).mean().item()
 
 
