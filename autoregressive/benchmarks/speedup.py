@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -63,8 +63,6 @@ _BARS = {
     "floor": ("memory floor", (70, 70, 70)),
 }
 Outcome = dict[str, Any]  # of a method: {"timing": its figures} or {"error": why}
-
-
 Outcomes = dict[str, dict[str, Outcome]]  # by model and method
 
 
@@ -87,8 +85,8 @@ def read_outcomes(path: Path, job: Mapping[str, object]) -> Outcomes:
     return outcomes
 
 
-def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
-    """All results, ready for JSON.
+def save(path: Path, job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
+    """Writes all results as JSON, and returns them.
 
     The floors are at the highest bandwidth of all models' processes: the same GPU measures less
     when it is hot. Eight images' rows are too few for arithmetic to bound a product.
@@ -96,7 +94,7 @@ def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
     paged = {model: found.get("paged", {}).get("timing", {}) for model, found in outcomes.items()}
     rates = {model: timing.get("read_bytes_per_second") for model, timing in paged.items()}
     highest = max(filter(None, rates.values()), default=None)
-    return {
+    report = {
         "benchmark": "speedup",
         "job": job,
         "highest_read_bytes_per_second": highest,
@@ -106,6 +104,8 @@ def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
         },
         "results": outcomes,
     }
+    write_whole(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    return report
 
 
 def seconds_by(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -200,8 +200,8 @@ def time_naive(gpt: Transformer, settings: Settings, repeats: int, compiled: boo
 
 def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
     """Times the engine until the codes are on the host."""
-    device, params = settings.model.device, settings.sampling
-    ceilings = measure_ceilings(device, settings.model.precision) if device.type == "cuda" else None
+    device, params, precision = settings.model.device, settings.sampling, settings.model.precision
+    ceilings = measure_ceilings(device, precision) if device.type == "cuda" else None
     began = now(device)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=len(settings.labels) * params.rows))
     start_seconds = now(device) - began
@@ -213,7 +213,7 @@ def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
     timing = {**timed(run, run, repeats, device), "start_seconds": start_seconds}
     if ceilings is None:
         return timing
-    floor = Floor(gpt.config, settings.model.precision.itemsize, ceilings)
+    floor = Floor(gpt.config, precision.itemsize, ceilings)
     job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
     return {**timing, "floor_seconds": job.seconds, **asdict(ceilings)}
 
@@ -234,9 +234,8 @@ def work(arguments: argparse.Namespace) -> None:
             repeats = arguments.naive_repeats if method == "naive" else arguments.repeats
             timing = time_naive(gpt, settings, repeats, compiled=method == "compile")
     except Exception as error:  # whatever it is, it goes into the table, and the others go on
-        lines = str(error).strip().splitlines()
-        told = ": ".join([type(error).__name__, *lines[:1]])
-        print(json.dumps({"error": told}), flush=True)
+        told = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+        print(json.dumps({"error": ": ".join(told)}), flush=True)
         raise
     print(json.dumps({"timing": {**timing, "trained": found.trained}}), flush=True)
 
@@ -323,46 +322,35 @@ def run(arguments: argparse.Namespace, script: str) -> None:
     folder.mkdir(exist_ok=True)
     for name in ("speedup.json", "speedup.md", "speedup.png"):
         check_file("--output-dir", folder / name, Path(name).suffix)
-    outcomes = read_outcomes(folder / "speedup.json", job)
+    kept = folder / "speedup.json"
+    outcomes = read_outcomes(kept, job)
     for model in models:
-        for method, outcome in measure(outcomes.setdefault(model, {}), model, arguments, script):
-            outcomes[model][method] = outcome
-            save(folder, job, outcomes)
+        for method in arguments.methods:
+            measure(outcomes.setdefault(model, {}), model, method, arguments, script)
+            report = save(kept, job, outcomes)
     shown = {
         model: {method: outcomes[model][method] for method in arguments.methods} for model in models
     }
-    write_results(shown, save(folder, job, outcomes), folder)
+    write_results(shown, report, folder)
     if any("error" in outcome for found in shown.values() for outcome in found.values()):
         sys.exit(1)
 
 
-def save(folder: Path, job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
-    """Writes the JSON, and returns it."""
-    report = report_of(job, outcomes)
-    text = json.dumps(report, indent=1) + "\n"
-    write_whole(folder / "speedup.json", lambda part: part.write_text(text))
-    return report
-
-
 def measure(
-    kept: Mapping[str, Outcome], model: str, arguments: argparse.Namespace, script: str
-) -> Iterator[tuple[str, Outcome]]:
-    """Runs the methods of a model that have not finished; failed ones are tried again."""
-    done = [method for method in arguments.methods if "timing" in kept.get(method, {})]
-    if done:
+    kept: dict[str, Outcome], model: str, method: str, arguments: argparse.Namespace, script: str
+) -> None:
+    """Runs a method of a model unless it has finished; one that failed is tried again. Prints a
+    line.
+    """
+    if "timing" in kept.get(method, {}):
         source = arguments.output_dir / "speedup.json"
-        print(
-            f"{model}, {', '.join(done)}: kept from {source}; another --output-dir measures again",
-            flush=True,
-        )
-    for method in arguments.methods:
-        if method not in done:
-            outcome = run_method(script, model, method, options_of(arguments))
-            yield method, outcome
-            told = f"failed: {outcome.get('error')}"
-            if "timing" in outcome:
-                told = f"{outcome['timing']['seconds']:.3f} s"
-            print(f"{model}, {method}: {told}", flush=True)
+        told = f"kept from {source}; another --output-dir measures again"
+    else:
+        kept[method] = outcome = run_method(script, model, method, options_of(arguments))
+        told = f"failed: {outcome.get('error')}"
+        if "timing" in outcome:
+            told = f"{outcome['timing']['seconds']:.3f} s"
+    print(f"{model}, {method}: {told}", flush=True)
 
 
 def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> None:
