@@ -52,9 +52,9 @@ def summary(audited: list[dict[str, Any]]) -> tuple[list[str], int]:
     if len(unknown) == len(audited):
         lines.append("the database of vulnerabilities cannot be reached, so nothing was looked up")
     else:
-        known = len(audited) - len(unknown)
         lines.append(
-            f"{known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable"
+            f"{len(audited) - len(unknown)} packages looked up, {len(unknown)} not, "
+            f"{len(vulnerable)} vulnerable"
         )
     return lines, 1 if vulnerable else 0
 

@@ -213,9 +213,13 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
 
     def linear(name: str, outputs: int, inputs: int, out: Tensor) -> Case:
         """A product whose consumer adds up the partial sums."""
-        tensors = (setting.input(inputs), setting.copies(outputs, inputs), out)
         return product_case(
-            setting, name, layers.product, reference.linear, tensors, partial_sums=[2]
+            setting,
+            name,
+            layers.product,
+            reference.linear,
+            (setting.input(inputs), setting.copies(outputs, inputs), out),
+            partial_sums=[2],
         )
 
     def of_normed(
@@ -226,8 +230,7 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
         out: Tensor,
     ) -> Case:
         """A product of what the norm before it has left."""
-        normed = layers.normed.normal_().mul_(dim**-0.5)
-        tensors = (normed, setting.copies(outputs, dim), out)
+        tensors = (layers.normed.normal_().mul_(dim**-0.5), setting.copies(outputs, dim), out)
         return product_case(
             setting, name, lambda x, weight, out: product(weight), exact, tensors, whole=[2]
         )
@@ -281,8 +284,15 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
         product, exact = (
             partial(getattr(products, kind), eps=eps) for products in (fused, reference)
         )
-        tensors = (x, squares, setting.copies(outputs, dim), out)
-        return product_case(setting, name, product, exact, tensors, cold=2, **compared)
+        return product_case(
+            setting,
+            name,
+            product,
+            exact,
+            (x, squares, setting.copies(outputs, dim), out),
+            cold=2,
+            **compared,
+        )
 
     def project(name: str, inputs: int, squares: Tensor) -> Case:
         """Adds itself to the residual stream, and prepares the next product's input; the library's
@@ -394,20 +404,23 @@ def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
     config, layers, batch = setting.config, setting.layers, setting.batch
     width = config.dim
-    tables = setting.random(config.vocab_size, width), setting.random(config.num_classes + 1, width)
-    weights = (*tables, setting.random(width))
+    weights = (
+        setting.random(config.vocab_size, width),
+        setting.random(config.num_classes + 1, width),
+        setting.random(width),
+    )
     fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
     written = [layers.residual, layers.normed]
     if layers.squares is not None:  # the first product norms
         written.append(layers.squares)
-    read = (setting.rows + 1) * width * setting.dtype.itemsize
     return case_of(
         "embed",
         lambda *tensors: layers.embed(*weights, batch),
         partial(torch_operations().embed, eps=config.norm_eps, headroom=layers.headroom),
         (*fed, *weights, *written),
         shape=f"{width}",
-        moved=sum(tensor.nbytes for tensor in written) + read,
+        moved=sum(tensor.nbytes for tensor in written)
+        + (setting.rows + 1) * width * setting.dtype.itemsize,
         whole=range(7, 7 + len(written)),
     )
 

@@ -245,13 +245,19 @@ def bar_chart(
         draw.text((at, _TOP - 10), f"{10.0**power:g}", fill=_GREY, font=small, anchor="ms")
     y = _TOP
     for label, bars in groups.items():
-        middle = y + max(len(bars), 1) * _BAR / 2
-        draw.text((_LEFT - 10, middle), label, fill="black", font=font, anchor="rm")
+        draw.text(
+            (_LEFT - 10, y + max(len(bars), 1) * _BAR / 2),
+            label,
+            fill="black",
+            font=font,
+            anchor="rm",
+        )
         for kind, seconds in bars.items():
             end = x(seconds)
             draw.rectangle([(_LEFT, y + 2), (end, y + _BAR - 2)], fill=kinds[kind][1])
-            beside = (end + 5, y + _BAR / 2)
-            draw.text(beside, f"{seconds:.3g}", fill="black", font=small, anchor="lm")
+            draw.text(
+                (end + 5, y + _BAR / 2), f"{seconds:.3g}", fill="black", font=small, anchor="lm"
+            )
             y += _BAR
         y += _GAP
     for number, (words, colour) in enumerate(kinds.values()):

@@ -213,8 +213,11 @@ def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
     timing = {**timed(run, run, repeats, device), "start_seconds": start_seconds}
     if ceilings is None:
         return timing
-    floor = Floor(gpt.config, precision.itemsize, ceilings)
-    job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
+    job = job_floor(
+        Floor(gpt.config, precision.itemsize, ceilings),
+        engine.scheduler.limits,
+        [params] * len(settings.labels),
+    )
     return {**timing, "floor_seconds": job.seconds, **asdict(ceilings)}
 
 
@@ -248,8 +251,13 @@ def run_method(script: str, model: str, method: str, options: Sequence[str]) -> 
     """
     command = [sys.executable, script, "--worker", "--models", model, "--methods", method, *options]
     with tempfile.TemporaryDirectory() as caches:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches},
+            check=False,
+        )
     *_, last = ["", *done.stdout.splitlines()]
     if last.startswith(('{"timing"', '{"error"')):
         outcome: Outcome = json.loads(last)
@@ -343,8 +351,7 @@ def measure(
     line.
     """
     if "timing" in kept.get(method, {}):
-        source = arguments.output_dir / "speedup.json"
-        told = f"kept from {source}; another --output-dir measures again"
+        told = f"kept from {arguments.output_dir}/speedup.json; another --output-dir measures again"
     else:
         kept[method] = outcome = run_method(script, model, method, options_of(arguments))
         told = f"failed: {outcome.get('error')}"
@@ -362,8 +369,9 @@ def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> N
     }
     rows = []
     for model, found in shown.items():
-        weights = empty_transformer(model, job["image_size"]).parameters()
-        parameters = sum(weight.numel() for weight in weights)
+        parameters = sum(
+            weight.numel() for weight in empty_transformer(model, job["image_size"]).parameters()
+        )
         rows.append(cells(model, parameters, found, floors[model]))
     plain = ""
     if job["naive_repeats"] != job["repeats"]:

@@ -80,8 +80,9 @@ def measure(
     device: torch.device = options.device
     defaults = model_defaults(model)
     params = defaults.sampling
-    shape = empty_transformer(model, options.image_size)
-    gpt = with_random_weights(shape, device, default_precision(device))
+    gpt = with_random_weights(
+        empty_transformer(model, options.image_size), device, default_precision(device)
+    )
     vq = random_tokenizer(defaults.vq_model, device) if options.pixels else None
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)

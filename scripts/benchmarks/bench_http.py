@@ -124,16 +124,20 @@ def spent(processes: Iterable[int]) -> list[tuple[float, int]]:
         switches = 0
         for thread in Path(f"/proc/{process}/task").glob("*/status"):
             with contextlib.suppress(OSError):  # it has ended
-                lines = thread.read_text().splitlines()
-                switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+                switches += sum(
+                    int(line.split()[1])
+                    for line in thread.read_text().splitlines()
+                    if "ctxt_switches" in line
+                )
         found.append((seconds, switches))
     return found
 
 
 def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     """A service's processes, which are numbered in the order of their start."""
-    listed = Path(f"/proc/{service}/task/{service}/children").read_text().split()
-    children = sorted(map(int, listed))
+    children = sorted(
+        map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split())
+    )
     names = [f"engine {index}" for index in range(engines)]
     names += [f"front {index}" for index in range(fronts)]
     return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
@@ -150,8 +154,9 @@ def images_drawn(url: str) -> int:
         raise UserError(
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
         )
-    lines = answer.text.splitlines()
-    [line] = [line for line in lines if line.startswith("llamagen:images_total ")]
+    [line] = [
+        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total ")
+    ]
     return int(float(line.split()[1]))
 
 
@@ -163,13 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(given)
     engines = arguments.data_parallel_size
     fronts = arguments.api_server_count or engines
-    flags = ["--gpt-model", "GPT-XL", "--image-size", str(_SIZE), "--random-weights", "--port", "0"]
-    flags += ["--max-queue-size", "100000", "--api-server-count", str(fronts)]
-    stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
-    with running_service([sys.executable, "-c", _AS_A_MODULE, _SERVE, *stand_in, *flags]) as (
-        service,
-        url,
-    ):
+    stand_in = [arguments.places, arguments.seconds_per_image, engines]
+    flags = ["--gpt-model", "GPT-XL", "--image-size", _SIZE, "--random-weights", "--port", 0,
+             "--max-queue-size", 100000, "--api-server-count", fronts]  # fmt: skip
+    command = [sys.executable, "-c", _AS_A_MODULE, _SERVE, *map(str, [*stand_in, *flags])]
+    with running_service(command) as (service, url):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
         bench = script("bench_serve.py", "--url", url, "--output-format", "jpeg")
         last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm

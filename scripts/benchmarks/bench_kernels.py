@@ -69,8 +69,10 @@ _COLUMNS = {
 
 def floor_seconds(case: Case, ceilings: Ceilings) -> float:
     """The least time of a launch."""
-    reading = case.bytes / ceilings.read_bytes_per_second
-    return max(reading, 2 * case.multiplications / ceilings.operations_per_second)
+    return max(
+        case.bytes / ceilings.read_bytes_per_second,
+        2 * case.multiplications / ceilings.operations_per_second,
+    )
 
 
 def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:

@@ -72,8 +72,7 @@ def build_on_meta(name: str) -> Transformer:
 
 def random_weights(name: str) -> dict[str, Tensor]:
     """Float32 weights of that model, each with memory of its own."""
-    shape = build_on_meta(name)
-    return with_random_weights(shape, torch.device("cpu"), torch.float32).state_dict()
+    return with_random_weights(build_on_meta(name), torch.device("cpu"), torch.float32).state_dict()
 
 
 def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
@@ -109,8 +108,9 @@ def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
 
 def write_shards(rank: int, port: int, name: str, folder: str) -> None:
     """One of the processes that write a sharded checkpoint together."""
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
     mesh = distributed.init_device_mesh("cpu", (RANKS,))
     sharded = {
         key: distribute_tensor(tensor, mesh, [Shard(0)])

@@ -63,8 +63,9 @@ def naive(vq: VQModel, codes: Tensor, grid: int, *, tf32: bool) -> Tensor:
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32
     ):
-        parts = codes.split(_NAIVE_IMAGES)
-        return torch.cat([vq.decode_code(part, [part.shape[0], *shape]) for part in parts])
+        return torch.cat(
+            [vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)]
+        )
 
 
 def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
@@ -95,8 +96,9 @@ def measure(
     )
     results = []
     for images in batches:
-        shape = images, grid * grid
-        codes = torch.randint(0, vq.config.codebook_size, shape, dtype=torch.int32, device=device)
+        codes = torch.randint(
+            0, vq.config.codebook_size, (images, grid * grid), dtype=torch.int32, device=device
+        )
         psnr = worst_psnr(decoder.decode(codes), naive(vq, codes, grid, tf32=False))
         naive_ms = median_ms(partial(naive, vq, codes, grid, tf32=True), device, repeats)
         engine_ms = median_ms(partial(decoder.decode, codes), device, repeats)

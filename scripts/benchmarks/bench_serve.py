@@ -43,7 +43,6 @@ with slow_imports(__name__):
     )
     from autoregressive.benchmarks.service import (
         PERCENTILES,
-        add_url,
         authorization,
         percentiles,
         service_at,
@@ -196,8 +195,9 @@ async def saturated(load: Load, concurrency: int) -> dict[str, Any]:
                     await asyncio.sleep(_AFTER_REFUSAL_SECONDS)
 
         await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    first = concurrency * load.options.n
-    counted = steady_rate(load.moments, first, load.until - seconds, load.until)
+    counted = steady_rate(
+        load.moments, concurrency * load.options.n, load.until - seconds, load.until
+    )
     if not counted[0] and not load.options.moments:
         why = "the first requests took more than a third of that, or too few came after them"
         if load.failures:
@@ -312,7 +312,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; files that cannot be written are refused before any measuring."""
     parser = script_parser(__doc__)
-    add_url(parser)
+    parser.add_argument(
+        "--url",
+        type=lambda typed: typed.rstrip("/"),
+        metavar="URL",
+        default="http://127.0.0.1:8000",
+        help="where the service is (default: %(default)s)",
+    )
     parser.add_argument(
         "--rates",
         type=listed(positive),

@@ -322,8 +322,9 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
             floor = Floor(gpt.config, dtype.itemsize, ceilings)
             times = profile_on_gpu(span, gpt.config.n_layer)
             add_floor(times, floor, rows, span.mean_context)
-            span_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind)
-            step_seconds = span_seconds / span.steps
+            step_seconds = (
+                median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
+            )
             floor_us = floor.step_seconds(rows, rows * span.mean_context) * 1e6
             report |= {
                 "floor_us": floor_us,

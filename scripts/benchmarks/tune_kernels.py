@@ -77,17 +77,22 @@ class Chain:
             gpt = Transformer(config)
         self.weights = ModelWeights.of(with_random_weights(gpt, device, dtype))
         head = self.weights.head
-        copies = 2 + int(_COLD_HEAD_BYTES / head.nbytes)
-        self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in range(copies - 1))]
+        others = range(1 + int(_COLD_HEAD_BYTES / head.nbytes))
+        self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in others)]
         self.batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
         pages = max(_ROWS) * self.batch.shape.pages_per_row
         # More rows than these share pages: only whether the kernels run matters then.
-        table = torch.arange(self.batch.page_table.numel()) % pages
-        self.batch.page_table.copy_(table.view_as(self.batch.page_table))
+        self.batch.page_table.copy_(
+            (torch.arange(self.batch.page_table.numel()) % pages).view_as(self.batch.page_table)
+        )
         self.batch.positions.fill_(_CONTEXTS[0])
         shape = (config.n_layer, 2, pages, config.n_head, _PAGE_SIZE)
-        stride = head_stride(config.head_size, dtype.itemsize)
-        self.kv_pages = torch.randn(*shape, stride, device=device, dtype=dtype) * 0.02
+        self.kv_pages = (
+            torch.randn(
+                *shape, head_stride(config.head_size, dtype.itemsize), device=device, dtype=dtype
+            )
+            * 0.02
+        )
 
     def prepare(self, table: TileTable, rows: int, section: str) -> Callable[[], None]:
         """What runs one step with the table's tiles, with scratch memory of its own: through all
@@ -130,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     capability = torch.cuda.get_device_capability()
     path: Path = arguments.output
-    shared_memory = tile_table(capability, torch.bfloat16).shared_memory
-    table = replace(table_so_far(path), shared_memory=shared_memory)
+    table = replace(
+        table_so_far(path), shared_memory=tile_table(capability, torch.bfloat16).shared_memory
+    )
     for name in arguments.models:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head, block_size=_TOKENS)
@@ -191,8 +197,11 @@ def tune(
     """The table with the best settings found for one model, in these sections; the others keep
     theirs.
     """
-    known = stages_of(config, hopper=capability == (9, 0))
-    stages = [stage for stage in known if stage.section in sections]
+    stages = [
+        stage
+        for stage in stages_of(config, hopper=capability == (9, 0))
+        if stage.section in sections
+    ]
     compile_in_parallel(config, table, stages, capability)
     layer_bytes = 2 * (4 * config.dim**2 + 3 * config.dim * config.ffn_dim)
     chain = Chain(replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes)), capability)
