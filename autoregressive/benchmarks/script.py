@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -98,6 +98,17 @@ def output_file(flag: str, suffix: str) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def add_values(
+    parser: argparse.ArgumentParser, *flags: tuple[str, Callable[[str], Any], Any, str, str]
+) -> None:
+    """Adds flags that take a value: name, type, default, metavar and help, which then tells the
+    default if there is one.
+    """
+    for name, kind, default, metavar, told in flags:
+        shown = told if default is None else f"{told} (default: %(default)s)"
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=shown)
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None, told: str = "") -> None:

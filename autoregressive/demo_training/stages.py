@@ -66,10 +66,9 @@ class Plan:
             "class_dropout": (0 <= self.class_dropout <= 1, "0 to 1"),
         }
         for name, value in asdict(self).items():
-            usual = (0 <= value < math.inf, "a finite number, 0 or more")
-            if isinstance(value, int):
-                usual = (value >= 1, "1 or more")
-            holds, what = allowed.get(name, usual)
+            whole = (value >= 1, "1 or more")
+            finite = (0 <= value < math.inf, "a finite number, 0 or more")
+            holds, what = allowed.get(name, whole if isinstance(value, int) else finite)
             if not holds:
                 raise SettingError(name, value, f"must be {what}")
 
@@ -222,8 +221,12 @@ class TrainingStage(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        models = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**models, "average": self.average, **self.others}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            **self.others,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse, in place."""
@@ -243,8 +246,9 @@ class TokenizerStage(TrainingStage):
         torch.manual_seed(plan.seed)
         model = VQ_models["VQ-demo"]().to(sprites.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        parameters = model.parameters()
-        super().__init__(plan, sprites, plan.tokenizer_steps, model, parameters, self._update)
+        super().__init__(
+            plan, sprites, plan.tokenizer_steps, model, model.parameters(), self._update
+        )
         self.used = torch.zeros(model.config.codebook_size, dtype=torch.bool, device=self.device)
         self.others["used"] = self.used
         self.encode = compiled(lambda pixels: model.quant_conv(model.encoder(pixels)), self.device)

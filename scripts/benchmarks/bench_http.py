@@ -33,6 +33,7 @@ with slow_imports(__name__):
     from bench_overhead import serve_with, settings_of
 
     from autoregressive.benchmarks.script import (
+        add_values,
         give_figures,
         positive,
         script_parser,
@@ -204,35 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--data-parallel-size",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="engines (default: 1)",
-    )
-    parser.add_argument(
-        "--api-server-count",
-        type=whole_number(1),
-        metavar="N",
-        help="(default: as many as engines)",
-    )
-    parser.add_argument(
-        "--places",
-        type=whole_number(1),
-        default=32,
-        metavar="N",
-        help="images that an engine holds (default: 32)",
-    )
-    parser.add_argument(
-        "--seconds-per-image",
-        type=positive,
-        default=0.05,
-        metavar="S",
-        help="that it takes for each of them (default: 0.05)",
-    )
-    parser.add_argument(
-        "--seconds", type=whole_number(1), default=10, metavar="S", help="of load (default: 10)"
+    servers = "processes that answer HTTP (default: as many as engines)"
+    add_values(
+        parser,
+        ("--data-parallel-size", whole_number(1), 1, "N", "engines"),
+        ("--api-server-count", whole_number(1), None, "N", servers),
+        ("--places", whole_number(1), 32, "N", "images that an engine holds"),
+        ("--seconds-per-image", positive, 0.05, "S", "that it takes for each of them"),
+        ("--seconds", whole_number(1), 10, "S", "of load"),
     )
     arguments = parser.parse_args(argv)
     if arguments.seconds < WAVES * arguments.seconds_per_image:

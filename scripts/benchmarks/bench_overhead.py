@@ -33,6 +33,7 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.script import (
         add_model,
         add_repeats,
+        add_values,
         give_figures,
         script_parser,
         whole_number,
@@ -219,31 +220,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_model(parser, "GPT-XL")
-    parser.add_argument(
-        "--image-size", type=whole_number(1), metavar="PIXELS", help="(default: the model's)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=whole_number(4),
-        default=512,
-        metavar="N",
-        help="rows that run at once (default: 512)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=whole_number(1),
-        metavar="S",
-        help="of load a run (default: fifteen waves of images)",
+    waves = "of load a run (default: fifteen waves of images)"
+    add_values(
+        parser,
+        ("--image-size", whole_number(1), None, "PIXELS", "(default: the model's)"),
+        ("--rows", whole_number(4), 512, "N", "rows that run at once"),
+        ("--seconds", whole_number(1), None, "S", waves),
+        ("--data-parallel-size", whole_number(1), 1, "N", "also N engines"),
     )
     parser.add_argument(
         "--in-a-thread", action="store_true", help="also with the engine in a thread of the service"
-    )
-    parser.add_argument(
-        "--data-parallel-size",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="also N engines (default: 1)",
     )
     add_repeats(parser, 3)
     return parser.parse_args(argv)

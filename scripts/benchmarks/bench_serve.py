@@ -32,6 +32,7 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.script import (
         add_output,
+        add_values,
         bar_chart,
         give_figures,
         listed,
@@ -319,18 +320,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="http://127.0.0.1:8000",
         help="where the service is (default: %(default)s)",
     )
-    parser.add_argument(
-        "--rates",
-        type=listed(positive),
-        default=[1, 2, 4],
-        metavar="NUMBERS",
-        help="requests a second (default: 1,2,4)",
-    )
-    parser.add_argument(
-        "--saturate",
-        type=whole_number(1),
-        metavar="N",
-        help="so many requests at a time instead of --rates",
+    at_once = "so many requests at a time instead of --rates"
+    add_values(
+        parser,
+        ("--rates", listed(positive), "1,2,4", "NUMBERS", "requests a second"),
+        ("--saturate", whole_number(1), None, "N", at_once),
+        ("--seconds", positive, 30.0, "S", "of each rate, of --saturate or of --probe"),
+        ("--n", whole_number(1, 10), 1, "N", "images a request, at most 10"),
+        ("--previews", whole_number(0, 3), 1, "N", "of each image, 0 to 3"),
+        ("--seed", whole_number(0), 0, "N", "of arrivals, classes and images"),
     )
     parser.add_argument(
         "--probe",
@@ -338,38 +336,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ask for /health and /metrics instead of images",
     )
     parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=30.0,
-        metavar="S",
-        help="of each rate, of --saturate or of --probe (default: 30)",
-    )
-    parser.add_argument(
-        "--n",
-        type=whole_number(1, 10),
-        default=1,
-        metavar="N",
-        help="images a request, at most 10 (default: 1)",
-    )
-    parser.add_argument(
-        "--previews",
-        type=whole_number(0, 3),
-        default=1,
-        metavar="N",
-        help="of each image, 0 to 3 (default: 1)",
-    )
-    parser.add_argument(
         "--output-format",
         choices=("png", "jpeg", "webp"),
         default="png",
         help="of images (default: png)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="of arrivals, classes and images (default: 0)",
     )
     parser.add_argument(
         "--moments",

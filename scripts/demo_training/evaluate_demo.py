@@ -33,6 +33,7 @@ with slow_imports(__name__):
     from autoregressive.benchmarks.script import (
         add_device,
         add_output,
+        add_values,
         give_figures,
         output_file,
         script_parser,
@@ -159,28 +160,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="X",
         help=f"guidance, one scale or more; 1: none (default: {scale} 1.0)",
     )
-    for flag, metavar, least, default, told in (
-        ("--samples", "N", 2, 16, "pictures of each class"),
-        ("--batch", "N", 1, 256, "pictures drawn at a time"),
-        ("--classifier-steps", "STEPS", 1, 2000, "that the judge is trained for"),
-        ("--classifier-batch", "N", _BLURRED, 128, "renderings of a step"),
-    ):
-        parser.add_argument(
-            flag,
-            type=whole_number(least),
-            default=default,
-            metavar=metavar,
-            help=f"{told} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
+    pictures = "of the judge, the renderings and the pictures"
+    add_values(
+        parser,
+        ("--samples", whole_number(2), 16, "N", "pictures of each class"),
+        ("--batch", whole_number(1), 256, "N", "pictures drawn at a time"),
+        ("--classifier-steps", whole_number(1), 2000, "STEPS", "that the judge is trained for"),
+        ("--classifier-batch", whole_number(_BLURRED), 128, "N", "renderings of a step"),
+        ("--seed", whole_number(0, LARGEST_SEED), 1, "N", pictures),
     )
     parser.add_argument(
-        "--seed",
-        type=whole_number(0, LARGEST_SEED),
-        default=1,
-        metavar="N",
-        help="of the judge, the renderings and the pictures (default: %(default)s)",
+        "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
     )
     add_output(parser)
     parser.add_argument(
