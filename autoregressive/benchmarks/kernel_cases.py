@@ -158,8 +158,10 @@ def case_of(
         ]
         operation(*given)
         reference(*exact)
-        pairs = [(given[at], exact[at]) for at in whole]
-        pairs += [(given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums]
+        pairs = [
+            *((given[at], exact[at]) for at in whole),
+            *((given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums),
+        ]
         # NaN if one of them is, which Python's `max` may pass over
         return float(torch.tensor([relative_error(*pair) for pair in pairs]).max())
 

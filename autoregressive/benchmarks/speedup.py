@@ -354,9 +354,8 @@ def measure(
         told = f"kept from {arguments.output_dir}/speedup.json; another --output-dir measures again"
     else:
         kept[method] = outcome = run_method(script, model, method, options_of(arguments))
-        told = f"failed: {outcome.get('error')}"
-        if "timing" in outcome:
-            told = f"{outcome['timing']['seconds']:.3f} s"
+        failed = f"failed: {outcome.get('error')}"
+        told = f"{outcome['timing']['seconds']:.3f} s" if "timing" in outcome else failed
     print(f"{model}, {method}: {told}", flush=True)
 
 

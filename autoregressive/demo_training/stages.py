@@ -277,9 +277,13 @@ class TokenizerStage(TrainingStage):
             made = self.decode(quantized.vectors).float()
         absolute, edges = (made - pixels).abs().mean(), edge_loss(made, pixels)
         self.descend(absolute + self.plan.edge_weight * edges + quantized.codebook_loss)
-        figures = {"absolute": absolute, "edges": edges, "codebook": quantized.codebook_loss}
-        figures["vectors"] = features.permute(0, 2, 3, 1).flatten(0, 2).float()  # [cells, dim]
-        figures["codes"] = quantized.codes.flatten()
+        figures = {
+            "absolute": absolute,
+            "edges": edges,
+            "codebook": quantized.codebook_loss,
+            "vectors": features.permute(0, 2, 3, 1).flatten(0, 2).float(),  # [cells, dim]
+            "codes": quantized.codes.flatten(),
+        }
         return {name: value.detach() for name, value in figures.items()}
 
     @torch.no_grad()

@@ -139,8 +139,10 @@ def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     children = sorted(
         map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split())
     )
-    names = [f"engine {index}" for index in range(engines)]
-    names += [f"front {index}" for index in range(fronts)]
+    names = [
+        *(f"engine {index}" for index in range(engines)),
+        *(f"front {index}" for index in range(fronts)),
+    ]
     return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
 
 

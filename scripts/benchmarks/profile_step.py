@@ -80,19 +80,33 @@ _COLUMNS = {
 PRODUCTS = ("qkv product", "output product", "swiglu", "down product", "head")
 # In the order of a step. Where a library does the products of many rows, `swiglu` is the product
 # and `gate` what follows it.
-_ATTENTION_HALF = ("embed", "qkv product", "attention", "combine", "output product", "add_norm")
-ORDER = (*_ATTENTION_HALF, "swiglu", "gate", "down product", "head", "draw")
+ORDER = (
+    "embed", "qkv product", "attention", "combine", "output product", "add_norm",
+    "swiglu", "gate", "down product", "head", "draw",
+)  # fmt: skip
 
 _KERNELS = {
-    f"_{name}_kernel": name
-    for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")
+    "_embed_kernel": "embed",
+    "_attention_kernel": "attention",
+    "_hopper_attention_kernel": "attention",
+    "_combine_kernel": "combine",
+    "_add_norm_kernel": "add_norm",
+    "_swiglu_kernel": "swiglu",
+    "_fused_swiglu_kernel": "swiglu",
+    "_gate_kernel": "gate",
+    "_draw_kernel": "draw",
 }
-_KERNELS |= {"_hopper_attention_kernel": "attention", "_fused_swiglu_kernel": "swiglu"}
 _ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
 # Every other kernel is of a product: the one that is due after these. After the down product's
 # `add_norm` a layer is over.
-_NEXT_PRODUCT = {"embed": "qkv product", "attention": "output product", "combine": "output product"}
-_NEXT_PRODUCT |= {"add_norm": "swiglu", "swiglu": "down product", "gate": "down product"}
+_NEXT_PRODUCT = {
+    "embed": "qkv product",
+    "attention": "output product",
+    "combine": "output product",
+    "add_norm": "swiglu",
+    "swiglu": "down product",
+    "gate": "down product",
+}
 
 
 Kernel = tuple[str, float, float]  # a launch: name, start and end in microseconds

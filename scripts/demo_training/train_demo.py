@@ -84,8 +84,11 @@ def train(
         figures = stage.step(step)
         step += 1
         if step % 200 == 0 or step == stage.steps:
-            line = {"step": step} | {key: round(value.item(), 5) for key, value in figures.items()}
-            line["steps_per_s"] = round((step - first) / (time.monotonic() - started), 2)
+            line = {
+                "step": step,
+                **{key: round(value.item(), 5) for key, value in figures.items()},
+                "steps_per_s": round((step - first) / (time.monotonic() - started), 2),
+            }
             print(f"{name}: {json.dumps(line)}", flush=True)
             with log_path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
