@@ -43,19 +43,18 @@ def summary(audited: list[dict[str, Any]]) -> tuple[list[str], int]:
     """What pip-audit's findings say, line by line, and the exit status."""
     vulnerable = [package for package in audited if package.get("vulns")]
     unknown = [package for package in audited if "skip_reason" in package]
-    lines = []
-    for package in vulnerable:
-        for found in package["vulns"]:
-            fixed = ", ".join(found["fix_versions"]) or "none"
-            lines.append(
-                f"{package['name']} {package['version']}: {found['id']} (fixed in: {fixed})"
-            )
+    lines = [
+        f"{package['name']} {package['version']}: {found['id']} "
+        f"(fixed in: {', '.join(found['fix_versions']) or 'none'})"
+        for package in vulnerable
+        for found in package["vulns"]
+    ]
     if len(unknown) == len(audited):
         lines.append("the database of vulnerabilities cannot be reached, so nothing was looked up")
     else:
-        known = len(audited) - len(unknown)
         lines.append(
-            f"{known} packages looked up, {len(unknown)} not, {len(vulnerable)} vulnerable"
+            f"{len(audited) - len(unknown)} packages looked up, {len(unknown)} not, "
+            f"{len(vulnerable)} vulnerable"
         )
     return lines, 1 if vulnerable else 0
 
@@ -69,16 +68,8 @@ def run_pip_audit() -> list[dict[str, Any]]:
     """
     python = ENVIRONMENT / "bin" / "python"
     make_environment(python)
-    install = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        PIP_AUDIT,
-    ]
-    subprocess.run(install, check=True, timeout=SECONDS)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, PIP_AUDIT], check=True, timeout=SECONDS)
     flags = ["--require-hashes", "--disable-pip", "--progress-spinner", "off", "--format", "json"]
     command = [str(python), "-m", "pip_audit", "-r", str(ROOT / "requirements.lock"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)

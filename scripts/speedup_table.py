@@ -21,7 +21,7 @@ from pathlib import Path
 from autoregressive.cli.command import run_command, slow_imports
 
 with slow_imports(__name__):
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.script import (
         METHODS,
         add_device,
         add_image_size,

@@ -7,7 +7,7 @@ attention are the weights' and the KV cache's alone, as in serve/floor.py: activ
 cache. The other operations have nothing else to move, so theirs are all that they read and write.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
@@ -96,10 +96,6 @@ class Setting:
         """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
         return self.random(self.rows, inputs).mul_(inputs**-0.5)
 
-    def normed(self) -> Tensor:
-        """The same inputs [rows, width], in the memory that the last norm writes."""
-        return self.layers.normed.normal_().mul_(self.config.dim**-0.5)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -162,9 +158,12 @@ def case_of(
         ]
         operation(*given)
         reference(*exact)
-        pairs = [(given[at], exact[at]) for at in whole]
-        pairs += [(given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums]
-        return largest(relative_error(*pair) for pair in pairs)
+        pairs = [
+            *((given[at], exact[at]) for at in whole),
+            *((given[at].sum(dim=0), exact[at].sum(dim=0)) for at in partial_sums),
+        ]
+        # NaN if one of them is, which Python's `max` may pass over
+        return float(torch.tensor([relative_error(*pair) for pair in pairs]).max())
 
     return Case(
         name, shape, moved, run, error, copies=1 if cold is None else tensors[cold].shape[0]
@@ -216,9 +215,13 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
 
     def linear(name: str, outputs: int, inputs: int, out: Tensor) -> Case:
         """A product whose consumer adds up the partial sums."""
-        tensors = (setting.input(inputs), setting.copies(outputs, inputs), out)
         return product_case(
-            setting, name, layers.product, reference.linear, tensors, partial_sums=[2]
+            setting,
+            name,
+            layers.product,
+            reference.linear,
+            (setting.input(inputs), setting.copies(outputs, inputs), out),
+            partial_sums=[2],
         )
 
     def of_normed(
@@ -229,7 +232,7 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
         out: Tensor,
     ) -> Case:
         """A product of what the norm before it has left."""
-        tensors = (setting.normed(), setting.copies(outputs, dim), out)
+        tensors = (layers.normed.normal_().mul_(dim**-0.5), setting.copies(outputs, dim), out)
         return product_case(
             setting, name, lambda x, weight, out: product(weight), exact, tensors, whole=[2]
         )
@@ -283,8 +286,15 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
         product, exact = (
             partial(getattr(products, kind), eps=eps) for products in (fused, reference)
         )
-        tensors = (x, squares, setting.copies(outputs, dim), out)
-        return product_case(setting, name, product, exact, tensors, cold=2, **compared)
+        return product_case(
+            setting,
+            name,
+            product,
+            exact,
+            (x, squares, setting.copies(outputs, dim), out),
+            cold=2,
+            **compared,
+        )
 
     def project(name: str, inputs: int, squares: Tensor) -> Case:
         """Adds itself to the residual stream, and prepares the next product's input; the library's
@@ -396,20 +406,23 @@ def embed_case(setting: Setting) -> Case:
     """The start of a step, at positions beyond the first."""
     config, layers, batch = setting.config, setting.layers, setting.batch
     width = config.dim
-    tables = setting.random(config.vocab_size, width), setting.random(config.num_classes + 1, width)
-    weights = (*tables, setting.random(width))
+    weights = (
+        setting.random(config.vocab_size, width),
+        setting.random(config.num_classes + 1, width),
+        setting.random(width),
+    )
     fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
     written = [layers.residual, layers.normed]
     if layers.squares is not None:  # the first product norms
         written.append(layers.squares)
-    read = (setting.rows + 1) * width * setting.dtype.itemsize
     return case_of(
         "embed",
         lambda *tensors: layers.embed(*weights, batch),
         partial(torch_operations().embed, eps=config.norm_eps, headroom=layers.headroom),
         (*fed, *weights, *written),
         shape=f"{width}",
-        moved=sum(tensor.nbytes for tensor in written) + read,
+        moved=sum(tensor.nbytes for tensor in written)
+        + (setting.rows + 1) * width * setting.dtype.itemsize,
         whole=range(7, 7 + len(written)),
     )
 
@@ -449,8 +462,3 @@ def draw_case(setting: Setting) -> Case:
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     """Norm of the difference over the norm of what is wanted; NaN where something is NaN."""
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest error. It is NaN if one of them is, which `max` may pass over."""
-    return float(torch.tensor(list(errors)).max())

@@ -2,7 +2,6 @@
 from other processes, and to count what comes of it. A load generator imports no torch.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,6 @@ PERCENTILES = "p50 / p90 / p99"
 # four, and has a third
 WAVES = 15
 _SCRIPTS = Path(__file__).parents[2] / "scripts" / "benchmarks"
-_URL = "http://127.0.0.1:8000"
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -67,17 +65,6 @@ def steady_rate(
         len(counted),
         counted[-1] - counted[0],
         linear_regression(counted, range(len(counted))).slope,
-    )
-
-
-def add_url(parser: argparse.ArgumentParser) -> None:
-    """Adds --url, without a slash at its end."""
-    parser.add_argument(
-        "--url",
-        type=lambda typed: typed.rstrip("/"),
-        metavar="URL",
-        default=_URL,
-        help=f"where the service is (default: {_URL})",
     )
 
 

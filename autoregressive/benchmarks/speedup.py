@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -19,9 +19,14 @@ import torch
 import triton
 from PIL import Image
 
-from autoregressive.benchmarks.arguments import METHODS, models_for
 from autoregressive.benchmarks.harness import empty_transformer, seconds_of, use_device
-from autoregressive.benchmarks.report import bar_chart, give_figures, markdown
+from autoregressive.benchmarks.script import (
+    METHODS,
+    bar_chart,
+    give_figures,
+    markdown,
+    models_for,
+)
 from autoregressive.cli.drawing import Settings, resolve_settings
 from autoregressive.cli.flags import build_parser
 from autoregressive.devices import limited_cpu_threads, now
@@ -58,8 +63,6 @@ _BARS = {
     "floor": ("memory floor", (70, 70, 70)),
 }
 Outcome = dict[str, Any]  # of a method: {"timing": its figures} or {"error": why}
-
-
 Outcomes = dict[str, dict[str, Outcome]]  # by model and method
 
 
@@ -82,8 +85,8 @@ def read_outcomes(path: Path, job: Mapping[str, object]) -> Outcomes:
     return outcomes
 
 
-def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
-    """All results, ready for JSON.
+def save(path: Path, job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
+    """Writes all results as JSON, and returns them.
 
     The floors are at the highest bandwidth of all models' processes: the same GPU measures less
     when it is hot. Eight images' rows are too few for arithmetic to bound a product.
@@ -91,7 +94,7 @@ def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
     paged = {model: found.get("paged", {}).get("timing", {}) for model, found in outcomes.items()}
     rates = {model: timing.get("read_bytes_per_second") for model, timing in paged.items()}
     highest = max(filter(None, rates.values()), default=None)
-    return {
+    report = {
         "benchmark": "speedup",
         "job": job,
         "highest_read_bytes_per_second": highest,
@@ -101,6 +104,8 @@ def report_of(job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
         },
         "results": outcomes,
     }
+    write_whole(path, lambda part: part.write_text(json.dumps(report, indent=1) + "\n"))
+    return report
 
 
 def seconds_by(outcomes: Mapping[str, Outcome]) -> dict[str, float]:
@@ -195,8 +200,8 @@ def time_naive(gpt: Transformer, settings: Settings, repeats: int, compiled: boo
 
 def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
     """Times the engine until the codes are on the host."""
-    device, params = settings.model.device, settings.sampling
-    ceilings = measure_ceilings(device, settings.model.precision) if device.type == "cuda" else None
+    device, params, precision = settings.model.device, settings.sampling, settings.model.precision
+    ceilings = measure_ceilings(device, precision) if device.type == "cuda" else None
     began = now(device)
     engine = Engine(gpt, None, EngineConfig(max_num_seqs=len(settings.labels) * params.rows))
     start_seconds = now(device) - began
@@ -208,8 +213,11 @@ def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
     timing = {**timed(run, run, repeats, device), "start_seconds": start_seconds}
     if ceilings is None:
         return timing
-    floor = Floor(gpt.config, settings.model.precision.itemsize, ceilings)
-    job = job_floor(floor, engine.scheduler.limits, [params] * len(settings.labels))
+    job = job_floor(
+        Floor(gpt.config, precision.itemsize, ceilings),
+        engine.scheduler.limits,
+        [params] * len(settings.labels),
+    )
     return {**timing, "floor_seconds": job.seconds, **asdict(ceilings)}
 
 
@@ -229,9 +237,8 @@ def work(arguments: argparse.Namespace) -> None:
             repeats = arguments.naive_repeats if method == "naive" else arguments.repeats
             timing = time_naive(gpt, settings, repeats, compiled=method == "compile")
     except Exception as error:  # whatever it is, it goes into the table, and the others go on
-        lines = str(error).strip().splitlines()
-        told = ": ".join([type(error).__name__, *lines[:1]])
-        print(json.dumps({"error": told}), flush=True)
+        told = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+        print(json.dumps({"error": ": ".join(told)}), flush=True)
         raise
     print(json.dumps({"timing": {**timing, "trained": found.trained}}), flush=True)
 
@@ -244,8 +251,13 @@ def run_method(script: str, model: str, method: str, options: Sequence[str]) -> 
     """
     command = [sys.executable, script, "--worker", "--models", model, "--methods", method, *options]
     with tempfile.TemporaryDirectory() as caches:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches},
+            check=False,
+        )
     *_, last = ["", *done.stdout.splitlines()]
     if last.startswith(('{"timing"', '{"error"')):
         outcome: Outcome = json.loads(last)
@@ -318,46 +330,33 @@ def run(arguments: argparse.Namespace, script: str) -> None:
     folder.mkdir(exist_ok=True)
     for name in ("speedup.json", "speedup.md", "speedup.png"):
         check_file("--output-dir", folder / name, Path(name).suffix)
-    outcomes = read_outcomes(folder / "speedup.json", job)
+    kept = folder / "speedup.json"
+    outcomes = read_outcomes(kept, job)
     for model in models:
-        for method, outcome in measure(outcomes.setdefault(model, {}), model, arguments, script):
-            outcomes[model][method] = outcome
-            save(folder, job, outcomes)
+        for method in arguments.methods:
+            measure(outcomes.setdefault(model, {}), model, method, arguments, script)
+            report = save(kept, job, outcomes)
     shown = {
         model: {method: outcomes[model][method] for method in arguments.methods} for model in models
     }
-    write_results(shown, save(folder, job, outcomes), folder)
+    write_results(shown, report, folder)
     if any("error" in outcome for found in shown.values() for outcome in found.values()):
         sys.exit(1)
 
 
-def save(folder: Path, job: Mapping[str, object], outcomes: Outcomes) -> dict[str, Any]:
-    """Writes the JSON, and returns it."""
-    report = report_of(job, outcomes)
-    text = json.dumps(report, indent=1) + "\n"
-    write_whole(folder / "speedup.json", lambda part: part.write_text(text))
-    return report
-
-
 def measure(
-    kept: Mapping[str, Outcome], model: str, arguments: argparse.Namespace, script: str
-) -> Iterator[tuple[str, Outcome]]:
-    """Runs the methods of a model that have not finished; failed ones are tried again."""
-    done = [method for method in arguments.methods if "timing" in kept.get(method, {})]
-    if done:
-        source = arguments.output_dir / "speedup.json"
-        print(
-            f"{model}, {', '.join(done)}: kept from {source}; another --output-dir measures again",
-            flush=True,
-        )
-    for method in arguments.methods:
-        if method not in done:
-            outcome = run_method(script, model, method, options_of(arguments))
-            yield method, outcome
-            told = f"failed: {outcome.get('error')}"
-            if "timing" in outcome:
-                told = f"{outcome['timing']['seconds']:.3f} s"
-            print(f"{model}, {method}: {told}", flush=True)
+    kept: dict[str, Outcome], model: str, method: str, arguments: argparse.Namespace, script: str
+) -> None:
+    """Runs a method of a model unless it has finished; one that failed is tried again. Prints a
+    line.
+    """
+    if "timing" in kept.get(method, {}):
+        told = f"kept from {arguments.output_dir}/speedup.json; another --output-dir measures again"
+    else:
+        kept[method] = outcome = run_method(script, model, method, options_of(arguments))
+        failed = f"failed: {outcome.get('error')}"
+        told = f"{outcome['timing']['seconds']:.3f} s" if "timing" in outcome else failed
+    print(f"{model}, {method}: {told}", flush=True)
 
 
 def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> None:
@@ -369,8 +368,9 @@ def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> N
     }
     rows = []
     for model, found in shown.items():
-        weights = empty_transformer(model, job["image_size"]).parameters()
-        parameters = sum(weight.numel() for weight in weights)
+        parameters = sum(
+            weight.numel() for weight in empty_transformer(model, job["image_size"]).parameters()
+        )
         rows.append(cells(model, parameters, found, floors[model]))
     plain = ""
     if job["naive_repeats"] != job["repeats"]:

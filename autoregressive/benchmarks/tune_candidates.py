@@ -2,7 +2,7 @@
 may pay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 from kernels.attention import AttentionTiles
@@ -11,6 +11,7 @@ from kernels.linear import LinearTiles, SwigluTiles
 
 _SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
 _ROWS = 16  # of a program, where shared memory is reckoned
+_BLOCKS = ((64, 4), (128, 4), (128, 8))  # outputs of a fused program, and its warps
 
 
 def attention_candidates(head_size: int, hopper: bool) -> Iterator[AttentionTiles]:
@@ -34,8 +35,7 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
     program on their way.
     """
     splits_tried = (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1)
-    blocks = ((64, 4), (128, 4), (128, 8))
-    for (tile_outputs, warps), tile, splits in product(blocks, (64, 128, 256), splits_tried):
+    for (tile_outputs, warps), tile, splits in product(_BLOCKS, (64, 128, 256), splits_tried):
         tiles = -(-inputs // (tile * splits))
         programs = outputs // tile_outputs * splits
         if 20 <= programs <= 420 and tiles * tile * splits <= 1.25 * inputs:
@@ -43,18 +43,18 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
                 yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
-def fused_swiglu_candidates(hidden: int, inputs: int) -> Iterator[FusedTiles]:
-    """Candidates for the fused gated product, which has no splits."""
-    for (half, warps), tile in product(((32, 4), (64, 4), (64, 8)), (64, 128, 256)):
-        for stages in _stages(-(-inputs // tile), 2 * half, tile):
-            yield FusedTiles(half, tile, 1, stages, warps)
+def fused_whole_candidates(
+    outputs: int, inputs: int, tiles: Sequence[int], matrices: int
+) -> Iterator[FusedTiles]:
+    """Candidates for a fused product without splits, which are for any number of outputs.
 
-
-def fused_head_candidates(vocabulary: int, inputs: int) -> Iterator[FusedTiles]:
-    """Candidates for the fused head, which has no splits."""
-    for (outputs, warps), tile in product(((64, 4), (128, 4), (128, 8)), (64, 128)):
-        for stages in _stages(-(-inputs // tile), outputs, tile):
-            yield FusedTiles(outputs, tile, 1, stages, warps)
+    Args:
+        tiles: numbers of inputs of a tile.
+        matrices: 2 for the gated product, whose tile has as many outputs of each of its halves.
+    """
+    for (tile_outputs, warps), tile in product(_BLOCKS, tiles):
+        for stages in _stages(-(-inputs // tile), tile_outputs, tile):
+            yield FusedTiles(tile_outputs // matrices, tile, 1, stages, warps)
 
 
 def _stages(tiles: int, outputs: int, tile: int) -> list[int]:

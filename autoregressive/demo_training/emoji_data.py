@@ -140,8 +140,7 @@ def render(sprites: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
     mix = ((along / 2**0.5 + 1) / 2)[:, None]  # [n, 1, size, size] in 0..1
     background = from_colour[:, :, None, None] * (1 - mix) + to_colour[:, :, None, None] * mix
 
-    picture = F.avg_pool2d(colours + background * (1 - opacity), _SUPERSAMPLING)
-    return picture.clamp(0, 1) * 2 - 1
+    return F.avg_pool2d(colours + background * (1 - opacity), _SUPERSAMPLING).clamp(0, 1) * 2 - 1
 
 
 def render_batch(

@@ -4,6 +4,7 @@ step) and their state alone.
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,10 +66,9 @@ class Plan:
             "class_dropout": (0 <= self.class_dropout <= 1, "0 to 1"),
         }
         for name, value in asdict(self).items():
-            usual = (0 <= value < math.inf, "a finite number, 0 or more")
-            if isinstance(value, int):
-                usual = (value >= 1, "1 or more")
-            holds, what = allowed.get(name, usual)
+            whole = (value >= 1, "1 or more")
+            finite = (0 <= value < math.inf, "a finite number, 0 or more")
+            holds, what = allowed.get(name, whole if isinstance(value, int) else finite)
             if not holds:
                 raise SettingError(name, value, f"must be {what}")
 
@@ -97,12 +97,6 @@ def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
         total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
         made, wanted = F.avg_pool2d(made, 2), F.avg_pool2d(wanted, 2)
     return total
-
-
-def channels_last(model: VQModel) -> VQModel:
-    """The model with its convolutions' weights laid out as GPUs like them."""
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -167,11 +161,17 @@ def load_tokenizer(path: Path, device: torch.device) -> VQModel:
     with torch.device("meta"):
         tokenizer = VQ_models["VQ-demo"]()
     load_weights(tokenizer, path, device=device, dtype=torch.float32)
-    return channels_last(tokenizer.eval().requires_grad_(False))
+    tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return tokenizer.eval().requires_grad_(False)
 
 
-class TrainingStage:
+class TrainingStage(ABC):
     """One thing to train: a model, its optimizer, and the averaged weights that are shipped.
+
+    Args:
+        model: on the sprites' device.
+        groups: the model's parameters, as the optimizer takes them.
+        update: an optimisation step; `self.update` carries it out.
 
     Attributes:
         steps: how many the training has.
@@ -180,35 +180,30 @@ class TrainingStage:
         others: further tensors of a saved state, by name.
     """
 
-    model: nn.Module
-    average: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
-
-    def __init__(self, plan: Plan, sprites: Tensor, steps: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sprites: Tensor,
+        steps: int,
+        model: nn.Module,
+        groups: Any,
+        update: Callable[..., dict[str, Tensor]],
+    ) -> None:
         self.plan, self.sprites, self.device, self.steps = plan, sprites, sprites.device, steps
         self.made_with: dict[str, Any] = asdict(plan)
         self.others: dict[str, Tensor] = {}
-
-    def prepare(self, groups: Any, update: Callable[..., dict[str, Tensor]]) -> None:
-        """Makes the optimizer and the averages of `model`.
-
-        Args:
-            groups: the model's parameters, as the optimizer takes them.
-            update: an optimisation step; `self.update` carries it out.
-        """
-        on_gpu = self.device.type == "cuda"
+        self.model, on_gpu = model, self.device.type == "cuda"
         # The rate is a tensor on the device, so that a captured step sees it change.
         rate = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.AdamW(
             groups, lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True, capturable=on_gpu
         )
-        parameters = self.model.named_parameters()
-        self.average = {name: value.detach().clone() for name, value in parameters}
+        self.average = {name: value.detach().clone() for name, value in model.named_parameters()}
         self.update = Captured(update) if on_gpu else update
 
+    @abstractmethod
     def step(self, step: int) -> dict[str, Tensor]:
         """Runs one optimisation step, which changes the state in place. Returns figures to log."""
-        raise NotImplementedError
 
     def descend(self, loss: Tensor) -> Tensor:
         """Moves the parameters down the loss, and the averages towards them; returns the norm of
@@ -226,8 +221,12 @@ class TrainingStage:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        models = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**models, "average": self.average, **self.others}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            **self.others,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The reverse, in place."""
@@ -244,10 +243,12 @@ class TokenizerStage(TrainingStage):
     model: VQModel
 
     def __init__(self, plan: Plan, sprites: Tensor) -> None:
-        super().__init__(plan, sprites, plan.tokenizer_steps)
         torch.manual_seed(plan.seed)
-        self.model = model = channels_last(VQ_models["VQ-demo"]().to(self.device))
-        self.prepare(model.parameters(), self._update)
+        model = VQ_models["VQ-demo"]().to(sprites.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(
+            plan, sprites, plan.tokenizer_steps, model, model.parameters(), self._update
+        )
         self.used = torch.zeros(model.config.codebook_size, dtype=torch.bool, device=self.device)
         self.others["used"] = self.used
         self.encode = compiled(lambda pixels: model.quant_conv(model.encoder(pixels)), self.device)
@@ -276,9 +277,13 @@ class TokenizerStage(TrainingStage):
             made = self.decode(quantized.vectors).float()
         absolute, edges = (made - pixels).abs().mean(), edge_loss(made, pixels)
         self.descend(absolute + self.plan.edge_weight * edges + quantized.codebook_loss)
-        figures = {"absolute": absolute, "edges": edges, "codebook": quantized.codebook_loss}
-        figures["vectors"] = features.permute(0, 2, 3, 1).flatten(0, 2).float()  # [cells, dim]
-        figures["codes"] = quantized.codes.flatten()
+        figures = {
+            "absolute": absolute,
+            "edges": edges,
+            "codebook": quantized.codebook_loss,
+            "vectors": features.permute(0, 2, 3, 1).flatten(0, 2).float(),  # [cells, dim]
+            "codes": quantized.codes.flatten(),
+        }
         return {name: value.detach() for name, value in figures.items()}
 
     @torch.no_grad()
@@ -302,14 +307,13 @@ class GPTStage(TrainingStage):
     model: Transformer
 
     def __init__(self, plan: Plan, sprites: Tensor, tokenizer_path: Path) -> None:
-        super().__init__(plan, sprites, plan.gpt_steps)
-        self.made_with["tokenizer"] = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
-        tokenizer = load_tokenizer(tokenizer_path, self.device)
+        device = sprites.device
+        tokenizer = load_tokenizer(tokenizer_path, device)
         # In eval mode the model's own dropout is off: images never repeat, so there is nothing to
         # overfit.
-        self.model = demo_transformer(tokenizer).to(self.device).eval()
-        self.model.init_weights(step_generator(plan.seed, "gpt weights", 0, self.device))
-        parameters = list(self.model.parameters())
+        model = demo_transformer(tokenizer).to(device).eval()
+        model.init_weights(step_generator(plan.seed, "gpt weights", 0, device))
+        parameters = list(model.parameters())
         groups = [
             {
                 "params": [p for p in parameters if p.dim() > 1],
@@ -317,11 +321,10 @@ class GPTStage(TrainingStage):
             },
             {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
         ]
-        self.prepare(groups, self._update)
-        self.encode = compiled(
-            lambda pixels: tokenizer.encode(pixels).codes.flatten(1), self.device
-        )
-        self.loss = compiled(self._loss, self.device)
+        super().__init__(plan, sprites, plan.gpt_steps, model, groups, self._update)
+        self.made_with["tokenizer"] = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
+        self.encode = compiled(lambda pixels: tokenizer.encode(pixels).codes.flatten(1), device)
+        self.loss = compiled(self._loss, device)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """See `TrainingStage`."""

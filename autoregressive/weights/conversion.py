@@ -51,13 +51,11 @@ def convert(source: WeightSource, output: Path, dtype: str | None) -> str:
     }
     if not dtypes:
         raise CheckpointError(source.path, "holds no weights; use another file")
-    unknown = [name for name, kind in dtypes.items() if kind not in FORMAT_CODES]
-    if unknown:
-        kind = dtypes[unknown[0]]
-        way = "give --dtype, or use another file" if kind.is_floating_point else "use another file"
-        raise CheckpointError(
-            source.path, f"{unknown[0]} is {kind}, which is not written here; {way}"
-        )
+    for name, kind in dtypes.items():
+        if kind not in FORMAT_CODES:
+            way = "give --dtype, or use" if kind.is_floating_point else "use"
+            told = f"{name} is {kind}, which is not written here; {way} another file"
+            raise CheckpointError(source.path, told)
     check_size(source, dtypes)
 
     def write(part: Path) -> None:
@@ -79,12 +77,8 @@ def check_size(source: WeightSource, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: the weights are many times larger than what is stored.
     """
-    files = (
-        [source.path]
-        if source.path.is_file()
-        else [path for path in source.path.iterdir() if path.is_file()]
-    )
-    stored = sum(file.stat().st_size for file in files)
+    files = [source.path] if source.path.is_file() else source.path.iterdir()
+    stored = sum(file.stat().st_size for file in files if file.is_file())
     claimed = sum(source.shapes[name].numel() * source.dtypes[name].itemsize for name in names)
     if claimed > MOST_REPEATS * stored:
         told = f"claims {claimed:,} bytes of weights, more than the checkpoint has ({stored:,})"
@@ -97,10 +91,12 @@ def check_complete(source: WeightSource) -> None:
     Raises:
         CheckpointError: the weights are those of a known model, or most of them, and not all.
     """
-    found, known = source.shapes, {}
-    for name, build in {**GPT_models, **VQ_models}.items():
-        with torch.device("meta"):
-            known[name] = {key: tensor.shape for key, tensor in build().state_dict().items()}
+    found = source.shapes
+    with torch.device("meta"):
+        known = {
+            name: {key: tensor.shape for key, tensor in build().state_dict().items()}
+            for name, build in {**GPT_models, **VQ_models}.items()
+        }
     if any(find_incomplete(wanted, found) is None for wanted in known.values()):
         return
     shared = {

@@ -29,20 +29,6 @@ from autoregressive.errors import UserError
 with slow_imports(__name__):
     import torch
 
-    from autoregressive.benchmarks.arguments import (
-        add_device,
-        add_engine_flags,
-        add_image_size,
-        add_models,
-        add_output,
-        add_repeats,
-        listed,
-        models_for,
-        on_cpu,
-        row_count,
-        script_parser,
-        whole_number,
-    )
     from autoregressive.benchmarks.harness import (
         empty_transformer,
         random_tokenizer,
@@ -50,7 +36,22 @@ with slow_imports(__name__):
         use_device,
         with_random_weights,
     )
-    from autoregressive.benchmarks.report import Table, give_figures
+    from autoregressive.benchmarks.script import (
+        Table,
+        add_device,
+        add_engine_flags,
+        add_image_size,
+        add_models,
+        add_output,
+        add_repeats,
+        give_figures,
+        listed,
+        models_for,
+        on_cpu,
+        row_count,
+        script_parser,
+        whole_number,
+    )
     from autoregressive.devices import default_precision, now
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
@@ -79,8 +80,9 @@ def measure(
     device: torch.device = options.device
     defaults = model_defaults(model)
     params = defaults.sampling
-    shape = empty_transformer(model, options.image_size)
-    gpt = with_random_weights(shape, device, default_precision(device))
+    gpt = with_random_weights(
+        empty_transformer(model, options.image_size), device, default_precision(device)
+    )
     vq = random_tokenizer(defaults.vq_model, device) if options.pixels else None
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)
@@ -209,14 +211,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{device}, median of {typed.repeats}")
     results = list(measure_all(typed, Table(_COLUMNS)))
     options = {**vars(typed), "device": str(typed.device)}
-    report = {
+    figures = {
         "benchmark": "decode",
         "device": device,
         "torch": torch.__version__,
         "options": {key: options[key] for key in options if key not in ("models", "output")},
         "models": results,
     }
-    give_figures(report, typed.output)
+    give_figures(figures, typed.output)
     if any("error" in model for model in results):
         sys.exit(1)
 

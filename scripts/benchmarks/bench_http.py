@@ -32,8 +32,13 @@ with slow_imports(__name__):
     import httpx2
     from bench_overhead import serve_with, settings_of
 
-    from autoregressive.benchmarks.arguments import positive, script_parser, whole_number
-    from autoregressive.benchmarks.report import give_figures
+    from autoregressive.benchmarks.script import (
+        add_values,
+        give_figures,
+        positive,
+        script_parser,
+        whole_number,
+    )
     from autoregressive.benchmarks.service import (
         WAVES,
         authorization,
@@ -120,18 +125,24 @@ def spent(processes: Iterable[int]) -> list[tuple[float, int]]:
         switches = 0
         for thread in Path(f"/proc/{process}/task").glob("*/status"):
             with contextlib.suppress(OSError):  # it has ended
-                lines = thread.read_text().splitlines()
-                switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+                switches += sum(
+                    int(line.split()[1])
+                    for line in thread.read_text().splitlines()
+                    if "ctxt_switches" in line
+                )
         found.append((seconds, switches))
     return found
 
 
 def processes_of(service: int, engines: int, fronts: int) -> dict[str, int]:
     """A service's processes, which are numbered in the order of their start."""
-    listed = Path(f"/proc/{service}/task/{service}/children").read_text().split()
-    children = sorted(map(int, listed))
-    names = [f"engine {index}" for index in range(engines)]
-    names += [f"front {index}" for index in range(fronts)]
+    children = sorted(
+        map(int, Path(f"/proc/{service}/task/{service}/children").read_text().split())
+    )
+    names = [
+        *(f"engine {index}" for index in range(engines)),
+        *(f"front {index}" for index in range(fronts)),
+    ]
     return {"service": service} | dict(zip(names, children[-len(names) :], strict=True))
 
 
@@ -146,8 +157,9 @@ def images_drawn(url: str) -> int:
         raise UserError(
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
         )
-    lines = answer.text.splitlines()
-    [line] = [line for line in lines if line.startswith("llamagen:images_total ")]
+    [line] = [
+        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total ")
+    ]
     return int(float(line.split()[1]))
 
 
@@ -159,13 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(given)
     engines = arguments.data_parallel_size
     fronts = arguments.api_server_count or engines
-    flags = ["--gpt-model", "GPT-XL", "--image-size", str(_SIZE), "--random-weights", "--port", "0"]
-    flags += ["--max-queue-size", "100000", "--api-server-count", str(fronts)]
-    stand_in = [str(arguments.places), str(arguments.seconds_per_image), str(engines)]
-    with running_service([sys.executable, "-c", _AS_A_MODULE, _SERVE, *stand_in, *flags]) as (
-        service,
-        url,
-    ):
+    stand_in = [arguments.places, arguments.seconds_per_image, engines]
+    flags = ["--gpt-model", "GPT-XL", "--image-size", _SIZE, "--random-weights", "--port", 0,
+             "--max-queue-size", 100000, "--api-server-count", fronts]  # fmt: skip
+    command = [sys.executable, "-c", _AS_A_MODULE, _SERVE, *map(str, [*stand_in, *flags])]
+    with running_service(command) as (service, url):
         processes = processes_of(service, engines, fronts if fronts > 1 else 0)
         bench = script("bench_serve.py", "--url", url, "--output-format", "jpeg")
         last_json([*bench, "--rates", "2", "--seconds", "2"])  # warm
@@ -197,35 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
-    parser.add_argument(
-        "--data-parallel-size",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="engines (default: 1)",
-    )
-    parser.add_argument(
-        "--api-server-count",
-        type=whole_number(1),
-        metavar="N",
-        help="(default: as many as engines)",
-    )
-    parser.add_argument(
-        "--places",
-        type=whole_number(1),
-        default=32,
-        metavar="N",
-        help="images that an engine holds (default: 32)",
-    )
-    parser.add_argument(
-        "--seconds-per-image",
-        type=positive,
-        default=0.05,
-        metavar="S",
-        help="that it takes for each of them (default: 0.05)",
-    )
-    parser.add_argument(
-        "--seconds", type=whole_number(1), default=10, metavar="S", help="of load (default: 10)"
+    servers = "processes that answer HTTP (default: as many as engines)"
+    add_values(
+        parser,
+        ("--data-parallel-size", whole_number(1), 1, "N", "engines"),
+        ("--api-server-count", whole_number(1), None, "N", servers),
+        ("--places", whole_number(1), 32, "N", "images that an engine holds"),
+        ("--seconds-per-image", positive, 0.05, "S", "that it takes for each of them"),
+        ("--seconds", whole_number(1), 10, "S", "of load"),
     )
     arguments = parser.parse_args(argv)
     if arguments.seconds < WAVES * arguments.seconds_per_image:

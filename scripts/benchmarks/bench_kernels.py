@@ -28,17 +28,18 @@ from autoregressive.errors import UserError, tell
 with slow_imports(__name__):
     import torch
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import config_of, use_device
+    from autoregressive.benchmarks.kernel_cases import Case, Setting, cases
+    from autoregressive.benchmarks.script import (
+        Table,
         add_device,
         add_models,
         add_output,
+        give_figures,
         listed,
         row_count,
         script_parser,
     )
-    from autoregressive.benchmarks.harness import config_of, use_device
-    from autoregressive.benchmarks.kernel_cases import Case, Setting, cases
-    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import PRECISIONS
     from autoregressive.output.records import device_name
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
@@ -68,8 +69,10 @@ _COLUMNS = {
 
 def floor_seconds(case: Case, ceilings: Ceilings) -> float:
     """The least time of a launch."""
-    reading = case.bytes / ceilings.read_bytes_per_second
-    return max(reading, 2 * case.multiplications / ceilings.operations_per_second)
+    return max(
+        case.bytes / ceilings.read_bytes_per_second,
+        2 * case.multiplications / ceilings.operations_per_second,
+    )
 
 
 def is_wrong(case: Case, error: float, dtype: torch.dtype) -> bool:
@@ -95,28 +98,26 @@ def measure(
     """Compares an operation with its reference, then times it unless it is wrong. Prints a line."""
     error = case.error()
     wrong = is_wrong(case, error, setting.dtype)
-    floor_us = floor_seconds(case, ceilings) * 1e6
-    us = library_us = share = speed_up = None
+    us = library_us = None
     if not wrong:
         us = launch_us(case.run, case.copies, setting.device)
-        share = floor_us / us
         if case.library is not None:
             library_us = launch_us(case.library, case.copies, setting.device)
-            speed_up = library_us / us
-    seen = (model, setting.rows, case.operation, case.shape, error)
-    table.row(*seen, "WRONG" if wrong else us, floor_us, share, library_us, speed_up)
-    return {
+    floor_us = floor_seconds(case, ceilings) * 1e6
+    figures = {
         "model": model,
         "rows": setting.rows,
         "operation": case.operation,
         "shape": case.shape,
         "error": error,
-        "wrong": wrong,
         "us": us,
         "floor_us": floor_us,
+        "share": us and floor_us / us,
         "library_us": library_us,
-        "share": share,
     }
+    shown = figures | {"us": "WRONG" if wrong else us}
+    table.row(*shown.values(), us and library_us and library_us / us)
+    return {**figures, "wrong": wrong}
 
 
 @torch.no_grad()
@@ -197,16 +198,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     table, results = Table(_COLUMNS), []
     for model in typed.models:
         results += measure_model(model, typed, table)
-    report = {
-        "benchmark": "kernels",
-        "device": device,
-        "torch": torch.__version__,
-        "precision": typed.precision,
-        "context": typed.context,
-        "repeats": REPEATS,
-        "results": results,
-    }
-    give_figures(report, typed.output)
+    give_figures(
+        {
+            "benchmark": "kernels",
+            "device": device,
+            "torch": torch.__version__,
+            "precision": typed.precision,
+            "context": typed.context,
+            "repeats": REPEATS,
+            "results": results,
+        },
+        typed.output,
+    )
     wrong = sum(result["wrong"] for result in results)
     if wrong:
         raise UserError(

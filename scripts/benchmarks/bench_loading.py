@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import re
 import socket
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,15 @@ with slow_imports(__name__):
     from torch import Tensor, distributed
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import seconds_of, use_device, with_random_weights
+    from autoregressive.benchmarks.script import (
+        Table,
         add_device,
         add_model,
         add_output,
+        give_figures,
         script_parser,
     )
-    from autoregressive.benchmarks.harness import seconds_of, use_device, with_random_weights
-    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.weights.checkpoint import load_weights
@@ -69,8 +72,7 @@ def build_on_meta(name: str) -> Transformer:
 
 def random_weights(name: str) -> dict[str, Tensor]:
     """Float32 weights of that model, each with memory of its own."""
-    shape = build_on_meta(name)
-    return with_random_weights(shape, torch.device("cpu"), torch.float32).state_dict()
+    return with_random_weights(build_on_meta(name), torch.device("cpu"), torch.float32).state_dict()
 
 
 def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
@@ -89,14 +91,13 @@ def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
     elif kind == "flat .pt":
         torch.save(weights, path)
     else:
-        first, second, averaged = (
-            {key: tensor + 1 for key, tensor in weights.items()} for _ in range(3)
-        )
-        moments = zip(first.values(), second.values(), strict=True)
-        state = {i: {"exp_avg": m, "exp_avg_sq": v} for i, (m, v) in enumerate(moments)}
+        state = {
+            index: {"exp_avg": tensor + 1, "exp_avg_sq": tensor + 1}
+            for index, tensor in enumerate(weights.values())
+        }
         content = {
             "model": weights,
-            "ema": averaged,
+            "ema": {key: tensor + 1 for key, tensor in weights.items()},
             "optimizer": {"state": state, "param_groups": [{"lr": 1e-4}]},
             "steps": 100,
             "args": argparse.Namespace(gpt_model=name),
@@ -107,8 +108,9 @@ def write_checkpoint(kind: str, name: str, folder: Path) -> Path:
 
 def write_shards(rank: int, port: int, name: str, folder: str) -> None:
     """One of the processes that write a sharded checkpoint together."""
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+    )
     mesh = distributed.init_device_mesh("cpu", (RANKS,))
     sharded = {
         key: distribute_tensor(tensor, mesh, [Shard(0)])
@@ -122,10 +124,10 @@ def write_shards(rank: int, port: int, name: str, folder: str) -> None:
 
 def anonymous_bytes() -> int:
     """Anonymous memory of this process that is resident now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("/proc/self/status has no RssAnon; this benchmark needs Linux")
+    found = re.search(r"^RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise UserError("/proc/self/status has no RssAnon; this benchmark needs Linux")
+    return int(found[1]) * 1024
 
 
 @contextmanager
@@ -153,10 +155,9 @@ def measure_here(kind: str, name: str, path: Path, device: torch.device) -> dict
     torch.zeros(1, device=device)
     model = build_on_meta(name)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
+    load = partial(load_weights, model, path, device=device, dtype=torch.bfloat16)
     with sampled_peak() as peak:
-        seconds = seconds_of(
-            lambda: load_weights(model, path, device=device, dtype=torch.bfloat16), device
-        )
+        seconds = seconds_of(load, device)
     files = [path] if path.is_file() else list(path.iterdir())
     weights_bytes = elements * torch.float32.itemsize
     target_bytes = elements * torch.bfloat16.itemsize if device.type == "cpu" else 0
@@ -227,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = [found[f"{size}_bytes"] / 1e6 for size in ("on_disk", "target", "peak", "limit")]
         told = "ok" if found["within_limit"] else "OVER THE LIMIT"
         table.row(kind, *sizes, found["seconds"], told)
-    report = {
+    figures = {
         "benchmark": "loading",
         "gpt_model": name,
         "device": str(typed.device),
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python": platform.python_version(),
         "measurements": measurements,
     }
-    give_figures(report, typed.output)
+    give_figures(figures, typed.output)
     if not all(found["within_limit"] for found in measurements):
         sys.exit(1)
 

@@ -30,13 +30,14 @@ from autoregressive.cli.command import run_command, slow_imports
 from autoregressive.errors import UserError
 
 with slow_imports(__name__):
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.script import (
         add_model,
         add_repeats,
+        add_values,
+        give_figures,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.report import give_figures
     from autoregressive.benchmarks.service import (
         WAVES,
         at_once,
@@ -76,8 +77,13 @@ def serve_with(settings: ServerSettings, start: StartProcess) -> int:
     """The service's command with random weights and engines that `start` starts otherwise."""
     recipe = recipe_of(settings)
     with lifecycle.listen(settings) as listeners:
-        model = lifecycle.served_model(settings, _NO_WEIGHTS)
-        return lifecycle.serve(settings, model, lambda index: recipe, listeners, start)
+        return lifecycle.serve(
+            settings,
+            lifecycle.served_model(settings, _NO_WEIGHTS),
+            lambda index: recipe,
+            listeners,
+            start,
+        )
 
 
 class EngineThread(threading.Thread):
@@ -98,11 +104,6 @@ def start_in_a_thread(make_engine: MakeEngine, name: str) -> tuple[Any, socket.s
     thread = EngineThread(target=serve, args=(make_engine, theirs), daemon=True)
     thread.start()
     return thread, ours
-
-
-def serve_in_a_thread(flags: Sequence[str]) -> int:
-    """The service's command with its engine in a thread."""
-    return serve_with(settings_of(flags), start_in_a_thread)
 
 
 def draw_lone_previews(flags: Sequence[str]) -> int:
@@ -134,9 +135,10 @@ def draw_lone_previews(flags: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the flags, measures, prints a table and JSON."""
     given = sys.argv[1:] if argv is None else list(argv)
-    for mode, run in ((_IN_THREAD, serve_in_a_thread), (_LONE, draw_lone_previews)):
-        if given[:1] == [mode]:
-            return run(given[1:])
+    if given[:1] == [_IN_THREAD]:
+        return serve_with(settings_of(given[1:]), start_in_a_thread)
+    if given[:1] == [_LONE]:
+        return draw_lone_previews(given[1:])
     arguments = parse_arguments(given)
     model, rows, engines = arguments.gpt_model, arguments.rows, arguments.data_parallel_size
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
@@ -147,10 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.in_a_thread:
         commands["in a thread"] = ([sys.executable, __file__, _IN_THREAD, *flags], 1)
     if engines > 1:
-        several = [*process, "--data-parallel-size", str(engines)]
-        commands[f"in {engines} processes"] = (several, engines)
-    decode = script("bench_decode.py", "--models", model, "--rows", rows, *size)
-    decoded = last_json([*decode, "--images", str(2 * rows), "--pixels"])
+        commands[f"in {engines} processes"] = (
+            [*process, "--data-parallel-size", str(engines)],
+            engines,
+        )
+    job = ("--models", model, "--rows", rows, "--images", 2 * rows, "--pixels", *size)
+    decoded = last_json(script("bench_decode.py", *job))
     alone = decoded["models"][0]["results"][0]["images_per_second"]
     lone = last_json([sys.executable, __file__, _LONE, *flags])["first_preview_seconds"]
     seconds = seconds_of_load(arguments.seconds, rows / 2 / alone)
@@ -216,31 +220,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the flags, and ends the process on a mistake."""
     parser = script_parser(__doc__)
     add_model(parser, "GPT-XL")
-    parser.add_argument(
-        "--image-size", type=whole_number(1), metavar="PIXELS", help="(default: the model's)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=whole_number(4),
-        default=512,
-        metavar="N",
-        help="rows that run at once (default: 512)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=whole_number(1),
-        metavar="S",
-        help="of load a run (default: fifteen waves of images)",
+    waves = "of load a run (default: fifteen waves of images)"
+    add_values(
+        parser,
+        ("--image-size", whole_number(1), None, "PIXELS", "(default: the model's)"),
+        ("--rows", whole_number(4), 512, "N", "rows that run at once"),
+        ("--seconds", whole_number(1), None, "S", waves),
+        ("--data-parallel-size", whole_number(1), 1, "N", "also N engines"),
     )
     parser.add_argument(
         "--in-a-thread", action="store_true", help="also with the engine in a thread of the service"
-    )
-    parser.add_argument(
-        "--data-parallel-size",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="also N engines (default: 1)",
     )
     add_repeats(parser, 3)
     return parser.parse_args(argv)

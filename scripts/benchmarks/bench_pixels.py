@@ -22,16 +22,17 @@ with slow_imports(__name__):
     import torch
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import random_tokenizer, seconds_of, use_device
+    from autoregressive.benchmarks.script import (
+        Table,
         add_device,
         add_output,
         add_repeats,
+        give_figures,
         on_cpu,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.harness import random_tokenizer, seconds_of, use_device
-    from autoregressive.benchmarks.report import Table, give_figures
     from autoregressive.devices import now
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.pixel_decoder import PixelDecoder
@@ -62,8 +63,9 @@ def naive(vq: VQModel, codes: Tensor, grid: int, *, tf32: bool) -> Tensor:
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32
     ):
-        parts = codes.split(_NAIVE_IMAGES)
-        return torch.cat([vq.decode_code(part, [part.shape[0], *shape]) for part in parts])
+        return torch.cat(
+            [vq.decode_code(part, [part.shape[0], *shape]) for part in codes.split(_NAIVE_IMAGES)]
+        )
 
 
 def worst_psnr(found: Tensor, expected: Tensor) -> float | None:
@@ -94,8 +96,9 @@ def measure(
     )
     results = []
     for images in batches:
-        shape = images, grid * grid
-        codes = torch.randint(0, vq.config.codebook_size, shape, dtype=torch.int32, device=device)
+        codes = torch.randint(
+            0, vq.config.codebook_size, (images, grid * grid), dtype=torch.int32, device=device
+        )
         psnr = worst_psnr(decoder.decode(codes), naive(vq, codes, grid, tf32=False))
         naive_ms = median_ms(partial(naive, vq, codes, grid, tf32=True), device, repeats)
         engine_ms = median_ms(partial(decoder.decode, codes), device, repeats)
@@ -108,9 +111,9 @@ def measure(
                 "worst_psnr": psnr,  # decibels; None: equal
             }
         )
-        speed_up = naive_ms / engine_ms
+        ratios = (engine_ms / images, naive_ms / engine_ms)
         told = "equal" if psnr is None else psnr
-        table.row(image_size, images, naive_ms, engine_ms, engine_ms / images, speed_up, told)
+        table.row(image_size, images, naive_ms, engine_ms, *ratios, told)
     return {
         "image_size": image_size,
         "start_seconds": start_seconds,
@@ -176,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vq = random_tokenizer(name, typed.device)
     print(f"{name} on {device}, median of {typed.repeats}, milliseconds")
     table = Table(_COLUMNS)
-    report = {
+    figures = {
         "benchmark": "pixels",
         "vq_model": name,
         "torch": torch.__version__,
@@ -186,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             measure(vq, size, typed.images, typed.repeats, table) for size in typed.image_size
         ],
     }
-    give_figures(report, typed.output)
+    give_figures(figures, typed.output)
 
 
 if __name__ == "__main__":

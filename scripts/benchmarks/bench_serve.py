@@ -30,18 +30,20 @@ from autoregressive.errors import UserError, tell
 with slow_imports(__name__):
     import httpx2
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.script import (
         add_output,
+        add_values,
+        bar_chart,
+        give_figures,
         listed,
+        markdown,
         output_file,
         positive,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.report import bar_chart, give_figures, markdown
     from autoregressive.benchmarks.service import (
         PERCENTILES,
-        add_url,
         authorization,
         percentiles,
         service_at,
@@ -65,8 +67,11 @@ _COLUMNS = (
     f"image, {PERCENTILES}",
     "failures",
 )
-_BARS = {"p50": ("p50", (60, 130, 90)), "p90": ("p90", (90, 140, 200))}
-_BARS |= {"p99": ("p99", (220, 110, 40))}
+_BARS = {
+    "p50": ("p50", (60, 130, 90)),
+    "p90": ("p90", (90, 140, 200)),
+    "p99": ("p99", (220, 110, 40)),
+}
 
 
 @dataclass
@@ -194,8 +199,9 @@ async def saturated(load: Load, concurrency: int) -> dict[str, Any]:
                     await asyncio.sleep(_AFTER_REFUSAL_SECONDS)
 
         await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    first = concurrency * load.options.n
-    counted = steady_rate(load.moments, first, load.until - seconds, load.until)
+    counted = steady_rate(
+        load.moments, concurrency * load.options.n, load.until - seconds, load.until
+    )
     if not counted[0] and not load.options.moments:
         why = "the first requests took more than a third of that, or too few came after them"
         if load.failures:
@@ -310,19 +316,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; files that cannot be written are refused before any measuring."""
     parser = script_parser(__doc__)
-    add_url(parser)
     parser.add_argument(
-        "--rates",
-        type=listed(positive),
-        default=[1, 2, 4],
-        metavar="NUMBERS",
-        help="requests a second (default: 1,2,4)",
+        "--url",
+        type=lambda typed: typed.rstrip("/"),
+        metavar="URL",
+        default="http://127.0.0.1:8000",
+        help="where the service is (default: %(default)s)",
     )
-    parser.add_argument(
-        "--saturate",
-        type=whole_number(1),
-        metavar="N",
-        help="so many requests at a time instead of --rates",
+    at_once = "so many requests at a time instead of --rates"
+    add_values(
+        parser,
+        ("--rates", listed(positive), "1,2,4", "NUMBERS", "requests a second"),
+        ("--saturate", whole_number(1), None, "N", at_once),
+        ("--seconds", positive, 30.0, "S", "of each rate, of --saturate or of --probe"),
+        ("--n", whole_number(1, 10), 1, "N", "images a request, at most 10"),
+        ("--previews", whole_number(0, 3), 1, "N", "of each image, 0 to 3"),
+        ("--seed", whole_number(0), 0, "N", "of arrivals, classes and images"),
     )
     parser.add_argument(
         "--probe",
@@ -330,38 +339,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="ask for /health and /metrics instead of images",
     )
     parser.add_argument(
-        "--seconds",
-        type=positive,
-        default=30.0,
-        metavar="S",
-        help="of each rate, of --saturate or of --probe (default: 30)",
-    )
-    parser.add_argument(
-        "--n",
-        type=whole_number(1, 10),
-        default=1,
-        metavar="N",
-        help="images a request, at most 10 (default: 1)",
-    )
-    parser.add_argument(
-        "--previews",
-        type=whole_number(0, 3),
-        default=1,
-        metavar="N",
-        help="of each image, 0 to 3 (default: 1)",
-    )
-    parser.add_argument(
         "--output-format",
         choices=("png", "jpeg", "webp"),
         default="png",
         help="of images (default: png)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0),
-        default=0,
-        metavar="N",
-        help="of arrivals, classes and images (default: 0)",
     )
     parser.add_argument(
         "--moments",

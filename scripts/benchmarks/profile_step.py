@@ -19,8 +19,9 @@ attention and combine are one, and there is no floor.
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
@@ -31,22 +32,23 @@ with slow_imports(__name__):
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    from autoregressive.benchmarks.arguments import (
-        add_device,
-        add_engine_flags,
-        add_model,
-        add_output,
-        on_cpu,
-        row_count,
-        script_parser,
-    )
     from autoregressive.benchmarks.harness import (
         config_of,
         empty_transformer,
         use_device,
         with_random_weights,
     )
-    from autoregressive.benchmarks.report import Table, give_figures
+    from autoregressive.benchmarks.script import (
+        Table,
+        add_device,
+        add_engine_flags,
+        add_model,
+        add_output,
+        give_figures,
+        on_cpu,
+        row_count,
+        script_parser,
+    )
     from autoregressive.devices import PRECISIONS, limited_cpu_threads
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import Transformer
@@ -78,52 +80,60 @@ _COLUMNS = {
 PRODUCTS = ("qkv product", "output product", "swiglu", "down product", "head")
 # In the order of a step. Where a library does the products of many rows, `swiglu` is the product
 # and `gate` what follows it.
-_ATTENTION_HALF = ("embed", "qkv product", "attention", "combine", "output product", "add_norm")
-ORDER = (*_ATTENTION_HALF, "swiglu", "gate", "down product", "head", "draw")
+ORDER = (
+    "embed", "qkv product", "attention", "combine", "output product", "add_norm",
+    "swiglu", "gate", "down product", "head", "draw",
+)  # fmt: skip
 
 _KERNELS = {
-    f"_{name}_kernel": name
-    for name in ("embed", "attention", "combine", "add_norm", "swiglu", "gate", "draw")
+    "_embed_kernel": "embed",
+    "_attention_kernel": "attention",
+    "_hopper_attention_kernel": "attention",
+    "_combine_kernel": "combine",
+    "_add_norm_kernel": "add_norm",
+    "_swiglu_kernel": "swiglu",
+    "_fused_swiglu_kernel": "swiglu",
+    "_gate_kernel": "gate",
+    "_draw_kernel": "draw",
 }
-_KERNELS |= {"_hopper_attention_kernel": "attention", "_fused_swiglu_kernel": "swiglu"}
 _ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
-# Every other kernel is of a product: the one that is due after these. After `add_norm` it depends
-# on the product before.
-_NEXT_PRODUCT = {"embed": "qkv product", "attention": "output product", "combine": "output product"}
-_NEXT_PRODUCT |= {"swiglu": "down product", "gate": "down product"}
+# Every other kernel is of a product: the one that is due after these. After the down product's
+# `add_norm` a layer is over.
+_NEXT_PRODUCT = {
+    "embed": "qkv product",
+    "attention": "output product",
+    "combine": "output product",
+    "add_norm": "swiglu",
+    "swiglu": "down product",
+    "gate": "down product",
+}
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One launch, as a profiler saw it."""
-
-    name: str
-    start_us: float
-    end_us: float
+Kernel = tuple[str, float, float]  # a launch: name, start and end in microseconds
+# Of an operation, for one step, as in the JSON. Without a value: `adds_us`, where nothing overlaps;
+# `bytes`, `floor_us` and `share`, where nothing but activations moves, which stay in the cache.
+Figures = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class OperationTime:
-    """All launches of an operation, for one step."""
+def figures_of(
+    operation: str, launches: float, busy_us: float, adds_us: float | None = None
+) -> Figures:
+    """The figures of an operation before its floor is known.
 
-    operation: str
-    launches: float
-    busy_us: float  # from start to end
-    # from the end of the kernel before to the own end; None: nothing overlaps
-    adds_us: float | None = None
-    # that must come from memory; None: none but activations, which stay in the cache
-    bytes: int | None = None
-    floor_us: float | None = None
-
-    @property
-    def mean_us(self) -> float:
-        """Microseconds that one launch is busy."""
-        return self.busy_us / self.launches
-
-    @property
-    def share(self) -> float | None:
-        """The floor divided by the operation's time; None without a floor."""
-        return self.floor_us and self.floor_us / (self.adds_us or self.busy_us)
+    Args:
+        busy_us: from the kernels' start to their end.
+        adds_us: from the end of the kernel before to the own end.
+    """
+    return {
+        "operation": operation,
+        "launches": launches,
+        "busy_us": busy_us,
+        "mean_us": busy_us / launches,
+        "adds_us": adds_us,
+        "bytes": None,
+        "floor_us": None,
+        "share": None,
+    }
 
 
 def operations_of(names: Iterable[str], layers: int) -> list[str]:
@@ -134,22 +144,15 @@ def operations_of(names: Iterable[str], layers: int) -> list[str]:
         layers: of the model.
     """
     found: list[str] = []
-    due, last_product, layer = "qkv product", "", 0
+    due, layer = "qkv product", 0
     for name in names:
         own = next(
             (operation for kernel, operation in _KERNELS.items() if name.startswith(kernel)), None
         )
-        operation = own or due
-        found.append(operation)
-        if operation in PRODUCTS:
-            last_product = operation
-        if operation == "embed":
+        found.append(own or due)
+        if own == "embed":
             layer = 0
-        if operation == "add_norm" and last_product == "output product":
-            due = "swiglu"
-        elif operation == "add_norm" or (
-            operation == "down product" and name.startswith(_ADDS_ITSELF)
-        ):
+        if due == "down product" and (own == "add_norm" or name.startswith(_ADDS_ITSELF)):
             layer += 1
             due = "qkv product" if layer < layers else "head"
         elif own is not None:
@@ -157,7 +160,7 @@ def operations_of(names: Iterable[str], layers: int) -> list[str]:
     return found
 
 
-def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[OperationTime]:
+def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Figures]:
     """Times for one step of each operation, in the order of a step.
 
     Args:
@@ -166,31 +169,28 @@ def summed(kernels: Sequence[Kernel], layers: int, steps: int) -> list[Operation
     Raises:
         UserError: the kernels are not those of so many steps.
     """
-    kernels = sorted(kernels, key=lambda kernel: (kernel.start_us, kernel.end_us))
-    labels = operations_of((kernel.name for kernel in kernels), layers)
+    kernels = sorted(kernels, key=lambda kernel: kernel[1:])
+    labels = operations_of((name for name, _, _ in kernels), layers)
     seen = labels.count("embed")
     if seen != steps or labels.count("draw") != steps:
         raise UserError(
             f"the profiler saw {seen} of {steps} steps: try again, or with --enforce-eager"
         )
-    launches, busy, adds = (dict.fromkeys(ORDER, 0.0) for _ in range(3))
-    end_us = kernels[0].start_us
-    for label, kernel in zip(labels, kernels, strict=True):
-        launches[label] += 1 / steps
-        busy[label] += (kernel.end_us - kernel.start_us) / steps
-        adds[label] += max(0.0, kernel.end_us - end_us) / steps
-        end_us = max(end_us, kernel.end_us)
+    busy, adds = dict.fromkeys(ORDER, 0.0), dict.fromkeys(ORDER, 0.0)
+    last_end = kernels[0][1]
+    for label, (_, start, end) in zip(labels, kernels, strict=True):
+        busy[label] += (end - start) / steps
+        adds[label] += max(0.0, end - last_end) / steps
+        last_end = max(last_end, end)
     return [
-        OperationTime(label, launches[label], busy[label], adds[label])
+        figures_of(label, labels.count(label) / steps, busy[label], adds[label])
         for label in ORDER
-        if launches[label]
+        if label in labels
     ]
 
 
-def with_floor(
-    times: list[OperationTime], floor: Floor, rows: int, context: float
-) -> list[OperationTime]:
-    """Adds each operation's bytes and its memory floor.
+def add_floor(times: list[Figures], floor: Floor, rows: int, context: float) -> None:
+    """Adds each operation's bytes, its memory floor, and the floor's share of what it adds.
 
     Args:
         context: tokens that a row attends to.
@@ -199,12 +199,11 @@ def with_floor(
     known = {"attention": (kv_bytes, kv_bytes / floor.ceilings.read_bytes_per_second)}
     for name, elements in zip(PRODUCTS, product_elements(floor.config), strict=True):
         known[name] = (elements * floor.element_bytes, floor.product_seconds(elements, rows))
-    return [
-        replace(each, bytes=known[each.operation][0], floor_us=known[each.operation][1] * 1e6)
-        if each.operation in known
-        else each
-        for each in times
-    ]
+    for each in times:
+        if each["operation"] in known:
+            moved, seconds = known[each["operation"]]
+            share = seconds * 1e6 / (each["adds_us"] or each["busy_us"])
+            each |= {"bytes": moved, "floor_us": seconds * 1e6, "share": share}
 
 
 class TimedRunner(ModelRunner):
@@ -215,7 +214,7 @@ class TimedRunner(ModelRunner):
     def make_operations(self, gpt: Transformer) -> Operations:
         """The model's operations, each of which is timed."""
         operations, width, ffn = super().make_operations(gpt), gpt.config.dim, gpt.config.ffn_dim
-        self.seconds: dict[str, list[float]] = {}  # operation -> seconds of each call
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)  # of each call
         linear = {
             (3 * width, width): "qkv product",
             (width, width): "output product",
@@ -231,7 +230,7 @@ class TimedRunner(ModelRunner):
                 operation(*tensors, **options)
                 seconds = time.perf_counter() - began
                 title = linear[tensors[1].shape] if name == "linear" else titles.get(name, name)
-                self.seconds.setdefault(title, []).append(seconds)
+                self.seconds[title].append(seconds)
 
             return run
 
@@ -249,7 +248,7 @@ class Span:
     """
 
     def __init__(self, runner: ModelRunner, rows: int, context: int) -> None:
-        self.runner, self.rows, self.images = runner, rows, rows // 2
+        self.runner, self.rows = runner, rows
         shape = runner.shape
         self.steps = min(STEPS, shape.tokens)
         self.first = min(max(0, context - 1 - self.steps // 2), shape.tokens - self.steps)
@@ -267,23 +266,23 @@ class Span:
     def rewind(self) -> None:
         """Puts every row at the span's first position."""
         model = self.runner.model
+        params = SamplingParams(top_k=min(TOP_K, model.vocab_size))
         rows = [  # of class 0 and of no class in turn
             RowState(row % 2 and model.num_classes, row // 2, self.first, pages)
             for row, pages in enumerate(self._pages)
         ]
-        params = SamplingParams(top_k=min(TOP_K, model.vocab_size))
         images = [
             ImageState(params, image, image, *rows[2 * image : 2 * image + 2])
-            for image in range(self.images)
+            for image in range(self.rows // 2)
         ]
         self.batch.load(rows, images)
 
     def run(self) -> None:
         """Enqueues the span."""
-        self.runner.run(self.batch, self.rows, self.images, self.steps)
+        self.runner.run(self.batch, self.rows, self.rows // 2, self.steps)
 
 
-def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
+def profile_on_gpu(span: Span, layers: int) -> list[Figures]:
     """Runs one span under the profiler."""
     device = span.runner.device
     for _ in range(2):  # the first time pays for the profiler's own start
@@ -293,14 +292,14 @@ def profile_on_gpu(span: Span, layers: int) -> list[OperationTime]:
             span.run()
             torch.cuda.synchronize(device)
     kernels = [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
+        (event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
     return summed(kernels, layers, span.steps)
 
 
-def profile_on_cpu(span: Span) -> tuple[list[OperationTime], float]:
+def profile_on_cpu(span: Span) -> tuple[list[Figures], float]:
     """The host's times of one span, after a warm-up; and seconds of a step."""
     assert isinstance(span.runner, TimedRunner)
     calls, began = span.runner.seconds, 0.0
@@ -311,7 +310,7 @@ def profile_on_cpu(span: Span) -> tuple[list[OperationTime], float]:
         span.run()
     seconds = (time.perf_counter() - began) / span.steps
     times = [
-        OperationTime(name, len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6)
+        figures_of(name, len(calls[name]) / span.steps, sum(calls[name]) / span.steps * 1e6)
         for name in ORDER
         if name in calls
     ]
@@ -336,9 +335,10 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
         else:
             floor = Floor(gpt.config, dtype.itemsize, ceilings)
             times = profile_on_gpu(span, gpt.config.n_layer)
-            times = with_floor(times, floor, rows, span.mean_context)
-            span_seconds = median_seconds(span.run, device, REPEATS, before=span.rewind)
-            step_seconds = span_seconds / span.steps
+            add_floor(times, floor, rows, span.mean_context)
+            step_seconds = (
+                median_seconds(span.run, device, REPEATS, before=span.rewind) / span.steps
+            )
             floor_us = floor.step_seconds(rows, rows * span.mean_context) * 1e6
             report |= {
                 "floor_us": floor_us,
@@ -346,26 +346,22 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
                 "ceilings": asdict(ceilings),
             }
     show(times, step_seconds * 1e6, floor_us)
-    operations = [asdict(each) | {"mean_us": each.mean_us, "share": each.share} for each in times]
-    return report | {"step_us": step_seconds * 1e6, "operations": operations}
+    return report | {"step_us": step_seconds * 1e6, "operations": times}
 
 
-def show(times: list[OperationTime], step_us: float, floor_us: float | None) -> None:
+def show(times: list[Figures], step_us: float, floor_us: float | None) -> None:
     """Prints the table, and below it the time of the step."""
     table = Table(_COLUMNS)
     for each in times:
-        spent = (each.operation, each.launches, each.busy_us, each.mean_us, each.adds_us)
-        megabytes = each.bytes and each.bytes / 1e6
-        table.row(*spent, megabytes, each.floor_us, each.share)
+        megabytes = each["bytes"] and each["bytes"] / 1e6
+        table.row(*(each | {"bytes": megabytes}).values())
     if floor_us is None:
         print(f"the step: {step_us:.1f} us")
         return
-    busy, adds = sum(each.busy_us for each in times), sum(each.adds_us or 0.0 for each in times)
+    busy, adds = (sum(each[key] for each in times) for key in ("busy_us", "adds_us"))
     print(f"under the profiler: {adds:.1f} us, or {busy:.1f} with overlaps counted twice")
-    print(
-        f"the step: {step_us:.1f} us: {floor_us / step_us:.1%} of the floor, which is "
-        f"{floor_us:.1f} us"
-    )
+    share = f"{floor_us / step_us:.1%} of the floor, which is {floor_us:.1f} us"
+    print(f"the step: {step_us:.1f} us: {share}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -425,18 +421,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{typed.device} has too little free memory: fewer --rows, or a smaller --gpt-model"
         ) from error
-    report = {
+    told = ("rows", "context", "precision", "enforce_eager", "deterministic")
+    figures = {
         "benchmark": "profile_step",
         "device": device,
         "torch": torch.__version__,
         "model": typed.gpt_model,
-        "rows": typed.rows,
-        "context": typed.context,
-        "precision": typed.precision,
-        "enforce_eager": typed.enforce_eager,
-        "deterministic": typed.deterministic,
+        **{name: getattr(typed, name) for name in told},
+        **measured,
     }
-    give_figures(report | measured, typed.output)
+    give_figures(figures, typed.output)
 
 
 if __name__ == "__main__":

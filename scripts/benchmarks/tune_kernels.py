@@ -14,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,17 @@ with slow_imports(__name__):
     import torch
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_models, add_output, names, script_parser
     from autoregressive.benchmarks.harness import with_random_weights
+    from autoregressive.benchmarks.script import (
+        add_models,
+        add_output,
+        names,
+        script_parser,
+    )
     from autoregressive.benchmarks.tune_candidates import (
         attention_candidates,
         fused_candidates,
-        fused_head_candidates,
-        fused_swiglu_candidates,
+        fused_whole_candidates,
         linear_candidates,
         swiglu_candidates,
         whole_candidates,
@@ -46,7 +50,7 @@ with slow_imports(__name__):
     from autoregressive.serve.floor import median_seconds
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
-    from kernels.operations import MANY_ROWS, Operations, triton_operations
+    from kernels.operations import MANY_ROWS, triton_operations
     from kernels.tiles import SECTIONS, TileTable, read_table, tile_table
 
 _ROWS = (16, 2)
@@ -55,6 +59,7 @@ _TOKENS, _PAGE_SIZE = 576, 16
 _CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _COLD_HEAD_BYTES = 100e6
+_OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
 
 
 class Chain:
@@ -62,28 +67,44 @@ class Chain:
 
     Args:
         config: of as many layers as wanted.
+        capability: of the GPU.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
-        self.config, device, dtype = config, torch.device("cuda"), torch.bfloat16
+    def __init__(self, config: GPTConfig, capability: tuple[int, int]) -> None:
+        self.config, self.capability = config, capability
+        device, dtype = torch.device("cuda"), torch.bfloat16
         with torch.device("meta"):
             gpt = Transformer(config)
         self.weights = ModelWeights.of(with_random_weights(gpt, device, dtype))
         head = self.weights.head
-        copies = 2 + int(_COLD_HEAD_BYTES / head.nbytes)
-        self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in range(copies - 1))]
+        others = range(1 + int(_COLD_HEAD_BYTES / head.nbytes))
+        self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in others)]
         self.batch = Batch(BatchShape.of(MANY_ROWS, _TOKENS, _PAGE_SIZE), device)
         pages = max(_ROWS) * self.batch.shape.pages_per_row
         # More rows than these share pages: only whether the kernels run matters then.
-        table = torch.arange(self.batch.page_table.numel()) % pages
-        self.batch.page_table.copy_(table.view_as(self.batch.page_table))
+        self.batch.page_table.copy_(
+            (torch.arange(self.batch.page_table.numel()) % pages).view_as(self.batch.page_table)
+        )
         self.batch.positions.fill_(_CONTEXTS[0])
         shape = (config.n_layer, 2, pages, config.n_head, _PAGE_SIZE)
-        stride = head_stride(config.head_size, dtype.itemsize)
-        self.kv_pages = torch.randn(*shape, stride, device=device, dtype=dtype) * 0.02
+        self.kv_pages = (
+            torch.randn(
+                *shape, head_stride(config.head_size, dtype.itemsize), device=device, dtype=dtype
+            )
+            * 0.02
+        )
 
-    def prepare(self, operations: Operations, rows: int, heads: bool) -> Callable[[], None]:
-        """What runs one step through the layers, or all heads, with scratch memory of its own."""
+    def prepare(self, table: TileTable, rows: int, section: str) -> Callable[[], None]:
+        """What runs one step with the table's tiles, with scratch memory of its own: through all
+        heads if the section is of the head, else through the layers.
+        """
+        operations = triton_operations(
+            table,
+            self.config.n_head,
+            self.config.head_size,
+            launch_pdl=self.capability >= (9, 0),
+            hopper=self.capability == (9, 0),
+        )
 
         def filled(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.ones(dims, dtype=dtype, device="cuda")
@@ -93,7 +114,7 @@ class Chain:
         layers.normed.normal_()
 
         def run() -> None:
-            if heads:
+            if section in _OF_HEAD:
                 for head in self.heads:
                     layers.head(head)
                 return
@@ -114,29 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     capability = torch.cuda.get_device_capability()
     path: Path = arguments.output
-    shared_memory = tile_table(capability, torch.bfloat16).shared_memory
-    table = replace(table_so_far(path), shared_memory=shared_memory)
-    kernels = Kernels(launch_pdl=capability >= (9, 0), hopper=capability == (9, 0))
+    table = replace(
+        table_so_far(path), shared_memory=tile_table(capability, torch.bfloat16).shared_memory
+    )
     for name in arguments.models:
         shape = GPT_SHAPES[name]
         config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head, block_size=_TOKENS)
-        table = tune(config, table, kernels, name, arguments.sections)
+        table = tune(config, table, capability, name, arguments.sections)
         write_table(table, path, torch.cuda.get_device_name())
     print(json.dumps({"benchmark": "tune_kernels", "models": arguments.models, "table": str(path)}))
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What the GPU runs."""
-
-    launch_pdl: bool
-    hopper: bool
-
-    def operations(self, table: TileTable, config: GPTConfig) -> Operations:
-        """The operations with the table's tiles."""
-        return triton_operations(
-            table, config.n_head, config.head_size, launch_pdl=self.launch_pdl, hopper=self.hopper
-        )
 
 
 @dataclass(frozen=True)
@@ -147,31 +154,28 @@ class Stage:
     key: tuple[int, int]
     candidates: list[Any]
 
-    @property
-    def of_head(self) -> bool:
-        """Whether the setting is of the head, which no layer has."""
-        return self.section in ("whole_linear", "fused_head")
 
-
-def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
+def stages_of(config: GPTConfig, hopper: bool) -> list[Stage]:
     """The settings to tune, in their order."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
-    candidates = list(attention_candidates(config.head_size, kernels.hopper))
+    candidates = list(attention_candidates(config.head_size, hopper))
     attention = Stage("attention", (config.n_head, config.head_size), candidates)
 
     def stage(section: str, outputs: int, inputs: int, candidates: Callable[..., Any]) -> Stage:
         return Stage(section, (outputs, inputs), list(candidates(outputs, inputs)))
 
-    if kernels.hopper:
+    if hopper:
         most_8, most_6 = (partial(fused_candidates, most_splits=most) for most in (8, 6))
+        pairs = partial(fused_whole_candidates, tiles=(64, 128, 256), matrices=2)
+        whole = partial(fused_whole_candidates, tiles=(64, 128), matrices=1)
         layer = [
             stage("fused_project", width, ffn, most_8),
             stage("fused_project", width, width, most_8),
-            stage("fused_swiglu", ffn, width, fused_swiglu_candidates),
+            stage("fused_swiglu", ffn, width, pairs),
             stage("fused_linear", 3 * width, width, most_6),
             attention,
         ]
-        return [*layer, *layer, stage("fused_head", vocabulary, width, fused_head_candidates)]
+        return [*layer, *layer, stage("fused_head", vocabulary, width, whole)]
     return [
         attention,
         stage("linear", 3 * width, width, linear_candidates),
@@ -184,21 +188,29 @@ def stages_of(config: GPTConfig, kernels: Kernels) -> list[Stage]:
 
 
 def tune(
-    config: GPTConfig, table: TileTable, kernels: Kernels, name: str, sections: Sequence[str]
+    config: GPTConfig,
+    table: TileTable,
+    capability: tuple[int, int],
+    name: str,
+    sections: Sequence[str],
 ) -> TileTable:
     """The table with the best settings found for one model, in these sections; the others keep
     theirs.
     """
-    stages = [stage for stage in stages_of(config, kernels) if stage.section in sections]
-    compile_in_parallel(config, table, stages, kernels)
+    stages = [
+        stage
+        for stage in stages_of(config, hopper=capability == (9, 0))
+        if stage.section in sections
+    ]
+    compile_in_parallel(config, table, stages, capability)
     layer_bytes = 2 * (4 * config.dim**2 + 3 * config.dim * config.ffn_dim)
-    chain = Chain(replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes)))
+    chain = Chain(replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes)), capability)
     for stage in stages:
         tried = {}
         for candidate in stage.candidates:
             changed = table.with_setting(stage.section, stage.key, candidate)
             try:
-                tried[candidate] = score(chain, changed, kernels, heads=stage.of_head)
+                tried[candidate] = score(chain, changed, stage.section)
             except Exception as error:  # a setting that does not fit the GPU is no candidate
                 print(f"  {candidate}: {str(error).splitlines()[0][:100]}")
         told = "no candidate runs, the rule's tiles stay"
@@ -211,18 +223,18 @@ def tune(
     return table
 
 
-def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list[float]:
+def score(chain: Chain, table: TileTable, section: str) -> list[float]:
     """Microseconds of a layer, the mean over the contexts, or of the head, at each number
     of rows.
     """
-    operations = kernels.operations(table, chain.config)
+    heads = section in _OF_HEAD
     repeats = len(chain.heads) if heads else chain.config.n_layer
-    if not kernels.hopper:  # whose programs hold fewer tiles then
+    if chain.capability != (9, 0):  # whose programs hold fewer tiles then
         # raises where the largest tile of rows does not fit
-        chain.prepare(operations, MANY_ROWS, heads)()
+        chain.prepare(table, MANY_ROWS, section)()
     times = []
     for rows in _ROWS:
-        run = chain.prepare(operations, rows, heads)
+        run = chain.prepare(table, rows, section)
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -237,19 +249,15 @@ def score(chain: Chain, table: TileTable, kernels: Kernels, heads: bool) -> list
 
 
 def compile_in_parallel(
-    config: GPTConfig, table: TileTable, stages: list[Stage], kernels: Kernels
+    config: GPTConfig, table: TileTable, stages: list[Stage], capability: tuple[int, int]
 ) -> None:
     """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
-    jobs = {
-        (stage.section, stage.key, tiles): stage.of_head
-        for stage in stages
-        for tiles in stage.candidates
-    }
-    tables = [(table.with_setting(*setting), of_head) for setting, of_head in jobs.items()]
+    settings = {(stage.section, stage.key, tiles) for stage in stages for tiles in stage.candidates}
+    tables = [(table.with_setting(*setting), setting[0]) for setting in settings]
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(len(tables), (os.cpu_count() or 1) - 1))
     processes = [
-        context.Process(target=_compile, args=(config, tables[index::workers], kernels))
+        context.Process(target=_compile, args=(config, tables[index::workers], capability))
         for index in range(workers)
     ]
     for process in processes:
@@ -258,11 +266,13 @@ def compile_in_parallel(
         process.join()
 
 
-def _compile(config: GPTConfig, tables: list[tuple[TileTable, bool]], kernels: Kernels) -> None:
-    chain = Chain(config)
-    for table, of_head in tables:
+def _compile(
+    config: GPTConfig, tables: list[tuple[TileTable, str]], capability: tuple[int, int]
+) -> None:
+    chain = Chain(config, capability)
+    for table, section in tables:
         try:
-            chain.prepare(kernels.operations(table, config), _ROWS[0], of_head)()
+            chain.prepare(table, _ROWS[0], section)()
             torch.cuda.synchronize()
         except Exception as error:
             print(f"  does not run: {str(error).splitlines()[0][:100]}")
@@ -270,21 +280,15 @@ def _compile(config: GPTConfig, tables: list[tuple[TileTable, bool]], kernels: K
 
 def write_table(table: TileTable, path: Path, gpu: str) -> None:
     """Writes the settings as JSON, one a line."""
-
-    def lines(entries: list[dict[str, Any]]) -> str:
-        return ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
-
-    def entries(section: str, settings: Mapping[Any, Any]) -> list[dict[str, Any]]:
-        return [
-            dict(zip(SECTIONS[section].keys, key, strict=True)) | {"tiles": asdict(tiles)}
-            for key, tiles in sorted(settings.items())
-        ]
-
-    parts = {
-        name: entries(name, settings) for name in SECTIONS if (settings := table.measured.get(name))
-    }
     members = [f'  "measured_on": {json.dumps(f"{gpu}, torch {torch.__version__}")}']
-    members += [f'  "{name}": [\n{lines(entries)}\n  ]' for name, entries in parts.items()]
+    for name, section in SECTIONS.items():
+        entries = [
+            dict(zip(section.keys, key, strict=True)) | {"tiles": asdict(tiles)}
+            for key, tiles in sorted(table.measured.get(name, {}).items())
+        ]
+        lines = ",\n".join(f"    {json.dumps(entry)}" for entry in entries)
+        if entries:
+            members.append(f'  "{name}": [\n{lines}\n  ]')
     text = "{\n" + ",\n".join(members) + "\n}\n"
     write_whole(path, lambda part: part.write_text(text))
 

@@ -29,15 +29,16 @@ with slow_imports(__name__):
     from torchvision.utils import make_grid, save_image
     from train_demo import ROOT, add_font
 
-    from autoregressive.benchmarks.arguments import (
+    from autoregressive.benchmarks.harness import use_device
+    from autoregressive.benchmarks.script import (
         add_device,
         add_output,
+        add_values,
+        give_figures,
         output_file,
         script_parser,
         whole_number,
     )
-    from autoregressive.benchmarks.harness import use_device
-    from autoregressive.benchmarks.report import give_figures
     from autoregressive.demo_training.emoji_data import (
         IMAGE_SIZE,
         LARGEST_SEED,
@@ -107,12 +108,8 @@ def mean_pairwise_distance(pixels: Tensor) -> float:
     """Pixels [classes, pictures, 3, height, width] -> mean over classes and pairs of the
     root-mean-square difference.
     """
-    distances = []
-    for pictures in pixels.flatten(2).float():
-        count, values = pictures.shape
-        pairs = F.pdist(pictures) / math.sqrt(values)
-        assert pairs.shape[0] == count * (count - 1) // 2
-        distances.append(pairs.mean())
+    root = math.sqrt(pixels[0, 0].numel())
+    distances = [(F.pdist(each) / root).mean() for each in pixels.flatten(2).float()]
     return torch.stack(distances).mean().item()
 
 
@@ -163,28 +160,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="X",
         help=f"guidance, one scale or more; 1: none (default: {scale} 1.0)",
     )
-    for flag, metavar, least, default, told in (
-        ("--samples", "N", 2, 16, "pictures of each class"),
-        ("--batch", "N", 1, 256, "pictures drawn at a time"),
-        ("--classifier-steps", "STEPS", 1, 2000, "that the judge is trained for"),
-        ("--classifier-batch", "N", _BLURRED, 128, "renderings of a step"),
-    ):
-        parser.add_argument(
-            flag,
-            type=whole_number(least),
-            default=default,
-            metavar=metavar,
-            help=f"{told} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
+    pictures = "of the judge, the renderings and the pictures"
+    add_values(
+        parser,
+        ("--samples", whole_number(2), 16, "N", "pictures of each class"),
+        ("--batch", whole_number(1), 256, "N", "pictures drawn at a time"),
+        ("--classifier-steps", whole_number(1), 2000, "STEPS", "that the judge is trained for"),
+        ("--classifier-batch", whole_number(_BLURRED), 128, "N", "renderings of a step"),
+        ("--seed", whole_number(0, LARGEST_SEED), 1, "N", pictures),
     )
     parser.add_argument(
-        "--seed",
-        type=whole_number(0, LARGEST_SEED),
-        default=1,
-        metavar="N",
-        help="of the judge, the renderings and the pictures (default: %(default)s)",
+        "--engine", action="store_true", help="draw with the engine (default: with the naive loop)"
     )
     add_output(parser)
     parser.add_argument(

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from autoregressive.cli.command import run_command, slow_imports
@@ -29,8 +29,8 @@ with slow_imports(__name__):
     from safetensors.torch import save as safetensors_bytes
     from torch import Tensor
 
-    from autoregressive.benchmarks.arguments import add_device, script_parser, whole_number
     from autoregressive.benchmarks.harness import use_device
+    from autoregressive.benchmarks.script import add_device, script_parser, whole_number
     from autoregressive.demo_training.emoji_data import load_sprites
     from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
     from autoregressive.files import check_folder, write_whole
@@ -39,23 +39,26 @@ DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When a run stops before its end, and how often it saves."""
-
-    deadline: float  # a `time.monotonic` value
-    stop_after: int  # steps of a stage in this run
-    save_every: int  # steps
-
-
 def train(
-    name: str, stage: TrainingStage, run_dir: Path, device: torch.device, limits: Limits
+    name: str,
+    stage: TrainingStage,
+    run_dir: Path,
+    *,
+    deadline: float = math.inf,
+    stop_after: int,
+    save_every: int,
 ) -> bool:
-    """Runs a stage to its end or a limit, from the last saved state. True when it is done."""
+    """Runs a stage to its end or a limit, from the last saved state. True when it is done.
+
+    Args:
+        deadline: a `time.monotonic` value, at which this run stops.
+        stop_after: steps of the stage in this run.
+        save_every: so many steps.
+    """
     state_path, log_path = run_dir / f"{name}.pt", run_dir / f"{name}.jsonl"
     step = 0
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = torch.load(state_path, map_location=stage.device, weights_only=True)
         different = [
             key for key, value in stage.made_with.items() if state["made_with"].get(key) != value
         ]
@@ -76,20 +79,20 @@ def train(
         )
         path.write_bytes(content.getbuffer())
 
-    while (
-        step < stage.steps
-        and step - first < limits.stop_after
-        and time.monotonic() < limits.deadline
-    ):
+    end = min(stage.steps, first + stop_after)
+    while step < end and time.monotonic() < deadline:
         figures = stage.step(step)
         step += 1
         if step % 200 == 0 or step == stage.steps:
-            line = {"step": step} | {key: round(value.item(), 5) for key, value in figures.items()}
-            line["steps_per_s"] = round((step - first) / (time.monotonic() - started), 2)
+            line = {
+                "step": step,
+                **{key: round(value.item(), 5) for key, value in figures.items()},
+                "steps_per_s": round((step - first) / (time.monotonic() - started), 2),
+            }
             print(f"{name}: {json.dumps(line)}", flush=True)
             with log_path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
-        if step % limits.save_every == 0:
+        if step % save_every == 0:
             write_whole(state_path, save)
     write_whole(state_path, save)
     return step >= stage.steps
@@ -181,7 +184,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
     deadline = time.monotonic() + 60 * arguments.minutes
-    limits = Limits(deadline, arguments.stop_after, arguments.save_every)
     for flag, folder in (("--run-dir", arguments.run_dir), ("--output-dir", arguments.output_dir)):
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(flag, folder)
@@ -204,7 +206,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             path, model = gpt_path, "GPT-demo"
         else:
             raise UserError(f"{vq_path} is missing: train the tokenizer first (--stage tokenizer)")
-        if not train(name, stage, arguments.run_dir, arguments.device, limits):
+        if not train(
+            name,
+            stage,
+            arguments.run_dir,
+            deadline=deadline,
+            stop_after=arguments.stop_after,
+            save_every=arguments.save_every,
+        ):
             print(f"{name}: stopped; the same command goes on")
             return
         export(stage.average, path, f"{model}, {stage.steps} steps, seed {plan.seed}")

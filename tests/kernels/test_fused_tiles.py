@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tune_kernels import Kernels, stages_of, write_table
+from tune_kernels import stages_of, write_table
 
-from autoregressive.benchmarks.arguments import PAPER_MODELS
+from autoregressive.benchmarks.script import PAPER_MODELS
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import tiles as tile_tables
 from kernels.attention import AttentionTiles
@@ -97,7 +97,7 @@ def test_measured_settings_are_found(model: str) -> None:
     found = asked(table, config)
     for (section, outputs, inputs), tiles in found.items():
         assert tiles is table.measured[section][outputs, inputs]
-    stages = stages_of(config, Kernels(launch_pdl=True, hopper=True))
+    stages = stages_of(config, hopper=True)
     assert {
         (stage.section, *stage.key) for stage in stages if stage.section in FUSED_SECTIONS
     } == set(found)

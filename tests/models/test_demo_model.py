@@ -13,7 +13,7 @@ import torch
 from conftest import load_reference
 from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
 from safetensors import safe_open
-from train_demo import DEFAULT_FONT, Limits, export, train
+from train_demo import DEFAULT_FONT, export, train
 
 from autoregressive.demo_training.emoji_data import (
     IMAGE_SIZE,
@@ -55,10 +55,9 @@ def stage_of(name: str, folder: Path) -> TrainingStage:
 def trained(name: str, folder: Path, steps_at_a_time: int) -> dict[str, torch.Tensor]:
     """The weights of a stage trained in runs of so many steps, each with new objects."""
     folder.mkdir()
-    limits = Limits(deadline=float("inf"), stop_after=steps_at_a_time, save_every=1000)
     for _ in range(10):
         stage = stage_of(name, folder)
-        if train(name, stage, folder, CPU, limits):
+        if train(name, stage, folder, stop_after=steps_at_a_time, save_every=1000):
             return stage.average
     raise AssertionError("training never ended")
 
@@ -87,7 +86,7 @@ def test_a_state_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
     trained("tokenizer", tmp_path / "run", steps_at_a_time=3)
     other = TokenizerStage(replace(SMALL, seed=1), made_up_sprites())
     with pytest.raises(UserError, match="another seed"):
-        train("tokenizer", other, tmp_path / "run", CPU, Limits(float("inf"), 3, 1000))
+        train("tokenizer", other, tmp_path / "run", stop_after=3, save_every=1000)
 
 
 def test_no_two_steps_of_the_default_plans_draw_the_same_pictures() -> None:

@@ -24,7 +24,7 @@ from autoregressive.benchmarks.kernel_cases import (
     reference_products,
     relative_error,
 )
-from autoregressive.benchmarks.report import Table
+from autoregressive.benchmarks.script import Table
 from autoregressive.devices import PRECISIONS
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig

@@ -6,7 +6,7 @@ import json
 
 import profile_step
 import pytest
-from profile_step import ORDER, PRODUCTS, Kernel, operations_of, summed, with_floor
+from profile_step import ORDER, PRODUCTS, add_floor, operations_of, summed
 
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
@@ -90,16 +90,15 @@ def test_what_operations_add_is_the_step() -> None:
     are busy.
     """
     kernels = [
-        Kernel(kernel_of(operation), 10.0 * at, 10.0 * at + 15)
-        for at, operation in enumerate(STEP * 2)
+        (kernel_of(operation), 10.0 * at, 10.0 * at + 15) for at, operation in enumerate(STEP * 2)
     ]
     times = summed(list(reversed(kernels)), layers=2, steps=2)
-    assert [each.operation for each in times] == [name for name in ORDER if name in STEP]
-    step_us = (kernels[-1].end_us - kernels[0].start_us) / 2
-    assert sum(each.adds_us or 0.0 for each in times) == pytest.approx(step_us)
-    assert sum(each.busy_us for each in times) == pytest.approx(15 * len(STEP))
-    norm = next(each for each in times if each.operation == "add_norm")
-    assert (norm.launches, norm.busy_us, norm.mean_us) == (4, 60, 15)
+    assert [each["operation"] for each in times] == [name for name in ORDER if name in STEP]
+    step_us = (kernels[-1][2] - kernels[0][1]) / 2
+    assert sum(each["adds_us"] for each in times) == pytest.approx(step_us)
+    assert sum(each["busy_us"] for each in times) == pytest.approx(15 * len(STEP))
+    norm = next(each for each in times if each["operation"] == "add_norm")
+    assert (norm["launches"], norm["busy_us"], norm["mean_us"]) == (4, 60, 15)
     with pytest.raises(UserError, match="2 of 3 steps"):
         summed(kernels, layers=2, steps=3)
 
@@ -112,17 +111,18 @@ def test_what_operations_add_is_the_step() -> None:
 def test_the_operations_floors_are_the_steps(names: list[str]) -> None:
     """Fails if an operation's bytes are left out of its share, or counted for two."""
     floor = Floor(GPTConfig(dim=256, n_layer=2, n_head=4), 2, Ceilings(4e12, 8e14))
-    kernels = [Kernel(name, 10.0 * at, 10.0 * at + 10) for at, name in enumerate(names)]
-    times = with_floor(summed(kernels, layers=2, steps=1), floor, rows=16, context=100)
-    assert sum(each.floor_us or 0.0 for each in times) == pytest.approx(
+    kernels = [(name, 10.0 * at, 10.0 * at + 10) for at, name in enumerate(names)]
+    times = summed(kernels, layers=2, steps=1)
+    add_floor(times, floor, rows=16, context=100)
+    assert sum(each["floor_us"] or 0.0 for each in times) == pytest.approx(
         floor.step_seconds(16, 1600) * 1e6
     )
     assert (
-        sum(each.bytes or 0 for each in times)
+        sum(each["bytes"] or 0 for each in times)
         == floor.weight_bytes + 1600 * floor.kv_bytes_per_token
     )
     norm = {"add_norm"} if "_add_norm_kernel" in names else set()
-    assert {each.operation for each in times if each.floor_us is None} == {
+    assert {each["operation"] for each in times if each["floor_us"] is None} == {
         "embed",
         "combine",
         "draw",

@@ -20,8 +20,9 @@ import tune_kernels
 from refusals import refused
 
 from autoregressive.benchmarks import speedup
-from autoregressive.benchmarks.arguments import (
+from autoregressive.benchmarks.script import (
     PAPER_MODELS,
+    give_figures,
     listed,
     models_for,
     names,
@@ -29,7 +30,6 @@ from autoregressive.benchmarks.arguments import (
     row_count,
     whole_number,
 )
-from autoregressive.benchmarks.report import give_figures
 from autoregressive.benchmarks.service import authorization
 from autoregressive.cli.command import OneLineParser
 from autoregressive.errors import UserError
@@ -452,10 +452,8 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(
     words = ["--models", "GPT-L", "--output", str(tmp_path / "table.json")]
     run("tune_kernels", *words, "--sections", "attention")
     run("tune_kernels", *words)
-    stages = tune_kernels.stages_of(
-        GPTConfig(dim=1024, n_layer=1, n_head=16),
-        tune_kernels.Kernels(launch_pdl=True, hopper=True),
-    )
+    config = GPTConfig(dim=1024, n_layer=1, n_head=16)
+    stages = tune_kernels.stages_of(config, hopper=True)
     assert asked[0] == ["attention"]
     assert set(asked[1]) == {stage.section for stage in stages}
     with pytest.raises(UserError, match="--sections linear: this GPU uses attention, fused_linear"):
