@@ -122,14 +122,12 @@ class Stage(nn.Module):
         return h
 
 
-def middle(channels: int, dropout: float) -> nn.ModuleList:
+def middle(channels: int, dropout: float) -> nn.Sequential:
     """The blocks at the coarsest resolution, between convolution stages and code."""
-    return nn.ModuleList(
-        [
-            ResnetBlock(channels, channels, dropout),
-            AttnBlock(channels),
-            ResnetBlock(channels, channels, dropout),
-        ]
+    return nn.Sequential(
+        ResnetBlock(channels, channels, dropout),
+        AttnBlock(channels),
+        ResnetBlock(channels, channels, dropout),
     )
 
 
@@ -148,7 +146,7 @@ class Encoder(nn.Module):
         widths = [ch * multiple for multiple in ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
+        self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
             stage = Stage(
                 widths[i - 1] if i else ch,
@@ -166,11 +164,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        h = self.conv_in(x)
-        for stage in self.conv_blocks:
-            h = stage(h)
-        for block in self.mid:
-            h = block(h)
+        h = self.mid(self.conv_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -189,7 +183,7 @@ class Decoder(nn.Module):
         widths = [ch * multiple for multiple in reversed(ch_mult)]  # coarsest first
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], dropout)
-        self.conv_blocks = nn.ModuleList()
+        self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
             stage = Stage(
                 widths[max(i - 1, 0)], width, num_res_blocks + 1, attention=i == 0, dropout=dropout
@@ -200,18 +194,9 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weight that balances adversarial against reconstruction gradients in training."""
-        return self.conv_out.weight
-
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
-        h = self.conv_in(z)
-        for block in self.mid:
-            h = block(h)
-        for stage in self.conv_blocks:
-            h = stage(h)
+        h = self.conv_blocks(self.mid(self.conv_in(z)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

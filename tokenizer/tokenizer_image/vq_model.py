@@ -5,7 +5,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,13 +110,11 @@ class VQModel(nn.Module):
         return self.decode(quantized.vectors), quantized
 
 
-def build_vq(
-    config: VQConfig, *, codebook_size: int | None = None, codebook_embed_dim: int | None = None
-) -> VQModel:
-    """A tokenizer of that config, with another codebook where asked for."""
-    size = config.codebook_size if codebook_size is None else codebook_size
-    dim = config.codebook_embed_dim if codebook_embed_dim is None else codebook_embed_dim
-    return VQModel(replace(config, codebook_size=size, codebook_embed_dim=dim))
+def build_vq(config: VQConfig, **codebook: Any) -> VQModel:
+    """A tokenizer of that config; keyword arguments are other values of its codebook's fields
+    (codebook_size, codebook_embed_dim).
+    """
+    return VQModel(replace(config, **codebook))
 
 
 VQ_models: dict[str, Callable[..., VQModel]] = {
