@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +52,7 @@ _ZIP_START, _PICKLE_START, _LFS_START = b"PK\x03\x04", b"\x80", b"version https:
 # The keys under which training code keeps the weights, in the order that LlamaGen tries them.
 WRAPPERS = ("model", "module", "state_dict")
 AVERAGED_WEIGHTS = "ema"
+_NO_AVERAGES = f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out", SettingName("ema")
 
 # What training keeps beside the weights. Never read; named so that any other surplus key is an
 # error.
@@ -163,8 +163,7 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
-        problem, *more = mismatch
-        raise CheckpointError(source.path, str(problem), *more)
+        raise CheckpointError(source.path, *mismatch)
     for name in wanted:
         if name in source.dtypes and not source.dtypes[name].is_floating_point:
             kind = str(source.dtypes[name]).removeprefix("torch.")
@@ -200,10 +199,12 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
         not visible_names(path, ".distcp"),
         f"{METADATA_FILE} is missing beside the shards; copy the whole directory again",
     )
-    is_empty = not any(path.iterdir())
-    state = "is an empty directory" if is_empty else "is a directory without a checkpoint"
-    needed = f"{CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed"
-    raise CheckpointError(path, f"{state}; {needed}, or name a file")
+    state = "a directory without a checkpoint" if any(path.iterdir()) else "an empty directory"
+    raise CheckpointError(
+        path,
+        f"is {state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or "
+        "name a file",
+    )
 
 
 def _open_file(path: Path, ema: bool) -> WeightSource:
@@ -235,16 +236,14 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     content = whole.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
-        require_averages(isinstance(content.get(AVERAGED_WEIGHTS), Pairs))
+        require(isinstance(content.get(AVERAGED_WEIGHTS), Pairs), *_NO_AVERAGES)
         wrapper = AVERAGED_WEIGHTS
     weights: Pairs = content[wrapper] if wrapper is not None else whole
     not_read = COMPUTED_HERE if wrapper is not None else {*COMPUTED_HERE, *TRAINING_STATE}
-    values: dict[str, Any] = {}
     with reading(path, "is no dictionary of weights: {}; use another file"):
-        for name, value in weights.items:
+        for name, _ in weights.items:
             require(type(name) is str, f"it has a name that is no text, but one {kind_of(name)}")
-            if name not in not_read:
-                values[name] = value
+    values = {name: value for name, value in weights.items if name not in not_read}
     names = plain_names(values)
     with reading(path, "is no dictionary of weights: {} is no plain tensor; use another file"):
         for name in names.values():
@@ -281,15 +280,6 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return plain
 
 
-def require_averages(there: bool) -> None:
-    """Raises `BadContentError` if a checkpoint has no averaged weights where they are asked for."""
-    require(
-        there,
-        f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out",
-        SettingName("ema"),
-    )
-
-
 def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:
     """Picks the weights among the names of a store that flattens nested dictionaries
     ("model.norm.weight", "optim...").
@@ -315,6 +305,6 @@ def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:
         len(sets) <= 1,
         f"holds several sets of weights, under {folders}; save the one that you want alone",
     )
-    require_averages(bool(sets) or not ema)
+    require(bool(sets) or not ema, *_NO_AVERAGES)
     chosen = next(iter(sets.values()), flat)
     return {plain: chosen[short] for plain, short in plain_names(chosen).items()}

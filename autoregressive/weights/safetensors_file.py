@@ -127,16 +127,20 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
 def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]] | None:
     if extra is None:
         return None
-    texts = isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values())
-    require(texts, "__metadata__ is no table of texts")
+    require(
+        isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values()),
+        "__metadata__ is no table of texts",
+    )
     if _SHARDING_KEY not in extra:
         return None
     sharding, offsets = _parse(extra[_SHARDING_KEY]), {}
     for name, tensor in tensors.items():
         entry = sharding.get(name)
         offset: Any = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
-        placed = isinstance(offset, list) and is_shape(offset) and len(offset) == len(tensor.shape)
-        require(placed, f"{_SHARDING_KEY} does not say where {name} belongs")
+        require(
+            isinstance(offset, list) and is_shape(offset) and len(offset) == len(tensor.shape),
+            f"{_SHARDING_KEY} does not say where {name} belongs",
+        )
         offsets[name] = tuple(offset)
     return offsets
 
@@ -174,9 +178,8 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
         else:
             _check_numbers(names)
             parts = _read_parts(path, names)
-    known = bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts)
     require(
-        known,
+        bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts),
         f"has {len(parts)} {SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
         "copy the whole folder again, or name one of the files",
     )
@@ -198,8 +201,10 @@ def _read_index(path: Path) -> dict[str, str]:
         )
     with reading(path, HAS_PROBLEM):
         index = _parse(file.read(0, file.size)).get("weight_map")
-        is_map = isinstance(index, dict) and all(isinstance(part, str) for part in index.values())
-        require(is_map, "it has no weight_map from weights to files")
+        require(
+            isinstance(index, dict) and all(isinstance(part, str) for part in index.values()),
+            "it has no weight_map from weights to files",
+        )
     return index  # type: ignore[return-value]
 
 
@@ -233,8 +238,8 @@ def _check_index(
     """Refuses parts that hold other weights than the index says."""
     held = {(name, part.name) for part in parts for name in part.tensors}
     for name, file in sorted(held ^ set(index.items())):
-        there = f"{file} holds {name}, and"
-        told = there if (name, file) in held else f"{name} is not in {file}, where"
+        is_held = (name, file) in held
+        told = f"{file} holds {name}, and" if is_held else f"{name} is not in {file}, where"
         raise BadContentError(f"{told} {index_name} says otherwise")
 
 
