@@ -122,8 +122,7 @@ def _ask_hub(name: str, url: str, endpoint: str | None) -> _Remote:
 
 def _remove_parts(path: Path) -> None:
     """Removes unfinished downloads of the file that nobody goes on with."""
-    names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
-    remove_leftovers(path.parent, names)
+    remove_leftovers(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part"))
 
 
 def _fetch_into(path: Path, remote: _Remote) -> None:
@@ -165,18 +164,17 @@ def _download(remote: _Remote, part: Path, stream: BinaryIO) -> None:
     """Appends what is missing. The library's `http_get` gathers 10 MiB before it writes, and loses
     them when the connection breaks off.
     """
-    there = part.stat().st_size
-    if there > remote.size_bytes:
+    size, there = remote.size_bytes, part.stat().st_size
+    if there > size:
         stream.truncate(0)
         there = 0
-    needed, free = remote.size_bytes - there, shutil.disk_usage(part.parent).free
+    needed, free = size - there, shutil.disk_usage(part.parent).free
     if free < needed:
         raise DownloadError(
             f"{part.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free; make "
             "room"
         )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
-    size = remote.size_bytes
     with progress_bar(remote.name, "B", size, initial=there, unit_scale=True) as bar:
         while there < size:
             try:
