@@ -29,8 +29,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        told = ("PyTorch finds no GPU here; use ", SettingName("device"), " cpu")
-        raise SettingError("device", name, told)
+        raise SettingError(
+            "device", name, ("PyTorch finds no GPU here; use ", SettingName("device"), " cpu")
+        )
     number, there = wanted[1] or "0", list(map(str, range(torch.cuda.device_count())))
     if number not in there:
         raise SettingError("device", name, f"the GPUs here are cuda:0 to cuda:{there[-1]}")
@@ -102,5 +103,6 @@ def now(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
     said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    by_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return by_type or any(words in str(error) for words in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in said
+    )

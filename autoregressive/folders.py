@@ -77,10 +77,11 @@ def prepare_compilers() -> str | None:
             os.environ["TMPDIR"] = str(folder / "tmp")
     if folder == usual[0]:
         return None
-    nowhere = "have no place, and what must be compiled fails"
-    outcome = nowhere if folder is None else f"go to {folder}"
-    told = f"{usual[0]} cannot be used: compiled kernels {outcome}"
-    return f"{told}; XDG_CACHE_HOME names another folder"
+    outcome = f"go to {folder}" if folder else "have no place, and what must be compiled fails"
+    return (
+        f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names another "
+        "folder"
+    )
 
 
 def command_line(path: str) -> str:

@@ -90,8 +90,11 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
             size = f" for {image_size} px" if image_size is not None else ""
             known = {name for file in PUBLISHED_FILES for name in (file.file_name, file.model)}
             close = "" if of_model else did_you_mean(name, sorted(known))
-            told = f"nothing is published as {name}{size}{close}; {UNPUBLISHED}; "
-            raise UserError(told, SettingName("list"), " shows what there is")
+            raise UserError(
+                f"nothing is published as {name}{size}{close}; {UNPUBLISHED}; ",
+                SettingName("list"),
+                " shows what there is",
+            )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -104,8 +107,9 @@ def check_folder(folder: Path) -> None:
             (folder / PUBLISHED_FILES[0].file_name).lstat()
     except (UnicodeEncodeError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else "its name is not UTF-8"
-        told = f"{folder}: cannot be used: {why}; choose another "
-        raise UserError(told, SettingName("folder")) from error
+        raise UserError(
+            f"{folder}: cannot be used: {why}; choose another ", SettingName("folder")
+        ) from error
 
 
 def print_list(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The flags that the naive and the fast command share: LlamaGen's, and ours for choosing classes
+"""The flags that the plain and the fast command share: LlamaGen's, and ours for choosing classes
 and saving pictures.
 
 argparse is told no defaults, so that what was typed can be told from what was not. Nothing here
@@ -73,8 +73,9 @@ def model_options(arguments: argparse.Namespace) -> ModelOptions:
     Args:
         arguments: what a parser with `add_model_flags` parsed.
     """
-    names = (field.name for field in fields(ModelOptions))
-    return ModelOptions(**{name: getattr(arguments, name) for name in names})
+    return ModelOptions(
+        **{field.name: getattr(arguments, field.name) for field in fields(ModelOptions)}
+    )
 
 
 def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
@@ -83,8 +84,7 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     Raises:
         SettingError: a value is out of range.
     """
-    typed = {name: getattr(arguments, name) for name in BOUNDS if name != "n"}
-    return defaults.updated(**typed)
+    return defaults.updated(**{name: getattr(arguments, name) for name in BOUNDS if name != "n"})
 
 
 def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace | None:

@@ -54,8 +54,9 @@ class ClassNames:
             if len(found) == 1:
                 return found[0]
             if found:
-                several = self._described(found)
-                raise UserError(f"class '{word}' is several ({several}): give the id")
+                raise UserError(
+                    f"class '{word}' is several ({self._described(found)}): give the id"
+                )
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
         raise UserError(told, _SEE, *self.note)
 
@@ -67,8 +68,10 @@ class ClassNames:
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            told = f"no class name contains '{word}'; the closest are {self._closest(word)}"
-            raise UserError(told, *self.note)
+            raise UserError(
+                f"no class name contains '{word}'; the closest are {self._closest(word)}",
+                *self.note,
+            )
         return "\n".join(f"{label:4d}  {self[label]}" for label in found)
 
     def _closest(self, word: str) -> str:

@@ -144,9 +144,12 @@ def _caption_strip(text: str, width: int) -> Tensor:
     """White letters on black: float32 [3, strip height, width] in -1..1."""
     font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
-    centre = (width / 2, strip.height / 2)
     ImageDraw.Draw(strip).text(
-        centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm"
+        (width / 2, strip.height / 2),
+        fitted_text(text, font, width - 4),
+        fill=255,
+        font=font,
+        anchor="mm",
     )
     grey = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return grey.expand(3, -1, -1)
@@ -203,8 +206,7 @@ def save_codes(path: Path, codes: Tensor) -> None:
     """Writes codes as an int32 NumPy array [images, tokens]; raises `UserError` if the file cannot
     be written.
     """
-    array = codes.to("cpu", torch.int32).numpy()
-    _write_encoded(path, lambda file: np.save(file, array))
+    _write_encoded(path, lambda file: np.save(file, codes.to("cpu", torch.int32).numpy()))
 
 
 def _write_encoded(path: Path, encode: Callable[[io.BytesIO], object]) -> None:

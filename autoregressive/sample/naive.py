@@ -93,6 +93,8 @@ def _mendable(error: RuntimeError, settings: Settings) -> Exception:
         ways = [fewer if images > 1 else "use a smaller model", *smaller_precision(settings.model)]
         return UserError(f"{settings.model.device} has too little free memory", remedies=ways)
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        told = f" failed ({str(error).strip().splitlines()[0]}): leave it out"
-        return UserError(SettingName("compile"), told)
+        return UserError(
+            SettingName("compile"),
+            f" failed ({str(error).strip().splitlines()[0]}): leave it out",
+        )
     return error
