@@ -4,7 +4,6 @@ The family is that of VQGAN (Esser et al. 2021, arXiv:2012.09841): residual bloc
 resolution, attention at the coarsest. Activations are [images, channels, height, width].
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -203,17 +202,3 @@ class Decoder(nn.Module):
 def normalized(vectors: Tensor) -> Tensor:
     """Vectors scaled to length 1 along the last dimension."""
     return F.normalize(vectors, p=2.0, dim=-1)
-
-
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry nearest to each vector.
-
-    Args:
-        vectors: [n, dim], length 1
-        codebook: [codebook_size, dim], length 1: the nearest entry is the one with the largest dot
-            product.
-
-    Returns:
-        int64 [n]
-    """
-    return torch.argmax(vectors @ codebook.T, dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.config import VQ_CONFIGS as VQ_CONFIGS
 from tokenizer.tokenizer_image.config import VQConfig as VQConfig
-from tokenizer.tokenizer_image.layers import Decoder, Encoder, nearest_codes, normalized
+from tokenizer.tokenizer_image.layers import Decoder, Encoder, normalized
 
 
 class Quantized(NamedTuple):
@@ -44,9 +44,9 @@ class VectorQuantizer(nn.Module):
         """Features [n, dim, h, w] -> `Quantized`."""
         vectors = normalized(features.permute(0, 2, 3, 1))  # [n, h, w, dim]
         codebook = normalized(self.embedding.weight)
-        codes = nearest_codes(vectors.detach().flatten(0, 2), codebook.detach()).view(
-            vectors.shape[:3]
-        )
+        # Of entries of length 1, the nearest has the largest dot product.
+        likeness = vectors.detach().flatten(0, 2) @ codebook.detach().T  # [n * h * w, entries]
+        codes = likeness.argmax(dim=-1).view(vectors.shape[:3])
         chosen = F.embedding(codes, codebook)  # [n, h, w, dim]
         to_features = (chosen - vectors.detach()).square().mean()
         to_entries = (chosen.detach() - vectors).square().mean()
