@@ -8,6 +8,7 @@ unpickled, and whatever goes wrong while reading is a `CheckpointError`.
 
 import functools
 import itertools
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,8 +47,6 @@ from autoregressive.weights.torch_file import (
 __all__ = ["CheckpointError", "WeightSource", "load_weights", "open_checkpoint"]
 
 CONSOLIDATED_FILE = "consolidated.pth"  # LlamaGen's FSDP training
-
-_ZIP_START, _PICKLE_START, _LFS_START = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 # The keys under which training code keeps the weights, in the order that LlamaGen tries them.
 WRAPPERS = ("model", "module", "state_dict")
@@ -133,7 +132,7 @@ def load_weights(
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
-            another model.
+            another model: which one, which setting would help, or which keys differ.
     """
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
@@ -142,24 +141,6 @@ def load_weights(
             "is no FSDP checkpoint: its weights are wrapped; leave out",
             SettingName("from_fsdp"),
         )
-    check_match(model, source)
-    model.to(dtype)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            if name in TOLERATED and source.shapes.get(name) != target.shape:
-                target.zero_()
-            else:
-                source.read_into(name, target)
-
-
-def check_match(model: nn.Module, source: WeightSource) -> None:
-    """Ends in an error unless the source holds exactly this model's weights.
-
-    Raises:
-        CheckpointError: says which other model it is, which setting would help, or which keys
-            differ.
-    """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
@@ -170,6 +151,14 @@ def check_match(model: nn.Module, source: WeightSource) -> None:
             raise CheckpointError(
                 source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
             )
+    model.to(dtype)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            if name in TOLERATED and source.shapes.get(name) != target.shape:
+                target.zero_()
+            else:
+                source.read_into(name, target)
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
@@ -212,16 +201,16 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
     start = file.read(0, min(file.size, 32))
     require(bool(start), "is empty; download or copy it again")
     require(
-        not start.startswith(_LFS_START),
+        not start.startswith(b"version https://git-lfs"),
         "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     )
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, ema)
         return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
-    if start.startswith(_ZIP_START):
+    if start.startswith(b"PK\x03\x04"):
         return _open_pickled(path, read_torch_archive(file), ema)
-    if start.startswith(_PICKLE_START):
+    if start.startswith(pickle.PROTO):
         return _open_pickled(path, read_torch_stream(file), ema)
     raise CheckpointError(path, "is not a checkpoint; a .pt, .pth or .safetensors file is needed")
 

@@ -86,10 +86,16 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
     if (problem := unusable_variable(endpoint)) is not None:
         raise DownloadError(f"{name}: cannot be fetched: ", *problem)
     try:
-        from huggingface_hub import hf_hub_url
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(HUB_REPOSITORY, name, endpoint=endpoint)
-        remote = _ask_hub(name, url, endpoint)
+        metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
+        # For large files the hub's entity tag is the SHA-256 of the content.
+        if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
+            raise DownloadError(
+                f"{name}: the hub states no SHA-256 for it; check the address of the hub"
+            )
+        remote = _Remote(name, url, str(metadata.etag), metadata.size)
         if path.exists():
             remote.check(path)
             _remove_parts(path)
@@ -106,18 +112,6 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
             f"run the same command again, or put the file into {folder} by hand"
         ) from error
     return path
-
-
-def _ask_hub(name: str, url: str, endpoint: str | None) -> _Remote:
-    from huggingface_hub import get_hf_file_metadata
-
-    metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
-    # For large files the hub's entity tag is the SHA-256 of the content.
-    if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
-        raise DownloadError(
-            f"{name}: the hub states no SHA-256 for it; check the address of the hub"
-        )
-    return _Remote(name, url, str(metadata.etag), metadata.size)
 
 
 def _remove_parts(path: Path) -> None:
