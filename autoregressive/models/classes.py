@@ -15,7 +15,6 @@ from autoregressive.errors import SettingName, UserError, shortened
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.imagenet_classes import IMAGENET_NAMES
 
-_SEE = SettingName("list_classes", " (see {})")
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
 
@@ -58,7 +57,7 @@ class ClassNames:
                     f"class '{word}' is several ({self._described(found)}): give the id"
                 )
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
-        raise UserError(told, _SEE, *self.note)
+        raise UserError(told, SettingName("list_classes", " (see {})"), *self.note)
 
     def listing(self, word: str = "") -> str:
         """One line a class whose name contains the word: its id and name.
