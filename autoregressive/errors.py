@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 # A setting's name -> how the user writes it; None: the user has no such setting.
 Spelling = Callable[[str], str | None]
-_NOT_IN_PYTHON = {"list_classes"}  # settings that only commands have
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class UserError(ValueError):
         self.parts, self.remedies = parts, tuple(remedies)
 
     def __str__(self) -> str:
-        return self.spelled(lambda name: None if name in _NOT_IN_PYTHON else name)
+        # Only commands have the setting `list_classes`.
+        return self.spelled(lambda name: None if name == "list_classes" else name)
 
     def spelled(self, spell: Spelling) -> str:
         """The message with settings' names as the user writes them.

@@ -112,21 +112,16 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def print_list(folder: Path) -> None:
-    """One line a published file."""
-    print(f"{'file':<18} {'model':<8} {'pixels':<7} in {folder}")
-    for file in PUBLISHED_FILES:
-        state = "yes" if (folder / file.file_name).exists() else "no"
-        print(f"{file.file_name:<18} {file.model:<8} {file.image_size or 'any':<7} {state}")
-    print(f"\nNot everything exists: {UNPUBLISHED}.")
-
-
 def main() -> None:
     """Does what the command line says."""
     arguments = parse_arguments()
     check_folder(arguments.folder)
     if arguments.list:
-        print_list(arguments.folder)
+        print(f"{'file':<18} {'model':<8} {'pixels':<7} in {arguments.folder}")
+        for file in PUBLISHED_FILES:
+            state = "yes" if (arguments.folder / file.file_name).exists() else "no"
+            print(f"{file.file_name:<18} {file.model:<8} {file.image_size or 'any':<7} {state}")
+        print(f"\nNot everything exists: {UNPUBLISHED}.")
         return
     chosen = choose(arguments.names, arguments.image_size)
     with slow_imports("__main__"):

@@ -35,8 +35,6 @@ from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 # of a download, one after another, none of which brought a byte that was not there before
 _MOST_FAILURES = 5
 _PAUSE_SECONDS = 1.0  # after each of them
-_MOST_OPENINGS = 5  # of a part that other processes rename or remove
-_PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
 
 class DownloadError(UserError):
@@ -141,7 +139,7 @@ def _fetch_into(path: Path, remote: _Remote) -> None:
 @contextlib.contextmanager
 def _locked(part: Path, remote: _Remote) -> Iterator[BinaryIO]:
     """The part, open for appending. Its lock is held until the file has its name."""
-    for _ in range(_MOST_OPENINGS):
+    for _ in range(5):  # other processes may rename or remove the part meanwhile
         with part.open("ab") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +171,7 @@ def _download(remote: _Remote, part: Path, stream: BinaryIO) -> None:
         while there < size:
             try:
                 _append_rest(remote, there, stream, bar)
-            except _PASSING:
+            except (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError):
                 failures = failures + 1 if part.stat().st_size <= furthest else 1
                 if failures == _MOST_FAILURES:
                     raise
@@ -199,12 +197,11 @@ def _append_rest(remote: _Remote, first: int, stream: BinaryIO, bar: Any) -> Non
         retry_on_status_codes=(408, 429),
     ) as response:
         hf_raise_for_status(response)
-        sent = response.headers.get("Content-Range", "")
         if response.status_code != 206:  # the server knows no ranges
             stream.truncate(0)
             bar.update(-first)
             first = 0
-        elif not sent.startswith(f"bytes {first}-"):
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise DownloadError(
                 f"{remote.url}: the server sends another part than the one asked for; try again "
                 "later"
@@ -256,8 +253,12 @@ def _is_proxy(value: str) -> bool:
 def _is_address(value: str) -> bool:
     with contextlib.suppress(ValueError):
         parts = urlsplit(value)
-        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        return is_web and _is_header_text(value)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and _is_header_text(value)
+        )
     return False
 
 

@@ -56,8 +56,12 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> Parts | None:
         "have another shape": shown,
     }
     told = "; ".join(f"{len(them)} {what}: {_first(them)}" for what, them in lists.items() if them)
-    problem = f"these are not this model's weights ({told}); use another file,"
-    return problem, SettingName("gpt_model"), " or ", SettingName("vq_model")
+    return (
+        f"these are not this model's weights ({told}); use another file,",
+        SettingName("gpt_model"),
+        " or ",
+        SettingName("vq_model"),
+    )
 
 
 def _lacking(wanted: Shapes, found: Shapes) -> tuple[list[str], list[str]]:

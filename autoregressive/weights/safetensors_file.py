@@ -114,8 +114,10 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
         placed = isinstance(place, list) and is_shape(place) and len(place) == 2
         require(is_shape(shape) and placed, f"{name} has no shape or place")
         begin, end = place
-        size = math.prod(shape) * _DTYPES[dtype].itemsize
-        require(size == end - begin, f"{name} has other bytes than its shape")
+        require(
+            math.prod(shape) * _DTYPES[dtype].itemsize == end - begin,
+            f"{name} has other bytes than its shape",
+        )
         places.append((begin, end))
         tensors[name] = StoredTensor(file, start + begin, _DTYPES[dtype], torch.Size(shape))
     places = [*sorted(places), (file.size - start, file.size)]
@@ -215,8 +217,11 @@ def _read_parts(path: Path, names: Sequence[str]) -> list[SafetensorsFile]:
         parts.append(read_safetensors(path / name))
         room -= parts[-1].header_bytes
         if room < 0:
-            told = f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes"
-            raise CheckpointError(path, f"{told}, which is too much; use another checkpoint")
+            raise CheckpointError(
+                path,
+                f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes, which is "
+                "too much; use another checkpoint",
+            )
     return parts
 
 

@@ -171,7 +171,10 @@ def _places(path: Path, storage_data: object) -> _Places:
         fields = _state(info, "_StorageInfo")
         name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         shown = repr(name) if type(name) is str else "a shard without a name"
-        require(_is_plain(name), f"it refers to {shown}, which is no file of this directory")
+        require(
+            type(name) is str and name not in ("", ".", "..") and not set(name) & set("/\\\0"),
+            f"it refers to {shown}, which is no file of this directory",
+        )
         require(
             all(type(n) is int and n >= 0 for n in (start, length)),
             f"it gives no place in {name}",
@@ -192,10 +195,6 @@ def _places(path: Path, storage_data: object) -> _Places:
     for (name, _, end), (next_name, start, _) in itertools.pairwise(taken):
         require(name != next_name or end <= start, f"two parts share bytes of {name}")
     return places
-
-
-def _is_plain(name: object) -> bool:
-    return type(name) is str and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _state(value: Any, kind: str, wanted: type = Pairs) -> Any:
