@@ -63,11 +63,6 @@ class Floor:
     ceilings: Ceilings
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that every step reads."""
-        return sum(product_elements(self.config)) * self.element_bytes
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of one row, in all layers."""
         return 2 * self.config.dim * self.config.n_layer * self.element_bytes
