@@ -171,8 +171,9 @@ def save_results(
                 settings.individual, image, label, name, trained=found.trained, suffix=grid.suffix
             )
             save_picture(file, picture_grid(pixels[image : image + 1]), readable(one), one)
-    classes = {"labels": list(settings.labels), "class_names": names}
-    record = common | sampling_record(params) | classes
+    record = (
+        common | sampling_record(params) | {"labels": list(settings.labels), "class_names": names}
+    )
     whole = picture_grid(pixels, names if settings.captions else None)
     save_picture(grid, whole, readable(record), record)
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the

@@ -62,8 +62,11 @@ def image_record(
         params: the parameters it was drawn with.
         images, image: how many were drawn with that seed, and which of them it is.
     """
-    place = {"images": images, "image": image, "label": label, "class_name": class_name}
-    return common | sampling_record(params) | place
+    return (
+        common
+        | sampling_record(params)
+        | {"images": images, "image": image, "label": label, "class_name": class_name}
+    )
 
 
 def sampling_record(params: SamplingParams) -> dict[str, object]:

@@ -41,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         codes = draw_codes(models.gpt, settings)
         drawn = now(model.device)
         with torch.no_grad():
-            shape = [len(codes), model.codebook_embed_dim, model.grid, model.grid]
-            pixels = models.vq.decode_code(codes, shape)
+            pixels = models.vq.decode_code(
+                codes, [len(codes), model.codebook_embed_dim, model.grid, model.grid]
+            )
         seconds = (drawn - started, now(model.device) - drawn)
     except RuntimeError as error:
         raise _mendable(error, settings) from error

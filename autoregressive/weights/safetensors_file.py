@@ -111,8 +111,10 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
         require(isinstance(entry, dict), f"{name} is not described")
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         require(isinstance(dtype, str) and dtype in _DTYPES, f"{name} is of no known dtype")
-        placed = isinstance(place, list) and is_shape(place) and len(place) == 2
-        require(is_shape(shape) and placed, f"{name} has no shape or place")
+        require(
+            is_shape(shape) and isinstance(place, list) and is_shape(place) and len(place) == 2,
+            f"{name} has no shape or place",
+        )
         begin, end = place
         require(
             math.prod(shape) * _DTYPES[dtype].itemsize == end - begin,
@@ -263,8 +265,10 @@ def _pieces(parts: Sequence[SafetensorsFile]) -> dict[str, list[Piece]]:
 
 def _joined(name: str, pieces: Sequence[Piece]) -> ChunkedTensor:
     """The tensor that its pieces make."""
-    kinds = {(piece.dtype, len(offsets)) for offsets, piece in pieces}
-    require(len(kinds) == 1, f"the pieces of {name} are of several kinds")
+    require(
+        len({(piece.dtype, len(offsets)) for offsets, piece in pieces}) == 1,
+        f"the pieces of {name} are of several kinds",
+    )
     chunks = [
         Chunk(offsets, tuple(piece.shape), lambda piece=piece: piece)  # type: ignore[misc]
         for offsets, piece in pieces

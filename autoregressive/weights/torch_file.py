@@ -272,8 +272,11 @@ def read_torch_archive(
             "file",
         )
         content = _load(io.BytesIO(file.read(offset, pickled_bytes)), instructions=instructions)
-    keys = {name.removeprefix(storages): place for name, place in places.items()}
-    return TorchFile(file, content, keys)
+    return TorchFile(
+        file,
+        content,
+        {name.removeprefix(storages): place for name, place in places.items()},
+    )
 
 
 class _Section:
