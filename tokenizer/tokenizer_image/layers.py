@@ -90,10 +90,20 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, with attention after each residual block if asked for."""
+    """The blocks of one resolution, with attention after each residual block and a change of
+    resolution at the end, if asked for.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        *,
+        attention: bool,
+        dropout: float,
+        downsample: bool = False,
+        upsample: bool = False,
     ) -> None:
         super().__init__()
         self.res = nn.ModuleList(
@@ -105,8 +115,8 @@ class Stage(nn.Module):
         self.attn = nn.ModuleList(
             [AttnBlock(out_channels) for _ in range(blocks if attention else 0)]
         )
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
 
     def forward(self, h: Tensor) -> Tensor:
         """Blocks, then the change of resolution if this stage has one."""
@@ -147,16 +157,16 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = Stage(
-                widths[i - 1] if i else ch,
-                width,
-                num_res_blocks,
-                attention=i == last,
-                dropout=dropout,
+            self.conv_blocks.append(
+                Stage(
+                    widths[i - 1] if i else ch,
+                    width,
+                    num_res_blocks,
+                    attention=i == last,
+                    dropout=dropout,
+                    downsample=i != last,
+                )
             )
-            if i != last:
-                stage.downsample = Downsample(width)
-            self.conv_blocks.append(stage)
         self.mid = middle(widths[-1], dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
@@ -184,12 +194,16 @@ class Decoder(nn.Module):
         self.mid = middle(widths[0], dropout)
         self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = Stage(
-                widths[max(i - 1, 0)], width, num_res_blocks + 1, attention=i == 0, dropout=dropout
+            self.conv_blocks.append(
+                Stage(
+                    widths[max(i - 1, 0)],
+                    width,
+                    num_res_blocks + 1,
+                    attention=i == 0,
+                    dropout=dropout,
+                    upsample=i != len(widths) - 1,
+                )
             )
-            if i != len(widths) - 1:
-                stage.upsample = Upsample(width)
-            self.conv_blocks.append(stage)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
