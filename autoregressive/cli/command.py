@@ -30,8 +30,9 @@ class OneLineParser(argparse.ArgumentParser):
         for typed in unknown:
             if typed.startswith("-"):
                 flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                close = did_you_mean(typed.partition("=")[0], flags)
-                self.error(f"there is no flag {typed}{close}")
+                self.error(
+                    f"there is no flag {typed}{did_you_mean(typed.partition('=')[0], flags)}"
+                )
         if unknown:
             self.error(f"unexpected argument: {' '.join(unknown)}")
         return parsed
