@@ -87,7 +87,6 @@ def read_safetensors(path: Path) -> SafetensorsFile:
 
 def _parse(text: bytes | str) -> dict[str, Any]:
     """A table; its nesting is bounded by the interpreter, its size by the caller."""
-    table: Any
     try:
         table = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:

@@ -99,8 +99,10 @@ def open_sharded(path: Path, choose: Choose) -> dict[str, ChunkedTensor]:
     chosen = choose(names)
     with reading(metadata, "refused: {}", _DAMAGED):
         wanted = {name: _state(entries[name], _WHOLE) for name in chosen.values()}
-        count = sum(len(_exactly(list, fields["chunks"])) for fields in wanted.values())
-        require(count <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts")
+        require(
+            sum(len(_exactly(list, entry["chunks"])) for entry in wanted.values()) <= _MOST_CHUNKS,
+            f"its weights are in more than {_MOST_CHUNKS:,} parts",
+        )
         tensors = {plain: _tensor(name, wanted[name], places) for plain, name in chosen.items()}
         check_coverage(tensors.values())
     return tensors
