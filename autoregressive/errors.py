@@ -71,7 +71,6 @@ class SettingError(UserError):
         problem: str | Sequence[str | SettingName],
         remedies: Sequence[str | Change] = (),
     ) -> None:
-        self.setting, self.value = setting, value
         parts = [problem] if isinstance(problem, str) else problem
         super().__init__(SettingName(setting), f" {value}: ", *parts, remedies=remedies)
 
@@ -109,8 +108,9 @@ def missing_extra(error: ModuleNotFoundError) -> UserError:
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
         raise error
-    extra = _EXTRAS[package]
-    return UserError(f"{package} is not installed: pip install 'llamagen-serve[{extra}]'")
+    return UserError(
+        f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
+    )
 
 
 def either(alternatives: Sequence[object]) -> str:

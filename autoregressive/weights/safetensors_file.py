@@ -244,9 +244,11 @@ def _check_index(
     """Refuses parts that hold other weights than the index says."""
     held = {(name, part.name) for part in parts for name in part.tensors}
     for name, file in sorted(held ^ set(index.items())):
-        is_held = (name, file) in held
-        told = f"{file} holds {name}, and" if is_held else f"{name} is not in {file}, where"
-        raise BadContentError(f"{told} {index_name} says otherwise")
+        raise BadContentError(
+            f"{file} holds {name}, and {index_name} says otherwise"
+            if (name, file) in held
+            else f"{name} is not in {file}, where {index_name} says otherwise"
+        )
 
 
 Piece = tuple[tuple[int, ...], StoredTensor]  # where it begins in the whole tensor

@@ -106,8 +106,13 @@ class TorchFile:
             "is damaged: a tensor lies outside of what is stored; download or copy it again",
         )
         contiguous = saved.stride == contiguous_stride(saved.shape) or 0 in saved.shape
-        stride = None if contiguous else saved.stride
-        return StoredTensor(self.file, start + first, saved.dtype, saved.shape, stride)
+        return StoredTensor(
+            self.file,
+            start + first,
+            saved.dtype,
+            saved.shape,
+            stride=None if contiguous else saved.stride,
+        )
 
 
 # --- what a pickle's calls build instead ---
