@@ -211,8 +211,3 @@ class Decoder(nn.Module):
         """See the class."""
         h = self.conv_blocks(self.mid(self.conv_in(z)))
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def normalized(vectors: Tensor) -> Tensor:
-    """Vectors scaled to length 1 along the last dimension."""
-    return F.normalize(vectors, p=2.0, dim=-1)
