@@ -15,6 +15,8 @@ from pathlib import Path
 
 _NAME = "llamagen"
 _PROJECT = Path(__file__).resolve().parents[1]
+# a compiled kernel is a library, which such a file system refuses to load
+_NO_EXECUTION = getattr(os, "ST_NOEXEC", 0)
 
 
 def in_checkout() -> bool:
@@ -102,9 +104,8 @@ def can_be_written(folder: Path) -> bool:
 
 
 def _can_hold_libraries(folder: Path) -> bool:
-    # A compiled kernel is a library, which a file system without execution refuses to load.
-    return can_be_written(folder) and not os.statvfs(_nearest_existing(folder)).f_flag & getattr(
-        os, "ST_NOEXEC", 0
+    return (
+        can_be_written(folder) and not os.statvfs(_nearest_existing(folder)).f_flag & _NO_EXECUTION
     )
 
 

@@ -8,7 +8,6 @@ unpickled, and whatever goes wrong while reading is a `CheckpointError`.
 
 import functools
 import itertools
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -208,9 +207,9 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, ema)
         return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(b"PK\x03\x04"):  # a zip archive
         return _open_pickled(path, read_torch_archive(file), ema)
-    if start.startswith(pickle.PROTO):
+    if start.startswith(b"\x80"):  # a pickle
         return _open_pickled(path, read_torch_stream(file), ema)
     raise CheckpointError(path, "is not a checkpoint; a .pt, .pth or .safetensors file is needed")
 
