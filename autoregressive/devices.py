@@ -13,8 +13,6 @@ from autoregressive.errors import SettingError, SettingName
 from autoregressive.models.config import GPTConfig
 
 PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs that multiply in bf16
-_NARROW = 512  # width of a model, below which one CPU thread is quicker than several
 
 
 def resolve_device(name: str) -> torch.device:
@@ -29,8 +27,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        told = ("PyTorch finds no GPU here; use ", SettingName("device"), " cpu")
-        raise SettingError("device", name, told)
+        raise SettingError(
+            "device", name, ("PyTorch finds no GPU here; use ", SettingName("device"), " cpu")
+        )
     number, there = wanted[1] or "0", list(map(str, range(torch.cuda.device_count())))
     if number not in there:
         raise SettingError("device", name, f"the GPUs here are cuda:0 to cuda:{there[-1]}")
@@ -43,22 +42,20 @@ def default_precision(device: torch.device) -> torch.dtype:
     """
     if device.type != "cuda":
         return torch.float32
-    return (
-        torch.bfloat16
-        if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
-        else torch.float16
-    )
+    # The first GPUs that multiply in bf16 have compute capability 8.0.
+    in_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if in_bf16 else torch.float16
 
 
 def limit_cpu_threads(config: GPTConfig, device: torch.device) -> None:
     """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
-    too small.
+    too small (below a width of 512).
 
     More would spin on all cores after each operation on more than 32,768 elements on the CPU: other
     processes find no core free, and a thread that finds none holds up a step, for all of them are
     waited for.
     """
-    if device.type == "cuda" or config.dim < _NARROW:
+    if device.type == "cuda" or config.dim < 512:
         torch.set_num_threads(1)
 
 
@@ -102,5 +99,6 @@ def now(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
     said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    by_type = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return by_type or any(words in str(error) for words in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in said
+    )

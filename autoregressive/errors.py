@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 # A setting's name -> how the user writes it; None: the user has no such setting.
 Spelling = Callable[[str], str | None]
-_NOT_IN_PYTHON = {"list_classes"}  # settings that only commands have
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class UserError(ValueError):
         self.parts, self.remedies = parts, tuple(remedies)
 
     def __str__(self) -> str:
-        return self.spelled(lambda name: None if name in _NOT_IN_PYTHON else name)
+        # Only commands have the setting `list_classes`.
+        return self.spelled(lambda name: None if name == "list_classes" else name)
 
     def spelled(self, spell: Spelling) -> str:
         """The message with settings' names as the user writes them.
@@ -71,7 +71,6 @@ class SettingError(UserError):
         problem: str | Sequence[str | SettingName],
         remedies: Sequence[str | Change] = (),
     ) -> None:
-        self.setting, self.value = setting, value
         parts = [problem] if isinstance(problem, str) else problem
         super().__init__(SettingName(setting), f" {value}: ", *parts, remedies=remedies)
 
@@ -109,8 +108,9 @@ def missing_extra(error: ModuleNotFoundError) -> UserError:
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
         raise error
-    extra = _EXTRAS[package]
-    return UserError(f"{package} is not installed: pip install 'llamagen-serve[{extra}]'")
+    return UserError(
+        f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
+    )
 
 
 def either(alternatives: Sequence[object]) -> str:

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from autoregressive.errors import SettingName, UserError, either
 
-_NO_FOLDER_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP)
-
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written beside `path`, then moves it there; after an error `path` is as it was, or
@@ -71,7 +69,7 @@ def sync_folder(folder: Path) -> None:
     try:
         sync(folder)
     except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
             raise
 
 
@@ -79,14 +77,9 @@ def unused_name(folder: Path, suffix: str, owner: str = "") -> Path:
     """A hidden name for an unfinished file.
 
     Args:
-        owner: what the file is to become; `remove_leftovers` finds the file by it.
+        owner: what the file is to become; `_unfinished_file` finds what was left of it.
     """
     return folder / f".{_checksum(owner)}{secrets.token_hex(4)}.part{suffix}"
-
-
-def leftovers_of(owner: str, suffix: str) -> re.Pattern[str]:
-    """The names that `unused_name` makes for one owner."""
-    return re.compile(rf"\.{_checksum(owner)}[0-9a-f]{{8}}\.part{re.escape(suffix)}")
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> int:
@@ -123,7 +116,8 @@ def _unfinished_file(target: Path) -> Iterator[Path]:
     """An empty file beside `target`, locked while it is written and removed at the end if it still
     has its name.
     """
-    remove_leftovers(target.parent, leftovers_of(target.name, target.suffix))
+    owner, suffix = _checksum(target.name), re.escape(target.suffix)
+    remove_leftovers(target.parent, re.compile(rf"\.{owner}[0-9a-f]{{8}}\.part{suffix}"))
     unfinished = unused_name(target.parent, target.suffix, target.name)
     with _opened(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
         try:

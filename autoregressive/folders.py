@@ -67,20 +67,20 @@ def prepare_compilers() -> str | None:
     folder = next(filter(_can_hold_libraries, usual), None) or _private_folder()
     # Without any folder, the root: the compiler accepts it because it exists, and only writing into
     # it fails.
-    inductor = os.sep if folder is None else str(folder / "inductor")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor") if folder else os.sep)
     if "TRITON_CACHE_DIR" not in os.environ:
-        os.environ.setdefault("TRITON_HOME", os.sep if folder is None else str(folder))
+        os.environ.setdefault("TRITON_HOME", str(folder or os.sep))
     if folder is not None and _temporary_folder() is None:  # compilers need one as well
         with contextlib.suppress(OSError):
             (folder / "tmp").mkdir(mode=0o700, parents=True, exist_ok=True)
             os.environ["TMPDIR"] = str(folder / "tmp")
     if folder == usual[0]:
         return None
-    nowhere = "have no place, and what must be compiled fails"
-    outcome = nowhere if folder is None else f"go to {folder}"
-    told = f"{usual[0]} cannot be used: compiled kernels {outcome}"
-    return f"{told}; XDG_CACHE_HOME names another folder"
+    outcome = f"go to {folder}" if folder else "have no place, and what must be compiled fails"
+    return (
+        f"{usual[0]} cannot be used: compiled kernels {outcome}; XDG_CACHE_HOME names another "
+        "folder"
+    )
 
 
 def command_line(path: str) -> str:
@@ -92,8 +92,9 @@ def command_line(path: str) -> str:
     started_as = os.path.basename(sys.argv[0])
     if started_as.startswith("llamagen-"):  # an installed command
         return started_as
-    module = path.removesuffix(".py").replace("/", ".")
-    return f"python {path}" if in_checkout() else f"python -m {module}"
+    if in_checkout():
+        return f"python {path}"
+    return f"python -m {path.removesuffix('.py').replace('/', '.')}"
 
 
 def can_be_written(folder: Path) -> bool:

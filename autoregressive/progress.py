@@ -13,10 +13,9 @@ class Bar:
     total: float | None = None
     n: float = 0  # done so far
 
-    def update(self, n: float = 1) -> bool | None:
+    def update(self, n: float = 1) -> None:
         """Adds what was done since the last call."""
         self.n += n
-        return None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoregressive.models.config import GPTShape
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, build_gpt
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-demo as small as can be, for tests whose weights are random anyway: in this process."""
-    shape = GPTShape(n_layer=1, n_head=1, dim=64)
+    shape = GPTConfig(n_layer=1, n_head=1, dim=64)
     monkeypatch.setitem(GPT_models, "GPT-demo", partial(build_gpt, shape))
 
 

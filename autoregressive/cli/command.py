@@ -15,8 +15,6 @@ from autoregressive.errors import UserError, did_you_mean, missing_extra, one_li
 from autoregressive.folders import prepare_compilers
 from autoregressive.version import PROGRAM, program_version
 
-_NO_FLAGS = {"n", "first_image"}  # of the engine's requests
-
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage in front. It takes no
@@ -32,8 +30,9 @@ class OneLineParser(argparse.ArgumentParser):
         for typed in unknown:
             if typed.startswith("-"):
                 flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-                close = did_you_mean(typed.partition("=")[0], flags)
-                self.error(f"there is no flag {typed}{close}")
+                self.error(
+                    f"there is no flag {typed}{did_you_mean(typed.partition('=')[0], flags)}"
+                )
         if unknown:
             self.error(f"unexpected argument: {' '.join(unknown)}")
         return parsed
@@ -149,7 +148,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 def flag_of(setting: str) -> str | None:
     """How a command line spells a setting; None for those that no command has."""
-    return None if setting in _NO_FLAGS else f"--{setting.replace('_', '-')}"
+    # Only the engine's requests have these two.
+    return None if setting in ("n", "first_image") else f"--{setting.replace('_', '-')}"
 
 
 def _tell_error(error: UserError | OSError) -> None:

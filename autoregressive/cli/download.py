@@ -90,8 +90,11 @@ def choose(names: list[str], image_size: int | None) -> list[PublishedFile]:
             size = f" for {image_size} px" if image_size is not None else ""
             known = {name for file in PUBLISHED_FILES for name in (file.file_name, file.model)}
             close = "" if of_model else did_you_mean(name, sorted(known))
-            told = f"nothing is published as {name}{size}{close}; {UNPUBLISHED}; "
-            raise UserError(told, SettingName("list"), " shows what there is")
+            raise UserError(
+                f"nothing is published as {name}{size}{close}; {UNPUBLISHED}; ",
+                SettingName("list"),
+                " shows what there is",
+            )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -104,17 +107,9 @@ def check_folder(folder: Path) -> None:
             (folder / PUBLISHED_FILES[0].file_name).lstat()
     except (UnicodeEncodeError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else "its name is not UTF-8"
-        told = f"{folder}: cannot be used: {why}; choose another "
-        raise UserError(told, SettingName("folder")) from error
-
-
-def print_list(folder: Path) -> None:
-    """One line a published file."""
-    print(f"{'file':<18} {'model':<8} {'pixels':<7} in {folder}")
-    for file in PUBLISHED_FILES:
-        state = "yes" if (folder / file.file_name).exists() else "no"
-        print(f"{file.file_name:<18} {file.model:<8} {file.image_size or 'any':<7} {state}")
-    print(f"\nNot everything exists: {UNPUBLISHED}.")
+        raise UserError(
+            f"{folder}: cannot be used: {why}; choose another ", SettingName("folder")
+        ) from error
 
 
 def main() -> None:
@@ -122,7 +117,11 @@ def main() -> None:
     arguments = parse_arguments()
     check_folder(arguments.folder)
     if arguments.list:
-        print_list(arguments.folder)
+        print(f"{'file':<18} {'model':<8} {'pixels':<7} in {arguments.folder}")
+        for file in PUBLISHED_FILES:
+            state = "yes" if (arguments.folder / file.file_name).exists() else "no"
+            print(f"{file.file_name:<18} {file.model:<8} {file.image_size or 'any':<7} {state}")
+        print(f"\nNot everything exists: {UNPUBLISHED}.")
         return
     chosen = choose(arguments.names, arguments.image_size)
     with slow_imports("__main__"):

@@ -48,9 +48,8 @@ class Settings:
     sampling: SamplingParams
     labels: tuple[int, ...]  # one a picture
     compile: bool
-    output: (
-        Path | None
-    )  # the grid; None: the default name, which says whether the weights are trained
+    # the grid; None: the default name, which says whether the weights are trained
+    output: Path | None
     captions: bool
     individual: Path | None  # a folder for single pictures, made if need be
     codes: Path | None
@@ -114,9 +113,8 @@ def find_weights_and_warn(settings: Settings) -> FoundWeights:
     found = find_weights(settings.model)
     missing = missing_weights(settings.model, found)
     if missing is not None:
-        seed = settings.model.seed
         tell("WARNING: UNTRAINED WEIGHTS. The picture will be noise; only the speed is real.")
-        tell(f"  drawn from seed {seed}: {missing.spelled(flag_of)}")
+        tell(f"  drawn from seed {settings.model.seed}: {missing.spelled(flag_of)}")
     return found
 
 
@@ -142,11 +140,17 @@ def save_results(
             stay.
     """
     if not pixels.isfinite().all():
-        damaged = "the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged"
-        raise UserError(damaged, SettingName("vq_ckpt", " (see {})"))
+        raise UserError(
+            "the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged",
+            SettingName("vq_ckpt", " (see {})"),
+        )
     names, params = settings.names, settings.sampling
-    compiled = settings.compile and loop == "naive"  # the engine has no use for it
-    common = generation_record(settings.model, found, loop, compiled=compiled)
+    common = generation_record(
+        settings.model,
+        found,
+        loop,
+        compiled=settings.compile and loop == "naive",  # the engine has no use for it
+    )
     grid = settings.grid(trained=found.trained)
     if settings.codes is not None:
         save_codes(settings.codes, codes)
@@ -154,8 +158,11 @@ def save_results(
         try:
             settings.individual.mkdir(exist_ok=True)
         except OSError as error:
-            told = f"cannot make this folder: {error.strerror}"
-            raise SettingError("save_individual", settings.individual, told) from error
+            raise SettingError(
+                "save_individual",
+                settings.individual,
+                f"cannot make this folder: {error.strerror}",
+            ) from error
         for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
             one = image_record(
                 common, params, label=label, class_name=name, images=len(names), image=image
@@ -164,8 +171,9 @@ def save_results(
                 settings.individual, image, label, name, trained=found.trained, suffix=grid.suffix
             )
             save_picture(file, picture_grid(pixels[image : image + 1]), readable(one), one)
-    classes = {"labels": list(settings.labels), "class_names": names}
-    record = common | sampling_record(params) | classes
+    record = (
+        common | sampling_record(params) | {"labels": list(settings.labels), "class_names": names}
+    )
     whole = picture_grid(pixels, names if settings.captions else None)
     save_picture(grid, whole, readable(record), record)
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the

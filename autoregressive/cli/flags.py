@@ -1,4 +1,4 @@
-"""The flags that the naive and the fast command share: LlamaGen's, and ours for choosing classes
+"""The flags that the plain and the fast command share: LlamaGen's, and ours for choosing classes
 and saving pictures.
 
 argparse is told no defaults, so that what was typed can be told from what was not. Nothing here
@@ -36,7 +36,6 @@ examples:
   {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
-_IF_NONE = "they are drawn at random: the picture is noise, the speed is real"
 PRECISION_HELP = (
     "of the transformer: none (float32), fp16 or bf16 (default: bf16 on a GPU; fp16 below compute "
     "capability 8.0, where "
@@ -73,8 +72,9 @@ def model_options(arguments: argparse.Namespace) -> ModelOptions:
     Args:
         arguments: what a parser with `add_model_flags` parsed.
     """
-    names = (field.name for field in fields(ModelOptions))
-    return ModelOptions(**{name: getattr(arguments, name) for name in names})
+    return ModelOptions(
+        **{field.name: getattr(arguments, field.name) for field in fields(ModelOptions)}
+    )
 
 
 def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
@@ -83,8 +83,7 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     Raises:
         SettingError: a value is out of range.
     """
-    typed = {name: getattr(arguments, name) for name in BOUNDS if name != "n"}
-    return defaults.updated(**typed)
+    return defaults.updated(**{name: getattr(arguments, name) for name in BOUNDS if name != "n"})
 
 
 def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace | None:
@@ -111,14 +110,10 @@ def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argpars
     return arguments
 
 
-def _default_folder() -> str:
-    """The folder of pretrained models, as a help text may hold it."""
-    if in_checkout():
-        return "pretrained_models of the repository"
-    return str(pretrained_folder()).replace("%", "%%")
-
-
-def add_model_flags(parser: OneLineParser, if_none: str = _IF_NONE) -> None:
+def add_model_flags(
+    parser: OneLineParser,
+    if_none: str = "they are drawn at random: the picture is noise, the speed is real",
+) -> None:
     """Adds the flags that say which model runs, with which weights, and where.
 
     Args:
@@ -218,6 +213,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_weights(group: argparse._ArgumentGroup) -> None:
+    in_repository = "pretrained_models of the repository"
+    folder = in_repository if in_checkout() else str(pretrained_folder()).replace("%", "%%")
     group.add_argument(
         "--gpt-ckpt",
         type=Path,
@@ -242,7 +239,7 @@ def _add_weights(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="DIR",
         help=f"where weights are looked for and downloaded to, {DEMO_GPT} and {DEMO_VQ} among them "
-        f"(default: {_default_folder()})",
+        f"(default: {folder})",
     )
 
 

@@ -15,7 +15,6 @@ from autoregressive.errors import SettingName, UserError, shortened
 from autoregressive.models.demo_classes import DEMO_EMOJI
 from autoregressive.models.imagenet_classes import IMAGENET_NAMES
 
-_SEE = SettingName("list_classes", " (see {})")
 _LONGEST_ID = 18  # digits; int() refuses thousands of them
 _SHORTLIST = 32  # names that are compared with one that is unknown
 
@@ -54,10 +53,11 @@ class ClassNames:
             if len(found) == 1:
                 return found[0]
             if found:
-                several = self._described(found)
-                raise UserError(f"class '{word}' is several ({several}): give the id")
+                raise UserError(
+                    f"class '{word}' is several ({self._described(found)}): give the id"
+                )
             told = f"class '{word}' is unknown; the closest are {self._closest(word)}"
-        raise UserError(told, _SEE, *self.note)
+        raise UserError(told, SettingName("list_classes", " (see {})"), *self.note)
 
     def listing(self, word: str = "") -> str:
         """One line a class whose name contains the word: its id and name.
@@ -67,8 +67,10 @@ class ClassNames:
         """
         found = [label for label, name in enumerate(self.names) if word.lower() in name.lower()]
         if not found:
-            told = f"no class name contains '{word}'; the closest are {self._closest(word)}"
-            raise UserError(told, *self.note)
+            raise UserError(
+                f"no class name contains '{word}'; the closest are {self._closest(word)}",
+                *self.note,
+            )
         return "\n".join(f"{label:4d}  {self[label]}" for label in found)
 
     def _closest(self, word: str) -> str:

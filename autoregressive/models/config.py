@@ -65,25 +65,16 @@ class GPTConfig:
         return isqrt(self.block_size)
 
 
-@dataclass(frozen=True)
-class GPTShape:
-    """What distinguishes one size from another; the rest of a config follows from the image and the
-    data set.
-    """
-
-    n_layer: int
-    n_head: int
-    dim: int
-
-
-GPT_SHAPES: dict[str, GPTShape] = {
-    "GPT-B": GPTShape(n_layer=12, n_head=12, dim=768),  # 111M
-    "GPT-L": GPTShape(n_layer=24, n_head=16, dim=1024),  # 343M
-    "GPT-XL": GPTShape(n_layer=36, n_head=20, dim=1280),  # 775M
-    "GPT-XXL": GPTShape(n_layer=48, n_head=24, dim=1536),  # 1.4B
-    "GPT-XXXL": GPTShape(n_layer=48, n_head=40, dim=2560),  # 3.9B
-    "GPT-1B": GPTShape(n_layer=22, n_head=32, dim=2048),  # 1.2B
-    "GPT-3B": GPTShape(n_layer=24, n_head=32, dim=3200),  # 3.1B, head size 100
-    "GPT-7B": GPTShape(n_layer=32, n_head=32, dim=4096),  # 6.6B
-    "GPT-demo": GPTShape(n_layer=8, n_head=4, dim=256),  # 7M, ships with the repository
+# What distinguishes one size from another; the rest of a config follows from the image and the data
+# set.
+GPT_SHAPES: dict[str, GPTConfig] = {
+    "GPT-B": GPTConfig(n_layer=12, n_head=12, dim=768),  # 111M
+    "GPT-L": GPTConfig(n_layer=24, n_head=16, dim=1024),  # 343M
+    "GPT-XL": GPTConfig(n_layer=36, n_head=20, dim=1280),  # 775M
+    "GPT-XXL": GPTConfig(n_layer=48, n_head=24, dim=1536),  # 1.4B
+    "GPT-XXXL": GPTConfig(n_layer=48, n_head=40, dim=2560),  # 3.9B
+    "GPT-1B": GPTConfig(n_layer=22, n_head=32, dim=2048),  # 1.2B
+    "GPT-3B": GPTConfig(n_layer=24, n_head=32, dim=3200),  # 3.1B, head size 100
+    "GPT-7B": GPTConfig(n_layer=32, n_head=32, dim=4096),  # 6.6B
+    "GPT-demo": GPTConfig(n_layer=8, n_head=4, dim=256),  # 7M, ships with the repository
 }

@@ -1,4 +1,4 @@
-"""The naive sampling loop: one step a token, dense cache, `torch.multinomial`. The honest baseline,
+"""The plain sampling loop: one step a token, dense cache, `torch.multinomial`. The honest baseline,
 as LlamaGen runs it.
 
 Guided pairs are tied by batch halves here: rows [0, n) carry the classes, rows [n, 2n) carry "no
@@ -71,8 +71,7 @@ def sample(
         return probabilities.argmax(dim=-1, keepdim=True), probabilities
     # NaN would trip an assertion on the device and lose the process; generate() reports it after
     # the loop.
-    drawable = probabilities.nan_to_num(nan=1.0)
-    return torch.multinomial(drawable, num_samples=1), probabilities
+    return torch.multinomial(probabilities.nan_to_num(nan=1.0), num_samples=1), probabilities
 
 
 @torch.no_grad()

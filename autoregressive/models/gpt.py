@@ -7,6 +7,7 @@ the reference that faster engines are compared with, so it stays plain: dense KV
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.config import GPT_SHAPES, GPTConfig, GPTShape
+from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.rope import apply_rotary, rotary_table_2d
 
 
@@ -249,13 +250,11 @@ class Transformer(nn.Module):
         return self.output(self.norm(h)).float()
 
 
-def build_gpt(shape: GPTShape, **kwargs: Any) -> Transformer:
+def build_gpt(shape: GPTConfig, **kwargs: Any) -> Transformer:
     """A transformer of that shape; keyword arguments are fields of `GPTConfig` (vocab_size,
     block_size, num_classes, ...).
     """
-    return Transformer(
-        GPTConfig(dim=shape.dim, n_layer=shape.n_layer, n_head=shape.n_head, **kwargs)
-    )
+    return Transformer(replace(shape, **kwargs))
 
 
 GPT_models: dict[str, Callable[..., Transformer]] = {

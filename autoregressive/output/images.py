@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -27,10 +27,6 @@ _PADDING = 2  # black pixels between the images of a grid, and around it
 JSON_KEY = "llamagen"  # of the record; a PNG's text "parameters" has the same for people
 QUALITY = 90  # of JPEG and WebP
 _OTHER_RECORD_BYTES = 4096  # more than a record has beside the classes, file names included
-_DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
-# a caption's letters are this fraction of the picture's width, but stay readable
-_CAPTION_SHARE = 10
-_SMALLEST_LETTERS = 10  # pixels
 
 
 @dataclass(frozen=True)
@@ -144,16 +140,19 @@ def _caption_strip(text: str, width: int) -> Tensor:
     """White letters on black: float32 [3, strip height, width] in -1..1."""
     font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
-    centre = (width / 2, strip.height / 2)
     ImageDraw.Draw(strip).text(
-        centre, fitted_text(text, font, width - 4), fill=255, font=font, anchor="mm"
+        (width / 2, strip.height / 2),
+        fitted_text(text, font, width - 4),
+        fill=255,
+        font=font,
+        anchor="mm",
     )
     grey = torch.from_numpy(np.array(strip, dtype=np.float32)) / 127.5 - 1
     return grey.expand(3, -1, -1)
 
 
 def _letter_size(width: int) -> int:
-    return max(_SMALLEST_LETTERS, width // _CAPTION_SHARE)
+    return max(10, width // 10)  # pixels: a tenth of the picture's width, but readable
 
 
 def _strip_height(width: int) -> int:
@@ -195,7 +194,7 @@ def record_options(format_name: str, parameters: str, record: dict[str, object])
         text.add_text(JSON_KEY, json.dumps(record))
         return {"pnginfo": text}
     exif = Image.Exif()
-    exif[_DESCRIPTION] = json.dumps({JSON_KEY: record})
+    exif[ExifTags.Base.ImageDescription] = json.dumps({JSON_KEY: record})
     return {"exif": exif}
 
 
@@ -203,8 +202,7 @@ def save_codes(path: Path, codes: Tensor) -> None:
     """Writes codes as an int32 NumPy array [images, tokens]; raises `UserError` if the file cannot
     be written.
     """
-    array = codes.to("cpu", torch.int32).numpy()
-    _write_encoded(path, lambda file: np.save(file, array))
+    _write_encoded(path, lambda file: np.save(file, codes.to("cpu", torch.int32).numpy()))
 
 
 def _write_encoded(path: Path, encode: Callable[[io.BytesIO], object]) -> None:

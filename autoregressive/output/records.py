@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,14 +13,6 @@ from autoregressive.version import PROGRAM, program_version
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
 Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
-# what `readable` has on lines of their own
-_SAID_BEFORE = (
-    "labels",
-    "class_names",
-    "label",
-    "class_name",
-    "trained",
-)
 
 
 def generation_record(
@@ -29,7 +21,7 @@ def generation_record(
     """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make
     them again on the same machine.
 
-    The loop is part of it: from one seed the naive command and the engine's draw different
+    The loop is part of it: from one seed the plain command and the engine's draw different
     pictures.
     """
     return {
@@ -70,29 +62,27 @@ def image_record(
         params: the parameters it was drawn with.
         images, image: how many were drawn with that seed, and which of them it is.
     """
-    place = {"images": images, "image": image, "label": label, "class_name": class_name}
-    return common | sampling_record(params) | place
+    return (
+        common
+        | sampling_record(params)
+        | {"images": images, "image": image, "label": label, "class_name": class_name}
+    )
 
 
 def sampling_record(params: SamplingParams) -> dict[str, object]:
     """The parameters of a draw, ready for JSON."""
-    record = asdict(params)
-    del record["n"]
-    return record
+    return {name: value for name, value in asdict(params).items() if name != "n"}
 
 
 def readable(record: dict[str, object]) -> str:
     """The record of a grid or of a single picture for people: the classes on a line, then
     everything else.
     """
-    labels, names = (
-        record.get("labels", [record.get("label")]),
-        record.get("class_names", [record.get("class_name")]),
-    )
-    assert isinstance(labels, list)
-    assert isinstance(names, list)
+    labels: Any = record.get("labels", [record.get("label")])
+    names: Any = record.get("class_names", [record.get("class_name")])
     drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
-    rest = {key: value for key, value in record.items() if key not in _SAID_BEFORE}
+    said_before = ("labels", "class_names", "label", "class_name", "trained")
+    rest = {key: value for key, value in record.items() if key not in said_before}
     noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
     return "\n".join(
         [

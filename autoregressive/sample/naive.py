@@ -41,8 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         codes = draw_codes(models.gpt, settings)
         drawn = now(model.device)
         with torch.no_grad():
-            shape = [len(codes), model.codebook_embed_dim, model.grid, model.grid]
-            pixels = models.vq.decode_code(codes, shape)
+            pixels = models.vq.decode_code(
+                codes, [len(codes), model.codebook_embed_dim, model.grid, model.grid]
+            )
         seconds = (drawn - started, now(model.device) - drawn)
     except RuntimeError as error:
         raise _mendable(error, settings) from error
@@ -93,6 +94,8 @@ def _mendable(error: RuntimeError, settings: Settings) -> Exception:
         ways = [fewer if images > 1 else "use a smaller model", *smaller_precision(settings.model)]
         return UserError(f"{settings.model.device} has too little free memory", remedies=ways)
     if settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        told = f" failed ({str(error).strip().splitlines()[0]}): leave it out"
-        return UserError(SettingName("compile"), told)
+        return UserError(
+            SettingName("compile"),
+            f" failed ({str(error).strip().splitlines()[0]}): leave it out",
+        )
     return error

@@ -12,8 +12,6 @@ from autoregressive.cli.command import run_command, slow_imports
 with slow_imports(__name__):
     from autoregressive.cli.flags import build_parser, read_arguments
 
-PURPOSE = "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop."
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags (the process's own if None), draws, saves.
@@ -21,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
-    parser = build_parser(PURPOSE, "autoregressive/sample/sample_c2i.py")
+    parser = build_parser(
+        "Draws pictures of classes, token by token, with LlamaGen's models: the plain loop.",
+        "autoregressive/sample/sample_c2i.py",
+    )
     arguments = read_arguments(parser, argv)
     if arguments is not None:
         with slow_imports("__main__" if argv is None else __name__):

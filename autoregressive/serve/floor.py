@@ -21,8 +21,6 @@ from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
-_BUFFER_BYTES = 2 * 2**30  # far beyond any cache
-_SMALLEST_BUFFER_BYTES = 2**28
 _MATRIX_SIDE = 8192
 
 
@@ -63,11 +61,6 @@ class Floor:
     config: GPTConfig
     element_bytes: int  # of a weight, and of a key or value
     ceilings: Ceilings
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that every step reads."""
-        return sum(product_elements(self.config)) * self.element_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -160,8 +153,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 5)
         dtype: of the matrix product; float32 is IEEE float32, as the engine's.
     """
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    size = max(min(_BUFFER_BYTES, free_bytes // 2), _SMALLEST_BUFFER_BYTES)
-    data = torch.rand(size // 4, device=device)  # float32
+    size_bytes = max(min(2 * 2**30, free_bytes // 2), 2**28)  # far beyond any cache
+    data = torch.rand(size_bytes // 4, device=device)  # float32
     read_bytes_per_second = data.numel() * 4 / median_seconds(data.sum, device, repeats)
     del data
     a, b = (torch.randn(_MATRIX_SIDE, _MATRIX_SIDE, device=device, dtype=dtype) for _ in range(2))

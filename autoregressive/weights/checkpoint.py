@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +47,10 @@ __all__ = ["CheckpointError", "WeightSource", "load_weights", "open_checkpoint"]
 
 CONSOLIDATED_FILE = "consolidated.pth"  # LlamaGen's FSDP training
 
-_ZIP_START, _PICKLE_START, _LFS_START = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
-
 # The keys under which training code keeps the weights, in the order that LlamaGen tries them.
 WRAPPERS = ("model", "module", "state_dict")
 AVERAGED_WEIGHTS = "ema"
+_NO_AVERAGES = f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out", SettingName("ema")
 
 # What training keeps beside the weights. Never read; named so that any other surplus key is an
 # error.
@@ -133,7 +131,7 @@ def load_weights(
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
-            another model.
+            another model: which one, which setting would help, or which keys differ.
     """
     source = open_checkpoint(path, ema=ema)
     if from_fsdp and not source.is_fsdp:
@@ -142,7 +140,16 @@ def load_weights(
             "is no FSDP checkpoint: its weights are wrapped; leave out",
             SettingName("from_fsdp"),
         )
-    check_match(model, source)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    mismatch = find_mismatch(wanted, source.shapes)
+    if mismatch is not None:
+        raise CheckpointError(source.path, *mismatch)
+    for name in wanted:
+        if name in source.dtypes and not source.dtypes[name].is_floating_point:
+            kind = str(source.dtypes[name]).removeprefix("torch.")
+            raise CheckpointError(
+                source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
+            )
     model.to(dtype)
     model.to_empty(device=device)
     with torch.no_grad():
@@ -151,26 +158,6 @@ def load_weights(
                 target.zero_()
             else:
                 source.read_into(name, target)
-
-
-def check_match(model: nn.Module, source: WeightSource) -> None:
-    """Ends in an error unless the source holds exactly this model's weights.
-
-    Raises:
-        CheckpointError: says which other model it is, which setting would help, or which keys
-            differ.
-    """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    mismatch = find_mismatch(wanted, source.shapes)
-    if mismatch is not None:
-        problem, *more = mismatch
-        raise CheckpointError(source.path, str(problem), *more)
-    for name in wanted:
-        if name in source.dtypes and not source.dtypes[name].is_floating_point:
-            kind = str(source.dtypes[name]).removeprefix("torch.")
-            raise CheckpointError(
-                source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
-            )
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
@@ -200,10 +187,12 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
         not visible_names(path, ".distcp"),
         f"{METADATA_FILE} is missing beside the shards; copy the whole directory again",
     )
-    is_empty = not any(path.iterdir())
-    state = "is an empty directory" if is_empty else "is a directory without a checkpoint"
-    needed = f"{CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed"
-    raise CheckpointError(path, f"{state}; {needed}, or name a file")
+    state = "a directory without a checkpoint" if any(path.iterdir()) else "an empty directory"
+    raise CheckpointError(
+        path,
+        f"is {state}; {CONSOLIDATED_FILE}, {METADATA_FILE} or .safetensors files are needed, or "
+        "name a file",
+    )
 
 
 def _open_file(path: Path, ema: bool) -> WeightSource:
@@ -211,16 +200,16 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
     start = file.read(0, min(file.size, 32))
     require(bool(start), "is empty; download or copy it again")
     require(
-        not start.startswith(_LFS_START),
+        not start.startswith(b"version https://git-lfs"),
         "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     )
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, ema)
         return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
-    if start.startswith(_ZIP_START):
+    if start.startswith(b"PK\x03\x04"):  # a zip archive
         return _open_pickled(path, read_torch_archive(file), ema)
-    if start.startswith(_PICKLE_START):
+    if start.startswith(b"\x80"):  # a pickle
         return _open_pickled(path, read_torch_stream(file), ema)
     raise CheckpointError(path, "is not a checkpoint; a .pt, .pth or .safetensors file is needed")
 
@@ -235,16 +224,14 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
     content = whole.entries()
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Pairs)), None)
     if ema:
-        require_averages(isinstance(content.get(AVERAGED_WEIGHTS), Pairs))
+        require(isinstance(content.get(AVERAGED_WEIGHTS), Pairs), *_NO_AVERAGES)
         wrapper = AVERAGED_WEIGHTS
     weights: Pairs = content[wrapper] if wrapper is not None else whole
     not_read = COMPUTED_HERE if wrapper is not None else {*COMPUTED_HERE, *TRAINING_STATE}
-    values: dict[str, Any] = {}
     with reading(path, "is no dictionary of weights: {}; use another file"):
-        for name, value in weights.items:
+        for name, _ in weights.items:
             require(type(name) is str, f"it has a name that is no text, but one {kind_of(name)}")
-            if name not in not_read:
-                values[name] = value
+    values = {name: value for name, value in weights.items if name not in not_read}
     names = plain_names(values)
     with reading(path, "is no dictionary of weights: {} is no plain tensor; use another file"):
         for name in names.values():
@@ -281,15 +268,6 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return plain
 
 
-def require_averages(there: bool) -> None:
-    """Raises `BadContentError` if a checkpoint has no averaged weights where they are asked for."""
-    require(
-        there,
-        f"holds no averaged weights ('{AVERAGED_WEIGHTS}'); leave out",
-        SettingName("ema"),
-    )
-
-
 def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:
     """Picks the weights among the names of a store that flattens nested dictionaries
     ("model.norm.weight", "optim...").
@@ -315,6 +293,6 @@ def select_flattened(names: Iterable[str], ema: bool) -> dict[str, str]:
         len(sets) <= 1,
         f"holds several sets of weights, under {folders}; save the one that you want alone",
     )
-    require_averages(bool(sets) or not ema)
+    require(bool(sets) or not ema, *_NO_AVERAGES)
     chosen = next(iter(sets.values()), flat)
     return {plain: chosen[short] for plain, short in plain_names(chosen).items()}

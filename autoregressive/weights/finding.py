@@ -169,8 +169,11 @@ def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path
         return there
     folder = settings.folders[0]
     if not can_be_written(folder):
-        told = f": {folder} cannot be written; choose another "
-        raise UserError(SettingName("download"), told, SettingName("pretrained_dir"))
+        raise UserError(
+            SettingName("download"),
+            f": {folder} cannot be written; choose another ",
+            SettingName("pretrained_dir"),
+        )
     try:
         from autoregressive.weights.hub import fetch
     except ModuleNotFoundError as error:
@@ -199,8 +202,11 @@ def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError |
     published = " and ".join(file.file_name for file in files if file in PUBLISHED_FILES)
     shipped = " and ".join(file.file_name for file in files if file in SHIPPED_FILES)
     if published:
-        puts = f", which puts {published} into {folder}; "
-        ways += ["get them with ", SettingName("download"), puts]
+        ways += [
+            "get them with ",
+            SettingName("download"),
+            f", which puts {published} into {folder}; ",
+        ]
     if shipped:
         here = folder == pretrained_folder() and in_checkout()
         fetch = "git checkout pretrained_models" if here else f"copy them into {folder}"
@@ -209,7 +215,11 @@ def missing_weights(settings: ModelSettings, found: FoundWeights) -> UserError |
     if unpublished:
         sizes = [file.image_size for file in PUBLISHED_FILES if file.model == settings.gpt_model]
         others = f" (there are some for {' and '.join(map(str, sizes))} px)" if sizes else ""
-        what = f"none are published for {unpublished}{others}: give your own with "
-        ways += [what, SettingName("gpt_ckpt"), "; "]
-    told = f"there are no trained weights for {names}: "
-    return UserError(told, *ways, "or use ", asked_for, " for noise")
+        ways += [
+            f"none are published for {unpublished}{others}: give your own with ",
+            SettingName("gpt_ckpt"),
+            "; ",
+        ]
+    return UserError(
+        f"there are no trained weights for {names}: ", *ways, "or use ", asked_for, " for noise"
+    )

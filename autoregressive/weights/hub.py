@@ -35,8 +35,6 @@ from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 # of a download, one after another, none of which brought a byte that was not there before
 _MOST_FAILURES = 5
 _PAUSE_SECONDS = 1.0  # after each of them
-_MOST_OPENINGS = 5  # of a part that other processes rename or remove
-_PASSING = (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError)
 
 
 class DownloadError(UserError):
@@ -86,10 +84,16 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
     if (problem := unusable_variable(endpoint)) is not None:
         raise DownloadError(f"{name}: cannot be fetched: ", *problem)
     try:
-        from huggingface_hub import hf_hub_url
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(HUB_REPOSITORY, name, endpoint=endpoint)
-        remote = _ask_hub(name, url, endpoint)
+        metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
+        # For large files the hub's entity tag is the SHA-256 of the content.
+        if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
+            raise DownloadError(
+                f"{name}: the hub states no SHA-256 for it; check the address of the hub"
+            )
+        remote = _Remote(name, url, str(metadata.etag), metadata.size)
         if path.exists():
             remote.check(path)
             _remove_parts(path)
@@ -108,22 +112,9 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
     return path
 
 
-def _ask_hub(name: str, url: str, endpoint: str | None) -> _Remote:
-    from huggingface_hub import get_hf_file_metadata
-
-    metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
-    # For large files the hub's entity tag is the SHA-256 of the content.
-    if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
-        raise DownloadError(
-            f"{name}: the hub states no SHA-256 for it; check the address of the hub"
-        )
-    return _Remote(name, url, str(metadata.etag), metadata.size)
-
-
 def _remove_parts(path: Path) -> None:
     """Removes unfinished downloads of the file that nobody goes on with."""
-    names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
-    remove_leftovers(path.parent, names)
+    remove_leftovers(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part"))
 
 
 def _fetch_into(path: Path, remote: _Remote) -> None:
@@ -148,7 +139,7 @@ def _fetch_into(path: Path, remote: _Remote) -> None:
 @contextlib.contextmanager
 def _locked(part: Path, remote: _Remote) -> Iterator[BinaryIO]:
     """The part, open for appending. Its lock is held until the file has its name."""
-    for _ in range(_MOST_OPENINGS):
+    for _ in range(5):  # other processes may rename or remove the part meanwhile
         with part.open("ab") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,23 +156,22 @@ def _download(remote: _Remote, part: Path, stream: BinaryIO) -> None:
     """Appends what is missing. The library's `http_get` gathers 10 MiB before it writes, and loses
     them when the connection breaks off.
     """
-    there = part.stat().st_size
-    if there > remote.size_bytes:
+    size, there = remote.size_bytes, part.stat().st_size
+    if there > size:
         stream.truncate(0)
         there = 0
-    needed, free = remote.size_bytes - there, shutil.disk_usage(part.parent).free
+    needed, free = size - there, shutil.disk_usage(part.parent).free
     if free < needed:
         raise DownloadError(
             f"{part.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} are free; make "
             "room"
         )
     furthest, failures = there, 0  # without ranges, a try may end before the one that it follows
-    size = remote.size_bytes
     with progress_bar(remote.name, "B", size, initial=there, unit_scale=True) as bar:
         while there < size:
             try:
                 _append_rest(remote, there, stream, bar)
-            except _PASSING:
+            except (httpx2.NetworkError, httpx2.TimeoutException, httpx2.RemoteProtocolError):
                 failures = failures + 1 if part.stat().st_size <= furthest else 1
                 if failures == _MOST_FAILURES:
                     raise
@@ -207,12 +197,11 @@ def _append_rest(remote: _Remote, first: int, stream: BinaryIO, bar: Any) -> Non
         retry_on_status_codes=(408, 429),
     ) as response:
         hf_raise_for_status(response)
-        sent = response.headers.get("Content-Range", "")
         if response.status_code != 206:  # the server knows no ranges
             stream.truncate(0)
             bar.update(-first)
             first = 0
-        elif not sent.startswith(f"bytes {first}-"):
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {first}-"):
             raise DownloadError(
                 f"{remote.url}: the server sends another part than the one asked for; try again "
                 "later"
@@ -264,8 +253,12 @@ def _is_proxy(value: str) -> bool:
 def _is_address(value: str) -> bool:
     with contextlib.suppress(ValueError):
         parts = urlsplit(value)
-        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        return is_web and _is_header_text(value)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and _is_header_text(value)
+        )
     return False
 
 

@@ -157,14 +157,15 @@ class _InertUnpickler(pickle._Unpickler):
 
     def load_call(self) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
-        inert = type(called) is Name and type(arguments) is tuple
-        require(inert, f"it calls a {kind_of(called)}")
+        require(type(called) is Name and type(arguments) is tuple, f"it calls a {kind_of(called)}")
         self.append(called.call(arguments))
 
     def load_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        fresh = isinstance(target, Record) and target.state is None
-        require(fresh, f"it changes a {kind_of(target)}")
+        require(
+            isinstance(target, Record) and target.state is None,
+            f"it changes a {kind_of(target)}",
+        )
         target.state = state
 
     def refuse(self) -> None:

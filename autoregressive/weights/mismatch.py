@@ -23,10 +23,9 @@ _CLASSES = "cls_embedding.embedding_table.weight"
 _VOCABULARY = ("tok_embeddings.weight", "output.weight")
 _CODEBOOK = "quantize.embedding.weight"
 _CODEBOOK_NEIGHBOURS = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight")
-_TEXT_PREFIX = "cls_embedding.cap_proj."
 
 Shapes = Mapping[str, torch.Size]
-Parts = tuple[str | SettingName, ...]  # of a message
+Parts = tuple[str, *tuple[str | SettingName, ...]]  # of a message
 
 
 def find_mismatch(wanted: Shapes, found: Shapes) -> Parts | None:
@@ -43,7 +42,7 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> Parts | None:
         return None
     if not found:
         return ("it holds no weights",)
-    if any(name.startswith(_TEXT_PREFIX) for name in found):
+    if any(name.startswith("cls_embedding.cap_proj.") for name in found):
         return ("this is a text-to-image transformer; only class-conditional ones (c2i) run here",)
     other = _other_model(identify(wanted), identify(found))
     if other is None and not (missing or surplus):
@@ -57,8 +56,12 @@ def find_mismatch(wanted: Shapes, found: Shapes) -> Parts | None:
         "have another shape": shown,
     }
     told = "; ".join(f"{len(them)} {what}: {_first(them)}" for what, them in lists.items() if them)
-    problem = f"these are not this model's weights ({told}); use another file,"
-    return problem, SettingName("gpt_model"), " or ", SettingName("vq_model")
+    return (
+        f"these are not this model's weights ({told}); use another file,",
+        SettingName("gpt_model"),
+        " or ",
+        SettingName("vq_model"),
+    )
 
 
 def _lacking(wanted: Shapes, found: Shapes) -> tuple[list[str], list[str]]:
@@ -76,14 +79,14 @@ def identify(shapes: Shapes) -> str | None:
         shapes.get(name, torch.Size())
         for name in (_VOCABULARY[0], _CODEBOOK, "encoder.conv_in.weight")
     )
-    known: dict[str, tuple[int, int]] = {}
-    there = (0, 0)
     if len(tokens) == 2:
         there = _count_blocks(shapes, "layers."), tokens[1]
         known = {name: (shape.n_layer, shape.dim) for name, shape in GPT_SHAPES.items()}
     elif len(codebook) == 2 and len(first) == 4:
         there = _count_blocks(shapes, "decoder.conv_blocks."), first[0]
         known = {name: (len(config.ch_mult), config.ch) for name, config in VQ_CONFIGS.items()}
+    else:
+        return None
     return next((name for name, sizes in known.items() if sizes == there), None)
 
 

@@ -94,20 +94,26 @@ def check_options(options: ModelOptions) -> None:
             raise SettingError(setting, name, f"there is no such choice{told}")
     _check_sizes(options)
     if options.gpt_type == "t2i":
-        told = "text to image is not supported; this program draws classes (c2i)"
-        raise SettingError("gpt_type", "t2i", told)
+        raise SettingError(
+            "gpt_type", "t2i", "text to image is not supported; this program draws classes (c2i)"
+        )
     for setting in ("gpt_ckpt", "vq_ckpt"):
         find_checkpoint(options, setting)
     if options.ema and options.gpt_ckpt is None:
-        picks = ": it picks the averaged weights out of a training checkpoint"
-        raise UserError(SettingName("ema"), " goes with ", SettingName("gpt_ckpt"), picks)
+        raise UserError(
+            SettingName("ema"),
+            " goes with ",
+            SettingName("gpt_ckpt"),
+            ": it picks the averaged weights out of a training checkpoint",
+        )
     gpt_model = choose_gpt_model(options)
     choose_image_size(options, gpt_model)
     vq_model = choose_vq_model(options, model_defaults(gpt_model))
     downsample = VQ_CONFIGS[vq_model].downsample_size
     if options.downsample_size not in (None, downsample):
-        allowed = f"must be {downsample} for {vq_model}"
-        raise SettingError("downsample_size", options.downsample_size, allowed)
+        raise SettingError(
+            "downsample_size", options.downsample_size, f"must be {downsample} for {vq_model}"
+        )
 
 
 def _check_sizes(options: ModelOptions) -> None:
@@ -164,8 +170,11 @@ def choose_image_size(options: ModelOptions, gpt_model: str) -> int:
         return next(there, defaults.image_size)
     check_image_size(gpt_model, size, named=options.gpt_model is not None)
     if options.gpt_ckpt is not None and published is not None and published.image_size != size:
-        makes = f"{options.gpt_ckpt.name} makes pictures of {published.image_size} px"
-        raise SettingError("image_size", size, makes)
+        raise SettingError(
+            "image_size",
+            size,
+            f"{options.gpt_ckpt.name} makes pictures of {published.image_size} px",
+        )
     return size
 
 
@@ -180,9 +189,9 @@ def check_image_size(gpt_model: str, size: int, *, named: bool = True) -> None:
     """
     sizes = model_defaults(gpt_model).image_sizes
     if size not in sizes:
-        told: list[str | SettingName] = [f"must be {either(sizes)} for {gpt_model}"]
-        told += [] if named else ["; name another model with ", SettingName("gpt_model")]
-        raise SettingError("image_size", size, told)
+        another = SettingName("gpt_model", "; name another model with {}")
+        told = f"must be {either(sizes)} for {gpt_model}"
+        raise SettingError("image_size", size, [told] if named else [told, another])
 
 
 def _gpt_file_there(options: ModelOptions, gpt_model: str, image_size: int) -> bool:
@@ -212,8 +221,12 @@ def find_checkpoint(options: ModelOptions, setting: str) -> Path | None:
     if typed is None:
         return None
     if options.random_weights:
-        end = " contradict each other: leave one out"
-        raise UserError(SettingName(setting), " and ", SettingName("random_weights"), end)
+        raise UserError(
+            SettingName(setting),
+            " and ",
+            SettingName("random_weights"),
+            " contradict each other: leave one out",
+        )
     bare = len(typed.parts) == 1
     for place in (typed, *(folder / typed for folder in options.folders if bare)):
         if os.path.exists(place):  # Path.exists raises where the name is too long
@@ -245,7 +258,8 @@ def chosen_classes(options: ModelOptions) -> ClassNames:
 
 
 def resolve_labels(options: ModelOptions, wanted: Sequence[int | str] | None) -> tuple[int, ...]:
-    """The ids of classes that are given by id or name; None: the model's own choice.
+    """The ids of classes; None: the model's own choice. Digits are an id, else a name in any case
+    (`ClassNames.resolve`).
 
     Raises:
         UserError: there is no such class.

@@ -38,22 +38,18 @@ SHIPPED_FILES = (
     PublishedFile(DEMO_GPT, "GPT-demo", 128, downsample_size=8),
     PublishedFile(DEMO_VQ, "VQ-demo"),
 )
+_ALL_FILES = (*PUBLISHED_FILES, *SHIPPED_FILES)
 
 
 def published_file(
     model: str, image_size: int | None = None, downsample_size: int = 16
 ) -> PublishedFile | None:
     """The file of a model's weights; None if there is none. The sizes are a transformer's."""
-    wanted = (model, image_size, downsample_size)
-    for file in (*PUBLISHED_FILES, *SHIPPED_FILES):
-        if (file.model, file.image_size, file.downsample_size) == wanted:
-            return file
-    return None
+    files = {(file.model, file.image_size, file.downsample_size): file for file in _ALL_FILES}
+    return files.get((model, image_size, downsample_size))
 
 
 def published_as(path: Path | None) -> PublishedFile | None:
     """The file that a path is named after, whatever its suffix; None for any other name."""
-    for file in (*PUBLISHED_FILES, *SHIPPED_FILES):
-        if path is not None and path.stem == Path(file.file_name).stem:
-            return file
-    return None
+    stems = {Path(file.file_name).stem: file for file in _ALL_FILES}
+    return None if path is None else stems.get(path.stem)

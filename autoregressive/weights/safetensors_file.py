@@ -87,7 +87,6 @@ def read_safetensors(path: Path) -> SafetensorsFile:
 
 def _parse(text: bytes | str) -> dict[str, Any]:
     """A table; its nesting is bounded by the interpreter, its size by the caller."""
-    table: Any
     try:
         table = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -111,11 +110,15 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
         require(isinstance(entry, dict), f"{name} is not described")
         dtype, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
         require(isinstance(dtype, str) and dtype in _DTYPES, f"{name} is of no known dtype")
-        placed = isinstance(place, list) and is_shape(place) and len(place) == 2
-        require(is_shape(shape) and placed, f"{name} has no shape or place")
+        require(
+            is_shape(shape) and isinstance(place, list) and is_shape(place) and len(place) == 2,
+            f"{name} has no shape or place",
+        )
         begin, end = place
-        size = math.prod(shape) * _DTYPES[dtype].itemsize
-        require(size == end - begin, f"{name} has other bytes than its shape")
+        require(
+            math.prod(shape) * _DTYPES[dtype].itemsize == end - begin,
+            f"{name} has other bytes than its shape",
+        )
         places.append((begin, end))
         tensors[name] = StoredTensor(file, start + begin, _DTYPES[dtype], torch.Size(shape))
     places = [*sorted(places), (file.size - start, file.size)]
@@ -127,16 +130,20 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
 def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]] | None:
     if extra is None:
         return None
-    texts = isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values())
-    require(texts, "__metadata__ is no table of texts")
+    require(
+        isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values()),
+        "__metadata__ is no table of texts",
+    )
     if _SHARDING_KEY not in extra:
         return None
     sharding, offsets = _parse(extra[_SHARDING_KEY]), {}
     for name, tensor in tensors.items():
         entry = sharding.get(name)
         offset: Any = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
-        placed = isinstance(offset, list) and is_shape(offset) and len(offset) == len(tensor.shape)
-        require(placed, f"{_SHARDING_KEY} does not say where {name} belongs")
+        require(
+            isinstance(offset, list) and is_shape(offset) and len(offset) == len(tensor.shape),
+            f"{_SHARDING_KEY} does not say where {name} belongs",
+        )
         offsets[name] = tuple(offset)
     return offsets
 
@@ -174,9 +181,8 @@ def open_safetensors_folder(path: Path, choose: Choose) -> dict[str, ChunkedTens
         else:
             _check_numbers(names)
             parts = _read_parts(path, names)
-    known = bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts)
     require(
-        known,
+        bool(indices) or len(parts) == 1 or all(part.offsets is not None for part in parts),
         f"has {len(parts)} {SUFFIX} files and no model{INDEX_SUFFIX} that says what each holds; "
         "copy the whole folder again, or name one of the files",
     )
@@ -198,8 +204,10 @@ def _read_index(path: Path) -> dict[str, str]:
         )
     with reading(path, HAS_PROBLEM):
         index = _parse(file.read(0, file.size)).get("weight_map")
-        is_map = isinstance(index, dict) and all(isinstance(part, str) for part in index.values())
-        require(is_map, "it has no weight_map from weights to files")
+        require(
+            isinstance(index, dict) and all(isinstance(part, str) for part in index.values()),
+            "it has no weight_map from weights to files",
+        )
     return index  # type: ignore[return-value]
 
 
@@ -210,8 +218,11 @@ def _read_parts(path: Path, names: Sequence[str]) -> list[SafetensorsFile]:
         parts.append(read_safetensors(path / name))
         room -= parts[-1].header_bytes
         if room < 0:
-            told = f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes"
-            raise CheckpointError(path, f"{told}, which is too much; use another checkpoint")
+            raise CheckpointError(
+                path,
+                f"describes its tensors in more than {_MOST_FOLDER_JSON_BYTES:,} bytes, which is "
+                "too much; use another checkpoint",
+            )
     return parts
 
 
@@ -233,9 +244,11 @@ def _check_index(
     """Refuses parts that hold other weights than the index says."""
     held = {(name, part.name) for part in parts for name in part.tensors}
     for name, file in sorted(held ^ set(index.items())):
-        there = f"{file} holds {name}, and"
-        told = there if (name, file) in held else f"{name} is not in {file}, where"
-        raise BadContentError(f"{told} {index_name} says otherwise")
+        raise BadContentError(
+            f"{file} holds {name}, and {index_name} says otherwise"
+            if (name, file) in held
+            else f"{name} is not in {file}, where {index_name} says otherwise"
+        )
 
 
 Piece = tuple[tuple[int, ...], StoredTensor]  # where it begins in the whole tensor
@@ -253,8 +266,10 @@ def _pieces(parts: Sequence[SafetensorsFile]) -> dict[str, list[Piece]]:
 
 def _joined(name: str, pieces: Sequence[Piece]) -> ChunkedTensor:
     """The tensor that its pieces make."""
-    kinds = {(piece.dtype, len(offsets)) for offsets, piece in pieces}
-    require(len(kinds) == 1, f"the pieces of {name} are of several kinds")
+    require(
+        len({(piece.dtype, len(offsets)) for offsets, piece in pieces}) == 1,
+        f"the pieces of {name} are of several kinds",
+    )
     chunks = [
         Chunk(offsets, tuple(piece.shape), lambda piece=piece: piece)  # type: ignore[misc]
         for offsets, piece in pieces

@@ -99,8 +99,10 @@ def open_sharded(path: Path, choose: Choose) -> dict[str, ChunkedTensor]:
     chosen = choose(names)
     with reading(metadata, "refused: {}", _DAMAGED):
         wanted = {name: _state(entries[name], _WHOLE) for name in chosen.values()}
-        count = sum(len(_exactly(list, fields["chunks"])) for fields in wanted.values())
-        require(count <= _MOST_CHUNKS, f"its weights are in more than {_MOST_CHUNKS:,} parts")
+        require(
+            sum(len(_exactly(list, entry["chunks"])) for entry in wanted.values()) <= _MOST_CHUNKS,
+            f"its weights are in more than {_MOST_CHUNKS:,} parts",
+        )
         tensors = {plain: _tensor(name, wanted[name], places) for plain, name in chosen.items()}
         check_coverage(tensors.values())
     return tensors
@@ -118,8 +120,9 @@ def _read_metadata(path: Path) -> object:
     with reading(
         file.path, "refused, this is not what describes a checkpoint: {}", damage=_DAMAGED
     ):
-        stream = io.BytesIO(file.read(0, file.size))
-        return read_pickle(stream, _KNOWN_NAMES, most_instructions=most)
+        return read_pickle(
+            io.BytesIO(file.read(0, file.size)), _KNOWN_NAMES, most_instructions=most
+        )
 
 
 def _tensor(name: str, fields: dict[str, Any], places: "_Places") -> ChunkedTensor:
@@ -170,11 +173,18 @@ def _places(path: Path, storage_data: object) -> _Places:
         fields = _state(info, "_StorageInfo")
         name, start, length = fields["relative_path"], fields["offset"], fields["length"]
         shown = repr(name) if type(name) is str else "a shard without a name"
-        require(_is_plain(name), f"it refers to {shown}, which is no file of this directory")
-        placed = all(type(n) is int and n >= 0 for n in (start, length))
-        require(placed, f"it gives no place in {name}")
-        packed = fields.get("transform_descriptors")
-        require(not packed, "its shards are compressed, which is not supported")
+        require(
+            type(name) is str and name not in ("", ".", "..") and not set(name) & set("/\\\0"),
+            f"it refers to {shown}, which is no file of this directory",
+        )
+        require(
+            all(type(n) is int and n >= 0 for n in (start, length)),
+            f"it gives no place in {name}",
+        )
+        require(
+            not fields.get("transform_descriptors"),
+            "its shards are compressed, which is not supported",
+        )
         with reading(path, "the shard {}; copy the whole directory again"):
             if name not in files:
                 require((path / name).is_file(), f"{name} is missing")
@@ -189,14 +199,9 @@ def _places(path: Path, storage_data: object) -> _Places:
     return places
 
 
-def _is_plain(name: object) -> bool:
-    return type(name) is str and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-
-
 def _state(value: Any, kind: str, wanted: type = Pairs) -> Any:
     """The state of a record of that kind; a dictionary by its names."""
-    there = type(value) is Record and value.kind == kind
-    require(there, f"a {kind} is not what it should be")
+    require(type(value) is Record and value.kind == kind, f"a {kind} is not what it should be")
     state = _exactly(wanted, value.state)
     fields = state.items if wanted is Pairs else state
     require(len(fields) <= _MOST_FIELDS, f"a {kind} has more fields than it should")
@@ -204,8 +209,10 @@ def _state(value: Any, kind: str, wanted: type = Pairs) -> Any:
 
 
 def _shape(value: Any) -> torch.Size:
-    there = type(value) is Record and value.kind == "Size" and len(value.arguments) == 1
-    require(there, "something has no shape")
+    require(
+        type(value) is Record and value.kind == "Size" and len(value.arguments) == 1,
+        "something has no shape",
+    )
     sides = _exactly(tuple, value.arguments[0])
     require(is_shape(sides), "a shape has impossible sides")
     return torch.Size(sides)

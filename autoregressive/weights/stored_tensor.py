@@ -105,11 +105,12 @@ class StoredFile:
         self.path = path
         with reading(path):
             found = os.stat(path)
-            is_directory = stat.S_ISDIR(found.st_mode)
-            require(not is_directory, "is a directory where a file is needed; copy it again")
+            require(
+                not stat.S_ISDIR(found.st_mode),
+                "is a directory where a file is needed; copy it again",
+            )
             # Reading from a pipe would wait for ever.
-            is_file = stat.S_ISREG(found.st_mode)
-            require(is_file, "is neither a file nor a directory; name one")
+            require(stat.S_ISREG(found.st_mode), "is neither a file nor a directory; name one")
         self.size = found.st_size
         self._identity = _identity(found)
 
@@ -124,8 +125,10 @@ class StoredFile:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills the buffer with what is there."""
         with reading(self.path), self.path.open("rb", buffering=0) as stream:
-            is_same = _identity(os.fstat(stream.fileno())) == self._identity
-            require(is_same, "has changed while it was read; try again when it is complete")
+            require(
+                _identity(os.fstat(stream.fileno())) == self._identity,
+                "has changed while it was read; try again when it is complete",
+            )
             stream.seek(offset)
             while buffer:
                 count = stream.readinto(buffer)
@@ -263,9 +266,8 @@ class ChunkedTensor:
             if 0 in chunk.sizes:
                 continue
             stored = chunk.find()
-            is_piece = tuple(stored.shape) == chunk.sizes and stored.dtype == self.dtype
             require(
-                is_piece,
+                tuple(stored.shape) == chunk.sizes and stored.dtype == self.dtype,
                 f"the shards of {self.name} are damaged; copy the whole directory again",
             )
             stored.read_into(target[tuple(map(slice, chunk.offsets, chunk.ends))])
@@ -303,10 +305,11 @@ def check_coverage(tensors: Iterable[ChunkedTensor]) -> None:
 def _cuts(tensor: ChunkedTensor, chunks: Sequence[Chunk]) -> list[dict[int, int]]:
     """Where chunks begin along each axis, and where it ends: position -> its number in order."""
     for chunk in chunks:
-        inside = len(chunk.offsets) == len(tensor.shape) and all(
-            map(int.__le__, chunk.ends, tensor.shape)
+        require(
+            len(chunk.offsets) == len(tensor.shape)
+            and all(map(int.__le__, chunk.ends, tensor.shape)),
+            f"a part of {tensor.name} lies outside of it",
         )
-        require(inside, f"a part of {tensor.name} lies outside of it")
     cuts = []
     for axis, side in enumerate(tensor.shape):
         positions = sorted({0, side, *(chunk.offsets[axis] for chunk in chunks)})

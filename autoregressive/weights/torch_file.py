@@ -5,7 +5,6 @@ without unpickling it.
 checked. Here the pickle becomes inert records, and tensors become places in the file.
 """
 
-import argparse
 import functools
 import io
 import struct
@@ -107,8 +106,13 @@ class TorchFile:
             "is damaged: a tensor lies outside of what is stored; download or copy it again",
         )
         contiguous = saved.stride == contiguous_stride(saved.shape) or 0 in saved.shape
-        stride = None if contiguous else saved.stride
-        return StoredTensor(self.file, start + first, saved.dtype, saved.shape, stride)
+        return StoredTensor(
+            self.file,
+            start + first,
+            saved.dtype,
+            saved.shape,
+            stride=None if contiguous else saved.stride,
+        )
 
 
 # --- what a pickle's calls build instead ---
@@ -154,8 +158,9 @@ def _tensor(
     dtype, marks = dtype or storage.dtype, rest[2:3]
     if dtype not in READABLE_DTYPES or any(marks) or len(rest) > _MOST_OTHER_ARGUMENTS:
         return Record("tensor")
-    first = storage.offset + offset
-    return SavedTensor(dtype, storage.key, first, torch.Size(shape), tuple(stride))
+    return SavedTensor(
+        dtype, storage.key, storage.offset + offset, torch.Size(shape), tuple(stride)
+    )
 
 
 def _tensor_v3(*arguments: Any) -> SavedTensor | Record:
@@ -192,8 +197,7 @@ _BUILDERS: dict[str, Callable[..., object]] = {
 @functools.cache
 def _known_names() -> frozenset[str]:
     """What `torch.load(weights_only=True)` takes, and the arguments that training saves."""
-    namespace = f"{argparse.Namespace.__module__}.{argparse.Namespace.__qualname__}"
-    return frozenset({*_get_allowed_globals(), namespace})
+    return frozenset({*_get_allowed_globals(), "argparse.Namespace"})
 
 
 def _load(
@@ -253,9 +257,8 @@ def read_torch_archive(
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         require(len(pickles) == 1, DAMAGED)
         folder = pickles[0].removesuffix("data.pkl")
-        is_program = f"{folder}constants.pkl" in members
         require(
-            not is_program,
+            f"{folder}constants.pkl" not in members,
             "is a TorchScript program, which is code; a file of weights is needed",
         )
         storages, order = f"{folder}data/", f"{folder}byteorder"
@@ -273,10 +276,12 @@ def read_torch_archive(
             f"describes its content in {pickled_bytes:,} bytes, which is too much; use another "
             "file",
         )
-        pickled = io.BytesIO(file.read(offset, pickled_bytes))
-        content = _load(pickled, instructions=instructions)
-    keys = {name.removeprefix(storages): place for name, place in places.items()}
-    return TorchFile(file, content, keys)
+        content = _load(io.BytesIO(file.read(offset, pickled_bytes)), instructions=instructions)
+    return TorchFile(
+        file,
+        content,
+        {name.removeprefix(storages): place for name, place in places.items()},
+    )
 
 
 class _Section:
@@ -292,8 +297,8 @@ class _Section:
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
+        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+        self._position = bases[whence] + offset
         require(self._position >= 0, DAMAGED)
         return self._position
 
@@ -316,17 +321,20 @@ class _Section:
 
     def place_of(self, member: zipfile.ZipInfo) -> tuple[int, int]:
         """Where in the file its content lies, and how many bytes it has."""
-        plain = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
         require(
-            plain and member.file_size == member.compress_size,
+            member.compress_type == zipfile.ZIP_STORED
+            and not member.flag_bits & 1
+            and member.file_size == member.compress_size,
             "has compressed or encrypted parts, which torch.save never writes; save it anew",
         )
         at = self._start + member.header_offset
         header = self._file.read(at, _LOCAL_HEADER_BYTES)
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:])
         offset = at + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-        inside = offset + member.file_size <= self._start + self._size
-        require(header[:4] == b"PK\x03\x04" and inside, DAMAGED)
+        require(
+            header[:4] == b"PK\x03\x04" and offset + member.file_size <= self._start + self._size,
+            DAMAGED,
+        )
         return offset, member.file_size
 
 

@@ -1,4 +1,4 @@
-"""The naive command end to end: what it prints, writes and refuses. The demo architecture on the
+"""The plain command end to end: what it prints, writes and refuses. The demo architecture on the
 CPU.
 """
 

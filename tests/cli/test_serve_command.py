@@ -274,7 +274,7 @@ def test_a_changed_precision_is_said_once(
 def test_compile_is_accepted_and_said_to_do_nothing(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fails if a script written for the naive command breaks, or the picture's record claims a
+    """Fails if a script written for the plain command breaks, or the picture's record claims a
     compilation or the plain loop.
     """
     monkeypatch.setattr(Engine, "generate", lambda *_, **__: torch.zeros(1, 256, dtype=torch.int32))

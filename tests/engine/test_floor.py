@@ -7,7 +7,7 @@ import pytest
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.sampling import SamplingParams
 from autoregressive.serve.engine.scheduler import Limits
-from autoregressive.serve.floor import Ceilings, Floor, job_floor
+from autoregressive.serve.floor import Ceilings, Floor, job_floor, product_elements
 
 H200 = Ceilings(read_bytes_per_second=4.24e12, operations_per_second=790e12)
 
@@ -39,15 +39,15 @@ def test_the_floor_of_the_headline_job(name: str, weights_mb: int, seconds: floa
     by hand before.
     """
     floor = floor_of(name)
-    assert floor.weight_bytes / 1e6 == pytest.approx(weights_mb, rel=0.005)
+    assert 2 * sum(product_elements(floor.config)) / 1e6 == pytest.approx(weights_mb, rel=0.005)
     assert image_seconds(floor, 16, 576) == pytest.approx(seconds, rel=0.01)
 
 
 def test_many_rows_are_bound_by_arithmetic() -> None:
     """Fails if the larger of both limits is not taken, product by product."""
     floor = floor_of("GPT-XL")
-    elements = floor.weight_bytes / 2
-    assert floor.step_seconds(2, 0) == pytest.approx(floor.weight_bytes / 4.24e12)
+    elements = sum(product_elements(floor.config))
+    assert floor.step_seconds(2, 0) == pytest.approx(2 * elements / 4.24e12)
     assert floor.step_seconds(512, 0) == pytest.approx(2 * elements * 512 / 790e12)
     kv_seconds = floor.step_seconds(2, 1000) - floor.step_seconds(2, 0)
     assert kv_seconds == pytest.approx(1000 * 4 * 1280 * 36 / 4.24e12)

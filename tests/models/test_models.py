@@ -1,4 +1,4 @@
-"""The transformer, the tokenizer and the naive loop, beyond what the reference outputs cover."""
+"""The transformer, the tokenizer and the plain loop, beyond what the reference outputs cover."""
 
 import pytest
 import torch

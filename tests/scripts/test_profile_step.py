@@ -10,7 +10,7 @@ from profile_step import ORDER, PRODUCTS, add_floor, operations_of, summed
 
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
-from autoregressive.serve.floor import Ceilings, Floor
+from autoregressive.serve.floor import Ceilings, Floor, product_elements
 from kernels import attention, norm, sampling
 from kernels.hopper import attention as hopper_attention
 from kernels.hopper import products as hopper_products
@@ -119,7 +119,8 @@ def test_the_operations_floors_are_the_steps(names: list[str]) -> None:
     )
     assert (
         sum(each["bytes"] or 0 for each in times)
-        == floor.weight_bytes + 1600 * floor.kv_bytes_per_token
+        == sum(product_elements(floor.config)) * floor.element_bytes
+        + 1600 * floor.kv_bytes_per_token
     )
     norm = {"add_norm"} if "_add_norm_kernel" in names else set()
     assert {each["operation"] for each in times if each["floor_us"] is None} == {

@@ -4,7 +4,6 @@ The family is that of VQGAN (Esser et al. 2021, arXiv:2012.09841): residual bloc
 resolution, attention at the coarsest. Activations are [images, channels, height, width].
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,10 +90,20 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution, with attention after each residual block if asked for."""
+    """The blocks of one resolution, with attention after each residual block and a change of
+    resolution at the end, if asked for.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        *,
+        attention: bool,
+        dropout: float,
+        downsample: bool = False,
+        upsample: bool = False,
     ) -> None:
         super().__init__()
         self.res = nn.ModuleList(
@@ -106,8 +115,8 @@ class Stage(nn.Module):
         self.attn = nn.ModuleList(
             [AttnBlock(out_channels) for _ in range(blocks if attention else 0)]
         )
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
+        self.downsample = Downsample(out_channels) if downsample else None
+        self.upsample = Upsample(out_channels) if upsample else None
 
     def forward(self, h: Tensor) -> Tensor:
         """Blocks, then the change of resolution if this stage has one."""
@@ -122,14 +131,12 @@ class Stage(nn.Module):
         return h
 
 
-def middle(channels: int, dropout: float) -> nn.ModuleList:
+def middle(channels: int, dropout: float) -> nn.Sequential:
     """The blocks at the coarsest resolution, between convolution stages and code."""
-    return nn.ModuleList(
-        [
-            ResnetBlock(channels, channels, dropout),
-            AttnBlock(channels),
-            ResnetBlock(channels, channels, dropout),
-        ]
+    return nn.Sequential(
+        ResnetBlock(channels, channels, dropout),
+        AttnBlock(channels),
+        ResnetBlock(channels, channels, dropout),
     )
 
 
@@ -148,29 +155,25 @@ class Encoder(nn.Module):
         widths = [ch * multiple for multiple in ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.conv_blocks = nn.ModuleList()
+        self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = Stage(
-                widths[i - 1] if i else ch,
-                width,
-                num_res_blocks,
-                attention=i == last,
-                dropout=dropout,
+            self.conv_blocks.append(
+                Stage(
+                    widths[i - 1] if i else ch,
+                    width,
+                    num_res_blocks,
+                    attention=i == last,
+                    dropout=dropout,
+                    downsample=i != last,
+                )
             )
-            if i != last:
-                stage.downsample = Downsample(width)
-            self.conv_blocks.append(stage)
         self.mid = middle(widths[-1], dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        h = self.conv_in(x)
-        for stage in self.conv_blocks:
-            h = stage(h)
-        for block in self.mid:
-            h = block(h)
+        h = self.mid(self.conv_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -189,46 +192,22 @@ class Decoder(nn.Module):
         widths = [ch * multiple for multiple in reversed(ch_mult)]  # coarsest first
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], dropout)
-        self.conv_blocks = nn.ModuleList()
+        self.conv_blocks = nn.Sequential()
         for i, width in enumerate(widths):
-            stage = Stage(
-                widths[max(i - 1, 0)], width, num_res_blocks + 1, attention=i == 0, dropout=dropout
+            self.conv_blocks.append(
+                Stage(
+                    widths[max(i - 1, 0)],
+                    width,
+                    num_res_blocks + 1,
+                    attention=i == 0,
+                    dropout=dropout,
+                    upsample=i != len(widths) - 1,
+                )
             )
-            if i != len(widths) - 1:
-                stage.upsample = Upsample(width)
-            self.conv_blocks.append(stage)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    @property
-    def last_layer(self) -> Tensor:
-        """The weight that balances adversarial against reconstruction gradients in training."""
-        return self.conv_out.weight
-
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
-        h = self.conv_in(z)
-        for block in self.mid:
-            h = block(h)
-        for stage in self.conv_blocks:
-            h = stage(h)
+        h = self.conv_blocks(self.mid(self.conv_in(z)))
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def normalized(vectors: Tensor) -> Tensor:
-    """Vectors scaled to length 1 along the last dimension."""
-    return F.normalize(vectors, p=2.0, dim=-1)
-
-
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook entry nearest to each vector.
-
-    Args:
-        vectors: [n, dim], length 1
-        codebook: [codebook_size, dim], length 1: the nearest entry is the one with the largest dot
-            product.
-
-    Returns:
-        int64 [n]
-    """
-    return torch.argmax(vectors @ codebook.T, dim=-1)

@@ -5,7 +5,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.config import VQ_CONFIGS as VQ_CONFIGS
 from tokenizer.tokenizer_image.config import VQConfig as VQConfig
-from tokenizer.tokenizer_image.layers import Decoder, Encoder, nearest_codes, normalized
+from tokenizer.tokenizer_image.layers import Decoder, Encoder
 
 
 class Quantized(NamedTuple):
@@ -35,18 +35,18 @@ class VectorQuantizer(nn.Module):
         self.commit_loss_beta = commit_loss_beta
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
-        self.embedding.weight.data = normalized(self.embedding.weight.data)
+        self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         # A log of recently used codes in LlamaGen's training; unused here, kept because published
         # checkpoints hold it.
         self.register_buffer("codebook_used", torch.zeros(65536))
 
     def forward(self, features: Tensor) -> Quantized:
         """Features [n, dim, h, w] -> `Quantized`."""
-        vectors = normalized(features.permute(0, 2, 3, 1))  # [n, h, w, dim]
-        codebook = normalized(self.embedding.weight)
-        codes = nearest_codes(vectors.detach().flatten(0, 2), codebook.detach()).view(
-            vectors.shape[:3]
-        )
+        vectors = F.normalize(features.permute(0, 2, 3, 1), dim=-1)  # [n, h, w, dim]
+        codebook = F.normalize(self.embedding.weight, dim=-1)
+        # Of entries of length 1, the nearest has the largest dot product.
+        likeness = vectors.detach().flatten(0, 2) @ codebook.detach().T  # [n * h * w, entries]
+        codes = likeness.argmax(dim=-1).view(vectors.shape[:3])
         chosen = F.embedding(codes, codebook)  # [n, h, w, dim]
         to_features = (chosen - vectors.detach()).square().mean()
         to_entries = (chosen.detach() - vectors).square().mean()
@@ -59,7 +59,7 @@ class VectorQuantizer(nn.Module):
         [n, dim, h, w].
         """
         images, dim, height, width = shape
-        entries = F.embedding(codes.reshape(-1).long(), normalized(self.embedding.weight))
+        entries = F.embedding(codes.reshape(-1).long(), F.normalize(self.embedding.weight, dim=-1))
         return entries.view(images, height, width, dim).permute(0, 3, 1, 2).contiguous()
 
 
@@ -110,13 +110,11 @@ class VQModel(nn.Module):
         return self.decode(quantized.vectors), quantized
 
 
-def build_vq(
-    config: VQConfig, *, codebook_size: int | None = None, codebook_embed_dim: int | None = None
-) -> VQModel:
-    """A tokenizer of that config, with another codebook where asked for."""
-    size = config.codebook_size if codebook_size is None else codebook_size
-    dim = config.codebook_embed_dim if codebook_embed_dim is None else codebook_embed_dim
-    return VQModel(replace(config, codebook_size=size, codebook_embed_dim=dim))
+def build_vq(config: VQConfig, **codebook: Any) -> VQModel:
+    """A tokenizer of that config; keyword arguments are other values of its codebook's fields
+    (codebook_size, codebook_embed_dim).
+    """
+    return VQModel(replace(config, **codebook))
 
 
 VQ_models: dict[str, Callable[..., VQModel]] = {

@@ -28,7 +28,7 @@ from kernels.group_norm import (
     supports,
 )
 from kernels.operations import triton_runs_on
-from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage, normalized
+from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _PRODUCTS = torch.bfloat16  # of convolutions and matrix products: operands and results
@@ -180,7 +180,7 @@ class VQForward:
         self._norms, self._grid = GroupNorms(triton, groups), grid
         assert project.bias is not None
         features = F.linear(
-            normalized(codebook.detach().double()),
+            F.normalize(codebook.detach().double(), dim=-1),
             project.weight.detach()[:, :, 0, 0].double(),
             project.bias.detach().double(),
         )
