@@ -207,6 +207,11 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight by which LlamaGen's training balances its losses."""
+        return self.conv_out.weight
+
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
         h = self.conv_blocks(self.mid(self.conv_in(z)))
