@@ -71,6 +71,7 @@ class SettingError(UserError):
         problem: str | Sequence[str | SettingName],
         remedies: Sequence[str | Change] = (),
     ) -> None:
+        self.setting, self.value = setting, value
         parts = [problem] if isinstance(problem, str) else problem
         super().__init__(SettingName(setting), f" {value}: ", *parts, remedies=remedies)
 
