@@ -151,7 +151,7 @@ def chart(
 
 
 def settings_for(model: str, arguments: argparse.Namespace) -> Settings:
-    """The naive command's settings for this model's job."""
+    """The plain command's settings for this model's job."""
     unused = arguments.output_dir.parent / "unused.png"
     typed = ["--gpt-model", model, "--device", str(arguments.device), "--output", str(unused)]
     if arguments.image_size is not None:
@@ -173,7 +173,7 @@ def timed(
 
 
 def time_naive(gpt: Transformer, settings: Settings, repeats: int, compiled: bool) -> Outcome:
-    """Times the plain loop as the naive command runs it."""
+    """Times the plain loop as the plain command runs it."""
     config = gpt.config
     if compiled:
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))

@@ -20,7 +20,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         max_num_seqs: the default of --max-num-seqs, for --help.
     """
     parser.conflict_handler = (
-        "resolve"  # the naive command's --precision and --compile give way to those below
+        "resolve"  # the plain command's --precision and --compile give way to those below
     )
     group = parser.add_argument_group("engine")
     group.add_argument(

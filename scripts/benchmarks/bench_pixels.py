@@ -1,4 +1,4 @@
-"""Times decoding codes to pixels: the naive command's float32 (TF32) against the engine's decoder.
+"""Times decoding codes to pixels: the plain command's float32 (TF32) against the engine's decoder.
 Ends in JSON.
 
     python scripts/benchmarks/bench_pixels.py --vq-model VQ-16 --image-size 384 --images 8 16
@@ -58,7 +58,7 @@ def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> 
 
 
 def naive(vq: VQModel, codes: Tensor, grid: int, *, tf32: bool) -> Tensor:
-    """Decodes as the naive command does, a large batch in parts."""
+    """Decodes as the plain command does, a large batch in parts."""
     shape = [vq.config.codebook_embed_dim, grid, grid]
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32
