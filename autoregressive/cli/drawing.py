@@ -81,7 +81,7 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     settings = Settings(
         model=model,
         sampling=sampling_of(arguments, model.defaults.sampling),
-        labels=resolve_labels(options, arguments.class_labels),
+        labels=resolve_labels(options, arguments.class_labels),  # "207" or a name -> 207
         compile=arguments.compile,
         output=arguments.output,
         captions=arguments.captions,

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
+    # Every typed value, a class too, is checked here, before torch is imported.
     arguments = read_arguments(build_engine_parser(), argv)
     if arguments is None:
         return
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             speed_lines,
         )
         from autoregressive.serve.pipeline import Pipeline, check_fits
-    settings = drawing.resolve_settings(arguments)  # a class that was named is an id now
+    settings = drawing.resolve_settings(arguments)  # classes are ids from here on
     model, params, labels = settings.model, settings.sampling, settings.labels
     config = engine_config(arguments, min(len(labels) * params.rows, MOST_ROWS))
     check_fits(model, config, params)

@@ -95,7 +95,9 @@ class Layers(ABC):
         config: the model's shape.
         dtype: of its weights.
         operations: what the device runs. Each operation has the name of its kernel: `linear` is
-            kernels/linear.py's or its reference, `embed` and `add_norm` are kernels/norm.py's.
+            kernels/linear.py's or its reference, `embed` and `add_norm` are kernels/norm.py's,
+            `draw_tokens` is kernels/sampling.py's. On Hopper `attention` and `fused` are those of
+            kernels/hopper/.
         empty: gives the scratch memory; a constructor asks for all that its steps need.
     """
 
