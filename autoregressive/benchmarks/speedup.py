@@ -36,8 +36,8 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.output.records import device_name
 from autoregressive.sample.naive import set_numerics
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
 from autoregressive.weights.finding import find_weights
 from autoregressive.weights.loading import load_models

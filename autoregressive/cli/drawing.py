@@ -13,7 +13,7 @@ from autoregressive.cli.command import flag_of
 from autoregressive.cli.flags import model_options, sampling_of
 from autoregressive.errors import SettingError, SettingName, UserError, tell
 from autoregressive.files import check_file, check_own_folder
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import (
     PICTURE_FORMATS,
     check_grid_fits,

@@ -15,7 +15,7 @@ from autoregressive.cli.command import OneLineParser, add_version_flag
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
-from autoregressive.models.sampling import BOUNDS, SamplingParams
+from autoregressive.models.sampling_params import BOUNDS, SamplingParams
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
@@ -23,7 +23,7 @@ from autoregressive.weights.options import (
     resolve_labels,
 )
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ
-from tokenizer.tokenizer_image.config import VQ_CONFIGS
+from tokenizer.tokenizer_image.vq_config import VQ_CONFIGS
 
 _EXAMPLES = """\
 examples:

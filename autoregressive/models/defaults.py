@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from autoregressive.models.classes import DEMO, IMAGENET, ClassNames, numbered_classes
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 
 DEMO_MODEL = "GPT-demo"  # the transformer that ships with the repository
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from autoregressive.devices import PRECISIONS
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.version import PROGRAM, program_version
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 

@@ -8,18 +8,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autoregressive.models.sampling import SamplingParams
-    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.pipeline import Pipeline
 
 __all__ = ["Engine", "EngineConfig", "Pipeline", "SamplingParams"]
 
 _MODULES = {
     "Engine": "autoregressive.serve.engine.engine",
-    "EngineConfig": "autoregressive.serve.engine.config",
+    "EngineConfig": "autoregressive.serve.engine.engine_config",
     "Pipeline": "autoregressive.serve.pipeline",
-    "SamplingParams": "autoregressive.models.sampling",
+    "SamplingParams": "autoregressive.models.sampling_params",
 }
 
 

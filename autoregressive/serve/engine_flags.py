@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from kernels import BACKENDS
 
 MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then

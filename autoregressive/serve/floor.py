@@ -17,7 +17,7 @@ import torch
 
 from autoregressive.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 

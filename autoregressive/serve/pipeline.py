@@ -26,13 +26,13 @@ from torch import Tensor
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
 from autoregressive.models.config import GPT_SHAPES
-from autoregressive.models.sampling import SamplingParams, random_seed
+from autoregressive.models.sampling_params import SamplingParams, random_seed
 from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
 from autoregressive.output.records import generation_record, image_record, readable
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler

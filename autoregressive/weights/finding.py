@@ -31,7 +31,7 @@ from autoregressive.weights.published import (
     PublishedFile,
     published_file,
 )
-from tokenizer.tokenizer_image.config import VQ_CONFIGS
+from tokenizer.tokenizer_image.vq_config import VQ_CONFIGS
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from autoregressive.folders import pretrained_folders
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL, ModelDefaults, model_defaults
-from autoregressive.models.sampling import Bounds
+from autoregressive.models.sampling_params import Bounds
 from autoregressive.weights.published import (
     PUBLISHED_FILES,
     PublishedFile,
     published_as,
     published_file,
 )
-from tokenizer.tokenizer_image.config import VQ_CONFIGS
+from tokenizer.tokenizer_image.vq_config import VQ_CONFIGS
 
 # What is larger is a slip of the keyboard, and would fill the memory.
 _SIZE = Bounds(Integral, 1, 10**6, "1 to 1000000")

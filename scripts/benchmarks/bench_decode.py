@@ -56,8 +56,8 @@ with slow_imports(__name__):
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
     from autoregressive.output.records import device_name
-    from autoregressive.serve.engine.config import EngineConfig
     from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.engine.model_runner import page_bytes
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from autoregressive.weights.options import check_image_size

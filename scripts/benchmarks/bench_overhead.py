@@ -47,7 +47,7 @@ with slow_imports(__name__):
         saturate,
         script,
     )
-    from autoregressive.models.sampling import SamplingParams
+    from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.serve import api_server, lifecycle
     from autoregressive.serve.web.openai_routes import partial_rows
     from autoregressive.serve.web.server_flags import read_arguments

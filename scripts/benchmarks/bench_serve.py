@@ -75,7 +75,7 @@ _BARS = {
 
 
 @dataclass
-class Load:
+class LoadGenerator:
     """What is asked for, again and again, and what has come of it."""
 
     options: argparse.Namespace
@@ -163,7 +163,7 @@ class Load:
         return figures
 
 
-async def at_rate(load: Load, rate: float) -> dict[str, Any]:
+async def at_rate(load: LoadGenerator, rate: float) -> dict[str, Any]:
     """Sends requests at random times for a while, then waits for the last answer."""
     bodies, seconds = load.bodies(), load.options.seconds
     generator = random.Random(load.options.seed)  # noqa: S311 -- arrivals, no secrets
@@ -180,7 +180,7 @@ async def at_rate(load: Load, rate: float) -> dict[str, Any]:
     return load.summary(rate, images, lasted, images / max(lasted, seconds))
 
 
-async def saturated(load: Load, concurrency: int) -> dict[str, Any]:
+async def saturated(load: LoadGenerator, concurrency: int) -> dict[str, Any]:
     """So many requests under way all the time; the images that come first, as many as are asked for
     at once, do not count.
 
@@ -285,11 +285,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     model, classes = describe(options.url)
     if options.saturate is not None:
-        summaries = [asyncio.run(saturated(Load(options, classes), options.saturate))]
+        summaries = [asyncio.run(saturated(LoadGenerator(options, classes), options.saturate))]
     else:
         summaries = []
         for rate in options.rates:
-            summaries.append(asyncio.run(at_rate(Load(options, classes), rate)))
+            summaries.append(asyncio.run(at_rate(LoadGenerator(options, classes), rate)))
             tell(f"{rate:g} requests/s: {summaries[-1]['images_per_second']} images/s")
     print(
         f"{model}, n = {options.n}, {options.seconds:g} s a rate; seconds from when a request was "

@@ -52,10 +52,10 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS, limited_cpu_threads
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import Transformer
-    from autoregressive.models.sampling import SamplingParams
+    from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.batch import Batch, BatchShape
-    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.engine.model_runner import ModelRunner
     from autoregressive.serve.engine.request import ImageState, RowState
     from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds, product_elements

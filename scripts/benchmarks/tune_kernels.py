@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TunedSection:
     """A setting of the table and what is tried for it."""
 
     section: str
@@ -155,14 +155,16 @@ class Stage:
     candidates: list[Any]
 
 
-def stages_of(config: GPTConfig, hopper: bool) -> list[Stage]:
+def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
     """The settings to tune, in their order."""
     width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
     candidates = list(attention_candidates(config.head_size, hopper))
-    attention = Stage("attention", (config.n_head, config.head_size), candidates)
+    attention = TunedSection("attention", (config.n_head, config.head_size), candidates)
 
-    def stage(section: str, outputs: int, inputs: int, candidates: Callable[..., Any]) -> Stage:
-        return Stage(section, (outputs, inputs), list(candidates(outputs, inputs)))
+    def stage(
+        section: str, outputs: int, inputs: int, candidates: Callable[..., Any]
+    ) -> TunedSection:
+        return TunedSection(section, (outputs, inputs), list(candidates(outputs, inputs)))
 
     if hopper:
         most_8, most_6 = (partial(fused_candidates, most_splits=most) for most in (8, 6))
@@ -249,7 +251,7 @@ def score(chain: Chain, table: TileTable, section: str) -> list[float]:
 
 
 def compile_in_parallel(
-    config: GPTConfig, table: TileTable, stages: list[Stage], capability: tuple[int, int]
+    config: GPTConfig, table: TileTable, stages: list[TunedSection], capability: tuple[int, int]
 ) -> None:
     """Fills Triton's cache on all cores: the measurements then wait for no compiler."""
     settings = {(stage.section, stage.key, tiles) for stage in stages for tiles in stage.candidates}

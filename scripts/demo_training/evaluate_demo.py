@@ -52,9 +52,9 @@ with slow_imports(__name__):
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.generate import generate
     from autoregressive.models.gpt import Transformer
-    from autoregressive.models.sampling import SamplingParams
-    from autoregressive.serve.engine.config import EngineConfig
+    from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.serve.engine.engine import Engine
+    from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.weights.checkpoint import load_weights
     from tokenizer.tokenizer_image.vq_model import VQModel
 

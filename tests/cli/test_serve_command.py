@@ -24,8 +24,9 @@ from autoregressive.models.gpt import GPT_models
 from autoregressive.output.images import JSON_KEY
 from autoregressive.sample import sample_c2i as naive_command
 from autoregressive.serve import pipeline, sample_c2i
-from autoregressive.serve.engine import config, memory
+from autoregressive.serve.engine import memory
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.floor import Ceilings, JobFloor, speed_lines
 from autoregressive.weights.finding import ModelSettings, resolve_model
 from autoregressive.weights.loading import LoadedModels
@@ -454,6 +455,6 @@ def test_no_bar_for_graphs_that_a_cpu_does_not_have(
         gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
     gpt = gpt.to_empty(device="cpu").eval()
     pipeline.start_engine(
-        LoadedModels(gpt, VQ_models["VQ-demo"]().eval()), config.EngineConfig(max_num_seqs=2)
+        LoadedModels(gpt, VQ_models["VQ-demo"]().eval()), EngineConfig(max_num_seqs=2)
     )
     assert capsys.readouterr().err == ""

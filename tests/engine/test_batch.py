@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.request import ImageState, RowState
 

@@ -8,8 +8,8 @@ from conftest import reference_weights
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 
 
 def test_a_request_draws_the_same_in_any_company() -> None:

@@ -13,9 +13,9 @@ from fake_runner import VOCABULARY, FakeRunner, LateCopies, expected_codes, fake
 
 from autoregressive.errors import UserError
 from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import ways_to_less_memory, ways_to_more_pages
 from autoregressive.serve.engine.request import Request, RequestState
 from tokenizer.tokenizer_image.vq_model import VQ_models

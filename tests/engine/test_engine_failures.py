@@ -12,10 +12,10 @@ from fake_runner import FakeRunner, expected_codes, tiny_gpt
 from torch import Tensor
 
 import autoregressive.serve.engine.engine as engine_module
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.request import Request, RequestState
 
 TOKENS = 64

@@ -9,9 +9,9 @@ from fake_runner import FakeRunner, LateCopies, expected_codes, fake_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.request import Request, RequestState
 
 TOKENS = 9

@@ -5,7 +5,7 @@ out.
 import pytest
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.scheduler import Limits
 from autoregressive.serve.floor import Ceilings, Floor, job_floor, product_elements
 

@@ -9,8 +9,8 @@ from conftest import reference_weights
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from kernels.operations import MANY_ROWS
 
 pytestmark = pytest.mark.gpu

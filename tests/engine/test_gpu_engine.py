@@ -16,10 +16,10 @@ from torch import Tensor
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.engine.request import Request, RequestState
 

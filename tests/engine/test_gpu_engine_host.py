@@ -13,10 +13,10 @@ from fake_runner import VOCABULARY, tiny_gpt
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.request import Request, RequestState
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine import memory as engine_memory
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import pool_pages
 from autoregressive.serve.engine.model_runner import (
     ModelRunner,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine_config import SchedulingPolicy
 from autoregressive.serve.engine.request import Request, RequestQueue
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 

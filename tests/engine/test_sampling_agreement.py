@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from autoregressive.cli.drawing import resolve_settings
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i as fast
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.web.schema import CodesRequest
 from autoregressive.weights.finding import ModelSettings, find_weights
 from autoregressive.weights.loading import LoadedModels, load_models

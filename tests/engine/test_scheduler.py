@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.engine.scheduler import Limits, Scheduler, page_profile
 

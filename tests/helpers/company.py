@@ -4,7 +4,7 @@ difference.
 
 from torch import Tensor
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request, RequestState
 

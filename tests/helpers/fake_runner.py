@@ -14,11 +14,11 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.request import Request
 
 VOCABULARY, CLASSES = 97, 10

@@ -29,9 +29,9 @@ from torch import Tensor
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import DEMO_DEFAULTS
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.lifecycle import listen, serve
 from autoregressive.serve.signals import SignalWatch

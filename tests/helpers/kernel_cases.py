@@ -11,7 +11,7 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from kernels.attention import AttentionTiles, attention, combine, head_stride
 from kernels.attention_reference import attention_reference, combine_reference

@@ -7,9 +7,9 @@ import json
 import torch
 
 from autoregressive.models.gpt import GPT_models
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from tokenizer.tokenizer_image.vq_model import VQ_models
 

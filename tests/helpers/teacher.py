@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.generate import ATTENTION_BACKENDS
 from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import Batch
 from autoregressive.serve.engine.engine import Engine, EngineConfig, RunnerFactory
 from autoregressive.serve.engine.model_runner import ModelRunner

@@ -20,7 +20,7 @@ import kernels
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import HEAD_SIZES

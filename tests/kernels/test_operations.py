@@ -11,7 +11,7 @@ from compiled import launches_of, without_memory
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes, check_backend
 from autoregressive.serve.engine.vq_forward import group_norm_kernels_run
 from kernels.attention import HEAD_SIZES

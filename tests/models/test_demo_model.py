@@ -26,7 +26,7 @@ from autoregressive.demo_training.emoji_data import (
 from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from bench_decode import memory_gib
 from fake_runner import tiny_gpt
 from test_imports import ROOT, source_files
 
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 
 _LIKENESS = 2  # statements of a function, below which two alike are no copy

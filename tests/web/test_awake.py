@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web import fronts
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.fronts import Accepted, RemoteBroker, State

@@ -14,7 +14,7 @@ from refusals import refused
 from test_worker import order
 
 from autoregressive.errors import UserError
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.app import build_service_app
 from autoregressive.serve.web.app_state import DRAWING_PATHS, RequestBroker, client_of, context_of

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web import http_protocol, openai_routes
 from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.connections import Connections

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web import http_protocol
 from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.connections import Connections, Phase

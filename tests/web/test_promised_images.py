@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx2
 from fake_service import CLASS_NAMES, LARGE, LARGE_SIZE, running_service
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.worker.messages import EngineRequest, Image, ServedRequest
 

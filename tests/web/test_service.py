@@ -16,7 +16,7 @@ from fake_runner import expected_codes
 from fake_service import CLASS_NAMES, GRID, IMAGE_SIZE, TOKENS, Service, running_service
 from PIL import Image
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.request import Request
 
 

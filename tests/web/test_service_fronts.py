@@ -21,7 +21,7 @@ from fake_service import TOKENS, Service, is_alive, running_service
 from PIL import Image
 from test_service_promises import burst, send, status_of
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.fronts import (

@@ -21,7 +21,7 @@ import httpx2
 import pytest
 from fake_service import LARGE, TOKENS, Service, is_alive, running_service
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 

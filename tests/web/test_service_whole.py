@@ -20,10 +20,10 @@ from PIL import Image
 
 from autoregressive.cli.drawing import resolve_settings
 from autoregressive.cli.flags import build_parser
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import picture_grid
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import find_weights
 from autoregressive.weights.loading import load_models
 

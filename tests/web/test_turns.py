@@ -15,7 +15,7 @@ import httpx2
 from fake_service import IMAGE_SIZE, fake_model
 from fastapi import Request
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.web.app import build_app
 from autoregressive.serve.web.app_state import DRAWING_PATHS, AppState, RequestBroker, Turns
 from autoregressive.serve.web.guards import Guards

@@ -19,10 +19,10 @@ from fake_service import TOKENS, FakeDecoder, Faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import picture_grid
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.web.clients import WaitingPlaces

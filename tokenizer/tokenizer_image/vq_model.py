@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.tokenizer_image.config import VQ_CONFIGS as VQ_CONFIGS
-from tokenizer.tokenizer_image.config import VQConfig as VQConfig
-from tokenizer.tokenizer_image.layers import Decoder, Encoder
+from tokenizer.tokenizer_image.blocks import Decoder, Encoder
+from tokenizer.tokenizer_image.vq_config import VQ_CONFIGS as VQ_CONFIGS
+from tokenizer.tokenizer_image.vq_config import VQConfig as VQConfig
 
 
 class Quantized(NamedTuple):

@@ -32,11 +32,11 @@ from torch import Tensor
 from autoregressive.errors import SettingError, UserError
 from autoregressive.models.generate import NonFiniteLogitsError
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import SamplingParams
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.progress import progress_bar
 from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, uploaded
-from autoregressive.serve.engine.config import EngineConfig
 from autoregressive.serve.engine.device_future import DeviceFuture, StepLimiter
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder

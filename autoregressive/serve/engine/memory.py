@@ -11,7 +11,7 @@ from autoregressive.devices import is_out_of_memory
 from autoregressive.errors import Change, SettingError, SettingName, UserError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import StepBytes, page_bytes
 from autoregressive.weights.finding import ModelSettings, smaller_precision
 

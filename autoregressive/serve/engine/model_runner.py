@@ -17,7 +17,7 @@ from autoregressive.devices import ieee_float32
 from autoregressive.errors import SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference

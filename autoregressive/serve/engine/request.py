@@ -10,8 +10,8 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine_config import SchedulingPolicy
 
 
 class RequestState(StrEnum):

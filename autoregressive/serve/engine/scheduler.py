@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregressive.errors import Change, SettingName, UserError
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine_config import SchedulingPolicy
 from autoregressive.serve.engine.request import (
     ImageState,
     Request,

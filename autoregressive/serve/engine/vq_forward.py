@@ -28,7 +28,7 @@ from kernels.group_norm import (
     supports,
 )
 from kernels.operations import triton_runs_on
-from tokenizer.tokenizer_image.layers import AttnBlock, ResnetBlock, Stage
+from tokenizer.tokenizer_image.blocks import AttnBlock, ResnetBlock, Stage
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 _PRODUCTS = torch.bfloat16  # of convolutions and matrix products: operands and results

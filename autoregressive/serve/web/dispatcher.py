@@ -18,7 +18,7 @@ from statistics import median_high
 from typing_extensions import override
 
 from autoregressive.errors import UserError
-from autoregressive.serve.engine.config import SchedulingPolicy
+from autoregressive.serve.engine.engine_config import SchedulingPolicy
 from autoregressive.serve.web.api_errors import ApiError, not_ready
 from autoregressive.serve.web.app_state import RequestBroker
 from autoregressive.serve.web.clients import WaitingPlaces

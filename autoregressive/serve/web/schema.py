@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from autoregressive.errors import UserError
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults
-from autoregressive.models.sampling import BOUNDS, random_seed
+from autoregressive.models.sampling_params import BOUNDS, random_seed
 from autoregressive.output.records import image_record
 from autoregressive.serve.web.api_errors import ApiError, invalid
 from autoregressive.serve.worker.messages import EngineRequest

@@ -18,7 +18,7 @@ from autoregressive.cli.command import OneLineParser, add_version_flag
 from autoregressive.cli.flags import add_model_flags
 from autoregressive.errors import SettingError, UserError, shortened, tell
 from autoregressive.folders import command_line
-from autoregressive.serve.engine.config import SCHEDULING_POLICIES, EngineConfig
+from autoregressive.serve.engine.engine_config import SCHEDULING_POLICIES, EngineConfig
 from autoregressive.serve.engine_flags import add_engine_flags
 from autoregressive.serve.web.timeouts import Timeouts
 

@@ -14,7 +14,7 @@ import torch
 
 from autoregressive.cli.flags import model_options
 from autoregressive.errors import SettingError, SettingName, UserError
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.clients import is_loopback
 from autoregressive.serve.web.connections import connection_limit

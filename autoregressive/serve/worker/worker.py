@@ -24,10 +24,10 @@ from torch import Tensor
 from autoregressive.devices import is_out_of_memory, limit_cpu_threads
 from autoregressive.errors import UserError
 from autoregressive.models.generate import NonFiniteLogitsError
-from autoregressive.models.sampling import SamplingParams
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.worker.messages import (

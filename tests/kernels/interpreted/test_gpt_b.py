@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import BatchShape
-from autoregressive.serve.engine.config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig
 
 
 def test_gpt_b_logits_are_llamagens() -> None:
