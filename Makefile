@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.requirements-installed
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TESTS   = $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo lint check quick test audit lock clean
@@ -20,11 +21,12 @@ install: $(READY)
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is another: try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	  { echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is another:" \
+	    "try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "installing into $(VENV): a few minutes and 5 GB, once"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PIP) --require-hashes -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
 demo: $(READY)
@@ -44,8 +46,8 @@ quick: $(READY)
 
 test: lint
 	$(TESTS) -m "not gpu and not soak and not timing"
-# Tests with bounds in seconds wait for most of their time, so that two run at once. The bounds hold on a quiet machine:
-# what fails (status 1) is tried once more, one at a time, and must pass then.
+# Tests with bounds in seconds wait for most of their time, so that two run at once. The bounds hold
+# on a quiet machine: what fails (status 1) is tried once more, one at a time, and must pass then.
 	$(TESTS) --dist loadfile -m "timing and not soak" || \
 	  { test $$? -eq 1 && $(VENV)/bin/python -m pytest -m "timing and not soak" --last-failed; }
 
@@ -53,8 +55,8 @@ audit:
 	$(PYTHON) .ci/audit.py
 
 lock:
-	uv pip compile --universal --generate-hashes --python-version 3.11 --no-annotate --no-header --quiet \
-	  --no-emit-package llamagen-serve requirements.txt -o requirements.lock
+	uv pip compile --universal --generate-hashes --python-version 3.11 --no-annotate --no-header \
+	  --quiet --no-emit-package llamagen-serve requirements.txt -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .audit build *.egg-info demo.png sample_c2i*.png
