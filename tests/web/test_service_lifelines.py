@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -98,8 +99,7 @@ def drawing_status(service: Service, timeout: float = 1.0) -> int:
         return 0
 
 
-def walk(case: Case, folders: pytest.TempPathFactory) -> Outcome:
-    folder = folders.mktemp("service")
+def walk(case: Case, folder: Path) -> Outcome:
     # One that is killed must not be ready meanwhile; one that is stopped would be ready soon, if it
     # were not stopped.
     (folder / "slow_start").write_text("30" if case.number == signal.SIGKILL else "1")
@@ -158,7 +158,8 @@ def outcomes(
         if spec is not None and isinstance(spec.params.get("case"), Case)
     ]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield {case: pool.submit(walk, case, tmp_path_factory) for case in cases}
+        # The folders are made in this thread: pytest makes the first one's parent without a lock.
+        yield {case: pool.submit(walk, case, tmp_path_factory.mktemp("service")) for case in cases}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
