@@ -84,7 +84,7 @@ class Setting:
         return -(-self.context // _PAGE_SIZE)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normally distributed numbers."""
+        """Normally distributed numbers of this shape, on the device that is measured."""
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
     def copies(self, *shape: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from autoregressive.demo_training.emoji_data import (
     IMAGE_SIZE,
@@ -229,7 +230,7 @@ class TrainingStage(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse, in place."""
+        """Copies a state that `state_dict` gave into the tensors that are in use."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for kept, saved in ((self.average, state["average"]), (self.others, state)):
@@ -254,8 +255,8 @@ class TokenizerStage(TrainingStage):
         self.encode = compiled(lambda pixels: model.quant_conv(model.encoder(pixels)), self.device)
         self.decode = compiled(model.decode, self.device)
 
+    @override
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `TrainingStage`."""
         plan = self.plan
         set_rate(self.optimizer, learning_rate(plan.tokenizer_rate, step, self.steps))
         pixels, _ = render_batch(self.sprites, plan.tokenizer_batch, plan.seed, "tokenizer", step)
@@ -326,8 +327,8 @@ class GPTStage(TrainingStage):
         self.encode = compiled(lambda pixels: tokenizer.encode(pixels).codes.flatten(1), device)
         self.loss = compiled(self._loss, device)
 
+    @override
     def step(self, step: int) -> dict[str, Tensor]:
-        """See `TrainingStage`."""
         plan = self.plan
         set_rate(self.optimizer, learning_rate(plan.gpt_rate, step, self.steps))
         pixels, labels = render_batch(self.sprites, plan.gpt_batch, plan.seed, "gpt", step)

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
@@ -219,10 +220,10 @@ class PlainLayers(Layers):
         splits = self.operations.linear_splits(outputs, inputs)
         return empty(name, (splits, self.rows, outputs), torch.float32)
 
+    @override
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """See `Layers`."""
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
@@ -232,8 +233,8 @@ class PlainLayers(Layers):
         self.product(self.hidden, layer.down, self.down)
         add_norm(self.residual, self.down, next_norm, self.normed, eps=eps)
 
+    @override
     def head(self, head: Tensor) -> None:
-        """See `Layers`."""
         self.operations.whole_linear(self.normed, head, self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -255,8 +256,8 @@ class LibraryLayers(PlainLayers):
     def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
         return empty(name, (1, self.rows, outputs), self.dtype)
 
+    @override
     def head(self, head: Tensor) -> None:
-        """See `Layers`."""
         torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
 
     def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -290,10 +291,10 @@ class FusedLayers(Layers):
         self.squares = empty("squares", (blocks, self.rows), torch.float32)
         self.ffn_squares = empty("ffn_squares", (ffn_blocks, self.rows), torch.float32)
 
+    @override
     def layer(
         self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
     ) -> None:
-        """See `Layers`."""
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
@@ -310,8 +311,8 @@ class FusedLayers(Layers):
             self.hidden, layer.down, self.residual, next_norm, self.normed, self.squares
         )
 
+    @override
     def head(self, head: Tensor) -> None:
-        """See `Layers`."""
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
 
 

@@ -319,7 +319,7 @@ class PagePool:
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
-        """Gives pages back."""
+        """Gives pages back to the pool, so that other rows can take them."""
         for page in pages:
             assert page in self._used, f"page {page} is given back, but nobody holds it"
             self._used.remove(page)

@@ -230,7 +230,7 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
     async def list_models() -> ModelsAnswer:
-        """The served model."""
+        """Lists the one model that is served, as OpenAI lists its models."""
         return ModelsAnswer(data=[model.described()])
 
     @app.get(
@@ -293,7 +293,7 @@ def _add_state(app: FastAPI, broker: RequestBroker) -> None:
         tags=["state"],
     )
     async def tell_metrics() -> Response:
-        """Metrics for Prometheus."""
+        """Returns the metrics in the text format of Prometheus."""
         return Response(await broker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -310,7 +310,7 @@ def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
         tags=["images"],
     )
     async def fetch_image(name: str, request: Request) -> Response:
-        """A stored image."""
+        """Returns an image that an earlier answer gave the address of."""
         picture = await state.on_disk(_NOT_READ, store.read, name)
         if picture is None:
             raise ApiError(404, "there is no such image, or not any more", "not_found")

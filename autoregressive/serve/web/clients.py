@@ -80,7 +80,7 @@ class WaitingPlaces:
 
     @property
     def taken(self) -> int:
-        """Requests that wait."""
+        """How many requests of all clients wait."""
         return self._taken.total()
 
     def taken_by(self, client: str) -> int:

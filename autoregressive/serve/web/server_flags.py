@@ -176,7 +176,7 @@ class ServerParser(OneLineParser):
     origin = ""
 
     def error(self, message: str) -> NoReturn:
-        """Raises a `UserError`."""
+        """Raises a `UserError` that names the layer of the value, where argparse would exit."""
         raise UserError(
             f"{self.origin}{shortened(message, _LONGEST_MESSAGE)} (--help shows the options)"
         )

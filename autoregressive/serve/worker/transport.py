@@ -138,7 +138,7 @@ class Backlog:
         return batch
 
     def clear(self) -> None:
-        """Drops all messages."""
+        """Drops all messages that wait, because nobody reads them any more."""
         self._messages.clear()
         self._newest.clear()
 
