@@ -54,7 +54,7 @@ def test_a_burst_of_large_drawings_is_refused_while_nothing_is_buffered_yet(tmp_
     accepted.
     """
     flags = ("--max-buffered-mib", "16", "--step-timeout", "600")
-    of_a_request = 10 * 3 * LARGE_SIZE**2
+    of_a_request = 10 * 4 * LARGE_SIZE**2  # base64 makes four bytes of the three of a pixel
     fitting = 0
     while fitting == 0 or (fitting + 1) * of_a_request <= 4 * (
         16 * 2**20 - (fitting + 1) * of_a_request

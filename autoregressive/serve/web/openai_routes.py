@@ -71,6 +71,7 @@ _NOT_STORED = ApiError(
     10,
 )
 _CODE_BYTES = 12  # of a token of an answer: four from the engine, and its number as text
+_FILE_BYTES = 4096  # of a picture's file, as base64, beside its pixels
 _EMPTY_PICTURE = b'"b64_json":""'
 _PNG_LEVEL = 3  # a third of the time of the library's default, files a few per cent larger
 _PREVIEW_QUALITY = 75
@@ -168,8 +169,11 @@ async def begin_drawing(state: AppState, wanted: EngineRequest, request: Request
     Raises:
         ApiError: there will not, or as `RequestBroker.accept`.
     """
-    model, context = state.model, context_of(request.scope)
-    image_bytes = 3 * model.image_size**2 if wanted.pixels else _CODE_BYTES * model.tokens_of_image
+    context, side = context_of(request.scope), state.model.image_size
+    # A file of noise is no smaller than its pixels, three bytes each and one a row, and base64 makes
+    # four bytes of three.
+    picture_bytes = 4 * side * (side + 1) + _FILE_BYTES
+    image_bytes = picture_bytes if wanted.pixels else _CODE_BYTES * state.model.tokens_of_image
     connections = context.connections
     if connections and not connections.has_room_for(wanted.n * image_bytes, wanted.client):
         raise ApiError(

@@ -175,7 +175,7 @@ class ServedRequest:
     reserved: bool = False  # rows were free for it when it came: it waits for no other
     abandoned: bool = False  # its events are not read any more
     answer_bytes: int = 0  # of its images' files that wait to be sent
-    image_bytes: int = 0  # of the pixels or codes of one of its images
+    image_bytes: int = 0  # that one of its images takes at most, here and in its answer
     images_here: int = 0  # that have come from the engine
     # takes the events, if they are read in another process
     forward: Callable[[RequestEvent], None] | None = None
@@ -236,7 +236,7 @@ class ServedRequest:
 
     @property
     def promised_bytes(self) -> int:
-        """Bytes of its images that are still to come from the engine."""
+        """Bytes that its images will take that are still to come from the engine."""
         if self.ended is not None or self.abandoned:
             return 0
         return (self.request.n - self.images_here) * self.image_bytes
