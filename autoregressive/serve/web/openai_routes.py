@@ -170,8 +170,8 @@ async def begin_drawing(state: AppState, wanted: EngineRequest, request: Request
         ApiError: there will not, or as `RequestBroker.accept`.
     """
     context, side = context_of(request.scope), state.model.image_size
-    # A file of noise is no smaller than its pixels, three bytes each and one a row, and base64 makes
-    # four bytes of three.
+    # A file of noise is no smaller than its pixels, of three bytes each, and one byte a row. Base64
+    # makes four bytes of three.
     picture_bytes = 4 * side * (side + 1) + _FILE_BYTES
     image_bytes = picture_bytes if wanted.pixels else _CODE_BYTES * state.model.tokens_of_image
     connections = context.connections
