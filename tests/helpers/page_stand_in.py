@@ -21,6 +21,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from starlette.types import Receive
 
 from autoregressive.models.demo_classes import DEMO_EMOJI
 
@@ -259,15 +260,12 @@ def build_app(behaviour: Behaviour) -> FastAPI:
                 refusal.status, refusal.message, kind, refusal.param, refusal.headers, refusal.code
             )
 
-        async def watched() -> AsyncIterator[str]:
-            try:
-                async for piece in drawn(behaviour, body):
-                    yield piece
-            except (asyncio.CancelledError, GeneratorExit):
+        class Watched(StreamingResponse):
+            async def listen_for_disconnect(self, receive: Receive) -> None:
+                await super().listen_for_disconnect(receive)
                 behaviour.disconnects += 1
-                raise
 
-        return StreamingResponse(watched(), media_type="text/event-stream")
+        return Watched(drawn(behaviour, body), media_type="text/event-stream")
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
