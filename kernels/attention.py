@@ -1,12 +1,14 @@
-"""Paged decode attention: one new token a row against the keys and values of all tokens before it.
+"""Paged decode attention: the new tokens of each sequence against all tokens before them.
 
-The context is cut into chunks, a program each, so that few rows fill a GPU; `combine` weighs the
-chunks' results. The attention kernel also finishes the query-key-value product (adding its partial
-sums), turns queries and keys by their rotary angles, and writes the new key and value. A page holds
-[heads, page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the
-head size rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros.
-Rotary positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864);
-combining chunks as in flash-decoding (Dao et al. 2023).
+A pass has the same number of new tokens for every sequence, its window: row r is token r % window
+of sequence r // window. A sequence's keys and values are read once for all of them. The context is
+cut into chunks, a program each, so that few rows fill a GPU; `combine` weighs the chunks' results.
+The attention kernel also finishes the query-key-value product (adding its partial sums), turns
+queries and keys by their rotary angles, and writes the new keys and values. A page holds [heads,
+page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size
+rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros. Rotary
+positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining
+chunks as in flash-decoding (Dao et al. 2023).
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 from kernels.linear import pdl_option
+from kernels.lookahead import row_position
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
-_COLUMNS = tl.constexpr(8)  # least width of a matrix product
+_COLUMNS = tl.constexpr(8)  # least width of a matrix product; queries of one
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ def _attention_kernel(
     rotary,  # [positions, HEAD_SIZE / 2, 2] float32
     key_pages,  # [pages, HEADS, PAGE_SIZE, STRIDE]
     value_pages,  # likewise
-    page_table,  # [rows, PAGES]
-    positions,  # [rows]
+    page_table,  # [sequences, PAGES]
+    positions,  # [sequences]
+    limits,  # [sequences]
     chunk_out,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
     # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     chunk_stats,
     rows,
+    WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
@@ -68,25 +73,28 @@ def _attention_kernel(
     SPLITS: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):
-    head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, chunk, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    # README, rule 2: positions, page table, and every key and value but the newest token's were
-    # written before this step began.
-    position = tl.load(positions + row)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    # README, rule 2: positions, limits, page table, and every key and value of an earlier pass were
+    # written before this one began.
+    position = tl.load(positions + sequence)
+    end = tl.minimum(position + WINDOW, tl.load(limits + sequence))
+    first_token = chunk * CHUNK
+    token = first_token + tl.arange(0, CHUNK)
     page = tl.load(
-        page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
+        page_table + sequence * PAGES + token // PAGE_SIZE,
+        mask=token < PAGES * PAGE_SIZE,
+        other=0,
     ).to(tl.int64)
-    if chunk * CHUNK > position:
-        # README, rule 5: the row's first chunk waits, so this program need not
+    if (position < 0) | (position >= end) | (first_token >= end):
+        # README, rule 5: the sequence's first chunk waits, so this program need not
         return
     offset = tl.arange(0, HEAD_TILE)
     head_mask = offset < HEAD_SIZE
     stride_mask = offset < STRIDE
-    old = token < position
     at = (page * HEADS + head) * (PAGE_SIZE * STRIDE) + token % PAGE_SIZE * STRIDE
-    mask = old[:, None] & stride_mask[None, :]
+    mask = (token < position)[:, None] & stride_mask[None, :]
     # Past the first-level cache, which another step's token beside these may have filled.
     keys = tl.load(
         key_pages + at[:, None] + offset[None, :], mask=mask, other=0.0, cache_modifier=".cg"
@@ -94,74 +102,105 @@ def _attention_kernel(
     values = tl.load(
         value_pages + at[:, None] + offset[None, :], mask=mask, other=0.0, cache_modifier=".cg"
     )
-    angle = rotary + position * HEAD_SIZE + offset // 2 * 2
-    cosine = tl.load(angle, mask=head_mask, other=0.0)
-    sine = tl.load(angle + 1, mask=head_mask, other=0.0)
-    sine = tl.where(offset % 2 == 0, -sine, sine)
     if LAUNCH_PDL:
         gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
     SCALE: tl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
-    source = qkv + row.to(tl.int64) * 3 * WIDTH + head * HEAD_SIZE
     split_size = rows.to(tl.int64) * 3 * WIDTH
-    query = _rotated_sum(source, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
-    new_score = float("-inf")
-    new_value = tl.zeros([HEAD_TILE], tl.float32)
-    if position < (chunk + 1) * CHUNK:  # the newest token falls into this chunk
-        key, value = _newest_key_value(
-            source, split_size, cosine, sine, keys.dtype, WIDTH, HEAD_SIZE, HEAD_TILE, SPLITS
-        )
-        new_page = tl.load(page_table + row * PAGES + position // PAGE_SIZE).to(tl.int64)
-        new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
-        tl.store(key_pages + new_at + offset, key, mask=stride_mask)
-        tl.store(value_pages + new_at + offset, value, mask=stride_mask)
-        new_score = tl.sum(query * key.to(tl.float32), 0) * SCALE
-        new_value = value.to(tl.float32)
-    largest, total, weight, new_weight = _attend(
-        query, keys, values, old, new_score, new_value, SCALE, HEAD_TILE
-    )
-    result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
+    source = qkv + sequence.to(tl.int64) * WINDOW * 3 * WIDTH + head * HEAD_SIZE
     column = tl.arange(0, _COLUMNS)
-    first = column == 0
-    tl.store(
-        chunk_out + result * HEAD_SIZE + offset[:, None] + column[None, :],
-        total,
-        mask=head_mask[:, None] & first[None, :],
-    )
-    tl.store(chunk_stats + result * 2 + column, largest, mask=first)
-    tl.store(chunk_stats + result * 2 + 1 + column, tl.sum(weight, 0) + new_weight, mask=first)
+    queries: tl.tuple = ()  # groups of as many as there are columns
+    for first in tl.static_range(0, WINDOW, _COLUMNS):
+        group = tl.zeros([HEAD_TILE, _COLUMNS], keys.dtype)
+        for index in tl.static_range(first, min(first + _COLUMNS, WINDOW)):
+            if position + index < end:
+                cosine, sine = _angle(rotary, position + index, HEAD_SIZE, HEAD_TILE)
+                query = _rotated_sum(
+                    source + index * 3 * WIDTH,
+                    split_size,
+                    cosine,
+                    sine,
+                    HEAD_SIZE,
+                    HEAD_TILE,
+                    SPLITS,
+                )
+                mine = (column == index - first)[None, :]
+                group = tl.where(mine, query.to(keys.dtype)[:, None], group)
+        queries = queries + (group,)
+    for index in tl.static_range(WINDOW):
+        new_token = position + index
+        if (new_token >= first_token) & (new_token < tl.minimum(end, first_token + CHUNK)):
+            cosine, sine = _angle(rotary, new_token, HEAD_SIZE, HEAD_TILE)
+            key, value = _new_key_value(
+                source + index * 3 * WIDTH,
+                split_size,
+                cosine,
+                sine,
+                keys.dtype,
+                WIDTH,
+                HEAD_SIZE,
+                HEAD_TILE,
+                SPLITS,
+            )
+            if WINDOW > 1:
+                key, value = _harmless(key, value)
+            new_page = tl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE).to(tl.int64)
+            new_at = (new_page * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
+            tl.store(key_pages + new_at * STRIDE + offset, key, mask=stride_mask)
+            tl.store(value_pages + new_at * STRIDE + offset, value, mask=stride_mask)
+            keys = tl.where((token == new_token)[:, None], key[None, :], keys)
+            values = tl.where((token == new_token)[:, None], value[None, :], values)
+    for group in tl.static_range(len(queries)):
+        index = group * _COLUMNS + column
+        largest, total, weights = _attend(
+            queries[group], keys, values, token, position + index, SCALE
+        )
+        attends = (position + index < end) & (position + index >= first_token)
+        row = (sequence * WINDOW + index).to(tl.int64)
+        result = (row * HEADS + head) * CHUNKS + chunk
+        tl.store(
+            chunk_out + result[None, :] * HEAD_SIZE + offset[:, None],
+            total,
+            mask=head_mask[:, None] & attends[None, :],
+        )
+        tl.store(chunk_stats + result * 2, largest, mask=attends)
+        tl.store(chunk_stats + result * 2 + 1, weights, mask=attends)
+
+
+@triton.jit
+def _angle(rotary, token, HEAD_SIZE: tl.constexpr, HEAD_TILE: tl.constexpr):
+    """Returns cosine and sine of a token [HEAD_TILE]; the sine has the sign of the even
+    elements.
+    """
+    offset = tl.arange(0, HEAD_TILE)
+    angle = rotary + token * HEAD_SIZE + offset // 2 * 2
+    cosine = tl.load(angle, mask=offset < HEAD_SIZE, other=0.0)
+    sine = tl.load(angle + 1, mask=offset < HEAD_SIZE, other=0.0)
+    return cosine, tl.where(offset % 2 == 0, -sine, sine)
 
 
 @triton.jit
 def _attend(
-    query,  # [HEAD_TILE]
+    queries,  # [HEAD_TILE, COLUMNS]
     keys,  # [CHUNK, HEAD_TILE]
     values,  # [CHUNK, HEAD_TILE]
-    old,  # [CHUNK], which of them are the context's
-    new_score,
-    new_value,  # [HEAD_TILE]
+    token,  # [CHUNK], of the keys
+    query_token,  # [COLUMNS]
     SCALE: tl.constexpr,
-    HEAD_TILE: tl.constexpr,
 ):
-    """Returns the largest score [COLUMNS], the weighted sum of values [HEAD_TILE, COLUMNS], the
-    weights [CHUNK, COLUMNS] and the newest token's weight [COLUMNS]; the columns are alike.
-
-    One query is repeated to the least number of columns that the matrix unit takes: its products
-    cost nothing beside the loads.
+    """Returns, for each column's query, the largest score [COLUMNS], the weighted sum of values
+    [HEAD_TILE, COLUMNS] and the sum of weights [COLUMNS]. Columns depend on nothing of each other.
     """
-    queries = tl.broadcast_to(query.to(keys.dtype)[:, None], [HEAD_TILE, _COLUMNS])
     score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS]
-    score = tl.where(old[:, None], score, float("-inf"))
-    largest = tl.maximum(tl.max(score, 0), new_score)  # [COLUMNS]
+    score = tl.where(token[:, None] <= query_token[None, :], score, float("-inf"))
+    largest = tl.max(score, 0)
     weight = tl.exp2(score - largest[None, :])
-    new_weight = tl.exp2(new_score - largest)
     total = tl.dot(tl.trans(values), weight.to(values.dtype), input_precision="ieee")
-    total += new_value[:, None] * new_weight[None, :]
-    return largest, total, weight, new_weight
+    return largest, total, tl.sum(weight, 0)
 
 
 @triton.jit
-def _newest_key_value(
+def _new_key_value(
     source,
     split_size,
     cosine,
@@ -172,7 +211,7 @@ def _newest_key_value(
     HEAD_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Adds up key and value of a head's newest token, and rotates the key: [HEAD_TILE] each."""
+    """Adds up key and value of a head's new token, and rotates the key: [HEAD_TILE] each."""
     key = _rotated_sum(source + WIDTH, split_size, cosine, sine, HEAD_SIZE, HEAD_TILE, SPLITS)
     key = key.to(DTYPE)
     offset = tl.arange(0, HEAD_TILE)
@@ -182,6 +221,15 @@ def _newest_key_value(
             source + split * split_size + 2 * WIDTH + offset, mask=offset < HEAD_SIZE, other=0.0
         ).to(tl.float32)
     return key, value.to(DTYPE)
+
+
+@triton.jit
+def _harmless(key, value):
+    """Replaces a value that is not finite by zeros, and its key by NaN. So it hurts every token
+    that sees it, and no earlier one: their weight of it is 0, and 0 times NaN would be NaN.
+    """
+    finite = tl.sum(value.to(tl.float32) * 0.0, 0) == 0.0
+    return tl.where(finite, key, float("nan")), tl.where(finite, value, 0.0)
 
 
 @triton.jit
@@ -206,15 +254,18 @@ def _rotated_sum(
         partner += tl.load(source + split * split_size + (offset ^ 1), mask=mask, other=0.0).to(
             tl.float32
         )
-    return value * cosine + partner * sine
+    # Fused as written here, and not as a compiler likes: bits do not depend on the window.
+    return tl.fma(value, cosine, partner * sine)
 
 
 @triton.jit
 def _combine_kernel(
     chunk_out,  # [rows, HEADS, CHUNKS, HEAD_SIZE]
     chunk_stats,  # [rows, HEADS, CHUNKS, 2]
-    positions,  # [rows]
+    positions,  # [sequences]
+    limits,  # [sequences]
     out,  # [rows, HEADS * HEAD_SIZE]
+    WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
@@ -226,7 +277,7 @@ def _combine_kernel(
     head, row = tl.program_id(0), tl.program_id(1)
     if LAUNCH_PDL:
         gdc_launch_dependents()
-    position = tl.load(positions + row)
+    position = row_position(positions, limits, row, WINDOW)
     offset = tl.arange(0, HEAD_TILE)
     head_mask = offset < HEAD_SIZE
     chunk = tl.arange(0, CHUNKS_TILE)
@@ -242,7 +293,7 @@ def _combine_kernel(
         other=0.0,
     )
     weight = tl.where(chunk_mask, tl.exp2(largest - tl.max(largest, 0)), 0.0)
-    # A row that is padding has no chunk at all: its result is zero, not 0 / 0.
+    # A row that takes no part has no chunk at all: its result is zero, not 0 / 0.
     joined = tl.sum(parts * weight[:, None], 0) / tl.where(
         position >= 0, tl.sum(total * weight, 0), 1.0
     )
@@ -257,6 +308,7 @@ def attention(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
@@ -264,16 +316,19 @@ def attention(
     *,
     launch_pdl: bool,
 ) -> None:
-    """Writes the newest token's key and value, and attends from it to the row's whole context.
-    Launches two kernels.
+    """Writes the new tokens' keys and values, and attends from each of them to itself and all
+    before it. Launches two kernels.
 
     Args:
         qkv: [splits, rows, 3 * heads * head_size], partial sums of the query-key-value product.
         rotary: float32 [positions, head_size / 2, 2], cosine and sine.
         key_pages, value_pages: [pages, heads, page_size, stride]
-        page_table: int32 [rows, pages of a row]; only entries up to the row's position are read.
-        positions: int32 [rows], the newest token's; below 0 for padding, which touches no page and
-            comes out as zeros.
+        page_table: int32 [sequences, pages of a sequence]; only entries up to the last new token
+            are read.
+        positions: int32 [sequences], of the first new token; below 0 for padding. There are
+            rows / sequences new tokens, the window.
+        limits: int32 [sequences]. A row at or beyond its sequence's limit, or of padding, touches
+            no page and comes out as zeros.
         chunk_out: float32 [rows, heads, chunks, head_size], scratch.
         chunk_stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
@@ -286,6 +341,7 @@ def attention(
         value_pages,
         page_table,
         positions,
+        limits,
         chunk_out,
         chunk_stats,
         out,
@@ -303,6 +359,7 @@ def launch_attention(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
@@ -324,18 +381,22 @@ def launch_attention(
     assert chunk_stats.shape == (rows, heads, chunks, 2)
     longest = min(rotary.shape[0] - 1, page_table.shape[1] * page_size)
     assert chunks * tiles.chunk >= longest, "the chunks do not cover the longest context"
+    assert rows % len(positions) == 0
     assert qkv.shape[2] == 3 * heads * head_size
     assert stride == head_stride(head_size, key_pages.element_size())
-    kernel[(heads, chunks, rows)](
+    window = rows // len(positions)
+    kernel[(heads, chunks, len(positions))](
         qkv,
         rotary,
         key_pages,
         value_pages,
         page_table,
         positions,
+        limits,
         chunk_out,
         chunk_stats,
         rows,
+        WINDOW=window,
         HEADS=heads,
         HEAD_SIZE=head_size,
         HEAD_TILE=triton.next_power_of_2(stride),
@@ -350,13 +411,14 @@ def launch_attention(
         maxnreg=tiles.registers,
         **pdl_option(launch_pdl),
     )
-    combine(chunk_out, chunk_stats, positions, out, tiles, launch_pdl=launch_pdl)
+    combine(chunk_out, chunk_stats, positions, limits, out, tiles, launch_pdl=launch_pdl)
 
 
 def combine(
     chunk_out: Tensor,
     chunk_stats: Tensor,
     positions: Tensor,
+    limits: Tensor,
     out: Tensor,
     tiles: AttentionTiles,
     *,
@@ -370,7 +432,9 @@ def combine(
         chunk_out,
         chunk_stats,
         positions,
+        limits,
         out,
+        WINDOW=rows // len(positions),
         HEADS=heads,
         HEAD_SIZE=head_size,
         HEAD_TILE=triton.next_power_of_2(head_size),

@@ -1,25 +1,36 @@
 """The paged decode attention of `kernels.attention` in torch, for any head size and device."""
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
+from kernels.lookahead import row_positions_reference
+
+_QUERIES = 4  # of one product on a CPU
+_SCORES_MULTIPLE = 64
+
 
 def combine_reference(
-    chunk_out: Tensor, chunk_stats: Tensor, positions: Tensor, out: Tensor, chunk: int
+    chunk_out: Tensor,
+    chunk_stats: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    out: Tensor,
+    chunk: int,
 ) -> None:
     """Does the same as `combine` in torch, for chunks of so many tokens. Chunks beyond a row's
     position may hold anything.
     """
+    at = row_positions_reference(positions, limits, len(out) // len(positions))
     begins = torch.arange(chunk_out.shape[2], device=out.device) * chunk
-    mask = (begins <= positions[:, None])[:, None]  # [rows, 1, chunks]
+    mask = (begins <= at[:, None])[:, None]  # [rows, 1, chunks]
     largest, total = chunk_stats.unbind(-1)  # [rows, heads, chunks]
     largest = largest.masked_fill(~mask, -torch.inf)
     weight = (largest - largest.amax(dim=-1, keepdim=True)).exp2().masked_fill(~mask, 0)
     # [rows, heads, head_size]
     joined = (chunk_out.masked_fill(~mask[..., None], 0) * weight[..., None]).sum(dim=2)
-    weights = (
-        (total.masked_fill(~mask, 0) * weight).sum(dim=-1).masked_fill(positions[:, None] < 0, 1)
-    )
+    weights = (total.masked_fill(~mask, 0) * weight).sum(dim=-1).masked_fill(at[:, None] < 0, 1)
     out.copy_((joined / weights[..., None]).flatten(1))
 
 
@@ -30,6 +41,7 @@ def attention_reference(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
@@ -38,7 +50,7 @@ def attention_reference(
     `chunk_stats`.
     """
     attend = _attend_in_place if out.device.type == "cpu" else _attend_to_copies
-    attend(qkv.sum(dim=0), rotary, key_pages, value_pages, page_table, positions, out)
+    attend(qkv.sum(dim=0), rotary, key_pages, value_pages, page_table, positions, limits, out)
 
 
 def _attend_in_place(
@@ -48,67 +60,105 @@ def _attend_in_place(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     out: Tensor,
 ) -> None:
     """Attends on a CPU. To look at the positions costs nothing there, and to copy the context would
     cost more than all else, so no copy is made.
     """
+    window, (_, heads, page_size, stride) = len(out) // len(positions), key_pages.shape
+    head_size = rotary.shape[1] * 2
+    at = row_positions_reference(positions, limits, window).long()
     out.zero_()
-    rows = (positions >= 0).nonzero()[:, 0]
+    rows = (at >= 0).nonzero()[:, 0]
     if len(rows) == 0:
         return
-    _, heads, page_size, stride = key_pages.shape
-    head_size = rotary.shape[1] * 2
-    at, table = positions[rows].long(), page_table[rows].long()
-    vectors = qkv[rows].view(len(rows), 3 * heads, head_size)
+    vectors = qkv.view(len(out), 3 * heads, head_size)
     # [rows, heads, head_size]
-    query, key = _rotated(vectors[:, : 2 * heads], rotary[at]).chunk(2, dim=1)
-    newest = table[torch.arange(len(rows)), at // page_size]
-    for cache, new in ((key_pages, key), (value_pages, vectors[:, 2 * heads :])):
-        cache[newest, :, at % page_size] = torch.nn.functional.pad(new, (0, stride - head_size)).to(
-            cache.dtype
-        )
+    query, key = _rotated(vectors[:, : 2 * heads], rotary[at.clamp(min=0)]).chunk(2, dim=1)
+    key, value = _harmless(key, vectors[:, 2 * heads :].to(value_pages.dtype))
+    newest = page_table[rows // window, at[rows] // page_size].long()
+    for cache, new in ((key_pages, key), (value_pages, value)):
+        cache[newest, :, at[rows] % page_size] = torch.nn.functional.pad(
+            new[rows], (0, stride - head_size)
+        ).to(cache.dtype)
+    padded = -(-window // _QUERIES) * _QUERIES
+    sequences = rows[rows % window == 0] // window
+    queries = query.new_zeros(len(sequences), heads, padded, head_size)
+    queries[:, :, :window] = query.unflatten(0, (-1, window))[sequences].transpose(1, 2)
+    query_at = at.new_zeros(len(sequences), padded)
+    query_at[:, :window] = at.view(-1, window)[sequences]
     attn_out = _attn_out_in_place(
-        query, key_pages[..., :head_size], value_pages[..., :head_size], table, at
+        queries,
+        key_pages[..., :head_size],
+        value_pages[..., :head_size],
+        page_table[sequences].long(),
+        query_at,
     )
-    out[rows] = attn_out.flatten(1).to(out.dtype)
+    out.view(-1, window, heads * head_size)[sequences] = (
+        attn_out[:, :, :window].transpose(1, 2).flatten(2).to(out.dtype)
+    )
+    out[at < 0] = 0
+
+
+def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaces each value that is not finite by zeros, and its key by NaN. So it hurts every token
+    that sees it, and no earlier one: their weight of it is 0, and 0 times NaN would be NaN.
+
+    Args:
+        key, value: [rows, heads, head_size]
+    """
+    finite = value.isfinite().all(dim=-1, keepdim=True)
+    return torch.where(finite, key, torch.nan), torch.where(finite, value, 0)
 
 
 def _attn_out_in_place(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, at: Tensor
 ) -> Tensor:
-    """The attention's output for queries [rows, heads, head_size] of rows that are no padding:
-    float32, of the queries' shape.
+    """The attention's output for queries [sequences, heads, queries, head_size] at positions
+    [sequences, queries]: float32, of the queries' shape.
 
-    Queries and weights are copied to the pages, instead of pages to the rows. The products of a
-    page that no row has are not used.
+    Queries and weights are copied to the pages, instead of pages to the sequences. The products of
+    a page that no sequence has are not used. Products of other numbers of queries differ in their
+    last bits, so each is of the same number.
     """
-    rows, heads, head_size = query.shape
-    page_size = key_pages.shape[2]
-    columns = int(at.max()) // page_size + 1
-    # of every page of a row: [n]
-    row, column = (torch.arange(columns) <= (at // page_size)[:, None]).nonzero(as_tuple=True)
-    extent, place = _extent(table[row, column])
+    sequences, heads, queries, _ = query.shape
+    query, shape = query.unflatten(2, (-1, _QUERIES)), query.shape
+    page_size, last = key_pages.shape[2], at.amax(dim=1)
+    columns = int(last.max()) // page_size + 1
+    # The softmax of a number of scores that is no multiple differs in its last bits from that of
+    # the same scores and more that have the weight 0.
+    multiple = _SCORES_MULTIPLE // gcd(_SCORES_MULTIPLE, page_size)
+    columns = -(-columns // multiple) * multiple
+    # of every page of a sequence: [n]
+    sequence, column = (torch.arange(columns) <= (last // page_size)[:, None]).nonzero(
+        as_tuple=True
+    )
+    extent, place = _extent(table[sequence, column])
     # [pages, heads, page_size, head_size]
     keys, values = (pages[extent].float() for pages in (key_pages, value_pages))
-    row_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
-    row_of_page[place], column_of_page[place] = row, column
+    sequence_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
+    sequence_of_page[place], column_of_page[place] = sequence, column
 
-    # [pages, heads, 1, page_size]
-    products = (query * head_size**-0.5)[row_of_page, :, None] @ keys.transpose(2, 3)
-    scores = query.new_empty(rows, heads, columns, page_size)
-    scores[row, :, column] = products[place, :, 0]
-    unseen = (torch.arange(columns * page_size) > at[:, None]).view(rows, 1, columns, page_size)
-    weights = scores.masked_fill_(unseen, -torch.inf).flatten(2).softmax(dim=-1).view_as(scores)
+    # [pages, heads, groups of queries, queries of one, page_size]
+    products = (query * shape[3] ** -0.5)[sequence_of_page] @ keys.transpose(2, 3)[:, :, None]
+    scores = query.new_empty(sequences, columns, heads, queries, page_size)
+    scores[sequence, column] = products[place].flatten(2, 3)
+    scores = scores.permute(0, 2, 3, 1, 4)  # [sequences, heads, queries, columns, page_size]
+    token = torch.arange(columns * page_size).view(columns, page_size)
+    unseen = (token > at[..., None, None])[:, None]  # [sequences, 1, queries, columns, page_size]
+    weights = scores.masked_fill(unseen, -torch.inf).flatten(3).softmax(dim=-1).view_as(scores)
 
-    # [pages, heads, 1, page_size]
-    weights_of_page = weights[row_of_page, :, column_of_page][:, :, None]
-    parts = (weights_of_page @ values)[place, :, 0]  # [n, heads, head_size]
+    # as the products
+    weights_of_page = weights[sequence_of_page, :, :, column_of_page].unflatten(2, (-1, _QUERIES))
+    # [n, heads, groups of queries, queries of one, head_size]
+    parts = (weights_of_page @ values[:, :, None])[place]
     # Behind the newest token its page may hold anything, and 0 times NaN or infinity is not 0.
     if not parts.sum().isfinite():
-        unseen_of_page = unseen[row_of_page, :, column_of_page]  # [pages, 1, page_size]
-        parts = (weights_of_page @ values.masked_fill(unseen_of_page[..., None], 0))[place, :, 0]
-    return torch.zeros_like(query).index_add_(0, row, parts)
+        beyond = (token > last[:, None, None])[sequence_of_page, column_of_page]
+        values = values.masked_fill(beyond[:, None, :, None], 0)
+        parts = (weights_of_page @ values[:, :, None])[place]
+    return torch.zeros_like(query).index_add_(0, sequence, parts).view(shape)
 
 
 def _extent(pages: Tensor) -> tuple[slice | Tensor, Tensor]:
@@ -130,41 +180,45 @@ def _attend_to_copies(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     out: Tensor,
 ) -> None:
     """Attends without a look at the positions, for which the host would have to wait. Every page of
-    every row is copied and masked.
+    every sequence is copied and masked.
     """
-    rows = len(positions)
-    _, heads, page_size, stride = key_pages.shape
-    head_size = rotary.shape[1] * 2
-    in_use = positions >= 0
-    at = positions.clamp(min=0).long()
+    rows, sequences, (_, heads, page_size, stride) = len(out), len(positions), key_pages.shape
+    window, head_size = rows // sequences, rotary.shape[1] * 2
+    at = row_positions_reference(positions, limits, window).long()
+    in_use, at = at >= 0, at.clamp(min=0)
     query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
-    angles = rotary[at]  # [rows, head_size / 2, 2]
-    query = _rotated(query, angles)
-    # Padding rows repeat the write of a row that is none: if they wrote elsewhere, two rows
+    query, key = _rotated(query, rotary[at]), _rotated(key, rotary[at])
+    key, value = _harmless(key, value.to(value_pages.dtype))
+    # Rows that take no part repeat the write of one that does: if they wrote elsewhere, two rows
     # could write one place differently.
     row = torch.arange(rows, device=out.device)
     source = torch.where(in_use, row, in_use.int().argmax())
-    pages, offsets = page_table.long()[row, at // page_size][source], (at % page_size)[source]
-    for cache, new in ((key_pages, _rotated(key, angles)), (value_pages, value.float())):
+    pages = page_table.long()[row // window, at // page_size][source]
+    offsets = (at % page_size)[source]
+    for cache, new in ((key_pages, key), (value_pages, value)):
         filled = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)[source]
         cache[pages, :, offsets] = torch.where(in_use.any(), filled, cache[pages, :, offsets])
     token = torch.arange(page_table.shape[1] * page_size, device=out.device)
-    seen = (token[None, :] <= positions[:, None]) & in_use[:, None]  # [rows, tokens]
-    table = torch.where(seen[:, ::page_size], page_table, 0).flatten()
+    seen = (token <= at[:, None]) & in_use[:, None]  # [rows, tokens]
+    seen = seen.view(sequences, window, -1)
+    seen_by_any = seen.any(dim=1)  # [sequences, tokens]
+    table = torch.where(seen_by_any[:, ::page_size], page_table, 0).flatten()
     keys, values = (
-        _gathered(pages, table, rows)[..., :head_size].float() for pages in (key_pages, value_pages)
+        _gathered(pages, table, sequences)[..., :head_size].float()
+        for pages in (key_pages, value_pages)
     )
-    score = (query[:, :, None] @ keys.transpose(2, 3))[
-        :, :, 0
-    ] * head_size**-0.5  # [rows, heads, tokens]
-    weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
-    # What is not the row's own may be anything, and 0 times that not 0.
-    values.masked_fill_(~seen[:, None, :, None], 0)
-    joined = weight[:, :, None] @ values
-    out.copy_(joined[:, :, 0].flatten(1))
+    # [sequences, heads, window, tokens]
+    query = query.view(sequences, window, heads, head_size).transpose(1, 2)
+    score = query @ keys.transpose(2, 3) * head_size**-0.5
+    weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+    weight = weight.masked_fill(~seen.any(dim=-1)[:, None, :, None], 0)
+    # What is not the sequence's own may be anything, and 0 times that not 0.
+    values.masked_fill_(~seen_by_any[:, None, :, None], 0)
+    out.copy_((weight @ values).transpose(1, 2).reshape(rows, -1))
 
 
 def _gathered(pages: Tensor, table: Tensor, rows: int) -> Tensor:

@@ -11,14 +11,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.linear import pdl_option
+from kernels.lookahead import row_position, row_positions_reference
 
 
 @triton.jit(do_not_specialize=["rows", "cells", "vocabulary", "classes"])
 def _embed_kernel(
     codes,  # [slots, cells]
-    row_slots,  # [rows]
-    positions,  # [rows]
-    labels,  # [rows]
+    row_slots,  # [sequences]
+    positions,  # [sequences]
+    limits,  # [sequences]
+    labels,  # [sequences]
     token_embedding,  # [vocabulary, WIDTH]
     class_embedding,  # [classes, WIDTH]
     norm_weight,  # [WIDTH]
@@ -29,6 +31,7 @@ def _embed_kernel(
     cells,
     vocabulary,
     classes,
+    WINDOW: tl.constexpr,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -43,9 +46,9 @@ def _embed_kernel(
     if LAUNCH_PDL:
         gdc_launch_dependents()  # and no wait: README, rule 2
     weight = tl.load(norm_weight + offset, mask=mask, other=0.0).to(tl.float32)
-    position = tl.load(positions + row)
-    slot = tl.load(row_slots + row).to(tl.int64)
-    label = tl.load(labels + row)
+    position = row_position(positions, limits, row, WINDOW)
+    slot = tl.load(row_slots + row // WINDOW).to(tl.int64)
+    label = tl.load(labels + row // WINDOW)
     token = tl.load(codes + slot * cells + position - 1, mask=position > 0, other=0)
     # Clamped: whatever a damaged model drew, no address outside the tables is read.
     token = tl.minimum(tl.maximum(token, 0), vocabulary - 1).to(tl.int64)
@@ -74,6 +77,7 @@ def embed(
     codes: Tensor,
     row_slots: Tensor,
     positions: Tensor,
+    limits: Tensor,
     labels: Tensor,
     token_embedding: Tensor,
     class_embedding: Tensor,
@@ -87,7 +91,9 @@ def embed(
     launch_pdl: bool,
 ) -> None:
     """Starts the residual stream of every row and norms it. A row starts with its class at position
-    0, else with the token that was drawn last.
+    0, else with the token before it, which has been drawn or guessed.
+
+    Row r is new token r % window of sequence r // window.
 
     The first kernel of a step. It is launched without the programmatic attribute, so that every
     kernel of earlier steps is complete before any kernel of this step starts: what these may load
@@ -95,8 +101,11 @@ def embed(
 
     Args:
         codes: int32 [slots, cells], tokens of the images.
-        row_slots, positions, labels: int32 [rows]; positions below 0 are padding (any finite values
-            come out).
+        row_slots, labels: int32 [sequences]
+        positions: int32 [sequences], of the first new token; below 0 for padding. There are
+            rows / sequences new tokens, the window.
+        limits: int32 [sequences]. Of a row at or beyond its sequence's limit, or of padding, any
+            finite values come out.
         token_embedding: [vocabulary, width]; class_embedding: [classes, width].
         norm_weight: [width], of the first layer.
         residual: float32 [rows, width], written.
@@ -111,6 +120,7 @@ def embed(
         codes,
         row_slots,
         positions,
+        limits,
         labels,
         token_embedding,
         class_embedding,
@@ -122,6 +132,7 @@ def embed(
         codes.shape[1],
         token_embedding.shape[0],
         class_embedding.shape[0],
+        WINDOW=rows // len(positions),
         EPS=eps,
         WIDTH=width,
         TILE=tile,
@@ -137,6 +148,7 @@ def embed_reference(
     codes: Tensor,
     row_slots: Tensor,
     positions: Tensor,
+    limits: Tensor,
     labels: Tensor,
     token_embedding: Tensor,
     class_embedding: Tensor,
@@ -149,10 +161,12 @@ def embed_reference(
     headroom: float = 1.0,
 ) -> None:
     """Does the same as `embed` in torch."""
-    cells = (positions.long() - 1).clamp(min=0)
-    tokens = codes[row_slots.long(), cells].long().clamp(0, token_embedding.shape[0] - 1)
-    classes = class_embedding[labels.long().clamp(0, class_embedding.shape[0] - 1)]
-    residual.copy_(torch.where(positions[:, None] > 0, token_embedding[tokens], classes))
+    window = len(residual) // len(positions)
+    at = row_positions_reference(positions, limits, window).long()
+    slots, labels = (each.long().repeat_interleave(window) for each in (row_slots, labels))
+    tokens = codes[slots, (at - 1).clamp(min=0)].long().clamp(0, token_embedding.shape[0] - 1)
+    classes = class_embedding[labels.clamp(0, class_embedding.shape[0] - 1)]
+    residual.copy_(torch.where(at[:, None] > 0, token_embedding[tokens], classes))
     if squares is None:
         normed.copy_(_rms_norm(residual, norm_weight, eps))
     else:

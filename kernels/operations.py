@@ -52,6 +52,7 @@ class _Embed(Protocol):
         codes: Tensor,
         row_slots: Tensor,
         positions: Tensor,
+        limits: Tensor,
         labels: Tensor,
         token_embedding: Tensor,
         class_embedding: Tensor,
@@ -80,11 +81,12 @@ class _PagedAttention(Protocol):
         value_pages: Tensor,
         page_table: Tensor,
         positions: Tensor,
+        limits: Tensor,
         chunk_out: Tensor,
         chunk_stats: Tensor,
         out: Tensor,
     ) -> None:
-        """Writes the newest keys and values, and out."""
+        """Writes the new tokens' keys and values, and out."""
 
 
 class _AddNorm(Protocol):
@@ -99,8 +101,10 @@ class _DrawTokens(Protocol):
         self,
         logits: Tensor,
         positions: Tensor,
+        limits: Tensor,
         conditional_rows: Tensor,
         unconditional_rows: Tensor,
+        guided_steps: Tensor,
         image_slots: Tensor,
         guidance_scales: Tensor,
         temperatures: Tensor,
@@ -109,11 +113,15 @@ class _DrawTokens(Protocol):
         seeds: Tensor,
         image_indices: Tensor,
         codes: Tensor,
+        lengths: Tensor,
         failed: Tensor,
+        drafted: Tensor,
+        accepted: Tensor,
+        verdicts: Tensor,
         *,
         images: int,
     ) -> None:
-        """Writes codes, failed and positions."""
+        """Writes codes, positions, and what is counted of each image."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The last kernel of a step: guidance, temperature, top-k, top-p, the draw, the hand-over to the
 next step; no sort.
 
-One program draws one image with the whole vocabulary in registers. Drawing from the kept tokens by
-Gumbel-max is the same as trying all tokens in order of their perturbed scores until one is in the
-kept set; whether one is, a count and a mass tell. If it is not, neither is any token ranked after
-it, so a round rules out many, and one to three rounds are usual.
+One program draws one token of one image with the whole vocabulary in registers. Drawing from the
+kept tokens by Gumbel-max is the same as trying all tokens in order of their perturbed scores until
+one is in the kept set; whether one is, a count and a mass tell. If it is not, neither is any token
+ranked after it, so a round rules out many, and one to three rounds are usual.
 """
 
 import torch
@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.lookahead import BROKEN, HELD, accept, row_position
 
 # Values a thread holds of each tile. A vocabulary of 16,384 then takes 16 warps, each thread up to
 # 128 registers: no spills (32 warps leave 64 registers a thread, and spill a dozen).
@@ -147,9 +149,11 @@ def _top_k_threshold(scaled, highest, top_k):
 @triton.jit
 def _draw_kernel(
     logits_ptr,  # float32 [rows, VOCAB]
-    positions_ptr,  # int32 [rows]
+    positions_ptr,  # int32 [sequences]
+    limits_ptr,  # int32 [sequences]
     conditional_rows_ptr,  # int32 [images], as all up to image_indices
     unconditional_rows_ptr,
+    guided_steps_ptr,
     image_slots_ptr,
     guidance_scales_ptr,  # float32
     temperatures_ptr,  # float32
@@ -158,7 +162,10 @@ def _draw_kernel(
     seeds_ptr,  # int64
     image_indices_ptr,
     codes_ptr,  # int32 [slots, TOKENS]
+    lengths_ptr,  # int32 [slots]
     failed_ptr,  # int32 [slots]
+    verdicts_ptr,  # int32 [images, WINDOW]
+    WINDOW: tl.constexpr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -166,17 +173,18 @@ def _draw_kernel(
     LAUNCH_PDL: tl.constexpr,
     EARLY_POSITIONS: tl.constexpr,
 ):
-    """Does `draw_tokens` for one image a program."""
+    """Does `draw_tokens` for one token of one image a program, up to `accept`."""
     if LAUNCH_PDL:
         gdc_launch_dependents()
         if not EARLY_POSITIONS:
             gdc_wait()  # README, rule 3: positions may be of the kernel before
-    image = tl.program_id(0)
+    image, index = tl.program_id(0) // WINDOW, tl.program_id(0) % WINDOW
     conditional_row = tl.load(conditional_rows_ptr + image)
-    row = tl.maximum(conditional_row, 0)
+    sequence = tl.maximum(conditional_row, 0)
+    row = sequence * WINDOW + index
     # Past the L1 cache, which a kernel before may have filled on this multiprocessor when positions
     # were read early.
-    position = tl.load(positions_ptr + row, cache_modifier=".cg")
+    position = row_position(positions_ptr, limits_ptr, row, WINDOW)
     seed = tl.load(seeds_ptr + image)
     image_index = tl.load(image_indices_ptr + image)
     noise0, noise1, noise2, noise3 = _gumbel_noise(
@@ -189,7 +197,9 @@ def _draw_kernel(
     # An image that is left alone goes through with no round and no store. It waits like the rest:
     # the next kernel relies on it.
     active = (conditional_row >= 0) & (position >= 0) & (position < TOKENS)
-    unconditional_row = tl.load(unconditional_rows_ptr + image)
+    pair = tl.load(unconditional_rows_ptr + image)
+    guided = (pair >= 0) & (position < tl.load(guided_steps_ptr + image))
+    unconditional_row = tl.where(guided, pair * WINDOW + index, -1)
     guidance_scale = tl.load(guidance_scales_ptr + image)
     temperature = tl.load(temperatures_ptr + image)
     top_k = tl.load(top_ks_ptr + image)
@@ -226,12 +236,17 @@ def _draw_kernel(
     broken = (best == float("inf")) | (best == float("-inf"))
     slot = tl.load(image_slots_ptr + image)
     token = tl.where(broken, 0, tl.minimum(token, VOCAB - 1))
-    tl.store(codes_ptr + slot.to(tl.int64) * TOKENS + position, token, mask=active)
-    tl.store(failed_ptr + slot, 1, mask=active & broken)
-    tl.store(positions_ptr + row, position + 1, mask=active)
-    paired = active & (unconditional_row >= 0)
-    pair_position = tl.load(positions_ptr + unconditional_row, mask=paired, other=0)
-    tl.store(positions_ptr + unconditional_row, pair_position + 1, mask=paired)
+    cell = codes_ptr + slot.to(tl.int64) * TOKENS + position
+    if WINDOW == 1:
+        tl.store(failed_ptr + slot, 1, mask=active & broken)
+        tl.store(lengths_ptr + slot, position + 1, mask=active)
+        tl.store(positions_ptr + row, position + 1, mask=active)
+        tl.store(positions_ptr + pair, position + 1, mask=active & (pair >= 0))
+    else:
+        guess = tl.load(cell, mask=active, other=0)
+        verdict = tl.where(guess == token, HELD, 0) + tl.where(broken, BROKEN, 0)
+        tl.store(verdicts_ptr + tl.program_id(0), verdict, mask=active)
+    tl.store(cell, token, mask=active)
 
 
 @triton.jit
@@ -324,8 +339,10 @@ def warps_for(block: int) -> int:
 def draw_tokens(
     logits: Tensor,
     positions: Tensor,
+    limits: Tensor,
     conditional_rows: Tensor,
     unconditional_rows: Tensor,
+    guided_steps: Tensor,
     image_slots: Tensor,
     guidance_scales: Tensor,
     temperatures: Tensor,
@@ -334,23 +351,28 @@ def draw_tokens(
     seeds: Tensor,
     image_indices: Tensor,
     codes: Tensor,
+    lengths: Tensor,
     failed: Tensor,
+    drafted: Tensor,
+    accepted: Tensor,
+    verdicts: Tensor,
     *,
     images: int,
     early_positions: bool = False,
     num_warps: int | None = None,
 ) -> None:
-    """Draws one token for each of the first `images` images. Arguments and result are those of
-    `sampling_reference.draw_tokens`.
+    """Draws the tokens of a window for each of the first `images` images, and keeps those that
+    `kernels.lookahead.accept` says. Arguments and result are those of
+    `sampling_reference.draw_tokens`. For windows of more than one token it launches two kernels.
 
     The random bits are the reference's; the noise may differ from its in the last bits, so that
     another token can win only where two perturbed scores are within 1e-5, or a token's mass is at
     top-p to float32's rounding.
 
     Args:
-        early_positions: `positions` and `conditional_rows` may be read, and the noise made, before
-            the kernels before this one have ended. True only if it is certain that the previous
-            draw has ended by then, as in the engine's steps (`kernels.operations`).
+        early_positions: positions, limits and `conditional_rows` may be read, and the noise made,
+            before the kernels before this one have ended. True only if it is certain that the
+            previous draw has ended by then, as in the engine's steps (`kernels.operations`).
         num_warps: of a program; None takes what keeps the vocabulary in registers.
 
     Raises:
@@ -359,15 +381,17 @@ def draw_tokens(
     """
     if images == 0:
         return
-    vocab_size = logits.shape[1]
+    vocab_size, window = logits.shape[1], logits.shape[0] // len(positions)
     _check_sizes(logits, codes)
     block = max(16, triton.next_power_of_2(vocab_size))
     launch_pdl = logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (9, 0)
-    _draw_kernel[(images,)](
+    _draw_kernel[(images * window,)](
         logits,
         positions,
+        limits,
         conditional_rows,
         unconditional_rows,
+        guided_steps,
         image_slots,
         guidance_scales,
         temperatures,
@@ -376,7 +400,10 @@ def draw_tokens(
         seeds,
         image_indices,
         codes,
+        lengths,
         failed,
+        verdicts,
+        WINDOW=window,
         VOCAB=vocab_size,
         BLOCK=block,
         TOKENS=codes.shape[1],
@@ -389,6 +416,23 @@ def draw_tokens(
         # make ties.
         enable_fp_fusion=False,
     )
+    if window > 1:
+        accept(
+            verdicts,
+            positions,
+            limits,
+            conditional_rows,
+            unconditional_rows,
+            image_slots,
+            codes,
+            lengths,
+            failed,
+            drafted,
+            accepted,
+            images=images,
+            window=window,
+            launch_pdl=launch_pdl,
+        )
 
 
 def _check_sizes(logits: Tensor, codes: Tensor) -> None:

@@ -9,6 +9,8 @@ waits for the device.
 import torch
 from torch import Tensor
 
+from kernels.lookahead import BROKEN, HELD, accept_reference, row_positions_reference
+
 # Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011), and their Random123
 # library.
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -113,8 +115,10 @@ def kept_tokens(scaled: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
 def draw_tokens(
     logits: Tensor,
     positions: Tensor,
+    limits: Tensor,
     conditional_rows: Tensor,
     unconditional_rows: Tensor,
+    guided_steps: Tensor,
     image_slots: Tensor,
     guidance_scales: Tensor,
     temperatures: Tensor,
@@ -123,64 +127,96 @@ def draw_tokens(
     seeds: Tensor,
     image_indices: Tensor,
     codes: Tensor,
+    lengths: Tensor,
     failed: Tensor,
+    drafted: Tensor,
+    accepted: Tensor,
+    verdicts: Tensor,
     *,
     images: int,
 ) -> None:
-    """Draws one token for each of the first `images` images, stores it, and moves their rows to the
-    next position.
+    """Draws the tokens of a window for each of the first `images` images, stores them, keeps those
+    that `kernels.lookahead.accept` says, and moves the image's rows on by as many.
 
     The draw is Gumbel-max over the kept tokens (the largest of logit / temperature + noise, lowest
     id on equal), which follows their softmax; at temperature 0 the largest guided logit, lowest id
     on equal.
 
     Args:
-        logits: float32 [rows, vocab_size]; rows of no image may hold anything.
-        positions: int32 [rows], the step; one is added for the rows of each image drawn.
-        conditional_rows: int32 [images or more]; negative: no image here, nothing is read or
-            written for it.
+        logits: float32 [rows, vocab_size]. Row r is of new token r % window of sequence
+            r // window; rows of no image may hold anything.
+        positions: int32 [sequences], of the first new token; grows by the tokens kept. There are
+            rows / sequences new tokens, the window.
+        limits: int32 [sequences]; at its conditional sequence's limit an image is left alone.
+        conditional_rows: int32 [images or more], a sequence each; negative: no image here, nothing
+            is read or written for it.
         unconditional_rows: int32; negative: no guidance.
-        image_slots: int32, the image's line in `codes` and `failed`; no two images share one.
+        guided_steps: int32; from this position on there is no guidance.
+        image_slots: int32, the image's line in what follows; no two images share one.
         guidance_scales: float32; guided = unconditional + (conditional - unconditional) * scale.
         temperatures: float32; values below 1e-5 but above 0 count as 1e-5.
         top_ks: int32, 0 keeps all
         top_ps: float32, 1 keeps all
         seeds: int64
         image_indices: int32, index of the image within its request
-        codes: int32 [slots, tokens]; codes[slot, position] is written. At a position that it does
-            not have, an image is left alone.
-        failed: int32 [slots]; becomes 1 where a logit (guided, divided by the temperature) is NaN
-            or +inf, or all are -inf; then the token is 0.
+        codes: int32 [slots, tokens]; codes[slot, position] is written for each token drawn. At a
+            position that it does not have, an image is left alone.
+        lengths: int32 [slots], tokens that the image has: its position, and moved on as that.
+        failed: int32 [slots]; becomes 1 where, for a token that is kept, a logit (guided, divided
+            by the temperature) is NaN or +inf, or all are -inf; then the token is 0.
+        drafted, accepted: int32 [slots]; grow by the guesses that were fed, and that held.
+        verdicts: int32 [images * window or more], scratch.
         images: how many leading entries are in use
     """
-    rows = conditional_rows[:images].long().clamp(min=0)
-    pairs = unconditional_rows[:images].long()
-    slots = image_slots[:images].long().clamp(0, codes.shape[0] - 1)
-    steps = positions[rows].long()
-    active = (conditional_rows[:images] >= 0) & (steps >= 0) & (steps < codes.shape[1])
+    window = logits.shape[0] // len(positions)
 
-    conditional, unconditional = logits[rows], logits[pairs.clamp(min=0)]  # [images, vocab_size]
-    guided = unconditional + (conditional - unconditional) * guidance_scales[:images, None]
-    guided = torch.where((pairs >= 0)[:, None], guided, conditional)
-    greedy = (temperatures[:images] == 0)[:, None]
-    scaled = torch.where(
-        greedy, guided, guided * (1.0 / temperatures[:images, None].clamp(min=_COLDEST))
-    )
+    def per_token(of_images: Tensor) -> Tensor:
+        return of_images[:images].repeat_interleave(window)
 
-    noise = gumbel_noise(seeds[:images], image_indices[:images], steps, logits.shape[1])
-    kept = kept_tokens(scaled, top_ks[:images], top_ps[:images])
+    index = torch.arange(window, device=logits.device).repeat(images)
+    sequences, pairs = (per_token(each).long() for each in (conditional_rows, unconditional_rows))
+    rows = sequences.clamp(min=0) * window + index
+    steps = row_positions_reference(positions, limits, window)[rows].long()
+    active = (sequences >= 0) & (steps >= 0) & (steps < codes.shape[1])
+    guided = (pairs >= 0) & (steps < per_token(guided_steps))
+
+    # [tokens drawn, vocab_size]
+    conditional, unconditional = logits[rows], logits[pairs.clamp(min=0) * window + index]
+    scales, temperatures = per_token(guidance_scales)[:, None], per_token(temperatures)[:, None]
+    mixed = unconditional + (conditional - unconditional) * scales
+    mixed = torch.where(guided[:, None], mixed, conditional)
+    greedy = temperatures == 0
+    scaled = torch.where(greedy, mixed, mixed * (1.0 / temperatures.clamp(min=_COLDEST)))
+
+    noise = gumbel_noise(per_token(seeds), per_token(image_indices), steps, logits.shape[1])
+    kept = kept_tokens(scaled, per_token(top_ks), per_token(top_ps))
     # argmax does not promise the lowest id on equal: the first of the largest does.
     perturbed = torch.where(kept, scaled + noise.masked_fill(greedy, 0.0), -torch.inf)
     tokens = (perturbed == perturbed.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
     broken = (scaled.isnan() | (scaled == torch.inf)).any(dim=-1) | (scaled == -torch.inf).all(
         dim=-1
     )
-    tokens = tokens.masked_fill(broken, 0).clamp(0, logits.shape[1] - 1)
+    tokens = tokens.masked_fill(broken, 0).clamp(0, logits.shape[1] - 1).int()
 
-    # Images left alone add zeros somewhere: a mask that picks entries would wait for the device to
+    # Tokens left alone add zeros somewhere: a mask that picks entries would wait for the device to
     # count them.
+    slots = per_token(image_slots).long().clamp(0, codes.shape[0] - 1)
     cells = (slots, steps.clamp(0, codes.shape[1] - 1))
-    codes.index_put_(cells, torch.where(active, tokens.int() - codes[cells], 0), accumulate=True)
-    failed.index_put_((slots,), (active & broken & (failed[slots] == 0)).int(), accumulate=True)
-    positions.index_add_(0, rows, active.int())
-    positions.index_add_(0, pairs.clamp(min=0), (active & (pairs >= 0)).int())
+    held = tokens == codes[cells]
+    verdicts[: len(held)] = held * HELD.value + broken * BROKEN.value
+    codes.index_put_(cells, torch.where(active, tokens - codes[cells], 0), accumulate=True)
+    accept_reference(
+        verdicts,
+        positions,
+        limits,
+        conditional_rows,
+        unconditional_rows,
+        image_slots,
+        codes,
+        lengths,
+        failed,
+        drafted,
+        accepted,
+        images=images,
+        window=window,
+    )

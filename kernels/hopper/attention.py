@@ -14,7 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import AttentionTiles, launch_attention
 
-_COLUMNS = gl.constexpr(8)  # least width of a matrix product
+_COLUMNS = gl.constexpr(8)  # least width of a matrix product; queries of one
+_PHASES = gl.constexpr(8)  # tokens after which the order of bytes in shared memory repeats
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -23,12 +24,14 @@ def _hopper_attention_kernel(
     rotary,  # [positions, HEAD_SIZE / 2, 2] float32
     key_pages,  # [pages, HEADS, PAGE_SIZE, STRIDE]
     value_pages,  # likewise
-    page_table,  # [rows, PAGES]
-    positions,  # [rows]
+    page_table,  # [sequences, PAGES]
+    positions,  # [sequences]
+    limits,  # [sequences]
     chunk_out,  # [rows, HEADS, CHUNKS, HEAD_SIZE] float32, written
     # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     chunk_stats,
     rows,
+    WINDOW: gl.constexpr,
     HEADS: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
     HEAD_TILE: gl.constexpr,
@@ -39,25 +42,29 @@ def _hopper_attention_kernel(
     CHUNKS: gl.constexpr,
     SPLITS: gl.constexpr,
 ):
-    head, chunk, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    head, chunk, sequence = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
     token_layout: gl.constexpr = gl.BlockedLayout(
         [max(1, CHUNK // (32 * WARPS))], [32], [WARPS], [0]
     )
-    head_layout: gl.constexpr = gl.BlockedLayout([HEAD_TILE // 32], [32], [WARPS], [0])
+    vector_layout: gl.constexpr = gl.BlockedLayout(
+        [1, HEAD_TILE // 32], [1, 32], [WARPS, 1], [1, 0]
+    )
     product_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
-    dtype: gl.constexpr = key_pages.dtype.element_ty
-    # README, rule 2: positions, page table, and every key and value but the newest token's were
-    # written before this step began.
-    position = gl.load(positions + row)
+    # README, rule 2: positions, limits, page table, and every key and value of an earlier pass were
+    # written before this one began.
+    position = gl.load(positions + sequence)
+    end = gl.minimum(position + WINDOW, gl.load(limits + sequence))
     first_token = chunk * CHUNK
     token = first_token + gl.arange(0, CHUNK, layout=token_layout)
     page = gl.load(
-        page_table + row * PAGES + token // PAGE_SIZE, mask=token < PAGES * PAGE_SIZE, other=0
+        page_table + sequence * PAGES + token // PAGE_SIZE,
+        mask=token < PAGES * PAGE_SIZE,
+        other=0,
     )
-    if first_token > position:
-        # README, rule 5: the row's first chunk waits, so this program need not
+    if (position < 0) | (position >= end) | (first_token >= end):
+        # README, rule 5: the sequence's first chunk waits, so this program need not
         return
     keys, values = _copy_pages(
         key_pages,
@@ -71,54 +78,78 @@ def _hopper_attention_kernel(
         STRIDE,
         PAGE_SIZE,
     )
-    offset = gl.arange(0, HEAD_TILE, layout=head_layout)
-    head_mask, stride_mask = offset < HEAD_SIZE, offset < STRIDE
-    angle = rotary + position * HEAD_SIZE + offset // 2 * 2
-    cosine = gl.load(angle, mask=head_mask, other=0.0)
-    sine = gl.load(angle + 1, mask=head_mask, other=0.0)
-    sine = gl.where(offset % 2 == 0, -sine, sine)
-    newest = position < first_token + CHUNK  # the newest token falls into this chunk
-    new_page = gl.load(page_table + row * PAGES + position // PAGE_SIZE).to(gl.int64)
-    new_at = (new_page * HEADS + head) * (PAGE_SIZE * STRIDE) + position % PAGE_SIZE * STRIDE
-    gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
-    source = qkv + row.to(gl.int64) * 3 * WIDTH + head * HEAD_SIZE
-    split_size = rows.to(gl.int64) * 3 * WIDTH
-    query, key, value = _newest_token(
-        source, split_size, offset, cosine, sine, newest, WIDTH, HEAD_SIZE, SPLITS
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, _PHASES, [1, 0])
+    # Query i is in group i // COLUMNS. Its place there follows from its token's.
+    GROUPS: gl.constexpr = (WINDOW + _COLUMNS - 1) // _COLUMNS
+    queries = gl.allocate_shared_memory(
+        keys.dtype, [GROUPS * _COLUMNS, 1, HEAD_TILE], shared_layout
     )
-    new_key, new_value = key.to(dtype), value.to(dtype)
-    new_score = gl.to_tensor(float("-inf"))
-    if newest:
-        gl.store(key_pages + new_at + offset, new_key, mask=stride_mask)
-        gl.store(value_pages + new_at + offset, new_value, mask=stride_mask)
-        new_score = gl.sum(query * new_key.to(gl.float32), 0) * SCALE
-    new_value = new_value.to(gl.float32)
+    offsets = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, vector_layout))[None, :]
+    new_end = gl.minimum(end, first_token + CHUNK)
+    places: gl.tuple = ()
+    for index in gl.static_range(WINDOW):
+        # Shared memory has the elements of each token in an order of its own.
+        new_token = position + index
+        offset = offsets ^ (new_token % _PHASES * 8)
+        angle = gl.load(
+            rotary + new_token * HEAD_SIZE + offset,
+            mask=(offset < HEAD_SIZE) & (new_token < end),
+            other=0.0,
+        )
+        new = (new_token >= first_token) & (new_token < new_end)
+        page = gl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE, mask=new, other=0)
+        places = places + ((angle, page),)
+    gdc_wait()  # README, rule 3: qkv comes after it
+    split_size = rows.to(gl.int64) * 3 * WIDTH
+    vectors: gl.tuple = ()
+    for index in gl.static_range(WINDOW):
+        angle, _ = places[index]
+        new_token = position + index
+        new = (new_token >= first_token) & (new_token < new_end)
+        offset = offsets ^ (new_token % _PHASES * 8)
+        mask = offset < HEAD_SIZE
+        source = qkv + ((sequence * WINDOW + index).to(gl.int64) * 3 * HEADS + head) * HEAD_SIZE
+        query = _sum(source + offset, mask, split_size, SPLITS)
+        key = _sum(source + WIDTH + offset, mask & new, split_size, SPLITS)
+        value = _sum(source + 2 * WIDTH + offset, mask & new, split_size, SPLITS)
+        place = index // _COLUMNS * _COLUMNS + new_token % _COLUMNS
+        queries.index(place).store(_rotated(query, angle).to(keys.dtype))
+        vectors = vectors + ((_rotated(key, angle).to(keys.dtype), value.to(keys.dtype)),)
     async_copy.wait_group(0)
     gl.thread_barrier()
-    largest, total, weight, new_weight = _attend(
-        query,
-        keys,
-        values,
-        first_token,
-        position,
-        new_score,
-        new_value,
-        product_layout,
-        SCALE,
-    )
-    result = (row.to(gl.int64) * HEADS + head) * CHUNKS + chunk
-    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
+    for index in gl.static_range(WINDOW):
+        _, page = places[index]
+        new_token = position + index
+        if (new_token >= first_token) & (new_token < new_end):
+            new_key, new_value = vectors[index]
+            if WINDOW > 1:
+                new_key, new_value = _harmless(new_key, new_value)
+            offset = offsets ^ (new_token % _PHASES * 8)
+            at = (page.to(gl.int64) * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
+            gl.store(key_pages + at * STRIDE + offset, new_key, mask=offset < STRIDE)
+            gl.store(value_pages + at * STRIDE + offset, new_value, mask=offset < STRIDE)
+            keys.index(new_token - first_token).store(new_key)
+            values.index(new_token - first_token).store(new_value)
     column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, product_layout))
-    first = column == 0
-    gl.store(
-        chunk_out + result * HEAD_SIZE + offset + column[None, :],
-        total,
-        mask=(offset < HEAD_SIZE) & first[None, :],
-    )
-    gl.store(chunk_stats + result * 2 + column, largest, mask=first)
-    gl.store(chunk_stats + result * 2 + 1 + column, gl.sum(weight, 0) + new_weight, mask=first)
+    offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
+    for group in gl.static_range(GROUPS):
+        index = group * _COLUMNS + ((column - position) & (_COLUMNS - 1))
+        query_token = position + index
+        largest, total, weights = _attend(
+            queries, group, keys, values, first_token, query_token, product_layout, SCALE
+        )
+        attends = (query_token < end) & (query_token >= first_token)
+        row = (sequence * WINDOW + index).to(gl.int64)
+        result = (row * HEADS + head) * CHUNKS + chunk
+        gl.store(
+            chunk_out + result[None, :] * HEAD_SIZE + offset,
+            total,
+            mask=(offset < HEAD_SIZE) & attends[None, :],
+        )
+        gl.store(chunk_stats + result * 2, largest, mask=attends)
+        gl.store(chunk_stats + result * 2 + 1, weights, mask=attends)
 
 
 @gluon.jit
@@ -134,15 +165,15 @@ def _copy_pages(
     STRIDE: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
 ):
-    """Begins to copy the context's keys and values of a chunk to shared memory. Returns
-    both [CHUNK, HEAD_TILE]. What the context does not have comes as zeros.
+    """Begins to copy the context's keys and values of a chunk to shared memory. Returns both
+    [CHUNK, 1, HEAD_TILE]. What the context does not have comes as zeros.
     """
     CHUNK: gl.constexpr = page.shape[0]
     dtype: gl.constexpr = key_pages.dtype.element_ty
     layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [gl.num_warps(), 1], [1, 0]
     )
-    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, _PHASES, [1, 0])
     page = gl.convert_layout(page, gl.SliceLayout(1, layout)).to(gl.int64)
     token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, layout))[None, :]
@@ -150,87 +181,87 @@ def _copy_pages(
         :, None
     ] + offset
     mask = (token < position)[:, None] & (offset < STRIDE)
-    keys = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
-    values = gl.allocate_shared_memory(dtype, [CHUNK, HEAD_TILE], shared_layout)
+    keys = gl.allocate_shared_memory(dtype, [CHUNK, 1, HEAD_TILE], shared_layout)
+    values = gl.allocate_shared_memory(dtype, [CHUNK, 1, HEAD_TILE], shared_layout)
     # Past the first-level cache, which another step's token beside these may have filled.
-    async_copy.async_copy_global_to_shared(keys, key_pages + at, mask=mask, cache_modifier=".cg")
     async_copy.async_copy_global_to_shared(
-        values, value_pages + at, mask=mask, cache_modifier=".cg"
+        _tile(keys), key_pages + at, mask=mask, cache_modifier=".cg"
+    )
+    async_copy.async_copy_global_to_shared(
+        _tile(values), value_pages + at, mask=mask, cache_modifier=".cg"
     )
     async_copy.commit_group()
     return keys, values
 
 
 @gluon.jit
-def _attend(
-    query,  # [HEAD_TILE]
-    keys,  # [CHUNK, HEAD_TILE], in shared memory
-    values,  # likewise
-    first_token,
-    position,
-    new_score,
-    new_value,  # [HEAD_TILE]
-    layout: gl.constexpr,  # of the products
-    SCALE: gl.constexpr,
-):
-    """Returns the largest score [COLUMNS], the weighted sum of values [HEAD_TILE, COLUMNS], the
-    weights [CHUNK, COLUMNS] and the newest token's weight [COLUMNS]; the columns are alike.
-
-    One query is repeated to the least number of columns that the matrix unit takes.
-    """
-    CHUNK: gl.constexpr = keys.shape[0]
-    HEAD_TILE: gl.constexpr = keys.shape[1]
-    wide_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    dtype: gl.constexpr = keys.dtype
-    query = gl.convert_layout(query.to(dtype), gl.SliceLayout(1, narrow_layout))
-    queries, _ = gl.broadcast(query[:, None], gl.zeros([HEAD_TILE, _COLUMNS], dtype, narrow_layout))
-    score = (
-        mma_v2(keys.load(wide_layout), queries, gl.zeros([CHUNK, _COLUMNS], gl.float32, layout))
-        * SCALE
-    )
-    old = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) < position
-    score = gl.where(old[:, None], score, float("-inf"))
-    largest = gl.maximum(gl.max(score, 0), new_score)
-    weight = gl.exp2(score - largest[None, :])
-    new_weight = gl.exp2(new_score - largest)
-    weights = gl.convert_layout(weight.to(dtype), narrow_layout)
-    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, layout)
-    total = mma_v2(values.permute((1, 0)).load(wide_layout), weights, total)
-    total += gl.convert_layout(new_value, gl.SliceLayout(1, layout))[:, None] * new_weight[None, :]
-    return largest, total, weight, new_weight
+def _tile(tokens):
+    """Tokens in shared memory [T, 1, HEAD_TILE] as one tile [T, HEAD_TILE]."""
+    return tokens._reinterpret(tokens.dtype, [tokens.shape[0], tokens.shape[2]], tokens.layout)
 
 
 @gluon.jit
-def _newest_token(
-    source,
-    split_size,
-    offset,
-    cosine,
-    sine,
-    newest,
-    WIDTH: gl.constexpr,
-    HEAD_SIZE: gl.constexpr,
-    SPLITS: gl.constexpr,
+def _attend(
+    queries,  # [GROUPS * COLUMNS, 1, HEAD_TILE], in shared memory
+    group: gl.constexpr,
+    keys,  # [CHUNK, 1, HEAD_TILE], in shared memory
+    values,  # likewise
+    first_token,
+    query_token,  # [COLUMNS], of the group's queries
+    layout: gl.constexpr,  # of the products
+    SCALE: gl.constexpr,
 ):
-    """Adds up a head's partial sums in order, rotates query and key, and returns query, key and
-    value. For the rotation each element is loaded with the other one of its pair.
-
-    `sine` bears the sign of the even elements. Unless `newest`, key and value are zeros: masked,
-    not under a condition, so that their loads do not wait for the query's.
+    """Returns, for each query of a group, the largest score [COLUMNS], the weighted sum of values
+    [HEAD_TILE, COLUMNS] and the sum of weights [COLUMNS]. Queries depend on nothing of each other.
     """
-    mask = offset < HEAD_SIZE
-    wanted = mask & newest
-    query, key, value = gl.zeros_like(cosine), gl.zeros_like(cosine), gl.zeros_like(cosine)
-    other_query, other_key = gl.zeros_like(cosine), gl.zeros_like(cosine)
-    for split in gl.static_range(SPLITS):
-        part = source + split * split_size
-        query += gl.load(part + offset, mask=mask, other=0.0).to(gl.float32)
-        other_query += gl.load(part + (offset ^ 1), mask=mask, other=0.0).to(gl.float32)
-        key += gl.load(part + WIDTH + offset, mask=wanted, other=0.0).to(gl.float32)
-        other_key += gl.load(part + WIDTH + (offset ^ 1), mask=wanted, other=0.0).to(gl.float32)
-        value += gl.load(part + 2 * WIDTH + offset, mask=wanted, other=0.0).to(gl.float32)
-    return query * cosine + other_query * sine, key * cosine + other_key * sine, value
+    CHUNK: gl.constexpr = keys.shape[0]
+    GROUPS: gl.constexpr = queries.shape[0] // _COLUMNS
+    HEAD_TILE: gl.constexpr = keys.shape[2]
+    wide_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
+    groups = queries._reinterpret(queries.dtype, [GROUPS, _COLUMNS, HEAD_TILE], queries.layout)
+    score = mma_v2(
+        _tile(keys).load(wide_layout),
+        groups.index(group).permute((1, 0)).load(narrow_layout),
+        gl.zeros([CHUNK, _COLUMNS], gl.float32, layout),
+    )
+    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    score = gl.where(token[:, None] <= query_token[None, :], score * SCALE, float("-inf"))
+    largest = gl.max(score, 0)
+    weight = gl.exp2(score - largest[None, :])
+    weights = gl.convert_layout(weight.to(keys.dtype), narrow_layout)
+    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, layout)
+    total = mma_v2(_tile(values).permute((1, 0)).load(wide_layout), weights, total)
+    return largest, total, gl.sum(weight, 0)
+
+
+@gluon.jit
+def _sum(source, mask, split_size, SPLITS: gl.constexpr):
+    """Adds up partial sums in order: float32."""
+    total = gl.load(source, mask=mask, other=0.0).to(gl.float32)
+    for split in gl.static_range(1, SPLITS):
+        total += gl.load(source + split * split_size, mask=mask, other=0.0).to(gl.float32)
+    return total
+
+
+@gluon.jit
+def _rotated(vector, angle):
+    """Rotates each pair of a vector [1, HEAD_TILE]. `angle` is cosine and sine of each."""
+    layout: gl.constexpr = vector.type.layout
+    even, odd = gl.split(gl.reshape(vector, [vector.shape[1] // 2, 2]))
+    cosine, sine = gl.split(gl.reshape(angle, [vector.shape[1] // 2, 2]))
+    # Fused as written here, and not as a compiler likes: bits do not depend on the window.
+    pairs = gl.join(gl.fma(even, cosine, -(odd * sine)), gl.fma(odd, cosine, even * sine))
+    return gl.convert_layout(gl.reshape(pairs, vector.shape), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _harmless(key, value):
+    """Replaces a value that is not finite by zeros, and its key by NaN. So it hurts every token
+    that sees it, and no earlier one: their weight of it is 0, and 0 times NaN would be NaN.
+    """
+    finite = gl.sum(value.to(gl.float32) * 0.0, 1)[:, None] == 0.0  # or NaN
+    return gl.where(finite, key, float("nan")), gl.where(finite, value, 0.0)
 
 
 def hopper_attention(
@@ -240,6 +271,7 @@ def hopper_attention(
     value_pages: Tensor,
     page_table: Tensor,
     positions: Tensor,
+    limits: Tensor,
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
@@ -257,6 +289,7 @@ def hopper_attention(
         value_pages,
         page_table,
         positions,
+        limits,
         chunk_out,
         chunk_stats,
         out,

@@ -2,7 +2,9 @@
 the interpreter and for a GPU.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -32,6 +34,7 @@ from kernels.linear import (
     swiglu,
     swiglu_reference,
 )
+from kernels.lookahead import row_positions_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.operations import Operations, triton_operations
 from kernels.tiles import TileTable
@@ -171,15 +174,17 @@ def check_fused_swiglu(
     assert relative_error(out, wanted) < place.tolerance
 
 
-def check_embed(place: Place, rows: int, width: int, blocks: int | None = None) -> None:
+def check_embed(
+    place: Place, rows: int, width: int, blocks: int | None = None, window: int = 1
+) -> None:
     """Guards class against token, the slot, and ids outside the tables (clamped, not read); with
     blocks, the sums of squares.
     """
     codes = torch.arange(5 * 9, dtype=torch.int32, device=place.device).view(5, 9) - 3
     codes[1, 3] = 10**9
-    slots = torch.arange(rows, dtype=torch.int32, device=place.device) % 5
-    positions = torch.arange(rows, dtype=torch.int32, device=place.device) % 6 - 1
-    labels = torch.arange(rows, dtype=torch.int32, device=place.device) * 3
+    sequence = torch.arange(rows // window, dtype=torch.int32, device=place.device)
+    slots, positions, labels = sequence % 5, sequence % 6 - 1, sequence * 3
+    limits = positions + 1 + sequence % window
     tables = (
         place.random(20, width, seed=1),
         place.random(7, width, seed=2),
@@ -195,13 +200,104 @@ def check_embed(place: Place, rows: int, width: int, blocks: int | None = None) 
         if blocks is None
         else [place.poisoned(blocks, rows, dtype=torch.float32) for _ in range(2)]
     )
-    sources = codes, slots, positions, labels, *tables
+    sources = codes, slots, positions, limits, labels, *tables
     embed(*sources, residual, normed, squares, eps=1e-5, headroom=0.25, launch_pdl=place.launch_pdl)
     embed_reference(*sources, wanted_residual, wanted, wanted_squares, eps=1e-5, headroom=0.25)
     assert torch.equal(residual, wanted_residual)
     assert relative_error(normed, wanted) < place.tolerance
     if squares is not None and wanted_squares is not None:
         assert relative_error(squares, wanted_squares) < place.tolerance
+
+
+@dataclass
+class AttentionCase:
+    """New tokens of some sequences, and pages with what came before them. All else is NaN."""
+
+    qkv: Tensor  # [splits, sequences, window, 3 * heads * head_size]
+    rotary: Tensor
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    positions: Tensor
+    limits: Tensor
+
+    @classmethod
+    def random(
+        cls,
+        place: Place,
+        positions: list[int],
+        heads: int,
+        head_size: int,
+        page_size: int,
+        splits: int,
+        window: int,
+    ) -> "AttentionCase":
+        """Sequences at these positions, with pages in any order. All tokens of the window take
+        part in the first sequence, all but the last one in the second, and so on.
+        """
+        sequences, tokens = len(positions), max(*positions, 1) + window
+        pages_of_one = -(-tokens // page_size)
+        pages, stride = sequences * pages_of_one + 3, head_stride(head_size, place.dtype.itemsize)
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
+        table = order[: sequences * pages_of_one].int().view(sequences, -1).to(place.device)
+        keys, values = (place.poisoned(pages, heads, page_size, stride) for _ in range(2))
+        for sequence, position in enumerate(positions):
+            for token in range(position):  # the padding of each token is zeros
+                page, offset = table[sequence, token // page_size], token % page_size
+                for cache, seed in ((keys, 10), (values, 11)):
+                    filled = place.random(heads, head_size, seed=seed + 1000 * sequence + 7 * token)
+                    cache[page, :, offset] = torch.nn.functional.pad(
+                        filled, (0, stride - head_size)
+                    )
+        qkv = place.random(
+            splits, sequences, window, 3 * heads * head_size, seed=5, dtype=torch.float32
+        )
+        angles = torch.rand(tokens, head_size // 2, generator=torch.Generator().manual_seed(6)) * 6
+        rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
+        at = torch.tensor(positions, dtype=torch.int32, device=place.device)
+        taking_part = window - torch.arange(sequences, device=place.device) % window
+        return cls(qkv, rotary, keys, values, table, at, (at + taking_part).int())
+
+    @property
+    def taking_part(self) -> Tensor:
+        """Which new tokens take part: [sequences, window]."""
+        window = self.qkv.shape[2]
+        return row_positions_reference(self.positions, self.limits, window).view(-1, window) >= 0
+
+    def attend(
+        self,
+        place: Place,
+        tiles: AttentionTiles | None,
+        *,
+        hopper: bool = False,
+        first: int = 0,
+        window: int | None = None,
+    ) -> Tensor:
+        """What the kernel, or with no tiles the reference, writes: [sequences, window, heads *
+        head_size]. It writes to the pages, too.
+
+        Args:
+            first, window: of the new tokens, only these; by default all.
+        """
+        window = window or self.qkv.shape[2]
+        qkv = self.qkv[:, :, first : first + window].flatten(1, 2).contiguous()
+        rows, width = qkv.shape[1], qkv.shape[2] // 3
+        head_size = self.rotary.shape[1] * 2
+        heads, chunks = width // head_size, 1 if tiles is None else tiles.chunks(len(self.rotary))
+        scratch = [
+            place.poisoned(rows, heads, chunks, size, dtype=torch.float32)
+            for size in (head_size, 2)
+        ]
+        out = place.poisoned(rows, width, dtype=torch.float32 if tiles is None else None)
+        at = torch.where(self.positions < 0, -1, self.positions + first).int()
+        attend: Callable[..., None] = attention_reference
+        if tiles is not None and hopper:
+            attend = partial(hopper_attention, tiles=tiles)
+        elif tiles is not None:
+            attend = partial(attention, tiles=tiles, launch_pdl=place.launch_pdl)
+        pages = self.keys, self.values, self.table
+        attend(qkv, self.rotary, *pages, at, self.limits, *scratch, out)
+        return out.view(-1, window, width)
 
 
 def check_attention(
@@ -213,55 +309,49 @@ def check_attention(
     tiles: AttentionTiles,
     splits: int = 2,
     *,
+    window: int = 1,
     hopper: bool = False,
 ) -> None:
-    """Guards chunk borders, pages in any order, padding rows, and that nothing but a row's own
-    context is read or written.
+    """Guards chunk borders, pages in any order, padding and rows beyond a limit, and that nothing
+    but a row's own context is read or written.
     """
-    rows, tokens = len(positions), max(*positions, 1) + 1
-    pages_per_row = -(-tokens // page_size)
-    pages, stride = rows * pages_per_row + 3, head_stride(head_size, place.dtype.itemsize)
-    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[
-        : rows * pages_per_row
-    ]
-    table = order.to(torch.int32).view(rows, pages_per_row).to(place.device)
-    keys, values = (place.poisoned(pages, heads, page_size, stride) for _ in range(2))
-    for row, position in enumerate(positions):
-        for token in range(
-            position
-        ):  # what earlier steps wrote, the padding of each token as zeros
-            page, offset = table[row, token // page_size], token % page_size
-            for cache, seed in ((keys, 10), (values, 11)):
-                filled = place.random(heads, head_size, seed=seed + 1000 * row + 7 * token)
-                cache[page, :, offset] = torch.nn.functional.pad(filled, (0, stride - head_size))
-    qkv = place.random(splits, rows, 3 * heads * head_size, seed=5, dtype=torch.float32)
-    angles = torch.rand(tokens, head_size // 2, generator=torch.Generator().manual_seed(6)) * 6
-    rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
-    at = torch.tensor(positions, dtype=torch.int32, device=place.device)
-    chunks = tiles.chunks(tokens)
-    chunk_out, chunk_stats = (
-        place.poisoned(rows, heads, chunks, size, dtype=torch.float32) for size in (head_size, 2)
-    )
-    out, wanted = (
-        place.poisoned(rows, heads * head_size),
-        place.poisoned(rows, heads * head_size, dtype=torch.float32),
-    )
-    wanted_keys, wanted_values = keys.clone(), values.clone()
-    tensors = qkv, rotary, keys, values, table, at, chunk_out, chunk_stats, out
-    if hopper:
-        hopper_attention(*tensors, tiles)
-    else:
-        attention(*tensors, tiles, launch_pdl=place.launch_pdl)
-    attention_reference(
-        qkv, rotary, wanted_keys, wanted_values, table, at, chunk_out, chunk_stats, wanted
-    )
+    shape = (positions, heads, head_size, page_size, splits, window)
+    case, wanted_case = (AttentionCase.random(place, *shape) for _ in range(2))
+    out, wanted = case.attend(place, tiles, hopper=hopper), wanted_case.attend(place, None)
     assert relative_error(out, wanted) < place.tolerance
-    for got, expected in ((keys, wanted_keys), (values, wanted_values)):
+    assert not out[~case.taking_part].any()
+    for got, expected in ((case.keys, wanted_case.keys), (case.values, wanted_case.values)):
         written = ~expected.isnan()
         assert torch.equal(got.isnan(), expected.isnan()), (
             "a page that is not the row's was written, or a token was not"
         )
         assert relative_error(got[written], expected[written]) < place.tolerance
+
+
+def check_window_is_steps(
+    place: Place,
+    positions: list[int],
+    heads: int,
+    head_size: int,
+    tiles: AttentionTiles,
+    window: int,
+    *,
+    hopper: bool = False,
+) -> None:
+    """Guards that a token of a window comes out as it does alone, bit for bit, whatever is behind
+    it: the last token of each window is huge or not finite.
+    """
+    case = AttentionCase.random(place, positions, heads, head_size, 16, 3, window)
+    case.limits = case.positions + window
+    case.qkv[:, ::2, -1] *= 3e3
+    case.qkv[:, 1::2, -1] = torch.inf
+    together = case.attend(place, tiles, hopper=hopper)
+    for index in range(window - 1):
+        alone = case.attend(place, tiles, hopper=hopper, first=index, window=1)
+        assert torch.equal(together[:, index], alone[:, 0]), index
+    finite = together[:, -1].isfinite().all(dim=1).tolist()
+    expected = [position < 0 or index % 2 == 0 for index, position in enumerate(positions)]
+    assert finite == expected
 
 
 def check_combine(
@@ -291,8 +381,8 @@ def check_combine(
         place.poisoned(rows, heads * head_size),
         place.poisoned(rows, heads * head_size, dtype=torch.float32),
     )
-    combine(chunk_out, chunk_stats, at, out, tiles, launch_pdl=place.launch_pdl)
-    combine_reference(chunk_out, chunk_stats, at, wanted, tiles.chunk)
+    combine(chunk_out, chunk_stats, at, at + 1, out, tiles, launch_pdl=place.launch_pdl)
+    combine_reference(chunk_out, chunk_stats, at, at + 1, wanted, tiles.chunk)
     assert relative_error(out, wanted) < place.tolerance
     for result in (out, wanted):
         assert not result[at < 0].any()

@@ -18,8 +18,10 @@ class DrawArguments:
 
     logits: Tensor
     positions: Tensor
+    limits: Tensor
     conditional_rows: Tensor
     unconditional_rows: Tensor
+    guided_steps: Tensor
     image_slots: Tensor
     guidance_scales: Tensor
     temperatures: Tensor
@@ -28,7 +30,11 @@ class DrawArguments:
     seeds: Tensor
     image_indices: Tensor
     codes: Tensor
+    lengths: Tensor
     failed: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    verdicts: Tensor
 
     def copy(self, device: str | torch.device = "cpu", **changes: Tensor) -> "DrawArguments":
         """A copy of every tensor on a device."""
@@ -49,8 +55,21 @@ class DrawArguments:
         draw(**tensors, images=len(self.conditional_rows) if images is None else images, **options)
         return result
 
+    @property
+    def window(self) -> int:
+        """Tokens that are drawn for each image."""
+        return len(self.logits) // len(self.positions)
+
+    def at(self, index: int) -> "DrawArguments":
+        """The same, but of each image's window only the one token of this index, drawn alone."""
+        return replace(
+            self,
+            logits=self.logits[index :: self.window].clone(),
+            positions=torch.where(self.positions < 0, -1, self.positions + index).int(),
+        )
+
     def tokens(self, before: "DrawArguments") -> Tensor:
-        """The token of each image, if `before` is what the draw was given."""
+        """The first token of each image, if `before` is what the draw was given."""
         return self.codes[
             before.image_slots.long(), before.positions[before.conditional_rows.long()].long()
         ].cpu()
@@ -65,8 +84,10 @@ def plain_case(logits: Tensor, **changes: Tensor) -> DrawArguments:
     case = DrawArguments(
         logits=logits,
         positions=numbers % TOKENS,
+        limits=torch.full_like(numbers, TOKENS),
         conditional_rows=numbers.clone(),
         unconditional_rows=torch.full_like(numbers, -1),
+        guided_steps=torch.full_like(numbers, TOKENS),
         image_slots=numbers.clone(),
         guidance_scales=torch.ones(images),
         temperatures=torch.ones(images),
@@ -75,14 +96,25 @@ def plain_case(logits: Tensor, **changes: Tensor) -> DrawArguments:
         seeds=torch.full((images,), 0x1234_5678_9ABC_DEF0),
         image_indices=numbers.clone(),
         codes=torch.full((images, TOKENS), -7, dtype=torch.int32),
-        failed=torch.zeros(images, dtype=torch.int32),
+        **_counts(images, numbers % TOKENS, images),
     )
     return replace(case, **changes)
 
 
-def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
+def _counts(slots: int, lengths: Tensor, tokens_drawn: int) -> dict[str, Tensor]:
+    names = ("failed", "drafted", "accepted")
+    counts = {name: torch.zeros(slots, dtype=torch.int32) for name in names}
+    return {
+        **counts,
+        "lengths": lengths,
+        "verdicts": torch.full((tokens_drawn,), -7, dtype=torch.int32),
+    }
+
+
+def mixed_case(images: int, vocab_size: int, seed: int, window: int = 1) -> DrawArguments:
     """Images with and without guidance, every filter and temperature, ties, rows and slots in no
-    order, unused rows all NaN.
+    order, unused rows all NaN. With windows of more than one token, some images have guidance up to
+    the middle of theirs, and some windows end early.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,9 +128,10 @@ def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
     unguided = torch.rand(images, generator=generator) < 0.4
     # Flat rows draw tokens at the filters' edges often enough for a token too many or too few to be
     # seen.
-    spread = torch.tensor([0.3, 0.3, 3.0])[torch.randint(3, (len(rows), 1), generator=generator)]
-    logits = torch.randn(len(rows), vocab_size, generator=generator) * spread
-    tied = torch.rand(len(rows), generator=generator) < 0.5
+    shape = (len(rows), window, vocab_size)
+    spread = torch.tensor([0.3, 0.3, 3.0])[torch.randint(3, shape[:2], generator=generator)]
+    logits = torch.randn(shape, generator=generator) * spread[..., None]
+    tied = torch.rand(shape[:2], generator=generator) < 0.5
     logits[tied] = (logits[tied] * 4).round() / 4
     logits[unconditional[unguided].long()] = torch.nan
     logits[rows[2 * images :].long()] = torch.nan
@@ -107,12 +140,22 @@ def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
     positions[conditional.long()] = torch.randint(TOKENS, (images,), generator=generator).int()
     guided = ~unguided
     positions[unconditional[guided].long()] = positions[conditional[guided].long()]
+    slots = torch.randperm(images + 2, generator=generator)[:images].int()
+    lengths = torch.zeros(images + 2, dtype=torch.int32)
+    lengths[slots.long()] = positions[conditional.long()]
+    limits = torch.full_like(positions, TOKENS)
+    guided_steps = torch.full((images,), TOKENS, dtype=torch.int32)
+    if window > 1:
+        limits -= (torch.arange(len(rows)) % 3 == 0).int()
+        guided_steps -= (torch.arange(images) % 3).int()
     return DrawArguments(
-        logits=logits,
+        logits=logits.flatten(0, 1),
         positions=positions,
+        limits=limits,
+        guided_steps=guided_steps,
         conditional_rows=conditional,
         unconditional_rows=unconditional,
-        image_slots=torch.randperm(images + 2, generator=generator)[:images].int(),
+        image_slots=slots,
         guidance_scales=pick([1.5, 2.0, 4.0]),
         temperatures=pick([0.0, 0.7, 1.0, 1.0, 1.0, 1.9]),
         top_ks=pick([0, 1, 2, 3, 7, vocab_size // 8, 10 * vocab_size], torch.int32),
@@ -120,7 +163,7 @@ def mixed_case(images: int, vocab_size: int, seed: int) -> DrawArguments:
         seeds=torch.randint(-(2**63), 2**63 - 1, (images,), generator=generator),
         image_indices=torch.randint(10, (images,), generator=generator).int(),
         codes=torch.full((images + 2, TOKENS), -7, dtype=torch.int32),
-        failed=torch.zeros(images + 2, dtype=torch.int32),
+        **_counts(images + 2, lengths, images * window),
     )
 
 
@@ -145,7 +188,7 @@ def assert_same_draws(case: DrawArguments, result: DrawArguments, expected: Draw
     It may swap tokens whose perturbed scores are within 1e-5, and it may keep or drop a token whose
     mass is within 1e-5 of top-p.
     """
-    for name in ("positions", "failed"):
+    for name in ("positions", "lengths", "failed"):
         assert torch.equal(getattr(result, name).cpu(), getattr(expected, name).cpu()), name
     differing = result.codes.cpu() != expected.codes.cpu()
     ours, theirs = result.tokens(case), expected.tokens(case)

@@ -34,53 +34,93 @@ def drawn(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("positions", [[9, 9, 9], [0, 3, 4], [23, -1, 7], [-1, -1, -1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("window", [1, 3, 6])
 def test_it_is_plain_attention(
-    attend: Callable[..., None], table: str, positions: list[int], dtype: torch.dtype
+    attend: Callable[..., None],
+    table: str,
+    positions: list[int],
+    dtype: torch.dtype,
+    window: int,
 ) -> None:
     """Fails if a page is taken for another, or anything but a row's own context is read (the rest
-    is NaN) or written.
+    is NaN) or written. The window of each sequence ends at another limit.
     """
-    rows, stride = len(positions), head_stride(HEAD_SIZE, dtype.itemsize)
-    page_table = TABLES[table](rows)
+    sequences, stride = len(positions), head_stride(HEAD_SIZE, dtype.itemsize)
+    page_table = TABLES[table](sequences)
     pool = (int(page_table.max()) + 2, HEADS, PAGE_SIZE, stride)
     caches = [torch.full(pool, torch.nan, dtype=dtype) for _ in range(2)]
-    contexts = [drawn(rows, TOKENS, HEADS, HEAD_SIZE, seed=seed).to(dtype) for seed in (1, 2)]
+    contexts = [drawn(sequences, TOKENS, HEADS, HEAD_SIZE, seed=seed).to(dtype) for seed in (1, 2)]
     angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    qkv = drawn(rows, 3, HEADS, HEAD_SIZE, seed=4)
-    wanted, wanted_caches = torch.zeros(rows, HEADS, HEAD_SIZE), [cache.clone() for cache in caches]
-    for row, position in enumerate(positions):
+    qkv = drawn(sequences, window, 3, HEADS, HEAD_SIZE, seed=4)
+    wanted = torch.zeros(sequences, window, HEADS, HEAD_SIZE)
+    wanted_caches = [cache.clone() for cache in caches]
+    limits = [min(TOKENS, at + window - index % window) for index, at in enumerate(positions)]
+    for sequence, (position, limit) in enumerate(zip(positions, limits, strict=True)):
         if position < 0:
             continue
-        query, key = (
-            apply_rotary(qkv[row : row + 1, None, part], rotary[position : position + 1])[0, 0]
-            for part in (0, 1)
-        )
-        for context, new in zip(contexts, (key, qkv[row, 2]), strict=True):
-            context[row, position] = new.to(dtype)
-        for token in range(position + 1):
-            page, offset = page_table[row, token // PAGE_SIZE], token % PAGE_SIZE
-            for cache, context in zip(wanted_caches, contexts, strict=True):
-                cache[page, :, offset] = F.pad(context[row, token], (0, stride - HEAD_SIZE))
-            if token < position:
-                for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
-                    cache[page, :, offset] = wanted_cache[page, :, offset]
-        # [heads, tokens, head_size]
-        keys, values = (
-            context[row, : position + 1].float().transpose(0, 1) for context in contexts
-        )
-        wanted[row] = F.scaled_dot_product_attention(query[:, None], keys, values)[:, 0]
+        for index, token in enumerate(range(position, limit)):
+            query, key = (
+                apply_rotary(qkv[sequence : sequence + 1, index, None, part], rotary[token][None])
+                for part in (0, 1)
+            )
+            new = (key[0, 0], qkv[sequence, index, 2])
+            for context, vector in zip(contexts, new, strict=True):
+                context[sequence, token] = vector.to(dtype)
+            # [heads, tokens, head_size]
+            keys, values = (
+                context[sequence, : token + 1].float().transpose(0, 1) for context in contexts
+            )
+            wanted[sequence, index] = F.scaled_dot_product_attention(
+                query[0, 0][:, None], keys, values
+            )[:, 0]
+        for token in range(limit):
+            page, offset = page_table[sequence, token // PAGE_SIZE], token % PAGE_SIZE
+            for cache, wanted_cache, context in zip(caches, wanted_caches, contexts, strict=True):
+                filled = F.pad(context[sequence, token], (0, stride - HEAD_SIZE))
+                wanted_cache[page, :, offset] = filled
+                if token < position:
+                    cache[page, :, offset] = filled
 
-    out = torch.full((rows, HEADS * HEAD_SIZE), torch.nan)
+    out = torch.full((sequences * window, HEADS * HEAD_SIZE), torch.nan)
     attend(
-        qkv.flatten(1),
+        qkv.view(sequences * window, -1),
         rotary,
         *caches,
         page_table.int(),
         torch.tensor(positions, dtype=torch.int32),
+        torch.tensor(limits, dtype=torch.int32),
         out,
     )
 
-    torch.testing.assert_close(out, wanted.flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, wanted.view(len(out), -1), atol=1e-5, rtol=1e-5)
     for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
         torch.testing.assert_close(cache, wanted_cache, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 16])
+def test_a_token_of_a_window_is_as_alone(window: int) -> None:
+    """Fails if a token's bits depend on the window, or on a later token that is not finite."""
+    sequences, position = 3, 5
+    page_table = TABLES["in any order"](sequences).int()
+    pool = (sequences * PAGES_PER_ROW, HEADS, PAGE_SIZE, HEAD_SIZE)
+    caches = [drawn(*pool, seed=seed) for seed in (1, 2)]
+    angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
+    rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    qkv = drawn(sequences, window, 3 * HEADS * HEAD_SIZE, seed=4)
+    if window > 1:
+        qkv[:, -1] = torch.tensor([torch.inf, -torch.inf, torch.nan])[:, None]
+    at, limits = (torch.full((sequences,), value).int() for value in (position, position + window))
+
+    def attended(first: int, count: int) -> torch.Tensor:
+        rows = qkv[:, first : first + count].reshape(sequences * count, -1)
+        out = torch.empty(sequences * count, HEADS * HEAD_SIZE)
+        attention_reference._attend_in_place(
+            rows, rotary, caches[0], caches[1], page_table, at + first, limits, out
+        )
+        return out.view(sequences, count, -1)
+
+    together = attended(0, window)
+    for index in range(max(1, window - 1)):
+        assert torch.equal(together[:, index], attended(index, 1)[:, 0]), index
+    assert together[:, -1].isfinite().any() == (window == 1)

@@ -15,6 +15,7 @@ from kernel_cases import (
     check_gate,
     check_linear,
     check_swiglu,
+    check_window_is_steps,
 )
 from teacher import TINY, engine_codes
 
@@ -102,6 +103,7 @@ def test_fused_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> 
 def test_embed(place: Place) -> None:
     check_embed(place, 40, 1280)
     check_embed(place, 40, 1280, blocks=20)
+    check_embed(place, 40, 1280, blocks=20, window=8)
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -136,6 +138,29 @@ def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -
         splits=1,
         hopper=True,
     )
+
+
+WINDOWS = [2, 3, 8, 16]
+# Windows begin at, end at and cross the borders of chunks and pages.
+WINDOW_POSITIONS = [0, 1, 13, 16, 27, 31, 57, 60, 63, 64, -1, 200]
+
+
+@pytest.mark.parametrize("head_size", [64, 100, 128])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_attention_of_windows(place: Place, head_size: int, window: int) -> None:
+    tiles = tile_table(torch.cuda.get_device_capability(), place.dtype).find(
+        ATTENTION, 3, head_size
+    )
+    check_attention(place, WINDOW_POSITIONS, 3, head_size, 16, tiles, window=window)
+    check_window_is_steps(place, WINDOW_POSITIONS, 3, head_size, tiles, window)
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 100, 256])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_hopper_attention_of_windows(hopper: Place, head_size: int, window: int) -> None:
+    tiles = tile_table((9, 0), hopper.dtype).find(ATTENTION, 3, head_size)
+    check_attention(hopper, WINDOW_POSITIONS, 3, head_size, 16, tiles, window=window, hopper=True)
+    check_window_is_steps(hopper, WINDOW_POSITIONS, 3, head_size, tiles, window, hopper=True)
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

@@ -14,8 +14,10 @@ from sampling_cases import (
     plain_case,
     tied_logits,
 )
+from window_cases import accept_case
 
 from kernels import sampling, sampling_reference
+from kernels.lookahead import accept, accept_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +121,28 @@ def test_the_draw_replays_in_a_graph() -> None:
         graph.replay()
     assert torch.equal(ours.codes.cpu(), expected.codes)
     assert torch.equal(ours.positions.cpu(), expected.positions)
+
+
+@pytest.mark.parametrize("window", [2, 4, 9])
+def test_each_token_of_a_window_is_drawn_as_alone(window: int) -> None:
+    """Fails if a token takes another position's logits or noise, or guidance ends elsewhere."""
+    case = mixed_case(32, VOCAB, seed=window, window=window).copy("cuda")
+    together = case.drawn_by(sampling.draw_tokens).codes
+    compared = 0
+    for index in range(window):
+        alone = case.at(index).drawn_by(sampling.draw_tokens).codes
+        drawn = alone != case.codes
+        assert torch.equal(together[drawn], alone[drawn]), index
+        compared += int(drawn.sum())
+    assert compared > 40
+
+
+@pytest.mark.parametrize("window", [2, 4, 16, 64])
+def test_accept_equals_the_reference(window: int) -> None:
+    """Fails if anything is kept, counted or guessed otherwise than in torch."""
+    case = accept_case(300, window, seed=window)
+    got, expected = case.tensors("cuda"), case.tensors()
+    accept(**got, images=300, window=window, launch_pdl=False)
+    accept_reference(**expected, images=300, window=window)
+    for name, values in expected.items():
+        assert torch.equal(got[name].cpu(), values), name

@@ -11,6 +11,7 @@ from kernel_cases import (
     check_gate,
     check_linear,
     check_swiglu,
+    check_window_is_steps,
 )
 
 from kernels.attention import AttentionTiles
@@ -56,12 +57,20 @@ def test_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
 
 def test_embed(place: Place) -> None:
     check_embed(place, 13, 72)
+    check_embed(place, 20, 72, window=4)
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 100, 128])
 @pytest.mark.parametrize("positions", [[0, 15, 16, 17], [-1, 33, -1, 1]])
 def test_attention(place: Place, head_size: int, positions: list[int]) -> None:
     check_attention(place, positions, 2, head_size, 4, AttentionTiles(chunk=16, warps=2))
+
+
+@pytest.mark.parametrize("window", [2, 5, 9])
+def test_attention_of_windows(place: Place, window: int) -> None:
+    tiles = AttentionTiles(chunk=16, warps=2)
+    check_attention(place, [0, 11, 16, -1, 31], 2, 64, 4, tiles, window=window)
+    check_window_is_steps(place, [0, 11, 16, -1, 31], 2, 64, tiles, window)
 
 
 @pytest.mark.parametrize("head_size", [64, 100])
