@@ -63,7 +63,9 @@ class Setting:
     def layers(self) -> Layers:
         """The layers that carry out a step of so many rows, with scratch memory of their own."""
         return self.factory.make(
-            self.rows, lambda name, dims, dtype: torch.empty(dims, dtype=dtype, device=self.device)
+            self.rows,
+            1,
+            lambda name, dims, dtype: torch.empty(dims, dtype=dtype, device=self.device),
         )
 
     @cached_property
@@ -71,6 +73,7 @@ class Setting:
         """Rows at the context, each with pages of its own in random order."""
         batch = Batch(BatchShape.of(self.rows, self.config.block_size, _PAGE_SIZE), self.device)
         batch.positions.fill_(self.context - 1)
+        batch.limits.fill_(self.context)
         batch.labels.zero_()
         batch.row_slots.copy_(torch.arange(self.rows))
         batch.codes.random_(0, self.config.vocab_size)
@@ -365,13 +368,14 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
             setting.copies(2, *pages),
             batch.page_table,
             batch.positions,
+            batch.limits,
             layers.chunk_out,
             layers.chunk_stats,
             layers.attn_out,
         ),
         shape=f"{heads} x {size}, {setting.context} tokens",
         moved=rows * setting.context * 2 * config.dim * itemsize,
-        whole=[6],
+        whole=[7],
         cold=1,
     )
     if setting.attention_tiles is not None:
@@ -395,10 +399,10 @@ def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:
         "combine",
         partial(combine, tiles=tiles, launch_pdl=setting.launch_pdl),
         partial(combine_reference, chunk=tiles.chunk),
-        (attn_out, stats, positions, out),
+        (attn_out, stats, positions, positions + 1, out),
         shape=f"{heads} x {size}, {written} chunks",
         moved=rows * heads * written * (size + 2) * attn_out.itemsize + out.nbytes,
-        whole=[3],
+        whole=[4],
     )
 
 
@@ -411,7 +415,7 @@ def embed_case(setting: Setting) -> Case:
         setting.random(config.num_classes + 1, width),
         setting.random(width),
     )
-    fed = (batch.codes, batch.row_slots, batch.positions, batch.labels)
+    fed = (batch.codes, batch.row_slots, batch.positions, batch.limits, batch.labels)
     written = [layers.residual, layers.normed]
     if layers.squares is not None:  # the first product norms
         written.append(layers.squares)
@@ -423,7 +427,7 @@ def embed_case(setting: Setting) -> Case:
         shape=f"{width}",
         moved=sum(tensor.nbytes for tensor in written)
         + (setting.rows + 1) * width * setting.dtype.itemsize,
-        whole=range(7, 7 + len(written)),
+        whole=range(8, 8 + len(written)),
     )
 
 
@@ -433,18 +437,21 @@ def draw_case(setting: Setting) -> Case:
     images = rows // 2
     logits = setting.random(rows, vocab, dtype=torch.float32)
     each = torch.arange(images, dtype=torch.int32, device=device)
-    pairs = (2 * each, 2 * each + 1, each)
+    pairs = (2 * each, 2 * each + 1, torch.full_like(each, _CELLS), each)
     scales, ones = torch.full((images,), 4.0, device=device), torch.ones(images, device=device)
     sampling = (scales, ones, torch.full_like(each, min(2000, vocab // 2)), ones, each.long(), each)
 
     def drawing(operations: Operations) -> tuple[Callable[[int], None], Tensor]:
         """Draws one token more at each call; and the codes that it writes."""
         positions = torch.zeros(rows, dtype=torch.int32, device=device)
+        limits = torch.full_like(positions, _CELLS)
         codes = torch.zeros(images, _CELLS, dtype=torch.int32, device=device)
-        changed = (codes, torch.zeros_like(each))
+        changed = (codes, *torch.zeros(5, images, dtype=torch.int32, device=device))
 
         def draw(_: int) -> None:
-            operations.draw_tokens(logits, positions, *pairs, *sampling, *changed, images=images)
+            operations.draw_tokens(
+                logits, positions, limits, *pairs, *sampling, *changed, images=images
+            )
 
         return draw, codes
 

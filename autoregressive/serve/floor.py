@@ -6,6 +6,9 @@ Each matrix product takes at least the larger of two times: its weights' bytes o
 bandwidth, and its operations over the rate of the matrix units (a roofline, which for few rows is
 the memory's side). Reading keys and values comes on top. Embeddings, norms, activations and the
 draw count as nothing. Both ceilings are measured in the run that uses them.
+
+The floor of a job takes every pass to keep one token of an image. With lookahead there are fewer
+passes, so a job may take less time than this floor.
 """
 
 import statistics
@@ -18,6 +21,7 @@ import torch
 from autoregressive.devices import ieee_float32
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine import EngineTotals
 from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 
@@ -87,15 +91,15 @@ class Floor:
 
 @dataclass(frozen=True)
 class JobFloor:
-    """The memory floor of a whole job of the engine."""
+    """The memory floor of a whole job of the engine, at one token of an image a pass."""
 
-    steps: int
+    steps: int  # passes
     seconds: float
 
 
 def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> JobFloor:
-    """Counts the steps that the engine needs for requests that are all there at the start, and adds
-    up their floor. It runs the scheduler alone.
+    """Counts the steps that the engine needs for requests that are all there at the start, without
+    lookahead, and adds up their floor. It runs the scheduler alone.
     """
     scheduler = Scheduler(limits)
     for number, params in enumerate(jobs):
@@ -104,7 +108,7 @@ def job_floor(floor: Floor, limits: Limits, jobs: Sequence[SamplingParams]) -> J
     steps, seconds = 0, 0.0
     while (span := scheduler.plan_span(limits.tokens)) > 0:
         scheduler.allocate(span)
-        positions = [row.position for request in scheduler.running for row in request.rows]
+        positions = [image.position for image in scheduler.images for _ in image.rows]
         mean_kv_tokens = sum(positions) + len(positions) * (span + 1) / 2
         steps += span
         seconds += span * floor.step_seconds(len(positions), mean_kv_tokens)
@@ -120,23 +124,36 @@ def speed_lines(
     seconds: Sequence[float],
     job: JobFloor,
     ceilings: Ceilings | None,
+    totals: EngineTotals,
 ) -> list[str]:
-    """How fast pictures were drawn, as the command prints it.
+    """How fast pictures were drawn, as the command prints it. Where nothing was guessed, nothing is
+    said of lookahead.
 
     Args:
         tokens: of an image.
         seconds: of the sampling, and of the decoding.
         job: the floor of the sampling.
         ceilings: those of the floor; None: not measured, for there is no GPU.
+        totals: of an engine that has drawn these pictures and no others.
     """
     sampling, decoding = seconds
+    each, floor = f"{sampling / job.steps * 1e3:.3f} ms/step", "memory floor"
+    if totals.drafted:
+        each = f"{sampling / totals.passes * 1e3:.3f} ms/pass"
+        floor = "memory floor of one token a pass"
     lines = [
         f"{images * tokens / sampling:.0f} tokens/s, {images / (sampling + decoding):.2f} images/s "
-        f"with decoding, {sampling / job.steps * 1e3:.3f} ms/step."
+        f"with decoding, {each}."
     ]
+    if totals.drafted:
+        kept = images * tokens / (images * tokens - totals.accepted)
+        lines.append(
+            f"lookahead: {totals.passes} passes, where one token a pass takes {job.steps}; "
+            f"{kept:.2f} tokens of an image kept a pass."
+        )
     if ceilings is not None:
         lines.append(
-            f"share of the memory floor: {job.seconds / sampling:.1%} (at best {job.seconds:.3f} "
+            f"share of the {floor}: {job.seconds / sampling:.1%} (at best {job.seconds:.3f} "
             f"seconds, with the {ceilings.read_bytes_per_second / 1e12:.2f} TB/s and "
             f"{ceilings.operations_per_second / 1e12:.0f} TFLOP/s measured here)."
         )

@@ -151,7 +151,7 @@ class Pipeline:
         Args:
             model: "GPT-demo", "GPT-B" ... "GPT-3B", or the path of a .pt, a .safetensors, or a
                 folder of sharded weights.
-            engine: how the engine is built.
+            engine: how the engine is built, such as `EngineConfig(lookahead="off")`.
             options: more about the model, by the names of `ModelOptions`: `download=True` fetches
                 published weights, `gpt_model` says which model a checkpoint belongs to, and
                 `vq_ckpt`, `image_size`, `precision`, `device` and others mean what the command's
@@ -162,7 +162,12 @@ class Pipeline:
                 `random_weights` was not asked for. The message says what to do.
         """
         known = sorted(option.name for option in fields(ModelOptions))
+        of_engine = [setting.name for setting in fields(EngineConfig)]
         for name in options:
+            if name in of_engine:
+                raise UserError(
+                    f"{name} is a setting of the engine: give engine=EngineConfig({name}=...)"
+                )
             if name not in known:
                 raise UserError(f"there is no option {name}{did_you_mean(name, known)}")
         if not isinstance(model, str | os.PathLike):

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The steps do not depend on the ceilings.
     floor = Floor(pipe.models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
     job = job_floor(floor, pipe.engine.scheduler.limits, [params] * len(labels))
-    print("\n".join(speed_lines(len(labels), model.tokens_per_image, seconds, job, ceilings)))
+    tokens, totals = model.tokens_per_image, pipe.engine.totals
+    print("\n".join(speed_lines(len(labels), tokens, seconds, job, ceilings, totals)))
 
 
 def command() -> NoReturn:

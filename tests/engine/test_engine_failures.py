@@ -4,7 +4,7 @@ it goes on.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ from autoregressive.serve.engine.request import Request, RequestState
 TOKENS = 64
 
 
-def make_engine() -> tuple[Engine, FakeRunner]:
-    engine = Engine(
-        tiny_gpt(TOKENS), None, EngineConfig(max_num_seqs=4, page_size=4, num_pages=64), FakeRunner
-    )
+SMALL = EngineConfig(max_num_seqs=4, page_size=4, num_pages=64)
+
+
+def make_engine(config: EngineConfig = SMALL) -> tuple[Engine, FakeRunner]:
+    engine = Engine(tiny_gpt(TOKENS), None, config, FakeRunner)
     assert isinstance(engine.runner, FakeRunner)
     return engine, engine.runner
 
@@ -125,22 +126,83 @@ def test_a_copy_that_fails_on_its_way_fails_its_request_alone(
     assert not engine.wait_for_work(timeout=0)
 
 
+@pytest.mark.parametrize("method", ["fetch", "ready", "result"])
+def test_a_copy_of_lengths_that_fails_fails_what_runs(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Fails if requests whose positions nobody learns are lost, their pages or slots are, or a
+    later request is told of the old failure.
+    """
+    engine, runner = make_engine(replace(SMALL, lookahead=4))
+    runner.right_share = 0.5
+    running = [engine.submit(3, SamplingParams(seed=seed, top_k=0)) for seed in range(2)]
+    waiting = engine.submit(3, SamplingParams(seed=2, top_k=0))
+    engine.step()
+
+    def broken() -> NoReturn:
+        raise RuntimeError("an illegal address")
+
+    def broken_fetch() -> DeviceFuture[Tensor]:
+        damaged: dict[str, Any] = {method: broken}
+        return broken() if method == "fetch" else replace(fetch_lengths(), **damaged)
+
+    fetch_lengths = engine.batch.fetch_lengths
+    monkeypatch.setattr(engine.batch, "fetch_lengths", broken_fetch)
+    with pytest.raises(RuntimeError, match="illegal address"):
+        until_ended(engine, running)
+    monkeypatch.undo()
+    engine.audit()
+    assert set(until_ended(engine, [*running, waiting])) == {*running, waiting}
+    assert {request.state for request in running} == {RequestState.FAILED}
+    assert waiting.codes is not None
+    assert waiting.codes.tolist() == expected_codes(waiting, TOKENS)
+    assert not engine.wait_for_work(timeout=0)
+
+
+def test_a_copy_behind_a_failed_span_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if requests that come after a failure are told of copies that were made before it."""
+    engine, runner = make_engine(replace(SMALL, lookahead=4))
+    arrived = False
+
+    def broken() -> NoReturn:
+        raise RuntimeError("an illegal address")
+
+    monkeypatch.setattr(
+        engine.batch, "fetch_lengths", lambda: DeviceFuture(lambda: arrived, broken)
+    )
+    failing = engine.submit(3, SamplingParams(top_k=0))
+    engine.step()
+
+    def out_of_memory(passes: int) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    runner.before_span = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    monkeypatch.undo()
+    runner.before_span = lambda passes: None
+    arrived = True
+    later = engine.submit(3, SamplingParams(top_k=0))
+    assert until_ended(engine, [later]) == [failing, later]
+    assert later.state is RequestState.FINISHED
+
+
 def test_of_two_requests_in_a_copy_the_finished_one_stays_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Memory runs out while the second request is given its codes: neither may be lost,
     nor a slot.
     """
-    engine, _ = make_engine()
+    engine, _ = make_engine(replace(SMALL, lookahead="off"))
     first, second = (
         engine.submit(label, SamplingParams(top_k=0, cfg_scale=1.0)) for label in (3, 4)
     )
     finish = engine_module._finish
 
-    def out_of_memory_at_the_second(request: Request, codes: Tensor, failed: Tensor) -> None:
+    def out_of_memory_at_the_second(request: Request, codes: Tensor, slot_state: Tensor) -> None:
         if request is second:
             raise MemoryError("no memory is left")
-        finish(request, codes, failed)
+        finish(request, codes, slot_state)
 
     monkeypatch.setattr(engine_module, "_finish", out_of_memory_at_the_second)
     with pytest.raises(MemoryError):

@@ -87,11 +87,31 @@ class Record:
     def check_forecast(self, steps: int) -> None:
         """Called with the pages of a span allocated, before it runs."""
         scheduler = self.engine.scheduler
+        for image in scheduler.images:
+            covered = [len(row.pages) * self.engine.shape.page_size for row in image.rows]
+            assert covered[0] >= image.limit
         in_use = {
             page for running in scheduler.running for row in running.rows for page in row.pages
         }
         assert len(in_use) == scheduler.pool.used_pages == scheduler.forecast[steps - 1]
         assert (scheduler.forecast <= scheduler.pool.num_pages).all()
+
+    def check_ends(self, tokens: int = TOKENS) -> None:
+        """Called when nothing is left to do."""
+        assert sorted(request.id for request in self.ended) == [
+            request.id for request in self.asked
+        ]
+        for request in self.asked:
+            if request.state is RequestState.CANCELLED:
+                assert request in self.cancelled
+                assert request.codes is None
+            else:
+                assert request.state is RequestState.FINISHED
+                assert request.codes is not None
+                assert request.codes.tolist() == expected_codes(request, tokens)
+        assert self.engine.scheduler.pool.used_pages == 0
+        assert len(self.engine.scheduler.free_slots) == self.engine.shape.num_slots
+        assert self.engine.scheduler.forecast.sum() == 0
 
 
 def never_fits(params: SamplingParams, config: EngineConfig) -> bool:
@@ -137,18 +157,4 @@ def test_every_request_ends_as_it_should(
                 break
             record.step()
     assert not engine.wait_for_work(timeout=0), "the engine does not come to an end"
-
-    assert sorted(request.id for request in record.ended) == [
-        request.id for request in record.asked
-    ]
-    for request in record.asked:
-        if request.state is RequestState.CANCELLED:
-            assert request in record.cancelled
-            assert request.codes is None
-        else:
-            assert request.state is RequestState.FINISHED
-            assert request.codes is not None
-            assert request.codes.tolist() == expected_codes(request, TOKENS)
-    assert engine.scheduler.pool.used_pages == 0
-    assert len(engine.scheduler.free_slots) == engine.shape.num_slots
-    assert engine.scheduler.forecast.sum() == 0
+    record.check_ends()

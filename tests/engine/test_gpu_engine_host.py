@@ -44,13 +44,14 @@ class ArithmeticRunner:
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Nothing is compiled."""
 
-    def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
-        """As the protocol says."""
+    def run(self, batch: Batch, rows: int, images: int, passes: int, window: int) -> None:
+        """As the protocol says, for windows of one position."""
+        assert window == 1
         self.most_in_flight = max(
             self.most_in_flight, 1 + sum(not span.query() for span in self.spans)
         )
-        self.steps.append(steps)
-        for _ in range(steps):
+        self.steps.append(passes)
+        for _ in range(passes):
             if self.sleep_cycles:
                 torch.cuda._sleep(self.sleep_cycles)
             self._step(batch, rows, images)
@@ -69,7 +70,7 @@ class ArithmeticRunner:
         written = self.pages[tables.clamp(0, len(self.pages) - 1)].flatten(1)
         sums = torch.where(seen, written * self.weights, 0).sum(1)  # [rows]
         self._draw(batch, images, positions, sums)
-        batch.positions[:rows] += 1
+        move_on(batch, rows, 1)
 
     def _draw(self, batch: Batch, images: int, positions: Tensor, sums: Tensor) -> None:
         conditional, unconditional = (
@@ -82,6 +83,12 @@ class ArithmeticRunner:
         )
         drawn = (sums[conditional] + other + keys) % VOCABULARY
         batch.codes[batch.image_slots[:images].long(), positions[conditional]] = drawn.int()
+
+
+def move_on(batch: Batch, rows: int, tokens: int) -> None:
+    """Moves rows and their images to later positions."""
+    batch.positions[:rows] += tokens
+    batch.lengths.index_copy_(0, batch.row_slots[:rows].long(), batch.positions[:rows])
 
 
 @contextmanager
@@ -187,10 +194,10 @@ def test_the_host_is_quick_enough_for_small_steps() -> None:
     """
 
     class IdleRunner(ArithmeticRunner):
-        def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
+        def run(self, batch: Batch, rows: int, images: int, passes: int, window: int) -> None:
             """Only counts."""
-            self.steps.append(steps)
-            batch.positions += steps
+            self.steps.append(passes)
+            move_on(batch, rows, passes)
 
     for rows, most_ms in ((16, 1.0), (512, 20.0)):
         engine = Engine(tiny_gpt(576).cuda(), None, EngineConfig(max_num_seqs=rows), IdleRunner)

@@ -22,8 +22,10 @@ from autoregressive.serve.engine.model_runner import (
     ModelRunner,
     StepBytes,
     page_bytes,
+    pass_sizes,
     row_buckets,
 )
+from kernels.operations import MANY_ROWS
 
 GIB = 2**30
 
@@ -74,6 +76,19 @@ def test_what_steps_take_is_known_before(
         counts = range(1, rows + 1) if config.enforce_eager else row_buckets(rows)
         assert held_bytes(ModelRunner(gpt, shape, 1, config), counts) == forecast.scratch
         assert forecast.gathered == 0  # the kernel runs
+
+
+@pytest.mark.parametrize("window", range(1, 65))
+def test_padding_does_not_change_the_order_of_sums(window: int) -> None:
+    """Fails if a pass of few positions is padded to so many that a library computes its products:
+    its tokens would not be those of one token a pass.
+    """
+    config = EngineConfig(lookahead=window)
+    shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
+    with gpt_on_a_gpu(torch.bfloat16) as gpt:
+        sizes = pass_sizes(config, shape, gpt.output.weight.device)
+    for rows in range(1, MANY_ROWS // window + 1):
+        assert min(count for count, _ in sizes if count >= rows) * window <= MANY_ROWS
 
 
 def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:

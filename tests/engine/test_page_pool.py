@@ -3,7 +3,7 @@
 import pytest
 
 from autoregressive.serve.engine.memory import pages_that_fit
-from autoregressive.serve.engine.scheduler import PagePool
+from autoregressive.serve.engine.page_pool import PagePool
 
 GIB = 2**30
 

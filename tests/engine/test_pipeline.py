@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_a_mistake_is_a_value_error(
         ("missing.pt", {}, "there is no such file or folder"),
         ("GPT-XL", {}, "there are no trained weights for GPT-XL"),
         ("GPT-XL", {"devise": "cpu"}, "there is no option devise: did you mean device?"),
+        ("GPT-demo", {"lookahead": 4}, "lookahead is a setting of the engine: give engine=Engine"),
         ("GPT-demo", {"image_size": 300}, "image_size 300: must be 128 for GPT-demo"),
         ("GPT-demo", {"device": "gpu"}, "device gpu: must be cpu, cuda or cuda:N"),
         (
@@ -160,6 +162,21 @@ def test_a_checkpoint_is_loaded_by_its_path() -> None:
     pipe = Pipeline.from_pretrained(path, device="cpu", engine=engine)
     assert pipe.model.gpt_model == "GPT-demo"
     assert len(pipe.classes) == 64
+
+
+def test_lookahead_draws_the_same_images_in_fewer_passes(pipe: Pipeline) -> None:
+    """Fails if the setting does not reach the engine, or changes what is drawn."""
+    plain, ahead = (
+        Pipeline.from_pretrained(
+            "GPT-demo", device="cpu", engine=replace(pipe.config, lookahead=setting)
+        )
+        for setting in ("off", 8)
+    )
+    params = pipe.defaults.updated(seed=7)
+    drawn = [one.draw([7], params, progress=False) for one in (plain, ahead)]
+    assert torch.equal(*drawn)
+    assert 0 < ahead.engine.totals.passes < 256
+    assert ahead.engine.totals.accepted >= 256 - ahead.engine.totals.passes
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -2,14 +2,18 @@
 as it goes.
 
 A row "writes its KV" into its pages and "attends" to all of it, so that a page shared, lost or
-moved changes the codes. On the CPU only.
+moved changes the codes. It computes windows as the device does. On the CPU only.
 """
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
@@ -53,24 +57,34 @@ def drawn_code(
     return hash((params, image_index, tuple(conditional), tuple(unconditional or ()))) % VOCABULARY
 
 
+@lru_cache(maxsize=4096)
+def codes_alone(
+    label: int, numbers: tuple[float, ...], image_index: int, guided_steps: int, tokens: int
+) -> tuple[int, ...]:
+    """The codes of one image, drawn one after the other; knows no page and no batch."""
+    codes: list[int] = []
+    conditional: list[int] = []
+    unconditional: list[int] = []
+    for position in range(tokens):
+        newest = codes[-1] if codes else -1
+        conditional.append(key_value(label, position, newest))
+        unconditional.append(key_value(CLASSES, position, newest))
+        other = unconditional if position < guided_steps else None
+        codes.append(drawn_code(numbers, image_index, conditional, other))
+    return tuple(codes)
+
+
 def expected_codes(request: Request, tokens: int) -> list[list[int]]:
-    """What a request's images must be, whatever ran beside them; knows no page and no batch."""
-    params, images = request.params, []
-    numbers = draw_numbers(params)
-    for index in range(request.first_image, request.first_image + params.n):
-        codes: list[int] = []
-        conditional: list[int] = []
-        unconditional: list[int] = []
-        for position in range(tokens):
-            newest = codes[-1] if codes else -1
-            conditional.append(key_value(request.class_label, position, newest))
-            unconditional.append(key_value(CLASSES, position, newest))
-            guided = params.cfg_scale > 1 and (
-                params.cfg_interval < 0 or position <= params.cfg_interval + 1
-            )
-            codes.append(drawn_code(numbers, index, conditional, unconditional if guided else None))
-        images.append(codes)
-    return images
+    """What a request's images must be, whatever ran beside them and however large the windows."""
+    params = request.params
+    guided = [
+        params.cfg_scale > 1 and (params.cfg_interval < 0 or position <= params.cfg_interval + 1)
+        for position in range(tokens)
+    ]
+    return [
+        list(codes_alone(request.class_label, draw_numbers(params), index, sum(guided), tokens))
+        for index in range(request.first_image, request.first_image + params.n)
+    ]
 
 
 def draw_numbers(params: SamplingParams) -> tuple[float, ...]:
@@ -89,11 +103,15 @@ class FakeRunner:
     ) -> None:
         self.shape, self.config = shape, config
         self.pages = np.full((num_pages, shape.page_size), -12345, dtype=np.int64)  # poison
-        self.spans: list[int] = []
+        self.spans: list[int] = []  # passes
+        self.windows: list[int] = []  # of the spans
         self.step_seconds = 0.0
-        # (seed, image index, step) whose logits are NaN
+        # (seed, image index, position) whose logits are NaN
         self.fails: set[tuple[int, int, int]] = set()
-        self.before_span: Callable[[int], None] = lambda steps: None
+        self.before_span: Callable[[int], None] = lambda passes: None
+        # share of the guesses that an oracle puts right before each pass; None: there is no oracle
+        self.right_share: float | None = None
+        self.random = random.Random(0)
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Nothing is compiled; the batch must be empty."""
@@ -101,20 +119,30 @@ class FakeRunner:
         if progress is not None:
             progress(1, 1)
 
-    def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
+    def run(self, batch: Batch, rows: int, images: int, passes: int, window: int) -> None:
         """As the protocol says."""
-        assert steps > 0
-        self.before_span(steps)
-        self.spans.append(steps)
+        assert passes > 0
+        assert window > 0
+        self.before_span(passes)
+        self.spans.append(passes)
+        self.windows.append(window)
         self._check_padding(batch, rows, images)
-        for _ in range(steps):
+        self._check_pages(batch, rows)
+        drawn = [self._image(batch, image) for image in range(images)]
+        for _ in range(passes):
             time.sleep(self.step_seconds)
-            self._check_pages(batch, rows)
-            self._step(batch, rows, images)
+            for image in drawn:
+                if self.right_share is not None:
+                    self._guess(batch, image, window, self.right_share)
+                self._pass(batch, image, window)
 
     def _check_padding(self, batch: Batch, rows: int, images: int) -> None:
+        slots = batch.row_slots.long()
+        assert (batch.positions == batch.lengths[slots]).all()
         assert (batch.positions[:rows] >= 0).all()
         assert (batch.positions[rows:] == -1).all()
+        assert (batch.limits[rows:] == 0).all()
+        assert (slots[rows:] == self.shape.num_slots).all()
         assert (batch.conditional_rows[images:] == -1).all()
         of_images = first_ints(batch.conditional_rows, images) + [
             r for r in first_ints(batch.unconditional_rows, images) if r >= 0
@@ -127,45 +155,106 @@ class FakeRunner:
         assert all(0 <= page < len(self.pages) for page in held)
 
     def _pages_of(self, batch: Batch, row: int) -> list[int]:
-        return first_ints(
-            batch.page_table[row], int(batch.positions[row]) // self.shape.page_size + 1
+        return first_ints(batch.page_table[row], -(-int(batch.limits[row]) // self.shape.page_size))
+
+    def _image(self, batch: Batch, image: int) -> "_Image":
+        pair = [int(batch.conditional_rows[image]), int(batch.unconditional_rows[image])]
+        floats = (batch.guidance_scales, batch.temperatures, batch.top_ps)
+        seed = int(batch.seeds[image])
+        return _Image(
+            slot=int(batch.image_slots[image]),
+            index=int(batch.image_indices[image]),
+            seed=seed,
+            numbers=(*(float(values[image]) for values in floats), int(batch.top_ks[image]), seed),
+            guided_steps=int(batch.guided_steps[image]),
+            rows=[
+                _Row(
+                    row,
+                    int(batch.labels[row]),
+                    int(batch.limits[row]),
+                    self._pages_of(batch, row),
+                    batch.codes[int(batch.row_slots[row])].numpy(),
+                )
+                for row in pair
+                if row >= 0
+            ],
         )
 
-    def _step(self, batch: Batch, rows: int, images: int) -> None:
-        contexts = []
-        for row in range(rows):
-            position = int(batch.positions[row])
-            pages = self._pages_of(batch, row)
-            newest = int(batch.codes[int(batch.row_slots[row]), position - 1]) if position else -1
-            self.pages[pages[-1], position % self.shape.page_size] = key_value(
-                int(batch.labels[row]), position, newest
-            )
-            contexts.append(self.pages[pages].flatten()[: position + 1].tolist())
-        for image in range(images):
-            conditional, unconditional = (
-                int(batch.conditional_rows[image]),
-                int(batch.unconditional_rows[image]),
-            )
-            slot, position = int(batch.image_slots[image]), int(batch.positions[conditional])
-            floats = (batch.guidance_scales, batch.temperatures, batch.top_ps)
-            numbers = (
-                *(float(values[image]) for values in floats),
-                int(batch.top_ks[image]),
-                int(batch.seeds[image]),
-            )
-            index = int(batch.image_indices[image])
-            if (int(batch.seeds[image]), index, position) in self.fails:
-                batch.failed[slot] = 1
-            attended = contexts[unconditional] if unconditional >= 0 else None
-            batch.codes[slot, position] = drawn_code(
-                numbers, index, contexts[conditional], attended
-            )
-        batch.positions[:rows] += 1
+    def _guess(self, batch: Batch, image: "_Image", window: int, right_share: float) -> None:
+        """Puts guesses where the next pass looks for them."""
+        label, position = image.rows[0].label, int(batch.lengths[image.slot])
+        end = min(position + window - 1, self.shape.tokens)
+        true = codes_alone(
+            label, image.numbers, image.index, image.guided_steps, self.shape.tokens
+        )[position:end]
+        guesses = [
+            code if self.random.random() < right_share else (code + 1) % VOCABULARY for code in true
+        ]
+        batch.codes[image.slot].numpy()[position:end] = guesses
+
+    def _pass(self, batch: Batch, image: "_Image", window: int) -> None:
+        """Draws a window's codes of one image, and keeps those up to and including the first behind
+        a wrong guess.
+        """
+        slot, begin = image.slot, int(batch.positions[image.rows[0].row])
+        count = min(window, image.rows[0].limit - begin)
+        if count <= 0:
+            return
+        contexts = [self._attend(row, begin, window) for row in image.rows]
+        drawn = []
+        for at in range(begin, begin + count):
+            other = contexts[1][: at + 1] if at < image.guided_steps else None
+            assert other is None or len(other) == at + 1, "an unconditional row has no page"
+            drawn.append(drawn_code(image.numbers, image.index, contexts[0][: at + 1], other))
+        codes = batch.codes[slot].numpy()[begin : begin + count]
+        guesses = codes.tolist()
+        kept = 1
+        while kept < count and drawn[kept - 1] == guesses[kept - 1]:
+            kept += 1
+        codes[:] = drawn
+        kept_positions = range(begin, begin + kept)
+        if self.fails and any((image.seed, image.index, at) in self.fails for at in kept_positions):
+            batch.failed[slot] = 1
+        batch.slot_state[:, slot] += torch.tensor([kept, 0, count - 1, kept - 1])
+        for row in image.rows:
+            batch.positions[row.row] += kept
+
+    def _attend(self, row: "_Row", begin: int, window: int) -> list[int]:
+        """Writes a row's window, and returns what it has written from its start on."""
+        end = min(begin + window, row.limit)
+        for at in range(begin, end):
+            newest = int(row.codes[at - 1]) if at else -1
+            page = row.pages[at // self.shape.page_size]
+            self.pages[page, at % self.shape.page_size] = key_value(row.label, at, newest)
+        return self.pages[row.pages].flatten()[: max(begin, end)].tolist()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the device has of a row, but for its position."""
+
+    row: int
+    label: int
+    limit: int
+    pages: list[int]
+    codes: np.ndarray  # of its image
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What the device has of an image."""
+
+    slot: int
+    index: int
+    seed: int
+    numbers: tuple[float, ...]
+    guided_steps: int
+    rows: list[_Row]
 
 
 class LateCopies:
-    """Stands in for `Batch.fetch`: copies arrive after `delay` questions, and read the device's
-    memory as late as that.
+    """Stands in for `Batch.fetch` and `Batch.fetch_lengths`: copies arrive after `delay` questions.
+    Codes are read from the device's memory as late as that, because nobody else may have them.
     """
 
     def __init__(self, batch: Batch, delay: int) -> None:
@@ -173,11 +262,20 @@ class LateCopies:
 
     def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
         """As `Batch.fetch`."""
-        questions = itertools.count()
+        index = list(slots)
         return DeviceFuture(
-            lambda: next(questions) >= self.delay,
-            lambda: (self.batch.codes[list(slots)], self.batch.failed[list(slots)]),
+            self._questions(),
+            lambda: (self.batch.codes[index], self.batch.slot_state[:, index]),
         )
+
+    def fetch_lengths(self) -> DeviceFuture[Tensor]:
+        """As `Batch.fetch_lengths`."""
+        lengths = self.batch.lengths.clone()
+        return DeviceFuture(self._questions(), lambda: lengths)
+
+    def _questions(self) -> Callable[[], bool]:
+        questions = itertools.count()
+        return lambda: next(questions) >= self.delay
 
 
 def first_ints(values: Tensor, count: int) -> list[int]:

@@ -81,6 +81,8 @@ class Faults:
     def before_span(self, runner: FakeRunner) -> None:
         """In the engine's process."""
         runner.step_seconds = float(self.get("step_seconds") or 0)
+        if (share := self.get("right_share")) is not None:  # of the guesses
+            runner.right_share = float(share)
         if self.get("die") is not None:
             os._exit(9)
         if self.get("segfault") is not None:

@@ -55,6 +55,7 @@ class TeacherForced:
         ]
         batch.labels[: self.rows] = torch.tensor(of_rows, dtype=torch.int32)
         batch.row_slots[: self.rows] = torch.arange(self.rows) // 2
+        batch.limits[: self.rows] = runner.shape.tokens
         batch.page_table[: self.rows] = torch.arange(self.rows * runner.shape.pages_per_row).view(
             self.rows, -1
         )
@@ -68,7 +69,7 @@ class TeacherForced:
             position: of all images, or [images], each one's own.
         """
         self.batch.positions[: self.rows].view(-1, 2).T[:] = position
-        self.runner.run(self.batch, self.rows, self.rows, 1)
+        self.runner.run(self.batch, self.rows, self.rows, passes=1, window=1)
         return self.runner.layers_for(self.rows).logits.view(self.rows // 2, 2, -1).clone()
 
     def guided_logits(self, position: int | Tensor, scale: float) -> Tensor:

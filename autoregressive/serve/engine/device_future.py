@@ -108,6 +108,16 @@ class _Span:
     ended: DeviceEvent
     steps: int
     rows: int
+    window: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step has taken."""
+
+    seconds: float
+    rows: int
+    window: int  # positions of each row
 
 
 class StepLimiter:
@@ -125,28 +135,32 @@ class StepLimiter:
         self._most_steps = _CANCEL_STEPS // self._most_in_flight
         self._most_seconds = _CANCEL_SECONDS / self._most_in_flight
         self._in_flight: deque[_Span] = deque()
-        self._measured: tuple[float, int] | None = None  # seconds of a step, and its rows
+        self._measured: StepTime | None = None
 
-    def span_limit(self, rows: int) -> int:
+    def span_limit(self, rows: int, window: int = 1) -> int:
         """Steps that the next span may have; 1 while no step has been measured."""
         if self._measured is None:
             return 1
-        seconds, measured_rows = self._measured
-        # A step's time grows at most in proportion to its rows, so a batch that has just grown is
-        # not underestimated.
-        seconds *= max(1.0, rows / measured_rows)
+        # A step's time grows at most in proportion to its positions, so a batch that has just grown
+        # is not underestimated.
+        measured_positions = self._measured.rows * self._measured.window
+        seconds = self._measured.seconds * max(1.0, rows * window / measured_positions)
         return max(1, min(self._most_steps, int(self._most_seconds / max(seconds, 1e-9))))
 
     def begin(self) -> DeviceEvent:
         """To be called before a span is enqueued. Returns what `end` takes."""
         return DeviceEvent(self._device, timed=True)
 
-    def end(self, begun: DeviceEvent, steps: int, rows: int) -> None:
+    def end(self, begun: DeviceEvent, steps: int, rows: int, window: int = 1) -> StepTime | None:
         """To be called after a span is enqueued. On a GPU it waits until the span before has
-        ended.
+        ended. Returns how long a step of the span that has ended has taken.
         """
-        self._in_flight.append(_Span(begun, DeviceEvent(self._device, timed=True), steps, rows))
-        if len(self._in_flight) == self._most_in_flight:
-            span = self._in_flight.popleft()
-            span.ended.synchronize()
-            self._measured = (span.begun.seconds_until(span.ended) / span.steps, span.rows)
+        ended = DeviceEvent(self._device, timed=True)
+        self._in_flight.append(_Span(begun, ended, steps, rows, window))
+        if len(self._in_flight) < self._most_in_flight:
+            return None
+        span = self._in_flight.popleft()
+        span.ended.synchronize()
+        seconds = span.begun.seconds_until(span.ended) / span.steps
+        self._measured = StepTime(seconds, span.rows, span.window)
+        return self._measured

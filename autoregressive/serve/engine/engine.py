@@ -20,8 +20,8 @@ called by any. In ten lines:
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from operator import itemgetter
@@ -38,10 +38,11 @@ from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, uploade
 from autoregressive.serve.engine.device_future import DeviceFuture, StepLimiter
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
-from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
+from autoregressive.serve.engine.model_runner import ModelRunner, make_lookahead, pass_sizes
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from autoregressive.serve.engine.span_log import SpanLog
 from tokenizer.tokenizer_image.vq_model import VQModel
 
 # transformer, shape of the batch, pages of the pool, config -> what runs the steps and owns the
@@ -50,8 +51,8 @@ RunnerFactory = Callable[[Transformer, BatchShape, int, EngineConfig], Runner]
 
 
 class Engine:
-    """Runs any number of requests beside each other, a token of each row a step. `step` does all
-    the work.
+    """Runs any number of requests beside each other, a token of each image a pass, or more with
+    lookahead. `step` does all the work.
 
     Args:
         gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the
@@ -64,6 +65,9 @@ class Engine:
     Raises:
         UserError: memory does not hold the pages, or the attention backend does not run on the
             device.
+
+    Attributes:
+        totals: what it has done so far.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class Engine:
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
             graphs_of_steps = (
-                len(row_buckets(shape.max_rows)) if config.uses_graphs(self.device) else 0
+                len(pass_sizes(config, shape, self.device))
+                if config.uses_graphs(self.device)
+                else 0
             )
             tell = on_progress or (lambda done, total: None)
             self.decoder = None
@@ -112,7 +118,9 @@ class Engine:
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),
             )
         self._step_limiter = StepLimiter(self.device)
-        # requests whose last step is on the device, with their codes and failures
+        self._lookahead, self._span_log = make_lookahead(config, self.device), SpanLog()
+        self.totals = EngineTotals()
+        # requests whose last pass is on the device, with their codes and slot state
         self._arriving: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]]]] = deque()
         self._ids = itertools.count()
         self._ended: list[Request] = []  # since the last call of `step` that returned
@@ -171,7 +179,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Runs one span: several steps of every running request.
+        """Runs one span: several passes of every running request.
 
         Returns:
             The requests that have ended since the last call: finished, failed or cancelled.
@@ -183,13 +191,13 @@ class Engine:
         """
         with self._on_device():
             self._ended += self._drain_commands()
-            try:
-                steps, complete = self._run_span()
-            except BaseException as error:  # out of memory, say; or Ctrl-C in the middle
-                self._fail(self.scheduler.abandon(), error)
-                raise
+            with self._abandoning_on_error():
+                complete = self._learn()
             self._retire(complete)
-            self._take_arrived(wait=steps == 0)
+            with self._abandoning_on_error():
+                passes, complete = self._run_span()
+            self._retire(complete)
+            self._take_arrived(wait=passes == 0)
             ended, self._ended = self._ended, []
             return ended
 
@@ -259,13 +267,14 @@ class Engine:
         """
         wanted = set(requests)
         drawn = [each for each in self.scheduler.running if each in wanted and each.steps > 0]
-        steps = [request.steps for request in drawn]
         with self._on_device():
             fetched = self.batch.fetch([slot for request in drawn for slot in request.slots])
 
         def partial(fetched: tuple[Tensor, ...]) -> list[PartialCodes]:
-            codes = fetched[0].split([request.params.n for request in drawn])
-            return list(map(PartialCodes, drawn, steps, codes))
+            counts = [request.params.n for request in drawn]
+            codes, slot_state = fetched
+            steps = [int(lengths.min()) for lengths in slot_state[0].split(counts)]
+            return list(map(PartialCodes, drawn, steps, codes.split(counts)))
 
         return fetched.then(partial)
 
@@ -306,29 +315,57 @@ class Engine:
             request.state = RequestState.CANCELLED
         return ended
 
+    @contextmanager
+    def _abandoning_on_error(self) -> Iterator[None]:
+        """Ends the running requests if the device cannot go on with them."""
+        try:
+            yield
+        except BaseException as error:  # out of memory, say; or Ctrl-C in the middle
+            self._span_log.clear()
+            self._fail(self.scheduler.abandon(), error)
+            raise
+
+    def _learn(self) -> list[Request]:
+        """Takes over what has arrived of the images' positions. Returns the requests that are
+        complete by that.
+        """
+        arrival = self._span_log.take()
+        if arrival is None:
+            return []
+        if arrival.kept is not None:
+            self._lookahead.observe_kept(*arrival.kept)
+        return self.scheduler.learn(arrival.bounds)
+
     def _run_span(self) -> tuple[int, list[Request]]:
-        """Admits, plans, and gives the device several steps of every running request.
+        """Admits, plans, and gives the device several passes of every running request.
 
         Returns:
-            How many steps, 0 if nothing runs, and the requests whose last step is among them.
+            How many passes, 0 if nothing runs, and the requests that are complete with them.
         """
         scheduler, batch = self.scheduler, self.batch
         scheduler.admit()
         images = scheduler.images
         rows = [row for image in images for row in image.rows]
-        steps = scheduler.plan_span(self._step_limiter.span_limit(len(rows)))
-        if steps == 0:
+        window = self._lookahead.window(len(rows))
+        passes = scheduler.plan_span(self._step_limiter.span_limit(len(rows), window), window)
+        if passes == 0:
             return 0, []
-        scheduler.allocate(steps)
+        scheduler.allocate(passes, window)
         if scheduler.take_changed():
             batch.load(rows, images)
+        else:
+            batch.upload_limits(rows, images)
         begun = self._step_limiter.begin()
-        self.runner.run(batch, len(rows), len(images), steps)
-        self._step_limiter.end(begun, steps, len(rows))
-        return steps, scheduler.advance(steps)
+        self.runner.run(batch, len(rows), len(images), passes, window)
+        time = self._step_limiter.end(begun, passes, len(rows), window)
+        if time is not None:
+            self._lookahead.observe_seconds(time.rows, time.window, time.seconds)
+        self.totals.passes += passes
+        self._span_log.note(images, passes, window, batch.fetch_lengths)
+        return passes, scheduler.advance(passes)
 
     def _retire(self, ended: list[Request]) -> None:
-        """Begins to fetch the codes of requests whose last step is on the device.
+        """Begins to fetch the codes of requests whose last pass is on the device.
 
         They are gathered on the device and copied to pinned memory behind the span, and nothing
         waits: a CUDA event tells when they are there. Their slots stay taken until then.
@@ -370,9 +407,9 @@ class Engine:
                 finished = [request for request in ended if request.codes is not None]
                 if decoder is not None and finished:
                     pixels |= self._decode(decoder, finished)
-                drawn += sum(request.params.n * request.steps for request in ended)
+                drawn += sum(request.tokens for request in ended)
                 running = [each for each in self.scheduler.running if each in pending]
-                drawing = sum(request.params.n * request.steps for request in running)
+                drawing = sum(request.tokens for request in running)
                 bar.update(drawn + drawing - bar.n)
         return pixels
 
@@ -399,11 +436,14 @@ class Engine:
             try:
                 if not wait and not fetched.ready():
                     return
-                codes, failed = fetched.result()
+                codes, slot_state = fetched.result()
                 counts = [request.params.n for request in ended]
-                parts = zip(ended, codes.split(counts), failed.split(counts), strict=True)
-                for request, codes_of_request, failed_of_request in parts:
-                    _finish(request, codes_of_request, failed_of_request)
+                states = slot_state.split(counts, dim=1)
+                parts = zip(ended, codes.split(counts), states, strict=True)
+                for request, codes_of_request, state_of_request in parts:
+                    _finish(request, codes_of_request, state_of_request)
+                    self.totals.drafted += request.drafted
+                    self.totals.accepted += request.accepted
             except BaseException as error:  # what a kernel did wrong may show only here
                 self._leave(ended)
                 self._fail([request for request in ended if not request.ended], error)
@@ -420,17 +460,32 @@ class Engine:
         self._ended += [request for request in ended if request.ended]
 
 
+@dataclass
+class EngineTotals:
+    """What an engine has done since it was built."""
+
+    passes: int = 0  # that the device was given
+    # of requests whose codes have arrived, over all their images, as `Request` has them
+    drafted: int = 0
+    accepted: int = 0
+
+
 @dataclass(frozen=True)
 class PartialCodes:
     """Codes of a request whose images are still being drawn."""
 
     request: Request
-    steps: int  # tokens of each image that are drawn; what lies behind is of no meaning
+    steps: int  # tokens that each image has at least; what lies behind is of no meaning
     codes: Tensor  # int32 [n, tokens] on the CPU
 
 
-def _finish(request: Request, codes: Tensor, failed: Tensor) -> None:
-    """Gives a request its codes [n, tokens], or its error if one of its images failed [n]."""
+def _finish(request: Request, codes: Tensor, slot_state: Tensor) -> None:
+    """Gives a request its codes [n, tokens], or its error if one of its images failed, by the state
+    of their slots [4, n].
+    """
+    lengths, failed, drafted, accepted = slot_state
+    assert (lengths == codes.shape[1]).all(), "an image has not all of its tokens"
+    request.drafted, request.accepted = int(drafted.sum()), int(accepted.sum())
     failures = failed.nonzero().flatten().tolist()
     if failures:
         request.error = (

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SchedulingPolicy = Literal["fcfs", "fair"]
 SCHEDULING_POLICIES: tuple[SchedulingPolicy, ...] = get_args(SchedulingPolicy)
+LookaheadSetting = Literal["auto", "off"] | int
+MOST_LOOKAHEAD = 64
 # Rows are an axis of the kernels' grids; page numbers are int32.
 _MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
 
@@ -37,6 +39,9 @@ class EngineConfig:
     deterministic: bool = False
     # "fcfs": first come, first served; "fair": an equal share for each client that waits
     scheduling_policy: SchedulingPolicy = "fcfs"
+    # Positions of an image that one pass computes: more than one takes fewer passes for the same
+    # tokens. "off" is 1, and "auto" a number that suits the rows that run.
+    lookahead: LookaheadSetting = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -58,6 +63,14 @@ class EngineConfig:
             chosen = getattr(self, name)
             if chosen not in choices:
                 raise SettingError(name, chosen, f"must be one of {', '.join(choices)}")
+        window = self.lookahead
+        if window not in ("auto", "off") and not (
+            isinstance(window, Integral)
+            and not isinstance(window, bool)
+            and 1 <= window <= MOST_LOOKAHEAD
+        ):
+            told = f"must be auto, off or a whole number, 1 (off) to {MOST_LOOKAHEAD}"
+            raise SettingError("lookahead", window, told)
 
     def uses_graphs(self, device: "torch.device") -> bool:
         """Whether steps are captured as CUDA graphs."""

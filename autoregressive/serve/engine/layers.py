@@ -1,4 +1,7 @@
-"""The ways to carry out a step's layers: one class each, for one number of rows.
+"""The ways to carry out a pass's layers: one class each, for one number of rows.
+
+A pass feeds each sequence its newest token and, in a window of more than one, guesses behind it.
+Each of them is a row: row r is new token r % window of sequence r // window.
 
 `LayersFactory.kind` chooses the class, and nothing else asks which one it is. A new way to carry
 out a step is one more class here and one line there. The engine, the tuner and the benchmarks run
@@ -90,9 +93,11 @@ class ModelWeights:
 
 
 class Layers(ABC):
-    """Carries out a step from its embeddings to its logits, for one number of rows.
+    """Carries out a pass from its embeddings to its logits, for one number of rows.
 
     Args:
+        sequences: of the pass.
+        window: new tokens of a sequence.
         config: the model's shape.
         dtype: of its weights.
         operations: what the device runs. Each operation has the name of its kernel: `linear` is
@@ -108,9 +113,16 @@ class Layers(ABC):
     headroom = 1.0  # scales what the products norm themselves, so that fp16 holds it
 
     def __init__(
-        self, config: GPTConfig, dtype: torch.dtype, operations: Operations, rows: int, empty: Empty
+        self,
+        config: GPTConfig,
+        dtype: torch.dtype,
+        operations: Operations,
+        sequences: int,
+        window: int,
+        empty: Empty,
     ) -> None:
-        self.config, self.dtype, self.operations, self.rows = config, dtype, operations, rows
+        self.config, self.dtype, self.operations = config, dtype, operations
+        self.sequences, self.rows = sequences, (rows := sequences * window)
         width, heads = config.dim, config.n_head
         chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
@@ -120,6 +132,7 @@ class Layers(ABC):
         self.attn_out = empty("attn_out", (rows, width), dtype)
         self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
+        self.verdicts = empty("verdicts", (rows,), torch.int32)
         self._allocate(empty, width, config.ffn_dim)
 
     @abstractmethod
@@ -127,7 +140,7 @@ class Layers(ABC):
         """Asks for the scratch memory that only this way needs."""
 
     def run(self, weights: ModelWeights, kv_pages: Tensor, batch: Batch) -> Tensor:
-        """Feeds each row's newest token.
+        """Feeds the new tokens of every sequence.
 
         Args:
             kv_pages: [layers, 2, pages, heads, page_size, stride of a head].
@@ -158,9 +171,10 @@ class Layers(ABC):
         """
         self.operations.embed(
             batch.codes,
-            batch.row_slots[: self.rows],
-            batch.positions[: self.rows],
-            batch.labels[: self.rows],
+            batch.row_slots[: self.sequences],
+            batch.positions[: self.sequences],
+            batch.limits[: self.sequences],
+            batch.labels[: self.sequences],
             tokens,
             classes,
             next_norm,
@@ -187,7 +201,7 @@ class Layers(ABC):
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
     def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
-        """Writes the newest keys and values to their pages, and `attn_out`.
+        """Writes the new tokens' keys and values to their pages, and `attn_out`.
 
         One kernel attends within each chunk of the context, and another combines the chunks.
         """
@@ -197,8 +211,9 @@ class Layers(ABC):
             rotary,
             key_pages,
             value_pages,
-            batch.page_table[: self.rows],
-            batch.positions[: self.rows],
+            batch.page_table[: self.sequences],
+            batch.positions[: self.sequences],
+            batch.limits[: self.sequences],
             self.chunk_out,
             self.chunk_stats,
             self.attn_out,
@@ -365,13 +380,14 @@ class LayersFactory:
             return LibraryLayers
         return PlainLayers if self.operations.fused is None else FusedLayers
 
-    def make(self, rows: int, empty: Empty) -> Layers:
-        """The layers for so many rows, in memory that `empty` gives."""
-        return self.kind(rows)(self.config, self.dtype, self.operations, rows, empty)
+    def make(self, sequences: int, window: int, empty: Empty) -> Layers:
+        """The layers for passes of one size, in memory that `empty` gives."""
+        kind = self.kind(sequences * window)
+        return kind(self.config, self.dtype, self.operations, sequences, window, empty)
 
-    def plan(self, sizes: list[int]) -> ScratchPlan:
-        """The memory that the layers for all of these numbers of rows share."""
+    def plan(self, sizes: list[tuple[int, int]]) -> ScratchPlan:
+        """The memory that the layers for all of these sequences and windows share."""
         plan = ScratchPlan()
-        for rows in sizes:
-            self.make(rows, plan.count)
+        for sequences, window in sizes:
+            self.make(sequences, window, plan.count)
         return plan

@@ -1,9 +1,9 @@
-"""Runs a transformer's steps over a batch: the layers' operations in order, captured as one CUDA
-graph for each number of rows.
+"""Runs a transformer's passes over a batch: the layers' operations in order, captured as one CUDA
+graph for each number of sequences and each window.
 
-A step reads the batch's device-side state and nothing else, so any number of steps can be enqueued
+A pass reads the batch's device-side state and nothing else, so any number of passes can be enqueued
 without the host. Its first operation (`embed`) starts only when everything before it has ended;
-inside a step, kernels overlap (programmatic dependent launch).
+inside a pass, kernels overlap (programmatic dependent launch).
 """
 
 from collections.abc import Callable
@@ -19,9 +19,10 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
+from autoregressive.serve.engine.lookahead import Lookahead
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
-from kernels.operations import Operations, select_operations, triton_runs_on
+from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
 
 
 class ModelRunner:
@@ -47,58 +48,63 @@ class ModelRunner:
         pages = kv_shape(gpt, num_pages, shape.page_size)
         self.kv_pages = torch.zeros(pages, dtype=weight.dtype, device=self.device)
         self._factory = layers_factory(gpt, self.operations, config)
-        plan = self._factory.plan(step_sizes(config, shape, self.device))
+        plan = self._factory.plan(pass_sizes(config, shape, self.device))
         self._scratch = plan.allocate(self.device)
-        self._layers: dict[int, Layers] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # by sequences and window
+        self._layers: dict[tuple[int, int], Layers] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
     @ieee_float32()
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles the kernels and captures a graph for every bucket of rows. Does nothing where
+        """Compiles the kernels and captures a graph for every size of a pass. Does nothing where
         there are no graphs.
 
         Args:
-            batch: empty, all padding: the steps run once for each bucket.
-            progress: called with buckets done and in all.
+            batch: empty, all padding: a pass of each size runs once.
+            progress: called with graphs done and in all.
         """
         if not self.config.uses_graphs(self.device):
             return
-        buckets = row_buckets(self.shape.max_rows)
+        sizes = pass_sizes(self.config, self.shape, self.device)
         pool = torch.cuda.graph_pool_handle()
-        # Largest first: the smaller buckets' graphs then find memory in its pool.
-        for done, rows in enumerate(reversed(buckets)):
-            self._step(batch, rows)
+        # Largest first: the smaller ones' graphs then find memory in its pool.
+        for done, (sequences, window) in enumerate(reversed(sizes)):
+            self._pass(batch, sequences, window)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._step(batch, rows)
-            self._graphs[rows] = graph
+                self._pass(batch, sequences, window)
+            self._graphs[sequences, window] = graph
             if progress is not None:
-                progress(done + 1, len(buckets))
+                progress(done + 1, len(sizes))
 
     @ieee_float32()
-    def run(self, batch: Batch, rows: int, images: int, steps: int) -> None:
-        """Enqueues `steps` steps for the first `rows` rows and `images` images; does not wait for
-        the device.
+    def run(self, batch: Batch, rows: int, images: int, passes: int, window: int) -> None:
+        """Enqueues passes for the first `rows` rows and `images` images; does not wait for the
+        device.
         """
         assert 1 <= images <= rows <= self.shape.max_rows
-        step: Callable[[], None] = partial(self._step, batch, rows)
+        one_pass: Callable[[], None] = partial(self._pass, batch, rows, window)
         if self._graphs:
-            step = self._graphs[min(size for size in self._graphs if size >= rows)].replay
-        for _ in range(steps):
-            step()
+            sizes = [size for size in self._graphs if size[0] >= rows and size[1] == window]
+            one_pass = self._graphs[min(sizes)].replay
+        for _ in range(passes):
+            one_pass()
 
-    def _step(self, batch: Batch, rows: int) -> None:
-        """Draws one token for each image of the first `rows` rows. Padding among them touches no
-        page and no code, so the draw may count an image for every row.
+    def _pass(self, batch: Batch, sequences: int, window: int) -> None:
+        """Draws the tokens of a window for each image of the first sequences. Padding among them
+        touches no page and no code, so the draw may count an image for every sequence.
         """
-        logits = self.layers_for(rows).run(self.weights, self.kv_pages, batch)
+        layers = self.layers_for(sequences, window)
+        logits = layers.run(self.weights, self.kv_pages, batch)
         self.operations.draw_tokens(
             logits,
-            batch.positions,
+            batch.positions[:sequences],
+            batch.limits[:sequences],
             batch.conditional_rows,
             batch.unconditional_rows,
+            batch.guided_steps,
             batch.image_slots,
             batch.guidance_scales,
             batch.temperatures,
@@ -107,15 +113,20 @@ class ModelRunner:
             batch.seeds,
             batch.image_indices,
             batch.codes,
+            batch.lengths,
             batch.failed,
-            images=rows,
+            batch.drafted,
+            batch.accepted,
+            layers.verdicts,
+            images=sequences,
         )
 
-    def layers_for(self, rows: int) -> Layers:
-        """The layers that carry out steps of so many rows."""
-        if rows not in self._layers:
-            self._layers[rows] = self._factory.make(rows, self._scratch)
-        return self._layers[rows]
+    def layers_for(self, sequences: int, window: int = 1) -> Layers:
+        """The layers that carry out passes of one size."""
+        size = sequences, window
+        if size not in self._layers:
+            self._layers[size] = self._factory.make(*size, self._scratch)
+        return self._layers[size]
 
     def make_operations(self, gpt: Transformer) -> Operations:
         """The operations that the device runs.
@@ -140,11 +151,27 @@ def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfi
     return LayersFactory(gpt.config, weight.dtype, operations, library)
 
 
-def step_sizes(config: EngineConfig, shape: BatchShape, device: torch.device) -> list[int]:
-    """The numbers of rows that steps are carried out with."""
+def make_lookahead(config: EngineConfig, device: torch.device) -> Lookahead:
+    """What chooses the windows of passes. "auto" keeps to a token a pass on a GPU that runs torch's
+    operations: there the tokens of a row depend on how many rows there are.
+    """
+    torch_on_gpu = device.type == "cuda" and (
+        config.attention_backend == "torch" or not triton_runs_on(device)
+    )
+    return Lookahead("off" if config.lookahead == "auto" and torch_on_gpu else config.lookahead)
+
+
+def pass_sizes(
+    config: EngineConfig, shape: BatchShape, device: torch.device
+) -> list[tuple[int, int]]:
+    """The numbers of sequences that passes are carried out with, and the windows of each."""
+    counts = set(range(1, shape.max_rows + 1))
+    lookahead = make_lookahead(config, device)
     if config.uses_graphs(device):
-        return row_buckets(shape.max_rows)
-    return list(range(1, shape.max_rows + 1))
+        # Padding must not lead beyond the positions up to which sums have a fixed order.
+        edges = {MANY_ROWS // window for window in lookahead.windows(1)}
+        counts &= {*row_buckets(shape.max_rows), *edges}
+    return [(count, window) for count in sorted(counts) for window in lookahead.windows(count)]
 
 
 def model_operations(
@@ -193,7 +220,7 @@ def page_bytes(gpt: Transformer, page_size: int) -> int:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Memory that the steps of a model take beside its weights and pages."""
+    """Memory that the passes of a model take beside its weights and pages."""
 
     scratch: int
     # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel
@@ -208,7 +235,7 @@ class StepBytes:
             SettingError: the backend does not run on the model's device.
         """
         operations = model_operations(gpt, config, tell=lambda message: None)
-        sizes = step_sizes(config, shape, gpt.output.weight.device)
+        sizes = pass_sizes(config, shape, gpt.output.weight.device)
         scratch = layers_factory(gpt, operations, config).plan(sizes).bytes
         if operations.attention is not attention_reference:
             return cls(scratch, 0)

@@ -1,7 +1,8 @@
 """A request to the engine, with its images and their rows, and the order in which requests start.
 
 A request owns its rows: each of its `n` images has a conditional row and, under guidance, an
-unconditional one. All of them start at the same step and are at the same position ever after.
+unconditional one. All of them start at the same pass. The two rows of an image are at the same
+position ever after. Images may differ, and only the device knows their positions exactly.
 """
 
 from collections import OrderedDict, deque
@@ -30,29 +31,27 @@ class RowState:
 
     label: int  # class, or num_classes for an unconditional row
     slot: int  # of the image that it draws
-    position: int = 0  # of the token that the next step feeds
+    end: int  # position at which it leaves: where its image, or the image's guidance, ends
     # page k holds positions k * page_size and the next page_size - 1
     pages: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class ImageState:
-    """What the host knows about one image of the batch."""
+    """What the host knows about one image of the batch.
+
+    The next pass begins at a position of the image that is at least `position` and at most `limit`.
+    With lookahead off both are equal between two spans. The device does not pass the limit, and the
+    rows have pages for all positions below it.
+    """
 
     params: SamplingParams
     image_index: int  # the draws' key beside the seed
     slot: int  # line of the codes buffer
-    conditional: RowState
-    unconditional: RowState | None  # None without guidance, and after the guidance interval
-
-    @property
-    def rows(self) -> list[RowState]:
-        """One row or two, the conditional one first."""
-        return (
-            [self.conditional]
-            if self.unconditional is None
-            else [self.conditional, self.unconditional]
-        )
+    # in the batch: the conditional one, then the unconditional one; empty when the image has ended
+    rows: list[RowState] = field(default_factory=list)
+    position: int = 0  # tokens that it has at least, once the device has done what it was given
+    limit: int = 0  # tokens that it has then at most
 
 
 @dataclass(eq=False)
@@ -70,18 +69,39 @@ class Request:
     first_image: int = 0  # image k of the request draws with (seed, first_image + k)
     client: str = ""  # whose it is; for the policy "fair"
     state: RequestState = RequestState.WAITING
-    # given to the device so far, out of the tokens of an image; the position of all its rows
-    steps: int = 0
     # in the batch, or waiting for their codes to arrive; empty until the request starts
     images: list[ImageState] = field(default_factory=list, repr=False)
     codes: Tensor | None = None  # int32 [n, tokens] on the CPU
     error: str | None = None
     cause: BaseException | None = None  # of a failure: what was raised, or a `NonFiniteLogitsError`
+    # Set with the codes, over all images: guesses that were tried, and those of them that held.
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen to the request."""
         return self.state in (RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED)
+
+    @property
+    def steps(self) -> int:
+        """Tokens that each of its images has at least, once the device has done what it was
+        given.
+        """
+        return min((image.position for image in self.images), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its images have at least, all together."""
+        return sum(image.position for image in self.images)
+
+    @property
+    def passes(self) -> int:
+        """Passes that its images took, all together, once the codes are there. A pass keeps one
+        token of an image, and one more for each guess that held. So a pass of a finished request
+        kept `tokens / passes` tokens of an image on average.
+        """
+        return self.tokens - self.accepted
 
     @property
     def rows(self) -> list[RowState]:

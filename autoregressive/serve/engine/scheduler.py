@@ -1,22 +1,29 @@
-"""Who runs: admission from the head of a queue by an exact forecast of pages, and the lengths of
-spans.
+"""Who runs: admission from the head of a queue by an exact forecast of pages, the lengths of spans,
+and how far the device may run ahead of what the host knows.
 
-The pages that a request holds at each of its steps are known before it starts (one token a row a
-step; the unconditional row leaves after the guidance interval; all end after the last token). The
-head of the queue is admitted when the sum over all running requests stays within the pool at every
-future step. So a page is always there when it is needed: nothing is ever preempted, and as every
-running request ends, the queue always moves on. Pure host code: no tensor, no device.
+The pages that a request needs at each of its passes are known before it starts, if its images keep
+one token a pass, which is the least (the unconditional row leaves after the guidance interval; all
+end after the last token). The head of the queue is admitted when the sum over all running requests
+stays within the pool at every future pass. So a page is always there when it is needed: nothing is
+ever preempted, and as every running request ends, the queue always moves on.
+
+With lookahead a pass may keep more tokens, and how many is known on the device only. The device
+never passes the limit that an image was granted, and a limit is granted beyond one token a pass
+only where the forecast stays within the pool. Pure host code: no tensor, no device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from autoregressive.errors import Change, SettingName, UserError
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine_config import SchedulingPolicy
+from autoregressive.serve.engine.forecast import page_forecast, page_profile
+from autoregressive.serve.engine.page_pool import PagePool
 from autoregressive.serve.engine.request import (
     ImageState,
     Request,
@@ -24,6 +31,9 @@ from autoregressive.serve.engine.request import (
     RequestState,
     RowState,
 )
+
+# Quarters of what a span could keep at most, which it is granted if the pool allows.
+_QUARTERS = (4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,6 @@ class Limits:
     to_get_more_pages: tuple[str | Change, ...] = (Change("raise", "num_pages"),)
 
 
-def page_profile(params: SamplingParams, tokens: int, page_size: int) -> NDArray[np.int64]:
-    """Pages that a request holds at each of its steps: int64 [tokens]."""
-    step = np.arange(tokens)
-    rows = params.n * np.where(step < params.guided_steps(tokens), 2, 1)
-    return rows * (step // page_size + 1)
-
-
 class Scheduler:
     """Holds the queue, the running requests, their pages and slots, and the forecast. Only the
     engine's thread uses it.
@@ -62,7 +65,8 @@ class Scheduler:
         self.pool = PagePool(limits.num_pages)
         self.waiting = RequestQueue(policy, limits.tokens)
         self.running: list[Request] = []  # in order of admission
-        # [k]: pages that the running requests hold at the k-th step from now
+        # [k]: pages that the running requests hold at the k-th pass from now, if each keeps one
+        # token a pass
         self.forecast: NDArray[np.int64] = np.zeros(limits.tokens, dtype=np.int64)
         self.free_slots = list(range(limits.num_slots - 1, -1, -1))
         self._changed = False
@@ -70,7 +74,7 @@ class Scheduler:
     @property
     def images(self) -> list[ImageState]:
         """The images of the batch, in order of admission."""
-        return [image for request in self.running for image in request.images]
+        return [image for request in self.running for image in request.images if image.rows]
 
     @property
     def num_rows(self) -> int:
@@ -126,33 +130,52 @@ class Scheduler:
             admitted.append(request)
         return admitted
 
-    def plan_span(self, limit: int) -> int:
-        """Steps until the next event (an image or an unconditional row ends), at most `limit`.
+    def plan_span(self, limit: int, window: int = 1) -> int:
+        """Passes until the next event (an image or an unconditional row ends), at most `limit`.
         Returns 0 if nothing runs.
+
+        Images that run ahead may end sooner, so that passes would be wasted: none is planned beyond
+        the earliest possible end of an image, or only one.
+
+        Args:
+            window: positions of an image that a pass computes.
         """
-        steps = limit if self.running else 0
-        for request in self.running:
-            guided_steps = request.params.guided_steps(self.limits.tokens)
-            event = guided_steps if request.steps < guided_steps else self.limits.tokens
-            steps = min(steps, event - request.steps)
-        return steps
+        images = self.images
+        if not images:
+            return 0
+        first_event = min(row.end - image.position for image in images for row in image.rows)
+        earliest_end = -(-min(self.limits.tokens - image.limit for image in images) // window)
+        return min(limit, first_event, max(1, earliest_end))
 
-    def allocate(self, steps: int) -> None:
-        """Takes the pages that every row needs for the next `steps` steps.
+    def allocate(self, passes: int, window: int = 1) -> None:
+        """Grants every image its limit for the next `passes` passes, and takes the pages that its
+        rows need up to there.
 
-        The pages in use only grow between two events (a row ends, or guidance does). So a span
-        holds at most the pages that the forecast has for its last step.
+        A window's worth of positions a pass is granted beyond the limit so far, if the forecast
+        then stays within the pool, or else half or a quarter of them. One token a pass is granted
+        always, because its pages are in the forecast: where no row leaves before the last pass of
+        the span, no row holds more pages at a pass of the span than at the last one. There an image
+        at position `l` holds pages up to `max(limit, l + passes)`, which is its new limit.
         """
-        for request in self.running:
-            pages_per_row = -(-(request.steps + steps) // self.limits.page_size)
-            for row in request.rows:
-                missing = pages_per_row - len(row.pages)
-                if missing > 0:
-                    row.pages += self.pool.allocate(missing)
-                    self._changed = True
-        assert self.pool.used_pages == self.forecast[steps - 1], "the forecast is not what is used"
+        images = self.images
+        positions = [image.position for image in images]
+        least = [max(image.limit, image.position + passes) for image in images]
+        limits = least
+        for quarters in _QUARTERS if window > 1 else ():
+            ahead = [image.limit + window * passes * quarters // 4 for image in images]
+            wished = [min(self.limits.tokens, max(pair)) for pair in zip(ahead, least, strict=True)]
+            if wished == least:
+                break
+            forecast = self._forecast(images, positions, wished)
+            if self._is_as_good(forecast, self.forecast):
+                limits, self.forecast = wished, forecast
+                break
+        for image, limit in zip(images, limits, strict=True):
+            self._set_limit(image, limit)
+        used = self.pool.used_pages
+        assert used == self.forecast[passes - 1], "the forecast is not what is used"
 
-    def advance(self, steps: int) -> list[Request]:
+    def advance(self, passes: int) -> list[Request]:
         """Notes that the span has been given to the device, and frees the pages of what ended with
         it.
 
@@ -162,26 +185,53 @@ class Scheduler:
         Returns:
             The requests whose images are complete; their slots stay taken until `release_slots`.
         """
-        self.forecast[:-steps] = self.forecast[steps:]
-        self.forecast[-steps:] = 0
-        ended = []
-        for request in self.running:
-            request.steps += steps
-            for row in request.rows:
-                row.position = request.steps
-            if request.steps == self.limits.tokens:
-                ended.append(request)
-            elif request.steps == request.params.guided_steps(self.limits.tokens):
-                self._drop_unconditional_rows(request)
-        for request in ended:
-            self._remove(request)
-        return ended
+        self.forecast[:-passes] = self.forecast[passes:]
+        self.forecast[-passes:] = 0
+        for image in self.images:
+            image.position += passes
+            assert image.position <= image.limit
+        return self._drop_ended_rows()
+
+    def learn(self, bounds: Mapping[ImageState, tuple[int, int]]) -> list[Request]:
+        """Takes over what the device has told of positions.
+
+        Limits come down, and images that are complete leave. Other images are noted to be further
+        on only if the forecast from there fits the pool: an image that is ahead of others may need
+        its pages before others have left theirs. Where it does not fit, the old positions stay.
+        They are still true, and limits keep the device from pages that it has not.
+
+        Args:
+            bounds: of running images: the least and the most that the position may be, after all
+                spans that the device was given.
+
+        Returns:
+            As `advance`.
+        """
+        images, tokens = self.images, self.limits.tokens
+        now = [bounds.get(image, (image.position, image.limit)) for image in images]
+        limits = [most for _, most in now]
+        positions = [least for least, _ in now]
+        held_back = [
+            least if least == tokens else image.position
+            for image, (least, _) in zip(images, now, strict=True)
+        ]
+        forecast = self._forecast(images, positions, limits)
+        held_back_forecast = self._forecast(images, held_back, limits)
+        if not self._is_as_good(forecast, held_back_forecast):
+            positions, forecast = held_back, held_back_forecast
+        for image, position, limit in zip(images, positions, limits, strict=True):
+            assert image.position <= position <= limit <= image.limit, "the device goes astray"
+            image.position = position
+            self._set_limit(image, limit)
+        self.forecast = forecast
+        return self._drop_ended_rows()
 
     def cancel(self, request: Request) -> bool:
         """Takes a request out of the queue or the batch and frees all it holds.
 
         Returns:
-            False if it is in neither: it has ended, or all its steps have been given to the device.
+            False if it is in neither: it has ended, or all its passes have been given to the
+            device.
         """
         if self.waiting.remove_request(request):
             return True
@@ -191,8 +241,10 @@ class Scheduler:
         # whatever gets them next.
         self._remove(request)
         self.release_slots(request.slots)
-        profile = page_profile(request.params, self.limits.tokens, self.limits.page_size)
-        self.forecast[: self.limits.tokens - request.steps] -= profile[request.steps :]
+        images = self.images
+        self.forecast = self._forecast(
+            images, [image.position for image in images], [image.limit for image in images]
+        )
         return True
 
     def abandon(self) -> list[Request]:
@@ -223,21 +275,25 @@ class Scheduler:
         assert len(set(held)) == len(held) == self.pool.used_pages, (
             "the rows' pages are not the used ones"
         )
-        assert all(len(row.pages) == -(-row.position // limits.page_size) for row in rows), (
-            "a row has pages too many or too few"
-        )
         assert len(rows) <= limits.max_rows, "more rows than max_rows"
         slots = [slot for request in self.running for slot in request.slots]
         assert len(set(slots)) == len(slots), "two images share a slot"
         assert not set(slots) & set(self.free_slots), "a running image's slot is free"
         expected = np.zeros(limits.tokens, dtype=np.int64)
-        for request in self.running:
-            assert all(row.position == request.steps for row in request.rows)
-            assert (request.steps < request.params.guided_steps(limits.tokens)) == (
-                request.images[0].unconditional is not None
-            )
-            profile = page_profile(request.params, limits.tokens, limits.page_size)
-            expected[: limits.tokens - request.steps] += profile[request.steps :]
+        for image in self.images:
+            ends = {limits.tokens, image.params.guided_steps(limits.tokens)}
+            both = sorted((end for end in ends if end > image.position), reverse=True)
+            if image.params.guided_steps(limits.tokens) == limits.tokens:
+                both *= 2
+            assert [row.end for row in image.rows] == both, "a row has left too early or too late"
+            assert image.position <= image.limit <= limits.tokens
+            at = image.position + np.arange(limits.tokens)
+            for row in image.rows:
+                assert len(row.pages) == self._pages(image.limit, row), (
+                    "a row has pages too many or too few"
+                )
+                needed = np.minimum(np.maximum(image.limit, at + 1), row.end)
+                expected += np.where(at < row.end, -(-needed // limits.page_size), 0)
         assert np.array_equal(expected, self.forecast), (
             "the forecast does not follow from what runs"
         )
@@ -253,83 +309,80 @@ class Scheduler:
         )
 
     def _start(self, request: Request) -> None:
-        params, images = request.params, []
+        params, tokens, images = request.params, self.limits.tokens, []
         for index in range(request.first_image, request.first_image + params.n):
             slot = self.free_slots.pop()
-            unconditional = RowState(self.limits.num_classes, slot) if params.guided else None
-            conditional = RowState(request.class_label, slot)
-            images.append(ImageState(params, index, slot, conditional, unconditional))
+            rows = [RowState(request.class_label, slot, tokens)]
+            if params.guided:
+                rows.append(RowState(self.limits.num_classes, slot, params.guided_steps(tokens)))
+            images.append(ImageState(params, index, slot, rows))
         request.images = images
         self.running.append(request)
         request.state = RequestState.RUNNING
         self._changed = True
 
-    def _drop_unconditional_rows(self, request: Request) -> None:
-        for image in request.images:
-            assert image.unconditional is not None
-            self.pool.free(image.unconditional.pages)
-            image.unconditional = None
-        self._changed = True
+    def _forecast(
+        self, images: Sequence[ImageState], positions: Sequence[int], limits: Sequence[int]
+    ) -> NDArray[np.int64]:
+        return page_forecast(
+            images, self.limits.tokens, self.limits.page_size, positions=positions, limits=limits
+        )
+
+    def _is_as_good(self, forecast: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
+        """Whether a forecast stays within the pool, and lets the head of the queue start as early
+        as another one that does.
+        """
+        if forecast.max() > self.limits.num_pages:
+            return False
+        if not self.waiting:
+            return True
+        params = self.waiting.peek_request().params
+        profile = page_profile(params, self.limits.tokens, self.limits.page_size)
+        return self._earliest_start(forecast, profile) <= self._earliest_start(other, profile)
+
+    def _earliest_start(self, forecast: NDArray[np.int64], profile: NDArray[np.int64]) -> int:
+        """Passes after which a request's pages fit beside a forecast."""
+        tokens, most = self.limits.tokens, self.limits.num_pages
+        if forecast.max() + profile.max() <= most:
+            return 0
+        shifted = sliding_window_view(np.append(forecast, np.zeros_like(forecast)), tokens)
+        return int(((shifted + profile).max(axis=1) <= most).argmax())
+
+    def _pages(self, limit: int, row: RowState) -> int:
+        """How many pages a row has with its image's limit."""
+        return -(-min(limit, row.end) // self.limits.page_size)
+
+    def _set_limit(self, image: ImageState, limit: int) -> None:
+        """Takes the pages that are missing below a limit, and frees those beyond."""
+        image.limit = limit
+        for row in image.rows:
+            pages = self._pages(limit, row)
+            if pages > len(row.pages):
+                row.pages += self.pool.allocate(pages - len(row.pages))
+                self._changed = True
+            self.pool.free(row.pages[pages:])
+            del row.pages[pages:]
+
+    def _drop_ended_rows(self) -> list[Request]:
+        """Frees the pages of rows whose end has come. Returns the requests that have no row any
+        more, and takes them out.
+        """
+        for image in self.images:
+            staying = [row for row in image.rows if image.position < row.end]
+            if len(staying) < len(image.rows):
+                for row in image.rows[len(staying) :]:
+                    self.pool.free(row.pages)
+                image.rows = staying
+                self._changed = True
+        complete = [request for request in self.running if not request.rows]
+        for request in complete:
+            self.running.remove(request)
+        return complete
 
     def _remove(self, request: Request) -> None:
         self.running.remove(request)
-        for row in request.rows:
-            self.pool.free(row.pages)
-            row.pages = []
+        for image in request.images:
+            for row in image.rows:
+                self.pool.free(row.pages)
+            image.rows = []
         self._changed = True
-
-
-class PagePool:
-    """Which pages of the KV cache are taken. The pool deals in page numbers; the memory belongs to
-    the model runner.
-
-    Every page is either free or used, never both: `free_pages + used_pages == num_pages` always.
-    The pool is a stack of free page numbers, 0 to num_pages - 1. Those that were never taken are
-    only counted.
-    """
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._never_taken = 0  # this page and all above it
-        self._returned: list[int] = []
-        self._used: set[int] = set()
-
-    @property
-    def free_pages(self) -> int:
-        """How many pages nobody holds."""
-        return self.num_pages - len(self._used)
-
-    @property
-    def used_pages(self) -> int:
-        """How many pages are held."""
-        return len(self._used)
-
-    def allocate(self, count: int) -> list[int]:
-        """Takes `count` pages. There must be as many; the forecast at admission ensures it."""
-        assert 0 <= count <= self.free_pages, (
-            f"{count} pages wanted, {self.free_pages} of {self.num_pages} free"
-        )
-        start = max(0, len(self._returned) - count)
-        pages = self._returned[start:]
-        del self._returned[start:]
-        new = count - len(pages)
-        pages += range(self._never_taken, self._never_taken + new)
-        self._never_taken += new
-        self._used.update(pages)
-        return pages
-
-    def free(self, pages: Iterable[int]) -> None:
-        """Gives pages back to the pool, so that other rows can take them."""
-        for page in pages:
-            assert page in self._used, f"page {page} is given back, but nobody holds it"
-            self._used.remove(page)
-            self._returned.append(page)
-
-    def audit(self) -> None:
-        """Asserts that every page is free or used, and none twice."""
-        returned = set(self._returned)
-        assert len(returned) == len(self._returned), "a page is free twice"
-        assert not returned & self._used, "a page is both free and used"
-        assert len(returned) + len(self._used) == self._never_taken <= self.num_pages, (
-            "a page is neither free nor used"
-        )

@@ -1,0 +1,100 @@
+"""How many positions of an image a pass computes."""
+
+from collections import defaultdict, deque
+from functools import partial
+from statistics import median
+
+from autoregressive.serve.engine.engine_config import LookaheadSetting
+from kernels.operations import MANY_ROWS
+
+_WINDOWS = (1, 2, 4, 8)
+# Spans between the beginnings of two trials, and spans of a trial. The first are of a window that
+# was not measured yet, and the others of one whose figures may have become old.
+_NEW_TRIAL, _TRIAL = (4, 3), (32, 1)
+_SPANS_TO_TIME = 5  # the last ones, of which the median counts
+# Passes, of images, that the average of kept tokens reaches back; half as many when it is as old as
+# the time between two trials.
+_MEMORY_PASSES = 128
+
+
+class Lookahead:
+    """Chooses the window of each span. Only the engine's thread uses `window` and `observe_*`.
+
+    With the setting "auto" it takes the window that brings the most tokens a second. It measures
+    both what a pass keeps and what it costs, because neither can be known before: the first depends
+    on the model and the sampling, the second on the device too. Now and then it tries the next
+    smaller or larger window. Where nothing is kept it stays with one token a pass but for these
+    trials.
+
+    Args:
+        setting: "off": a token a pass; a number: always that window; "auto".
+    """
+
+    def __init__(self, setting: LookaheadSetting) -> None:
+        self._setting = 1 if setting == "off" else setting
+        # of a pass, by rows and window
+        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
+            partial(deque, maxlen=_SPANS_TO_TIME)
+        )
+        self._kept: dict[int, float] = {1: 1.0}  # tokens of a pass, by window
+        self._passes: dict[int, float] = defaultdict(float)  # that `_kept` is the average of
+        self._observed: dict[int, int] = {}  # by window, the span after which `_kept` was observed
+        self._span = 0
+        self._trial, self._trial_began, self._trial_ends = 1, 0, 0  # window; spans
+        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # how often, as `_seconds`
+
+    def windows(self, rows: int) -> list[int]:
+        """The windows that passes of so many rows may be carried out with, in ascending order."""
+        if not isinstance(self._setting, str):
+            return [self._setting]
+        # A pass of more positions may use a library's products, whose sums have no fixed order: the
+        # tokens would depend on the window.
+        return [window for window in _WINDOWS if window == 1 or rows * window <= MANY_ROWS]
+
+    def window(self, rows: int) -> int:
+        """The window for the next span, of so many rows."""
+        windows = self.windows(rows)
+        if len(windows) == 1:
+            return windows[0]
+        self._span += 1
+        if self._span < self._trial_ends and self._trial in windows:
+            return self._trial
+        rates = {
+            window: self._kept[window] / median(self._seconds[rows, window])
+            for window in windows
+            if window in self._kept and self._seconds[rows, window]
+        }
+        if not rates:
+            return windows[1]
+        best = max(rates, key=lambda window: rates[window])
+        at = windows.index(best)
+        neighbours = windows[max(0, at - 1) : at] + windows[at + 1 : at + 2]
+        new = [window for window in neighbours if window not in rates]
+        pause, spans = _NEW_TRIAL if new else _TRIAL
+        if self._span < self._trial_began + pause:
+            return best
+        # the largest first: what is gained may be most there
+        self._trial = min(new or neighbours, key=lambda each: (self._tried[rows, each], -each))
+        self._trial_began, self._trial_ends = self._span, self._span + spans
+        self._tried[rows, self._trial] += 1
+        return self._trial
+
+    def observe_seconds(self, rows: int, window: int, seconds: float) -> None:
+        """Takes note of what a pass of a span has cost."""
+        self._seconds[rows, window].append(seconds)
+
+    def observe_kept(self, window: int, passes: int, kept: int) -> None:
+        """Takes note of what spans have brought.
+
+        Args:
+            passes: over all images.
+            kept: tokens that they kept.
+        """
+        if passes == 0:
+            return
+        age = self._span - self._observed.get(window, self._span)
+        before = self._passes[window] * 0.5 ** (age / _TRIAL[0])
+        mean = self._kept.get(window, 0.0)
+        self._kept[window] = mean + (kept / passes - mean) * passes / (before + passes)
+        self._passes[window] = min(before + passes, _MEMORY_PASSES)
+        self._observed[window] = self._span
