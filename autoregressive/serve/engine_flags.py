@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
-from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.engine_config import MOST_LOOKAHEAD, EngineConfig
 from kernels import BACKENDS
 
 MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then
@@ -71,6 +71,18 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "promise",
     )
     group.add_argument(
+        "--lookahead",
+        type=_whole_number_or_word,
+        metavar="W",
+        help="positions of an image that a pass computes: auto (the fastest, as measured while it "
+        f"runs), off, or 1 (off) to {MOST_LOOKAHEAD}. More of them take fewer passes for the same "
+        "tokens, and a pass takes longer. Where all rows together have more than 64 positions "
+        "(rows x W), a library "
+        "computes the products: the tokens may then differ from those of one position a pass, "
+        "though they are drawn from the same probabilities. With --deterministic they are equal "
+        f"(default: {EngineConfig.lookahead})",
+    )
+    group.add_argument(
         "--precision",
         choices=["none", "fp16", "bf16"],
         metavar="P",
@@ -97,3 +109,11 @@ def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineCon
     said = {field.name: getattr(arguments, field.name, None) for field in fields(EngineConfig)}
     given = {name: value for name, value in said.items() if value is not None}
     return EngineConfig(**{"max_num_seqs": max_num_seqs, **given})
+
+
+def _whole_number_or_word(text: str) -> int | str:
+    """What was typed, as a number if it is one. `EngineConfig` checks it."""
+    try:
+        return int(text)
+    except ValueError:
+        return text

@@ -25,7 +25,7 @@ from autoregressive.output.images import JSON_KEY
 from autoregressive.sample import sample_c2i as naive_command
 from autoregressive.serve import pipeline, sample_c2i
 from autoregressive.serve.engine import memory
-from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine import Engine, EngineTotals
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.floor import Ceilings, JobFloor, speed_lines
 from autoregressive.weights.finding import ModelSettings, resolve_model
@@ -77,6 +77,8 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
         "62",
         "--cfg-scale",
         "1",
+        "--lookahead",
+        "off",
     ]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
         "OMP_NUM_THREADS": "1"
@@ -172,6 +174,10 @@ def test_weights_that_give_nan_end_in_an_error_that_says_so(work: Path, damaged:
         (["--num-pages", "0"], "--num-pages 0"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization 1.5"),
         (["--max-num-seqs", "0"], "--max-num-seqs 0"),
+        *(
+            (["--lookahead", value], f"--lookahead {value}: must be auto, off or a whole number, 1")
+            for value in ("0", "-4", "65", "3.5", "x", "")
+        ),
         (
             ["--max-num-seqs", "1"],
             "needs 2 rows (a guided image has two) and --max-num-seqs is 1: raise",
@@ -227,6 +233,7 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
         "num_pages": 777,
         "gpu_memory_utilization": 0.5,
         "attention_backend": "torch",
+        "lookahead": 4,
     }
     values = (sampling | engine).items()
     flags = [word for name, value in values for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -238,8 +245,9 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
         "deterministic": True,
         "scheduling_policy": "fcfs",
     }
-    draw("--class-labels", "fox", "1")
+    draw("--class-labels", "fox", "1", "--lookahead", "auto")
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
+    assert vars(seen["config"])["lookahead"] == "auto"
 
 
 @pytest.mark.usefixtures("small_demo")
@@ -310,12 +318,15 @@ def test_what_a_flag_does_not_do_is_said(source: str, capsys: pytest.CaptureFixt
             sample_c2i.main(["--help"])
         entries = capsys.readouterr().out.split("\n  --")
     else:
-        entries = (ROOT / source).read_text().split("\n- `--")
+        text = (ROOT / source).read_text().split("## Flags of the engine's command")[1]
+        entries = text.split("\n## ")[0].split("\n- `--")[1:]
     of_flag = {entry.split()[0].strip("`:"): " ".join(entry.split()) for entry in entries}
     assert "none on a CPU" in of_flag["gpu-memory-utilization"]
     assert "no effect on a CPU" in of_flag["enforce-eager"]
     assert "with torch's operations (a CPU, an older GPU, " in of_flag["deterministic"]
     assert "no promise" in of_flag["deterministic"]
+    assert "may then differ" in of_flag["lookahead"]
+    assert "deterministic they are equal" in of_flag["lookahead"].replace("`", "")
 
 
 def test_classes_are_listed_and_nothing_is_drawn(
@@ -438,12 +449,48 @@ def test_other_failures_are_not_dressed_up(work: Path, monkeypatch: pytest.Monke
 def test_the_speed_is_held_against_the_floor() -> None:
     """Fails if a rate is computed from the wrong time, or the share is inverted."""
     job, ceilings = JobFloor(steps=576, seconds=0.35), Ceilings(4.24e12, 790e12)
-    rates, share = speed_lines(8, 576, (0.5, 0.3), job, ceilings)
+    totals = EngineTotals(passes=576)
+    rates, share = speed_lines(8, 576, (0.5, 0.3), job, ceilings, totals)
     assert rates == "9216 tokens/s, 10.00 images/s with decoding, 0.868 ms/step."
     assert share.startswith(
         "share of the memory floor: 70.0% (at best 0.350 seconds, with the 4.24 TB/s and 790 "
         "TFLOP/s"
     )
+
+
+def test_lookahead_is_held_against_the_passes_that_it_took() -> None:
+    """Fails if a pass is priced as a step of one token, the mean is not that of one image, or the
+    floor is taken for the floor of these passes.
+    """
+    job, ceilings = JobFloor(steps=576, seconds=0.35), Ceilings(4.24e12, 790e12)
+    # Two images; the slower one took 250 passes, and the faster one 230.
+    totals = EngineTotals(passes=250, drafted=3 * 480, accepted=2 * 576 - 480)
+    rates, ahead, share = speed_lines(2, 576, (0.25, 0.3), job, ceilings, totals)
+    assert rates == "4608 tokens/s, 3.64 images/s with decoding, 1.000 ms/pass."
+    assert ahead == (
+        "lookahead: 250 passes, where one token a pass takes 576; 2.40 tokens of an image kept a "
+        "pass."
+    )
+    assert share.startswith("share of the memory floor of one token a pass: 140.0% (at best 0.350")
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_the_command_says_what_lookahead_brought(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the passes are not those of the engine, or something is said with lookahead off."""
+    typed = ["--class-labels", "0", "--cfg-scale", "1", "--random-weights"]
+    draw(*typed, "--lookahead", "off")
+    assert "lookahead" not in capsys.readouterr().out
+    draw(*typed, "--lookahead", "4")
+    told = re.search(
+        r"\d\.\d\d\d ms/pass\.\nlookahead: (\d+) passes, where one token a pass takes 256; "
+        r"(\d\.\d\d) tokens of an image kept a pass\.\n$",
+        capsys.readouterr().out,
+    )
+    assert told is not None
+    assert 64 <= int(told[1]) <= 256
+    assert float(told[2]) == pytest.approx(256 / int(told[1]), abs=0.006)
 
 
 def test_no_bar_for_graphs_that_a_cpu_does_not_have(

@@ -247,6 +247,10 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ("--shutdown-timeout=-1", "--shutdown-timeout -1: must be 0 to"),
         ("--max-num-seqs=0", "--max-num-seqs 0: must be a whole number, 1 to"),
         ("--page-size=0", "--page-size 0"),
+        ("--lookahead=0", "--lookahead 0: must be auto, off or a whole number, 1 (off) to 64"),
+        ("--lookahead=65", "--lookahead 65"),
+        ("--lookahead=3.5", "--lookahead 3.5"),
+        ("--lookahead=x", "--lookahead x"),
         ("--num-pages=0", "--num-pages 0"),
         ("--gpu-memory-utilization=0", "--gpu-memory-utilization 0"),
         ("--gpu-memory-utilization=nan", "--gpu-memory-utilization nan"),
@@ -358,6 +362,19 @@ def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
     timeouts = found.timeouts
     assert (timeouts.queue, timeouts.run, timeouts.step, timeouts.shutdown) == (1, 2, 3, 4)
     assert (found.log_level, found.engine.max_num_seqs, found.engines) == ("error", 6, 1)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("auto", "auto"), ("off", "off"), ("4", 4)])
+def test_lookahead_is_a_word_or_a_number_in_every_layer(
+    tmp_path: Path, said: str, meant: str | int
+) -> None:
+    """Fails if YAML's `off` becomes false, or a number stays text."""
+    layers = (
+        settings("--lookahead", said),
+        settings(environment={f"{ENVIRONMENT}LOOKAHEAD": said}),
+        settings(*file(tmp_path, f"lookahead: {said}")),
+    )
+    assert [layer.engine.lookahead for layer in layers] == [meant] * 3
 
 
 # Whom it listens to

@@ -10,17 +10,26 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from fake_runner import CLASSES, FakeRunner, expected_codes, fake_engine, tiny_gpt
+from fake_runner import (
+    CLASSES,
+    FakeRunner,
+    LateCopies,
+    expected_codes,
+    fake_engine,
+    tiny_gpt,
+)
 from fake_service import TOKENS, FakeDecoder, Faults
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import picture_grid
+from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder, _as_pictures
@@ -43,7 +52,7 @@ from autoregressive.serve.worker.messages import (
     Started,
     Stop,
 )
-from autoregressive.serve.worker.previews import fill_undrawn
+from autoregressive.serve.worker.previews import Previewer, fill_undrawn
 from autoregressive.serve.worker.process import ChildProcess, connect, start_child
 from autoregressive.serve.worker.transport import AwakeClock, Outbox, decode, encode, receive
 from autoregressive.serve.worker.worker import serve
@@ -65,6 +74,7 @@ def order(request_id: int = 0, *, seed: int = 5, **fields: Any) -> EngineRequest
         Stop(),
         Ready(4, 5, 6),
         Ended(1, "refused", 2.5, "why \u2713"),
+        Ended(1, "finished", 2.5, tokens=64, drafted=90, accepted=40, used_pages=0),
         Image(1, 2, 3.25, 0.5, bytes(range(256)) * 9),
         Image(1, 2, 3.25, 0.5, b""),
         Preview(1, 0, 7, b"\x00\xff"),
@@ -174,12 +184,22 @@ def test_a_glimpse_of_a_running_image_is_what_it_becomes() -> None:
     assert engine.peek([first]).result() == []
 
 
-def run_worker(commands: Callable[["Side"], None], tmp_path: Any, **config: Any) -> list[Event]:
-    """What a worker says to commands, until it stops."""
+def run_worker(
+    commands: Callable[["Side"], None],
+    tmp_path: Any,
+    prepare: Callable[[Engine], None] = lambda engine: None,
+    **config: Any,
+) -> list[Event]:
+    """What a worker says to commands, until it stops.
+
+    Args:
+        prepare: is given the engine before it runs.
+    """
 
     def make_engine(on_progress: Callable[[int, int], None]) -> Engine:
         engine = Engine(tiny_gpt(TOKENS), None, EngineConfig(**config), FakeRunner)
         engine.decoder = cast(PixelDecoder, FakeDecoder(Faults(tmp_path)))
+        prepare(engine)
         return engine
 
     ours, theirs = connect()
@@ -261,6 +281,84 @@ def test_a_request_is_told_of_in_order(tmp_path: Any) -> None:
     assert [
         torch.frombuffer(bytearray(codes[image]), dtype=torch.int32).tolist() for image in range(3)
     ] == wanted
+
+
+def guess_rightly(engine: Engine, *, late: int) -> None:
+    """Has the device keep nearly all guesses, and positions come to the host after so many spans,
+    as from a GPU.
+    """
+    runner = cast(FakeRunner, engine.runner)
+    runner.right_share = 0.9
+    copies = LateCopies(engine.batch, late)
+    engine.batch.fetch_lengths = copies.fetch_lengths  # type: ignore[method-assign]
+
+
+def test_the_end_says_what_guesses_were_worth(tmp_path: Any) -> None:
+    """Fails if guesses are not those of all images, tokens or images differ from those of one token
+    a pass, or progress goes back.
+    """
+
+    def commands(side: Side) -> None:
+        side.send(order(0, n=3, pixels=False, watched=True))
+        side.read_until_ended(0)
+
+    ends = {}
+    for lookahead in ("off", 8):
+        events = run_worker(
+            commands, tmp_path, lambda engine: guess_rightly(engine, late=2), lookahead=lookahead
+        )
+        ends[lookahead] = events[-1]
+        drawn = [event.tokens for event in events if isinstance(event, Progress)]
+        assert drawn == sorted(drawn)
+        assert drawn[-1] == 3 * TOKENS
+        params = SamplingParams(cfg_scale=2.0, top_k=0, seed=5, n=3)
+        images = sorted((event.index, event.data) for event in events if isinstance(event, Image))
+        assert [
+            torch.frombuffer(bytearray(codes), dtype=torch.int32).tolist() for _, codes in images
+        ] == expected_codes(Request(0, 1, params), TOKENS)
+    off, ahead = (cast(Ended, ends[lookahead]) for lookahead in ("off", 8))
+    assert (off.tokens, off.drafted, off.accepted) == (3 * TOKENS, 0, 0)
+    passes = 3 * TOKENS - ahead.accepted
+    assert ahead.tokens == 3 * TOKENS
+    assert passes < TOKENS
+    assert passes < ahead.drafted <= 7 * passes
+
+
+def test_previews_show_what_is_drawn_where_images_run_ahead() -> None:
+    """Fails if a preview shows a guess, a row that is not wanted or not drawn, another image's
+    codes, or fewer rows than the copy holds; or if one image's previews go back.
+    """
+    engine, _ = fake_engine(EngineConfig(max_num_seqs=8, lookahead=3), tokens=256)
+    engine.decoder = cast(PixelDecoder, SimpleNamespace(submit_to_host=codes_as_pictures))
+    guess_rightly(engine, late=3)
+    requests = [
+        engine.submit(1, SamplingParams(top_k=0, seed=5), first_image=index) for index in range(4)
+    ]
+    previewer, wanted = Previewer(engine, most=4), (1, 2, 4, 5, 7, 9, 10, 13, 15)
+    shown: dict[Request, list[int]] = {request: [] for request in requests}
+    known: dict[Request, int] = {}
+    more = 0
+    while engine.wait_for_work(0):
+        engine.step()
+        previewer._next_at = 0.0  # it may take all of the time
+        known |= {} if previewer.busy else {one: one.steps // 16 for one in requests}
+        for request, rows, picture in previewer.advance(
+            [(request, wanted) for request in requests], may_begin=True
+        ):
+            shown[request].append(rows)
+            more += rows > known[request]
+            drawn = expected_codes(request, 256)[0][: rows * 16]
+            assert picture.flatten().tolist()[: rows * 16] == drawn
+    assert more > 0, "no preview shows more than the host knew"
+    for rows_shown in shown.values():
+        assert len(rows_shown) >= 2
+        assert rows_shown == sorted(set(rows_shown))
+        assert set(rows_shown) <= set(wanted)
+
+
+def codes_as_pictures(codes: torch.Tensor) -> DeviceFuture[tuple[torch.Tensor, ...]]:
+    """A decoder that gives back what it is given."""
+    return DeviceFuture.done((codes, torch.ones(len(codes), dtype=torch.bool)))
 
 
 def test_what_cannot_be_drawn_is_refused_and_the_rest_goes_on(tmp_path: Any) -> None:

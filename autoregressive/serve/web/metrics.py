@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from autoregressive.serve.web.connections import ConnectionStats
-from autoregressive.serve.worker.messages import ServedRequest
+from autoregressive.serve.worker.messages import Ended, ServedRequest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 20, 40, 80, 160)
 _STEP_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -26,6 +26,9 @@ _COUNTERS = {
     "prompt_tokens": "Class tokens of finished requests, one an image.",
     "generation_tokens": "Image tokens of finished requests.",
     "images": "Images of finished requests.",
+    "spec_decode_num_drafts": "Passes of finished requests with lookahead, for each image.",
+    "spec_decode_num_draft_tokens": "Guesses that finished requests tried.",
+    "spec_decode_num_accepted_tokens": "Guesses of finished requests that held.",
 }
 
 
@@ -119,11 +122,21 @@ class Metrics(Collector):
                 seconds["inter_token_latency_seconds"] = drawing / tokens_of_image
             if served.request.pixels:
                 seconds["pixel_decode_seconds"] = served.decode_seconds / images
-            self._counters["prompt_tokens"].inc(images)
-            self._counters["generation_tokens"].inc(images * tokens_of_image)
-            self._counters["images"].inc(images)
+            self._count_finished(ended, images, images * tokens_of_image)
         for name, value in seconds.items():
             self._histograms[name].observe(value)
+
+    def _count_finished(self, ended: Ended, images: int, tokens: int) -> None:
+        for name, count in (
+            ("prompt_tokens", images),
+            ("generation_tokens", tokens),
+            ("images", images),
+            # A pass keeps one token of an image, and one more for each guess that held.
+            ("spec_decode_num_drafts", tokens - ended.accepted if ended.drafted else 0),
+            ("spec_decode_num_draft_tokens", ended.drafted),
+            ("spec_decode_num_accepted_tokens", ended.accepted),
+        ):
+            self._counters[name].inc(count)
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus' format."""

@@ -109,7 +109,9 @@ class Started(_OfRequest):
 
 @dataclass(frozen=True)
 class Progress(_OfRequest):
-    """How many tokens of a request, over all its images, have been given to the device."""
+    """How many tokens the images of a request have at least, all together, once the device has done
+    what it was given.
+    """
 
     tokens: int
     at: float
@@ -147,7 +149,9 @@ class Ended(_OfRequest):
     outcome: str
     at: float
     message: str = ""
-    tokens: int | None = None  # that were given to the device, over all its images
+    tokens: int | None = None  # as of `Progress`
+    drafted: int = 0  # guesses that were tried for it, over all its images; see `Request`
+    accepted: int = 0  # those that held
     used_pages: int | None = None  # of the engine, now that this request's are free
 
 

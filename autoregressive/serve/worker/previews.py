@@ -22,7 +22,9 @@ _TIME_SHARE = 0.2  # of the loop's time at most, where decoding holds it up
 class _Lot:
     """Previews that are made together: first their codes, then their pixels are on their way."""
 
-    rows: dict[Request, int]  # of tokens, that each picture shows
+    # for each image, the numbers of rows at which a preview is wanted
+    wanted: dict[Request, Sequence[int]]
+    rows: dict[Request, int]  # of tokens, that each picture shows; known with the codes
     codes: DeviceFuture[list[PartialCodes]] | None
     pictures: DeviceFuture[tuple[Tensor, ...]] | None
 
@@ -58,8 +60,8 @@ class Previewer:
                 is wanted.
 
         Returns:
-            Requests of a lot that is complete, each with its number of drawn rows and its pixels,
-            uint8 [size, size, 3].
+            Requests of a lot that is complete, each with its number of drawn rows, which is one of
+            those that were wanted, and its pixels, uint8 [size, size, 3].
 
         Raises:
             Exception: as the decoder's; the lot is dropped.
@@ -80,22 +82,30 @@ class Previewer:
             self._next_at = max(self._next_at, ended + (ended - begun) * (1 / _TIME_SHARE - 1))
 
     def _begin(self, wanted: Iterable[tuple[Request, Sequence[int]]]) -> _Lot | None:
-        candidates: list[tuple[int, int, Request]] = []  # rows shown, rows to show
+        # rows shown, rows to show at least, and the image with the rows wanted of it
+        candidates: list[tuple[int, int, Request, Sequence[int]]] = []
         for request, preview_rows in wanted:
             drawn, shown = request.steps // self._grid, self._shown.get(request, 0)
             rows = max((rows for rows in preview_rows if shown < rows <= drawn), default=0)
             if rows and drawn < self._grid and request.state is RequestState.RUNNING:
-                candidates.append((shown, rows, request))
+                candidates.append((shown, rows, request, preview_rows))
         least_seen = sorted(candidates, key=itemgetter(0))[: self._most]
-        chosen = {request: rows for _, rows, request in least_seen}
-        self._shown.update(chosen)
-        return _Lot(chosen, self._engine.peek(list(chosen)), None) if chosen else None
+        self._shown.update({request: rows for _, rows, request, _ in least_seen})
+        chosen = {request: preview_rows for *_, request, preview_rows in least_seen}
+        return _Lot(chosen, {}, self._engine.peek(list(chosen)), None) if chosen else None
 
     def _decode(self, lot: _Lot, parts: list[PartialCodes]) -> _Lot:
+        """Decodes as many rows as were there when the codes were copied. With lookahead these may
+        be more than the host knew of when it began.
+        """
         assert self._engine.decoder is not None
-        rows = {part.request: lot.rows[part.request] for part in parts}
+        rows = {}
+        for part in parts:
+            drawn = part.steps // self._grid
+            rows[part.request] = max(rows for rows in lot.wanted[part.request] if rows <= drawn)
+        self._shown.update(rows)
         filled = [fill_undrawn(part.codes, rows[part.request], self._grid) for part in parts]
-        return _Lot(rows, None, self._engine.decoder.submit_to_host(torch.cat(filled)))
+        return _Lot(lot.wanted, rows, None, self._engine.decoder.submit_to_host(torch.cat(filled)))
 
 
 def fill_undrawn(codes: Tensor, rows: int, grid: int) -> Tensor:

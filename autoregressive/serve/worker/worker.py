@@ -143,8 +143,8 @@ class ParentRequest:
 
     @property
     def tokens(self) -> int:
-        """Tokens given to the device so far."""
-        return sum(drawing.steps for drawing in self.drawings)
+        """Tokens that its images have at least, all together."""
+        return sum(drawing.tokens for drawing in self.drawings)
 
 
 class Worker:
@@ -351,6 +351,8 @@ class Worker:
                 now,
                 message,
                 tokens=parent.tokens,
+                drafted=sum(drawing.drafted for drawing in parent.drawings),
+                accepted=sum(drawing.accepted for drawing in parent.drawings),
                 used_pages=self._engine.scheduler.pool.used_pages,
             )
         )
