@@ -12,6 +12,9 @@ the models' processes have measured. The table goes to speedup.md in --output-di
 speedup.png. What is finished is kept in speedup.json there, so a run that was broken off, or in
 which something failed (exit status 1), goes on where it was. On a CPU the demo model takes the
 others' place.
+
+With the method lookahead the table has two columns more: the seconds of the engine with lookahead
+auto, and the tokens that a pass kept. What is kept depends on the weights: random ones keep little.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from autoregressive.cli.command import run_command, slow_imports
 
 with slow_imports(__name__):
     from autoregressive.benchmarks.script import (
+        HEADLINE_METHODS,
         METHODS,
         add_device,
         add_image_size,
@@ -40,11 +44,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         type=names(METHODS),
-        default=list(METHODS),
+        default=list(HEADLINE_METHODS),
         metavar="NAMES",
         help=(
-            "of naive (the plain loop), compile (the same compiled) and paged (the engine), "
-            "with commas (default: all)"
+            "of naive (the plain loop), compile (the same compiled), paged (the engine) and "
+            "lookahead (the engine with lookahead auto, in columns of its own), with commas "
+            f"(default: {','.join(HEADLINE_METHODS)})"
         ),
     )
     add_image_size(parser)

@@ -11,17 +11,21 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from PIL import Image, ImageDraw, ImageFont
 
 from autoregressive.cli.command import OneLineParser
+from autoregressive.errors import SettingError
 from autoregressive.files import check_file, write_whole
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
+from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
 
 PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
-METHODS = ("naive", "compile", "paged")  # of speedup_table.py
+# Of speedup_table.py. "lookahead" is the engine too; the table has it where it is asked for.
+HEADLINE_METHODS = ("naive", "compile", "paged")
+METHODS = (*HEADLINE_METHODS, "lookahead")
 _DEVICE = "cuda if there is a GPU, else cpu"
 Value = TypeVar("Value")
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _BAR, _GAP = 900, 110, 80, 60, 60, 18, 16
@@ -74,6 +78,15 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
         return int(typed)
 
     return parse
+
+
+def lookahead(typed: str) -> LookaheadSetting:
+    """A type of flag: the engine's setting of that name."""
+    setting = int(typed) if typed.isdecimal() else typed
+    try:
+        return EngineConfig(lookahead=cast(LookaheadSetting, setting)).lookahead
+    except SettingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(typed: str) -> float:

@@ -19,9 +19,10 @@ import torch
 import triton
 from PIL import Image
 
+from autoregressive.benchmarks.guessing import draw_all, kept_a_pass
 from autoregressive.benchmarks.harness import empty_transformer, seconds_of, use_device
 from autoregressive.benchmarks.script import (
-    METHODS,
+    HEADLINE_METHODS,
     bar_chart,
     give_figures,
     markdown,
@@ -37,7 +38,8 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.output.records import device_name
 from autoregressive.sample.naive import set_numerics
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
+from autoregressive.serve.engine.request import Request
 from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
 from autoregressive.weights.finding import find_weights
 from autoregressive.weights.loading import load_models
@@ -55,11 +57,13 @@ _COLUMNS = (
     "floor(s)",
     "share",
 )
+_LOOKAHEAD_COLUMNS = ("lookahead(s)", "tokens a pass")
 _LONGEST_REASON = 100
 _BARS = {
     "naive": ("plain loop", (150, 150, 150)),
     "compile": ("compiled", (90, 140, 200)),
     "paged": ("engine", (220, 110, 40)),
+    "lookahead": ("with lookahead", (240, 180, 60)),
     "floor": ("memory floor", (70, 70, 70)),
 }
 Outcome = dict[str, Any]  # of a method: {"timing": its figures} or {"error": why}
@@ -125,18 +129,28 @@ def cells(
     """
     size = f"{parameters / 1e9:.1f}B" if parameters >= 999_500_000 else f"{parameters / 1e6:.0f}M"
     seconds, line = seconds_by(outcomes), [model, size]
-    for method in METHODS:
-        if method in seconds:
-            line.append(f"{seconds[method]:.{2 if seconds[method] >= 1 else 3}f}")
-        else:
-            reason = " ".join(outcomes.get(method, {}).get("error", "").split()).replace("|", "/")
-            line.append(f"failed: {reason[:_LONGEST_REASON]}" if reason else "-")
+    line += [seconds_cell(outcomes.get(method, {})) for method in HEADLINE_METHODS]
     paged = seconds.get("paged")
     slower = [seconds.get(method) for method in ("naive", "compile")]
     line += [f"{slow / paged:.1f}x" if slow and paged else "-" for slow in slower]
     line.append("-" if floor is None else f"{floor:.3f}")
     line.append(f"{floor / paged:.0%}" if floor and paged else "-")
     return line
+
+
+def seconds_cell(outcome: Outcome) -> str:
+    """The seconds of a method, or why it failed, or a dash."""
+    if "timing" in outcome:
+        seconds = outcome["timing"]["seconds"]
+        return f"{seconds:.{2 if seconds >= 1 else 3}f}"
+    reason = " ".join(outcome.get("error", "").split()).replace("|", "/")
+    return f"failed: {reason[:_LONGEST_REASON]}" if reason else "-"
+
+
+def lookahead_cells(outcome: Outcome) -> list[str]:
+    """The cells of the engine with lookahead, behind all others."""
+    kept = outcome.get("timing", {}).get("tokens_a_pass")
+    return [seconds_cell(outcome), "-" if kept is None else f"{kept:.2f}"]
 
 
 def chart(
@@ -147,7 +161,9 @@ def chart(
     for model, floor in floors.items():
         if floor is not None:
             groups[model]["floor"] = floor
-    return bar_chart(f"The tokens of one job, {device}", groups, _BARS)
+    shown = {kind for bars in groups.values() for kind in bars}
+    kinds = {kind: bar for kind, bar in _BARS.items() if kind != "lookahead" or kind in shown}
+    return bar_chart(f"The tokens of one job, {device}", groups, kinds)
 
 
 def settings_for(model: str, arguments: argparse.Namespace) -> Settings:
@@ -198,19 +214,23 @@ def time_naive(gpt: Transformer, settings: Settings, repeats: int, compiled: boo
     return timed(run, lambda: run(tokens if compiled else _EAGER_WARM_UP_TOKENS), repeats, device)
 
 
-def time_paged(gpt: Transformer, settings: Settings, repeats: int) -> Outcome:
+def time_paged(
+    gpt: Transformer, settings: Settings, repeats: int, lookahead: LookaheadSetting = "off"
+) -> Outcome:
     """Times the engine until the codes are on the host."""
     device, params, precision = settings.model.device, settings.sampling, settings.model.precision
     ceilings = measure_ceilings(device, precision) if device.type == "cuda" else None
-    began = now(device)
-    engine = Engine(gpt, None, EngineConfig(max_num_seqs=len(settings.labels) * params.rows))
+    began, rows = now(device), len(settings.labels) * params.rows
+    engine = Engine(gpt, None, EngineConfig(max_num_seqs=rows, lookahead=lookahead))
     start_seconds = now(device) - began
+    drawn: list[Request] = []
 
     def run() -> None:
         with limited_cpu_threads(gpt.config, device):
-            engine.generate(settings.labels, params, decode=False)
+            drawn[:] = draw_all(engine, settings.labels, [params] * len(settings.labels))
 
     timing = {**timed(run, run, repeats, device), "start_seconds": start_seconds}
+    timing["tokens_a_pass"] = kept_a_pass(drawn)
     if ceilings is None:
         return timing
     job = job_floor(
@@ -231,8 +251,9 @@ def work(arguments: argparse.Namespace) -> None:
         set_numerics(settings)
         found = find_weights(settings.model)
         gpt = load_models(settings.model, found).gpt
-        if method == "paged":
-            timing = time_paged(gpt, settings, arguments.repeats)
+        if method in ("paged", "lookahead"):
+            setting: LookaheadSetting = "auto" if method == "lookahead" else "off"
+            timing = time_paged(gpt, settings, arguments.repeats, setting)
         else:
             repeats = arguments.naive_repeats if method == "naive" else arguments.repeats
             timing = time_naive(gpt, settings, repeats, compiled=method == "compile")
@@ -366,17 +387,21 @@ def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> N
         model: report["floor_seconds"][model] if "paged" in found else None
         for model, found in shown.items()
     }
+    with_lookahead = any("lookahead" in found for found in shown.values())
+    columns = (*_COLUMNS, *(_LOOKAHEAD_COLUMNS if with_lookahead else ()))
     rows = []
     for model, found in shown.items():
         parameters = sum(
             weight.numel() for weight in empty_transformer(model, job["image_size"]).parameters()
         )
         rows.append(cells(model, parameters, found, floors[model]))
+        if with_lookahead:
+            rows[-1] += lookahead_cells(found["lookahead"])
     plain = ""
     if job["naive_repeats"] != job["repeats"]:
         plain = f" (the plain loop: of {job['naive_repeats']})"
     medians = f"Each time is the median of {job['repeats']} after one warm-up{plain}."
-    table = f"{markdown(_COLUMNS, rows)}\n{medians}\n"
+    table = f"{markdown(columns, rows)}\n{medians}\n"
     picture = chart(shown, floors, job["device_name"])
     write_whole(folder / "speedup.md", lambda part: part.write_text(table, encoding="utf-8"))
     write_whole(folder / "speedup.png", lambda part: picture.save(part))

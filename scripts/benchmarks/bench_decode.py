@@ -4,6 +4,7 @@ number of rows. Ends in JSON.
     python scripts/benchmarks/bench_decode.py --models GPT-B,GPT-XL --rows 2,16,512
     python scripts/benchmarks/bench_decode.py --models GPT-XL --rows 512 --image-size 256 \\
         --images 1024 --pixels
+    python scripts/benchmarks/bench_decode.py --models GPT-XL --rows 2,4,8,16,32 --lookahead 4,8,16
 
 Guided images with random weights, from class token to last token, so over all contexts; sampling
 included. Two rows are one image. Times are medians of the repeats, after each engine has drawn one
@@ -12,6 +13,13 @@ a matrix product, are measured in the same run, before each model, and the highe
 With --pixels, decoding goes on beside the steps, and ms/step, share and images/s count it. On a CPU
 the demo model shows that it works; there is no floor then. Exit status 1 if a model failed; the
 others are measured all the same.
+
+With --lookahead the table shows passes by their positions instead, beside those of one token. A
+pass is timed while no guess holds. It pays where it keeps more tokens than `pays from`: so many
+times longer it takes than one of one token. `2x` and `3x` are jobs whose guesses are offered, as
+many of them right as make a pass keep 2 or 3 tokens on average: the tokens that it did keep, the
+seconds of the job, and how many times faster it was than without lookahead. Offering guesses takes
+a few microseconds a pass, which are counted; `guess_ms` in the JSON has them alone.
 """
 
 import argparse
@@ -29,6 +37,7 @@ from autoregressive.errors import UserError
 with slow_imports(__name__):
     import torch
 
+    from autoregressive.benchmarks.guessing import GuessingRunner
     from autoregressive.benchmarks.harness import (
         empty_transformer,
         random_tokenizer,
@@ -46,19 +55,21 @@ with slow_imports(__name__):
         add_repeats,
         give_figures,
         listed,
+        lookahead,
         models_for,
         on_cpu,
         row_count,
         script_parser,
         whole_number,
     )
+    from autoregressive.benchmarks.window_times import FEWER_PASSES, guess_ms, time_window
     from autoregressive.devices import default_precision, now
     from autoregressive.models.defaults import model_defaults
     from autoregressive.models.gpt import Transformer
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.engine_config import EngineConfig
-    from autoregressive.serve.engine.model_runner import page_bytes
+    from autoregressive.serve.engine.model_runner import ModelRunner, page_bytes
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from autoregressive.weights.options import check_image_size
 
@@ -70,6 +81,19 @@ _COLUMNS = {
     "floor ms": ">9.3f",
     "share": ">7.1%",
     "images/s": ">9.2f",
+}
+_LOOKAHEAD_COLUMNS = {
+    "model": "<9",
+    "rows": ">5",
+    "lookahead": ">9",
+    "ms/pass": ">9.3f",
+    "pays from": ">9.2f",
+    "seconds": ">8.3f",
+    **{
+        f"{tokens:g}x {name}": form
+        for tokens in FEWER_PASSES
+        for name, form in (("kept", ">7.2f"), ("s", ">7.3f"), ("speed", ">8.2f"))
+    },
 }
 
 
@@ -88,7 +112,10 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
     config = EngineConfig(
-        max(options.rows), deterministic=options.deterministic, enforce_eager=options.enforce_eager
+        max(options.rows),
+        deterministic=options.deterministic,
+        enforce_eager=options.enforce_eager,
+        lookahead="off",
     )
     began = now(device)
     engine = Engine(gpt, vq, config)
@@ -128,6 +155,77 @@ def measure(
     return report
 
 
+def measure_lookahead(
+    model: str, options: argparse.Namespace, ceilings: Ceilings | None, table: Table
+) -> dict[str, Any]:
+    """All settings and numbers of rows of one model, with one engine a setting."""
+    params = model_defaults(model).sampling
+    gpt = with_random_weights(
+        empty_transformer(model, options.image_size),
+        options.device,
+        default_precision(options.device),
+    )
+    floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
+    results: list[dict[str, Any]] = []
+    # by rows, with lookahead off
+    alone: dict[int, dict[str, Any]] = {}
+    for setting in dict.fromkeys(["off", *options.lookahead]):
+        config = EngineConfig(
+            max(options.rows),
+            deterministic=options.deterministic,
+            enforce_eager=options.enforce_eager,
+            lookahead=setting,
+        )
+        engine = Engine(gpt, None, config, ModelRunner if setting == "off" else GuessingRunner)
+        guessing_ms = guess_ms(engine)
+        for rows in options.rows:
+            images = rows // params.rows
+            labels = [image % engine.num_classes for image in range(images)]
+            times = time_window(engine, labels, params, options.repeats)
+            steps = job_floor(floor, engine.scheduler.limits, [params] * images).steps
+            result = {
+                "model": model,
+                "rows": rows,
+                "lookahead": setting,
+                "images": images,
+                "pass_ms": times.no_guess_holds.seconds / steps * 1e3,
+                "guess_ms": guessing_ms,
+                **asdict(times),
+            }
+            results.append(result)
+            alone.setdefault(rows, result)
+            table.row(*lookahead_row(result, alone[rows]))
+        del engine
+        free_memory(options.device)  # the next engine needs it
+    return {"model": model, "results": results}
+
+
+def lookahead_row(result: dict[str, Any], alone: dict[str, Any]) -> list[object]:
+    """A line of the table.
+
+    Args:
+        alone: the same rows with lookahead off.
+    """
+    seconds, off_seconds = (each["no_guess_holds"]["seconds"] for each in (result, alone))
+    row = [result["model"], result["rows"], result["lookahead"], result["pass_ms"]]
+    row += [None if result is alone else result["pass_ms"] / alone["pass_ms"], seconds]
+    for tokens in FEWER_PASSES:
+        timing = result["fewer"].get(tokens)
+        if timing is None:
+            row += [None, None, None]
+        else:
+            found = timing["seconds"]
+            row += [timing["tokens_a_pass"], found, off_seconds / found]
+    return row
+
+
+def free_memory(device: torch.device) -> None:
+    """Returns what no object holds any more to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
     """The peak of what torch has taken from the GPU, and what of it is neither weights
     nor pages.
@@ -153,14 +251,13 @@ def measure_all(options: argparse.Namespace, table: Table) -> Iterator[dict[str,
             measured = measure_ceilings(device, default_precision(device))
             ceilings = measured if ceilings is None else ceilings.or_higher(measured)
         try:
-            yield measure(model, options, ceilings, table)
+            how = measure if options.lookahead is None else measure_lookahead
+            yield how(model, options, ceilings, table)
         except Exception as error:  # a compiler's errors are of many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"{model:<9} failed: {reason}", flush=True)
             yield {"model": model, "error": reason}
-        gc.collect()  # the next model needs the memory
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)  # the next model needs it
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,6 +285,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="decode the images' pixels too (default: tokens alone)",
     )
+    parser.add_argument(
+        "--lookahead",
+        type=listed(lookahead),
+        metavar="SETTINGS",
+        help="positions of an image that a pass computes, or auto, with commas between them; shows "
+        "their table instead (default: none)",
+    )
     add_engine_flags(parser)
     add_device(parser)
     add_output(parser)
@@ -198,6 +302,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     typed.rows = typed.rows or (_ROWS if on_gpu else _CPU_ROWS)
     for model in typed.models if typed.image_size is not None else []:
         check_image_size(model, typed.image_size)
+    for flag, given in (("--pixels", typed.pixels), ("--images", typed.images)):
+        if typed.lookahead is not None and given:
+            raise UserError(f"{flag}: does not go with --lookahead")
     if typed.images is not None and len(typed.rows) > 1:
         raise UserError(f"--images {typed.images}: goes with one number of --rows")
     return typed
@@ -209,7 +316,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # a GPU computes, or the demo model's products are too small to share
     device = device_name(typed.device)
     print(f"{device}, median of {typed.repeats}")
-    results = list(measure_all(typed, Table(_COLUMNS)))
+    columns = _COLUMNS if typed.lookahead is None else _LOOKAHEAD_COLUMNS
+    results = list(measure_all(typed, Table(columns)))
     options = {**vars(typed), "device": str(typed.device)}
     figures = {
         "benchmark": "decode",

@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, rows, engines = arguments.gpt_model, arguments.rows, arguments.data_parallel_size
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
     flags = ["--gpt-model", model, *size, "--random-weights", "--max-num-seqs", str(rows)]
-    flags += ["--port", "0", "--max-queue-size", "10000"]
+    # as bench_decode.py, which times the engine alone
+    flags += ["--port", "0", "--max-queue-size", "10000", "--lookahead", "off"]
     process = [sys.executable, api_server.__file__, *flags]
     commands = {"in a process": (process, 1)}
     if arguments.in_a_thread:

@@ -265,21 +265,22 @@ class Span:
 
     def rewind(self) -> None:
         """Puts every row at the span's first position."""
-        model = self.runner.model
+        model, tokens = self.runner.model, self.runner.shape.tokens
         params = SamplingParams(top_k=min(TOP_K, model.vocab_size))
         rows = [  # of class 0 and of no class in turn
-            RowState(row % 2 and model.num_classes, row // 2, self.first, pages)
+            RowState(row % 2 and model.num_classes, row // 2, tokens, pages)
             for row, pages in enumerate(self._pages)
         ]
         images = [
-            ImageState(params, image, image, *rows[2 * image : 2 * image + 2])
+            ImageState(params, image, image, rows[2 * image : 2 * image + 2], self.first, tokens)
             for image in range(self.rows // 2)
         ]
+        self.batch.lengths[: self.rows // 2] = self.first
         self.batch.load(rows, images)
 
     def run(self) -> None:
         """Enqueues the span."""
-        self.runner.run(self.batch, self.rows, self.rows // 2, self.steps)
+        self.runner.run(self.batch, self.rows, self.rows // 2, self.steps, window=1)
 
 
 def profile_on_gpu(span: Span, layers: int) -> list[Figures]:
@@ -324,7 +325,9 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
     ceilings = measure_ceilings(device, dtype) if device.type == "cuda" else None
     gpt = with_random_weights(empty_transformer(typed.gpt_model), device, dtype)
     shape = BatchShape.of(rows, gpt.config.block_size, PAGE_SIZE)
-    config = EngineConfig(enforce_eager=typed.enforce_eager, deterministic=typed.deterministic)
+    config = EngineConfig(
+        enforce_eager=typed.enforce_eager, deterministic=typed.deterministic, lookahead="off"
+    )
     make_runner = TimedRunner if ceilings is None else ModelRunner
     span = Span(make_runner(gpt, shape, rows * shape.pages_per_row, config), rows, typed.context)
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}

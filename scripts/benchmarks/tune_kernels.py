@@ -86,6 +86,7 @@ class Chain:
             (torch.arange(self.batch.page_table.numel()) % pages).view_as(self.batch.page_table)
         )
         self.batch.positions.fill_(_CONTEXTS[0])
+        self.batch.limits.fill_(_TOKENS)
         shape = (config.n_layer, 2, pages, config.n_head, _PAGE_SIZE)
         self.kv_pages = (
             torch.randn(
@@ -110,7 +111,7 @@ class Chain:
             return torch.ones(dims, dtype=dtype, device="cuda")
 
         factory = LayersFactory(self.config, torch.bfloat16, operations, library=False)
-        layers, weights = factory.make(rows, filled), self.weights
+        layers, weights = factory.make(rows, 1, filled), self.weights
         layers.normed.normal_()
 
         def run() -> None:

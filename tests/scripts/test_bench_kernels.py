@@ -48,12 +48,13 @@ def combined_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         mixed: Tensor,
         stats: Tensor,
         positions: Tensor,
+        limits: Tensor,
         out: Tensor,
         tiles: AttentionTiles,
         *,
         launch_pdl: bool,
     ) -> None:
-        combine_reference(mixed, stats, positions, out, tiles.chunk)
+        combine_reference(mixed, stats, positions, limits, out, tiles.chunk)
 
     monkeypatch.setattr(kernel_cases, "combine", combined)
 
@@ -165,17 +166,28 @@ def test_only_a_contexts_chunks_are_combined() -> None:
 
 
 def reads_all_chunks(
-    mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, **_: bool
+    mixed: Tensor,
+    stats: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+    **_: bool,
 ) -> None:
-    combine_reference(
-        mixed, stats, torch.full_like(positions, mixed.shape[2] * tiles.chunk), out, tiles.chunk
-    )
+    last = torch.full_like(positions, mixed.shape[2] * tiles.chunk)
+    combine_reference(mixed, stats, last, last + 1, out, tiles.chunk)
 
 
 def weighs_alike(
-    mixed: Tensor, stats: Tensor, positions: Tensor, out: Tensor, tiles: AttentionTiles, **_: bool
+    mixed: Tensor,
+    stats: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+    **_: bool,
 ) -> None:
-    combine_reference(mixed, torch.ones_like(stats), positions, out, tiles.chunk)
+    combine_reference(mixed, torch.ones_like(stats), positions, limits, out, tiles.chunk)
 
 
 @pytest.mark.parametrize("wrong", [reads_all_chunks, weighs_alike])

@@ -66,6 +66,7 @@ for method in words["--methods"].split(","):
         sys.exit(1)
     timing = {"seconds": 2.0, "repeats": [2.0], "floor_seconds": 1.0 if method == "paged" else None}
     timing["caches"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    timing["tokens_a_pass"] = 2.5 if method == "lookahead" else 1.0
     timing["read_bytes_per_second"] = 4e12 if words["--models"] == "GPT-L" else 3e12
     print(json.dumps({"timing": timing}))
 """
@@ -104,6 +105,28 @@ def test_a_failure_shows_why_and_the_rest_go_on(
     report = json.loads(out.splitlines()[-1])
     assert report == json.loads((stand_in / "speedup.json").read_text())
     assert report["results"]["GPT-B"]["paged"]["timing"]["seconds"] == 2.0
+
+
+def test_lookahead_has_columns_of_its_own(stand_in: Path) -> None:
+    """Fails if lookahead changes a column that is there without it, or its own cells fail with
+    it.
+    """
+    words = ["--models", "GPT-B", "--device", "cpu", "--output-dir", str(stand_in)]
+    speedup_table.main(words)
+    without = (stand_in / "speedup.md").read_text().splitlines()
+    speedup_table.main([*words, "--methods", "naive,compile,paged,lookahead"])
+    table = (stand_in / "speedup.md").read_text().splitlines()
+    assert table[0] == f"{without[0]} lookahead(s) | tokens a pass |"
+    assert table[2] == f"{without[2]} 2.00 | 2.50 |"
+    assert speedup.lookahead_cells({"error": "no\nmemory"}) == ["failed: no memory", "-"]
+
+
+def test_the_chart_has_a_bar_of_lookahead_where_it_was_timed() -> None:
+    """Fails if the headline's chart has a legend for what it does not show."""
+    colour = (240, 180, 60)
+    for outcomes, there in ((FULL, False), (FULL | timings(lookahead=0.3), True)):
+        picture = speedup.chart({"GPT-XL": outcomes}, {"GPT-XL": 0.32}, "a device")
+        assert (colour in {found for _, found in picture.getcolors(1 << 20) or []}) == there
 
 
 def test_what_the_compiler_chose_before_is_not_taken_over(stand_in: Path) -> None:
@@ -212,7 +235,7 @@ def test_it_runs_as_typed_on_the_demo_model(tmp_path: Path) -> None:
         "--models",
         "GPT-demo",
         "--methods",
-        "naive,paged",
+        "naive,paged,lookahead",
         "--images",
         "1",
         "--repeats",
@@ -224,9 +247,13 @@ def test_it_runs_as_typed_on_the_demo_model(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]["GPT-demo"]
-    assert set(results) == {"naive", "paged"}
+    assert set(results) == {"naive", "paged", "lookahead"}
     for outcome in results.values():
         assert outcome["timing"]["seconds"] > 0, outcome
     table = (tmp_path / "speedup.md").read_text().splitlines()
     assert table[2].startswith("| GPT-demo | 7M | ")
-    assert table[2].endswith("x | - | - | - |")
+    *_, compile_ratio, floor, share, seconds, kept, _ = table[2].split("|")
+    assert {compile_ratio, floor, share} == {" - "}
+    assert float(seconds) > 0
+    assert float(kept) >= 1
+    assert results["paged"]["timing"]["tokens_a_pass"] == 1

@@ -1,0 +1,88 @@
+"""The benchmark of passes by their window, as far as a machine without a GPU can tell: what is
+timed, and what the table says of it.
+"""
+
+import json
+from pathlib import Path
+
+import bench_decode
+import pytest
+from fake_runner import tiny_gpt
+
+from autoregressive.benchmarks.guessing import GuessingRunner
+from autoregressive.benchmarks.window_times import guess_ms, time_window
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine_config import EngineConfig
+
+PARAMS = SamplingParams(cfg_scale=2.0, top_k=0)
+
+
+@pytest.mark.parametrize(("window", "speeds"), [(2, [2.0]), (4, [2.0, 3.0])])
+def test_jobs_keep_the_tokens_that_they_are_to_keep(window: int, speeds: list[float]) -> None:
+    """Fails if a pass is timed that keeps guesses, or a job at 2x takes other than half the
+    passes.
+    """
+    engine = Engine(tiny_gpt(144), None, EngineConfig(8, lookahead=window), GuessingRunner)
+    times = time_window(engine, [1, 2, 3], PARAMS, repeats=2)
+    assert times.no_guess_holds.tokens_a_pass == 1
+    assert list(times.fewer) == speeds
+    for tokens, timing in times.fewer.items():
+        assert timing.tokens_a_pass == pytest.approx(tokens, rel=0.02)
+        assert len(timing.repeats) == 2
+        assert timing.seconds > 0
+    assert guess_ms(engine) is None  # without a GPU
+
+
+def test_auto_is_offered_what_suits_its_largest_window() -> None:
+    """Fails if "auto" cannot be timed."""
+    engine = Engine(tiny_gpt(64), None, EngineConfig(4, lookahead="auto"), GuessingRunner)
+    times = time_window(engine, [1], PARAMS, repeats=1)
+    assert times.no_guess_holds.tokens_a_pass == 1
+    assert list(times.fewer) == [2.0, 3.0]
+
+
+def test_without_lookahead_there_is_one_time() -> None:
+    """Fails if the baseline counts the time of offering guesses."""
+    config = EngineConfig(4, lookahead="off")
+    times = time_window(Engine(tiny_gpt(16), None, config), [1], PARAMS, repeats=1)
+    assert times.no_guess_holds.tokens_a_pass == 1
+    assert times.fewer == {}
+
+
+def test_the_tables_lines() -> None:
+    """Fails if a ratio is inverted, or a job is held against one of other rows."""
+    timing = {"tokens_a_pass": 2.01, "seconds": 0.3}
+    alone = {"model": "GPT-B", "rows": 2, "lookahead": "off", "pass_ms": 1.0, "fewer": {}}
+    alone["no_guess_holds"] = {"seconds": 0.6}
+    ahead = alone | {"lookahead": 2, "pass_ms": 1.25, "fewer": {2.0: timing}}
+    ahead["no_guess_holds"] = {"seconds": 0.75}
+    nothing = [None] * 3
+    first = bench_decode.lookahead_row(alone, alone)
+    assert first == ["GPT-B", 2, "off", 1.0, None, 0.6, *nothing, *nothing]
+    second = bench_decode.lookahead_row(ahead, alone)
+    assert second == ["GPT-B", 2, 2, 1.25, 1.25, 0.75, 2.01, 0.3, 2.0, *nothing]
+
+
+def test_it_runs_as_typed_on_a_small_model(
+    small_demo: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if windows cannot be timed on a machine without a GPU, or a number of rows or a setting
+    is left out.
+    """
+    words = ["--models", "GPT-demo", "--rows", "2,4", "--lookahead", "2", "--repeats", "1"]
+    bench_decode.main([*words, "--device", "cpu", "--output", str(tmp_path / "x.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:5] == ["model", "rows", "lookahead", "ms/pass", "pays"]
+    sizes = [("off", 2), ("off", 4), (2, 2), (2, 4)]
+    assert [line.split()[:3] for line in lines[2:-1]] == [
+        ["GPT-demo", str(rows), str(setting)] for setting, rows in sizes
+    ]
+    figures = json.loads(lines[-1])
+    assert figures == json.loads((tmp_path / "x.json").read_text())
+    results = figures["models"][0]["results"]
+    assert [(each["lookahead"], each["rows"]) for each in results] == sizes
+    for each in results:
+        assert each["images"] == each["rows"] // 2
+        seconds = each["no_guess_holds"]["seconds"]
+        assert each["pass_ms"] == pytest.approx(seconds / 256 * 1e3)
