@@ -7,8 +7,7 @@ from torch import Tensor
 
 from kernels.lookahead import row_positions_reference
 
-_QUERIES = 4  # of one product on a CPU
-_SCORES_MULTIPLE = 64
+_SCORES_MULTIPLE = 16
 
 
 def combine_reference(
@@ -76,29 +75,24 @@ def _attend_in_place(
     vectors = qkv.view(len(out), 3 * heads, head_size)
     # [rows, heads, head_size]
     query, key = _rotated(vectors[:, : 2 * heads], rotary[at.clamp(min=0)]).chunk(2, dim=1)
-    key, value = _harmless(key, vectors[:, 2 * heads :].to(value_pages.dtype))
     newest = page_table[rows // window, at[rows] // page_size].long()
-    for cache, new in ((key_pages, key), (value_pages, value)):
+    for cache, new in ((key_pages, key), (value_pages, vectors[:, 2 * heads :])):
         cache[newest, :, at[rows] % page_size] = torch.nn.functional.pad(
             new[rows], (0, stride - head_size)
         ).to(cache.dtype)
-    padded = -(-window // _QUERIES) * _QUERIES
-    sequences = rows[rows % window == 0] // window
-    queries = query.new_zeros(len(sequences), heads, padded, head_size)
-    queries[:, :, :window] = query.unflatten(0, (-1, window))[sequences].transpose(1, 2)
-    query_at = at.new_zeros(len(sequences), padded)
-    query_at[:, :window] = at.view(-1, window)[sequences]
-    attn_out = _attn_out_in_place(
-        queries,
-        key_pages[..., :head_size],
-        value_pages[..., :head_size],
-        page_table[sequences].long(),
-        query_at,
-    )
-    out.view(-1, window, heads * head_size)[sequences] = (
-        attn_out[:, :, :window].transpose(1, 2).flatten(2).to(out.dtype)
-    )
-    out[at < 0] = 0
+    # One query of each sequence at a time: the products of several differ in their last bits.
+    for index in range(window):
+        rows = (at[index::window] >= 0).nonzero()[:, 0] * window + index
+        if len(rows) == 0:
+            break
+        attn_out = _attn_out_in_place(
+            query[rows],
+            key_pages[..., :head_size],
+            value_pages[..., :head_size],
+            page_table[rows // window].long(),
+            at[rows],
+        )
+        out[rows] = attn_out.flatten(1).to(out.dtype)
 
 
 def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,50 +109,42 @@ def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _attn_out_in_place(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, at: Tensor
 ) -> Tensor:
-    """The attention's output for queries [sequences, heads, queries, head_size] at positions
-    [sequences, queries]: float32, of the queries' shape.
+    """The attention's output for queries [rows, heads, head_size] of rows that are no padding:
+    float32, of the queries' shape.
 
-    Queries and weights are copied to the pages, instead of pages to the sequences. The products of
-    a page that no sequence has are not used. Products of other numbers of queries differ in their
-    last bits, so each is of the same number.
+    Queries and weights are copied to the pages, instead of pages to the rows. The products of a
+    page that no row has are not used.
     """
-    sequences, heads, queries, _ = query.shape
-    query, shape = query.unflatten(2, (-1, _QUERIES)), query.shape
-    page_size, last = key_pages.shape[2], at.amax(dim=1)
-    columns = int(last.max()) // page_size + 1
+    rows, heads, head_size = query.shape
+    page_size = key_pages.shape[2]
+    columns = int(at.max()) // page_size + 1
     # The softmax of a number of scores that is no multiple differs in its last bits from that of
     # the same scores and more that have the weight 0.
     multiple = _SCORES_MULTIPLE // gcd(_SCORES_MULTIPLE, page_size)
     columns = -(-columns // multiple) * multiple
-    # of every page of a sequence: [n]
-    sequence, column = (torch.arange(columns) <= (last // page_size)[:, None]).nonzero(
-        as_tuple=True
-    )
-    extent, place = _extent(table[sequence, column])
+    # of every page of a row: [n]
+    row, column = (torch.arange(columns) <= (at // page_size)[:, None]).nonzero(as_tuple=True)
+    extent, place = _extent(table[row, column])
     # [pages, heads, page_size, head_size]
     keys, values = (pages[extent].float() for pages in (key_pages, value_pages))
-    sequence_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
-    sequence_of_page[place], column_of_page[place] = sequence, column
+    row_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
+    row_of_page[place], column_of_page[place] = row, column
 
-    # [pages, heads, groups of queries, queries of one, page_size]
-    products = (query * shape[3] ** -0.5)[sequence_of_page] @ keys.transpose(2, 3)[:, :, None]
-    scores = query.new_empty(sequences, columns, heads, queries, page_size)
-    scores[sequence, column] = products[place].flatten(2, 3)
-    scores = scores.permute(0, 2, 3, 1, 4)  # [sequences, heads, queries, columns, page_size]
-    token = torch.arange(columns * page_size).view(columns, page_size)
-    unseen = (token > at[..., None, None])[:, None]  # [sequences, 1, queries, columns, page_size]
-    weights = scores.masked_fill(unseen, -torch.inf).flatten(3).softmax(dim=-1).view_as(scores)
+    # [pages, heads, 1, page_size]
+    products = (query * head_size**-0.5)[row_of_page, :, None] @ keys.transpose(2, 3)
+    scores = query.new_empty(rows, heads, columns, page_size)
+    scores[row, :, column] = products[place, :, 0]
+    unseen = (torch.arange(columns * page_size) > at[:, None]).view(rows, 1, columns, page_size)
+    weights = scores.masked_fill_(unseen, -torch.inf).flatten(2).softmax(dim=-1).view_as(scores)
 
-    # as the products
-    weights_of_page = weights[sequence_of_page, :, :, column_of_page].unflatten(2, (-1, _QUERIES))
-    # [n, heads, groups of queries, queries of one, head_size]
-    parts = (weights_of_page @ values[:, :, None])[place]
+    # [pages, heads, 1, page_size]
+    weights_of_page = weights[row_of_page, :, column_of_page][:, :, None]
+    parts = (weights_of_page @ values)[place, :, 0]  # [n, heads, head_size]
     # Behind the newest token its page may hold anything, and 0 times NaN or infinity is not 0.
     if not parts.sum().isfinite():
-        beyond = (token > last[:, None, None])[sequence_of_page, column_of_page]
-        values = values.masked_fill(beyond[:, None, :, None], 0)
-        parts = (weights_of_page @ values[:, :, None])[place]
-    return torch.zeros_like(query).index_add_(0, sequence, parts).view(shape)
+        unseen_of_page = unseen[row_of_page, :, column_of_page]  # [pages, 1, page_size]
+        parts = (weights_of_page @ values.masked_fill(unseen_of_page[..., None], 0))[place, :, 0]
+    return torch.zeros_like(query).index_add_(0, row, parts)
 
 
 def _extent(pages: Tensor) -> tuple[slice | Tensor, Tensor]:
