@@ -21,6 +21,7 @@ from kernels.lookahead import BROKEN, HELD, accept, row_position
 _VALUES_PER_THREAD = 32
 _MOST_WARPS = 32
 _LARGEST_VOCABULARY = 2**16
+MOST_LOGITS = 2**31 - 1  # of a draw: offsets are int32
 
 
 @triton.jit
@@ -442,7 +443,7 @@ def _check_sizes(logits: Tensor, codes: Tensor) -> None:
             f"the Triton draw holds at most {_LARGEST_VOCABULARY} tokens, not {vocab_size}: use "
             "the torch reference"
         )
-    if logits.numel() >= 2**31:
+    if logits.numel() > MOST_LOGITS:
         raise ValueError(
             f"{logits.shape[0]} rows of {vocab_size} logits are more than the Triton draw "
             "addresses: use fewer rows"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compiled import launches_of
 
+from autoregressive.errors import UserError
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine import memory as engine_memory
@@ -31,14 +32,18 @@ GIB = 2**30
 
 
 @contextmanager
-def gpt_on_a_gpu(dtype: torch.dtype, capability: int = 90) -> Iterator[Transformer]:
-    """Two layers of GPT-XL in tensors that have no memory; nothing is launched within."""
+def gpt_on_a_gpu(
+    dtype: torch.dtype, capability: int = 90, heads: int | None = None
+) -> Iterator[Transformer]:
+    """Two layers of GPT-XL, or as wide ones with other heads, in tensors that have no memory;
+    nothing is launched within.
+    """
     shape = GPT_SHAPES["GPT-XL"]
     with launches_of(capability):
         torch.set_default_dtype(dtype)
         try:
             gpt = Transformer(
-                GPTConfig(dim=shape.dim, n_layer=2, n_head=shape.n_head, block_size=576)
+                GPTConfig(dim=shape.dim, n_layer=2, n_head=heads or shape.n_head, block_size=576)
             ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -86,7 +91,7 @@ def test_padding_does_not_change_the_order_of_sums(window: int) -> None:
     config = EngineConfig(lookahead=window)
     shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.bfloat16) as gpt:
-        sizes = pass_sizes(config, shape, gpt.output.weight.device)
+        sizes = pass_sizes(gpt, shape, config)
     for rows in range(1, MANY_ROWS // window + 1):
         assert min(count for count, _ in sizes if count >= rows) * window <= MANY_ROWS
 
@@ -139,7 +144,37 @@ def test_torchs_attention_is_reckoned_with() -> None:
     shape = BatchShape.of(64, tokens=576, page_size=16)
     least = 64 * 576 * GPT_SHAPES["GPT-XL"].dim * 2 * 4  # keys and values in float32, of one layer
     with gpt_on_a_gpu(torch.float16, capability=75) as gpt:
-        assert least < StepBytes.of(gpt, shape, EngineConfig()).gathered < 2 * least
+        gathered = StepBytes.of(gpt, shape, EngineConfig()).gathered
+        assert least < gathered < 2 * least
+        with_scores = StepBytes.of(gpt, shape, EngineConfig(lookahead=64)).gathered
+        scores = 64 * 64 * gpt.config.n_head * 576 * 4  # rows, window
+        assert scores < with_scores - gathered < 4 * scores
+
+
+@pytest.mark.parametrize(("capability", "heads"), [(75, 20), (90, 40)])
+def test_auto_is_off_where_torch_attends_on_a_gpu(capability: int, heads: int) -> None:
+    """Fails if "auto" looks ahead on a GPU whose attention is torch's, for its age or for the size
+    of the heads: the tokens would depend on the window.
+    """
+    shape = BatchShape.of(8, tokens=576, page_size=16)
+    with gpt_on_a_gpu(torch.float16, capability, heads) as gpt:
+        assert {window for _, window in pass_sizes(gpt, shape, EngineConfig())} == {1}
+        assert pass_sizes(gpt, shape, EngineConfig(lookahead=4))[0][1] == 4
+    with gpt_on_a_gpu(torch.float16) as gpt:
+        assert {window for _, window in pass_sizes(gpt, shape, EngineConfig())} == {1, 2, 4, 8}
+
+
+def test_more_logits_than_a_draw_addresses_are_refused() -> None:
+    """Fails if so many positions a pass end in an error of a kernel, while graphs are captured."""
+    shape = BatchShape.of(2048, tokens=576, page_size=16)
+    with gpt_on_a_gpu(torch.bfloat16) as gpt:
+        assert pass_sizes(gpt, shape, EngineConfig(2048, lookahead=63))
+        expected = (
+            "lookahead 64: 2048 rows make passes of 131072 positions; at most 131071 can be: lower "
+            "lookahead or lower max_num_seqs"
+        )
+        with pytest.raises(UserError, match=re.escape(expected)):
+            pass_sizes(gpt, shape, EngineConfig(2048, lookahead=64))
 
 
 @pytest.mark.parametrize(

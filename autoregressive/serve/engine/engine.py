@@ -84,9 +84,7 @@ class Engine:
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
             graphs_of_steps = (
-                len(pass_sizes(config, shape, self.device))
-                if config.uses_graphs(self.device)
-                else 0
+                len(pass_sizes(gpt, shape, config)) if config.uses_graphs(self.device) else 0
             )
             tell = on_progress or (lambda done, total: None)
             self.decoder = None
@@ -118,7 +116,7 @@ class Engine:
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),
             )
         self._step_limiter = StepLimiter(self.device)
-        self._lookahead, self._span_log = make_lookahead(config, self.device), SpanLog()
+        self._lookahead, self._span_log = make_lookahead(gpt, config), SpanLog()
         self.totals = EngineTotals()
         # requests whose last pass is on the device, with their codes and slot state
         self._arriving: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]]]] = deque()

@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from autoregressive.devices import ieee_float32
-from autoregressive.errors import SettingError, tell
+from autoregressive.errors import Change, SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
@@ -23,6 +23,7 @@ from autoregressive.serve.engine.lookahead import Lookahead
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
+from kernels.sampling import MOST_LOGITS
 
 
 class ModelRunner:
@@ -48,7 +49,8 @@ class ModelRunner:
         pages = kv_shape(gpt, num_pages, shape.page_size)
         self.kv_pages = torch.zeros(pages, dtype=weight.dtype, device=self.device)
         self._factory = layers_factory(gpt, self.operations, config)
-        plan = self._factory.plan(pass_sizes(config, shape, self.device))
+        self._sizes = pass_sizes(gpt, shape, config)
+        plan = self._factory.plan(self._sizes)
         self._scratch = plan.allocate(self.device)
         # by sequences and window
         self._layers: dict[tuple[int, int], Layers] = {}
@@ -66,10 +68,9 @@ class ModelRunner:
         """
         if not self.config.uses_graphs(self.device):
             return
-        sizes = pass_sizes(self.config, self.shape, self.device)
         pool = torch.cuda.graph_pool_handle()
         # Largest first: the smaller ones' graphs then find memory in its pool.
-        for done, (sequences, window) in enumerate(reversed(sizes)):
+        for done, (sequences, window) in enumerate(reversed(self._sizes)):
             self._pass(batch, sequences, window)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
@@ -77,7 +78,7 @@ class ModelRunner:
                 self._pass(batch, sequences, window)
             self._graphs[sequences, window] = graph
             if progress is not None:
-                progress(done + 1, len(sizes))
+                progress(done + 1, len(self._sizes))
 
     @ieee_float32()
     def run(self, batch: Batch, rows: int, images: int, passes: int, window: int) -> None:
@@ -151,27 +152,38 @@ def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfi
     return LayersFactory(gpt.config, weight.dtype, operations, library)
 
 
-def make_lookahead(config: EngineConfig, device: torch.device) -> Lookahead:
+def make_lookahead(gpt: Transformer, config: EngineConfig) -> Lookahead:
     """What chooses the windows of passes. "auto" keeps to a token a pass on a GPU that runs torch's
-    operations: there the tokens of a row depend on how many rows there are.
+    attention: there the tokens of a row depend on how many positions a pass has.
+
+    Raises:
+        SettingError: the backend does not run on the model's device.
     """
-    torch_on_gpu = device.type == "cuda" and (
-        config.attention_backend == "torch" or not triton_runs_on(device)
-    )
+    operations = model_operations(gpt, config, tell=_nobody)
+    torch_on_gpu = gpt.output.weight.is_cuda and operations.attention is attention_reference
     return Lookahead("off" if config.lookahead == "auto" and torch_on_gpu else config.lookahead)
 
 
-def pass_sizes(
-    config: EngineConfig, shape: BatchShape, device: torch.device
-) -> list[tuple[int, int]]:
-    """The numbers of sequences that passes are carried out with, and the windows of each."""
+def pass_sizes(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> list[tuple[int, int]]:
+    """The numbers of sequences that passes are carried out with, and the windows of each.
+
+    Raises:
+        SettingError: the backend does not run on the model's device, or the largest pass has more
+            logits than a draw addresses.
+    """
     counts = set(range(1, shape.max_rows + 1))
-    lookahead = make_lookahead(config, device)
-    if config.uses_graphs(device):
+    lookahead = make_lookahead(gpt, config)
+    if config.uses_graphs(gpt.output.weight.device):
         # Padding must not lead beyond the positions up to which sums have a fixed order.
         edges = {MANY_ROWS // window for window in lookahead.windows(1)}
         counts &= {*row_buckets(shape.max_rows), *edges}
-    return [(count, window) for count in sorted(counts) for window in lookahead.windows(count)]
+    sizes = [(count, window) for count in sorted(counts) for window in lookahead.windows(count)]
+    positions, most = max(map(prod, sizes)), MOST_LOGITS // gpt.config.vocab_size
+    if positions > most:
+        told = f"{shape.max_rows} rows make passes of {positions} positions; at most {most} can be"
+        remedies = [Change("lower", "lookahead"), Change("lower", "max_num_seqs")]
+        raise SettingError("lookahead", config.lookahead, told, remedies)
+    return sizes
 
 
 def model_operations(
@@ -195,6 +207,10 @@ def model_operations(
         config.attention_backend,
         tell=tell,
     )
+
+
+def _nobody(message: str) -> None:
+    """Tells a message to nobody: to the user it is told once, by the runner."""
 
 
 def row_buckets(max_rows: int) -> list[int]:
@@ -234,12 +250,13 @@ class StepBytes:
         Raises:
             SettingError: the backend does not run on the model's device.
         """
-        operations = model_operations(gpt, config, tell=lambda message: None)
-        sizes = pass_sizes(config, shape, gpt.output.weight.device)
+        operations = model_operations(gpt, config, tell=_nobody)
+        sizes = pass_sizes(gpt, shape, config)
         scratch = layers_factory(gpt, operations, config).plan(sizes).bytes
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
         # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in
-        # float32: 12 bytes an element.
-        keys = kv_shape(gpt, shape.max_rows * shape.pages_per_row, shape.page_size)[2:]
-        return cls(scratch, 12 * prod(keys))
+        # float32: 12 bytes an element. Of every query's scores there are as many copies.
+        *pages, stride = kv_shape(gpt, shape.max_rows * shape.pages_per_row, shape.page_size)[2:]
+        window = max(window for _, window in sizes)
+        return cls(scratch, 12 * prod(pages) * (stride + window))
