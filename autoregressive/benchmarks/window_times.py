@@ -19,7 +19,6 @@ from autoregressive.benchmarks.guessing import (
 from autoregressive.benchmarks.harness import seconds_of
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.lookahead import Lookahead
 from autoregressive.serve.engine.request import Request
 
 FEWER_PASSES = (2.0, 3.0)  # tokens that a pass is made to keep
@@ -57,7 +56,7 @@ def time_window(
     recorded = draw()  # warms up too
     if not isinstance(runner, GuessingRunner):
         return WindowTimes(_timed(draw, engine.device, repeats), {})
-    window = max(Lookahead(engine.config.lookahead).windows(len(labels) * params.rows))
+    window = max(engine.lookahead.windows(len(labels) * params.rows))
     runner.offer(recorded, 0.0)
     no_guess_holds, fewer = _timed(draw, engine.device, repeats), {}
     for tokens in FEWER_PASSES:

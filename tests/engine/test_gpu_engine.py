@@ -56,8 +56,9 @@ def test_gpt_3b_draws_the_same_on_both_backends() -> None:
     assert gpt.config.head_size == 100
     gpt = gpt.to_empty(device=CUDA).requires_grad_(False)
     gpt.init_weights(torch.Generator(CUDA).manual_seed(7))
+    # The attention of each window would be compiled anew, which takes float32 ten seconds each.
     engines = [
-        Engine(gpt, None, EngineConfig(max_num_seqs=8, attention_backend=backend))
+        Engine(gpt, None, EngineConfig(8, attention_backend=backend, lookahead="off"))
         for backend in ("triton", "torch")
     ]
     codes, expected = (engine.generate([1, 7, 3, 900], GREEDY, decode=False) for engine in engines)
@@ -125,7 +126,7 @@ def test_float32_draws_the_same_where_tf32_is_allowed(backend: str) -> None:
     codes = []
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        engine = Engine(gpt, None, EngineConfig(max_num_seqs=80, attention_backend=backend))
+        engine = Engine(gpt, None, EngineConfig(80, attention_backend=backend, lookahead="off"))
         codes.append(engine.generate(range(40), GREEDY, decode=False))
         assert torch.backends.cuda.matmul.allow_tf32 is allowed
     assert torch.equal(*codes)

@@ -118,7 +118,15 @@ def test_auto_follows_a_change_on_a_device_that_is_behind(delay: int) -> None:
                 while engine.wait_for_work(timeout=0):
                     engine.step()
             most_chosen.append(max(set(runner.windows), key=runner.windows.count))
-    assert most_chosen == [1, 8]
+    assert most_chosen == [1, 4]  # on a CPU two rows have four positions each at most
+
+
+def test_auto_on_a_cpu_is_for_few_rows() -> None:
+    """Fails if "auto" looks ahead on a CPU where it was measured not to gain."""
+    lookahead = fake_engine(EngineConfig(8), tokens=64)[0].lookahead
+    largest = [max(lookahead.windows(rows)) for rows in (1, 2, 3, 4, 5, 8)]
+    assert largest == [8, 4, 2, 2, 1, 1]
+    assert fake_engine(EngineConfig(8, lookahead=64), tokens=64)[0].lookahead.windows(8) == [64]
 
 
 @pytest.mark.parametrize("setting", ["on", 0, 65, 2.5, None, True])
@@ -170,7 +178,7 @@ def test_the_engine_tells_what_windows_are_worth_and_how_much_they_compute() -> 
     runner.right_share = 1.0
     engine.submit(1, SamplingParams(top_k=0, n=2))
     with (
-        patch.object(engine._lookahead, "observe_kept") as observe,
+        patch.object(engine.lookahead, "observe_kept") as observe,
         patch.object(engine._step_limiter, "span_limit", return_value=2) as span_limit,
     ):
         while engine.wait_for_work(timeout=0):

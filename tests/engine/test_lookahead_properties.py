@@ -47,7 +47,7 @@ def test_every_request_ends_as_without_lookahead(
     turns = cycle(windows)
     with (
         patch.object(engine._step_limiter, "span_limit", return_value=longest_span),
-        patch.object(engine._lookahead, "window", lambda rows: next(turns)),
+        patch.object(engine.lookahead, "window", lambda rows: next(turns)),
         patch.object(engine.batch, "fetch", late_copies.fetch),
         patch.object(engine.batch, "fetch_lengths", late_copies.fetch_lengths),
         patch.object(runner, "before_span", record.check_forecast),

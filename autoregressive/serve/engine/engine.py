@@ -68,6 +68,7 @@ class Engine:
 
     Attributes:
         totals: what it has done so far.
+        lookahead: what chooses the window of each span.
     """
 
     def __init__(
@@ -116,7 +117,8 @@ class Engine:
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),
             )
         self._step_limiter = StepLimiter(self.device)
-        self._lookahead, self._span_log = make_lookahead(gpt, config), SpanLog()
+        self.lookahead = make_lookahead(gpt, config)
+        self._span_log = SpanLog()
         self.totals = EngineTotals()
         # requests whose last pass is on the device, with their codes and slot state
         self._arriving: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]]]] = deque()
@@ -331,7 +333,7 @@ class Engine:
         if arrival is None:
             return []
         if arrival.kept is not None:
-            self._lookahead.observe_kept(*arrival.kept)
+            self.lookahead.observe_kept(*arrival.kept)
         return self.scheduler.learn(arrival.bounds)
 
     def _run_span(self) -> tuple[int, list[Request]]:
@@ -344,7 +346,7 @@ class Engine:
         scheduler.admit()
         images = scheduler.images
         rows = [row for image in images for row in image.rows]
-        window = self._lookahead.window(len(rows))
+        window = self.lookahead.window(len(rows))
         passes = scheduler.plan_span(self._step_limiter.span_limit(len(rows), window), window)
         if passes == 0:
             return 0, []
@@ -357,7 +359,7 @@ class Engine:
         self.runner.run(batch, len(rows), len(images), passes, window)
         time = self._step_limiter.end(begun, passes, len(rows), window)
         if time is not None:
-            self._lookahead.observe_seconds(time.rows, time.window, time.seconds)
+            self.lookahead.observe_seconds(time.rows, time.window, time.seconds)
         self.totals.passes += passes
         self._span_log.note(images, passes, window, batch.fetch_lengths)
         return passes, scheduler.advance(passes)

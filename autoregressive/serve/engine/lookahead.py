@@ -28,10 +28,14 @@ class Lookahead:
 
     Args:
         setting: "off": a token a pass; a number: always that window; "auto".
+        most_positions: of all rows together, in passes of "auto" with a window. A pass of more
+            than the default may use a library's products, whose sums have no fixed order: the
+            tokens would depend on the window.
     """
 
-    def __init__(self, setting: LookaheadSetting) -> None:
+    def __init__(self, setting: LookaheadSetting, most_positions: int = MANY_ROWS) -> None:
         self._setting = 1 if setting == "off" else setting
+        self._most_positions = most_positions
         # of a pass, by rows and window
         self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
             partial(deque, maxlen=_SPANS_TO_TIME)
@@ -47,9 +51,8 @@ class Lookahead:
         """The windows that passes of so many rows may be carried out with, in ascending order."""
         if not isinstance(self._setting, str):
             return [self._setting]
-        # A pass of more positions may use a library's products, whose sums have no fixed order: the
-        # tokens would depend on the window.
-        return [window for window in _WINDOWS if window == 1 or rows * window <= MANY_ROWS]
+        most = self._most_positions
+        return [window for window in _WINDOWS if window == 1 or rows * window <= most]
 
     def window(self, rows: int) -> int:
         """The window for the next span, of so many rows."""

@@ -25,6 +25,9 @@ from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
 from kernels.sampling import MOST_LOGITS
 
+# of a pass, up to which "auto" looks ahead on a CPU; with more, windows gain less than trials cost
+_CPU_POSITIONS = 8
+
 
 class ModelRunner:
     """Runs steps, and owns the KV pages.
@@ -160,8 +163,10 @@ def make_lookahead(gpt: Transformer, config: EngineConfig) -> Lookahead:
         SettingError: the backend does not run on the model's device.
     """
     operations = model_operations(gpt, config, tell=_nobody)
-    torch_on_gpu = gpt.output.weight.is_cuda and operations.attention is attention_reference
-    return Lookahead("off" if config.lookahead == "auto" and torch_on_gpu else config.lookahead)
+    if not gpt.output.weight.is_cuda:
+        return Lookahead(config.lookahead, most_positions=_CPU_POSITIONS)
+    torch_attends = operations.attention is attention_reference
+    return Lookahead("off" if config.lookahead == "auto" and torch_attends else config.lookahead)
 
 
 def pass_sizes(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> list[tuple[int, int]]:
