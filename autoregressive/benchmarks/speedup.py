@@ -248,7 +248,7 @@ def work(arguments: argparse.Namespace) -> None:
     (model,), (method,) = arguments.models, arguments.methods
     try:
         settings = settings_for(model, arguments)
-        set_numerics(settings)
+        set_numerics(settings.model)
         found = find_weights(settings.model)
         gpt = load_models(settings.model, found).gpt
         if method in ("paged", "lookahead"):

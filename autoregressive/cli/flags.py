@@ -6,7 +6,7 @@ imports torch: --help and a typo are answered at once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
@@ -60,7 +60,7 @@ def build_parser(purpose: str, command: str) -> OneLineParser:
     )
     add_version_flag(parser)
     _add_drawing(parser.add_argument_group("what to draw"))
-    _add_sampling(parser.add_argument_group("sampling"))
+    add_sampling_flags(parser, _default)
     _add_output(parser.add_argument_group("output"))
     add_model_flags(parser)
     return parser
@@ -135,6 +135,29 @@ def add_model_flags(
     _add_running(parser.add_argument_group("running"))
 
 
+def add_sampling_flags(parser: OneLineParser, default: Callable[[str], str]) -> None:
+    """Adds the flags that say how tokens are drawn, all but the seed.
+
+    Args:
+        default: how --help states the default of a parameter.
+    """
+    group = parser.add_argument_group("sampling")
+    for setting, told in (
+        ("cfg_scale", "strength of classifier-free guidance; 1 and below: none"),
+        ("cfg_interval", "guide the first N + 2 tokens only; -1: all"),
+        ("temperature", "0 takes the likeliest token"),
+        ("top_k", "draw from the N likeliest tokens; 0, or more than there are: from all"),
+        ("top_p", "draw from the likeliest tokens that make up this probability; 1: from all"),
+    ):
+        whole = BOUNDS[setting].kind is Integral
+        group.add_argument(
+            f"--{setting.replace('_', '-')}",
+            type=int if whole else float,
+            metavar="N" if whole else "X",
+            help=f"{told} {default(setting)}",
+        )
+
+
 def _default(field: str) -> str:
     """How --help states a default that the two families may not share."""
     llamagen, demo = (
@@ -165,23 +188,6 @@ def _add_drawing(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--seed", type=int, metavar="N", help="same seed, same machine: same picture (default: 0)"
     )
-
-
-def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    for setting, told in (
-        ("cfg_scale", "strength of classifier-free guidance; 1 and below: none"),
-        ("cfg_interval", "guide the first N + 2 tokens only; -1: all"),
-        ("temperature", "0 takes the likeliest token"),
-        ("top_k", "draw from the N likeliest tokens; 0, or more than there are: from all"),
-        ("top_p", "draw from the likeliest tokens that make up this probability; 1: from all"),
-    ):
-        whole = BOUNDS[setting].kind is Integral
-        group.add_argument(
-            f"--{setting.replace('_', '-')}",
-            type=int if whole else float,
-            metavar="N" if whole else "X",
-            help=f"{told} {_default(setting)}",
-        )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:

@@ -32,10 +32,10 @@ def generation_record(
         "loop": loop,
         "trained": found.trained,
         "model": model.gpt_model,
-        "weights": _name(found.gpt),
+        "weights": weights_name(found.gpt),
         "ema": model.ema,
         "tokenizer": model.vq_model,
-        "tokenizer_weights": _name(found.vq),
+        "tokenizer_weights": weights_name(found.vq),
         "image_size": model.image_size,
         "downsample_size": model.downsample_size,
         "codebook_size": model.codebook_size,
@@ -93,7 +93,7 @@ def readable(record: dict[str, object]) -> str:
     )
 
 
-def _name(weights: Path | None) -> str:
+def weights_name(weights: Path | None) -> str:
     """The file's name without its folder, which is the user's own business.
 
     Bytes in it that are no UTF-8 are written with backslashes: no picture's file can hold them as

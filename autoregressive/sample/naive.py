@@ -21,7 +21,7 @@ from autoregressive.errors import Change, SettingName, UserError, tell
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.progress import progress_bar
-from autoregressive.weights.finding import smaller_precision
+from autoregressive.weights.finding import ModelSettings, smaller_precision
 from autoregressive.weights.loading import load_models
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = resolve_settings(arguments)
     found = find_weights_and_warn(settings)
-    set_numerics(settings)
+    set_numerics(settings.model)
     model = settings.model
     try:
         models = load_models(model, found)
@@ -50,14 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     save_results(settings, found, codes, pixels, seconds, loop="naive")
 
 
-def set_numerics(settings: Settings) -> None:
+def set_numerics(model: ModelSettings) -> None:
     """TF32 and deterministic convolutions, as LlamaGen's command sets them."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    if settings.model.device.type == "cuda":
-        torch.cuda.set_device(settings.model.device)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)
 
 
 def draw_codes(gpt: Transformer, settings: Settings) -> Tensor:

@@ -99,22 +99,26 @@ class PixelDecoder:
         return DeviceFuture(done.ready, lambda: done.hold_back(pixels))
 
     @torch.no_grad()
-    def submit_to_host(self, codes: Tensor) -> DeviceFuture[tuple[Tensor, ...]]:
+    def submit_to_host(
+        self, codes: Tensor, as_pictures: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    ) -> DeviceFuture[tuple[Tensor, ...]]:
         """Enqueues decoding and the copy of the pictures to the host. The current stream goes on
         meanwhile.
 
         Args:
             codes: integers [images, grid * grid], on the CPU. Ids outside the codebook are clamped.
+            as_pictures: makes what is returned of the pixels; None: rounds them.
 
         Returns:
             Pictures uint8 [images, height, width, 3], and whether every pixel of an image was
             finite: bool [images].
         """
+        as_pictures = as_pictures or _as_pictures
         if self._device.type != "cuda":
-            return DeviceFuture.done(_as_pictures(self.submit(codes).result()))
+            return DeviceFuture.done(as_pictures(self.submit(codes).result()))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             on_device = uploaded(codes.to(torch.int32), self._device)
-            return copy_to_host(*_as_pictures(self.submit(on_device).result()))
+            return copy_to_host(*as_pictures(self.submit(on_device).result()))
 
     def decode(self, codes: Tensor) -> Tensor:
         """`submit` and its result in one."""

@@ -1,0 +1,139 @@
+"""What a bulk job is: which images, and what its files are named."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from autoregressive.devices import PRECISIONS
+from autoregressive.errors import SettingError
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.output.records import Loop, sampling_record, weights_name
+from autoregressive.weights.finding import FoundWeights, ModelSettings
+
+RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
+
+
+@dataclass(frozen=True)
+class BulkJob:
+    """A number of images, each of which depends on the job's settings and its own index alone.
+
+    Attributes:
+        sampling: of every image; its seed is the job's.
+        image_size_eval: pixels of a side that images are resized to.
+        labels: int64 [images], the class of each.
+        labels_from: "random", "balanced", or the name of a file.
+        loop: which one draws the codes.
+        batch: images of a batch, of which the plain loop's draws depend; None: they do not.
+        deterministic: as in `EngineConfig`.
+    """
+
+    model: ModelSettings
+    found: FoundWeights
+    sampling: SamplingParams
+    image_size_eval: int
+    labels: NDArray[np.int64]
+    labels_from: str
+    loop: Loop = "paged"
+    batch: int | None = None
+    deterministic: bool = False
+
+    @property
+    def images(self) -> int:
+        """How many images the job has."""
+        return len(self.labels)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and its npz file, as LlamaGen's bulk command has them."""
+        model, params = self.model, self.sampling
+        return (
+            f"{model.gpt_model}-{_checkpoint_name(model, self.found)}-size-{model.image_size}"
+            f"-size-{self.image_size_eval}-{model.vq_model}-topk-{params.top_k}"
+            f"-topp-{float(params.top_p)}-temperature-{float(params.temperature)}"
+            f"-cfg-{float(params.cfg_scale)}-seed-{params.seed}"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All that the images depend on, ready for JSON. A job goes on only with the same."""
+        model = self.model
+        return {
+            "num_fid_samples": self.images,
+            "labels": self.labels_from,
+            "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
+            "loop": self.loop,
+            "gpt_model": model.gpt_model,
+            "gpt_ckpt": _weights(self.found.gpt),
+            "ema": model.ema,
+            "vq_model": model.vq_model,
+            "vq_ckpt": _weights(self.found.vq),
+            "image_size": model.image_size,
+            "image_size_eval": self.image_size_eval,
+            "codebook_size": model.codebook_size,
+            "codebook_embed_dim": model.codebook_embed_dim,
+            "num_classes": model.num_classes,
+            "precision": next(name for name, one in PRECISIONS.items() if one == model.precision),
+            "per_proc_batch_size": self.batch,
+            "deterministic": self.deterministic,
+        } | sampling_record(self.sampling)
+
+
+def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
+    """The class of each image: int64 [images].
+
+    Args:
+        labels: "random": independent and uniform, as LlamaGen draws them; image k has the same
+            class in a job of any length. "balanced": the classes in turn. Else a file with one id
+            for each image: .npy, or text with an id a line.
+
+    Raises:
+        SettingError: the file is damaged, or does not fit the job.
+    """
+    if labels == RANDOM:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(num_classes, (images,), generator=generator).numpy()
+    if labels == BALANCED:
+        return np.arange(images) % num_classes
+    path = Path(labels)
+    try:
+        if path.suffix == ".npy":
+            found = np.load(path, allow_pickle=False)
+        else:
+            found = np.loadtxt(path, dtype=np.int64, ndmin=1)
+    except FileNotFoundError as error:
+        told = f"must be {RANDOM}, {BALANCED}, or a file with an id for each image"
+        raise SettingError("labels", labels, told) from error
+    except OSError as error:
+        raise SettingError("labels", labels, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingError("labels", labels, "holds no ids: give one a line, or .npy") from error
+    if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer):
+        told = f"holds {found.dtype} {list(found.shape)}; give {images} whole numbers"
+        raise SettingError("labels", labels, told)
+    if not (found.min() >= 0 and found.max() < num_classes):
+        raise SettingError("labels", labels, f"ids must be 0 to {num_classes - 1}")
+    return found.astype(np.int64)
+
+
+def _checkpoint_name(model: ModelSettings, found: FoundWeights) -> str:
+    if found.gpt is None:
+        return "untrained"
+    if model.from_fsdp and not found.gpt.is_dir():
+        return found.gpt.resolve().parent.name
+    name = found.gpt.resolve().name
+    for suffix in (".pth", ".pt", ".safetensors"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _weights(path: Path | None) -> str:
+    """The name and the size of weights: enough to tell others from them without reading all."""
+    if path is None:
+        return "untrained"
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return f"{weights_name(path)}, {size} bytes"

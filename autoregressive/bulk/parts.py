@@ -1,0 +1,138 @@
+"""The folder in which a job keeps its images as they come: files of some images each, which are
+whole or not there. So an interrupted job loses what was not written yet, and nothing else.
+
+A part is a .npy file of records (index, codes, pixels). Its name has the first index and the
+number of its images, so that progress is known without opening it.
+"""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoregressive.errors import UserError
+from autoregressive.files import remove_leftovers, write_whole
+
+_NAME = re.compile(r"(\d{8})-(\d+)\.npy")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.npy")
+_PARTS_OPEN = 64
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that are done."""
+
+    indices: Sequence[int]
+    codes: NDArray[np.int32]  # [images, tokens]
+    pictures: NDArray[np.uint8]  # [images, size, size, 3]
+
+
+class Parts:
+    """The parts of a job's images. Ranks write different images and share nothing else.
+
+    Args:
+        tokens: of an image.
+        size: pixels of a side.
+    """
+
+    def __init__(self, folder: Path, tokens: int, size: int) -> None:
+        self.folder = folder
+        self._dtype = np.dtype(
+            [("index", "<i8"), ("codes", "<i4", (tokens,)), ("picture", "u1", (size, size, 3))]
+        )
+
+    def clean(self) -> None:
+        """Makes the folder, and removes what killed processes were writing there.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        remove_leftovers(self.folder, _UNFINISHED)
+
+    def write(self, images: Images) -> None:
+        """Keeps images, which must not be there yet.
+
+        Raises:
+            UserError: the folder or the disk does not take the file.
+        """
+        records = np.zeros(len(images.indices), self._dtype)
+        records["index"], records["codes"] = images.indices, images.codes
+        records["picture"] = images.pictures
+        content = io.BytesIO()
+        np.save(content, np.sort(records, order="index"))
+        name = f"{min(images.indices):08d}-{len(records)}.npy"
+        write_whole(self.folder / name, lambda file: file.write_bytes(content.getbuffer()))
+
+    def count(self) -> int:
+        """How many images are kept, by the names of the files."""
+        try:
+            return sum(
+                int(found[2]) for found in map(_NAME.fullmatch, os.listdir(self.folder)) if found
+            )
+        except FileNotFoundError:  # rank 0 has finished the job
+            return 0
+
+    def places(self, images: int) -> NDArray[np.int64]:
+        """Where each of a job's images is: int64 [images, 2], the part's number in `files` and the
+        row in it; -1 for those that are not there.
+
+        Raises:
+            UserError: a file is no part of such a job.
+        """
+        places = np.full((images, 2), -1, dtype=np.int64)
+        for number, file in enumerate(self.files):
+            indices = self._open(file)["index"]
+            if len(indices) and not 0 <= indices.min() <= indices.max() < images:
+                raise UserError(f"{file} holds images of another job: remove it")
+            places[indices, 0] = number
+            places[indices, 1] = np.arange(len(indices))
+        return places
+
+    @property
+    def files(self) -> list[Path]:
+        """The parts, in the order of their names."""
+        names = os.listdir(self.folder)
+        return [self.folder / name for name in sorted(names) if _NAME.fullmatch(name)]
+
+    def read(self, places: NDArray[np.int64], at_once: int = 64) -> Iterator[Images]:
+        """The images at such places, in their order, some at a time.
+
+        Args:
+            places: as `places`; all are there.
+        """
+        files = self.files
+        opened = lru_cache(maxsize=_PARTS_OPEN)(lambda number: self._open(files[number]))
+        for begin in range(0, len(places), at_once):
+            some = places[begin : begin + at_once]
+            records = np.empty(len(some), self._dtype)
+            for at, (number, row) in enumerate(some):
+                records[at] = opened(number)[row]
+            yield Images(range(begin, begin + len(some)), records["codes"], records["picture"])
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _open(self, file: Path) -> Any:
+        damaged = UserError(f"{file} is damaged: remove it, and its images are drawn again")
+        try:
+            records = np.load(file, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise damaged from error
+        if records.dtype != self._dtype or records.ndim != 1:
+            raise damaged
+        return records

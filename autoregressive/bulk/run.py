@@ -1,0 +1,155 @@
+"""Runs a job: every rank draws its share, and rank 0 puts the files together."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoregressive.bulk.folder import JobFolder
+from autoregressive.bulk.job import BulkJob
+from autoregressive.bulk.keeper import Keeper
+from autoregressive.bulk.ranks import OtherRankFailedError, Ranks
+from autoregressive.bulk.sources import Source, shares
+from autoregressive.progress import Bar, progress_bar
+
+_SECONDS_BETWEEN_LOOKS = 0.5  # at how many images all ranks have kept
+
+
+@dataclass(frozen=True)
+class BulkReport:
+    """What a run has done, and how long it took, in seconds.
+
+    Attributes:
+        samples: the npz file.
+        images: of the job.
+        drawn: images that this run drew, on all ranks.
+        start: from the beginning to the first draw: loading, compiling, capturing graphs.
+        drawing: until this rank had drawn its share; `partial` of it with fewer images at once than
+            could run, because no more waited.
+        waiting: for the other ranks.
+        writing: of the files of all images.
+    """
+
+    samples: Path
+    images: int
+    drawn: int
+    start: float = 0.0
+    drawing: float = 0.0
+    partial: float = 0.0
+    waiting: float = 0.0
+    writing: float = 0.0
+
+    def lines(self, ranks: int) -> list[str]:
+        """What to tell the user."""
+        if self.drawn == 0:
+            told = f"{self.images} images are there already"
+        else:
+            seconds = self.drawing + self.waiting
+            told = (
+                f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
+                f"{ranks} rank{'s' if ranks > 1 else ''}"
+            )
+        parts = (
+            f"start {self.start:.1f} s, drawing {self.drawing:.1f} s (the last partial batch "
+            f"{self.partial:.1f} s), waiting for other ranks {self.waiting:.1f} s, writing "
+            f"{self.writing:.1f} s"
+        )
+        return [told, parts, f"samples are saved to {self.samples}"]
+
+
+def run_job(
+    job: BulkJob,
+    sample_dir: Path,
+    ranks: Ranks,
+    make_source: Callable[[], Source],
+    *,
+    save_png: bool = False,
+    progress: bool | None = None,
+    began: float | None = None,
+) -> BulkReport:
+    """Draws what is missing of a job, and makes its files.
+
+    Args:
+        sample_dir: the npz file and the job's folder are in it.
+        make_source: makes what draws; not called where nothing is missing.
+        save_png: also save each image as a PNG file in the job's folder, as LlamaGen does.
+        progress: whether rank 0 shows a bar; None: where stderr is a terminal.
+        began: when the process began, as `time.perf_counter`; None: now.
+
+    Raises:
+        UserError: the folder is of another job, the disk does not take a file, or the model's
+            numbers are not finite. What was kept stays, and another run goes on with it.
+        OtherRankFailedError: on other ranks, if rank 0 has failed before the work.
+    """
+    began = time.perf_counter() if began is None else began
+    folder = JobFolder(job, sample_dir)
+    missing = _open(folder, ranks)
+    if ranks.broadcast(folder.finished):
+        return BulkReport(folder.samples, job.images, 0)
+    shown = progress if ranks.first else False
+    share = shares(missing, job.batch, ranks.count)[ranks.rank]
+    drawing_began = partial_since = time.perf_counter()
+    if share:
+        source = make_source()
+        drawing_began = time.perf_counter()
+        with (
+            _counting_bar(folder, job.images - len(missing), shown),
+            Keeper(folder.parts) as keeper,
+        ):
+            for images in source.draw(share):
+                keeper.add(images)
+        partial_since = source.partial_since or time.perf_counter()
+    drawn = time.perf_counter()
+    ranks.wait()
+    waited = time.perf_counter()
+    if ranks.first:
+        with progress_bar("writing", " images", job.images, shown=shown, leave=False) as bar:
+            folder.finish(bar, save_png=save_png)
+    return BulkReport(
+        folder.samples,
+        job.images,
+        len(missing),
+        start=drawing_began - began,
+        drawing=drawn - drawing_began,
+        partial=max(0.0, drawn - partial_since),
+        waiting=waited - drawn,
+        writing=time.perf_counter() - waited,
+    )
+
+
+def _open(folder: JobFolder, ranks: Ranks) -> list[int]:
+    """Has rank 0 open the folder. Returns the missing images, on all ranks."""
+    missing: list[int] | None = None
+    try:
+        if ranks.first:
+            missing = folder.open().tolist()
+    finally:
+        missing = ranks.broadcast(missing)
+    if missing is None:
+        raise OtherRankFailedError
+    return missing
+
+
+@contextmanager
+def _counting_bar(folder: JobFolder, kept: int, shown: bool | None) -> Iterator[None]:
+    """A bar of the images that all ranks have kept, by a look at the folder now and then."""
+    total = folder.job.images
+    with progress_bar("drawing", " images", total, shown=shown, initial=kept) as bar:
+        done = threading.Event()
+
+        def follow(bar: Bar) -> None:
+            while not done.wait(_SECONDS_BETWEEN_LOOKS):
+                bar.update(max(0, folder.parts.count() - bar.n))
+
+        watcher = threading.Thread(target=follow, args=(bar,), daemon=True)
+        if shown is not False:
+            watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if watcher.ident is not None:
+                watcher.join()
+            bar.update(max(0, folder.parts.count() - bar.n))

@@ -1,0 +1,184 @@
+"""Where a job's images come from: the engine, or the plain loop. Both draw an image from the job's
+seed and the image's index, whatever the other images and ranks.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoregressive.bulk.job import BulkJob
+from autoregressive.bulk.parts import Images
+from autoregressive.devices import limited_cpu_threads
+from autoregressive.errors import SettingName, UserError
+from autoregressive.models.generate import NonFiniteLogitsError, generate
+from autoregressive.models.gpt import Transformer
+from autoregressive.serve.engine.device_future import DeviceFuture
+from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.request import Request
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+
+class Source(Protocol):
+    """Draws and decodes images of a job.
+
+    Attributes:
+        partial_since: when there were fewer images left than could be drawn at once, as
+            `time.perf_counter`; None: not yet.
+    """
+
+    partial_since: float | None
+
+    def draw(self, indices: Sequence[int]) -> Iterator[Images]:
+        """Draws these images and gives them as they are done, in any order.
+
+        Raises:
+            UserError: the model or the tokenizer gave NaN or infinite numbers.
+        """
+
+
+class EngineSource:
+    """Draws with the engine. Pixels are decoded beside the steps, in batches of one padded size, so
+    that they do not depend on their neighbours.
+    """
+
+    def __init__(self, job: BulkJob, engine: Engine) -> None:
+        assert engine.decoder is not None
+        self.partial_since: float | None = None
+        self._job, self._engine, self._decoder = job, engine, engine.decoder
+        self._drawn: list[tuple[int, Tensor]] = []  # that wait for others to be decoded with
+        self._decoding: deque[tuple[list[tuple[int, Tensor]], DeviceFuture[tuple[Tensor, ...]]]] = (
+            deque()
+        )
+
+    def draw(self, indices: Sequence[int]) -> Iterator[Images]:
+        """As `Source.draw`."""
+        job, engine, waiting = self._job, self._engine, deque(indices)
+        running: dict[Request, int] = {}
+        at_once = max(1, engine.shape.max_rows // job.sampling.rows)
+        while waiting or running:
+            while waiting and len(running) < 2 * at_once:  # half of them in the engine's queue
+                index = waiting.popleft()
+                request = engine.submit(int(job.labels[index]), job.sampling, index)
+                running[request] = index
+            if len(running) < at_once and self.partial_since is None:
+                self.partial_since = time.perf_counter()
+            for request in engine.step():
+                if request.codes is None:
+                    raise NonFiniteLogitsError(f"image {running[request]}: {request.error}")
+                self._drawn.append((running.pop(request), request.codes))
+            self._decode(all_of_them=not waiting and not running)
+            yield from self._decoded(wait=False)
+        yield from self._decoded(wait=True)
+
+    def _decode(self, *, all_of_them: bool) -> None:
+        """Begins to decode images, where a batch is full."""
+        size = self._decoder.batch_sizes[-1]
+        while len(self._drawn) >= size or (all_of_them and self._drawn):
+            batch, self._drawn = self._drawn[:size], self._drawn[size:]
+            codes = torch.cat([codes for _, codes in batch])
+            padded = F.pad(codes, (0, 0, 0, size - len(codes)))
+            pictures = partial(evaluation_pictures, size=self._job.image_size_eval)
+            self._decoding.append((batch, self._decoder.submit_to_host(padded, pictures)))
+
+    def _decoded(self, *, wait: bool) -> Iterator[Images]:
+        while self._decoding and (wait or self._decoding[0][1].ready()):
+            batch, future = self._decoding.popleft()
+            indices = [index for index, _ in batch]
+            pictures, finite = (tensor[: len(batch)] for tensor in future.result())
+            check_finite(indices, finite)
+            codes = torch.cat([codes for _, codes in batch])
+            yield Images(indices, codes.numpy(), pictures.numpy())
+
+
+class NaiveSource:
+    """Draws with LlamaGen's plain loop, batches of fixed images: those of batch b depend on the
+    job's seed and on b.
+    """
+
+    def __init__(self, job: BulkJob, gpt: Transformer, vq: VQModel) -> None:
+        assert job.batch is not None
+        self.partial_since: float | None = None
+        self._job, self._gpt, self._vq, self._batch = job, gpt, vq, job.batch
+
+    def draw(self, indices: Sequence[int]) -> Iterator[Images]:
+        """As `Source.draw`. Of a batch, those images are given that are asked for."""
+        wanted = set(indices)
+        for batch in dict.fromkeys(index // self._batch for index in indices):
+            done = self._draw_batch(batch)
+            places = [at for at, index in enumerate(done.indices) if index in wanted]
+            kept = [done.indices[at] for at in places]
+            yield Images(kept, done.codes[places], done.pictures[places])
+
+    @torch.no_grad()
+    def _draw_batch(self, batch: int) -> Images:
+        job, model = self._job, self._job.model
+        indices = range(job.images)[batch * self._batch : (batch + 1) * self._batch]
+        if len(indices) < self._batch:
+            self.partial_since = time.perf_counter()
+        params = asdict(job.sampling)
+        seed = np.random.SeedSequence([params.pop("seed"), batch]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]) >> 1)
+        del params["n"]
+        labels = torch.from_numpy(job.labels[indices.start : indices.stop]).to(model.device)
+        with limited_cpu_threads(self._gpt.config, model.device):
+            codes = generate(
+                self._gpt,
+                labels,
+                model.tokens_per_image,
+                **params,
+                sample_logits=job.sampling.temperature > 0,
+            )
+            shape = [len(codes), model.codebook_embed_dim, model.grid, model.grid]
+            pixels = self._vq.decode_code(codes, shape)
+        pictures, finite = evaluation_pictures(pixels, job.image_size_eval)
+        check_finite(indices, finite.cpu())
+        return Images(indices, codes.cpu().numpy(), pictures.cpu().numpy())
+
+
+def evaluation_pictures(pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels as LlamaGen's bulk command stores them: resized by bicubic interpolation without
+    antialiasing, and cut to whole levels, not rounded.
+
+    Args:
+        pixels: float [images, 3, height, width], about -1..1.
+        size: pixels of a side of the pictures.
+
+    Returns:
+        Pictures uint8 [images, size, size, 3], and whether every pixel of an image was finite: bool
+        [images].
+    """
+    finite = pixels.isfinite().flatten(1).all(dim=1)
+    if pixels.shape[-1] != size:
+        pixels = F.interpolate(pixels.float(), size=(size, size), mode="bicubic")
+    levels = (127.5 * pixels + 128).clamp(0, 255).nan_to_num(nan=0).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous(), finite
+
+
+def check_finite(indices: Sequence[int], finite: Tensor) -> None:
+    """Raises `UserError` for the first image that is not finite."""
+    broken = [index for index, one in zip(indices, finite.tolist(), strict=True) if not one]
+    if broken:
+        raise UserError(
+            f"image {broken[0]}: the tokenizer's decoder gave NaN or infinite pixels: its weights "
+            "are damaged",
+            SettingName("vq_ckpt", " (see {})"),
+        )
+
+
+def shares(missing: Sequence[int], batch: int | None, count: int) -> list[list[int]]:
+    """The images that each rank draws: every so many-th, or every so many-th batch."""
+    if batch is None:
+        return [list(missing[rank::count]) for rank in range(count)]
+    batches: dict[int, list[int]] = {}
+    for index in missing:
+        batches.setdefault(index // batch, []).append(index)
+    every = list(batches.values())
+    return [[index for one in every[rank::count] for index in one] for rank in range(count)]

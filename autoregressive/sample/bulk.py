@@ -1,0 +1,114 @@
+"""The bulk command's way from flags to files, on one rank."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from autoregressive.bulk.job import BALANCED, RANDOM, BulkJob, make_labels
+from autoregressive.bulk.ranks import OtherRankFailedError, Ranks, device_of_rank
+from autoregressive.bulk.run import run_job
+from autoregressive.bulk.sources import EngineSource, NaiveSource, Source
+from autoregressive.cli.flags import model_options
+from autoregressive.errors import tell
+from autoregressive.models.gpt import Transformer
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.sample.naive import set_numerics
+from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.memory import saying_what_needs_less_memory
+from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
+from autoregressive.serve.pipeline import Pipeline, check_fits
+from autoregressive.weights.finding import find_weights, missing_weights, resolve_model
+from autoregressive.weights.loading import load_models
+
+_SIZE, _NAIVE_BATCH = 256, 32
+
+
+def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, began: float) -> int:
+    """Runs the job on this rank. Returns the exit status.
+
+    Args:
+        arguments: checked flags of the bulk command.
+        began: when the process began, as `time.perf_counter`.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    try:
+        # Rank 0 alone tells what is amiss, and downloads.
+        job, config = ranks.first_alone(lambda: resolve(arguments, sampling))
+        if job.model.device.type == "cpu":
+            # Sums on several threads have another order.
+            torch.set_num_threads(1)
+        report = run_job(
+            job,
+            arguments.sample_dir,
+            ranks,
+            _source_maker(job, config, compiled=arguments.compile),
+            save_png=arguments.save_png,
+            began=began,
+        )
+    except OtherRankFailedError:
+        return 2
+    if ranks.first:
+        print("\n".join(report.lines(ranks.count)))
+    return 0
+
+
+def resolve(
+    arguments: argparse.Namespace, sampling: SamplingParams
+) -> tuple[BulkJob, EngineConfig]:
+    """Fills in what was not typed, and finds or downloads the weights.
+
+    Raises:
+        UserError: as `resolve_model`, `find_weights` and `check_fits`; there are no trained
+            weights, or the labels do not fit the job.
+    """
+    device = device_of_rank(arguments.device)
+    model = resolve_model(replace(model_options(arguments), device=device), sampling.seed)
+    labels = make_labels(
+        arguments.labels, arguments.num_fid_samples, model.num_classes, sampling.seed
+    )
+    batch = arguments.per_proc_batch_size
+    rows = batch * sampling.rows if batch else min(MOST_ROWS, len(labels) * sampling.rows)
+    config = engine_config(arguments, rows)
+    check_fits(model, config, sampling)
+    if model.note is not None:
+        tell(model.note)
+    found = find_weights(model)
+    missing = missing_weights(model, found)
+    if missing is not None and not model.random_weights:
+        raise missing
+    named = arguments.labels if arguments.labels in (RANDOM, BALANCED) else "a file"
+    job = BulkJob(
+        model,
+        found,
+        sampling,
+        arguments.image_size_eval or min(_SIZE, model.image_size),
+        labels,
+        named,
+        loop="naive" if arguments.naive else "paged",
+        batch=(batch or _NAIVE_BATCH) if arguments.naive else None,
+        deterministic=config.deterministic,
+    )
+    return job, config
+
+
+def _source_maker(job: BulkJob, config: EngineConfig, *, compiled: bool) -> Callable[[], Source]:
+    """What loads the models and makes what draws with them."""
+
+    def engine_source() -> Source:
+        return EngineSource(job, Pipeline(job.model, job.found, config).engine)
+
+    def naive_source() -> Source:
+        set_numerics(job.model)
+        with saying_what_needs_less_memory(job.model):
+            models = load_models(job.model, job.found)
+        gpt = models.gpt
+        if compiled:
+            gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
+        return NaiveSource(job, gpt, models.vq)
+
+    return naive_source if job.loop == "naive" else engine_source
