@@ -96,12 +96,18 @@ class JobFolder:
             write_samples(self.samples, (job.images, size, size, 3), pictures(pool))
         parts.remove()
 
+    def close(self) -> None:
+        """Lets other processes take the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     @property
     def _settings_file(self) -> Path:
         return self.folder / "job.json"
 
     def _take(self) -> None:
-        """Locks the folder until the process ends."""
+        """Locks the folder until `close`, or the process's end."""
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

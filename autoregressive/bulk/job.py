@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from autoregressive.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
 from autoregressive.devices import PRECISIONS
 from autoregressive.errors import SettingError
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
-RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
+_EVALUATION_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,26 @@ class BulkJob:
         } | sampling_record(self.sampling)
 
 
+def evaluation_size(model: ModelSettings, typed: int | None) -> int:
+    """Pixels of a side that images are resized to: by default 256, as LlamaGen evaluates, or the
+    model's size where that is less.
+
+    Raises:
+        SettingError: the size is out of range.
+    """
+    if typed is None:
+        return min(_EVALUATION_SIZE, model.image_size)
+    BULK_BOUNDS["image_size_eval"].check("image_size_eval", typed)
+    return typed
+
+
+def labels_name(labels: str) -> str:
+    """How a job's settings call its labels, as of `make_labels`. Where a file lies is the user's
+    own business.
+    """
+    return labels if labels in (RANDOM, BALANCED) else "a file"
+
+
 def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
     """The class of each image: int64 [images].
 
@@ -91,8 +112,9 @@ def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArra
             for each image: .npy, or text with an id a line.
 
     Raises:
-        SettingError: the file is damaged, or does not fit the job.
+        SettingError: the file is damaged or does not fit the job, or `images` is out of range.
     """
+    BULK_BOUNDS["num_fid_samples"].check("num_fid_samples", images)
     if labels == RANDOM:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(num_classes, (images,), generator=generator).numpy()
@@ -101,7 +123,8 @@ def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArra
     path = Path(labels)
     try:
         if path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                found = np.lib.format.read_array(file, allow_pickle=False)
         else:
             found = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except FileNotFoundError as error:

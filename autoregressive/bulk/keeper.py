@@ -11,7 +11,7 @@ import numpy as np
 from autoregressive.bulk.parts import Images, Parts
 
 _IMAGES_OF_A_PART = 64
-_SECONDS = 10.0  # after which images are written though they are fewer
+_SECONDS = 2.0  # after which images are written though they are fewer
 _WAITING = 32  # batches; more hold up the drawing
 
 

@@ -128,7 +128,7 @@ class Parts:
     def _open(self, file: Path) -> Any:
         damaged = UserError(f"{file} is damaged: remove it, and its images are drawn again")
         try:
-            records = np.load(file, mmap_mode="r", allow_pickle=False)
+            records = np.lib.format.open_memmap(file, mode="r")
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from error
         except ValueError as error:

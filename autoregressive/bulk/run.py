@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,20 +43,20 @@ class BulkReport:
 
     def lines(self, ranks: int) -> list[str]:
         """What to tell the user."""
+        saved = f"samples are saved to {self.samples}"
         if self.drawn == 0:
-            told = f"{self.images} images are there already"
-        else:
-            seconds = self.drawing + self.waiting
-            told = (
-                f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
-                f"{ranks} rank{'s' if ranks > 1 else ''}"
-            )
+            return [f"{self.images} images were there already", saved]
+        seconds = self.drawing + self.waiting
+        told = (
+            f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
+            f"{ranks} rank{'s' if ranks > 1 else ''}"
+        )
         parts = (
             f"start {self.start:.1f} s, drawing {self.drawing:.1f} s (the last partial batch "
             f"{self.partial:.1f} s), waiting for other ranks {self.waiting:.1f} s, writing "
             f"{self.writing:.1f} s"
         )
-        return [told, parts, f"samples are saved to {self.samples}"]
+        return [told, parts, saved]
 
 
 def run_job(
@@ -84,7 +84,20 @@ def run_job(
         OtherRankFailedError: on other ranks, if rank 0 has failed before the work.
     """
     began = time.perf_counter() if began is None else began
-    folder = JobFolder(job, sample_dir)
+    with closing(JobFolder(job, sample_dir)) as folder:
+        return _run(folder, ranks, make_source, save_png=save_png, progress=progress, began=began)
+
+
+def _run(
+    folder: JobFolder,
+    ranks: Ranks,
+    make_source: Callable[[], Source],
+    *,
+    save_png: bool,
+    progress: bool | None,
+    began: float,
+) -> BulkReport:
+    job = folder.job
     missing = _open(folder, ranks)
     if ranks.broadcast(folder.finished):
         return BulkReport(folder.samples, job.images, 0)

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from autoregressive.bulk.job import BALANCED, RANDOM, BulkJob, make_labels
+from autoregressive.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
 from autoregressive.bulk.ranks import OtherRankFailedError, Ranks, device_of_rank
 from autoregressive.bulk.run import run_job
 from autoregressive.bulk.sources import EngineSource, NaiveSource, Source
@@ -23,7 +23,7 @@ from autoregressive.serve.pipeline import Pipeline, check_fits
 from autoregressive.weights.finding import find_weights, missing_weights, resolve_model
 from autoregressive.weights.loading import load_models
 
-_SIZE, _NAIVE_BATCH = 256, 32
+_NAIVE_BATCH = 32
 
 
 def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, began: float) -> int:
@@ -81,14 +81,13 @@ def resolve(
     missing = missing_weights(model, found)
     if missing is not None and not model.random_weights:
         raise missing
-    named = arguments.labels if arguments.labels in (RANDOM, BALANCED) else "a file"
     job = BulkJob(
         model,
         found,
         sampling,
-        arguments.image_size_eval or min(_SIZE, model.image_size),
+        evaluation_size(model, arguments.image_size_eval),
         labels,
-        named,
+        labels_name(arguments.labels),
         loop="naive" if arguments.naive else "paged",
         batch=(batch or _NAIVE_BATCH) if arguments.naive else None,
         deterministic=config.deterministic,

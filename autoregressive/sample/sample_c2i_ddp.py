@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 
 from autoregressive.cli.command import (
@@ -26,6 +25,7 @@ from autoregressive.errors import SettingError, SettingName, UserError
 _BEGAN = time.perf_counter()
 
 with slow_imports(__name__):
+    from autoregressive.bulk.options import BULK_BOUNDS, RANDOM
     from autoregressive.cli.flags import (
         add_model_flags,
         add_sampling_flags,
@@ -33,7 +33,7 @@ with slow_imports(__name__):
         sampling_of,
     )
     from autoregressive.folders import command_line
-    from autoregressive.models.sampling_params import Bounds, SamplingParams
+    from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
     from autoregressive.weights.options import check_options
 
@@ -55,11 +55,6 @@ examples:
 # LlamaGen's bulk command has other defaults than its command for single pictures.
 DEFAULTS = SamplingParams(cfg_scale=1.5, top_k=0)
 _IMAGES, _SIZE, _NAIVE_BATCH = 50_000, 256, 32
-_NUMBERS = {
-    "num_fid_samples": Bounds(Integral, 1, 99_999_999, "1 to 99999999"),
-    "image_size_eval": Bounds(Integral, 1, 4096, "1 to 4096"),
-    "per_proc_batch_size": Bounds(Integral, 1, 32767, "1 to 32767"),
-}
 
 
 def build_bulk_parser() -> OneLineParser:
@@ -76,7 +71,7 @@ def build_bulk_parser() -> OneLineParser:
     add_version_flag(parser)
     _add_job(parser.add_argument_group("the job"))
     add_sampling_flags(parser, lambda name: f"(default: {getattr(DEFAULTS, name)})")
-    add_model_flags(parser)
+    add_model_flags(parser, "the command ends; --random-weights draws noise, whose speed is real")
     add_engine_flags(parser, max_num_seqs=f"what the images need, at most {MOST_ROWS}")
     return parser
 
@@ -91,7 +86,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         )
     group.add_argument(
         "--labels",
-        default="random",
+        default=RANDOM,
         metavar="HOW",
         help="the classes: random (independent, as LlamaGen draws them), balanced (all in turn), "
         "or a file with an id for each image, .npy or a line each (default: %(default)s)",
@@ -131,7 +126,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a value that cannot be used.
     """
-    for name, bounds in _NUMBERS.items():
+    for name, bounds in BULK_BOUNDS.items():
         value = getattr(arguments, name)
         if value is not None:
             bounds.check(name, value)

@@ -23,6 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from autoregressive.bulk.job import RANDOM, BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.bulk.ranks import Ranks
+from autoregressive.bulk.run import BulkReport, run_job
+from autoregressive.bulk.sources import EngineSource
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
 from autoregressive.models.config import GPT_SHAPES
@@ -265,6 +269,65 @@ class Pipeline:
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
             parts = codes.split(_IMAGES_DECODED_AT_ONCE)
             return torch.cat([decoder.decode(part.to(self.model.device)).cpu() for part in parts])
+
+    def bulk(
+        self,
+        sample_dir: str | os.PathLike[str] = "samples",
+        images: int = 50_000,
+        *,
+        labels: str = RANDOM,
+        seed: int = 0,
+        image_size_eval: int | None = None,
+        cfg_scale: float = 1.5,
+        cfg_interval: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        save_png: bool = False,
+        progress: bool | None = None,
+    ) -> BulkReport:
+        """Draws many images into a file for an evaluation such as FID, and goes on where an earlier
+        call was interrupted; as the command `autoregressive/sample/sample_c2i_ddp.py` does on one
+        GPU.
+
+        Args:
+            sample_dir: the npz file and the job's folder go there; made if need be.
+            labels: "random", "balanced", or a file with the class of each image.
+            seed: image k depends on it and on k alone.
+            image_size_eval: pixels that images are resized to; None: 256, or the model's size
+                where that is less.
+            cfg_scale, cfg_interval, temperature, top_k, top_p: as of `SamplingParams`; the defaults
+                are those of LlamaGen's bulk command.
+            save_png: also save each image in the job's folder.
+            progress: whether bars are shown; None: where stderr is a terminal.
+
+        Raises:
+            UserError: a value is out of range, the folder is of another job, or a file cannot be
+                written. What was kept stays.
+        """
+        params = SamplingParams(cfg_scale, cfg_interval, temperature, top_k, top_p, seed)
+        self.engine.scheduler.check_fits(params)
+        job = BulkJob(
+            self.model,
+            self.found,
+            params,
+            evaluation_size(self.model, image_size_eval),
+            make_labels(labels, images, self.model.num_classes, seed),
+            labels_name(labels),
+            deterministic=self.config.deterministic,
+        )
+        few_threads = limited_cpu_threads(self.models.gpt.config, self.model.device)
+        with self._turn, few_threads, saying_what_needs_less_memory(self.model, self.config):
+            if self.model.device.type == "cpu":
+                torch.set_num_threads(1)  # sums on several threads have another order
+            return run_job(
+                job,
+                Path(sample_dir),
+                Ranks(),
+                lambda: EngineSource(job, self.engine),
+                save_png=save_png,
+                progress=progress,
+            )
 
 
 def _class_list(classes: int | str | Iterable[int | str]) -> list[int | str]:

@@ -1,0 +1,12 @@
+"""What a bulk job's options may be. Nothing here imports torch."""
+
+from numbers import Integral
+
+from autoregressive.models.sampling_params import Bounds
+
+RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
+BULK_BOUNDS = {
+    "num_fid_samples": Bounds(Integral, 1, 99_999_999, "1 to 99999999"),
+    "image_size_eval": Bounds(Integral, 1, 4096, "1 to 4096"),
+    "per_proc_batch_size": Bounds(Integral, 1, 32767, "1 to 32767"),
+}

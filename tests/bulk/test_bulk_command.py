@@ -1,0 +1,177 @@
+"""The bulk command as users type it: on one process and on several, killed and started again."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from source_tree import ROOT
+
+from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.pipeline import Pipeline
+
+SCRIPT = str(ROOT / "autoregressive" / "sample" / "sample_c2i_ddp.py")
+NAME = "GPT-demo-demo_gpt-size-128-size-128-VQ-demo-topk-0-topp-1.0-temperature-1.0-cfg-1.0-seed-5"
+FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu", "--cfg-scale", "1", "--global-seed", "5"]
+# the launcher that plain `python` uses where there are several GPUs
+LAUNCH = (
+    "import sys; from autoregressive.cli.command import run_command; "
+    "from autoregressive.bulk.ranks import run_ranks; "
+    "run_command(lambda: run_ranks(int(sys.argv[1]), sys.argv[2:]))"
+)
+
+
+def start(ranks: int, folder: Path, images: int, *flags: str) -> "subprocess.Popen[str]":
+    command = [SCRIPT, *FLAGS, "--sample-dir", str(folder), "--num-fid-samples", str(images)]
+    command += flags
+    if ranks > 1:
+        command = ["-c", LAUNCH, str(ranks), *command]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes that a launcher has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of eight images that one process has drawn in one piece."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    status, out, errors = finish(start(1, folder, 8))
+    assert status == 0, errors
+    assert "8 images in " in out
+    assert "start " in out
+    assert "writing " in out
+    return (folder / f"{NAME}.npz").read_bytes()
+
+
+def killed_and_finished(folder: Path, seed: int) -> tuple[bytes, int]:
+    """Kills a job of two ranks at a random moment, one rank or all with their launcher, and
+    finishes it with another number of ranks. Returns the file, and how many images had been kept.
+    """
+    generator = random.Random(seed)
+    process = start(2, folder, 8, "--per-proc-batch-size", "1")
+    time.sleep(4 + 8 * generator.random())
+    ranks = ranks_of(process)
+    if generator.random() < 0.5 and ranks:
+        os.kill(generator.choice(ranks), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+    status, _, errors = finish(process)
+    if status == 2:
+        assert errors.count("\n") == 1, errors
+        assert "was ended by SIGKILL: run the command again, and it goes on" in errors
+    parts = folder / NAME / "parts"
+    kept = sum(int(part.stem.split("-")[1]) for part in parts.glob("[0-9]*.npy"))
+    ranks_after = generator.choice([1, 3])
+    status, _, errors = finish(start(ranks_after, folder, 8, "--per-proc-batch-size", "3"))
+    assert status == 0, errors
+    assert not parts.exists()
+    return (folder / f"{NAME}.npz").read_bytes(), kept
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_a_killed_job_ends_in_the_same_file(seed: int, tmp_path: Path, unbroken: bytes) -> None:
+    """Fails if SIGKILL loses, repeats or changes an image, or the number of ranks or the size of
+    the batch shows in one.
+    """
+    found, _ = killed_and_finished(tmp_path, seed)
+    assert found == unbroken
+
+
+@pytest.mark.soak
+def test_ten_killed_jobs_end_in_the_same_file(tmp_path: Path, unbroken: bytes) -> None:
+    """Fails as the test before, or if nothing was kept of any job that was killed."""
+    kept = []
+    for seed in range(10, 20):
+        (tmp_path / str(seed)).mkdir()
+        found, images = killed_and_finished(tmp_path / str(seed), seed)
+        assert found == unbroken
+        kept.append(images)
+    print("images kept:", kept)
+    assert 0 < sum(kept) < 80
+
+
+def test_the_pipeline_makes_the_commands_file(tmp_path: Path, unbroken: bytes) -> None:
+    """Fails if the Python call draws other images than the command, or holds its folder."""
+    pipe = Pipeline.from_pretrained("GPT-demo", device="cpu", engine=EngineConfig(max_num_seqs=4))
+    for drawn in (8, 0):
+        report = pipe.bulk(tmp_path, 8, seed=5, cfg_scale=1.0, progress=False)
+        assert report.samples.read_bytes() == unbroken
+        assert report.drawn == drawn
+
+
+def test_the_plain_loop_draws_by_fixed_batches(tmp_path: Path) -> None:
+    """Fails if the plain loop's images depend on the number of ranks, or are the same in every
+    batch.
+    """
+    files = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        flags = ["--naive", "--per-proc-batch-size", "2", "--labels", "balanced"]
+        status, _, errors = finish(start(ranks, folder, 3, *flags))
+        assert status == 0, errors
+        files.append((folder / f"{NAME}.npz").read_bytes())
+        codes = np.load(folder / NAME / "codes.npy")
+        assert not np.array_equal(codes[0], codes[2])
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--num-fid-samples", "0"], "--num-fid-samples 0: must be 1 to 99999999"),
+        (["--global-seed", "-1"], "--global-seed -1: must be 0 to 2**63 - 1"),
+        (["--labels", "nowhere.txt"], "--labels nowhere.txt: must be random, balanced, or a file"),
+        (
+            ["--per-proc-batch-size", "4", "--max-num-seqs", "8"],
+            "--per-proc-batch-size and --max-num-seqs say the same",
+        ),
+        (["--gpt-model", "GPT-XL"], "there are no trained weights for GPT-XL"),
+        (["--sample-dir", "/dev/null/x"], "--sample-dir /dev/null/x: cannot write"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], told: str) -> None:
+    """Fails if a mistake ends in a traceback, begins any work, or is told by every rank."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *FLAGS, *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"sample_c2i_ddp.py: error: {told}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_mistake_is_told_by_one_rank(tmp_path: Path) -> None:
+    """Fails if each of the ranks says it, or the launcher adds a traceback."""
+    process = start(2, tmp_path, 8, "--labels", "nowhere.txt")
+    status, out, errors = finish(process)
+    assert (status, out) == (2, "")
+    assert errors.count("\n") == 1, errors
+    assert "nowhere.txt" in errors

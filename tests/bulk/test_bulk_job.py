@@ -1,0 +1,335 @@
+"""What of a bulk job draws nothing: labels, names, parts, the npz file, and a run whose source of
+images costs nothing.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from autoregressive.bulk.job import BulkJob, make_labels
+from autoregressive.bulk.parts import Images, Parts
+from autoregressive.bulk.ranks import Ranks
+from autoregressive.bulk.run import BulkReport, run_job
+from autoregressive.bulk.samples_file import write_samples
+from autoregressive.bulk.sources import evaluation_pictures, shares
+from autoregressive.errors import UserError
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.weights.finding import FoundWeights, resolve_model
+from autoregressive.weights.options import ModelOptions
+
+SIZE, TOKENS = 8, 256
+
+
+def bulk_job(images: int = 40, labels: str = "random", seed: int = 0) -> BulkJob:
+    model = resolve_model(ModelOptions("GPT-demo", device="cpu"))
+    return BulkJob(
+        model,
+        FoundWeights(None, None),
+        SamplingParams(cfg_scale=1.5, top_k=0, seed=seed),
+        SIZE,
+        make_labels(labels, images, model.num_classes, seed),
+        labels,
+    )
+
+
+def expected(job: BulkJob) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Codes and pictures that are easy to tell apart."""
+    index = np.arange(job.images)
+    codes = index[:, None] * 1000 + np.arange(TOKENS)
+    pictures = index[:, None, None, None] * 7 + np.arange(SIZE * SIZE * 3).reshape(SIZE, SIZE, 3)
+    return codes.astype(np.int32), (pictures % 256).astype(np.uint8)
+
+
+class FakeSource:
+    """Gives what `expected` says, a few at a time, last ones first; fails before the given one."""
+
+    partial_since: float | None = None
+
+    def __init__(self, job: BulkJob, fails_after: int | None = None) -> None:
+        self.codes, self.pictures = expected(job)
+        self.fails_after, self.drawn = fails_after, list[int]()
+
+    def draw(self, indices: Sequence[int]) -> Iterator[Images]:
+        for begin in reversed(range(0, len(indices), 3)):
+            some = list(indices[begin : begin + 3])
+            if self.fails_after is not None and len(self.drawn) >= self.fails_after:
+                raise KeyboardInterrupt
+            self.drawn += some
+            yield Images(some, self.codes[some], self.pictures[some])
+
+
+def run(job: BulkJob, folder: Path, source: FakeSource, **options: bool) -> BulkReport:
+    return run_job(job, folder, Ranks(), lambda: source, progress=False, **options)
+
+
+def test_a_job_makes_its_files(tmp_path: Path) -> None:
+    """Fails if an image is at another place, a file of the job is missing, or parts stay."""
+    job = bulk_job()
+    codes, pictures = expected(job)
+    report = run(job, tmp_path, FakeSource(job), save_png=True)
+    assert report.drawn == 40
+    with np.load(report.samples) as samples:
+        assert samples.files == ["arr_0"]
+        assert np.array_equal(samples["arr_0"], pictures)
+    folder = tmp_path / job.name
+    assert report.samples == tmp_path / f"{job.name}.npz"
+    assert np.array_equal(np.load(folder / "codes.npy"), codes)
+    assert np.array_equal(np.load(folder / "labels.npy"), job.labels)
+    for index in (0, 39):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{index:06d}.png")), pictures[index])
+    assert len(list(folder.glob("*.png"))) == 40
+    assert not (folder / "parts").exists()
+
+
+def test_an_interrupted_job_goes_on(tmp_path: Path) -> None:
+    """Fails if what was drawn before an interruption is lost or drawn again, or the file differs
+    from that of an unbroken run.
+    """
+    job = bulk_job()
+    whole = run(job, tmp_path / "whole", FakeSource(job))
+    source = FakeSource(job, fails_after=10)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "broken", source)
+    rest = FakeSource(job)
+    report = run(job, tmp_path / "broken", rest)
+    assert sorted(source.drawn + rest.drawn) == list(range(40))
+    assert report.drawn == 40 - len(source.drawn) < 40
+    assert report.samples.read_bytes() == whole.samples.read_bytes()
+    again = FakeSource(job)
+    assert run(job, tmp_path / "broken", again).drawn == 0
+    assert again.drawn == []
+
+
+def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
+    """Fails if images of two jobs are mixed, or the line does not name the difference."""
+    job = bulk_job()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    for other, told in (
+        (bulk_job(images=41), "num_fid_samples is 40 and not 41"),
+        (bulk_job(labels="balanced"), "labels is random and not balanced"),
+        (replace(job, sampling=replace(job.sampling, cfg_interval=5)), "cfg_interval is -1 and"),
+        (replace(job, deterministic=True), "deterministic is False and not True"),
+    ):
+        assert other.name == job.name
+        with pytest.raises(UserError, match=told):
+            run(other, tmp_path, FakeSource(other))
+    assert run(job, tmp_path, FakeSource(job)).drawn < 40
+
+
+def test_a_file_of_unknown_origin_is_not_overwritten(tmp_path: Path) -> None:
+    """Fails if a file of that name that another program has made is taken for the job's, or
+    replaced.
+    """
+    job = bulk_job()
+    (tmp_path / f"{job.name}.npz").write_bytes(b"precious")
+    with pytest.raises(UserError, match="nothing says how it was made; move it away"):
+        run(job, tmp_path, FakeSource(job))
+    assert (tmp_path / f"{job.name}.npz").read_bytes() == b"precious"
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Fails if a second command draws the same images into a folder that is in use."""
+    job = bulk_job()
+    (tmp_path / job.name).mkdir()
+    hold = (
+        "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); "
+        "fcntl.flock(fd, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / job.name)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="another process works on"):
+            run(job, tmp_path, FakeSource(job))
+        assert holder.stdin is not None
+        holder.stdin.close()
+    assert run(job, tmp_path, FakeSource(job)).drawn == 40
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
+def test_a_damaged_part_is_named(tmp_path: Path, content: bytes) -> None:
+    """Fails if a damaged part ends in a traceback, or its images pass for drawn."""
+    job = bulk_job()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    part = next((tmp_path / job.name / "parts").glob("*.npy"))
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{part.name} is damaged: remove it, and its images"):
+        run(job, tmp_path, FakeSource(job))
+    part.unlink()
+    assert run(job, tmp_path, FakeSource(job)).drawn == 40
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    """Fails if a file that the disk does not take whole is left, or images kept before are lost."""
+    job = bulk_job()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # EFBIG in the place of ENOSPC
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*: File too large$"):
+            run(job, tmp_path, FakeSource(job))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / f"{job.name}.npz").exists()
+    source = FakeSource(job)
+    assert run(job, tmp_path, source).drawn == len(source.drawn) < 40
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Fails if unfinished parts fill the disk as often as a job is killed."""
+    job = bulk_job()
+    parts = tmp_path / job.name / "parts"
+    parts.mkdir(parents=True)
+    (parts / ".0123456789abcdef.part.npy").write_bytes(b"half")
+    source = FakeSource(job, fails_after=0)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, source)
+    assert os.listdir(parts) == []
+
+
+def test_the_name_is_llamagens() -> None:
+    """Fails if a program that looks for LlamaGen's file name does not find it."""
+    job = bulk_job()
+    model = replace(
+        job.model, gpt_model="GPT-XL", vq_model="VQ-16", image_size=384, downsample_size=16
+    )
+    params = SamplingParams(cfg_scale=1.75, top_k=0)
+    found = FoundWeights(Path("weights/c2i_XL_384.pt"), None)
+    named = replace(job, model=model, found=found, sampling=params, image_size_eval=256)
+    assert named.name == (
+        "GPT-XL-c2i_XL_384-size-384-size-256-VQ-16-topk-0-topp-1.0-temperature-1.0-cfg-1.75-seed-0"
+    )
+    fsdp = FoundWeights(Path("runs/0200000/consolidated.pth"), None)
+    from_fsdp = replace(named, found=fsdp, model=replace(model, from_fsdp=True))
+    assert from_fsdp.name.startswith("GPT-XL-0200000-size-384")
+    whole_numbers = replace(named, sampling=SamplingParams(cfg_scale=2, top_k=0, temperature=1))
+    assert whole_numbers.name.endswith("temperature-1.0-cfg-2.0-seed-0")
+
+
+def test_random_labels_depend_on_the_seed_and_the_index_alone() -> None:
+    """Fails if an image has another class in a longer job, or classes are not uniform."""
+    labels = make_labels("random", 50_000, 1000, seed=3)
+    assert np.array_equal(make_labels("random", 137, 1000, seed=3), labels[:137])
+    assert not np.array_equal(make_labels("random", 137, 1000, seed=4), labels[:137])
+    counts = np.bincount(labels, minlength=1000)
+    assert abs(((counts - 50) ** 2 / 50).sum() - 999) < 5 * np.sqrt(2 * 999)
+    assert (np.bincount(make_labels("balanced", 50_000, 1000, 0)) == 50).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("1\n2\n", r"holds int64 \[2\]; give 3 whole numbers"),
+        ("1\n2\n64\n", "ids must be 0 to 63"),
+        ("1\nfox\n3\n", "holds no ids"),
+        (None, "must be random, balanced, or a file"),
+    ],
+)
+def test_a_file_of_labels_is_checked(tmp_path: Path, content: str | None, told: str) -> None:
+    """Fails if a slip in a file of labels shows as a traceback, or as wrong classes."""
+    file = tmp_path / "labels.txt"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=told):
+        make_labels(str(file), 3, 64, 0)
+    file.write_text("5\n0\n63\n")
+    assert make_labels(str(file), 3, 64, 0).tolist() == [5, 0, 63]
+    np.save(tmp_path / "labels.npy", np.array([7, 8, 9], dtype=np.uint8))
+    assert make_labels(str(tmp_path / "labels.npy"), 3, 64, 0).tolist() == [7, 8, 9]
+    np.save(tmp_path / "labels.npy", np.array([{}, 8, 9], dtype=object))
+    for damaged in ((tmp_path / "labels.npy").read_bytes(), b""):
+        (tmp_path / "labels.npy").write_bytes(damaged)
+        with pytest.raises(UserError, match="holds no ids"):
+            make_labels(str(tmp_path / "labels.npy"), 3, 64, 0)
+
+
+def test_pictures_are_llamagens() -> None:
+    """Fails if pixels are rounded where LlamaGen cuts, or resized in another way."""
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    pictures, finite = evaluation_pictures(pixels, 24)
+    cut = np.clip(127.5 * pixels.numpy() + 128.0, 0, 255).astype(np.uint8)
+    assert np.array_equal(pictures.numpy(), cut.transpose(0, 2, 3, 1))
+    resized, _ = evaluation_pictures(pixels, 16)
+    # a bicubic kernel (a = -0.75) without antialiasing, by hand, at one place
+    at = (5 + 0.5) * 1.5 - 0.5
+    first = int(np.floor(at)) - 1
+    t = np.abs(at - np.arange(first, first + 4))
+    a = -0.75
+    weight = np.where(
+        t <= 1, (a + 2) * t**3 - (a + 3) * t**2 + 1, a * (t**3 - 5 * t**2 + 8 * t - 4)
+    )
+    place = slice(first, first + 4)
+    value = weight @ pixels[0, 1, place, place].double().numpy() @ weight
+    assert abs(int(resized[0, 5, 5, 1]) - np.clip(127.5 * value + 128, 0, 255)) <= 1.01
+    pixels[1, 0, 0, 0] = torch.nan
+    assert evaluation_pictures(pixels, 16)[1].tolist() == [True, False]
+    assert finite.all()
+
+
+def test_ranks_share_all_images() -> None:
+    """Fails if an image is drawn twice or by nobody, or a batch of the plain loop is torn apart."""
+    missing = [index for index in range(100) if index % 7]
+    for batch in (None, 8):
+        for count in (1, 3, 8):
+            shared = shares(missing, batch, count)
+            assert sorted(index for share in shared for index in share) == missing
+            if batch is not None:
+                owners = [{index // batch for index in share} for share in shared]
+                assert sum(map(len, owners)) == len({index // batch for index in missing})
+
+
+def test_samples_are_streamed(tmp_path: Path) -> None:
+    """Fails if the file differs from run to run or from NumPy's, or is held in memory whole."""
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    for name in ("a.npz", "b.npz"):
+        write_samples(tmp_path / name, pictures.shape, iter(np.split(pictures, 3)))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], pictures)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.testzip() is None
+
+
+def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
+    """Fails if labels, which change an FID, are not recorded."""
+    job = bulk_job(labels="balanced")
+    run(job, tmp_path, FakeSource(job))
+    settings = json.loads((tmp_path / job.name / "job.json").read_text())
+    assert settings["labels"] == "balanced"
+    assert settings["num_fid_samples"] == 40
+    assert settings["cfg_scale"] == 1.5
+
+
+def test_parts_hold_many_files(tmp_path: Path) -> None:
+    """Fails if reading in order opens more files than a process may have, or mixes up rows."""
+    parts = Parts(tmp_path / "parts", 2, 1)
+    parts.clean()
+    order = np.random.default_rng(0).permutation(300)
+    for index in order:
+        codes = np.full((1, 2), index, dtype=np.int32)
+        parts.write(Images([int(index)], codes, np.full((1, 1, 1, 3), index % 256, np.uint8)))
+    assert parts.count() == 300
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limit[1]))
+    try:
+        read = np.concatenate([images.codes for images in parts.read(parts.places(300))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert read[:, 0].tolist() == list(range(300))
