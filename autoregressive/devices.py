@@ -47,6 +47,18 @@ def default_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_bf16 else torch.float16
 
 
+def set_llamagen_numerics(device: torch.device) -> None:
+    """TF32 and deterministic convolutions, as LlamaGen's commands set them; makes a GPU the current
+    one.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def limit_cpu_threads(config: GPTConfig, device: torch.device) -> None:
     """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
     too small (below a width of 512).

@@ -30,13 +30,12 @@ from autoregressive.benchmarks.script import (
 )
 from autoregressive.cli.drawing import Settings, resolve_settings
 from autoregressive.cli.flags import build_parser
-from autoregressive.devices import limited_cpu_threads, now
+from autoregressive.devices import limited_cpu_threads, now, set_llamagen_numerics
 from autoregressive.errors import UserError, tell
 from autoregressive.files import check_file, check_own_folder, write_whole
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.output.records import device_name
-from autoregressive.sample.naive import set_numerics
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
 from autoregressive.serve.engine.request import Request
@@ -248,7 +247,7 @@ def work(arguments: argparse.Namespace) -> None:
     (model,), (method,) = arguments.models, arguments.methods
     try:
         settings = settings_for(model, arguments)
-        set_numerics(settings.model)
+        set_llamagen_numerics(settings.model.device)
         found = find_weights(settings.model)
         gpt = load_models(settings.model, found).gpt
         if method in ("paged", "lookahead"):

@@ -16,12 +16,12 @@ from autoregressive.cli.drawing import (
     resolve_settings,
     save_results,
 )
-from autoregressive.devices import is_out_of_memory, limited_cpu_threads, now
+from autoregressive.devices import is_out_of_memory, limited_cpu_threads, now, set_llamagen_numerics
 from autoregressive.errors import Change, SettingName, UserError, tell
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.progress import progress_bar
-from autoregressive.weights.finding import ModelSettings, smaller_precision
+from autoregressive.weights.finding import smaller_precision
 from autoregressive.weights.loading import load_models
 
 
@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     settings = resolve_settings(arguments)
     found = find_weights_and_warn(settings)
-    set_numerics(settings.model)
     model = settings.model
+    set_llamagen_numerics(model.device)
     try:
         models = load_models(model, found)
         started = now(model.device)
@@ -48,16 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
     except RuntimeError as error:
         raise _mendable(error, settings) from error
     save_results(settings, found, codes, pixels, seconds, loop="naive")
-
-
-def set_numerics(model: ModelSettings) -> None:
-    """TF32 and deterministic convolutions, as LlamaGen's command sets them."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    if model.device.type == "cuda":
-        torch.cuda.set_device(model.device)
 
 
 def draw_codes(gpt: Transformer, settings: Settings) -> Tensor:

@@ -23,10 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoregressive.bulk.job import RANDOM, BulkJob, evaluation_size, labels_name, make_labels
-from autoregressive.bulk.ranks import Ranks
-from autoregressive.bulk.run import BulkReport, run_job
-from autoregressive.bulk.sources import EngineSource
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
 from autoregressive.models.config import GPT_SHAPES
@@ -34,6 +30,10 @@ from autoregressive.models.sampling_params import SamplingParams, random_seed
 from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
 from autoregressive.output.records import generation_record, image_record, readable
 from autoregressive.progress import progress_bar
+from autoregressive.serve.bulk.job import RANDOM, BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.serve.bulk.job_run import BulkReport, run_job
+from autoregressive.serve.bulk.ranks import Ranks
+from autoregressive.serve.bulk.sources import EngineSource
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig

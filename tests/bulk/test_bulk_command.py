@@ -21,7 +21,7 @@ FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu", "--cfg-scale", "1", "--gl
 # the launcher that plain `python` uses where there are several GPUs
 LAUNCH = (
     "import sys; from autoregressive.cli.command import run_command; "
-    "from autoregressive.bulk.ranks import run_ranks; "
+    "from autoregressive.serve.bulk.ranks import run_ranks; "
     "run_command(lambda: run_ranks(int(sys.argv[1]), sys.argv[2:]))"
 )
 

@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoregressive.bulk.job import BulkJob, make_labels
-from autoregressive.bulk.parts import Images, Parts
-from autoregressive.bulk.ranks import Ranks
-from autoregressive.bulk.run import BulkReport, run_job
-from autoregressive.bulk.samples_file import write_samples
-from autoregressive.bulk.sources import evaluation_pictures, shares
 from autoregressive.errors import UserError
 from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.bulk.job import BulkJob, make_labels
+from autoregressive.serve.bulk.job_run import BulkReport, run_job
+from autoregressive.serve.bulk.parts import Images, Parts
+from autoregressive.serve.bulk.ranks import Ranks
+from autoregressive.serve.bulk.samples_file import write_samples
+from autoregressive.serve.bulk.sources import evaluation_pictures, shares
 from autoregressive.weights.finding import FoundWeights, resolve_model
 from autoregressive.weights.options import ModelOptions
 

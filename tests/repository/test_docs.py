@@ -16,22 +16,26 @@ from documents import CLI, DOCUMENTS, README, ROOT, SERVICE, examples, section
 
 from autoregressive.cli.flags import build_parser
 from autoregressive.models.gpt import GPT_models
+from autoregressive.serve.bulk.command import build_bulk_parser
 from autoregressive.serve.sample_c2i import build_engine_parser
 from autoregressive.serve.web.schema import ImageRequest
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 COLUMNS = 100
 README_LINES = 120
+BULK_COMMAND = "autoregressive/sample/sample_c2i_ddp.py"
 SERVICE_COMMAND = "autoregressive/serve/api_server.py"
 # Console script -> the file with its flags.
 CONSOLE_SCRIPTS = {
     "llamagen-sample": "autoregressive/serve/sample_c2i.py",
     "llamagen-serve": SERVICE_COMMAND,
     "llamagen-download": "scripts/download_models.py",
+    "llamagen-bulk": BULK_COMMAND,
 }
 PARSERS = {
     "autoregressive/sample/sample_c2i.py": lambda: build_parser("purpose", "command.py"),
     "autoregressive/serve/sample_c2i.py": build_engine_parser,
+    BULK_COMMAND: build_bulk_parser,
 }
 
 

@@ -29,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "autoregressive.output": {*BASE, "autoregressive.weights"},
     "autoregressive.cli": SHARED,
     **{command: SHARED for command in COMMANDS},
+    # its place is LlamaGen's, and all of it is in serve/bulk
+    "autoregressive.sample.sample_c2i_ddp": {"autoregressive.serve"},
     "autoregressive.benchmarks": {*SHARED, *COMMANDS},
     "autoregressive.demo_training": {*BASE, "autoregressive.weights"},
     "scripts": {

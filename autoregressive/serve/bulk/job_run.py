@@ -7,12 +7,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoregressive.bulk.folder import JobFolder
-from autoregressive.bulk.job import BulkJob
-from autoregressive.bulk.keeper import Keeper
-from autoregressive.bulk.ranks import OtherRankFailedError, Ranks
-from autoregressive.bulk.sources import Source, shares
 from autoregressive.progress import Bar, progress_bar
+from autoregressive.serve.bulk.folder import JobFolder
+from autoregressive.serve.bulk.job import BulkJob
+from autoregressive.serve.bulk.keeper import Keeper
+from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
+from autoregressive.serve.bulk.sources import Source, shares
 
 _SECONDS_BETWEEN_LOOKS = 0.5  # at how many images all ranks have kept
 

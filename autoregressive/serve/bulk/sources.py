@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.bulk.job import BulkJob
-from autoregressive.bulk.parts import Images
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingName, UserError
 from autoregressive.models.generate import NonFiniteLogitsError, generate
 from autoregressive.models.gpt import Transformer
+from autoregressive.serve.bulk.job import BulkJob
+from autoregressive.serve.bulk.parts import Images
 from autoregressive.serve.engine.device_future import DeviceFuture
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request

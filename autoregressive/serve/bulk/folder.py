@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoregressive.bulk.job import BulkJob
-from autoregressive.bulk.parts import Images, Parts
-from autoregressive.bulk.samples_file import write_samples
 from autoregressive.errors import SettingError, UserError
 from autoregressive.files import write_whole
 from autoregressive.progress import Bar
+from autoregressive.serve.bulk.job import BulkJob
+from autoregressive.serve.bulk.parts import Images, Parts
+from autoregressive.serve.bulk.samples_file import write_samples
 
 _PNG_THREADS = 8
 

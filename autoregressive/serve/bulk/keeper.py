@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from autoregressive.bulk.parts import Images, Parts
+from autoregressive.serve.bulk.parts import Images, Parts
 
 _IMAGES_OF_A_PART = 64
 _SECONDS = 2.0  # after which images are written though they are fewer

@@ -7,15 +7,15 @@ from typing import cast
 
 import torch
 
-from autoregressive.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
-from autoregressive.bulk.ranks import OtherRankFailedError, Ranks, device_of_rank
-from autoregressive.bulk.run import run_job
-from autoregressive.bulk.sources import EngineSource, NaiveSource, Source
 from autoregressive.cli.flags import model_options
+from autoregressive.devices import set_llamagen_numerics
 from autoregressive.errors import tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.sample.naive import set_numerics
+from autoregressive.serve.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.serve.bulk.job_run import run_job
+from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks, device_of_rank
+from autoregressive.serve.bulk.sources import EngineSource, NaiveSource, Source
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
@@ -102,7 +102,7 @@ def _source_maker(job: BulkJob, config: EngineConfig, *, compiled: bool) -> Call
         return EngineSource(job, Pipeline(job.model, job.found, config).engine)
 
     def naive_source() -> Source:
-        set_numerics(job.model)
+        set_llamagen_numerics(job.model.device)
         with saying_what_needs_less_memory(job.model):
             models = load_models(job.model, job.found)
         gpt = models.gpt

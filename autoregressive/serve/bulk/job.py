@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoregressive.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
 from autoregressive.devices import PRECISIONS
 from autoregressive.errors import SettingError
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
+from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
 _EVALUATION_SIZE = 256
