@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -65,24 +66,28 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / f"{NAME}.npz").read_bytes()
 
 
-def killed_and_finished(folder: Path, seed: int) -> tuple[bytes, int]:
-    """Kills a job of two ranks at a random moment, one rank or all with their launcher, and
-    finishes it with another number of ranks. Returns the file, and how many images had been kept.
+def broken_and_finished(folder: Path, how: str, seed: int) -> tuple[bytes, int]:
+    """Breaks a job of two ranks at a random moment, and finishes it with another number of ranks.
+    Returns the file, and how many images had been kept.
     """
     generator = random.Random(seed)
     process = start(2, folder, 8, "--per-proc-batch-size", "1")
     time.sleep(4 + 8 * generator.random())
     ranks = ranks_of(process)
-    if generator.random() < 0.5 and ranks:
+    if how == "one rank":
         os.kill(generator.choice(ranks), signal.SIGKILL)
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
+    elif how == "all":
+        for each in (process.pid, *ranks):
+            os.kill(each, signal.SIGKILL)
+    else:  # EFBIG in the place of ENOSPC
         for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
+            resource.prlimit(rank, resource.RLIMIT_FSIZE, (4096, 4096))
     status, _, errors = finish(process)
-    if status == 2:
-        assert errors.count("\n") == 1, errors
-        assert "was ended by SIGKILL: run the command again, and it goes on" in errors
+    assert status == {"one rank": 2, "all": -9, "full disk": 2}[how]
+    if how != "all":
+        told = {"one rank": "was ended by SIGKILL", "full disk": "File too large"}[how]
+        assert told in errors
+        assert errors.count("\n") <= 2, errors  # both ranks may find the disk full
     parts = folder / NAME / "parts"
     kept = sum(int(part.stem.split("-")[1]) for part in parts.glob("[0-9]*.npy"))
     ranks_after = generator.choice([1, 3])
@@ -92,26 +97,27 @@ def killed_and_finished(folder: Path, seed: int) -> tuple[bytes, int]:
     return (folder / f"{NAME}.npz").read_bytes(), kept
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_a_killed_job_ends_in_the_same_file(seed: int, tmp_path: Path, unbroken: bytes) -> None:
-    """Fails if SIGKILL loses, repeats or changes an image, or the number of ranks or the size of
-    the batch shows in one.
+@pytest.mark.parametrize("how", ["one rank", "full disk"])
+def test_a_broken_job_ends_in_the_same_file(how: str, tmp_path: Path, unbroken: bytes) -> None:
+    """Fails if SIGKILL or a full disk loses, repeats or changes an image, or the number of ranks or
+    the size of the batch shows in one.
     """
-    found, _ = killed_and_finished(tmp_path, seed)
+    found, _ = broken_and_finished(tmp_path, how, seed=1)
     assert found == unbroken
 
 
 @pytest.mark.soak
-def test_ten_killed_jobs_end_in_the_same_file(tmp_path: Path, unbroken: bytes) -> None:
-    """Fails as the test before, or if nothing was kept of any job that was killed."""
+def test_twelve_broken_jobs_end_in_the_same_file(tmp_path: Path, unbroken: bytes) -> None:
+    """Fails as the test before, or if nothing was kept of any job that was broken."""
     kept = []
-    for seed in range(10, 20):
+    for seed in range(12):
         (tmp_path / str(seed)).mkdir()
-        found, images = killed_and_finished(tmp_path / str(seed), seed)
+        how = ["one rank", "all", "full disk"][seed % 3]
+        found, images = broken_and_finished(tmp_path / str(seed), how, seed)
         assert found == unbroken
         kept.append(images)
     print("images kept:", kept)
-    assert 0 < sum(kept) < 80
+    assert 0 < sum(kept) < 96
 
 
 def test_the_pipeline_makes_the_commands_file(tmp_path: Path, unbroken: bytes) -> None:

@@ -20,11 +20,11 @@ from PIL import Image
 
 from autoregressive.errors import UserError
 from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.bulk.array_files import write_samples
 from autoregressive.serve.bulk.job import BulkJob, make_labels
 from autoregressive.serve.bulk.job_run import BulkReport, run_job
 from autoregressive.serve.bulk.parts import Images, Parts
 from autoregressive.serve.bulk.ranks import Ranks
-from autoregressive.serve.bulk.samples_file import write_samples
 from autoregressive.serve.bulk.sources import evaluation_pictures, shares
 from autoregressive.weights.finding import FoundWeights, resolve_model
 from autoregressive.weights.options import ModelOptions
@@ -296,8 +296,8 @@ def test_ranks_share_all_images() -> None:
                 assert sum(map(len, owners)) == len({index // batch for index in missing})
 
 
-def test_samples_are_streamed(tmp_path: Path) -> None:
-    """Fails if the file differs from run to run or from NumPy's, or is held in memory whole."""
+def test_the_npz_file_is_numpys(tmp_path: Path) -> None:
+    """Fails if NumPy cannot read the file, or it differs from run to run."""
     pictures = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
     for name in ("a.npz", "b.npz"):
         write_samples(tmp_path / name, pictures.shape, iter(np.split(pictures, 3)))

@@ -17,9 +17,9 @@ from PIL import Image
 from autoregressive.errors import SettingError, UserError
 from autoregressive.files import write_whole
 from autoregressive.progress import Bar
+from autoregressive.serve.bulk.array_files import write_array, write_samples
 from autoregressive.serve.bulk.job import BulkJob
 from autoregressive.serve.bulk.parts import Images, Parts
-from autoregressive.serve.bulk.samples_file import write_samples
 
 _PNG_THREADS = 8
 
@@ -65,7 +65,7 @@ class JobFolder:
         if self.finished:
             self.parts.remove()
             return np.zeros(0, dtype=np.int64)
-        _save(self.folder / "labels.npy", self.job.labels)
+        write_array(self.folder / "labels.npy", self.job.labels)
         self.parts.clean()
         return np.flatnonzero(self.parts.places(self.job.images)[:, 0] < 0)
 
@@ -90,7 +90,7 @@ class JobFolder:
                     self._save_png(images, pool)
                 bar.update(len(images.indices))
                 yield images.pictures
-            _save(self.folder / "codes.npy", codes)  # before the npz file is in its place
+            write_array(self.folder / "codes.npy", codes)  # before the npz file is in its place
 
         with ThreadPoolExecutor(_PNG_THREADS) as pool:
             write_samples(self.samples, (job.images, size, size, 3), pictures(pool))
@@ -145,11 +145,3 @@ class JobFolder:
             )
 
         list(pool.map(save, zip(images.indices, images.pictures, strict=True)))
-
-
-def _save(path: Path, array: NDArray[Any]) -> None:
-    def write(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.save(stream, array)
-
-    write_whole(path, write)

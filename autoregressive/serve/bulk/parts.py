@@ -5,7 +5,6 @@ A part is a .npy file of records (index, codes, pixels). Its name has the first 
 number of its images, so that progress is known without opening it.
 """
 
-import io
 import os
 import re
 import shutil
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregressive.errors import UserError
-from autoregressive.files import remove_leftovers, write_whole
+from autoregressive.files import remove_leftovers
+from autoregressive.serve.bulk.array_files import write_array
 
 _NAME = re.compile(r"(\d{8})-(\d+)\.npy")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.npy")
@@ -67,13 +67,11 @@ class Parts:
         Raises:
             UserError: the folder or the disk does not take the file.
         """
-        records = np.zeros(len(images.indices), self._dtype)
-        records["index"], records["codes"] = images.indices, images.codes
-        records["picture"] = images.pictures
-        content = io.BytesIO()
-        np.save(content, np.sort(records, order="index"))
-        name = f"{min(images.indices):08d}-{len(records)}.npy"
-        write_whole(self.folder / name, lambda file: file.write_bytes(content.getbuffer()))
+        order = np.argsort(images.indices)
+        records = np.empty(len(order), self._dtype)
+        records["index"] = np.asarray(images.indices)[order]
+        records["codes"], records["picture"] = images.codes[order], images.pictures[order]
+        write_array(self.folder / f"{min(images.indices):08d}-{len(records)}.npy", records)
 
     def count(self) -> int:
         """How many images are kept, by the names of the files."""
