@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,3 +182,29 @@ def test_a_mistake_is_told_by_one_rank(tmp_path: Path) -> None:
     assert (status, out) == (2, "")
     assert errors.count("\n") == 1, errors
     assert "nowhere.txt" in errors
+
+
+def test_a_rank_that_vanishes_is_one_line(tmp_path: Path) -> None:
+    """Fails if the ranks of another machine end in a traceback, or wait for ever, where no launcher
+    tells them that one has gone.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    job = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    vanishes = "import os, torch.distributed as dist; dist.init_process_group('gloo'); os._exit(0)"
+    with (
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *FLAGS, "--sample-dir", str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=job | {"RANK": "0", "LOCAL_RANK": "0"},
+        ) as stays,
+        subprocess.Popen(
+            [sys.executable, "-c", vanishes], env=job | {"RANK": "1", "LOCAL_RANK": "0"}
+        ),
+    ):
+        _, errors = stays.communicate(timeout=120)
+    assert stays.returncode == 2
+    assert errors.startswith("sample_c2i_ddp.py: error: another process of the job has gone: run")
+    assert errors.count("\n") == 1, errors

@@ -47,11 +47,16 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 gives, on all ranks."""
+        """What rank 0 gives, on all ranks.
+
+        Raises:
+            UserError: another rank has gone. Where a launcher sees that, it ends this one, too.
+        """
         if self.count == 1:
             return value
         held = [value]
-        dist.broadcast_object_list(held, src=0)
+        with _others_there():
+            dist.broadcast_object_list(held, src=0)
         return held[0]
 
     def first_alone(self, work: Callable[[], T]) -> T:
@@ -73,9 +78,20 @@ class Ranks:
         return work()
 
     def wait(self) -> None:
-        """Waits for all ranks."""
+        """Waits for all ranks. Raises `UserError` as `broadcast`."""
         if self.count > 1:
-            dist.barrier()
+            with _others_there():
+                dist.barrier()
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            "another process of the job has gone: run the command again, and it goes on"
+        ) from error
 
 
 def under_torchrun() -> bool:
