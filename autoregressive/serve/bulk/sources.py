@@ -25,6 +25,8 @@ from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.request import Request
 from tokenizer.tokenizer_image.vq_model import VQModel
 
+_SECONDS_TO_BATCH = 2.0  # that an image waits for others to be decoded with
+
 
 class Source(Protocol):
     """Draws and decodes images of a job.
@@ -45,23 +47,16 @@ class Source(Protocol):
 
 
 class EngineSource:
-    """Draws with the engine. Pixels are decoded beside the steps, in batches of one padded size, so
-    that they do not depend on their neighbours.
-    """
+    """Draws with the engine, and decodes beside its steps."""
 
     def __init__(self, job: BulkJob, engine: Engine) -> None:
-        assert engine.decoder is not None
+        self._job, self._engine = job, engine
         self.partial_since: float | None = None
-        self._job, self._engine, self._decoder = job, engine, engine.decoder
-        self._drawn: list[tuple[int, Tensor]] = []  # that wait for others to be decoded with
-        self._decoding: deque[tuple[list[tuple[int, Tensor]], DeviceFuture[tuple[Tensor, ...]]]] = (
-            deque()
-        )
 
     def draw(self, indices: Sequence[int]) -> Iterator[Images]:
         """As `Source.draw`."""
         job, engine, waiting = self._job, self._engine, deque(indices)
-        running: dict[Request, int] = {}
+        decoding, running = _Decoding(job, engine), dict[Request, int]()
         at_once = max(1, engine.shape.max_rows // job.sampling.rows)
         while waiting or running:
             while waiting and len(running) < 2 * at_once:  # half of them in the engine's queue
@@ -71,31 +66,65 @@ class EngineSource:
             if len(running) < at_once and self.partial_since is None:
                 self.partial_since = time.perf_counter()
             for request in engine.step():
+                index = running.pop(request)
                 if request.codes is None:
-                    raise NonFiniteLogitsError(f"image {running[request]}: {request.error}")
-                self._drawn.append((running.pop(request), request.codes))
-            self._decode(all_of_them=not waiting and not running)
-            yield from self._decoded(wait=False)
-        yield from self._decoded(wait=True)
+                    raise NonFiniteLogitsError(f"image {index}: {request.error}")
+                decoding.add(index, request.codes)
+            yield from decoding.done()
+        yield from decoding.rest()
 
-    def _decode(self, *, all_of_them: bool) -> None:
-        """Begins to decode images, where a batch is full."""
-        size = self._decoder.batch_sizes[-1]
-        while len(self._drawn) >= size or (all_of_them and self._drawn):
-            batch, self._drawn = self._drawn[:size], self._drawn[size:]
-            codes = torch.cat([codes for _, codes in batch])
-            padded = F.pad(codes, (0, 0, 0, size - len(codes)))
-            pictures = partial(evaluation_pictures, size=self._job.image_size_eval)
-            self._decoding.append((batch, self._decoder.submit_to_host(padded, pictures)))
 
-    def _decoded(self, *, wait: bool) -> Iterator[Images]:
-        while self._decoding and (wait or self._decoding[0][1].ready()):
-            batch, future = self._decoding.popleft()
-            indices = [index for index, _ in batch]
-            pictures, finite = (tensor[: len(batch)] for tensor in future.result())
-            check_finite(indices, finite)
-            codes = torch.cat([codes for _, codes in batch])
-            yield Images(indices, codes.numpy(), pictures.numpy())
+class _Decoding:
+    """Images on their way from codes to pictures. They are decoded in batches of one size, which
+    are filled up, so that pixels do not depend on which images were decoded together.
+    """
+
+    def __init__(self, job: BulkJob, engine: Engine) -> None:
+        assert engine.decoder is not None
+        self._decoder = engine.decoder
+        self._as_pictures = partial(evaluation_pictures, size=job.image_size_eval)
+        on_gpu = engine.device.type == "cuda"
+        self._size = self._decoder.batch_sizes[-1] if on_gpu else 1  # a CPU gains nothing by more
+        self._indices: list[int] = []  # of the next batch
+        self._codes: list[Tensor] = []
+        self._since = 0.0  # when the first of the next batch came
+        self._begun: deque[tuple[list[int], Tensor, DeviceFuture[tuple[Tensor, ...]]]] = deque()
+
+    def add(self, index: int, codes: Tensor) -> None:
+        """Takes an image: codes int32 [1, tokens] on the CPU."""
+        if not self._indices:
+            self._since = time.monotonic()
+        self._indices.append(index)
+        self._codes.append(codes)
+        if len(self._indices) == self._size:
+            self._begin()
+
+    def done(self) -> Iterator[Images]:
+        """What has been decoded since the last call."""
+        if self._indices and time.monotonic() > self._since + _SECONDS_TO_BATCH:
+            self._begin()
+        while self._begun and self._begun[0][2].ready():
+            yield self._next()
+
+    def rest(self) -> Iterator[Images]:
+        """All that there is still."""
+        if self._indices:
+            self._begin()
+        while self._begun:
+            yield self._next()
+
+    def _begin(self) -> None:
+        codes = torch.cat(self._codes)
+        padded = F.pad(codes, (0, 0, 0, self._size - len(codes)))
+        future = self._decoder.submit_to_host(padded, self._as_pictures)
+        self._begun.append((self._indices, codes, future))
+        self._indices, self._codes = [], []
+
+    def _next(self) -> Images:
+        indices, codes, future = self._begun.popleft()
+        pictures, finite = (tensor[: len(indices)] for tensor in future.result())
+        check_finite(indices, finite)
+        return Images(indices, codes.numpy(), pictures.numpy())
 
 
 class NaiveSource:
