@@ -1,6 +1,7 @@
 """The windows that a setting means, and what an engine reports of them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -92,6 +93,24 @@ def test_auto_follows_a_change() -> None:
             _, chosen = seconds_of_auto(lookahead, 2, kept)
         most_chosen.append(max(set(chosen), key=chosen.count))
     assert most_chosen == [1, 8, 1, 8]
+
+
+@pytest.mark.parametrize("rows", COSTS)
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.8), (0.8, 0.0)])
+def test_auto_follows_a_change_within_an_image(rows: int, before: float, after: float) -> None:
+    """Fails if a whole image is drawn with a window that suited the images before."""
+    lookahead = Lookahead("auto")
+
+    def kept(share: float, window: int) -> float:
+        return sum(share**guesses for guesses in range(window))
+
+    for _ in range(5):
+        seconds_of_auto(lookahead, rows, partial(kept, before))
+    found = [seconds_of_auto(lookahead, rows, partial(kept, after))[0] for _ in range(3)]
+    fastest = min(cost / kept(after, window) for window, cost in COSTS[rows].items())
+    print("times as long as the fastest window:", [seconds / fastest for seconds in found])
+    assert found[0] < 1.45 * fastest
+    assert found[2] < 1.1 * fastest
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -8,13 +8,15 @@ from autoregressive.serve.engine.engine_config import LookaheadSetting
 from kernels.operations import MANY_ROWS
 
 _WINDOWS = (1, 2, 4, 8)
-# Spans between the beginnings of two trials, and spans of a trial. The first are of a window that
-# was not measured yet, and the others of one whose figures may have become old.
-_NEW_TRIAL, _TRIAL = (4, 3), (32, 1)
+# Spans of a trial, of a window that was not measured yet and of one whose figures may be old.
+_NEW_TRIAL, _TRIAL = 3, 1
+# Spans from a trial to the next: so many where the best window has just changed, twice as many each
+# time that it has not, and at most so many that trials cost a share of the time.
+_FIRST_PAUSE, _LAST_PAUSES, _COST_OF_TRIALS = 4, (8, 64), 0.005
+_OLD = 16  # spans after which what was kept counts half
 _SPANS_TO_TIME = 5  # the last ones, of which the median counts
-# Passes, of images, that the average of kept tokens reaches back; half as many when it is as old as
-# the time between two trials.
-_MEMORY_PASSES = 128
+# Passes, of images, that the average of kept tokens reaches back.
+_MEMORY_PASSES = 64
 
 
 class Lookahead:
@@ -45,7 +47,8 @@ class Lookahead:
         self._observed: dict[int, int] = {}  # by window, the span after which `_kept` was observed
         self._span = 0
         self._trial, self._trial_began, self._trial_ends = 1, 0, 0  # window; spans
-        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # how often, as `_seconds`
+        self._best, self._pause = 1, _FIRST_PAUSE  # at the last choice; in spans
+        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # in which span, as `_seconds`
 
     def windows(self, rows: int) -> list[int]:
         """The windows that passes of so many rows may be carried out with, in ascending order."""
@@ -70,17 +73,23 @@ class Lookahead:
         if not rates:
             return windows[1]
         best = max(rates, key=lambda window: rates[window])
+        if best != self._best:
+            self._best, self._pause = best, _FIRST_PAUSE
         at = windows.index(best)
         neighbours = windows[max(0, at - 1) : at] + windows[at + 1 : at + 2]
         new = [window for window in neighbours if window not in rates]
-        pause, spans = _NEW_TRIAL if new else _TRIAL
-        if self._span < self._trial_began + pause:
-            return best
         # the largest first: what is gained may be most there
-        self._trial = min(new or neighbours, key=lambda each: (self._tried[rows, each], -each))
-        self._trial_began, self._trial_ends = self._span, self._span + spans
-        self._tried[rows, self._trial] += 1
-        return self._trial
+        trial = min(new or neighbours, key=lambda each: (self._tried[rows, each], -each))
+        lost = _TRIAL * (1 - rates.get(trial, 0) / rates[best])
+        shortest, longest = _LAST_PAUSES
+        most = min(max(shortest, round(lost / _COST_OF_TRIALS)), longest)
+        if self._span < self._trial_began + (_FIRST_PAUSE if new else min(self._pause, most)):
+            return best
+        self._trial, self._trial_began = trial, self._span
+        self._trial_ends = self._span + (_NEW_TRIAL if new else _TRIAL)
+        self._tried[rows, trial] = self._span
+        self._pause = min(2 * self._pause, longest)
+        return trial
 
     def observe_seconds(self, rows: int, window: int, seconds: float) -> None:
         """Takes note of what a pass of a span has cost."""
@@ -96,7 +105,7 @@ class Lookahead:
         if passes == 0:
             return
         age = self._span - self._observed.get(window, self._span)
-        before = self._passes[window] * 0.5 ** (age / _TRIAL[0])
+        before = self._passes[window] * 0.5 ** (age / _OLD)
         mean = self._kept.get(window, 0.0)
         self._kept[window] = mean + (kept / passes - mean) * passes / (before + passes)
         self._passes[window] = min(before + passes, _MEMORY_PASSES)
