@@ -62,22 +62,27 @@ def test_limits_go_as_far_as_the_pool(
     assert (first.position, second.position) == (lead + passes, passes)
 
 
-def test_passes_behind_the_earliest_end_are_not_planned() -> None:
-    """Fails if an image that may have ended already is computed for many passes more."""
-    scheduler = Scheduler(limits())
+def test_passes_behind_the_expected_end_are_not_planned() -> None:
+    """Fails if an image that has probably ended is computed for many passes more, or the last
+    passes of one that has not are planned one at a time.
+    """
+    scheduler = Scheduler(limits())  # 16 tokens
     submitted(scheduler, PLAIN)
     scheduler.admit()
-    assert scheduler.plan_span(100, 4) == 4
+    # two thirds of 4 passes, of 8, and of 16
+    assert [scheduler.plan_span(100, 4, pace) for pace in (None, 2.0, 1.0)] == [3, 6, 11]
     run_ahead(scheduler, 2, 4)
     (image,) = scheduler.images
-    assert image.limit == 8
-    assert scheduler.plan_span(100, 4) == 2
-    assert scheduler.plan_span(100, 3) == 3
+    assert (image.position, image.limit) == (2, 8)
+    # At that pace 8, 12 and 14 tokens are missing.
+    assert [scheduler.plan_span(100, 4, pace) for pace in (4.0, 2.0, 1.0)] == [2, 4, 10]
     run_ahead(scheduler, 2, 4)
     assert (image.position, image.limit) == (4, 16)
     assert scheduler.plan_span(100, 4) == 1  # until the device tells where it is
+    assert scheduler.plan_span(100) == 1
     learn(scheduler, {image: (4, 7)})
-    assert scheduler.plan_span(100, 4) == 3
+    assert scheduler.plan_span(100, 4) == 2
+    assert scheduler.plan_span(100) == 9
 
 
 def test_limits_come_down_to_what_the_device_tells() -> None:

@@ -347,7 +347,8 @@ class Engine:
         images = scheduler.images
         rows = [row for image in images for row in image.rows]
         window = self.lookahead.window(len(rows))
-        passes = scheduler.plan_span(self._step_limiter.span_limit(len(rows), window), window)
+        limit = self._step_limiter.span_limit(len(rows), window)
+        passes = scheduler.plan_span(limit, window, self.lookahead.pace(window))
         if passes == 0:
             return 0, []
         scheduler.allocate(passes, window)

@@ -91,6 +91,10 @@ class Lookahead:
         self._pause = min(2 * self._pause, longest)
         return trial
 
+    def pace(self, window: int) -> float | None:
+        """The tokens that a pass has kept on average; None: it is not known."""
+        return self._kept.get(window)
+
     def observe_seconds(self, rows: int, window: int, seconds: float) -> None:
         """Takes note of what a pass of a span has cost."""
         self._seconds[rows, window].append(seconds)

@@ -14,6 +14,7 @@ only where the forecast stays within the pool. Pure host code: no tensor, no dev
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -34,6 +35,9 @@ from autoregressive.serve.engine.request import (
 
 # Quarters of what a span could keep at most, which it is granted if the pool allows.
 _QUARTERS = (4, 2, 1)
+# Of the passes that an image is expected to need still, what is planned at once. With less, spans
+# become short near the end of an image, and the host is slower than a GPU.
+_PLANNED_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -130,22 +134,30 @@ class Scheduler:
             admitted.append(request)
         return admitted
 
-    def plan_span(self, limit: int, window: int = 1) -> int:
+    def plan_span(self, limit: int, window: int = 1, pace: float | None = None) -> int:
         """Passes until the next event (an image or an unconditional row ends), at most `limit`.
         Returns 0 if nothing runs.
 
-        Images that run ahead may end sooner, so that passes would be wasted: none is planned beyond
-        the earliest possible end of an image, or only one.
+        Images that run ahead end sooner than the host knows, and passes behind an end are wasted.
+        So at most a share of the passes is planned that an image is expected to need still.
 
         Args:
             window: positions of an image that a pass computes.
+            pace: tokens that a pass is expected to keep; None: all of them.
         """
         images = self.images
         if not images:
             return 0
         first_event = min(row.end - image.position for image in images for row in image.rows)
-        earliest_end = -(-min(self.limits.tokens - image.limit for image in images) // window)
-        return min(limit, first_event, max(1, earliest_end))
+        most_ahead = max(image.limit for image in images)
+        if window == 1:
+            return min(limit, first_event, max(1, self.limits.tokens - most_ahead))
+        pace = window if pace is None else pace
+        # where an image is expected between the least and the most that its position may be
+        share = (pace - 1) / (window - 1)
+        expected = [(1 - share) * image.position + share * image.limit for image in images]
+        passes_left = (self.limits.tokens - max(expected)) / pace
+        return min(limit, first_event, max(1, ceil(_PLANNED_SHARE * passes_left)))
 
     def allocate(self, passes: int, window: int = 1) -> None:
         """Grants every image its limit for the next `passes` passes, and takes the pages that its
