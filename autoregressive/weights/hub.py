@@ -84,16 +84,10 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
     if (problem := unusable_variable(endpoint)) is not None:
         raise DownloadError(f"{name}: cannot be fetched: ", *problem)
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(HUB_REPOSITORY, name, endpoint=endpoint)
-        metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
-        # For large files the hub's entity tag is the SHA-256 of the content.
-        if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
-            raise DownloadError(
-                f"{name}: the hub states no SHA-256 for it; check the address of the hub"
-            )
-        remote = _Remote(name, url, str(metadata.etag), metadata.size)
+        remote = _described(name, url, endpoint)
         if path.exists():
             remote.check(path)
             _remove_parts(path)
@@ -104,12 +98,50 @@ def fetch(published: PublishedFile, folder: Path, *, endpoint: str | None = None
         raise
     except Exception as error:
         # The library passes on what the HTTP client, the TLS library and the system raise.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DownloadError(
-            f"{name}: the download failed ({reason}) from {url}; "
+            f"{name}: the download failed ({_reason(error)}) from {url}; "
             f"run the same command again, or put the file into {folder} by hand"
         ) from error
     return path
+
+
+def stated_sha256(published: PublishedFile, *, endpoint: str | None = None) -> str:
+    """The SHA-256 that the hub states for a published file, as hexadecimal digits. Nothing is
+    downloaded.
+
+    Raises:
+        DownloadError: the hub cannot be asked, or states none.
+    """
+    name = published.file_name
+    if (problem := unusable_variable(endpoint)) is not None:
+        raise DownloadError(f"{name}: the hub cannot be asked: ", *problem)
+    try:
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(HUB_REPOSITORY, name, endpoint=endpoint)
+        return _described(name, url, endpoint).sha256
+    except DownloadError:
+        raise
+    except Exception as error:  # as in `fetch`
+        raise DownloadError(
+            f"{name}: the hub cannot be asked for its SHA-256 ({_reason(error)}); try again later"
+        ) from error
+
+
+def _described(name: str, url: str, endpoint: str | None) -> _Remote:
+    from huggingface_hub import get_hf_file_metadata
+
+    metadata = get_hf_file_metadata(url, token=False, endpoint=endpoint)
+    # For large files the hub's entity tag is the SHA-256 of the content.
+    if metadata.size is None or not re.fullmatch("[0-9a-f]{64}", metadata.etag or ""):
+        raise DownloadError(
+            f"{name}: the hub states no SHA-256 for it; check the address of the hub"
+        )
+    return _Remote(name, url, str(metadata.etag), metadata.size)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _remove_parts(path: Path) -> None:
