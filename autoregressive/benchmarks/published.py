@@ -380,15 +380,16 @@ def measure_fid(
         "cfg-scale": cfg_scale,
         "top-k": 0,
         "sample-dir": folder,
-        **({"device": device} if device else {}),
     }
-    _run([_BULK, *(word for name, value in flags.items() for word in (f"--{name}", value))])
+    on_device = ["--device", device] if device else []
+    typed = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    _run([_BULK, *typed, *on_device])
     weights = Path(str(found.gpt)).stem
     samples = folder / (
         f"{settings.gpt_model}-{weights}-size-{settings.image_size}-size-{evaluated_size}-"
         f"{settings.vq_model}-topk-0-topp-1.0-temperature-1.0-cfg-{cfg_scale}-seed-0.npz"
     )
-    *_, last = ["", *_run([_EVALUATE, samples, reference], captured=True).splitlines()]
+    *_, last = ["", *_run([_EVALUATE, samples, reference, *on_device], captured=True).splitlines()]
     return {
         "images": images,
         "cfg_scale": cfg_scale,
@@ -398,12 +399,12 @@ def measure_fid(
 
 
 def _without_folders(value: Any) -> Any:
-    """The same with names of files in the place of their paths."""
+    """The same with the names of files that exist in the place of their paths."""
     if isinstance(value, dict):
         return {name: _without_folders(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
-    return Path(value).name if isinstance(value, str) and os.sep in value else value
+    return Path(value).name if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _run(words: Sequence[object], *, captured: bool = False) -> str:

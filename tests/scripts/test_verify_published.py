@@ -233,7 +233,7 @@ stem = Path(words["--gpt-ckpt"]).stem
 EVALUATE = """
 import json, sys
 from pathlib import Path
-samples, reference = map(Path, sys.argv[1:])
+samples, reference = map(Path, sys.argv[1:3])
 images = int(samples.read_text())
 if images == 3:
     sys.exit("too few")
