@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--fid and --reference go together: give both, or leave both out")
     if arguments.reference is not None and not arguments.reference.is_file():
         raise UserError(SettingName("reference"), f" {arguments.reference}: there is no such file")
+    # Hours of drawing would come before the evaluation finds out.
+    if arguments.fid is not None and find_spec("torch_fidelity") is None:
+        raise UserError("--fid: torch_fidelity is missing: pip install 'llamagen-serve[eval]'")
     device = use_device(arguments.device)
     chosen = subjects(
         arguments.models,

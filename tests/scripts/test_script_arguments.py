@@ -19,7 +19,7 @@ import torch
 import tune_kernels
 from refusals import refused
 
-from autoregressive.benchmarks import speedup
+from autoregressive.benchmarks import published, speedup
 from autoregressive.benchmarks.script import (
     PAPER_MODELS,
     give_figures,
@@ -52,7 +52,10 @@ BEGINS = {
     "speedup_table": ("run_method", ["--models", "GPT-demo"]),
     "train_demo": ("load_sprites", []),
     "tune_kernels": ("tune", []),
+    "verify_published": ("verify", ["--models", "GPT-demo"]),
 }
+# The modules that do the work of scripts which only read their flags.
+WORKERS = {"speedup_table": speedup, "verify_published": published}
 # Tests of their own have their mistakes.
 WITHOUT_WORK = {
     "bench_http",
@@ -83,7 +86,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("work began")
 
     for script, (function, _) in BEGINS.items():
-        module = speedup if script == "speedup_table" else importlib.import_module(script)
+        module = WORKERS.get(script) or importlib.import_module(script)
         monkeypatch.setattr(module, function, begin)
     threads = torch.get_num_threads()
     yield
@@ -198,6 +201,9 @@ COUNTS = [
     ("speedup_table", "--images", 1),
     ("train_demo", "--save-every", 1),
     ("train_demo", "--stop-after", 1),
+    ("verify_published", "--images", 1),
+    ("verify_published", "--repeats", 1),
+    ("verify_published", "--fid", 2),
 ]
 
 
@@ -221,7 +227,8 @@ def test_a_seed_that_is_too_large_is_refused(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    "script", ["bench_decode", "bench_kernels", "speedup_table", "tune_kernels"]
+    "script",
+    ["bench_decode", "bench_kernels", "speedup_table", "tune_kernels", "verify_published"],
 )
 @pytest.mark.parametrize("typed", ["GPT-C", "GPT-B,GPT-C", ","])
 def test_a_model_that_is_not_is_refused(

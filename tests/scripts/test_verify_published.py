@@ -277,11 +277,16 @@ def test_fid_is_measured_by_the_commands_for_it(
         (["--fid", "50"], "--fid and --reference go together"),
         (["--reference", "x.npz"], "--fid and --reference go together"),
         (["--fid", "50", "--reference", "x.npz"], "reference x.npz: there is no such file"),
+        (["--fid", "50", "--reference", __file__], "--fid: torch_fidelity is missing: pip install"),
         (["--output", "x.txt"], "--output x.txt"),
     ],
 )
-def test_a_mistake_is_told_before_the_work(folder: Path, words: list[str], told: str) -> None:
+def test_a_mistake_is_told_before_the_work(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fails if a mistake is found only after minutes of measuring."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=told):
-        report_of(folder, *words)
+        report_of(tmp_path, *words)
     assert not Path("verify_published.json").exists()
