@@ -5,6 +5,7 @@ folders nor anything else about the machine but its device and the versions of t
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ from autoregressive.files import write_whole
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.output.records import device_name
+from autoregressive.output.records import device_name, sampling_record
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
 from autoregressive.version import program_version
@@ -431,9 +432,12 @@ def has_failed(outcome: Outcome) -> bool:
 
 def verify(subject: Subject, checks: Mapping[str, Callable[[], Outcome]]) -> Outcome:
     """The outcomes of all checks of a model, by their names; what they say goes to stderr."""
+    settings = subject.settings
     entry: Outcome = {
-        "model": subject.settings.gpt_model,
-        "image_size": subject.settings.image_size,
+        "model": settings.gpt_model,
+        "image_size": settings.image_size,
+        "precision": _name_of(settings.precision),
+        "sampling": sampling_record(subject.params),
     }
     for name, check in checks.items():
         tell(f"{subject.name}: {name}")
@@ -443,6 +447,7 @@ def verify(subject: Subject, checks: Mapping[str, Callable[[], Outcome]]) -> Out
             # The message may name folders, and is not for the report.
             entry[name] = {"error": type(error).__name__}
             tell(f"{subject.name}: {name}: {type(error).__name__}: {one_line(str(error))}")
+        gc.collect()  # the check's models and engines
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     entry["failed"] = [name for name in checks if has_failed(entry[name])]

@@ -80,6 +80,8 @@ def test_all_is_checked_measured_and_reported(
     assert [line.split()[:2] for line in table[1:]] == [["GPT-demo", "128"]]
     assert table[1].endswith(" nothing")
     (entry,) = report["models"]
+    assert entry["precision"] == "none"
+    assert entry["sampling"]["cfg_scale"] == 2.0
     gpt, vq = entry["files"]["files"]
     assert [gpt["name"], vq["name"]] == [DEMO_GPT, DEMO_VQ]
     assert gpt["sha256"] == hashlib.sha256((demo / DEMO_GPT).read_bytes()).hexdigest()
