@@ -154,20 +154,18 @@ class AnswerFile:
 
     def __init__(self, path: Path, requests: Path, known: Collection[str]) -> None:
         self.path, self.answered = path, set[str]()
+        self._is_new = not os.path.exists(path)
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                self._claim(requests)
+                self._size = self._read(requests, known)
+                os.ftruncate(self._file, self._size)
+            except BaseException:
+                os.close(self._file)
+                raise
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another") from error
-        try:
-            self._claim(requests)
-            self._size = self._read(requests, known)
-            os.ftruncate(self._file, self._size)
-        except OSError as error:
-            os.close(self._file)
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another") from error
-        except UserError:
-            os.close(self._file)
-            raise
 
     def answer(self, custom_id: str, status: int, request_id: str, body: bytes) -> None:
         """Appends the service's answer to a request.
@@ -190,19 +188,20 @@ class AnswerFile:
         self._append(custom_id, b"null", json.dumps(asdict(error)).encode())
 
     def close(self) -> None:
-        """Returns when the disk has all answers. A file without any is removed.
+        """Returns when the disk has all answers. A new file without any is removed.
 
         Raises:
             UserError: the disk does not take them.
         """
         try:
-            if self._size == 0:
+            if self._is_new and self._size == 0:
                 self.path.unlink(missing_ok=True)
             os.fsync(self._file)
         except OSError as error:
             raise self._unwritten(error) from error
         finally:
-            os.close(self._file)
+            with contextlib.suppress(OSError):  # the disk has all, or an error has been told
+                os.close(self._file)
 
     def _append(self, custom_id: str, response: bytes, error: bytes) -> None:
         names = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id}

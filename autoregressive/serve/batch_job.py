@@ -35,7 +35,7 @@ from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server_flags import build_server_parser
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
-from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
+from autoregressive.serve.worker.worker import MakeEngine
 
 _ADDRESS = "http://127.0.0.1"  # of no server; requests have to name one
 _SPARE_IMAGES = 64  # that are decoded, become files or are written, while others are sampled
@@ -130,27 +130,21 @@ class BatchJob:
             f"{speed:.2f} images/s: {self._answers.path}"
         )
         if self._failed:
-            told += f"\n{self._failed} requests have no images; their answers say why"
+            told += f"\nrequests without images: {self._failed}; their answers say why"
         return told
 
-    async def run(
-        self,
-        requests: Path,
-        images: int,
-        recipe: Callable[[int], MakeEngine],
-        start: StartProcess = start_process,
-    ) -> None:
+    async def run(self, requests: Path, images: int, recipe: Callable[[int], MakeEngine]) -> None:
         """Answers the requests that have no answer yet.
 
         Args:
             images: that they ask for.
-            recipe, start: as of `start_dispatcher`.
+            recipe: as of `start_dispatcher`.
 
         Raises:
             UserError: an engine could not be built, or the disk takes no more answers.
             EngineLost: an engine has died, or hangs.
         """
-        dispatcher = start_dispatcher(self._settings, self._model, recipe, start)
+        dispatcher = start_dispatcher(self._settings, self._model, recipe)
         app, encoders = build_service_app(self._settings, self._model, dispatcher, _ADDRESS)
         complete = False
         try:
