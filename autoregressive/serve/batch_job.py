@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import httpx2
 
-from autoregressive.errors import UserError, tell
+from autoregressive.errors import tell
 from autoregressive.progress import Bar, progress_bar
 from autoregressive.serve.batch_files import (
     AnswerFile,

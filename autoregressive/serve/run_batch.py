@@ -12,7 +12,6 @@ from autoregressive.cli.command import (
     OneLineParser,
     add_version_flag,
     run_command,
-    saying_what_to_install,
     slow_imports,
 )
 
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: anything that the user can mend.
     """
-    with slow_imports("__main__" if argv is None else __name__), saying_what_to_install():
+    with slow_imports("__main__" if argv is None else __name__):
         arguments = build_batch_parser().parse_args(argv)
         from autoregressive.serve import batch_job
     return batch_job.run(arguments)

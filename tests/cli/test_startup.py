@@ -11,6 +11,7 @@ COMMANDS = {
     "plain": "autoregressive.sample.sample_c2i",
     "engine": "autoregressive.serve.sample_c2i",
     "service": "autoregressive.serve.api_server",
+    "batch": "autoregressive.serve.run_batch",
 }
 ANSWERED = [(name, flag) for name in COMMANDS for flag in ("--help", "--version", "--cfgscale=1")]
 ANSWERED += [("plain", "--list-classes=fox"), ("engine", "--list-classes=fox")]

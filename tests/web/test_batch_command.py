@@ -1,4 +1,4 @@
-"""The command as people run it: the demo model answers a file of requests and is killed meanwhile."""
+"""The command as people run it: the demo model answers requests, and is killed meanwhile."""
 
 import base64
 import io
