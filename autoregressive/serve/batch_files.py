@@ -41,14 +41,10 @@ class BatchRequest:
     """A line of the requests file."""
 
     custom_id: str
-    body: object = None  # JSON, which only the service judges
-    error: BatchError | None = None
-
-    @property
-    def images(self) -> int:
-        """How many images it asks for, or 1 where its body does not say so properly."""
-        n = self.body.get("n") if isinstance(self.body, dict) else None
-        return n if isinstance(n, int) and 1 <= n <= 10 else 1
+    body: bytes  # JSON, which only the service judges
+    images: int  # that it asks for, or 1 where its body does not say so properly
+    streams: bool  # it asks for a stream
+    error: BatchError | None
 
 
 def read_requests(path: Path) -> Iterator[BatchRequest]:
@@ -103,7 +99,20 @@ def _read_request(place: str, line: bytes) -> BatchRequest:
     custom_id = content.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise UserError(f"{place} has no custom_id; give each request a text of its own")
-    return BatchRequest(custom_id, content.get("body"), _error_of(content))
+    body = content.get("body")
+    fields = body if isinstance(body, dict) else {}
+    n = fields.get("n")
+    try:
+        text = json.dumps(body).encode()
+    except RecursionError as error:
+        raise UserError(f"{place} is nested too deeply") from error
+    return BatchRequest(
+        custom_id,
+        text,
+        images=n if isinstance(n, int) and 1 <= n <= 10 else 1,
+        streams=fields.get("stream") is True,
+        error=_error_of(content),
+    )
 
 
 def _error_of(content: dict[str, Any]) -> BatchError | None:

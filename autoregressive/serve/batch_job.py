@@ -38,6 +38,7 @@ from autoregressive.serve.web.server_settings import ServerSettings, resolve_ser
 from autoregressive.serve.worker.worker import MakeEngine
 
 _ADDRESS = "http://127.0.0.1"  # of no server; requests have to name one
+_IS_JSON = {"Content-Type": "application/json"}
 _SPARE_IMAGES = 64  # that are decoded, become files or are written, while others are sampled
 _MOST_ROWS_OF_IMAGE = 2
 _TRIES = 10  # of a request that is told to try again
@@ -187,17 +188,16 @@ class BatchJob:
         self, request: BatchRequest, dispatcher: Dispatcher, client: httpx2.AsyncClient
     ) -> None:
         """Writes the answer to one request."""
-        body = request.body
         self._requests += 1
         if request.error is not None:
             self._failed += 1
             self._answers.refuse(request.custom_id, request.error)
-        elif isinstance(body, dict) and body.get("stream") is True:
+        elif request.streams:
             self._failed += 1
             answer = json.dumps(_STREAMS.body).encode()
             self._answers.answer(request.custom_id, _STREAMS.status, new_request_id(), answer)
         else:
-            response = await _ask(client, body, dispatcher)
+            response = await _ask(client, request.body, dispatcher)
             drawn = response.status_code == 200
             self._failed += not drawn
             self._images += request.images if drawn else 0
@@ -209,18 +209,18 @@ class BatchJob:
             )
 
 
-async def _ask(client: httpx2.AsyncClient, body: object, dispatcher: Dispatcher) -> httpx2.Response:
+async def _ask(client: httpx2.AsyncClient, body: bytes, dispatcher: Dispatcher) -> httpx2.Response:
     """The service's answer to a body. If it says when to try again, that is done.
 
     Raises:
         EngineLost: there will be no answer.
     """
     for last in (*(False,) * (_TRIES - 1), True):
-        response = await client.post(IMAGES_PATH, json=body)
+        response = await client.post(IMAGES_PATH, content=body, headers=_IS_JSON)
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # the answer is that the service stops
             raise asyncio.CancelledError
-        if dispatcher.failure is not None:
+        if response.status_code == 503 and dispatcher.failure is not None:
             raise EngineLost(dispatcher.failure)
         again = response.headers.get("Retry-After")
         if again is None or last:

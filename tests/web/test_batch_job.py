@@ -44,6 +44,8 @@ BAD: list[object] = [
     {"prompt": "cat", "response_format": "url"},
     {"prompt": "cat", "partial_images": 2},
     {"prompt": "x" * 2**20},
+    {"prompt": "\ud800"},
+    {"prompt": json.loads("[" * 500 + "]" * 500)},
     {},
     [],
     None,
@@ -131,7 +133,11 @@ def test_answers_are_those_of_the_service(batch: Batch, tmp_path: Path) -> None:
     folder.mkdir()
     with running_service(folder, "--max-num-seqs", str(ROWS)) as service:
         for name, body in enumerate(bodies):
-            expected = service.client.post("/v1/images/generations", json=body)
+            expected = service.client.post(
+                "/v1/images/generations",
+                content=json.dumps(body),
+                headers={"Content-Type": "application/json"},
+            )
             line = batch.lines[str(name)]
             assert line["error"] is None
             assert line["response"]["request_id"].startswith("req_")
