@@ -79,7 +79,8 @@ def broken_and_finished(folder: Path, how: str, seed: int) -> tuple[bytes, int]:
     generator = random.Random(seed)
     process = start(2, folder, 8, "--per-proc-batch-size", "1")
     wanted = generator.randrange(5)  # of eight, so that it has not ended before it is broken
-    while kept_images(folder) < wanted and process.poll() is None:
+    while kept_images(folder) < wanted or len(ranks_of(process)) < 2:
+        assert process.poll() is None
         time.sleep(0.1)
     time.sleep(generator.random())
     ranks = ranks_of(process)

@@ -76,6 +76,7 @@ def test_the_pipeline_draws_with_the_core_packages_alone(tmp_path: Path) -> None
         ((str(ROOT / "scripts/download_models.py"), "GPT-B"), "download"),
         ((str(ROOT / "autoregressive/serve/api_server.py"), "--help"), "serve"),
         (("-c", "from autoregressive.serve.api_server import command; command()"), "serve"),
+        (("-c", "from autoregressive.serve.run_batch import command; command()"), "serve"),
         (
             (
                 str(ROOT / "autoregressive/serve/sample_c2i.py"),

@@ -12,6 +12,7 @@ COMMANDS = {
     "engine": "autoregressive.serve.sample_c2i",
     "service": "autoregressive.serve.api_server",
     "bulk": "autoregressive.sample.sample_c2i_ddp",
+    "batch": "autoregressive.serve.run_batch",
 }
 ANSWERED = [(name, flag) for name in COMMANDS for flag in ("--help", "--version", "--cfgscale=1")]
 ANSWERED += [("plain", "--list-classes=fox"), ("engine", "--list-classes=fox")]

@@ -17,6 +17,7 @@ from documents import CLI, DOCUMENTS, README, ROOT, SERVICE, examples, section
 from autoregressive.cli.flags import build_parser
 from autoregressive.models.gpt import GPT_models
 from autoregressive.serve.bulk.command import build_bulk_parser
+from autoregressive.serve.run_batch import build_batch_parser
 from autoregressive.serve.sample_c2i import build_engine_parser
 from autoregressive.serve.web.schema import ImageRequest
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -29,6 +30,7 @@ SERVICE_COMMAND = "autoregressive/serve/api_server.py"
 CONSOLE_SCRIPTS = {
     "llamagen-sample": "autoregressive/serve/sample_c2i.py",
     "llamagen-serve": SERVICE_COMMAND,
+    "llamagen-batch": "autoregressive/serve/run_batch.py",
     "llamagen-download": "scripts/download_models.py",
     "llamagen-bulk": BULK_COMMAND,
 }
@@ -36,6 +38,7 @@ PARSERS = {
     "autoregressive/sample/sample_c2i.py": lambda: build_parser("purpose", "command.py"),
     "autoregressive/serve/sample_c2i.py": build_engine_parser,
     BULK_COMMAND: build_bulk_parser,
+    "autoregressive/serve/run_batch.py": build_batch_parser,
 }
 
 
@@ -126,6 +129,9 @@ def test_every_flag_of_the_commands_is_listed(help_of: HelpOf) -> None:
         "--precision",
         "--compile",
     }
+    assert listed_flags(section(CLI, "### Flags of the batch command")) == (
+        parser_flags(build_batch_parser()) - both - engine
+    )
     # The service's own: the model's and the engine's flags are in cli.md.
     assert listed_flags(section(SERVICE, "## Flags")) == service - both - engine | {
         "--max-num-seqs"

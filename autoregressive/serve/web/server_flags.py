@@ -156,7 +156,7 @@ TIMEOUT_FLAGS = {
     "queue_timeout": _seconds("waiting for its turn, then 503; 0: no limit", Timeouts.queue),
     "request_timeout": _seconds("being drawn, then 504; 0: no limit", Timeouts.run),
     "step_timeout": _seconds(
-        "an engine not heard of for so long hangs: the service ends with status 1",
+        "an engine not heard of for so long hangs: the command ends with status 1",
         Timeouts.step,
         1,
     ),
