@@ -31,11 +31,13 @@ ALLOWED: dict[str, set[str]] = {
     **{command: SHARED for command in COMMANDS},
     "autoregressive.benchmarks": {*SHARED, *COMMANDS},
     "autoregressive.demo_training": {*BASE, "autoregressive.weights"},
+    "autoregressive.evaluation": BASE,
     "scripts": {
         *SHARED,
         *COMMANDS,
         "autoregressive.benchmarks",
         "autoregressive.demo_training",
+        "autoregressive.evaluation",
     },
 }
 
