@@ -83,18 +83,22 @@ def open_samples(path: Path) -> ImageArray:
 
 def describe(images: ImageArray | None) -> str:
     """How many images there are, and how large."""
-    return f"{images.count:,} images of {images.width} x {images.height} px" if images else "none"
+    if images is None:
+        return "no images"
+    return f"{images.count:,} images of {images.width} x {images.height} px"
 
 
 def print_table(samples: ImageArray, reference: Reference, result: Evaluation) -> None:
     """Prints what was compared, the figures and the notes."""
+    stored = " and statistics" if reference.pool else ""
     print(f"samples: {samples.path}, {describe(samples)}")
-    print(f"reference: {reference.path}, {describe(reference.images)}; {result.reference}")
+    print(f"reference: {reference.path}, {describe(reference.images)}{stored}")
+    print(f"known as: {result.reference}")
     if result.fit is not None:
-        spatial = "" if result.fit.spatial is None else f" and {result.fit.spatial:.2f} (sFID's)"
+        spatial = "" if result.fit.spatial is None else f", spatial {result.fit.spatial:.2f}"
         print(
-            "its images' mean features are "
-            f"{result.fit.pool:.2f}{spatial} standard errors from its statistics (expected: 1)"
+            "its images' mean features are this many standard errors from its statistics' (1 is "
+            f"expected): pool {result.fit.pool:.2f}{spatial}"
         )
     table = Table({"figure": "<16", "value": ">10"})
     for field, (title, form) in _TITLES.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autoregressive.devices import ieee_float32
 from autoregressive.errors import UserError
+from autoregressive.progress import Bar, progress_bar
 
 NEIGHBOURS = 3
 _ROWS, _COLUMNS = 2048, 8192  # of a block of distances: 64 MiB in float32
@@ -28,20 +29,28 @@ def precision_and_recall(reference: Tensor, samples: Tensor) -> tuple[float, flo
     Raises:
         UserError: one of the two has too few images for a third neighbour.
     """
-    with ieee_float32():
-        reference_radii, sample_radii = neighbour_distances(reference), neighbour_distances(samples)
+    sizes = ((reference, reference), (samples, samples), (reference, samples))
+    total = sum(1 for rows, columns in sizes for _ in _blocks(rows, columns))
+    with ieee_float32(), progress_bar("precision and recall", " blocks", total) as bar:
+        reference_radii, sample_radii = (
+            neighbour_distances(features, bar) for features in (reference, samples)
+        )
         reference_inside = torch.zeros_like(reference_radii, dtype=torch.bool)
         sample_inside = torch.zeros_like(sample_radii, dtype=torch.bool)
-        for rows, columns in _blocks(len(reference), len(samples)):
+        for rows, columns in _blocks(reference, samples):
             distances = squared_distances(reference[rows], samples[columns])
             reference_inside[rows] |= (distances <= sample_radii[columns]).any(dim=1)
             sample_inside[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
+            bar.update()
     return sample_inside.double().mean().item(), reference_inside.double().mean().item()
 
 
-def neighbour_distances(features: Tensor) -> Tensor:
+def neighbour_distances(features: Tensor, bar: Bar) -> Tensor:
     """The squared distance of each feature to its third nearest neighbour: [images]. The nearest of
     all is the feature itself, which does not count.
+
+    Args:
+        bar: grows by 1 with each block.
     """
     wanted = NEIGHBOURS + 1
     if len(features) < wanted:
@@ -50,16 +59,18 @@ def neighbour_distances(features: Tensor) -> Tensor:
             f"{len(features)} images in all; give {wanted} or more"
         )
     nearest = features.new_full((len(features), wanted), torch.inf)
-    for rows, columns in _blocks(len(features), len(features)):
+    for rows, columns in _blocks(features, features):
         distances = squared_distances(features[rows], features[columns])
         candidates = torch.cat([nearest[rows], distances], dim=1)
         nearest[rows] = candidates.topk(wanted, largest=False).values
+        bar.update()
     return nearest[:, -1]
 
 
-def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    for row in range(0, rows, _ROWS):
-        for column in range(0, columns, _COLUMNS):
+def _blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Which rows of two sets of features are compared at a time."""
+    for row in range(0, len(first), _ROWS):
+        for column in range(0, len(second), _COLUMNS):
             yield slice(row, row + _ROWS), slice(column, column + _COLUMNS)
 
 

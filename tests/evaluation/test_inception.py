@@ -1,5 +1,6 @@
 """ADM's network, with random weights: which layers are read, and whence weights are taken."""
 
+import hashlib
 import os
 import pickle
 import sys
@@ -14,6 +15,7 @@ from refusals import refused
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
+from autoregressive.evaluation import inception as inception_module
 from autoregressive.evaluation.inception import Inception, load_inception
 
 CPU = torch.device("cpu")
@@ -106,6 +108,7 @@ def test_the_last_layer_has_no_bias(inception: Inception, weights: Path) -> None
 def test_other_weights_are_not_adms(inception: Inception) -> None:
     """Fails if figures of any network pass for comparable ones."""
     assert not inception.is_adms
+    assert inception_module.WEIGHTS_SHA256.startswith(URL_INCEPTION_V3[-12:-4])
 
 
 def test_weights_that_are_there_are_not_downloaded(hub: Path, weights: Path) -> None:
@@ -113,6 +116,25 @@ def test_weights_that_are_there_are_not_downloaded(hub: Path, weights: Path) -> 
     hub.mkdir(parents=True)
     (hub / URL_INCEPTION_V3.rpartition("/")[2]).symlink_to(weights)
     assert load_inception(CPU).pool_features == 2048
+
+
+def test_weights_are_downloaded_and_known(
+    hub: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the file goes elsewhere than where torch-fidelity looks for it, its checksum is not
+    asked for, stdout gets other lines than figures, or ADM's network is not known as such.
+    """
+    sha256, asked = hashlib.sha256(weights.read_bytes()).hexdigest(), []
+
+    def download(url: str, path: str, hash_prefix: str, progress: bool) -> None:
+        asked.append((url, Path(path), hash_prefix))
+        Path(path).symlink_to(weights)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(inception_module, "WEIGHTS_SHA256", sha256)
+    assert load_inception(CPU).is_adms
+    assert asked == [(URL_INCEPTION_V3, hub / URL_INCEPTION_V3.rpartition("/")[2], sha256)]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_download_that_fails_says_what_to_do() -> None:

@@ -12,6 +12,7 @@ from autoregressive.evaluation.manifold import (
     precision_and_recall,
     squared_distances,
 )
+from autoregressive.progress import Bar
 
 
 def line(*places: float) -> Tensor:
@@ -30,7 +31,7 @@ def half_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def test_a_ball_reaches_to_the_third_neighbour() -> None:
     """Fails if the point itself counts as its neighbour, or distances are not squared."""
-    assert neighbour_distances(line(0, 1, 2, 3, 4)).tolist() == [9, 4, 4, 4, 9]
+    assert neighbour_distances(line(0, 1, 2, 3, 4), Bar()).tolist() == [9, 4, 4, 4, 9]
 
 
 def test_points_counted_by_hand() -> None:

@@ -13,10 +13,11 @@ class StandInNetwork:
     features are not those of ADM's network; what is tested is all around the network.
     """
 
-    name, is_adms = "stand-in", False
+    name = "stand-in"
     pool_features, spatial_features, classes = 24, 12, 10
 
-    def __init__(self) -> None:
+    def __init__(self, is_adms: bool = False) -> None:
+        self.is_adms = is_adms
         generator = torch.Generator().manual_seed(1)
         self._weights = torch.randn(48, self.pool_features, generator=generator)
         self.softmax_weights = 8 * torch.randn(
