@@ -3,6 +3,7 @@
 Images are read as a stream, so that 9.8 GB of them never are in memory at once.
 """
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+# RuntimeError: encrypted, or a compression that zipfile does not know. numpy reads headers with
+# Python's parser, which gives the last three.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError,
+    SyntaxError, tokenize.TokenError, TypeError,
+)  # fmt: skip
 _MOST_FEATURES = 2**14  # a covariance of so many takes 2 GiB
 _SUM_ERROR = 1e-6  # of a covariance's symmetry, relative to its largest variance
 
@@ -52,7 +59,6 @@ class ImageArray:
                 batch = np.empty((min(size, self.count - begin), *self.shape[1:]), np.uint8)
                 _fill(file, batch)
                 yield batch
-            file.read(1)  # at the end of the data zipfile compares the checksum
 
 
 def _fill(file: IO[bytes], batch: np.ndarray) -> None:
@@ -128,7 +134,6 @@ def _read_floats(path: Path, name: str, dimensions: int) -> np.ndarray:
             raise UserError(f"{path}: {name} is {list(shape)}; {_MOST_FEATURES} features at most")
     with _member(path, name) as file:
         read = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)
     if not np.isfinite(read).all():
         raise UserError(f"{path}: {name} has values that are not finite")
     return np.ascontiguousarray(read, dtype=np.float64)
@@ -167,8 +172,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    # RuntimeError: encrypted, or a compression that zipfile does not know.
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UserError(
             f"{path}: not an .npz file, or damaged ({one_line(str(error))}); write or download it "
             "again"
