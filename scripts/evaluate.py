@@ -30,7 +30,7 @@ with slow_imports(__name__):
         script_parser,
         whole_number,
     )
-    from autoregressive.devices import now
+    from autoregressive.devices import is_out_of_memory, now
     from autoregressive.errors import UserError
     from autoregressive.evaluation.evaluator import Evaluation, evaluate
     from autoregressive.evaluation.inception import load_inception
@@ -109,7 +109,7 @@ def print_table(samples: ImageArray, reference: Reference, result: Evaluation) -
 
 
 def figures_of(
-    samples: ImageArray, reference: Reference, result: Evaluation, seconds: float
+    samples: ImageArray, reference: Reference, checksum: str, result: Evaluation
 ) -> dict[str, Any]:
     """All that was found out, for JSON."""
     return {
@@ -118,13 +118,12 @@ def figures_of(
         "samples": {"file": str(samples.path), "shape": samples.shape},
         "reference": {
             "file": str(reference.path),
-            "sha256": sha256_of(reference.path),
+            "sha256": checksum,
             "shape": reference.images and reference.images.shape,
             "is": result.reference,
             "standard_errors": result.fit and asdict(result.fit),
         },
         "notes": result.notes,
-        "seconds": seconds,
     }
 
 
@@ -132,17 +131,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     typed = parse_arguments(argv)
     samples, reference = open_samples(typed.samples), open_reference(typed.reference)
+    checksum = sha256_of(typed.reference)
     network = load_inception(typed.device, typed.inception_weights)
     began = now(typed.device)
-    result = evaluate(samples, reference, network, typed.device, typed.batch_size)
-    seconds = now(typed.device) - began
-    print_table(samples, reference, result)
-    figures = figures_of(samples, reference, result, seconds)
+    try:
+        result = evaluate(samples, reference, network, typed.device, typed.batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{typed.device} has too little memory; lower --batch-size") from error
     environment = {
+        "seconds": now(typed.device) - began,
         "network": network.name,
         "device": device_name(typed.device),
         "torch": torch.__version__,
     }
+    print_table(samples, reference, result)
+    figures = figures_of(samples, reference, checksum, result)
     give_figures({**figures, **environment}, typed.output)
 
 

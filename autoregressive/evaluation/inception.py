@@ -78,7 +78,7 @@ class Inception:
         """
         self._spatial.clear()
         pixels = images.to(self._device).permute(0, 3, 1, 2)
-        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with cudnn.flags(enabled=True, deterministic=True, allow_tf32=False, fp32_precision="ieee"):
             (pool,) = self._extractor(pixels)
         # TensorFlow has the channels last, and reference files have their statistics in that order.
         return Features(pool, self._spatial.pop().permute(0, 2, 3, 1).flatten(1))

@@ -11,12 +11,13 @@ from autoregressive.evaluation.npz_images import IMAGES, ImageArray, open_images
 
 ADM_REFERENCE = "ADM's VIRTUAL_imagenet256_labeled.npz"
 UNKNOWN = "unknown: not comparable with published figures"
-# ADM's file has statistics of the whole training set and 10,000 images of it.
+# ADM's file has statistics of the whole data set and 10,000 images of it.
 _ADM_SHAPE = (10_000, 256, 256, 3)
 # The mean of images drawn from what the statistics describe is about 1 away; that of features of
 # another layer, or in another order, is tens away for 10,000 images.
 MOST_STANDARD_ERRORS = 5.0
-# ImageNet's own images score over 200; those of data sets with one kind of picture score below 10.
+# Images of many classes score high (ADM's samples of ImageNet 216, by its README). ADM's references
+# of other data sets have the same form, and images of one kind, which score a few.
 _LEAST_SCORE = 100.0
 
 

@@ -249,6 +249,20 @@ def test_what_cannot_be_compared_is_refused(kind: str, run: Run, tmp_path: Path)
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()])
+def test_too_little_memory_says_what_to_do(
+    error: Exception, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a batch that does not fit is a traceback."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StandInNetwork, "features", fail)
+    with refused("cpu has too little memory; lower --batch-size"):
+        run(images(9), images(9))
+
+
 def adm_reference() -> Reference:
     """What ADM's file looks like."""
     stored = Gaussian(torch.zeros(1), torch.ones(1, 1))

@@ -13,6 +13,7 @@ import torchvision
 from feature_network import random_images
 from refusals import refused
 from torch import Tensor
+from torch.backends import cudnn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
 from autoregressive.evaluation import inception as inception_module
@@ -62,11 +63,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_layers_are_adms(inception: Inception) -> None:
     """Fails if sFID goes by another block than Mixed_6d (TensorFlow's mixed_6), by other channels
-    than the first seven of its 1x1 branch, by their values before ReLU, or by another order than
-    row, column, channel.
+    than the first seven of its 1x1 branch, by their values before ReLU, by another order than row,
+    column, channel, or by convolutions in TF32.
     """
-    extractor, seen = inception._extractor, {}
+    extractor, seen, precisions = inception._extractor, {}, []
     hooks = [
+        extractor.Conv2d_1a_3x3.register_forward_pre_hook(
+            lambda module, inputs: precisions.append(
+                cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+            )
+        )
+    ]
+    hooks += [
         getattr(extractor, name).register_forward_hook(
             lambda module, inputs, output, name=name: seen.update({name: output})
         )
@@ -75,6 +83,7 @@ def test_the_layers_are_adms(inception: Inception) -> None:
     found = inception.features(torch.from_numpy(random_images(1, 32)))
     for hook in hooks:
         hook.remove()
+    assert precisions == ["ieee"]
     branch = extractor.Mixed_6d.branch1x1
     with torch.inference_mode():
         convolved = branch.bn(branch.conv(seen["Mixed_6c"]))
