@@ -101,6 +101,7 @@ _EXTRAS = {
     "prometheus_client": "serve",
     "yaml": "serve",
     "ray": "ray",
+    "torch_fidelity": "eval",
 }
 
 

@@ -14,7 +14,7 @@ import sys
 
 MISSING = {
     "fastapi", "fastapi_offline", "h11", "httpx2", "huggingface_hub", "prometheus_client",
-    "pydantic", "socksio", "starlette", "tqdm", "uvicorn", "yaml",
+    "pydantic", "socksio", "starlette", "torch_fidelity", "tqdm", "uvicorn", "yaml",
 }
 
 

@@ -33,11 +33,13 @@ ALLOWED: dict[str, set[str]] = {
     "autoregressive.sample.sample_c2i_ddp": {"autoregressive.serve"},
     "autoregressive.benchmarks": {*SHARED, *COMMANDS},
     "autoregressive.demo_training": {*BASE, "autoregressive.weights"},
+    "autoregressive.evaluation": BASE,
     "scripts": {
         *SHARED,
         *COMMANDS,
         "autoregressive.benchmarks",
         "autoregressive.demo_training",
+        "autoregressive.evaluation",
     },
 }
 
