@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from PIL import Image
 
+from autoregressive.benchmarks.script import whole_number
 from autoregressive.cli.command import OneLineParser, run_command
 from autoregressive.output.images import picture_grid
 from autoregressive.serve.engine.engine_config import EngineConfig
@@ -59,11 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=form)
     parser.add_argument("folder", type=Path, help="for the Parquet files")
     parser.add_argument("--gpt-model", default="GPT-demo", metavar="NAME")
-    parser.add_argument("--images", type=int, default=64, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="each has an engine")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a worker")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images of a call")
+    parser.add_argument("--images", type=whole_number(1), default=64, metavar="N")
+    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N")
+    parser.add_argument(
+        "--workers", type=whole_number(1), default=2, metavar="N", help="each has an engine"
+    )
+    parser.add_argument("--gpus", type=whole_number(0), default=0, metavar="N", help="of a worker")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), default=256, metavar="N", help="images of a call"
+    )
     said = parser.parse_args(argv)
     ray.data.range(said.images).map_batches(
         Sampler,

@@ -64,6 +64,7 @@ WITHOUT_WORK = {
     "bench_serve",
     "convert_checkpoint",
     "download_models",
+    "ray_data_bulk",  # an example, which needs Ray
 }
 
 TILES = AttentionTiles(64, 1)
