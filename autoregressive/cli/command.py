@@ -108,7 +108,7 @@ def saying_what_to_install() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        _tell_error(missing_extra(error))
+        tell_error(missing_extra(error))
         sys.exit(2)
 
 
@@ -131,7 +131,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # as in `... --list-classes | head`: nobody is left to tell
         status = 141
     except (UserError, OSError) as error:
-        _tell_error(error)
+        tell_error(error)
         status = 2
     except KeyboardInterrupt:
         status = say_interrupted()
@@ -152,7 +152,8 @@ def flag_of(setting: str) -> str | None:
     return None if setting in ("n", "first_image") else f"--{setting.replace('_', '-')}"
 
 
-def _tell_error(error: UserError | OSError) -> None:
+def tell_error(error: UserError | OSError) -> None:
+    """Tells of an error in one line, with settings spelled as flags."""
     message = error.spelled(flag_of) if isinstance(error, UserError) else str(error)
     tell(f"{_program()}: error: {one_line(message)}")
 

@@ -30,7 +30,14 @@ from autoregressive.models.sampling_params import SamplingParams, random_seed
 from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
 from autoregressive.output.records import generation_record, image_record, readable
 from autoregressive.progress import progress_bar
-from autoregressive.serve.bulk.job import RANDOM, BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.serve.bulk.job import (
+    RANDOM,
+    BulkJob,
+    Labels,
+    evaluation_size,
+    labels_name,
+    make_labels,
+)
 from autoregressive.serve.bulk.job_run import BulkReport, run_job
 from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.bulk.sources import EngineSource
@@ -275,7 +282,7 @@ class Pipeline:
         sample_dir: str | os.PathLike[str] = "samples",
         images: int = 50_000,
         *,
-        labels: str = RANDOM,
+        labels: Labels = RANDOM,
         seed: int = 0,
         image_size_eval: int | None = None,
         cfg_scale: float = 1.5,
@@ -292,7 +299,7 @@ class Pipeline:
 
         Args:
             sample_dir: the npz file and the job's folder go there; made if need be.
-            labels: "random", "balanced", or a file with the class of each image.
+            labels: "random", "balanced", a file with the class of each image, or these ids.
             seed: image k depends on it and on k alone.
             image_size_eval: pixels that images are resized to; None: 256, or the model's size
                 where that is less.

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from source_tree import ROOT
 
+from autoregressive.serve.bulk.keeper import Keeper
+from autoregressive.serve.bulk.parts import Images
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.pipeline import Pipeline
 
@@ -131,12 +134,24 @@ def test_twelve_broken_jobs_end_in_the_same_file(tmp_path: Path, unbroken: bytes
 
 
 def test_the_pipeline_makes_the_commands_file(tmp_path: Path, unbroken: bytes) -> None:
-    """Fails if the Python call draws other images than the command, or holds its folder."""
+    """Fails if the Python call draws other images than the command, does not go on after Ctrl-C in
+    the same process, or holds its folder.
+    """
     pipe = Pipeline.from_pretrained("GPT-demo", device="cpu", engine=EngineConfig(max_num_seqs=4))
-    for drawn in (8, 0):
-        report = pipe.bulk(tmp_path, 8, seed=5, cfg_scale=1.0, progress=False)
+    keep = Keeper.add
+
+    def interrupt(keeper: Keeper, images: Images) -> None:
+        keep(keeper, images)
+        if 3 in images.indices:
+            raise KeyboardInterrupt
+
+    with patch.object(Keeper, "add", interrupt), pytest.raises(KeyboardInterrupt):
+        pipe.bulk(tmp_path, 8, seed=5, cfg_scale=1.0, progress=False)
+    reports = [pipe.bulk(tmp_path, 8, seed=5, cfg_scale=1.0, progress=False) for _ in range(2)]
+    for report in reports:
         assert report.samples.read_bytes() == unbroken
-        assert report.drawn == drawn
+    assert 0 < reports[0].drawn < 8
+    assert reports[1].drawn == 0
 
 
 def test_the_plain_loop_draws_by_fixed_batches(tmp_path: Path) -> None:
@@ -193,6 +208,41 @@ def test_a_mistake_is_told_by_one_rank(tmp_path: Path) -> None:
     assert "nowhere.txt" in errors
 
 
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    """Fails if Ctrl-C of a job on several GPUs ends in a traceback, or in a line of each rank."""
+    process = start(2, tmp_path, 8)
+    while not (tmp_path / NAME / "parts").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(4)  # until they draw
+    os.killpg(process.pid, signal.SIGINT)
+    status, out, errors = finish(process)
+    assert (status, out) == (130, "")
+    assert errors == "interrupted: run the same command again to go on with what is kept\n"
+
+
+def test_ranks_of_two_jobs_refuse_each_other(tmp_path: Path) -> None:
+    """Fails if a slip on one of several machines mixes two jobs in one file."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    job = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, SCRIPT, *FLAGS, "--sample-dir", str(tmp_path)]
+    started = [
+        subprocess.Popen(
+            [*command, *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=job | {"RANK": str(rank), "LOCAL_RANK": "0"},
+        )
+        for rank, flags in enumerate(([], ["--labels", "balanced"]))
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert "rank 1 was started for another job than rank 0, whose labels is random" in errors[1]
+    assert "another process of the job has gone" in errors[0]
+
+
 def test_a_rank_that_vanishes_is_one_line(tmp_path: Path) -> None:
     """Fails if the ranks of another machine end in a traceback, or wait for ever, where no launcher
     tells them that one has gone.
@@ -211,9 +261,10 @@ def test_a_rank_that_vanishes_is_one_line(tmp_path: Path) -> None:
         ) as stays,
         subprocess.Popen(
             [sys.executable, "-c", vanishes], env=job | {"RANK": "1", "LOCAL_RANK": "0"}
-        ),
+        ) as gone,
     ):
         _, errors = stays.communicate(timeout=120)
+        gone.kill()  # where it still waits for the other, which has failed
     assert stays.returncode == 2
     assert errors.startswith("sample_c2i_ddp.py: error: another process of the job has gone: run")
     assert errors.count("\n") == 1, errors

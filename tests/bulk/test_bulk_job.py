@@ -162,6 +162,40 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     assert run(job, tmp_path, FakeSource(job)).drawn == 40
 
 
+def test_other_weights_of_the_same_name_are_another_job(tmp_path: Path) -> None:
+    """Fails if a checkpoint that was replaced is taken for the one that drew the images so far."""
+    weights = tmp_path / "last.pt"
+    weights.write_bytes(b"old weights")
+    job = replace(bulk_job(), found=FoundWeights(weights, None))
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    weights.write_bytes(b"new weights")
+    with pytest.raises(UserError, match="whose gpt_ckpt_sha256 is"):
+        run(job, tmp_path, FakeSource(job))
+
+
+def test_images_of_an_unknown_job_are_refused(tmp_path: Path) -> None:
+    """Fails if images that another job has left, without its settings, get into this one."""
+    job = bulk_job()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    settings = tmp_path / job.name / "job.json"
+    settings.write_text("{")
+    with pytest.raises(UserError, match=r"job.json is damaged; remove the folder"):
+        run(job, tmp_path, FakeSource(job))
+    settings.unlink()
+    with pytest.raises(UserError, match="nothing says of which job; remove it"):
+        run(job, tmp_path, FakeSource(job))
+
+
+def test_pngs_of_a_finished_job_are_not_promised(tmp_path: Path) -> None:
+    """Fails if --save-png on a job that has ended does nothing and says nothing."""
+    job = bulk_job()
+    run(job, tmp_path, FakeSource(job))
+    with pytest.raises(UserError, match="save_png: the job has ended without"):
+        run(job, tmp_path, FakeSource(job), save_png=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
 def test_a_damaged_part_is_named(tmp_path: Path, content: bytes) -> None:
     """Fails if a damaged part ends in a traceback, or its images pass for drawn."""
@@ -286,11 +320,11 @@ def test_pictures_are_llamagens() -> None:
 
 def test_ranks_share_all_images() -> None:
     """Fails if an image is drawn twice or by nobody, or a batch of the plain loop is torn apart."""
-    missing = [index for index in range(100) if index % 7]
+    missing = np.array([index for index in range(100) if index % 7])
     for batch in (None, 8):
         for count in (1, 3, 8):
             shared = shares(missing, batch, count)
-            assert sorted(index for share in shared for index in share) == missing
+            assert sorted(index for share in shared for index in share) == missing.tolist()
             if batch is not None:
                 owners = [{index // batch for index in share} for share in shared]
                 assert sum(map(len, owners)) == len({index // batch for index in missing})
@@ -329,7 +363,11 @@ def test_parts_hold_many_files(tmp_path: Path) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limit[1]))
     try:
-        read = np.concatenate([images.codes for images in parts.read(parts.places(300))])
+        index = parts.index(300)
+        assert len(index.missing) == 0
+        read = np.concatenate(list(parts.codes(index)))
+        pictures = np.concatenate(list(parts.pictures(index)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert read[:, 0].tolist() == list(range(300))
+    assert pictures[:, 0, 0, 0].tolist() == [index % 256 for index in range(300)]

@@ -14,18 +14,26 @@ from autoregressive.files import write_whole
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Writes a .npy file, of records too.
+    """Writes a .npy file, of records too. Raises `UserError` as `write_parts`."""
+    write_parts(path, array.shape, array.dtype, [array])
+
+
+def write_parts(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Iterable[NDArray[Any]]
+) -> None:
+    """Writes a .npy file of parts that follow each other, of which one is in memory at a time.
 
     Raises:
         UserError: the folder or the disk does not take the file.
     """
-    whole = np.ascontiguousarray(array)
 
     def write(file: Path) -> None:
         with file.open("wb") as stream:
-            header = np.lib.format.header_data_from_array_1_0(whole)
+            descr = np.lib.format.dtype_to_descr(dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)
-            stream.write(whole.view(np.uint8).data)
+            for part in parts:
+                stream.write(np.ascontiguousarray(part).view(np.uint8).data)
 
     write_whole(path, write)
 

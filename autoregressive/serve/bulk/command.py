@@ -1,10 +1,13 @@
 """The bulk command: its flags, and the process of each GPU."""
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +30,7 @@ with slow_imports(__name__):
     )
     from autoregressive.folders import command_line
     from autoregressive.models.sampling_params import SamplingParams
-    from autoregressive.serve.bulk.options import BULK_BOUNDS, RANDOM
+    from autoregressive.serve.bulk.options import BULK_BOUNDS, NAIVE_BATCH, RANDOM
     from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
     from autoregressive.weights.options import check_options
 
@@ -48,7 +51,7 @@ examples:
 """
 # LlamaGen's bulk command has other defaults than its command for single pictures.
 DEFAULTS = SamplingParams(cfg_scale=1.5, top_k=0)
-_IMAGES, _SIZE, _NAIVE_BATCH = 50_000, 256, 32
+_IMAGES, _SIZE = 50_000, 256
 
 
 def build_bulk_parser() -> OneLineParser:
@@ -67,6 +70,11 @@ def build_bulk_parser() -> OneLineParser:
     add_sampling_flags(parser, lambda name: f"(default: {getattr(DEFAULTS, name)})")
     add_model_flags(parser, "the command ends; --random-weights draws noise, whose speed is real")
     add_engine_flags(parser, max_num_seqs=f"what the images need, at most {MOST_ROWS}")
+    parser.add_argument_group("the plain loop").add_argument(  # in the place of the engine's
+        "--compile",
+        action="store_true",
+        help="with --naive: compile the transformer; the engine has no use for it",
+    )
     return parser
 
 
@@ -107,7 +115,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="images that a process draws at once (default: what memory allows, at most "
-        f"{MOST_ROWS} rows; with --naive {_NAIVE_BATCH})",
+        f"{MOST_ROWS} rows; with --naive {NAIVE_BATCH})",
     )
     group.add_argument(
         "--naive", action="store_true", help="draw with LlamaGen's plain loop: for comparison, slow"
@@ -144,6 +152,19 @@ def _sampling(arguments: argparse.Namespace) -> SamplingParams:
     return sampling_of(argparse.Namespace(**vars(arguments), seed=seed), DEFAULTS)
 
 
+@contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    """Lets a mistake end every rank, and rank 0 alone tell it."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            yield
+        except UserError:
+            sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads the flags (the process's own if None), draws what is missing, and prints how fast it
     went. Returns the exit status.
@@ -151,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: anything that the user can mend.
     """
-    arguments = build_bulk_parser().parse_args(argv)
-    check_arguments(arguments)
+    with _quiet_unless_first():
+        arguments = build_bulk_parser().parse_args(argv)
+        check_arguments(arguments)
     with slow_imports("__main__" if argv is None else __name__):
         import torch
 

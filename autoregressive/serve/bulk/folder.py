@@ -3,6 +3,7 @@ labels, the parts while the job is under way, and afterwards the codes.
 """
 
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -17,9 +18,14 @@ from PIL import Image
 from autoregressive.errors import SettingError, UserError
 from autoregressive.files import write_whole
 from autoregressive.progress import Bar
-from autoregressive.serve.bulk.array_files import write_array, write_samples
-from autoregressive.serve.bulk.job import BulkJob
-from autoregressive.serve.bulk.parts import Images, Parts
+from autoregressive.serve.bulk.array_files import write_array, write_parts, write_samples
+from autoregressive.serve.bulk.job import (
+    BulkJob,
+    DifferentJobError,
+    check_same,
+    weights_sha256,
+)
+from autoregressive.serve.bulk.parts import Parts
 
 _PNG_THREADS = 8
 
@@ -54,20 +60,29 @@ class JobFolder:
         """
         if self.samples.exists() and not self._settings_file.exists():
             told = f"{self.samples} is there, and nothing says how it was made; move it away"
-            raise SettingError("sample_dir", self.samples.parent, told)
+            raise self._refused(told)
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise self._refused(f"{self.folder} is a file or a broken link; move it away")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
         except OSError as error:
-            told = f"cannot write {self.folder}: {error.strerror}"
-            raise SettingError("sample_dir", self.samples.parent, told) from error
+            raise self._refused(f"cannot write {self.folder}: {error.strerror}") from error
         self._check_settings()
         if self.finished:
             self.parts.remove()
             return np.zeros(0, dtype=np.int64)
         write_array(self.folder / "labels.npy", self.job.labels)
         self.parts.clean()
-        return np.flatnonzero(self.parts.places(self.job.images)[:, 0] < 0)
+        return self.parts.index(self.job.images).missing
+
+    def share(self) -> None:
+        """Has this rank hold the folder as well, so that no other job takes it if rank 0 is killed.
+        Rank 0 lets the others in.
+        """
+        if self._lock is None:
+            self._lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def finish(self, bar: Bar, *, save_png: bool) -> None:
         """Makes the files of all images, the npz file last, and removes the parts.
@@ -75,22 +90,22 @@ class JobFolder:
         Raises:
             UserError: a part is missing, or the disk does not take a file.
         """
-        job, parts = self.job, self.parts
-        places = parts.places(job.images)
-        missing = int((places[:, 0] < 0).sum())
-        if missing:
-            raise UserError(f"{missing} images are missing: run the command again to draw them")
-        codes = np.empty((job.images, job.model.tokens_per_image), dtype=np.int32)
-        size = job.image_size_eval
+        job, parts, size = self.job, self.parts, self.job.image_size_eval
+        index = parts.index(job.images)
+        if len(index.missing):
+            told = f"{len(index.missing)} images are missing: run the command again to draw them"
+            raise UserError(told)
+        shape = (job.images, job.model.tokens_per_image)
+        write_parts(self.folder / "codes.npy", shape, np.dtype(np.int32), parts.codes(index))
 
         def pictures(pool: ThreadPoolExecutor) -> Iterator[NDArray[np.uint8]]:
-            for images in parts.read(places):
-                codes[images.indices] = images.codes
+            done = 0
+            for some in parts.pictures(index):
                 if save_png:
-                    self._save_png(images, pool)
-                bar.update(len(images.indices))
-                yield images.pictures
-            write_array(self.folder / "codes.npy", codes)  # before the npz file is in its place
+                    list(pool.map(self._save_png, range(done, done + len(some)), some))
+                done += len(some)
+                bar.update(len(some))
+                yield some
 
         with ThreadPoolExecutor(_PNG_THREADS) as pool:
             write_samples(self.samples, (job.images, size, size, 3), pictures(pool))
@@ -106,6 +121,9 @@ class JobFolder:
     def _settings_file(self) -> Path:
         return self.folder / "job.json"
 
+    def _refused(self, told: str) -> SettingError:
+        return SettingError("sample_dir", self.samples.parent, told)
+
     def _take(self) -> None:
         """Locks the folder until `close`, or the process's end."""
         self._lock = os.open(self.folder, os.O_RDONLY)
@@ -113,35 +131,38 @@ class JobFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             told = f"another process works on {self.folder}; wait for it, or end it"
-            raise SettingError("sample_dir", self.samples.parent, told) from error
+            raise self._refused(told) from error
 
     def _check_settings(self) -> None:
-        settings = self.job.settings()
+        found = self.job.found
+        settings = self.job.settings() | {
+            "gpt_ckpt_sha256": weights_sha256(found.gpt),
+            "vq_ckpt_sha256": weights_sha256(found.vq),
+        }
         if not self._settings_file.exists():
+            if self.parts.count() > 0:
+                told = f"{self.parts.folder} has images, and nothing says of which job; remove it"
+                raise self._refused(told)
             content = json.dumps(settings, indent=1).encode()
             write_whole(self._settings_file, lambda file: file.write_bytes(content))
             return
         try:
             there: Any = json.loads(self._settings_file.read_bytes())
-            different = [name for name in settings if there.get(name) != settings[name]]
+            check_same(there, settings)
         except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"{self._settings_file} is damaged: remove it, or choose another folder"
-            ) from error
-        if different:
-            name = different[0]
-            told = (
-                f"{self.folder.name} is of another job, whose {name} is {there.get(name)} and not "
-                f"{settings[name]}; choose another folder, or remove it"
-            )
-            raise SettingError("sample_dir", self.samples.parent, told)
+            if isinstance(error, DifferentJobError):
+                told = (
+                    f"{self.folder.name} is of another job, {error}; choose another folder, or "
+                    "remove it and its npz file"
+                )
+                raise self._refused(told) from error
+            told = f"{self._settings_file} is damaged; remove the folder and its npz file"
+            raise self._refused(told) from error
 
-    def _save_png(self, images: Images, pool: ThreadPoolExecutor) -> None:
-        def save(one: tuple[int, NDArray[np.uint8]]) -> None:
-            index, picture = one
-            write_whole(
-                self.folder / f"{index:06d}.png",
-                lambda file: Image.fromarray(picture).save(file, format="PNG"),
-            )
-
-        list(pool.map(save, zip(images.indices, images.pictures, strict=True)))
+    def _save_png(self, index: int, picture: NDArray[np.uint8]) -> None:
+        """Not by `write_whole`, which looks through the folder: the npz file comes after all, and
+        without it they are written again.
+        """
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, format="PNG")
+        (self.folder / f"{index:06d}.png").write_bytes(content.getbuffer())

@@ -1,6 +1,9 @@
 """What a bulk job is: which images, and what its files are named."""
 
 import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
 _EVALUATION_SIZE = 256
+Labels = str | os.PathLike[str] | Sequence[int] | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class BulkJob:
         )
 
     def settings(self) -> dict[str, Any]:
-        """All that the images depend on, ready for JSON. A job goes on only with the same."""
+        """All that the images depend on but the content of the weights, ready for JSON. A job goes
+        on only with the same.
+        """
         model = self.model
         return {
             "num_fid_samples": self.images,
@@ -68,10 +74,10 @@ class BulkJob:
             "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
             "loop": self.loop,
             "gpt_model": model.gpt_model,
-            "gpt_ckpt": _weights(self.found.gpt),
+            "gpt_ckpt": weights_name(self.found.gpt),
             "ema": model.ema,
             "vq_model": model.vq_model,
-            "vq_ckpt": _weights(self.found.vq),
+            "vq_ckpt": weights_name(self.found.vq),
             "image_size": model.image_size,
             "image_size_eval": self.image_size_eval,
             "codebook_size": model.codebook_size,
@@ -81,6 +87,17 @@ class BulkJob:
             "per_proc_batch_size": self.batch,
             "deterministic": self.deterministic,
         } | sampling_record(self.sampling)
+
+
+class DifferentJobError(ValueError):
+    """Two jobs are not the same; the message says in what."""
+
+
+def check_same(there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises `DifferentJobError` for the first setting that differs."""
+    for name, value in settings.items():
+        if there.get(name) != value:
+            raise DifferentJobError(f"whose {name} is {there.get(name)} and not {value}")
 
 
 def evaluation_size(model: ModelSettings, typed: int | None) -> int:
@@ -96,25 +113,29 @@ def evaluation_size(model: ModelSettings, typed: int | None) -> int:
     return typed
 
 
-def labels_name(labels: str) -> str:
+def labels_name(labels: Labels) -> str:
     """How a job's settings call its labels, as of `make_labels`. Where a file lies is the user's
     own business.
     """
-    return labels if labels in (RANDOM, BALANCED) else "a file"
+    if isinstance(labels, str) and labels in (RANDOM, BALANCED):
+        return labels
+    return "a file" if isinstance(labels, str | os.PathLike) else "given"
 
 
-def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
+def make_labels(labels: Labels, images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
     """The class of each image: int64 [images].
 
     Args:
-        labels: "random": independent and uniform, as LlamaGen draws them; image k has the same
-            class in a job of any length. "balanced": the classes in turn. Else a file with one id
-            for each image: .npy, or text with an id a line.
+        labels: the ids themselves. Or "random": independent and uniform, as LlamaGen draws them;
+            image k has the same class in a job of any length. "balanced": the classes in turn.
+            Else a file with one id for each image: .npy, or text with an id a line.
 
     Raises:
         SettingError: the file is damaged or does not fit the job, or `images` is out of range.
     """
     BULK_BOUNDS["num_fid_samples"].check("num_fid_samples", images)
+    if not isinstance(labels, str | os.PathLike):
+        return _checked("labels", np.asarray(labels), images, num_classes)
     if labels == RANDOM:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(num_classes, (images,), generator=generator).numpy()
@@ -126,7 +147,8 @@ def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArra
             with path.open("rb") as file:
                 found = np.lib.format.read_array(file, allow_pickle=False)
         else:
-            found = np.loadtxt(path, dtype=np.int64, ndmin=1)
+            with warnings.catch_warnings(action="ignore"):  # that the file is empty
+                found = np.loadtxt(path, dtype=np.int64, ndmin=1)
     except FileNotFoundError as error:
         told = f"must be {RANDOM}, {BALANCED}, or a file with an id for each image"
         raise SettingError("labels", labels, told) from error
@@ -134,11 +156,15 @@ def make_labels(labels: str, images: int, num_classes: int, seed: int) -> NDArra
         raise SettingError("labels", labels, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise SettingError("labels", labels, "holds no ids: give one a line, or .npy") from error
+    return _checked(str(labels), found, images, num_classes)
+
+
+def _checked(name: str, found: NDArray[Any], images: int, num_classes: int) -> NDArray[np.int64]:
     if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer):
         told = f"holds {found.dtype} {list(found.shape)}; give {images} whole numbers"
-        raise SettingError("labels", labels, told)
+        raise SettingError("labels", name, told)
     if not (found.min() >= 0 and found.max() < num_classes):
-        raise SettingError("labels", labels, f"ids must be 0 to {num_classes - 1}")
+        raise SettingError("labels", name, f"ids must be 0 to {num_classes - 1}")
     return found.astype(np.int64)
 
 
@@ -153,10 +179,15 @@ def _checkpoint_name(model: ModelSettings, found: FoundWeights) -> str:
     return name
 
 
-def _weights(path: Path | None) -> str:
-    """The name and the size of weights: enough to tell others from them without reading all."""
+def weights_sha256(path: Path | None) -> str | None:
+    """The SHA-256 of a checkpoint: of a file, or of all files of a folder in the order of their
+    names. It takes about a second a gigabyte.
+    """
     if path is None:
-        return "untrained"
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return f"{weights_name(path)}, {size} bytes"
+        return None
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

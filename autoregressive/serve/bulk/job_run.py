@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from autoregressive.errors import SettingName, UserError
 from autoregressive.progress import Bar, progress_bar
 from autoregressive.serve.bulk.folder import JobFolder
-from autoregressive.serve.bulk.job import BulkJob
+from autoregressive.serve.bulk.job import BulkJob, DifferentJobError, check_same
 from autoregressive.serve.bulk.keeper import Keeper
-from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
+from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.bulk.sources import Source, shares
 
 _SECONDS_BETWEEN_LOOKS = 0.5  # at how many images all ranks have kept
@@ -51,12 +56,12 @@ class BulkReport:
             f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
             f"{ranks} rank{'s' if ranks > 1 else ''}"
         )
-        parts = (
+        times = (
             f"start {self.start:.1f} s, drawing {self.drawing:.1f} s (the last partial batch "
             f"{self.partial:.1f} s), waiting for other ranks {self.waiting:.1f} s, writing "
             f"{self.writing:.1f} s"
         )
-        return [told, parts, saved]
+        return [told, times, saved]
 
 
 def run_job(
@@ -100,18 +105,21 @@ def _run(
     job = folder.job
     missing = _open(folder, ranks)
     if ranks.broadcast(folder.finished):
+        if save_png and ranks.first and not (folder.folder / "000000.png").exists():
+            told = f": the job has ended without; {folder.samples} has its images"
+            raise UserError(SettingName("save_png"), told)
         return BulkReport(folder.samples, job.images, 0)
     shown = progress if ranks.first else False
     share = shares(missing, job.batch, ranks.count)[ranks.rank]
     drawing_began = partial_since = time.perf_counter()
-    if share:
+    if len(share) > 0:
         source = make_source()
         drawing_began = time.perf_counter()
         with (
             _counting_bar(folder, job.images - len(missing), shown),
             Keeper(folder.parts) as keeper,
         ):
-            for images in source.draw(share):
+            for images in source.draw(share.tolist()):
                 keeper.add(images)
         partial_since = source.partial_since or time.perf_counter()
     drawn = time.perf_counter()
@@ -132,16 +140,20 @@ def _run(
     )
 
 
-def _open(folder: JobFolder, ranks: Ranks) -> list[int]:
-    """Has rank 0 open the folder. Returns the missing images, on all ranks."""
-    missing: list[int] | None = None
+def _open(folder: JobFolder, ranks: Ranks) -> NDArray[np.int64]:
+    """Has rank 0 open the folder, and the others join. Returns the missing images, on all ranks.
+
+    Raises:
+        UserError: as `JobFolder.open`; or this rank was started for another job.
+    """
+    missing = cast(NDArray[np.int64], ranks.broadcast(ranks.only_first(folder.open)))
+    settings = ranks.broadcast(folder.job.settings())
     try:
-        if ranks.first:
-            missing = folder.open().tolist()
-    finally:
-        missing = ranks.broadcast(missing)
-    if missing is None:
-        raise OtherRankFailedError
+        check_same(settings, folder.job.settings())
+    except DifferentJobError as error:
+        told = f"rank {ranks.rank} was started for another job than rank 0, {error}"
+        raise UserError(f"{told}: give all ranks the same flags") from error
+    folder.share()
     return missing
 
 

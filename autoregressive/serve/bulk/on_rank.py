@@ -7,14 +7,16 @@ from typing import cast
 
 import torch
 
+from autoregressive.cli.command import tell_error
 from autoregressive.cli.flags import model_options
 from autoregressive.devices import set_llamagen_numerics
-from autoregressive.errors import tell
+from autoregressive.errors import UserError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
 from autoregressive.serve.bulk.job_run import run_job
-from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks, device_of_rank
+from autoregressive.serve.bulk.options import NAIVE_BATCH
+from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
 from autoregressive.serve.bulk.sources import EngineSource, NaiveSource, Source
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
@@ -22,8 +24,6 @@ from autoregressive.serve.engine_flags import MOST_ROWS, engine_config
 from autoregressive.serve.pipeline import Pipeline, check_fits
 from autoregressive.weights.finding import find_weights, missing_weights, resolve_model
 from autoregressive.weights.loading import load_models
-
-_NAIVE_BATCH = 32
 
 
 def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, began: float) -> int:
@@ -33,32 +33,39 @@ def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, b
         arguments: checked flags of the bulk command.
         began: when the process began, as `time.perf_counter`.
 
-    Raises:
-        UserError: anything that the user can mend.
+    What the user can mend is told here.
     """
     try:
-        # Rank 0 alone tells what is amiss, and downloads.
-        job, config = ranks.first_alone(lambda: resolve(arguments, sampling))
+        job, config = ranks.first_then_others(lambda: resolve(arguments, sampling, ranks))
         if job.model.device.type == "cpu":
             # Sums on several threads have another order.
             torch.set_num_threads(1)
-        report = run_job(
-            job,
-            arguments.sample_dir,
-            ranks,
-            _source_maker(job, config, compiled=arguments.compile),
-            save_png=arguments.save_png,
-            began=began,
-        )
+        with saying_what_needs_less_memory(job.model, config):
+            report = run_job(
+                job,
+                arguments.sample_dir,
+                ranks,
+                _source_maker(job, config, compiled=arguments.compile),
+                save_png=arguments.save_png,
+                began=began,
+            )
     except OtherRankFailedError:
+        ranks.wait_for_end()
         return 2
+    except UserError as error:
+        tell_error(error)  # before the others end, and the launcher ends this rank
+        return 2
+    except KeyboardInterrupt:
+        if ranks.first:
+            tell("interrupted: run the same command again to go on with what is kept")
+        return 130
     if ranks.first:
         print("\n".join(report.lines(ranks.count)))
     return 0
 
 
 def resolve(
-    arguments: argparse.Namespace, sampling: SamplingParams
+    arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks
 ) -> tuple[BulkJob, EngineConfig]:
     """Fills in what was not typed, and finds or downloads the weights.
 
@@ -66,16 +73,17 @@ def resolve(
         UserError: as `resolve_model`, `find_weights` and `check_fits`; there are no trained
             weights, or the labels do not fit the job.
     """
-    device = device_of_rank(arguments.device)
+    device = ranks.device(arguments.device)
     model = resolve_model(replace(model_options(arguments), device=device), sampling.seed)
     labels = make_labels(
         arguments.labels, arguments.num_fid_samples, model.num_classes, sampling.seed
     )
     batch = arguments.per_proc_batch_size
-    rows = batch * sampling.rows if batch else min(MOST_ROWS, len(labels) * sampling.rows)
+    share = -(-len(labels) // ranks.count)
+    rows = batch * sampling.rows if batch else min(MOST_ROWS, share * sampling.rows)
     config = engine_config(arguments, rows)
     check_fits(model, config, sampling)
-    if model.note is not None:
+    if model.note is not None and ranks.first:
         tell(model.note)
     found = find_weights(model)
     missing = missing_weights(model, found)
@@ -89,7 +97,7 @@ def resolve(
         labels,
         labels_name(arguments.labels),
         loop="naive" if arguments.naive else "paged",
-        batch=(batch or _NAIVE_BATCH) if arguments.naive else None,
+        batch=(batch or NAIVE_BATCH) if arguments.naive else None,
         deterministic=config.deterministic,
     )
     return job, config

@@ -4,6 +4,7 @@ from numbers import Integral
 
 from autoregressive.models.sampling_params import Bounds
 
+NAIVE_BATCH = 32  # images of a batch of the plain loop, as in LlamaGen
 RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
 BULK_BOUNDS = {
     "num_fid_samples": Bounds(Integral, 1, 99_999_999, "1 to 99999999"),

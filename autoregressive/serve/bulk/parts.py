@@ -5,9 +5,9 @@ A part is a .npy file of records (index, codes, pixels). Its name has the first 
 number of its images, so that progress is known without opening it.
 """
 
+import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from autoregressive.serve.bulk.array_files import write_array
 
 _NAME = re.compile(r"(\d{8})-(\d+)\.npy")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part\.npy")
-_PARTS_OPEN = 64
+_PARTS_OPEN, _READ_AT_ONCE = 64, 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class Images:
     indices: Sequence[int]
     codes: NDArray[np.int32]  # [images, tokens]
     pictures: NDArray[np.uint8]  # [images, size, size, 3]
+
+
+@dataclass(frozen=True)
+class PartIndex:
+    """Where images are."""
+
+    files: list[Path]
+    places: NDArray[np.int64]  # [images, 2]: number in `files` and row; -1 where there is none
+
+    @property
+    def missing(self) -> NDArray[np.int64]:
+        """The images that are in no part."""
+        return np.flatnonzero(self.places[:, 0] < 0)
 
 
 class Parts:
@@ -82,46 +95,55 @@ class Parts:
         except FileNotFoundError:  # rank 0 has finished the job
             return 0
 
-    def places(self, images: int) -> NDArray[np.int64]:
-        """Where each of a job's images is: int64 [images, 2], the part's number in `files` and the
-        row in it; -1 for those that are not there.
+    def index(self, images: int) -> "PartIndex":
+        """Where each of a job's images is.
 
         Raises:
             UserError: a file is no part of such a job.
         """
+        files = self._files()
         places = np.full((images, 2), -1, dtype=np.int64)
-        for number, file in enumerate(self.files):
+        for number, file in enumerate(files):
             indices = self._open(file)["index"]
             if len(indices) and not 0 <= indices.min() <= indices.max() < images:
                 raise UserError(f"{file} holds images of another job: remove it")
             places[indices, 0] = number
             places[indices, 1] = np.arange(len(indices))
-        return places
+        return PartIndex(files, places)
 
-    @property
-    def files(self) -> list[Path]:
-        """The parts, in the order of their names."""
+    def codes(self, index: "PartIndex") -> Iterator[NDArray[np.int32]]:
+        """The codes of all images, in their order: int32 [some, tokens] at a time."""
+        for records in self._read(index, ["index", "codes"]):
+            yield records["codes"]
+
+    def pictures(self, index: "PartIndex") -> Iterator[NDArray[np.uint8]]:
+        """The pictures of all images, in their order: uint8 [some, size, size, 3] at a time."""
+        for records in self._read(index, ["index", "picture"]):
+            yield records["picture"]
+
+    def _read(self, index: "PartIndex", fields: list[str]) -> Iterator[Any]:
+        opened = lru_cache(maxsize=_PARTS_OPEN)(lambda number: self._open(index.files[number]))
+        dtype = np.dtype([(name, self._dtype[name]) for name in fields])
+        for begin in range(0, len(index.places), _READ_AT_ONCE):
+            some = index.places[begin : begin + _READ_AT_ONCE]
+            records = np.empty(len(some), dtype)
+            for at, (number, row) in enumerate(some):
+                for name in fields:
+                    records[name][at] = opened(number)[name][row]
+            if not np.array_equal(records["index"], np.arange(begin, begin + len(some))):
+                raise UserError(f"{self.folder} was changed meanwhile: run the command again")
+            yield records
+
+    def _files(self) -> list[Path]:
         names = os.listdir(self.folder)
         return [self.folder / name for name in sorted(names) if _NAME.fullmatch(name)]
 
-    def read(self, places: NDArray[np.int64], at_once: int = 64) -> Iterator[Images]:
-        """The images at such places, in their order, some at a time.
-
-        Args:
-            places: as `places`; all are there.
-        """
-        files = self.files
-        opened = lru_cache(maxsize=_PARTS_OPEN)(lambda number: self._open(files[number]))
-        for begin in range(0, len(places), at_once):
-            some = places[begin : begin + at_once]
-            records = np.empty(len(some), self._dtype)
-            for at, (number, row) in enumerate(some):
-                records[at] = opened(number)[row]
-            yield Images(range(begin, begin + len(some)), records["codes"], records["picture"])
-
     def remove(self) -> None:
-        """Removes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the parts, and the folder if nothing else is in it."""
+        with contextlib.suppress(OSError):
+            for file in self._files():
+                file.unlink()
+            self.folder.rmdir()
 
     def _open(self, file: Path) -> Any:
         damaged = UserError(f"{file} is damaged: remove it, and its images are drawn again")

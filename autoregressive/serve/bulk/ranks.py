@@ -2,6 +2,7 @@
 launcher start, one for each GPU.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -59,23 +60,55 @@ class Ranks:
             dist.broadcast_object_list(held, src=0)
         return held[0]
 
-    def first_alone(self, work: Callable[[], T]) -> T:
-        """Does some work on rank 0, and then on the others too.
+    def only_first(self, work: Callable[[], T]) -> T | None:
+        """Does some work on rank 0. Returns what it gives there, and None on the others.
 
         Raises:
             OtherRankFailedError: on the others, if it has failed on rank 0, which says why.
         """
-        if self.first:
-            done = False
-            try:
-                result = work()
-                done = True
-            finally:
-                self.broadcast(done)
-            return result
-        if not self.broadcast(False):
+        result, done = None, False
+        try:
+            if self.first:
+                result, done = work(), True
+        finally:
+            done = self.broadcast(done)
+        if not done:
             raise OtherRankFailedError
-        return work()
+        return result
+
+    def first_then_others(self, work: Callable[[], T]) -> T:
+        """Does some work on rank 0, and then on the others too.
+
+        Raises:
+            OtherRankFailedError: as `only_first`.
+        """
+        result = self.only_first(work)
+        return work() if result is None else result
+
+    def device(self, named: str | None) -> str | None:
+        """The device of this rank.
+
+        Args:
+            named: by the user.
+
+        Raises:
+            UserError: all ranks would use one GPU, or there are too few.
+        """
+        if self.count == 1:
+            return named
+        if named is None and torch.cuda.is_available():
+            there = torch.cuda.device_count()
+            if self.local >= there:
+                raise UserError(f"this machine has {there} GPUs: start no more processes on it")
+            return f"cuda:{self.local}"
+        if named is not None and named.startswith("cuda"):
+            raise SettingError("device", named, "each process takes a GPU of its own: leave it out")
+        return named
+
+    def wait_for_end(self) -> None:
+        """Waits until another rank has gone."""
+        with contextlib.suppress(UserError):
+            self.wait()
 
     def wait(self) -> None:
         """Waits for all ranks. Raises `UserError` as `broadcast`."""
@@ -105,32 +138,15 @@ def joined_ranks() -> Iterator[Ranks]:
     if not under_torchrun():
         yield Ranks()
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot join the other processes of the job: {reason}") from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
     finally:
         dist.destroy_process_group()
-
-
-def device_of_rank(device: str | None) -> str | None:
-    """The device of this process.
-
-    Args:
-        device: that the user named.
-
-    Raises:
-        SettingError: all ranks would use one GPU, or there are too few.
-    """
-    if not under_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
-        return device
-    if device is None and torch.cuda.is_available():
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise UserError(f"this machine has {there} GPUs: start no more processes on it")
-        return f"cuda:{local}"
-    if device is not None and device.startswith("cuda"):
-        raise SettingError("device", device, "each process takes a GPU of its own: leave it out")
-    return device
 
 
 def run_ranks(count: int, command: Sequence[str]) -> int:
@@ -139,11 +155,11 @@ def run_ranks(count: int, command: Sequence[str]) -> int:
     Returns:
         The exit status: that of the rank that failed first, else 0.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The ranks say themselves what is amiss, in one line.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # the ranks say themselves what is amiss, in one line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -163,4 +179,6 @@ def run_ranks(count: int, command: Sequence[str]) -> int:
                 f"rank {rank} was ended by {ended}: run the command again, and it goes on"
             ) from None
         return int(failure.exitcode)
+    except SignalException as error:  # the ranks have had the signal, too
+        return 128 + error.sigval
     return 0

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoregressive.devices import limited_cpu_threads
@@ -54,9 +55,18 @@ class EngineSource:
         self.partial_since: float | None = None
 
     def draw(self, indices: Sequence[int]) -> Iterator[Images]:
-        """As `Source.draw`."""
-        job, engine, waiting = self._job, self._engine, deque(indices)
-        decoding, running = _Decoding(job, engine), dict[Request, int]()
+        """As `Source.draw`. What is not drawn when the caller stops is cancelled."""
+        decoding, running = _Decoding(self._job, self._engine), dict[Request, int]()
+        try:
+            yield from self._draw(deque(indices), running, decoding)
+        finally:
+            for request in running:
+                self._engine.cancel(request)
+
+    def _draw(
+        self, waiting: deque[int], running: dict[Request, int], decoding: "_Decoding"
+    ) -> Iterator[Images]:
+        job, engine = self._job, self._engine
         at_once = max(1, engine.shape.max_rows // job.sampling.rows)
         while waiting or running:
             while waiting and len(running) < 2 * at_once:  # half of them in the engine's queue
@@ -66,6 +76,8 @@ class EngineSource:
             if len(running) < at_once and self.partial_since is None:
                 self.partial_since = time.perf_counter()
             for request in engine.step():
+                if request not in running:  # cancelled at the end of an earlier job
+                    continue
                 index = running.pop(request)
                 if request.codes is None:
                     raise NonFiniteLogitsError(f"image {index}: {request.error}")
@@ -140,7 +152,7 @@ class NaiveSource:
     def draw(self, indices: Sequence[int]) -> Iterator[Images]:
         """As `Source.draw`. Of a batch, those images are given that are asked for."""
         wanted = set(indices)
-        for batch in dict.fromkeys(index // self._batch for index in indices):
+        for batch in sorted({index // self._batch for index in wanted}):
             done = self._draw_batch(batch)
             places = [at for at, index in enumerate(done.indices) if index in wanted]
             kept = [done.indices[at] for at in places]
@@ -202,12 +214,9 @@ def check_finite(indices: Sequence[int], finite: Tensor) -> None:
         )
 
 
-def shares(missing: Sequence[int], batch: int | None, count: int) -> list[list[int]]:
-    """The images that each rank draws: every so many-th, or every so many-th batch."""
+def shares(missing: NDArray[np.int64], batch: int | None, count: int) -> list[NDArray[np.int64]]:
+    """The images that each rank draws: every so many-th, or those of every so many-th batch."""
     if batch is None:
-        return [list(missing[rank::count]) for rank in range(count)]
-    batches: dict[int, list[int]] = {}
-    for index in missing:
-        batches.setdefault(index // batch, []).append(index)
-    every = list(batches.values())
-    return [[index for one in every[rank::count] for index in one] for rank in range(count)]
+        return [missing[rank::count] for rank in range(count)]
+    _, number = np.unique(missing // batch, return_inverse=True)
+    return [missing[number % count == rank] for rank in range(count)]
