@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
-from PIL import Image
+from autoregressive.cli.command import OneLineParser, run_command, slow_imports
 
-from autoregressive.benchmarks.script import whole_number
-from autoregressive.cli.command import OneLineParser, run_command
-from autoregressive.output.images import picture_grid
-from autoregressive.serve.engine.engine_config import EngineConfig
-from autoregressive.serve.pipeline import Pipeline
+with slow_imports(__name__):
+    import numpy as np
+    from PIL import Image
+
+    from autoregressive.benchmarks.script import whole_number
+    from autoregressive.output.images import picture_grid
+    from autoregressive.serve.engine.engine_config import EngineConfig
+    from autoregressive.serve.pipeline import Pipeline
 
 
 class Sampler:
@@ -58,18 +59,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the flags, and draws."""
     form = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(description=__doc__, formatter_class=form)
-    parser.add_argument("folder", type=Path, help="for the Parquet files")
-    parser.add_argument("--gpt-model", default="GPT-demo", metavar="NAME")
-    parser.add_argument("--images", type=whole_number(1), default=64, metavar="N")
-    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for the Parquet files")
     parser.add_argument(
-        "--workers", type=whole_number(1), default=2, metavar="N", help="each has an engine"
+        "--gpt-model", default="GPT-demo", metavar="NAME", help="the model (default: %(default)s)"
     )
-    parser.add_argument("--gpus", type=whole_number(0), default=0, metavar="N", help="of a worker")
-    parser.add_argument(
-        "--batch-size", type=whole_number(1), default=256, metavar="N", help="images of a call"
-    )
+    for flag, least, default, told in (
+        ("--images", 1, 64, "how many images"),
+        ("--seed", 0, 0, "chooses the images"),
+        ("--workers", 1, 2, "workers, each with an engine"),
+        ("--gpus", 0, 0, "GPUs of a worker"),
+        ("--batch-size", 1, 256, "images of a call"),
+    ):
+        parser.add_argument(
+            flag,
+            type=whole_number(least),
+            default=default,
+            metavar="N",
+            help=f"{told} (default: %(default)s)",
+        )
     said = parser.parse_args(argv)
+    with slow_imports("__main__" if argv is None else __name__):
+        import ray
     ray.data.range(said.images).map_batches(
         Sampler,
         fn_constructor_kwargs={"gpt_model": said.gpt_model, "seed": said.seed},

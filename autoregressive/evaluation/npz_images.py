@@ -133,7 +133,7 @@ def _read_floats(path: Path, name: str, dimensions: int) -> np.ndarray:
         if max(shape) > _MOST_FEATURES:
             raise UserError(f"{path}: {name} is {list(shape)}; {_MOST_FEATURES} features at most")
     with _member(path, name) as file:
-        read = np.lib.format.read_array(file, allow_pickle=False)
+        read = np.lib.format.read_array(file)
     if not np.isfinite(read).all():
         raise UserError(f"{path}: {name} has values that are not finite")
     return np.ascontiguousarray(read, dtype=np.float64)

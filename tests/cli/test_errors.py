@@ -107,6 +107,8 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path, p
     typed = {
         "download_models": ["GPT-B"],
         "convert_checkpoint": ["in.pt", str(tmp_path / "out.safetensors")],
+        "run_batch": ["in.jsonl", "out.jsonl"],
+        "ray_data_bulk": [str(tmp_path / "images")],
     }
     command = [sys.executable, str(path), *typed.get(path.stem, [])]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -241,7 +241,7 @@ def test_ctrl_c_keeps_whole_answers_and_says_how_to_go_on(
     """Fails if an interruption takes long, leaves a part of a line, answers that it stops, or the
     next run does not go on.
     """
-    batch.faults.set("step_seconds", "0.01")
+    batch.faults.set("step_seconds", "0.03")
     batch.ask(*({"prompt": name, "seed": 1} for name in CLASS_NAMES))
     begun = time.monotonic()
     with interrupted_after(batch, 2), pytest.raises(KeyboardInterrupt):

@@ -145,7 +145,7 @@ def make_labels(labels: Labels, images: int, num_classes: int, seed: int) -> NDA
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
-                found = np.lib.format.read_array(file, allow_pickle=False)
+                found = np.lib.format.read_array(file)
         else:
             with warnings.catch_warnings(action="ignore"):  # that the file is empty
                 found = np.loadtxt(path, dtype=np.int64, ndmin=1)
