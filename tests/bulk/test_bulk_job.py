@@ -145,11 +145,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     job = bulk_job()
     (tmp_path / job.name).mkdir()
     hold = (
-        "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); "
+        "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); "
         "fcntl.flock(fd, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / job.name)],
+        [sys.executable, "-c", hold, str(tmp_path / job.name / "lock")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as holder:

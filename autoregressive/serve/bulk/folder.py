@@ -2,6 +2,7 @@
 labels, the parts while the job is under way, and afterwards the codes.
 """
 
+import contextlib
 import fcntl
 import io
 import json
@@ -9,7 +10,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +81,9 @@ class JobFolder:
         Rank 0 lets the others in.
         """
         if self._lock is None:
-            self._lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+            self._lock = self._opened_lock()
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def finish(self, bar: Bar, *, save_png: bool) -> None:
         """Makes the files of all images, the npz file last, and removes the parts.
@@ -126,12 +127,18 @@ class JobFolder:
 
     def _take(self) -> None:
         """Locks the folder until `close`, or the process's end."""
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = self._opened_lock()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             told = f"another process works on {self.folder}; wait for it, or end it"
             raise self._refused(told) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _opened_lock(self) -> int:
+        """A file of its own, open for writing: network file systems lock no folder."""
+        return os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
 
     def _check_settings(self) -> None:
         found = self.job.found
@@ -147,16 +154,17 @@ class JobFolder:
             write_whole(self._settings_file, lambda file: file.write_bytes(content))
             return
         try:
-            there: Any = json.loads(self._settings_file.read_bytes())
-            check_same(there, settings)
-        except (ValueError, AttributeError) as error:
-            if isinstance(error, DifferentJobError):
-                told = (
-                    f"{self.folder.name} is of another job, {error}; choose another folder, or "
-                    "remove it and its npz file"
-                )
-                raise self._refused(told) from error
+            there = dict(json.loads(self._settings_file.read_bytes()))
+        except (ValueError, TypeError) as error:
             told = f"{self._settings_file} is damaged; remove the folder and its npz file"
+            raise self._refused(told) from error
+        try:
+            check_same(there, settings)
+        except DifferentJobError as error:
+            told = (
+                f"{self.folder.name} is of another job, {error}; choose another folder, or remove "
+                "it and its npz file"
+            )
             raise self._refused(told) from error
 
     def _save_png(self, index: int, picture: NDArray[np.uint8]) -> None:
