@@ -8,6 +8,7 @@ its unfinished file stays until the same file is saved again.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -132,6 +133,12 @@ def _unfinished_file(target: Path) -> Iterator[Path]:
 
 def _checksum(text: str) -> str:
     return f"{zlib.crc32(os.fsencode(text)):08x}"
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits: about a second a gigabyte."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def check_file(setting: str | SettingName, path: Path, *suffixes: str) -> None:

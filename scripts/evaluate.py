@@ -35,7 +35,8 @@ with slow_imports(__name__):
     from autoregressive.evaluation.evaluator import Evaluation, evaluate
     from autoregressive.evaluation.inception import load_inception
     from autoregressive.evaluation.npz_images import IMAGES, ImageArray, open_images
-    from autoregressive.evaluation.reference import Reference, open_reference, sha256_of
+    from autoregressive.evaluation.reference import Reference, open_reference
+    from autoregressive.files import file_sha256
     from autoregressive.output.records import device_name
 
 # Field of an evaluation -> its name, and how it is written.
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     typed = parse_arguments(argv)
     samples, reference = open_samples(typed.samples), open_reference(typed.reference)
-    checksum = sha256_of(typed.reference)
+    checksum = file_sha256(typed.reference)
     network = load_inception(typed.device, typed.inception_weights)
     began = now(typed.device)
     try:

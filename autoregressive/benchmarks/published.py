@@ -6,7 +6,6 @@ folders nor anything else about the machine but its device and the versions of t
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ from autoregressive.benchmarks.speedup import ROOT, code_version, time_paged
 from autoregressive.cli.drawing import Settings
 from autoregressive.devices import PRECISIONS, ieee_float32, limited_cpu_threads
 from autoregressive.errors import SettingName, UserError, missing_extra, one_line, tell
-from autoregressive.files import write_whole
+from autoregressive.files import file_sha256, write_whole
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
@@ -105,7 +104,7 @@ class Subject:
 
     @property
     def params(self) -> SamplingParams:
-        """The published defaults."""
+        """The sampling parameters that LlamaGen's command has by default for this model."""
         return self.settings.defaults.sampling
 
     def loaded(self, precision: torch.dtype | None = None) -> Transformer:
@@ -208,8 +207,7 @@ def _file_record(
     assert published is not None  # the weights were found by this name
     if path.is_dir():
         return {"name": published.file_name, "kind": "folder", "equal": None}
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = file_sha256(path)
     # A file of the same stem and another suffix is a conversion.
     is_original = path.name == published.file_name
     expected = stated.get(published.file_name) if is_original else None

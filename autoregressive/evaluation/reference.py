@@ -1,6 +1,5 @@
 """What the samples are compared with: the reference file, and whether it is ADM's."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,9 +100,3 @@ def recognise(
         and score >= _LEAST_SCORE
     )
     return f"{ADM_REFERENCE}, by its form and its images" if is_adms else UNKNOWN
-
-
-def sha256_of(path: Path) -> str:
-    """A file's checksum."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

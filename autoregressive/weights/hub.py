@@ -9,7 +9,6 @@ some libraries at import, and does not name the variable.
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from urllib.parse import urlsplit
 import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it passes on
 
 from autoregressive.errors import SettingName, UserError
-from autoregressive.files import has_name, remove_leftovers, sync, sync_folder
+from autoregressive.files import file_sha256, has_name, remove_leftovers, sync, sync_folder
 from autoregressive.progress import progress_bar
 from autoregressive.weights.published import HUB_REPOSITORY, PublishedFile
 
@@ -54,8 +53,7 @@ class _Remote:
         """Whether the file of that path has its content."""
         if path.stat().st_size != self.size_bytes:
             return False
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+        return file_sha256(path) == self.sha256
 
     def check(self, path: Path) -> None:
         """Raises `DownloadError` if the file of that path has other content."""

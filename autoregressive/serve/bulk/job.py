@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autoregressive.devices import PRECISIONS
 from autoregressive.errors import SettingError
+from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
 from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
@@ -31,7 +32,7 @@ class BulkJob:
         sampling: of every image; its seed is the job's.
         image_size_eval: pixels of a side that images are resized to.
         labels: int64 [images], the class of each.
-        labels_from: "random", "balanced", or the name of a file.
+        labels_from: how they were chosen, as `labels_name` says.
         loop: which one draws the codes.
         batch: images of a batch, of which the plain loop's draws depend; None: they do not.
         deterministic: as in `EngineConfig`.
@@ -180,14 +181,12 @@ def _checkpoint_name(model: ModelSettings, found: FoundWeights) -> str:
 
 
 def weights_sha256(path: Path | None) -> str | None:
-    """The SHA-256 of a checkpoint: of a file, or of all files of a folder in the order of their
-    names. It takes about a second a gigabyte.
+    """The SHA-256 of a checkpoint: of a file, or of the SHA-256 of all files of a folder in the
+    order of their names.
     """
     if path is None:
         return None
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+    if path.is_file():
+        return file_sha256(path)
+    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
