@@ -83,6 +83,17 @@ def limited_cpu_threads(config: GPTConfig, device: torch.device) -> Iterator[Non
 
 
 @contextmanager
+def one_cpu_thread() -> Iterator[None]:
+    """One CPU thread for a while. Sums on several have another order for each number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def ieee_float32() -> Iterator[None]:
     """Float32 products are IEEE float32's, even where the process allows TF32 or bf16 in their
     place; it does again afterwards.

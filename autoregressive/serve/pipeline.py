@@ -39,6 +39,7 @@ from autoregressive.serve.bulk.job import (
     make_labels,
 )
 from autoregressive.serve.bulk.job_run import BulkReport, run_job
+from autoregressive.serve.bulk.options import NUM_FID_SAMPLES
 from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.bulk.sources import EngineSource
 from autoregressive.serve.engine.batch import BatchShape
@@ -280,7 +281,7 @@ class Pipeline:
     def bulk(
         self,
         sample_dir: str | os.PathLike[str] = "samples",
-        images: int = 50_000,
+        images: int = NUM_FID_SAMPLES,
         *,
         labels: Labels = RANDOM,
         seed: int = 0,
@@ -323,10 +324,7 @@ class Pipeline:
             labels_name(labels),
             deterministic=self.config.deterministic,
         )
-        few_threads = limited_cpu_threads(self.models.gpt.config, self.model.device)
-        with self._turn, few_threads, saying_what_needs_less_memory(self.model, self.config):
-            if self.model.device.type == "cpu":
-                torch.set_num_threads(1)  # sums on several threads have another order
+        with self._turn, saying_what_needs_less_memory(self.model, self.config):
             return run_job(
                 job,
                 Path(sample_dir),

@@ -30,7 +30,13 @@ with slow_imports(__name__):
     )
     from autoregressive.folders import command_line
     from autoregressive.models.sampling_params import SamplingParams
-    from autoregressive.serve.bulk.options import BULK_BOUNDS, NAIVE_BATCH, RANDOM
+    from autoregressive.serve.bulk.options import (
+        BULK_BOUNDS,
+        IMAGE_SIZE_EVAL,
+        NAIVE_BATCH,
+        NUM_FID_SAMPLES,
+        RANDOM,
+    )
     from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
     from autoregressive.weights.options import check_options
 
@@ -51,7 +57,6 @@ examples:
 """
 # LlamaGen's bulk command has other defaults than its command for single pictures.
 DEFAULTS = SamplingParams(cfg_scale=1.5, top_k=0)
-_IMAGES, _SIZE = 50_000, 256
 
 
 def build_bulk_parser() -> OneLineParser:
@@ -80,7 +85,7 @@ def build_bulk_parser() -> OneLineParser:
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
     for flag, default, told in (
-        ("--num-fid-samples", _IMAGES, "how many images"),
+        ("--num-fid-samples", NUM_FID_SAMPLES, "how many images"),
         ("--global-seed", 0, "chooses the images, and with --labels random their classes"),
     ):
         group.add_argument(
@@ -97,7 +102,8 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         "--image-size-eval",
         type=int,
         metavar="PIXELS",
-        help=f"images are resized to it (default: {_SIZE}, or --image-size where that is less)",
+        help=f"images are resized to it (default: {IMAGE_SIZE_EVAL}, or --image-size where that is "
+        "less)",
     )
     group.add_argument(
         "--sample-dir",

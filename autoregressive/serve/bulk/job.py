@@ -17,10 +17,9 @@ from autoregressive.errors import SettingError
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
-from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, RANDOM
+from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, IMAGE_SIZE_EVAL, RANDOM
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
-_EVALUATION_SIZE = 256
 Labels = str | os.PathLike[str] | Sequence[int] | NDArray[Any]
 
 
@@ -109,7 +108,7 @@ def evaluation_size(model: ModelSettings, typed: int | None) -> int:
         SettingError: the size is out of range.
     """
     if typed is None:
-        return min(_EVALUATION_SIZE, model.image_size)
+        return min(IMAGE_SIZE_EVAL, model.image_size)
     BULK_BOUNDS["image_size_eval"].check("image_size_eval", typed)
     return typed
 

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from autoregressive.devices import one_cpu_thread
 from autoregressive.errors import SettingName, UserError
 from autoregressive.progress import Bar, progress_bar
 from autoregressive.serve.bulk.folder import JobFolder
@@ -89,7 +90,7 @@ def run_job(
         OtherRankFailedError: on other ranks, if rank 0 has failed before the work.
     """
     began = time.perf_counter() if began is None else began
-    with closing(JobFolder(job, sample_dir)) as folder:
+    with closing(JobFolder(job, sample_dir)) as folder, one_cpu_thread():
         return _run(folder, ranks, make_source, save_png=save_png, progress=progress, began=began)
 
 

@@ -37,9 +37,6 @@ def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, b
     """
     try:
         job, config = ranks.first_then_others(lambda: resolve(arguments, sampling, ranks))
-        if job.model.device.type == "cpu":
-            # Sums on several threads have another order.
-            torch.set_num_threads(1)
         with saying_what_needs_less_memory(job.model, config):
             report = run_job(
                 job,

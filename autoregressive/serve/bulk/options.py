@@ -4,6 +4,8 @@ from numbers import Integral
 
 from autoregressive.models.sampling_params import Bounds
 
+# LlamaGen's defaults; the evaluation's size is the model's where that is less.
+NUM_FID_SAMPLES, IMAGE_SIZE_EVAL = 50_000, 256
 NAIVE_BATCH = 32  # images of a batch of the plain loop, as in LlamaGen
 RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
 BULK_BOUNDS = {
