@@ -111,9 +111,10 @@ def test_codes_are_those_of_each_request_alone_on_a_cpu() -> None:
     """Fails if pages or slots are reused too early, an upload is overwritten on its way, or a step
     waits for the device.
     """
-    engine, runner = make_engine(EngineConfig(max_num_seqs=12, page_size=4, num_pages=120))
+    config = EngineConfig(max_num_seqs=12, page_size=4, num_pages=120, lookahead="off")
+    engine, runner = make_engine(config)
     runner.sleep_cycles = 1_900_000  # a step of a millisecond or more: the host is well ahead
-    alone, _ = make_engine(EngineConfig(max_num_seqs=12, page_size=4), "cpu")
+    alone, _ = make_engine(EngineConfig(max_num_seqs=12, page_size=4, lookahead="off"), "cpu")
     generator = random.Random(0)
     requests: list[Request] = []
     for _ in range(60):
@@ -152,7 +153,7 @@ def test_a_cancel_takes_effect_soon() -> None:
     steps or 0.25 s.
     """
     for step_ms in (1, 40):
-        engine, runner = make_engine(EngineConfig(max_num_seqs=4))
+        engine, runner = make_engine(EngineConfig(max_num_seqs=4, lookahead="off"))
         runner.sleep_cycles = step_ms * 1_900_000  # about 1.9 GHz
         first, _ = (
             engine.submit(1, SamplingParams(top_k=5)),
@@ -179,7 +180,7 @@ def test_a_cancel_takes_effect_soon() -> None:
 
 def test_a_failed_image_fails_its_request() -> None:
     """Fails if the flag is read before its image has ended, or not at all."""
-    engine, _ = make_engine(EngineConfig(max_num_seqs=4))
+    engine, _ = make_engine(EngineConfig(max_num_seqs=4, lookahead="off"))
     bad, good = engine.submit(1, SamplingParams(top_k=5)), engine.submit(2, SamplingParams(top_k=5))
     engine.step()
     engine.batch.failed[engine.scheduler.running[0].slots[0]] = 1
