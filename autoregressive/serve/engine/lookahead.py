@@ -1,6 +1,7 @@
 """How many positions of an image a pass computes."""
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from functools import partial
 from statistics import median
 
@@ -14,7 +15,10 @@ _NEW_TRIAL, _TRIAL = 3, 1
 # time that it has not, and at most so many that trials cost a share of the time.
 _FIRST_PAUSE, _LAST_PAUSES, _COST_OF_TRIALS = 4, (8, 64), 0.005
 _OLD = 16  # spans after which what was kept counts half
-_SPANS_TO_TIME = 5  # the last ones, of which the median counts
+_COMPARED = 6  # pairs of spans, the last ones, of which the median counts
+# A pass of twice the positions takes at least as long, and at most twice as long. If it seems
+# otherwise, the batch has changed in between, or something held the device up.
+_LEAST_LONGER, _MOST_LONGER = 0.9, 2.2
 # Passes, of images, that the average of kept tokens reaches back.
 _MEMORY_PASSES = 64
 
@@ -38,9 +42,10 @@ class Lookahead:
     def __init__(self, setting: LookaheadSetting, most_positions: int = MANY_ROWS) -> None:
         self._setting = 1 if setting == "off" else setting
         self._most_positions = most_positions
-        # of a pass, by rows and window
-        self._seconds: dict[tuple[int, int], deque[float]] = defaultdict(
-            partial(deque, maxlen=_SPANS_TO_TIME)
+        self._last: tuple[int, int, float] | None = None  # rows, window, seconds of a pass
+        # By rows and window: how many times longer a pass takes than one of half the window.
+        self._longer: dict[tuple[int, int], deque[float]] = defaultdict(
+            partial(deque, maxlen=_COMPARED)
         )
         self._kept: dict[int, float] = {1: 1.0}  # tokens of a pass, by window
         self._passes: dict[int, float] = defaultdict(float)  # that `_kept` is the average of
@@ -48,7 +53,7 @@ class Lookahead:
         self._span = 0
         self._trial, self._trial_began, self._trial_ends = 1, 0, 0  # window; spans
         self._best, self._pause = 1, _FIRST_PAUSE  # at the last choice; in spans
-        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # in which span, as `_seconds`
+        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # in which span, as `_longer`
 
     def windows(self, rows: int) -> list[int]:
         """The windows that passes of so many rows may be carried out with, in ascending order."""
@@ -65,13 +70,7 @@ class Lookahead:
         self._span += 1
         if self._span < self._trial_ends and self._trial in windows:
             return self._trial
-        rates = {
-            window: self._kept[window] / median(self._seconds[rows, window])
-            for window in windows
-            if window in self._kept and self._seconds[rows, window]
-        }
-        if not rates:
-            return windows[1]
+        rates = self._rates(rows, windows)
         best = max(rates, key=lambda window: rates[window])
         if best != self._best:
             self._best, self._pause = best, _FIRST_PAUSE
@@ -96,8 +95,30 @@ class Lookahead:
         return self._kept.get(window)
 
     def observe_seconds(self, rows: int, window: int, seconds: float) -> None:
-        """Takes note of what a pass of a span has cost."""
-        self._seconds[rows, window].append(seconds)
+        """Takes note of what a pass of a span has cost. Called for one span after the other.
+
+        Spans side by side are compared, because passes take longer as the images grow.
+        """
+        before, self._last = self._last, (rows, window, seconds)
+        if before is None or before[0] != rows:
+            return
+        (_, smaller, sooner), (_, larger, later) = sorted([before, self._last])
+        if larger == 2 * smaller and _LEAST_LONGER <= later / sooner <= _MOST_LONGER:
+            self._longer[rows, larger].append(later / sooner)
+
+    def _rates(self, rows: int, windows: Sequence[int]) -> dict[int, float]:
+        """By window: the tokens that it brings in the time of a pass of one position. Those of
+        which not enough is known are left out.
+        """
+        rates, longer = {1: 1.0}, 1.0
+        for window in windows[1:]:
+            compared = self._longer[rows, window]
+            if not compared:
+                break
+            longer *= median(compared)
+            if window in self._kept:
+                rates[window] = self._kept[window] / longer
+        return rates
 
     def observe_kept(self, window: int, passes: int, kept: int) -> None:
         """Takes note of what spans have brought.
