@@ -9,8 +9,7 @@ from autoregressive.serve.engine.engine_config import LookaheadSetting
 from kernels.operations import MANY_ROWS
 
 _WINDOWS = (1, 2, 4, 8)
-# Spans of a trial, of a window that was not measured yet and of one whose figures may be old.
-_NEW_TRIAL, _TRIAL = 3, 1
+_FIRST_SPANS = 2  # of each window, one after the other, when so many rows run for the first time
 # Spans from a trial to the next: so many where the best window has just changed, twice as many each
 # time that it has not, and at most so many that trials cost a share of the time.
 _FIRST_PAUSE, _LAST_PAUSES, _COST_OF_TRIALS = 4, (8, 64), 0.005
@@ -28,9 +27,9 @@ class Lookahead:
 
     With the setting "auto" it takes the window that brings the most tokens a second. It measures
     both what a pass keeps and what it costs, because neither can be known before: the first depends
-    on the model and the sampling, the second on the device too. Now and then it tries the next
-    smaller or larger window. Where nothing is kept it stays with one token a pass but for these
-    trials.
+    on the model and the sampling, the second on the device too. All windows are measured when so
+    many rows run for the first time. Now and then a span tries the next smaller or larger window.
+    Where nothing is kept it stays with one token a pass but for these trials.
 
     Args:
         setting: "off": a token a pass; a number: always that window; "auto".
@@ -51,7 +50,9 @@ class Lookahead:
         self._passes: dict[int, float] = defaultdict(float)  # that `_kept` is the average of
         self._observed: dict[int, int] = {}  # by window, the span after which `_kept` was observed
         self._span = 0
-        self._trial, self._trial_began, self._trial_ends = 1, 0, 0  # window; spans
+        self._met: set[int] = set()  # how many rows have run
+        self._first: deque[int] = deque()  # the windows to measure first
+        self._trial_began = 0  # a span
         self._best, self._pause = 1, _FIRST_PAUSE  # at the last choice; in spans
         self._tried: dict[tuple[int, int], int] = defaultdict(int)  # in which span, as `_longer`
 
@@ -68,27 +69,35 @@ class Lookahead:
         if len(windows) == 1:
             return windows[0]
         self._span += 1
-        if self._span < self._trial_ends and self._trial in windows:
-            return self._trial
+        if rows not in self._met:
+            self._met.add(rows)
+            self._first = deque(window for window in windows for _ in range(_FIRST_SPANS))
+        while self._first:
+            self._trial_began = self._span
+            window = self._first.popleft()
+            if window in windows:
+                return window
         rates = self._rates(rows, windows)
         best = max(rates, key=lambda window: rates[window])
         if best != self._best:
             self._best, self._pause = best, _FIRST_PAUSE
         at = windows.index(best)
         neighbours = windows[max(0, at - 1) : at] + windows[at + 1 : at + 2]
-        new = [window for window in neighbours if window not in rates]
         # the largest first: what is gained may be most there
-        trial = min(new or neighbours, key=lambda each: (self._tried[rows, each], -each))
-        lost = _TRIAL * (1 - rates.get(trial, 0) / rates[best])
-        shortest, longest = _LAST_PAUSES
-        most = min(max(shortest, round(lost / _COST_OF_TRIALS)), longest)
-        if self._span < self._trial_began + (_FIRST_PAUSE if new else min(self._pause, most)):
+        trial = min(neighbours, key=lambda each: (each in rates, self._tried[rows, each], -each))
+        if self._span < self._trial_began + self._pause_before(trial, best, rates):
             return best
-        self._trial, self._trial_began = trial, self._span
-        self._trial_ends = self._span + (_NEW_TRIAL if new else _TRIAL)
-        self._tried[rows, trial] = self._span
-        self._pause = min(2 * self._pause, longest)
+        self._trial_began = self._tried[rows, trial] = self._span
+        self._pause = min(2 * self._pause, _LAST_PAUSES[1])
         return trial
+
+    def _pause_before(self, trial: int, best: int, rates: dict[int, float]) -> int:
+        """Spans from the trial before to one of a window, while another is the best."""
+        if trial not in rates:
+            return _FIRST_PAUSE
+        lost = 1 - rates[trial] / rates[best]
+        shortest, longest = _LAST_PAUSES
+        return min(self._pause, max(shortest, round(lost / _COST_OF_TRIALS)), longest)
 
     def pace(self, window: int) -> float | None:
         """The tokens that a pass has kept on average; None: it is not known."""
