@@ -39,7 +39,7 @@ from autoregressive.serve.bulk.job import (
     make_labels,
 )
 from autoregressive.serve.bulk.job_run import BulkReport, run_job
-from autoregressive.serve.bulk.options import NUM_FID_SAMPLES
+from autoregressive.serve.bulk.options import BULK_BOUNDS, NUM_FID_SAMPLES
 from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.bulk.sources import EngineSource
 from autoregressive.serve.engine.batch import BatchShape
@@ -315,6 +315,7 @@ class Pipeline:
         """
         params = SamplingParams(cfg_scale, cfg_interval, temperature, top_k, top_p, seed)
         self.engine.scheduler.check_fits(params)
+        BULK_BOUNDS["num_fid_samples"].check("images", images)
         job = BulkJob(
             self.model,
             self.found,

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from source_tree import ROOT
 
+from autoregressive.errors import UserError
 from autoregressive.serve.bulk.keeper import Keeper
 from autoregressive.serve.bulk.parts import Images
 from autoregressive.serve.engine.engine_config import EngineConfig
@@ -152,6 +154,26 @@ def test_the_pipeline_makes_the_commands_file(tmp_path: Path, unbroken: bytes) -
         assert report.samples.read_bytes() == unbroken
     assert 0 < reports[0].drawn < 8
     assert reports[1].drawn == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"images": 0}, "images 0: must be 1 to 99999999"),
+        ({"seed": -1}, "seed -1: must be 0 to"),
+        ({"labels": [1, 2]}, "labels [1, 2]: holds int64 [2]; give 8 whole numbers"),
+        ({"image_size_eval": 0}, "image_size_eval 0: must be 1 to 4096"),
+    ],
+)
+def test_the_pipeline_names_its_own_arguments(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    """Fails if a call is refused by the name of a flag, or leaves files."""
+    pipe = Pipeline.from_pretrained("GPT-demo", device="cpu")
+    with pytest.raises(UserError) as refused:
+        pipe.bulk(tmp_path, **({"images": 8} | options))
+    assert str(refused.value).startswith(told)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_plain_loop_draws_by_fixed_batches(tmp_path: Path) -> None:

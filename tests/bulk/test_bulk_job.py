@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -93,6 +94,32 @@ def test_a_job_makes_its_files(tmp_path: Path) -> None:
     assert not (folder / "parts").exists()
 
 
+def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
+    """Fails if a run holds all pictures at once: those of 50,000 images would be 9.8 GB."""
+
+    class Stream(FakeSource):
+        def __init__(self) -> None:  # makes each picture when it is asked for
+            self.drawn = []
+
+        def draw(self, indices: Sequence[int]) -> Iterator[Images]:
+            for begin in range(0, len(indices), 64):
+                some = list(indices[begin : begin + 64])
+                codes = np.zeros((len(some), TOKENS), np.int32)
+                yield Images(some, codes, np.zeros((len(some), 32, 32, 3), np.uint8))
+
+    def peak_bytes(images: int) -> int:
+        job = replace(bulk_job(images), image_size_eval=32)
+        tracemalloc.start()
+        try:
+            run(job, tmp_path / str(images), Stream())
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak_bytes(4_000), peak_bytes(16_000)  # the pictures are 12 and 49 MB
+    assert many < few + 4e6
+
+
 def test_an_interrupted_job_goes_on(tmp_path: Path) -> None:
     """Fails if what was drawn before an interruption is lost or drawn again, or the file differs
     from that of an unbroken run.
@@ -118,10 +145,11 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path, FakeSource(job, fails_after=10))
     for other, told in (
-        (bulk_job(images=41), "num_fid_samples is 40 and not 41"),
+        (bulk_job(images=41), "images is 40 and not 41"),
         (bulk_job(labels="balanced"), "labels is random and not balanced"),
         (replace(job, sampling=replace(job.sampling, cfg_interval=5)), "cfg_interval is -1 and"),
         (replace(job, deterministic=True), "deterministic is False and not True"),
+        (replace(job, loop="naive"), "naive is False and not True"),
     ):
         assert other.name == job.name
         with pytest.raises(UserError, match=told):
@@ -347,7 +375,7 @@ def test_settings_are_told_in_the_folder(tmp_path: Path) -> None:
     run(job, tmp_path, FakeSource(job))
     settings = json.loads((tmp_path / job.name / "job.json").read_text())
     assert settings["labels"] == "balanced"
-    assert settings["num_fid_samples"] == 40
+    assert settings["images"] == 40
     assert settings["cfg_scale"] == 1.5
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from autoregressive.devices import PRECISIONS
-from autoregressive.errors import SettingError
+from autoregressive.errors import SettingError, shortened
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
@@ -69,10 +69,10 @@ class BulkJob:
         """
         model = self.model
         return {
-            "num_fid_samples": self.images,
+            "images": self.images,
             "labels": self.labels_from,
             "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
-            "loop": self.loop,
+            "naive": self.loop == "naive",
             "gpt_model": model.gpt_model,
             "gpt_ckpt": weights_name(self.found.gpt),
             "ema": model.ema,
@@ -131,11 +131,10 @@ def make_labels(labels: Labels, images: int, num_classes: int, seed: int) -> NDA
             Else a file with one id for each image: .npy, or text with an id a line.
 
     Raises:
-        SettingError: the file is damaged or does not fit the job, or `images` is out of range.
+        SettingError: the file is damaged or does not fit the job.
     """
-    BULK_BOUNDS["num_fid_samples"].check("num_fid_samples", images)
     if not isinstance(labels, str | os.PathLike):
-        return _checked("labels", np.asarray(labels), images, num_classes)
+        return _checked(shortened(str(labels), 40), np.asarray(labels), images, num_classes)
     if labels == RANDOM:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(num_classes, (images,), generator=generator).numpy()
