@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     arguments = parse_arguments(argv)
     with slow_imports("__main__" if argv is None else __name__):
-        from autoregressive.benchmarks import published
-    published.run(arguments)
+        from autoregressive.benchmarks import published_report
+    published_report.run(arguments)
 
 
 if __name__ == "__main__":

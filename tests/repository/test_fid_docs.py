@@ -5,7 +5,7 @@ import shlex
 
 from documents import ROOT, examples, section
 
-from autoregressive.benchmarks.published import PUBLISHED_FIDS
+from autoregressive.benchmarks.published_checks import PUBLISHED_FIDS
 
 FID, PERFORMANCE = ROOT / "docs" / "fid.md", ROOT / "docs" / "performance.md"
 PAPER_FIDS = {each.model: each for each in PUBLISHED_FIDS if each.image_size == 384}

@@ -19,7 +19,7 @@ import torch
 import tune_kernels
 from refusals import refused
 
-from autoregressive.benchmarks import published, speedup
+from autoregressive.benchmarks import published_report, speedup
 from autoregressive.benchmarks.script import (
     PAPER_MODELS,
     give_figures,
@@ -56,7 +56,7 @@ BEGINS = {
     "verify_published": ("verify", ["--models", "GPT-demo"]),
 }
 # The modules that do the work of scripts which only read their flags.
-WORKERS = {"speedup_table": speedup, "verify_published": published}
+WORKERS = {"speedup_table": speedup, "verify_published": published_report}
 # Tests of their own have their mistakes.
 WITHOUT_WORK = {
     "bench_http",

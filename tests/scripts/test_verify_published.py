@@ -16,7 +16,7 @@ from hub_stand_in import running_hub
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autoregressive.benchmarks import published
+from autoregressive.benchmarks import published_checks, published_report
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, build_gpt
@@ -103,7 +103,7 @@ def test_models_and_sizes_are_chosen(folder: Path) -> None:
     """Fails if a model that is found is passed over, one that was not asked for costs its time, or
     one that was is not there and nobody is told.
     """
-    find = partial(published.subjects, images=None, device=torch.device("cpu"))
+    find = partial(published_checks.subjects, images=None, device=torch.device("cpu"))
 
     def found(models: list[str] | None, size: int | None) -> list[str]:
         return [each.name for each in find(models, size, pretrained_dir=folder)]
@@ -130,7 +130,7 @@ def test_a_wrong_token_fails_and_costs_no_other_check(
     demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if codes that differ with lookahead, or from the plain loop's, pass for equal."""
-    draw_all = published.draw_all
+    draw_all = published_checks.draw_all
 
     def wrong(*arguments: Any) -> list[Request]:
         requests = draw_all(*arguments)
@@ -141,13 +141,13 @@ def test_a_wrong_token_fails_and_costs_no_other_check(
             codes[0, 100 if greedy else -1] ^= 1
         return requests
 
-    monkeypatch.setattr(published, "draw_all", wrong)
+    monkeypatch.setattr(published_checks, "draw_all", wrong)
     with pytest.raises(SystemExit, match="1"):
         report_of(demo)
     entry = json.loads(Path("verify_published.json").read_text())["models"][0]
     assert entry["failed"] == ["greedy", "lookahead"]
     assert entry["greedy"]["float32"]["equal_tokens"] == 255
-    assert entry["greedy"]["float32"]["gap"] > published.NEAR_TIE
+    assert entry["greedy"]["float32"]["gap"] > published_checks.NEAR_TIE
     kept = {each["lookahead"]: each["equal_images"] for each in entry["lookahead"]["settings"]}
     assert kept == {"off": 1, 4: 1, 8: 0, 16: 1, "auto": 1}
     assert entry["speed"]["off"]["seconds"] > 0
@@ -158,19 +158,22 @@ def test_a_near_tie_is_no_failure(demo: Path, monkeypatch: pytest.MonkeyPatch) -
     """Fails if two likeliest tokens whose order is that of rounding count as an error of the
     engine.
     """
-    compare = published._plain_greedy
+    compare = published_checks._plain_greedy
 
     def close(*arguments: Any) -> tuple[Tensor, Tensor]:
         codes, gaps = compare(*arguments)
         codes[0, 7:] ^= 1
-        gaps[0, 7], gaps[0, 8:] = published.NEAR_TIE / 2, 10.0  # what comes later follows from it
+        gaps[0, 7], gaps[0, 8:] = (
+            published_checks.NEAR_TIE / 2,
+            10.0,
+        )  # what comes later follows from it
         return codes, gaps
 
-    monkeypatch.setattr(published, "_plain_greedy", close)
-    (subject,) = published.subjects(None, None, 1, demo, torch.device("cpu"))
-    outcome = published.check_greedy(subject)
+    monkeypatch.setattr(published_checks, "_plain_greedy", close)
+    (subject,) = published_checks.subjects(None, None, 1, demo, torch.device("cpu"))
+    outcome = published_checks.check_greedy(subject)
     assert outcome["float32"]["equal_tokens"] == 7
-    assert outcome["float32"]["gap"] == pytest.approx(published.NEAR_TIE / 2)
+    assert outcome["float32"]["gap"] == pytest.approx(published_checks.NEAR_TIE / 2)
     assert outcome["equal"]
 
 
@@ -178,29 +181,29 @@ def test_files_are_held_against_the_hubs_hashes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if weights that are not the published ones pass, or a conversion is said to differ."""
-    (subject,) = published.subjects(["GPT-B"], None, 1, folder, torch.device("cpu"))
+    (subject,) = published_checks.subjects(["GPT-B"], None, 1, folder, torch.device("cpu"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with running_hub() as hub:  # it has vq_ds16_c2i.pt
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.describe((folder / VQ_FILE).read_bytes())
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         with pytest.raises(UserError, match=r"c2i_B_256\.pt: the hub cannot be asked .*404"):
-            published._hub_hashes([subject])
+            published_report._hub_hashes([subject])
         with monkeypatch.context() as patch:
-            patch.setattr(published, "PUBLISHED_FILES", (PublishedFile(VQ_FILE, "VQ-16"),))
-            stated = published._hub_hashes([subject])
+            patch.setattr(published_report, "PUBLISHED_FILES", (PublishedFile(VQ_FILE, "VQ-16"),))
+            stated = published_report._hub_hashes([subject])
         assert hub.downloads() == []
-    assert published.check_files(subject, stated)["equal"] is True
+    assert published_checks.check_files(subject, stated)["equal"] is True
     stated["c2i_B_256.pt"] = "0" * 64
-    checked = published.check_files(subject, stated)
+    checked = published_checks.check_files(subject, stated)
     assert [each["equal"] for each in checked["files"]] == [False, True]
-    assert published.has_failed(checked)
+    assert published_report.has_failed(checked)
     (folder / "c2i_B_256.pt").rename(folder / "c2i_B_256.safetensors")
-    (subject,) = published.subjects(["GPT-B"], None, 1, folder, torch.device("cpu"))
+    (subject,) = published_checks.subjects(["GPT-B"], None, 1, folder, torch.device("cpu"))
     assert subject.found.gpt == folder / "c2i_B_256.safetensors"
-    checked = published.check_files(subject, {"c2i_B_256.pt": "0" * 64})
+    checked = published_checks.check_files(subject, {"c2i_B_256.pt": "0" * 64})
     assert checked["files"][0]["name"] == ".safetensors of c2i_B_256.pt"
-    assert not published.has_failed(checked)
+    assert not published_report.has_failed(checked)
 
 
 def test_a_damaged_checkpoint_is_reported_without_its_folder(
@@ -253,11 +256,11 @@ def test_fid_is_measured_by_the_commands_for_it(
     for name, text in (("_BULK", BULK), ("_EVALUATE", EVALUATE)):
         script = folder / f"{name}.py"
         script.write_text(text)
-        monkeypatch.setattr(published, name, script)
+        monkeypatch.setattr(published_checks, name, script)
     reference = folder / "reference.npz"
     reference.write_text("")
-    (subject,) = published.subjects(["GPT-XXL"], None, 1, folder, torch.device("cpu"))
-    outcome = published.measure_fid(subject, 50, reference, Path("samples"), None)
+    (subject,) = published_checks.subjects(["GPT-XXL"], None, 1, folder, torch.device("cpu"))
+    outcome = published_checks.measure_fid(subject, 50, reference, Path("samples"), None)
     assert outcome["cfg_scale"] == 1.75
     assert outcome["published_fid"] == 2.34
     assert outcome["evaluation"] == {
@@ -270,7 +273,7 @@ def test_fid_is_measured_by_the_commands_for_it(
     out, err = capfd.readouterr()
     assert (out, err) == ("", "progress\n")
     with pytest.raises(UserError, match=r"_EVALUATE\.py ended with status 1"):
-        published.measure_fid(subject, 3, reference, Path("others"), "cpu")
+        published_checks.measure_fid(subject, 3, reference, Path("others"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_a_mistake_is_told_before_the_work(
 ) -> None:
     """Fails if a mistake is found only after minutes of measuring."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(published, "find_spec", lambda name: None)
+    monkeypatch.setattr(published_report, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=told):
         report_of(tmp_path, *words)
     assert not Path("verify_published.json").exists()

@@ -55,13 +55,7 @@ class BulkJob:
     @property
     def name(self) -> str:
         """The name of its folder and its npz file, as LlamaGen's bulk command has them."""
-        model, params = self.model, self.sampling
-        return (
-            f"{model.gpt_model}-{_checkpoint_name(model, self.found)}-size-{model.image_size}"
-            f"-size-{self.image_size_eval}-{model.vq_model}-topk-{params.top_k}"
-            f"-topp-{float(params.top_p)}-temperature-{float(params.temperature)}"
-            f"-cfg-{float(params.cfg_scale)}-seed-{params.seed}"
-        )
+        return job_name(self.model, self.found, self.sampling, self.image_size_eval)
 
     def settings(self) -> dict[str, Any]:
         """All that the images depend on but the content of the weights, ready for JSON. A job goes
@@ -87,6 +81,18 @@ class BulkJob:
             "per_proc_batch_size": self.batch,
             "deterministic": self.deterministic,
         } | sampling_record(self.sampling)
+
+
+def job_name(
+    model: ModelSettings, found: FoundWeights, sampling: SamplingParams, image_size_eval: int
+) -> str:
+    """The name that LlamaGen's bulk command gives to the files of a job."""
+    return (
+        f"{model.gpt_model}-{_checkpoint_name(model, found)}-size-{model.image_size}"
+        f"-size-{image_size_eval}-{model.vq_model}-topk-{sampling.top_k}"
+        f"-topp-{float(sampling.top_p)}-temperature-{float(sampling.temperature)}"
+        f"-cfg-{float(sampling.cfg_scale)}-seed-{sampling.seed}"
+    )
 
 
 class DifferentJobError(ValueError):
