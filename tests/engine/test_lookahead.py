@@ -87,6 +87,16 @@ def test_auto_finds_the_fastest_window(rows: int, share: float) -> None:
     assert share > 0 or first < 1.04 * fastest
 
 
+def test_auto_settles_where_windows_cost_much() -> None:
+    """Fails if auto takes no notice of a window that costs more than its positions, and tries it
+    for ever.
+    """
+    lookahead = Lookahead("auto")
+    with patch.dict(COSTS, {4: {1: 1.0, 2: 2.5, 4: 5.0, 8: 10.0}}):
+        times = [seconds_of_auto(lookahead, 4, lambda window: 1.0)[0] for _ in range(10)]
+    assert sum(times[1:]) / 9 < 1.03
+
+
 def test_auto_follows_a_change() -> None:
     """Fails if auto never finds out that guesses hold now, or no longer."""
     lookahead = Lookahead("auto")

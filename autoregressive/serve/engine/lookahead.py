@@ -13,11 +13,11 @@ _FIRST_SPANS = 2  # of each window, one after the other, when so many rows run f
 # Spans from a trial to the next: so many where the best window has just changed, twice as many each
 # time that it has not, and at most so many that trials cost a share of the time.
 _FIRST_PAUSE, _LAST_PAUSES, _COST_OF_TRIALS = 4, (8, 64), 0.005
-_OLD = 16  # spans after which what was kept counts half
+_HALF_LIFE_SPANS = 16  # after which what a window has kept counts half
 _COMPARED = 6  # pairs of spans, the last ones, of which the median counts
-# A pass of twice the positions takes at least as long, and at most twice as long. If it seems
-# otherwise, the batch has changed in between, or something held the device up.
-_LEAST_LONGER, _MOST_LONGER = 0.9, 2.2
+# A pass of twice the positions takes at least as long. What seems otherwise, or much longer, is a
+# batch that has changed in between, or a delay.
+_LEAST_RATIO, _MOST_RATIO = 1.0, 4.0
 # Passes, of images, that the average of kept tokens reaches back.
 _MEMORY_PASSES = 64
 
@@ -41,20 +41,24 @@ class Lookahead:
     def __init__(self, setting: LookaheadSetting, most_positions: int = MANY_ROWS) -> None:
         self._setting = 1 if setting == "off" else setting
         self._most_positions = most_positions
-        self._last: tuple[int, int, float] | None = None  # rows, window, seconds of a pass
-        # By rows and window: how many times longer a pass takes than one of half the window.
-        self._longer: dict[tuple[int, int], deque[float]] = defaultdict(
+        # The rows, the window and the seconds of a pass of the span that was measured last.
+        self._previous: tuple[int, int, float] | None = None
+        # [rows, window]: how many times as long a pass takes as one of half the window.
+        self._cost_ratios: dict[tuple[int, int], deque[float]] = defaultdict(
             partial(deque, maxlen=_COMPARED)
         )
-        self._kept: dict[int, float] = {1: 1.0}  # tokens of a pass, by window
-        self._passes: dict[int, float] = defaultdict(float)  # that `_kept` is the average of
-        self._observed: dict[int, int] = {}  # by window, the span after which `_kept` was observed
-        self._span = 0
-        self._met: set[int] = set()  # how many rows have run
-        self._first: deque[int] = deque()  # the windows to measure first
-        self._trial_began = 0  # a span
-        self._best, self._pause = 1, _FIRST_PAUSE  # at the last choice; in spans
-        self._tried: dict[tuple[int, int], int] = defaultdict(int)  # in which span, as `_longer`
+        # [window]: the tokens that a pass keeps on average, over how many passes of an image, and
+        # the span before which that was observed.
+        self._kept: dict[int, float] = {1: 1.0}
+        self._weights: dict[int, float] = defaultdict(float)
+        self._last_observed: dict[int, int] = {}
+        self._span = 0  # the number of the span that was planned last
+        self._seen_rows: set[int] = set()
+        self._first_trials: deque[int] = deque()  # windows to measure because the rows are new
+        self._trial_began = 0  # the span of the last trial
+        self._best, self._pause = 1, _FIRST_PAUSE  # the pause is in spans
+        # [rows, window]: the span of the window's last trial.
+        self._tried: dict[tuple[int, int], int] = defaultdict(int)
 
     def windows(self, rows: int) -> list[int]:
         """The windows that passes of so many rows may be carried out with, in ascending order."""
@@ -69,12 +73,12 @@ class Lookahead:
         if len(windows) == 1:
             return windows[0]
         self._span += 1
-        if rows not in self._met:
-            self._met.add(rows)
-            self._first = deque(window for window in windows for _ in range(_FIRST_SPANS))
-        while self._first:
+        if rows not in self._seen_rows:
+            self._seen_rows.add(rows)
+            self._first_trials = deque(window for window in windows for _ in range(_FIRST_SPANS))
+        while self._first_trials:
             self._trial_began = self._span
-            window = self._first.popleft()
+            window = self._first_trials.popleft()
             if window in windows:
                 return window
         rates = self._rates(rows, windows)
@@ -108,12 +112,14 @@ class Lookahead:
 
         Spans side by side are compared, because passes take longer as the images grow.
         """
-        before, self._last = self._last, (rows, window, seconds)
+        before, self._previous = self._previous, (rows, window, seconds)
         if before is None or before[0] != rows:
             return
-        (_, smaller, sooner), (_, larger, later) = sorted([before, self._last])
-        if larger == 2 * smaller and _LEAST_LONGER <= later / sooner <= _MOST_LONGER:
-            self._longer[rows, larger].append(later / sooner)
+        pair = sorted([before, self._previous])
+        (_, smaller, smaller_seconds), (_, larger, larger_seconds) = pair
+        if larger == 2 * smaller:
+            ratio = min(max(larger_seconds / smaller_seconds, _LEAST_RATIO), _MOST_RATIO)
+            self._cost_ratios[rows, larger].append(ratio)
 
     def _rates(self, rows: int, windows: Sequence[int]) -> dict[int, float]:
         """By window: the tokens that it brings in the time of a pass of one position. Those of
@@ -121,7 +127,7 @@ class Lookahead:
         """
         rates, longer = {1: 1.0}, 1.0
         for window in windows[1:]:
-            compared = self._longer[rows, window]
+            compared = self._cost_ratios[rows, window]
             if not compared:
                 break
             longer *= median(compared)
@@ -138,9 +144,9 @@ class Lookahead:
         """
         if passes == 0:
             return
-        age = self._span - self._observed.get(window, self._span)
-        before = self._passes[window] * 0.5 ** (age / _OLD)
+        age = self._span - self._last_observed.get(window, self._span)
+        before = self._weights[window] * 0.5 ** (age / _HALF_LIFE_SPANS)
         mean = self._kept.get(window, 0.0)
         self._kept[window] = mean + (kept / passes - mean) * passes / (before + passes)
-        self._passes[window] = min(before + passes, _MEMORY_PASSES)
-        self._observed[window] = self._span
+        self._weights[window] = min(before + passes, _MEMORY_PASSES)
+        self._last_observed[window] = self._span
