@@ -28,7 +28,8 @@ _SEEDS = 32  # that are tried, for a number of passes
 class GuessingRunner(ModelRunner):
     """Replaces all guesses, at the end of each pass, by those that `offer` was given.
 
-    It is part of the captured pass. It adds two small kernels, whose time `guess` alone takes.
+    It is part of the captured pass, to which it adds two small kernels: `guess`. A few more come
+    before each span.
     """
 
     def __init__(

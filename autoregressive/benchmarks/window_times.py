@@ -75,7 +75,7 @@ def _timed(draw: "partial[list[Request]]", device: torch.device, repeats: int) -
 
 def guess_ms(engine: Engine) -> float | None:
     """The time that the guesses themselves take at the end of each pass on a GPU. No other pass has
-    them.
+    them. What `GuessingRunner.run` does before a span comes on top.
     """
     runner = engine.runner
     if not isinstance(runner, GuessingRunner) or engine.device.type != "cuda":

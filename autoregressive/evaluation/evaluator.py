@@ -145,8 +145,10 @@ def _notes(
     if not network.is_adms:
         notes.append("the network is not ADM's, so no figure is comparable with others")
     if samples.count != PUBLISHED_IMAGES:
+        higher = "higher" if samples.count < PUBLISHED_IMAGES else "lower"
         notes.append(
-            f"published figures are of {PUBLISHED_IMAGES:,} images; FID is higher of fewer"
+            f"published figures are of {PUBLISHED_IMAGES:,} images; FID of {samples.count:,} is "
+            f"{higher}"
         )
     if theirs is None:
         notes.append("the reference has no images, so there is no precision and no recall")

@@ -83,7 +83,8 @@ def recognise(
     reference: Reference, network: FeatureNetwork, fit: Fit | None, score: float | None
 ) -> str:
     """The reference's name. No checksum of ADM's file is published, so that it is known by its
-    form, by the network's figures of its images, and by nothing else.
+    form and by the network's figures of its images. A file of the validation set in this form
+    cannot be told from it.
 
     Args:
         fit: of its images and its statistics.
@@ -99,4 +100,5 @@ def recognise(
         and score is not None
         and score >= _LEAST_SCORE
     )
-    return f"{ADM_REFERENCE}, by its form and its images" if is_adms else UNKNOWN
+    told = f"{ADM_REFERENCE}, or another file of its form with images of ImageNet"
+    return told if is_adms else UNKNOWN

@@ -324,6 +324,7 @@ class Pipeline:
             make_labels(labels, images, self.model.num_classes, seed),
             labels_name(labels),
             deterministic=self.config.deterministic,
+            attention_backend=self.config.attention_backend,
         )
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
             return run_job(

@@ -19,7 +19,7 @@ pass is timed while no guess holds. It pays where it keeps more tokens than `pay
 times longer it takes than one of one token. `2x` and `3x` are jobs whose guesses are offered, as
 many of them right as make a pass keep 2 or 3 tokens on average: the tokens that it did keep, the
 seconds of the job, and how many times faster it was than without lookahead. Offering guesses takes
-a few microseconds a pass, which are counted; `guess_ms` in the JSON has them alone.
+some microseconds a pass, which are counted: --lookahead 1 has them without a window.
 """
 
 import argparse

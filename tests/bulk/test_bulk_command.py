@@ -112,7 +112,7 @@ def broken_and_finished(folder: Path, how: str, seed: int) -> tuple[bytes, int]:
     return (folder / f"{NAME}.npz").read_bytes(), kept
 
 
-@pytest.mark.parametrize("how", ["one rank", "full disk"])
+@pytest.mark.parametrize("how", ["one rank", "all", "full disk"])
 def test_a_broken_job_ends_in_the_same_file(how: str, tmp_path: Path, unbroken: bytes) -> None:
     """Fails if SIGKILL or a full disk loses, repeats or changes an image, or the number of ranks or
     the size of the batch shows in one.

@@ -5,6 +5,7 @@ images costs nothing.
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -12,6 +13,8 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -146,7 +149,7 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
         run(job, tmp_path, FakeSource(job, fails_after=10))
     for other, told in (
         (bulk_job(images=41), "images is 40 and not 41"),
-        (bulk_job(labels="balanced"), "labels is random and not balanced"),
+        (bulk_job(labels="balanced"), "whose images have other labels"),
         (replace(job, sampling=replace(job.sampling, cfg_interval=5)), "cfg_interval is -1 and"),
         (replace(job, deterministic=True), "deterministic is False and not True"),
         (replace(job, loop="naive"), "naive is False and not True"),
@@ -166,6 +169,57 @@ def test_a_file_of_unknown_origin_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing says how it was made; move it away"):
         run(job, tmp_path, FakeSource(job))
     assert (tmp_path / f"{job.name}.npz").read_bytes() == b"precious"
+
+
+def test_a_file_beside_an_unfinished_job_is_not_taken_for_its_result(tmp_path: Path) -> None:
+    """Fails if a file that another program has made ends a job that was interrupted, and its
+    images are removed.
+    """
+    job = bulk_job()
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job, fails_after=10))
+    samples = tmp_path / f"{job.name}.npz"
+    samples.write_bytes(b"precious")
+    with pytest.raises(UserError, match="nothing says how it was made; move it away"):
+        run(job, tmp_path, FakeSource(job))
+    assert samples.read_bytes() == b"precious"
+    samples.unlink()
+    assert run(job, tmp_path, FakeSource(job)).drawn < 40
+
+
+def test_a_link_to_a_checkpoint_counts_by_its_own_name(tmp_path: Path) -> None:
+    """Fails if the file is named after a checksum, as the files of a hub's cache are."""
+    (tmp_path / "0abcdef").write_bytes(b"weights")
+    link = tmp_path / "c2i_XL_384.pt"
+    link.symlink_to("0abcdef")
+    assert "-c2i_XL_384-size-" in replace(bulk_job(), found=FoundWeights(link, None)).name
+
+
+@pytest.mark.parametrize("killed_at", ["codes", "pictures"])
+def test_a_job_killed_while_it_writes_goes_on(tmp_path: Path, killed_at: str) -> None:
+    """Fails if a SIGKILL in the middle of the last files loses images, leaves a file that passes
+    for whole, or the file of samples differs from that of an unbroken run.
+    """
+    job = bulk_job(200)
+    whole = run(job, tmp_path / "whole", FakeSource(job)).samples.read_bytes()
+    read = getattr(Parts, killed_at)
+
+    def broken(*arguments: Any) -> Iterator[NDArray[Any]]:
+        yield next(iter(read(*arguments)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        with patch.object(Parts, killed_at, broken):
+            run(job, tmp_path / "broken", FakeSource(job))
+        os._exit(1)  # it was not killed
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    rest = FakeSource(job)
+    report = run(job, tmp_path / "broken", rest)
+    assert rest.drawn == []
+    assert report.samples.read_bytes() == whole
+    assert [line.split()[0] for line in report.lines(1)] == ["200", "start", "samples"]
+    assert [path for path in report.samples.parent.rglob("*.part*") if path.is_file()] == []
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -199,7 +253,7 @@ def test_other_weights_of_the_same_name_are_another_job(tmp_path: Path) -> None:
         run(job, tmp_path, FakeSource(job, fails_after=10))
     weights.write_bytes(b"new weights")
     with pytest.raises(UserError, match="whose gpt_ckpt_sha256 is"):
-        run(job, tmp_path, FakeSource(job))
+        run(replace(job), tmp_path, FakeSource(job))  # a new one, which reads the file anew
 
 
 def test_images_of_an_unknown_job_are_refused(tmp_path: Path) -> None:
@@ -216,11 +270,37 @@ def test_images_of_an_unknown_job_are_refused(tmp_path: Path) -> None:
         run(job, tmp_path, FakeSource(job))
 
 
-def test_pngs_of_a_finished_job_are_not_promised(tmp_path: Path) -> None:
-    """Fails if --save-png on a job that has ended does nothing and says nothing."""
+def test_pngs_of_a_finished_job_are_made(tmp_path: Path) -> None:
+    """Fails if --save-png on a job that has ended draws again, leaves out images, or takes one
+    that was cut off for whole.
+    """
     job = bulk_job()
     run(job, tmp_path, FakeSource(job))
-    with pytest.raises(UserError, match="save_png: the job has ended without"):
+    folder, (_, pictures) = tmp_path / job.name, expected(job)
+    save = Image.Image.save
+
+    def broken(image: Image.Image, *arguments: Any, **options: Any) -> None:
+        if np.array_equal(np.asarray(image), pictures[17]):
+            raise KeyboardInterrupt
+        save(image, *arguments, **options)
+
+    with patch.object(Image.Image, "save", broken), pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path, FakeSource(job), save_png=True)
+    assert 0 < len(list(folder.glob("*.png"))) < 40
+    report = run(job, tmp_path, FakeSource(job), save_png=True)
+    assert report.drawn == 0
+    assert report.lines(1)[1].startswith("start 0.0 s")
+    for index, picture in enumerate(pictures):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{index:06d}.png")), picture)
+    assert list(folder.glob("*.part")) == []
+
+
+def test_a_damaged_file_of_samples_is_named(tmp_path: Path) -> None:
+    """Fails if PNG files are made of a file that is cut off, or it ends in a traceback."""
+    job = bulk_job()
+    samples = run(job, tmp_path, FakeSource(job)).samples
+    samples.write_bytes(samples.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"npz is damaged: remove it, and the job is drawn again$"):
         run(job, tmp_path, FakeSource(job), save_png=True)
 
 

@@ -2,15 +2,19 @@
 functions do not tell that a disk is full.
 """
 
+import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoregressive.errors import UserError
 from autoregressive.files import write_whole
+
+_SAMPLES = "arr_0.npy"  # the entry of the npz file
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
@@ -53,7 +57,7 @@ def write_samples(
     """
 
     def write(file: Path) -> None:
-        entry = zipfile.ZipInfo("arr_0.npy")  # of 1980, whenever it is written
+        entry = zipfile.ZipInfo(_SAMPLES)  # of 1980, whenever it is written
         with (
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
             archive.open(entry, "w", force_zip64=True) as array,
@@ -64,3 +68,21 @@ def write_samples(
                 array.write(np.ascontiguousarray(part).data)
 
     write_whole(path, write)
+
+
+def read_samples(path: Path, at_once: int) -> Iterator[NDArray[np.uint8]]:
+    """The pictures of a file that `write_samples` has written, in their order, so many at a time:
+    uint8 [some, height, width, 3].
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(_SAMPLES) as array:
+            np.lib.format.read_magic(array)
+            (images, *shape), _, _ = np.lib.format.read_array_header_1_0(array)
+            for begin in range(0, images, at_once):
+                some = (min(at_once, images - begin), *shape)
+                yield np.frombuffer(array.read(math.prod(some)), np.uint8).reshape(some)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged: remove it, and the job is drawn again") from error

@@ -32,6 +32,7 @@ with slow_imports(__name__):
     from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.serve.bulk.options import (
         BULK_BOUNDS,
+        CPU_IMAGES,
         IMAGE_SIZE_EVAL,
         NAIVE_BATCH,
         NUM_FID_SAMPLES,
@@ -43,8 +44,8 @@ with slow_imports(__name__):
 COMMAND = "autoregressive/sample/sample_c2i_ddp.py"
 PURPOSE = """\
 Draws many images for an evaluation such as FID, on one GPU or on many, and goes on where it was
-interrupted. Image k depends on --global-seed and k alone, however many processes there are. Flags,
-file names and pixels are those of LlamaGen's bulk command.
+interrupted. With --deterministic image k depends on --global-seed and k alone, however many
+processes there are. Flags, file names and pixels are those of LlamaGen's bulk command.
 Under torchrun each process takes a GPU; alone, the command starts a process for each GPU."""
 _EXAMPLES = """\
 examples:
@@ -121,7 +122,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="images that a process draws at once (default: what memory allows, at most "
-        f"{MOST_ROWS} rows; with --naive {NAIVE_BATCH})",
+        f"{MOST_ROWS} rows; on a CPU {CPU_IMAGES}; with --naive {NAIVE_BATCH})",
     )
     group.add_argument(
         "--naive", action="store_true", help="draw with LlamaGen's plain loop: for comparison, slow"

@@ -18,16 +18,20 @@ from PIL import Image
 from autoregressive.errors import SettingError, UserError
 from autoregressive.files import write_whole
 from autoregressive.progress import Bar
-from autoregressive.serve.bulk.array_files import write_array, write_parts, write_samples
+from autoregressive.serve.bulk.array_files import (
+    read_samples,
+    write_array,
+    write_parts,
+    write_samples,
+)
 from autoregressive.serve.bulk.job import (
     BulkJob,
     DifferentJobError,
     check_same,
-    weights_sha256,
 )
 from autoregressive.serve.bulk.parts import Parts
 
-_PNG_THREADS = 8
+_PNG_THREADS, _PNGS_AT_ONCE = 8, 64
 
 
 class JobFolder:
@@ -46,8 +50,8 @@ class JobFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the npz file is there, which comes last."""
-        return self.samples.exists()
+        """Whether the job's npz file is there, which comes after the codes."""
+        return self.samples.exists() and self._codes_file.exists()
 
     def open(self) -> NDArray[np.int64]:
         """Takes the folder for this process and its other ranks; makes it if need be.
@@ -58,7 +62,7 @@ class JobFolder:
         Raises:
             UserError: another process works there, it holds another job, or it cannot be written.
         """
-        if self.samples.exists() and not self._settings_file.exists():
+        if self.samples.exists() and not (self.finished and self._settings_file.exists()):
             told = f"{self.samples} is there, and nothing says how it was made; move it away"
             raise self._refused(told)
         if os.path.lexists(self.folder) and not self.folder.is_dir():
@@ -85,7 +89,7 @@ class JobFolder:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def finish(self, bar: Bar, *, save_png: bool) -> None:
+    def finish(self, bar: Bar) -> None:
         """Makes the files of all images, the npz file last, and removes the parts.
 
         Raises:
@@ -97,20 +101,33 @@ class JobFolder:
             told = f"{len(index.missing)} images are missing: run the command again to draw them"
             raise UserError(told)
         shape = (job.images, job.model.tokens_per_image)
-        write_parts(self.folder / "codes.npy", shape, np.dtype(np.int32), parts.codes(index))
+        write_parts(self._codes_file, shape, np.dtype(np.int32), parts.codes(index))
 
-        def pictures(pool: ThreadPoolExecutor) -> Iterator[NDArray[np.uint8]]:
-            done = 0
+        def pictures() -> Iterator[NDArray[np.uint8]]:
             for some in parts.pictures(index):
-                if save_png:
-                    list(pool.map(self._save_png, range(done, done + len(some)), some))
-                done += len(some)
                 bar.update(len(some))
                 yield some
 
-        with ThreadPoolExecutor(_PNG_THREADS) as pool:
-            write_samples(self.samples, (job.images, size, size, 3), pictures(pool))
+        write_samples(self.samples, (job.images, size, size, 3), pictures())
         parts.remove()
+
+    def save_pngs(self, bar: Bar) -> None:
+        """Saves each image of the npz file as a PNG file, as LlamaGen does, but for those that are
+        there.
+
+        Raises:
+            UserError: the npz file is damaged, or the disk does not take a file.
+        """
+        begin = 0
+        with ThreadPoolExecutor(_PNG_THREADS) as pool:
+            for some in read_samples(self.samples, _PNGS_AT_ONCE):
+                try:
+                    list(pool.map(self._save_png, range(begin, begin + len(some)), some))
+                except OSError as error:
+                    told = f"cannot write a PNG file in {self.folder}: {error.strerror}"
+                    raise UserError(told) from error
+                begin += len(some)
+                bar.update(len(some))
 
     def close(self) -> None:
         """Lets other processes take the folder."""
@@ -121,6 +138,10 @@ class JobFolder:
     @property
     def _settings_file(self) -> Path:
         return self.folder / "job.json"
+
+    @property
+    def _codes_file(self) -> Path:
+        return self.folder / "codes.npy"
 
     def _refused(self, told: str) -> SettingError:
         return SettingError("sample_dir", self.samples.parent, told)
@@ -141,11 +162,7 @@ class JobFolder:
         return os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
 
     def _check_settings(self) -> None:
-        found = self.job.found
-        settings = self.job.settings() | {
-            "gpt_ckpt_sha256": weights_sha256(found.gpt),
-            "vq_ckpt_sha256": weights_sha256(found.vq),
-        }
+        settings = self.job.settings
         if not self._settings_file.exists():
             if self.parts.count() > 0:
                 told = f"{self.parts.folder} has images, and nothing says of which job; remove it"
@@ -168,9 +185,12 @@ class JobFolder:
             raise self._refused(told) from error
 
     def _save_png(self, index: int, picture: NDArray[np.uint8]) -> None:
-        """Not by `write_whole`, which looks through the folder: the npz file comes after all, and
-        without it they are written again.
-        """
+        """Not by `write_whole`, which looks through the folder each time."""
+        path = self.folder / f"{index:06d}.png"
+        if path.exists():
+            return
+        unfinished = path.with_suffix(".part")
         content = io.BytesIO()
         Image.fromarray(picture).save(content, format="PNG")
-        (self.folder / f"{index:06d}.png").write_bytes(content.getbuffer())
+        unfinished.write_bytes(content.getbuffer())
+        os.replace(unfinished, path)

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
 from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, IMAGE_SIZE_EVAL, RANDOM
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
 Labels = str | os.PathLike[str] | Sequence[int] | NDArray[Any]
@@ -33,8 +35,10 @@ class BulkJob:
         labels: int64 [images], the class of each.
         labels_from: how they were chosen, as `labels_name` says.
         loop: which one draws the codes.
-        batch: images of a batch, of which the plain loop's draws depend; None: they do not.
-        deterministic: as in `EngineConfig`.
+        naive_batch: images of a batch of the plain loop, on which its draws depend; None: the
+            engine draws.
+        compiled: whether the plain loop's transformer is compiled.
+        deterministic, attention_backend: of the engine, as in `EngineConfig`.
     """
 
     model: ModelSettings
@@ -44,8 +48,10 @@ class BulkJob:
     labels: NDArray[np.int64]
     labels_from: str
     loop: Loop = "paged"
-    batch: int | None = None
-    deterministic: bool = False
+    naive_batch: int | None = None
+    compiled: bool = False
+    deterministic: bool = EngineConfig.deterministic
+    attention_backend: str = EngineConfig.attention_backend
 
     @property
     def images(self) -> int:
@@ -57,9 +63,11 @@ class BulkJob:
         """The name of its folder and its npz file, as LlamaGen's bulk command has them."""
         return job_name(self.model, self.found, self.sampling, self.image_size_eval)
 
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """All that the images depend on but the content of the weights, ready for JSON. A job goes
-        on only with the same.
+        """All that the images depend on, ready for JSON. A job goes on only with the same.
+
+        It has the checksums of the weights, which take seconds to compute.
         """
         model = self.model
         return {
@@ -68,18 +76,23 @@ class BulkJob:
             "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
             "naive": self.loop == "naive",
             "gpt_model": model.gpt_model,
+            "compile": self.compiled,
             "gpt_ckpt": weights_name(self.found.gpt),
+            "gpt_ckpt_sha256": weights_sha256(self.found.gpt),
             "ema": model.ema,
             "vq_model": model.vq_model,
             "vq_ckpt": weights_name(self.found.vq),
+            "vq_ckpt_sha256": weights_sha256(self.found.vq),
             "image_size": model.image_size,
             "image_size_eval": self.image_size_eval,
             "codebook_size": model.codebook_size,
             "codebook_embed_dim": model.codebook_embed_dim,
             "num_classes": model.num_classes,
             "precision": next(name for name, one in PRECISIONS.items() if one == model.precision),
-            "per_proc_batch_size": self.batch,
+            "device": _device_kind(model.device),
+            "per_proc_batch_size": self.naive_batch,
             "deterministic": self.deterministic,
+            "attention_backend": self.attention_backend,
         } | sampling_record(self.sampling)
 
 
@@ -100,9 +113,13 @@ class DifferentJobError(ValueError):
 
 
 def check_same(there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises `DifferentJobError` for the first setting that differs."""
+    """Raises `DifferentJobError` for the first setting that differs. Where the labels came from
+    does not matter, if they are the same.
+    """
     for name, value in settings.items():
-        if there.get(name) != value:
+        if name != "labels" and there.get(name) != value:
+            if name == "labels_sha256":
+                raise DifferentJobError("whose images have other labels")
             raise DifferentJobError(f"whose {name} is {there.get(name)} and not {value}")
 
 
@@ -176,12 +193,22 @@ def _checked(name: str, found: NDArray[Any], images: int, num_classes: int) -> N
 def _checkpoint_name(model: ModelSettings, found: FoundWeights) -> str:
     if found.gpt is None:
         return "untrained"
-    if model.from_fsdp and not found.gpt.is_dir():
-        return found.gpt.resolve().parent.name
-    name = found.gpt.resolve().name
+    # A link counts by its own name, as in LlamaGen: what it points to may be named by a checksum.
+    path = found.gpt.absolute()
+    if model.from_fsdp and not path.is_dir():
+        return path.parent.name
+    name = path.name
     for suffix in (".pth", ".pt", ".safetensors"):
         name = name.removesuffix(suffix)
     return name
+
+
+def _device_kind(device: torch.device) -> str:
+    """What of a device the bits of an image depend on."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda {major}.{minor}"
 
 
 def weights_sha256(path: Path | None) -> str | None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoregressive.devices import one_cpu_thread
-from autoregressive.errors import SettingName, UserError
+from autoregressive.errors import UserError
 from autoregressive.progress import Bar, progress_bar
 from autoregressive.serve.bulk.folder import JobFolder
 from autoregressive.serve.bulk.job import BulkJob, DifferentJobError, check_same
@@ -49,20 +49,20 @@ class BulkReport:
 
     def lines(self, ranks: int) -> list[str]:
         """What to tell the user."""
-        saved = f"samples are saved to {self.samples}"
-        if self.drawn == 0:
-            return [f"{self.images} images were there already", saved]
-        seconds = self.drawing + self.waiting
-        told = (
-            f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
-            f"{ranks} rank{'s' if ranks > 1 else ''}"
-        )
-        times = (
-            f"start {self.start:.1f} s, drawing {self.drawing:.1f} s (the last partial batch "
-            f"{self.partial:.1f} s), waiting for other ranks {self.waiting:.1f} s, writing "
-            f"{self.writing:.1f} s"
-        )
-        return [told, times, saved]
+        lines = [f"{self.images} images were drawn already"]
+        if self.drawn:
+            seconds = self.drawing + self.waiting
+            lines = [
+                f"{self.drawn} images in {seconds:.1f} s, {self.drawn / seconds:.2f} images/s on "
+                f"{ranks} rank{'s' if ranks > 1 else ''}"
+            ]
+        if self.drawn or self.writing:
+            lines.append(
+                f"start {self.start:.1f} s, drawing {self.drawing:.1f} s (the last partial batch "
+                f"{self.partial:.1f} s), waiting for other ranks {self.waiting:.1f} s, writing "
+                f"{self.writing:.1f} s"
+            )
+        return [*lines, f"samples are saved to {self.samples}"]
 
 
 def run_job(
@@ -105,39 +105,53 @@ def _run(
 ) -> BulkReport:
     job = folder.job
     missing = _open(folder, ranks)
-    if ranks.broadcast(folder.finished):
-        if save_png and ranks.first and not (folder.folder / "000000.png").exists():
-            told = f": the job has ended without; {folder.samples} has its images"
-            raise UserError(SettingName("save_png"), told)
-        return BulkReport(folder.samples, job.images, 0)
     shown = progress if ranks.first else False
-    share = shares(missing, job.batch, ranks.count)[ranks.rank]
-    drawing_began = partial_since = time.perf_counter()
-    if len(share) > 0:
-        source = make_source()
-        drawing_began = time.perf_counter()
-        with (
-            _counting_bar(folder, job.images - len(missing), shown),
-            Keeper(folder.parts) as keeper,
-        ):
-            for images in source.draw(share.tolist()):
-                keeper.add(images)
-        partial_since = source.partial_since or time.perf_counter()
+    finished = ranks.broadcast(folder.finished)
+    report = BulkReport(folder.samples, job.images, len(missing))
+    if not finished:
+        report = _draw(folder, ranks, make_source, missing, report, shown, began)
     drawn = time.perf_counter()
-    ranks.wait()
-    waited = time.perf_counter()
-    if ranks.first:
+    if ranks.first and not finished:
         with progress_bar("writing", " images", job.images, shown=shown, leave=False) as bar:
-            folder.finish(bar, save_png=save_png)
-    return BulkReport(
-        folder.samples,
-        job.images,
-        len(missing),
+            folder.finish(bar)
+    if ranks.first and save_png:
+        with progress_bar("PNG files", " images", job.images, shown=shown, leave=False) as bar:
+            folder.save_pngs(bar)
+    has_written = ranks.first and (save_png or not finished)
+    return replace(report, writing=time.perf_counter() - drawn if has_written else 0.0)
+
+
+def _draw(
+    folder: JobFolder,
+    ranks: Ranks,
+    make_source: Callable[[], Source],
+    missing: NDArray[np.int64],
+    report: BulkReport,
+    shown: bool | None,
+    began: float,
+) -> BulkReport:
+    """Draws this rank's share of the missing images, and waits for the other ranks. Returns the
+    report with the times of that.
+    """
+    job = folder.job
+    share = shares(missing, job.naive_batch, ranks.count)[ranks.rank]
+    drawing_began = partial_since = time.perf_counter()
+    with _counting_bar(folder, job.images - len(missing), shown):
+        if len(share) > 0:
+            source = make_source()
+            drawing_began = time.perf_counter()
+            with Keeper(folder.parts) as keeper:
+                for images in source.draw(share.tolist()):
+                    keeper.add(images)
+            partial_since = source.partial_since or time.perf_counter()
+        drawn = time.perf_counter()
+        ranks.wait()
+    return replace(
+        report,
         start=drawing_began - began,
         drawing=drawn - drawing_began,
         partial=max(0.0, drawn - partial_since),
-        waiting=waited - drawn,
-        writing=time.perf_counter() - waited,
+        waiting=time.perf_counter() - drawn,
     )
 
 
@@ -148,9 +162,9 @@ def _open(folder: JobFolder, ranks: Ranks) -> NDArray[np.int64]:
         UserError: as `JobFolder.open`; or this rank was started for another job.
     """
     missing = cast(NDArray[np.int64], ranks.broadcast(ranks.only_first(folder.open)))
-    settings = ranks.broadcast(folder.job.settings())
+    settings = ranks.broadcast(folder.job.settings)
     try:
-        check_same(settings, folder.job.settings())
+        check_same(settings, folder.job.settings)
     except DifferentJobError as error:
         told = f"rank {ranks.rank} was started for another job than rank 0, {error}"
         raise UserError(f"{told}: give all ranks the same flags") from error

@@ -15,7 +15,7 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
 from autoregressive.serve.bulk.job_run import run_job
-from autoregressive.serve.bulk.options import NAIVE_BATCH
+from autoregressive.serve.bulk.options import CPU_IMAGES, NAIVE_BATCH
 from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
 from autoregressive.serve.bulk.sources import EngineSource, NaiveSource, Source
 from autoregressive.serve.engine.engine_config import EngineConfig
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, b
                 job,
                 arguments.sample_dir,
                 ranks,
-                _source_maker(job, config, compiled=arguments.compile),
+                _source_maker(job, config),
                 save_png=arguments.save_png,
                 began=began,
             )
@@ -77,7 +77,8 @@ def resolve(
     )
     batch = arguments.per_proc_batch_size
     share = -(-len(labels) // ranks.count)
-    rows = batch * sampling.rows if batch else min(MOST_ROWS, share * sampling.rows)
+    most = CPU_IMAGES * sampling.rows if model.device.type == "cpu" else MOST_ROWS
+    rows = batch * sampling.rows if batch else min(most, share * sampling.rows)
     config = engine_config(arguments, rows)
     check_fits(model, config, sampling)
     if model.note is not None and ranks.first:
@@ -94,13 +95,15 @@ def resolve(
         labels,
         labels_name(arguments.labels),
         loop="naive" if arguments.naive else "paged",
-        batch=(batch or NAIVE_BATCH) if arguments.naive else None,
+        naive_batch=(batch or NAIVE_BATCH) if arguments.naive else None,
+        compiled=arguments.naive and arguments.compile,
         deterministic=config.deterministic,
+        attention_backend=config.attention_backend,
     )
     return job, config
 
 
-def _source_maker(job: BulkJob, config: EngineConfig, *, compiled: bool) -> Callable[[], Source]:
+def _source_maker(job: BulkJob, config: EngineConfig) -> Callable[[], Source]:
     """What loads the models and makes what draws with them."""
 
     def engine_source() -> Source:
@@ -111,7 +114,7 @@ def _source_maker(job: BulkJob, config: EngineConfig, *, compiled: bool) -> Call
         with saying_what_needs_less_memory(job.model):
             models = load_models(job.model, job.found)
         gpt = models.gpt
-        if compiled:
+        if job.compiled:
             gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
         return NaiveSource(job, gpt, models.vq)
 

@@ -7,6 +7,8 @@ from autoregressive.models.sampling_params import Bounds
 # LlamaGen's defaults; the evaluation's size is the model's where that is less.
 NUM_FID_SAMPLES, IMAGE_SIZE_EVAL = 50_000, 256
 NAIVE_BATCH = 32  # images of a batch of the plain loop, as in LlamaGen
+# A CPU draws more images at once no faster, and would lose them all if it was interrupted.
+CPU_IMAGES = 8
 RANDOM, BALANCED = "random", "balanced"  # how classes are chosen; else a file says them
 BULK_BOUNDS = {
     "num_fid_samples": Bounds(Integral, 1, 99_999_999, "1 to 99999999"),

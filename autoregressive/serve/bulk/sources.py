@@ -145,9 +145,9 @@ class NaiveSource:
     """
 
     def __init__(self, job: BulkJob, gpt: Transformer, vq: VQModel) -> None:
-        assert job.batch is not None
+        assert job.naive_batch is not None
         self.partial_since: float | None = None
-        self._job, self._gpt, self._vq, self._batch = job, gpt, vq, job.batch
+        self._job, self._gpt, self._vq, self._batch = job, gpt, vq, job.naive_batch
 
     def draw(self, indices: Sequence[int]) -> Iterator[Images]:
         """As `Source.draw`. Of a batch, those images are given that are asked for."""
