@@ -98,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     with slow_imports("__main__" if argv is None else __name__):
         from autoregressive.benchmarks import published_report
+        from autoregressive.evaluation.reference import open_reference
+    if arguments.fid is not None and arguments.reference is not None:
+        open_reference(arguments.reference)  # hours of drawing would come before it is needed
     published_report.run(arguments)
 
 

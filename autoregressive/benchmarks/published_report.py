@@ -31,7 +31,7 @@ from autoregressive.benchmarks.published_checks import (
 )
 from autoregressive.benchmarks.script import Table, give_figures
 from autoregressive.benchmarks.speedup import code_version
-from autoregressive.errors import SettingName, UserError, missing_extra, one_line, tell
+from autoregressive.errors import UserError, missing_extra, one_line, tell
 from autoregressive.files import write_whole
 from autoregressive.output.records import device_name, sampling_record
 from autoregressive.version import program_version
@@ -122,8 +122,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if (arguments.fid is None) != (arguments.reference is None):
         raise UserError("--fid and --reference go together: give both, or leave both out")
-    if arguments.reference is not None and not arguments.reference.is_file():
-        raise UserError(SettingName("reference"), f" {arguments.reference}: there is no such file")
     # Hours of drawing would come before the evaluation finds out.
     if arguments.fid is not None and find_spec("torch_fidelity") is None:
         raise UserError("--fid: torch_fidelity is missing: pip install 'llamagen-serve[eval]'")

@@ -146,6 +146,6 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{_FLAG} {path}: {error.strerror or error}") from error
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path}: cannot be read as weights ({shortened(str(error), 200)}); download it again"
+            f"{path}: damaged, or no .pth file of weights; leave {_FLAG} out to download them"
         ) from error
     return weights, hashlib.sha256(content).hexdigest()

@@ -20,7 +20,7 @@ class Bounds:
 
     def check(self, name: str, value: object) -> None:
         """Raises `SettingError` unless the value is allowed."""
-        if not isinstance(value, self.kind):
+        if not isinstance(value, self.kind) or isinstance(value, bool):
             kind = "a whole number" if self.kind is Integral else "a number"
             raise SettingError(name, value, f"must be {kind}")
         number = cast(float, value)

@@ -43,7 +43,7 @@ class BatchRequest:
     custom_id: str
     body: bytes  # JSON, which only the service judges
     images: int  # that it asks for, or 1 where its body does not say so properly
-    streams: bool  # it asks for a stream
+    needs_service: str | None  # a field that asks for what an answer in a file cannot be
     error: BatchError | None
 
 
@@ -98,7 +98,8 @@ def _read_request(place: str, line: bytes) -> BatchRequest:
         raise UserError(f"{place} must be a JSON object with {', '.join(_FIELDS)}")
     custom_id = content.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise UserError(f"{place} has no custom_id; give each request a text of its own")
+        there = "has no custom_id" if custom_id is None else "has a custom_id that is no text"
+        raise UserError(f"{place} {there}; give each request a text of its own")
     body = content.get("body")
     fields = body if isinstance(body, dict) else {}
     n = fields.get("n")
@@ -110,9 +111,15 @@ def _read_request(place: str, line: bytes) -> BatchRequest:
         custom_id,
         text,
         images=n if isinstance(n, int) and 1 <= n <= 10 else 1,
-        streams=fields.get("stream") is True,
+        needs_service=_needs_service(fields),
         error=_error_of(content),
     )
+
+
+def _needs_service(fields: dict[str, Any]) -> str | None:
+    if fields.get("stream") is True:
+        return "stream"
+    return "response_format" if fields.get("response_format") == "url" else None
 
 
 def _error_of(content: dict[str, Any]) -> BatchError | None:

@@ -43,7 +43,13 @@ _SPARE_IMAGES = 64  # that are decoded, become files or are written, while other
 _MOST_ROWS_OF_IMAGE = 2
 _TRIES = 10  # of a request that is told to try again
 _POLL_SECONDS = 0.05
-_STREAMS = invalid("stream must be false: an answer in a file comes whole", "stream")
+# By the field of a request that asks for what an answer in a file cannot be.
+_NEEDS_SERVICE = {
+    "stream": invalid("stream must be false: an answer in a file comes whole", "stream"),
+    "response_format": invalid(
+        "response_format must be b64_json: an answer in a file holds its images", "response_format"
+    ),
+}
 # What is said of a service's queue and clients. Here one client asks for a bounded number of images
 # at a time, and it waits as long as need be.
 _OF_ONE_CLIENT = {
@@ -192,10 +198,11 @@ class BatchJob:
         if request.error is not None:
             self._failed += 1
             self._answers.refuse(request.custom_id, request.error)
-        elif request.streams:
+        elif request.needs_service is not None:
             self._failed += 1
-            answer = json.dumps(_STREAMS.body).encode()
-            self._answers.answer(request.custom_id, _STREAMS.status, new_request_id(), answer)
+            error = _NEEDS_SERVICE[request.needs_service]
+            answer = json.dumps(error.body).encode()
+            self._answers.answer(request.custom_id, error.status, new_request_id(), answer)
         else:
             response = await _ask(client, request.body, dispatcher)
             drawn = response.status_code == 200

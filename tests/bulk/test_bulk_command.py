@@ -161,7 +161,9 @@ def test_the_pipeline_makes_the_commands_file(tmp_path: Path, unbroken: bytes) -
     [
         ({"images": 0}, "images 0: must be 1 to 99999999"),
         ({"seed": -1}, "seed -1: must be 0 to"),
-        ({"labels": [1, 2]}, "labels [1, 2]: holds int64 [2]; give 8 whole numbers"),
+        ({"labels": [1, 2]}, "labels [1, 2]: holds 2 ids; give 8 ids, one for each image"),
+        ({"images": True}, "images True: must be a whole number"),
+        ({"labels": ["fox"] * 8}, "labels ['fox', 'fox', 'fox', 'fox', 'fox', '...: holds <U3 and"),
         ({"image_size_eval": 0}, "image_size_eval 0: must be 1 to 4096"),
     ],
 )
@@ -197,12 +199,14 @@ def test_the_plain_loop_draws_by_fixed_batches(tmp_path: Path) -> None:
     [
         (["--num-fid-samples", "0"], "--num-fid-samples 0: must be 1 to 99999999"),
         (["--global-seed", "-1"], "--global-seed -1: must be 0 to 2**63 - 1"),
-        (["--labels", "nowhere.txt"], "--labels nowhere.txt: must be random, balanced, or a file"),
+        (["--labels", "nowhere.txt"], "--labels nowhere.txt: there is no such file; give random"),
         (
             ["--per-proc-batch-size", "4", "--max-num-seqs", "8"],
             "--per-proc-batch-size and --max-num-seqs say the same",
         ),
         (["--gpt-model", "GPT-XL"], "there are no trained weights for GPT-XL"),
+        (["--naive", "--lookahead", "4"], "--lookahead: the engine's, and --naive draws without"),
+        (["--sample-dir", ""], "--sample-dir '': is empty: name one, or leave it out"),
         (["--sample-dir", "/dev/null/x"], "--sample-dir /dev/null/x: cannot write"),
     ],
 )

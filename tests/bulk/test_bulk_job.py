@@ -148,11 +148,17 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path, FakeSource(job, fails_after=10))
     for other, told in (
-        (bulk_job(images=41), "images is 40 and not 41"),
-        (bulk_job(labels="balanced"), "whose images have other labels"),
-        (replace(job, sampling=replace(job.sampling, cfg_interval=5)), "cfg_interval is -1 and"),
-        (replace(job, deterministic=True), "deterministic is False and not True"),
-        (replace(job, loop="naive"), "naive is False and not True"),
+        (
+            bulk_job(images=41),
+            "of another job, which has images 40 and not 41; choose",
+        ),
+        (bulk_job(labels="balanced"), "which has other labels; choose"),
+        (
+            replace(job, sampling=replace(job.sampling, cfg_interval=5)),
+            "has cfg_interval -1 and not 5;",
+        ),
+        (replace(job, deterministic=True), "which has deterministic False and not True"),
+        (replace(job, loop="naive"), "which has naive False and not True"),
     ):
         assert other.name == job.name
         with pytest.raises(UserError, match=told):
@@ -252,7 +258,7 @@ def test_other_weights_of_the_same_name_are_another_job(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(job, tmp_path, FakeSource(job, fails_after=10))
     weights.write_bytes(b"new weights")
-    with pytest.raises(UserError, match="whose gpt_ckpt_sha256 is"):
+    with pytest.raises(UserError, match="which has other weights in gpt_ckpt"):
         run(replace(job), tmp_path, FakeSource(job))  # a new one, which reads the file anew
 
 
@@ -263,7 +269,7 @@ def test_images_of_an_unknown_job_are_refused(tmp_path: Path) -> None:
         run(job, tmp_path, FakeSource(job, fails_after=10))
     settings = tmp_path / job.name / "job.json"
     settings.write_text("{")
-    with pytest.raises(UserError, match=r"job.json is damaged; remove the folder"):
+    with pytest.raises(UserError, match=r"job.json is damaged; move the folder"):
         run(job, tmp_path, FakeSource(job))
     settings.unlink()
     with pytest.raises(UserError, match="nothing says of which job; remove it"):
@@ -296,11 +302,18 @@ def test_pngs_of_a_finished_job_are_made(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_of_samples_is_named(tmp_path: Path) -> None:
-    """Fails if PNG files are made of a file that is cut off, or it ends in a traceback."""
+    """Fails if a file that is cut off passes for whole, or PNG files are made of a damaged one."""
     job = bulk_job()
     samples = run(job, tmp_path, FakeSource(job)).samples
-    samples.write_bytes(samples.read_bytes()[:-500])
-    with pytest.raises(UserError, match=r"npz is damaged: remove it, and the job is drawn again$"):
+    whole = samples.read_bytes()
+    samples.write_bytes(whole[:-500])
+    for save_png in (False, True):
+        with pytest.raises(
+            UserError, match=r"npz is damaged; remove it, and the job is drawn again$"
+        ):
+            run(job, tmp_path, FakeSource(job), save_png=save_png)
+    samples.write_bytes(bytes(len(whole)))
+    with pytest.raises(UserError, match=r"npz is damaged; remove it, and .* drawn again$"):
         run(job, tmp_path, FakeSource(job), save_png=True)
 
 
@@ -379,10 +392,13 @@ def test_random_labels_depend_on_the_seed_and_the_index_alone() -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("1\n2\n", r"holds int64 \[2\]; give 3 whole numbers"),
-        ("1\n2\n64\n", "ids must be 0 to 63"),
-        ("1\nfox\n3\n", "holds no ids"),
-        (None, "must be random, balanced, or a file"),
+        ("1\n2\n", "holds 2 ids; give 3 ids, one for each image"),
+        ("", "holds 0 ids; give 3 ids, one for each image"),
+        ("1\n2\n64\n", "image 2 has id 64; ids are 0 to 63"),
+        ("1\nfox\n3\n", "line 2 is 'fox'; give an id a line"),
+        ("1\n2\n" + "9" * 30, "an id has too many digits"),
+        ("\x001\n2\n3", "line 1 is '\\?1'; give an id a line"),
+        (None, "there is no such file; give random, balanced, or a file"),
     ],
 )
 def test_a_file_of_labels_is_checked(tmp_path: Path, content: str | None, told: str) -> None:
@@ -392,8 +408,9 @@ def test_a_file_of_labels_is_checked(tmp_path: Path, content: str | None, told: 
         file.write_text(content)
     with pytest.raises(UserError, match=told):
         make_labels(str(file), 3, 64, 0)
-    file.write_text("5\n0\n63\n")
-    assert make_labels(str(file), 3, 64, 0).tolist() == [5, 0, 63]
+    for good in ("5\n0\n63\n", "\ufeff5\r\n0\r\n\r\n63"):  # as Windows writes it, too
+        file.write_bytes(good.encode())
+        assert make_labels(str(file), 3, 64, 0).tolist() == [5, 0, 63]
     np.save(tmp_path / "labels.npy", np.array([7, 8, 9], dtype=np.uint8))
     assert make_labels(str(tmp_path / "labels.npy"), 3, 64, 0).tolist() == [7, 8, 9]
     np.save(tmp_path / "labels.npy", np.array([{}, 8, 9], dtype=object))

@@ -159,7 +159,7 @@ def test_what_are_no_weights_is_refused(tmp_path: Path) -> None:
         load_inception(CPU, path)
     for content in (b"", b"no weights", b"PK\x03\x04 cut off"):
         path.write_bytes(content)
-        with refused("x.pth: cannot be read as weights"):
+        with refused("x.pth: damaged, or no .pth file of weights; leave --inception-weights out"):
             load_inception(CPU, path)
     for state in ({"fc.weight": torch.zeros(2, 2)}, [1]):
         torch.save(state, path)
@@ -178,7 +178,7 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
     plain = pickle.dumps(Command(), protocol=2)
     for write in (lambda: torch.save(Command(), path), lambda: path.write_bytes(plain)):
         write()
-        with refused("cannot be read as weights"):
+        with refused("damaged, or no .pth file of weights"):
             load_inception(CPU, path)
     assert not (tmp_path / "made").exists()
 

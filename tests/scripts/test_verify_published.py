@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import verify_published
@@ -281,8 +282,9 @@ def test_fid_is_measured_by_the_commands_for_it(
     [
         (["--fid", "50"], "--fid and --reference go together"),
         (["--reference", "x.npz"], "--fid and --reference go together"),
-        (["--fid", "50", "--reference", "x.npz"], "reference x.npz: there is no such file"),
-        (["--fid", "50", "--reference", __file__], "--fid: torch_fidelity is missing: pip install"),
+        (["--fid", "50", "--reference", "x.npz"], "x.npz: No such file or directory"),
+        (["--fid", "50", "--reference", __file__], "test_verify_published.py: not an .npz file, or damaged"),
+        (["--fid", "50", "--reference", "good.npz"], "--fid: torch_fidelity is missing: pip inst"),
         (["--output", "x.txt"], "--output x.txt"),
     ],
 )
@@ -291,6 +293,7 @@ def test_a_mistake_is_told_before_the_work(
 ) -> None:
     """Fails if a mistake is found only after minutes of measuring."""
     monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     monkeypatch.setattr(published_report, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=told):
         report_of(tmp_path, *words)

@@ -41,7 +41,6 @@ BAD: list[object] = [
     {"prompt": "cat", "n": 11},
     {"prompt": "cat", "cfg": 2},
     {"prompt": "cat", "model": "gpt-image-1"},
-    {"prompt": "cat", "response_format": "url"},
     {"prompt": "cat", "partial_images": 2},
     {"prompt": "x" * 2**20},
     {"prompt": "\ud800"},
@@ -149,14 +148,21 @@ def test_answers_are_those_of_the_service(batch: Batch, tmp_path: Path) -> None:
             assert expected.status_code == 200 or name >= len(GOOD)
 
 
-def test_a_stream_is_refused_in_the_services_way(batch: Batch) -> None:
-    """Fails if a line would have to hold events."""
-    batch.ask({"prompt": "cat", "stream": True}, {"prompt": "cat", "stream": False})
+@pytest.mark.parametrize(
+    ("field", "wanted", "possible"),
+    [("stream", True, False), ("response_format", "url", "b64_json")],
+)
+def test_what_a_file_cannot_hold_is_refused_in_the_services_way(
+    batch: Batch, field: str, wanted: object, possible: object
+) -> None:
+    """Fails if a line would have to hold events, or the address of an image that nobody keeps."""
+    batch.ask({"prompt": "cat", field: wanted}, {"prompt": "cat", field: possible})
     assert batch.run() == 0
     refusal, answer = batch.lines["0"]["response"], batch.lines["1"]["response"]
     assert (refusal["status_code"], answer["status_code"]) == (400, 200)
-    assert refusal["body"]["error"]["param"] == "stream"
+    assert refusal["body"]["error"]["param"] == field
     assert refusal["body"]["error"]["code"] == "invalid_value"
+    assert "an answer in a file" in refusal["body"]["error"]["message"]
 
 
 def test_a_seed_is_in_the_answer(batch: Batch) -> None:

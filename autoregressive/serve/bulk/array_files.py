@@ -85,4 +85,4 @@ def read_samples(path: Path, at_once: int) -> Iterator[NDArray[np.uint8]]:
                 some = (min(at_once, images - begin), *shape)
                 yield np.frombuffer(array.read(math.prod(some)), np.uint8).reshape(some)
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged: remove it, and the job is drawn again") from error
+        raise UserError(f"{path} is damaged; remove it, and the job is drawn again") from error

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import fields
 from typing import NoReturn
 
 from autoregressive.cli.command import (
@@ -38,6 +38,7 @@ with slow_imports(__name__):
         NUM_FID_SAMPLES,
         RANDOM,
     )
+    from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.engine_flags import MOST_ROWS, add_engine_flags
     from autoregressive.weights.options import check_options
 
@@ -108,8 +109,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--sample-dir",
-        type=Path,
-        default=Path("samples"),
+        default="samples",
         metavar="DIR",
         help="the npz file and the job's folder go there; made if need be; several machines share "
         "it (default: %(default)s)",
@@ -146,8 +146,26 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             SettingName("max_num_seqs"),
             " say the same, in images and in rows: leave one out",
         )
+    for name in ("sample_dir", "labels"):
+        if not getattr(arguments, name):
+            raise SettingError(name, "''", "is empty: name one, or leave it out")
+    if arguments.naive:
+        _check_no_engine(arguments)
     _sampling(arguments)
     check_options(model_options(arguments))
+
+
+def _check_no_engine(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for the first flag of the engine that was typed."""
+    for field in fields(EngineConfig):
+        typed = getattr(arguments, field.name, None)
+        if typed is not None and typed is not False:
+            raise UserError(
+                SettingName(field.name),
+                ": the engine's, and ",
+                SettingName("naive"),
+                " draws without it: leave one out",
+            )
 
 
 def _sampling(arguments: argparse.Namespace) -> SamplingParams:

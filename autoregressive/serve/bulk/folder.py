@@ -7,7 +7,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from autoregressive.errors import SettingError, UserError
+from autoregressive.errors import SettingError, SettingName, UserError
 from autoregressive.files import write_whole
 from autoregressive.progress import Bar
 from autoregressive.serve.bulk.array_files import (
@@ -74,6 +74,7 @@ class JobFolder:
             raise self._refused(f"cannot write {self.folder}: {error.strerror}") from error
         self._check_settings()
         if self.finished:
+            self._check_size()
             self.parts.remove()
             return np.zeros(0, dtype=np.int64)
         write_array(self.folder / "labels.npy", self.job.labels)
@@ -143,7 +144,7 @@ class JobFolder:
     def _codes_file(self) -> Path:
         return self.folder / "codes.npy"
 
-    def _refused(self, told: str) -> SettingError:
+    def _refused(self, told: str | Sequence[str | SettingName]) -> SettingError:
         return SettingError("sample_dir", self.samples.parent, told)
 
     def _take(self) -> None:
@@ -173,16 +174,21 @@ class JobFolder:
         try:
             there = dict(json.loads(self._settings_file.read_bytes()))
         except (ValueError, TypeError) as error:
-            told = f"{self._settings_file} is damaged; remove the folder and its npz file"
+            told = f"{self._settings_file} is damaged; move the folder and its npz file away"
             raise self._refused(told) from error
         try:
             check_same(there, settings)
         except DifferentJobError as error:
-            told = (
-                f"{self.folder.name} is of another job, {error}; choose another folder, or remove "
-                "it and its npz file"
-            )
-            raise self._refused(told) from error
+            end = "; choose another folder, or move it and its npz file away"
+            name = self.folder.name
+            raise self._refused([f"{name} is of another job, ", *error.parts, end]) from error
+
+    def _check_size(self) -> None:
+        """Raises `UserError` if the file of samples was cut off after the job had ended."""
+        pictures = self.job.images * self.job.image_size_eval**2 * 3  # bytes
+        if self.samples.stat().st_size < pictures:
+            told = f"{self.samples} is damaged; remove it, and the job is drawn again"
+            raise self._refused(told)
 
     def _save_png(self, index: int, picture: NDArray[np.uint8]) -> None:
         """Not by `write_whole`, which looks through the folder each time."""

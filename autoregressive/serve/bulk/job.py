@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from autoregressive.devices import PRECISIONS
-from autoregressive.errors import SettingError, shortened
+from autoregressive.errors import SettingError, SettingName, UserError, shortened
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.records import Loop, sampling_record, weights_name
@@ -108,8 +107,8 @@ def job_name(
     )
 
 
-class DifferentJobError(ValueError):
-    """Two jobs are not the same; the message says in what."""
+class DifferentJobError(UserError):
+    """Two jobs are not the same; the message, "which has ...", says in what."""
 
 
 def check_same(there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -118,9 +117,18 @@ def check_same(there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """
     for name, value in settings.items():
         if name != "labels" and there.get(name) != value:
-            if name == "labels_sha256":
-                raise DifferentJobError("whose images have other labels")
-            raise DifferentJobError(f"whose {name} is {there.get(name)} and not {value}")
+            raise DifferentJobError("which has ", *_difference(name, there.get(name), value))
+
+
+def _difference(name: str, there: object, here: object) -> list[str | SettingName]:
+    """A setting of another job beside this one's, in words."""
+    if name == "labels_sha256":
+        return ["other labels"]
+    if name in ("gpt_ckpt_sha256", "vq_ckpt_sha256"):
+        return ["other weights in ", SettingName(name.removesuffix("_sha256"))]
+    if name in ("images", "device"):  # not what a flag is called
+        return [f"{name} {there} and not {here}"]
+    return [SettingName(name), f" {there} and not {here}"]
 
 
 def evaluation_size(model: ModelSettings, typed: int | None) -> int:
@@ -163,30 +171,52 @@ def make_labels(labels: Labels, images: int, num_classes: int, seed: int) -> NDA
         return torch.randint(num_classes, (images,), generator=generator).numpy()
     if labels == BALANCED:
         return np.arange(images) % num_classes
-    path = Path(labels)
+    return _checked(str(labels), _read_labels(Path(labels)), images, num_classes)
+
+
+def _read_labels(path: Path) -> NDArray[Any]:
+    """The array of a .npy file, or the numbers of a text with one a line.
+
+    Raises:
+        SettingError: the file is not there or damaged, or a line is no number.
+    """
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
-                found = np.lib.format.read_array(file)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # that the file is empty
-                found = np.loadtxt(path, dtype=np.int64, ndmin=1)
+                return np.lib.format.read_array(file)
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
-        told = f"must be {RANDOM}, {BALANCED}, or a file with an id for each image"
-        raise SettingError("labels", labels, told) from error
+        told = f"there is no such file; give {RANDOM}, {BALANCED}, or a file with an id an image"
+        raise SettingError("labels", path, told) from error
     except OSError as error:
-        raise SettingError("labels", labels, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise SettingError("labels", labels, "holds no ids: give one a line, or .npy") from error
-    return _checked(str(labels), found, images, num_classes)
+        raise SettingError("labels", path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no array, or no text
+        raise SettingError("labels", path, "holds no ids: give one a line, or .npy") from error
+    ids = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                ids.append(int(line))
+            except ValueError as error:
+                told = f"line {number} is {shortened(line, 40)!r}; give an id a line, such as 207"
+                raise SettingError("labels", path, told) from error
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError as error:
+        raise SettingError("labels", path, "an id has too many digits") from error
 
 
 def _checked(name: str, found: NDArray[Any], images: int, num_classes: int) -> NDArray[np.int64]:
-    if found.shape != (images,) or not np.issubdtype(found.dtype, np.integer):
-        told = f"holds {found.dtype} {list(found.shape)}; give {images} whole numbers"
+    told = f"give {images} ids, one for each image"
+    if found.shape != (images,):
+        there = f"{len(found)} ids" if found.ndim == 1 else f"an array of shape {found.shape}"
+        raise SettingError("labels", name, f"holds {there}; {told}")
+    if not np.issubdtype(found.dtype, np.integer):
+        raise SettingError("labels", name, f"holds {found.dtype} and not whole numbers; {told}")
+    wrong = np.flatnonzero((found < 0) | (found >= num_classes))
+    if len(wrong):
+        told = f"image {wrong[0]} has id {found[wrong[0]]}; ids are 0 to {num_classes - 1}"
         raise SettingError("labels", name, told)
-    if not (found.min() >= 0 and found.max() < num_classes):
-        raise SettingError("labels", name, f"ids must be 0 to {num_classes - 1}")
     return found.astype(np.int64)
 
 

@@ -166,8 +166,9 @@ def _open(folder: JobFolder, ranks: Ranks) -> NDArray[np.int64]:
     try:
         check_same(settings, folder.job.settings)
     except DifferentJobError as error:
-        told = f"rank {ranks.rank} was started for another job than rank 0, {error}"
-        raise UserError(f"{told}: give all ranks the same flags") from error
+        told = f"rank {ranks.rank} was started for another job than rank 0, "
+        end = ": give all ranks the same flags and files"
+        raise UserError(told, *error.parts, end) from error
     folder.share()
     return missing
 

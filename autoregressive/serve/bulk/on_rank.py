@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace, sampling: SamplingParams, ranks: Ranks, b
         with saying_what_needs_less_memory(job.model, config):
             report = run_job(
                 job,
-                arguments.sample_dir,
+                Path(arguments.sample_dir),
                 ranks,
                 _source_maker(job, config),
                 save_png=arguments.save_png,
