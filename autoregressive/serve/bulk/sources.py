@@ -95,8 +95,7 @@ class _Decoding:
         assert engine.decoder is not None
         self._decoder = engine.decoder
         self._as_pictures = partial(evaluation_pictures, size=job.image_size_eval)
-        on_gpu = engine.device.type == "cuda"
-        self._size = self._decoder.batch_sizes[-1] if on_gpu else 1  # a CPU gains nothing by more
+        self._size = self._decoder.batch_sizes[-1]
         self._indices: list[int] = []  # of the next batch
         self._codes: list[Tensor] = []
         self._since = 0.0  # when the first of the next batch came

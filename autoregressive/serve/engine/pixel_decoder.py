@@ -56,7 +56,8 @@ class PixelDecoder:
     ) -> None:
         self._vq, self._grid, self._device = vq, grid, device
         self._size = grid * vq.config.downsample_size
-        self.batch_sizes = batch_sizes(self._size)
+        # A CPU gains nothing by more than one, whose pixels then depend on its codes alone.
+        self.batch_sizes = batch_sizes(self._size) if device.type == "cuda" else (1,)
         self._captured: dict[int, _Captured] = {}
         self._forward: VQForward | None = None
         if device.type == "cuda":

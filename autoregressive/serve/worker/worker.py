@@ -165,13 +165,7 @@ class Worker:
         self._decodings: deque[tuple[list[Request], DeviceFuture[tuple[Tensor, ...]], float]] = (
             deque()
         )
-        # On a CPU decoding is done when `submit_to_host` returns, and nothing else meanwhile: one
-        # image at a time then.
-        self._at_once = (
-            engine.decoder.batch_sizes[-1]
-            if engine.decoder is not None and engine.device.type == "cuda"
-            else 1
-        )
+        self._at_once = engine.decoder.batch_sizes[-1] if engine.decoder is not None else 1
         self._previewer = Previewer(engine, self._at_once)
         self._stats_at = 0.0
         self._serving = True
