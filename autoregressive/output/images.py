@@ -23,10 +23,13 @@ from autoregressive.errors import SettingName, UserError
 from autoregressive.files import write_whole
 
 IMAGES_PER_ROW = 4
-_PADDING = 2  # black pixels between the images of a grid, and around it
+PADDING = 2  # black pixels between the images of a grid, and around it
 JSON_KEY = "llamagen"  # of the record; a PNG's text "parameters" has the same for people
+_SMALLEST_LETTERS = 10  # pixels; smaller ones cannot be read
 QUALITY = 90  # of JPEG and WebP
 _OTHER_RECORD_BYTES = 4096  # more than a record has beside the classes, file names included
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,36 @@ def picture_grid(pixels: Tensor, captions: Sequence[str] | None = None) -> Tenso
     """
     cells = pixels.float().cpu()
     if captions is not None:
-        strips = torch.stack([_caption_strip(text, cells.shape[-1]) for text in captions])
+        font = caption_font(captions, cells.shape[-1] - 4)
+        strips = torch.stack([_caption_strip(text, cells.shape[-1], font) for text in captions])
         cells = torch.cat([cells, strips], dim=2)
-    cells = cells.clamp(-1, 1).add(1).div(2).mul(255).add(0.5).to(torch.uint8)
+    cells = as_bytes(cells)
     if len(cells) == 1:
         return cells[0]
     height, width = cells.shape[2:]
     grid = torch.zeros(3, *_grid_size(len(cells), height, width), dtype=torch.uint8)
     for index, cell in enumerate(cells):
-        top = _PADDING + index // IMAGES_PER_ROW * (height + _PADDING)
-        left = _PADDING + index % IMAGES_PER_ROW * (width + _PADDING)
+        top = PADDING + index // IMAGES_PER_ROW * (height + PADDING)
+        left = PADDING + index % IMAGES_PER_ROW * (width + PADDING)
         grid[:, top : top + height, left : left + width] = cell
     return grid
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in -1..1 -> uint8 of the same shape, on the CPU. What lies outside is clipped."""
+    levels = pixels.float().cpu().clamp(-1, 1).add(1).div(2).mul(255)
+    return levels.add(0.5).to(torch.uint8)
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """uint8 [3, height, width] on the CPU -> an image of Pillow's."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def _grid_size(cells: int, height: int, width: int) -> tuple[int, int]:
     """Height and width of a grid of several cells of that size."""
     rows, columns = math.ceil(cells / IMAGES_PER_ROW), min(cells, IMAGES_PER_ROW)
-    return rows * (height + _PADDING) + _PADDING, columns * (width + _PADDING) + _PADDING
+    return rows * (height + PADDING) + PADDING, columns * (width + PADDING) + PADDING
 
 
 def check_grid_fits(
@@ -94,15 +109,29 @@ def check_grid_fits(
     Raises:
         UserError: it does not.
     """
-    height, _ = _grid_size(images, side + (_strip_height(side) if captions else 0), side)
+    height, width = _grid_size(images, side + (_strip_height(side) if captions else 0), side)
+    check_size_fits(setting, path, images, height, width)
+
+
+def check_size_fits(
+    setting: str | SettingName, path: Path, images: int, height: int, width: int
+) -> None:
+    """Finds out whether the file's format holds a grid of that height and width.
+
+    Args:
+        setting, path, images: as of `check_grid_fits`.
+
+    Raises:
+        UserError: it does not.
+    """
     most = PICTURE_FORMATS[path.suffix.lower()].largest_side
-    if height > most:
-        raise UserError(
-            setting,
-            f" {path}: a grid of {images} images is {height} pixels high, and such a file "
-            f"holds {most}: "
-            "use .png, or draw fewer",
-        )
+    for pixels, direction in ((height, "high"), (width, "wide")):
+        if pixels > most:
+            raise UserError(
+                setting,
+                f" {path}: a grid of {images} images is {pixels} pixels {direction}, and such a "
+                f"file holds {most}: use .png, or draw fewer",
+            )
 
 
 def check_record_fits(
@@ -127,7 +156,7 @@ def check_record_fits(
         )
 
 
-def fitted_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def fitted_text(text: str, font: Font, width: float) -> str:
     """The text, cut and ended by three dots if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -136,9 +165,24 @@ def fitted_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, w
     return text.rstrip() + "..."
 
 
-def _caption_strip(text: str, width: int) -> Tensor:
+def caption_font(captions: Sequence[str], width: int) -> Font:
+    """The font of captions that stand together. Its letters are a tenth as high as a picture is
+    wide, or smaller where a caption is wider than that many pixels, but can be read.
+    """
+    for size in range(letter_size(width), _SMALLEST_LETTERS, -1):
+        font = ImageFont.load_default(size)
+        if max(map(font.getlength, captions)) <= width:
+            return font
+    return ImageFont.load_default(_SMALLEST_LETTERS)
+
+
+def letter_size(width: int) -> int:
+    """Pixels of the letters beside pictures of that width."""
+    return max(_SMALLEST_LETTERS, width // 10)
+
+
+def _caption_strip(text: str, width: int, font: Font) -> Tensor:
     """White letters on black: float32 [3, strip height, width] in -1..1."""
-    font = ImageFont.load_default(size=_letter_size(width))
     strip = Image.new("L", (width, _strip_height(width)))
     ImageDraw.Draw(strip).text(
         (width / 2, strip.height / 2),
@@ -151,12 +195,8 @@ def _caption_strip(text: str, width: int) -> Tensor:
     return grey.expand(3, -1, -1)
 
 
-def _letter_size(width: int) -> int:
-    return max(10, width // 10)  # pixels: a tenth of the picture's width, but readable
-
-
 def _strip_height(width: int) -> int:
-    return _letter_size(width) * 3 // 2
+    return letter_size(width) * 3 // 2
 
 
 def save_picture(path: Path, picture: Tensor, parameters: str, record: dict[str, object]) -> None:
@@ -174,7 +214,7 @@ def save_picture(path: Path, picture: Tensor, parameters: str, record: dict[str,
     options = record_options(name, parameters, record)
     if name != "PNG":
         options["quality"] = QUALITY
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image = as_image(picture)
     _write_encoded(path, lambda file: image.save(file, format=name, **options))
 
 

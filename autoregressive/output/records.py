@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from autoregressive.devices import PRECISIONS
+from autoregressive.models.axes import CLASS, GridAxes
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.version import PROGRAM, program_version
 from autoregressive.weights.finding import FoundWeights, ModelSettings
@@ -69,6 +70,34 @@ def image_record(
     )
 
 
+def axes_record(
+    common: dict[str, object],
+    params: SamplingParams,
+    axes: GridAxes,
+    *,
+    label: int,
+    class_name: str,
+) -> dict[str, object]:
+    """How the pictures of a grid were made. `axes` has what varies from left to right, and then
+    what varies from top to bottom: each maps keys of an `image_record` to lists of values. Nothing
+    else varies, so a picture's record is this one with its own value of each list.
+
+    Args:
+        common: a `generation_record`.
+        params, label, class_name: those of all pictures, but for what varies.
+    """
+    varied: list[dict[str, object]] = [
+        {"label": list(axis.values), "class_name": list(axis.names)}
+        if axis.setting == CLASS
+        else {axis.setting: list(axis.values)}
+        for axis in axes.both
+    ]
+    same = image_record(common, params, label=label, class_name=class_name)
+    for keys in varied:
+        same = {key: value for key, value in same.items() if key not in keys}
+    return same | {"axes": varied}
+
+
 def sampling_record(params: SamplingParams) -> dict[str, object]:
     """The parameters of a draw, ready for JSON."""
     return {name: value for name, value in asdict(params).items() if name != "n"}
@@ -78,19 +107,26 @@ def readable(record: dict[str, object]) -> str:
     """The record of a grid or of a single picture for people: the classes on a line, then
     everything else.
     """
-    labels: Any = record.get("labels", [record.get("label")])
-    names: Any = record.get("class_names", [record.get("class_name")])
+    axes: Any = record.get("axes", [])
+    varied = {key: values for keys in axes for key, values in keys.items()}
+    labels: Any = varied.get("label", record.get("labels", [record.get("label")]))
+    names: Any = varied.get("class_name", record.get("class_names", [record.get("class_name")]))
     drawn = ", ".join(f"{name} ({label})" for label, name in zip(labels, names, strict=True))
-    said_before = ("labels", "class_names", "label", "class_name", "trained")
-    rest = {key: value for key, value in record.items() if key not in said_before}
+    said_before = ("labels", "class_names", "label", "class_name", "trained", "axes")
+    rest = {key: value for key, value in (record | varied).items() if key not in said_before}
     noise = [] if record["trained"] else ["untrained weights: this picture is noise"]
     return "\n".join(
         [
             *noise,
             drawn,
-            ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rest.items()),
+            ", ".join(f"{key.replace('_', ' ')}: {_listed(value)}" for key, value in rest.items()),
         ]
     )
+
+
+def _listed(value: object) -> str:
+    """A value, or all that vary."""
+    return " | ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def weights_name(weights: Path | None) -> str:
