@@ -7,28 +7,24 @@ result.images[0].save("fox.png")
 The command `serve/sample_c2i.py` draws by `Pipeline.draw` and `Pipeline.decode`, too.
 """
 
-import io
 import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.sampling_params import SamplingParams, random_seed
-from autoregressive.output.images import PICTURE_FORMATS, QUALITY, picture_grid, record_options
-from autoregressive.output.records import generation_record, image_record, readable
+from autoregressive.output.images import as_image, picture_grid
+from autoregressive.output.records import generation_record, image_record
 from autoregressive.progress import progress_bar
 from autoregressive.serve.bulk.job import (
     RANDOM,
@@ -48,6 +44,7 @@ from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from autoregressive.serve.results import GeneratedImage, Result
 from autoregressive.weights.finding import (
     FoundWeights,
     ModelSettings,
@@ -59,67 +56,6 @@ from autoregressive.weights.loading import LoadedModels, load_models
 from autoregressive.weights.options import ModelOptions
 
 _IMAGES_DECODED_AT_ONCE = 64  # 113 MB of pixels at 384 px, and enough to keep a GPU busy
-
-
-class GeneratedImage(Image.Image):
-    """A picture with the parameters that it was made with, which go into its files too."""
-
-    def __init__(self, image: Image.Image, record: dict[str, object]) -> None:
-        super().__init__()
-        self.__dict__.update(image.__dict__)
-        self.info = {"record": record}
-
-    @property
-    def record(self) -> dict[str, object]:
-        """How it was made, ready for JSON."""
-        return self.info["record"]
-
-    def copy(self) -> "GeneratedImage":
-        """A picture of its own with the same record."""
-        return GeneratedImage(super().copy(), self.record)
-
-    __copy__ = copy
-
-    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
-        """Saves as `PIL.Image.Image.save` does; a PNG, JPEG or WebP file has the record inside."""
-        names = {suffix: kind.name for suffix, kind in PICTURE_FORMATS.items()}
-        suffix = Path(fp).suffix.lower() if isinstance(fp, str | os.PathLike) else ""
-        name = (format or names.get(suffix, "")).upper()
-        if name in names.values():
-            options = record_options(name, readable(self.record), self.record)
-            if name != "PNG":
-                options["quality"] = QUALITY
-            params = options | params
-        super().save(fp, format, **params)
-
-
-@dataclass(frozen=True)
-class Result:
-    """The images of one call, those of one class side by side. A notebook shows them as a grid."""
-
-    images: list[GeneratedImage]
-    codes: Tensor = field(repr=False)  # int32 [images, tokens] on the CPU
-    labels: list[int]  # the class of each image
-    seeds: list[int]  # of each image: with it alone, the image is drawn again
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> GeneratedImage:
-        return self.images[index]
-
-    @cached_property
-    def grid(self) -> Image.Image:
-        """All images on one picture, four a row, with the names of their classes."""
-        pixels = torch.stack([torch.from_numpy(np.array(one)) for one in self.images])
-        names = [str(one.record["class_name"]) for one in self.images]
-        grid = picture_grid(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, names)
-        return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
-
-    def _repr_png_(self) -> bytes:
-        content = io.BytesIO()
-        self.grid.save(content, format="PNG")
-        return content.getvalue()
 
 
 class Pipeline:
@@ -249,8 +185,7 @@ class Pipeline:
         images = []
         for label, one, pixels in zip(labels, each, self.decode(codes), strict=True):
             record = image_record(common, one, label=label, class_name=self.classes[label])
-            picture = picture_grid(pixels[None]).permute(1, 2, 0).contiguous().numpy()
-            images.append(GeneratedImage(Image.fromarray(picture), record))
+            images.append(GeneratedImage(as_image(picture_grid(pixels[None])), record))
         return Result(images, codes, labels, [one.seed for one in each])
 
     def draw(

@@ -18,7 +18,7 @@ import autoregressive
 from autoregressive import Pipeline
 from autoregressive.errors import UserError
 from autoregressive.serve import EngineConfig
-from autoregressive.serve.pipeline import GeneratedImage
+from autoregressive.serve.results import GeneratedImage
 
 
 @pytest.fixture(scope="module")
