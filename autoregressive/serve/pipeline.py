@@ -10,7 +10,7 @@ The command `serve/sample_c2i.py` draws by `Pipeline.draw` and `Pipeline.decode`
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from autoregressive.devices import limited_cpu_threads
 from autoregressive.errors import SettingError, UserError, did_you_mean, on_terminal
+from autoregressive.models.axes import GridAxes
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.sampling_params import SamplingParams, random_seed
 from autoregressive.output.images import as_image, picture_grid
-from autoregressive.output.records import generation_record, image_record
+from autoregressive.output.records import axes_record, generation_record, image_record
 from autoregressive.progress import progress_bar
 from autoregressive.serve.bulk.job import (
     RANDOM,
@@ -44,7 +45,7 @@ from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
-from autoregressive.serve.results import GeneratedImage, Result
+from autoregressive.serve.results import GeneratedImage, GridResult, Result
 from autoregressive.weights.finding import (
     FoundWeights,
     ModelSettings,
@@ -181,12 +182,84 @@ class Pipeline:
         )
         each = [params.updated(seed=first + index) for index in range(len(labels))]
         codes = self.draw(labels, each, progress=progress)
-        common = generation_record(self.model, self.found, "paged")
-        images = []
-        for label, one, pixels in zip(labels, each, self.decode(codes), strict=True):
-            record = image_record(common, one, label=label, class_name=self.classes[label])
-            images.append(GeneratedImage(as_image(picture_grid(pixels[None])), record))
+        images = self._images(self.decode(codes), labels, each)
         return Result(images, codes, labels, [one.seed for one in each])
+
+    def grid(
+        self,
+        axes: Mapping[str, Iterable[int | float | str]],
+        class_label: int | str | None = None,
+        *,
+        seed: int | None = None,
+        cfg_scale: float | None = None,
+        cfg_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        progress: bool | None = None,
+    ) -> GridResult:
+        """Draws one class with each value of an axis, or with each pair of values of two.
+
+        Args:
+            axes: setting -> its values; the first goes from left to right, the second from top to
+                bottom. A setting is "class", "seed", "cfg_scale" (or "guidance"), or another one
+                below.
+            class_label: name or id; None: the first of the model's own choice.
+            seed: of every image; None: a random one, the same for all.
+            cfg_scale, cfg_interval, temperature, top_k, top_p: of every image, as of
+                `SamplingParams`; None: the model's own default.
+            progress: whether a bar is shown; None: where stderr is a terminal.
+
+        Raises:
+            ValueError: an axis or a value cannot be used, a setting of an axis is given here, too,
+                or there are more than `MOST_PICTURES`.
+            NonFiniteLogitsError: the model gave NaN or infinite logits.
+        """
+        if not isinstance(axes, Mapping):
+            raise UserError('axes: must be a dict, such as {"guidance": [1, 2, 4]}')
+        checked = GridAxes.of(axes.items(), self.classes)
+        given: dict[str, Any] = {
+            "seed": seed,
+            "cfg_scale": cfg_scale,
+            "cfg_interval": cfg_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        checked.check_said_once({"class_label": class_label, **given})
+        label = self.model.defaults.class_labels[0]
+        if class_label is not None:
+            wanted = _class_list(class_label)
+            if len(wanted) > 1:
+                raise UserError('class_label: must be one; the axis "class" takes several')
+            label = self.classes.resolve(wanted[0])
+        params = self.defaults.updated(seed=random_seed()).updated(**given)
+        cells = checked.cells(label, params)
+        labels, each = [one for one, _ in cells], [one for _, one in cells]
+        codes = self.draw(labels, each, progress=progress)
+        record = axes_record(
+            generation_record(self.model, self.found, "paged"),
+            params,
+            checked,
+            label=label,
+            class_name=self.classes[label],
+        )
+        images = self._images(self.decode(codes, alone=True), labels, each)
+        seeds = [one.seed for one in each]
+        return GridResult(images, codes, labels, seeds, checked, record)
+
+    def _images(
+        self, pixels: Tensor, labels: Sequence[int], each: Sequence[SamplingParams]
+    ) -> list[GeneratedImage]:
+        """Pixels [images, 3, height, width] of these classes and parameters as images."""
+        common = generation_record(self.model, self.found, "paged")
+        return [
+            GeneratedImage(
+                as_image(picture_grid(one[None])),
+                image_record(common, params, label=label, class_name=self.classes[label]),
+            )
+            for label, params, one in zip(labels, each, pixels, strict=True)
+        ]
 
     def draw(
         self,
@@ -201,16 +274,20 @@ class Pipeline:
         with self._turn, few_threads, saying_what_needs_less_memory(self.model, self.config):
             return self.engine.generate(labels, params, progress=shown, decode=False)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, alone: bool = False) -> Tensor:
         """Codes [images, tokens] -> pixels [images, 3, height, width], about -1..1, on the CPU.
 
         They are decoded a few at a time, which a GPU's memory holds however many there are. On a
         GPU the decoder is a captured graph on a stream of its own.
+
+        Args:
+            alone: decode one at a time, so that the last bits of an image's pixels do not depend
+                on how many others there are.
         """
         decoder = self.engine.decoder
         assert decoder is not None
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
-            parts = codes.split(_IMAGES_DECODED_AT_ONCE)
+            parts = codes.split(1 if alone else _IMAGES_DECODED_AT_ONCE)
             return torch.cat([decoder.decode(part.to(self.model.device)).cpu() for part in parts])
 
     def bulk(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from autoregressive.models.axes import GridAxes
 from autoregressive.output.images import (
     PICTURE_FORMATS,
     QUALITY,
@@ -20,6 +21,7 @@ from autoregressive.output.images import (
     record_options,
 )
 from autoregressive.output.records import readable
+from autoregressive.output.tables import axes_picture
 
 
 class GeneratedImage(Image.Image):
@@ -85,3 +87,26 @@ class Result:
         content = io.BytesIO()
         self.grid.save(content, format="PNG")
         return content.getvalue()
+
+
+@dataclass(frozen=True)
+class GridResult(Result):
+    """The images of a grid with axes, row by row: those of one value of the rows' axis side by
+    side.
+    """
+
+    axes: GridAxes
+    record: dict[str, object] = field(repr=False)  # how all images were made, ready for JSON
+
+    @property
+    def rows(self) -> list[list[GeneratedImage]]:
+        """The images by row and column. With one axis there is one row."""
+        across = len(self.axes.columns.values)
+        return [self.images[at : at + across] for at in range(0, len(self.images), across)]
+
+    @cached_property
+    def grid(self) -> GeneratedImage:
+        """All images as one, with captions on the axes: a table, or four a row where there is one
+        axis. A file of it tells how each image was made.
+        """
+        return GeneratedImage(as_image(axes_picture(self._pixels, self.axes)), self.record)

@@ -125,6 +125,74 @@ def test_a_mistake_is_a_value_error(
     assert "--" not in str(caught.value)
 
 
+def test_a_grid_draws_each_pair_as_a_call_would(pipe: Pipeline) -> None:
+    """Fails if an image of a grid is not the one that its settings draw alone, rows and columns are
+    exchanged, or a parameter beside the axes is lost.
+    """
+    grid = pipe.grid(
+        {"guidance": (1, 2), "seed": range(7, 9)}, "fox", temperature=0.9, progress=False
+    )
+    alone = pipe("fox", seed=8, cfg_scale=2, temperature=0.9, progress=False)
+    assert torch.equal(grid.codes[3], alone.codes[0])
+    assert grid.rows[1][1].tobytes() == alone.images[0].tobytes()
+    assert grid.rows[1][1].record == alone.images[0].record
+    seen = [[(one.record["seed"], one.record["cfg_scale"]) for one in row] for row in grid.rows]
+    assert seen == [[(7, 1.0), (7, 2.0)], [(8, 1.0), (8, 2.0)]]
+    assert (grid.seeds, grid.labels) == ([7, 7, 8, 8], [7] * 4)
+
+
+def test_a_grid_is_an_image_that_says_how_it_was_made(undrawn: Pipeline, tmp_path: Path) -> None:
+    """Fails if the image of the whole lacks a picture, its captions or its record."""
+    result = undrawn.grid({"class": ["fox", "owl", 0], "top_k": [9, 99]}, progress=False)
+    assert (result.labels, len(result.rows), len(result.rows[0])) == ([7, 17, 0] * 2, 2, 3)
+    assert result.grid.width > 3 * 130
+    assert result.grid.height > 2 * 130
+    result.grid.save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as saved:
+        record = json.loads(saved.info["llamagen"])
+        assert saved.info["parameters"].startswith("fox (7), owl (17), dog (0)\n")
+    assert record == result.record
+    named = {"label": [7, 17, 0], "class_name": ["fox", "owl", "dog"]}
+    assert record["axes"] == [named, {"top_k": [9, 99]}]
+    with Image.open(io.BytesIO(result._repr_png_())) as shown:
+        assert shown.size == result.grid.size
+
+
+def test_a_grid_without_a_seed_has_one_for_all(undrawn: Pipeline) -> None:
+    """Fails if what is compared differs by chance, too, or is the same in every call."""
+    first, second = (undrawn.grid({"guidance": [1, 2, 4]}, progress=False) for _ in range(2))
+    assert len(set(first.seeds)) == 1
+    assert first.seeds != second.seeds
+    assert first.labels == [0, 0, 0]
+    assert first.rows == [first.images]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"axes": "guidance=1,2"}, "axes: must be a dict, such as {"),
+        ({"axes": {}}, "grid: it has one axis or two, and these are 0"),
+        ({"axes": {"guidnce": [1]}}, "there is no such axis: did you mean guidance?"),
+        ({"axes": {"cfg_scale": [1], "guidance": [2]}}, "this axis is there twice"),
+        ({"axes": {"seed": [1.5]}}, "grid seed 1.5: must be a whole number"),
+        ({"axes": {"seed": [1]}, "seed": 2}, "grid seed: seed is given, too: leave one"),
+        ({"axes": {"class": [1]}, "class_label": 2}, "grid class: class_label is given, too"),
+        ({"axes": {"seed": [1]}, "class_label": ["fox", 2]}, "class_label: must be one; the axis"),
+        ({"axes": {"seed": [1]}, "class_label": "foxx"}, "class 'foxx' is unknown"),
+        ({"axes": {"seed": [1]}, "top_p": 0}, "top_p 0: must be above 0"),
+        ({"axes": {"seed": range(10**12)}}, "grid: it has at most 256 pictures"),
+    ],
+)
+def test_a_grid_that_cannot_be_meant_is_a_value_error(
+    pipe: Pipeline, arguments: dict[str, Any], told: str
+) -> None:
+    """Fails if such a grid is drawn, or its error speaks of flags."""
+    with pytest.raises(UserError) as caught:
+        pipe.grid(**arguments, progress=False)
+    assert told in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "told"),
     [
