@@ -316,6 +316,7 @@ def measure_speed(subject: Subject, repeats: int) -> Outcome:
         model=subject.settings,
         sampling=subject.params,
         labels=subject.labels,
+        axes=None,
         compile=False,
         output=None,
         captions=False,

@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from autoregressive.cli.command import flag_of
-from autoregressive.cli.flags import model_options, sampling_of
+from autoregressive.cli.flags import grid_axes, model_options, sampling_of
 from autoregressive.errors import SettingError, SettingName, UserError, tell
 from autoregressive.files import check_file, check_own_folder
+from autoregressive.models.axes import GridAxes
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import (
     PICTURE_FORMATS,
@@ -25,11 +26,13 @@ from autoregressive.output.images import (
 )
 from autoregressive.output.records import (
     Loop,
+    axes_record,
     generation_record,
     image_record,
     readable,
     sampling_record,
 )
+from autoregressive.output.tables import axes_picture, check_axes_fit
 from autoregressive.weights.finding import (
     FoundWeights,
     ModelSettings,
@@ -47,6 +50,7 @@ class Settings:
     model: ModelSettings
     sampling: SamplingParams
     labels: tuple[int, ...]  # one a picture
+    axes: GridAxes | None  # which settings vary; None: none does, and one seed numbers the pictures
     compile: bool
     # the grid; None: the default name, which says whether the weights are trained
     output: Path | None
@@ -58,6 +62,13 @@ class Settings:
     def names(self) -> list[str]:
         """The class of each picture."""
         return [self.model.classes[label] for label in self.labels]
+
+    @property
+    def each(self) -> list[SamplingParams]:
+        """The parameters of each picture."""
+        if self.axes is None:
+            return [self.sampling] * len(self.labels)
+        return [params for _, params in self.axes.cells(self.labels[0], self.sampling)]
 
     def grid(self, *, trained: bool) -> Path:
         """The file that the grid goes to."""
@@ -78,10 +89,16 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     """
     options = model_options(arguments)
     model = resolve_model(options, sampling_of(arguments, SamplingParams()).seed)
+    sampling = sampling_of(arguments, model.defaults.sampling)
+    labels = resolve_labels(options, arguments.class_labels)  # "207" or a name -> 207
+    axes = grid_axes(arguments)
+    if axes is not None:
+        labels = tuple(label for label, _ in axes.cells(labels[0], sampling))
     settings = Settings(
         model=model,
-        sampling=sampling_of(arguments, model.defaults.sampling),
-        labels=resolve_labels(options, arguments.class_labels),  # "207" or a name -> 207
+        sampling=sampling,
+        labels=labels,
+        axes=axes,
         compile=arguments.compile,
         output=arguments.output,
         captions=arguments.captions,
@@ -90,11 +107,14 @@ def resolve_settings(arguments: argparse.Namespace) -> Settings:
     )
     for trained in (True, False):  # which of the default names it will be is not known yet
         check_file(SettingName("output"), settings.grid(trained=trained), *PICTURE_FORMATS)
-    grid, labels = settings.grid(trained=True), settings.labels
-    check_grid_fits(
-        SettingName("output"), grid, len(labels), model.image_size, captions=settings.captions
-    )
-    check_record_fits(SettingName("output"), grid, labels, settings.names)
+    grid = settings.grid(trained=True)
+    if axes is not None:  # a record of so few values fits
+        check_axes_fit(SettingName("output"), grid, model.image_size, axes)
+    else:
+        check_grid_fits(
+            SettingName("output"), grid, len(labels), model.image_size, captions=settings.captions
+        )
+        check_record_fits(SettingName("output"), grid, labels, settings.names)
     if settings.codes is not None:
         check_file(SettingName("save_codes"), settings.codes, ".npy")
     if settings.individual is not None:
@@ -144,7 +164,7 @@ def save_results(
             "the tokenizer's decoder gave NaN or infinite pixels: its weights are damaged",
             SettingName("vq_ckpt", " (see {})"),
         )
-    names, params = settings.names, settings.sampling
+    names, params, axes = settings.names, settings.sampling, settings.axes
     common = generation_record(
         settings.model,
         found,
@@ -163,18 +183,22 @@ def save_results(
                 settings.individual,
                 f"cannot make this folder: {error.strerror}",
             ) from error
-        for image, (label, name) in enumerate(zip(settings.labels, names, strict=True)):
-            one = image_record(
-                common, params, label=label, class_name=name, images=len(names), image=image
-            )
+        drawn = zip(settings.labels, names, settings.each, strict=True)
+        for image, (label, name, own) in enumerate(drawn):
+            # Each picture of a grid with axes is the first and only one of its parameters.
+            place = {"images": len(names), "image": image} if axes is None else {}
+            one = image_record(common, own, label=label, class_name=name, **place)
             file = individual_file(
                 settings.individual, image, label, name, trained=found.trained, suffix=grid.suffix
             )
             save_picture(file, picture_grid(pixels[image : image + 1]), readable(one), one)
-    record = (
-        common | sampling_record(params) | {"labels": list(settings.labels), "class_names": names}
-    )
-    whole = picture_grid(pixels, names if settings.captions else None)
+    if axes is None:
+        record = common | sampling_record(params)
+        record |= {"labels": list(settings.labels), "class_names": names}
+        whole = picture_grid(pixels, names if settings.captions else None)
+    else:
+        record = axes_record(common, params, axes, label=settings.labels[0], class_name=names[0])
+        whole = axes_picture(pixels, axes)
     save_picture(grid, whole, readable(record), record)
     # Only now: a pipe whose reader has left, or a full disk behind stdout, must not cost the
     # pictures.
@@ -182,3 +206,5 @@ def save_results(
     print(f"gpt sampling takes about {sampling:.2f} seconds.")
     print(f"decoder takes about {decoding:.2f} seconds.")
     print(f"image is saved to {grid}")
+    if axes is not None:
+        print(f"it has {axes.described(names[0])}")

@@ -6,13 +6,16 @@ imports torch: --help and a typo are answered at once.
 """
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
 
 from autoregressive.cli.command import OneLineParser, add_version_flag
+from autoregressive.errors import SettingName, UserError
 from autoregressive.folders import command_line, in_checkout, pretrained_folder
+from autoregressive.models.axes import MOST_PICTURES, GridAxes
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_DEFAULTS, DEMO_MODEL, LLAMAGEN_DEFAULTS
 from autoregressive.models.sampling_params import BOUNDS, SamplingParams
@@ -33,6 +36,8 @@ examples:
       LlamaGen's eight classes, with weights that you have
   {command} --gpt-model GPT-B --download --class-labels "golden retriever" 417 --seed 7
       weights from the hub, classes by name or id
+  {command} --gpt-model GPT-demo --class-labels owl --grid guidance=1,2,4,8 seed=1..4
+      one class, with each pair of these settings
   {command} --gpt-model GPT-B --list-classes fox
       which classes there are
 """
@@ -86,6 +91,30 @@ def sampling_of(arguments: argparse.Namespace, defaults: SamplingParams) -> Samp
     return defaults.updated(**{name: getattr(arguments, name) for name in BOUNDS if name != "n"})
 
 
+def grid_axes(arguments: argparse.Namespace) -> GridAxes | None:
+    """The axes of --grid, which are checked; None where there is no grid.
+
+    Args:
+        arguments: what a parser of `build_parser` parsed.
+
+    Raises:
+        UserError: an axis cannot be used, or a flag says what one of them says or leaves open what
+            is drawn.
+    """
+    if arguments.grid is None:
+        return None
+    axes = GridAxes.parse(arguments.grid, chosen_classes(model_options(arguments)))
+    axes.check_said_once(vars(arguments))
+    if len(arguments.class_labels or ()) > 1:
+        raise UserError(
+            SettingName("class_labels"),
+            ": a grid draws one class; give several as an axis, such as ",
+            SettingName("grid"),
+            f" {shlex.quote('class=' + ','.join(arguments.class_labels[:2]))}",
+        )
+    return axes
+
+
 def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argparse.Namespace | None:
     """Parses the flags and checks what can be checked without torch, so that a slip is told at
     once.
@@ -107,6 +136,7 @@ def read_arguments(parser: OneLineParser, argv: Sequence[str] | None) -> argpars
     sampling_of(arguments, SamplingParams())
     check_options(options)
     resolve_labels(options, arguments.class_labels)
+    grid_axes(arguments)
     return arguments
 
 
@@ -176,6 +206,16 @@ def _add_drawing(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         metavar="CLASS",
         help=f"ids or names, any number (default: {eight}; GPT-demo: 0 to 7)",
+    )
+    group.add_argument(
+        "--grid",
+        nargs="+",
+        action="extend",
+        metavar="AXIS",
+        help="compare settings: one class with each value of an axis, or with each pair of values "
+        "of two, from left to right and from top to bottom. An axis is NAME=VALUES: class, "
+        "guidance, seed, or another sampling flag; values with commas, or whole numbers a..b "
+        f"(at most {MOST_PICTURES} pictures; default: no grid)",
     )
     group.add_argument(
         "--list-classes",

@@ -41,8 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
         codes = draw_codes(models.gpt, settings)
         drawn = now(model.device)
         with torch.no_grad():
-            pixels = models.vq.decode_code(
-                codes, [len(codes), model.codebook_embed_dim, model.grid, model.grid]
+            pixels = torch.cat(
+                [
+                    models.vq.decode_code(
+                        part, [len(part), model.codebook_embed_dim, model.grid, model.grid]
+                    )
+                    for part in codes.split(_batch_size(settings))
+                ]
             )
         seconds = (drawn - started, now(model.device) - drawn)
     except RuntimeError as error:
@@ -51,27 +56,38 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def draw_codes(gpt: Transformer, settings: Settings) -> Tensor:
-    """Draws the tokens of every picture in one batch: int32 [images, tokens]."""
+    """Draws the tokens of every picture: int32 [images, tokens]."""
     device, tokens = settings.model.device, settings.model.tokens_per_image
-    images = len(settings.labels)
     if settings.compile:
         tell("compiling the model; the sampling time will include it")
         gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
-    params = asdict(settings.sampling)
-    torch.manual_seed(params.pop("seed"))
-    del params["n"]
+    labels, size = torch.tensor(settings.labels, device=device), _batch_size(settings)
+    codes = []
     with (
-        progress_bar("sampling", " tokens", images * tokens) as bar,
+        progress_bar("sampling", " tokens", len(labels) * tokens) as bar,
         limited_cpu_threads(gpt.config, device),
     ):
-        return generate(
-            gpt,
-            torch.tensor(settings.labels, device=device),
-            tokens,
-            **params,
-            sample_logits=settings.sampling.temperature > 0,
-            on_token=lambda _: bar.update(images),
-        )
+        for batch, sampling in zip(labels.split(size), settings.each[::size], strict=True):
+            params = asdict(sampling)
+            torch.manual_seed(params.pop("seed"))
+            del params["n"]
+            drawn = generate(
+                gpt,
+                batch,
+                tokens,
+                **params,
+                sample_logits=sampling.temperature > 0,
+                on_token=lambda _: bar.update(size),
+            )
+            codes.append(drawn)
+    return torch.cat(codes)
+
+
+def _batch_size(settings: Settings) -> int:
+    """How many pictures are drawn together. Those of a grid with axes have parameters of their own,
+    and one generator draws for a whole batch, so each is drawn alone.
+    """
+    return len(settings.labels) if settings.axes is None else 1
 
 
 def _mendable(error: RuntimeError, settings: Settings) -> Exception:
@@ -79,7 +95,7 @@ def _mendable(error: RuntimeError, settings: Settings) -> Exception:
     to tell.
     """
     if is_out_of_memory(error):
-        images = len(settings.labels)
+        images = _batch_size(settings)
         fewer = Change("shorten", "class_labels", f"to fewer than {images} pictures at once")
         ways = [fewer if images > 1 else "use a smaller model", *smaller_precision(settings.model)]
         return UserError(f"{settings.model.device} has too little free memory", remedies=ways)

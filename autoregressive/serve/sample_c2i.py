@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         from autoregressive.serve.pipeline import Pipeline, check_fits
     settings = drawing.resolve_settings(arguments)  # classes are ids from here on
-    model, params, labels = settings.model, settings.sampling, settings.labels
-    config = engine_config(arguments, min(len(labels) * params.rows, MOST_ROWS))
-    check_fits(model, config, params)
+    model, labels, each = settings.model, settings.labels, settings.each
+    config = engine_config(arguments, min(sum(one.rows for one in each), MOST_ROWS))
+    check_fits(model, config, max(each, key=lambda one: one.rows))
     if settings.compile:
         tell("--compile has no effect here: kernels and CUDA graphs take its place")
     found = drawing.find_weights_and_warn(settings)
@@ -65,14 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             ceilings = measure_ceilings(model.device, model.precision)
     pipe = Pipeline(model, found, config)
     started = now(model.device)
+    # One for all numbers the pictures through.
+    params = settings.sampling if settings.axes is None else each
     codes = pipe.draw(labels, params)  # [images, tokens]
     drawn = now(model.device)
-    pixels = pipe.decode(codes)  # [images, 3, height, width]
+    pixels = pipe.decode(codes, alone=settings.axes is not None)  # [images, 3, height, width]
     seconds = (drawn - started, now(model.device) - drawn)
     drawing.save_results(settings, found, codes, pixels, seconds, loop="paged")  # as a PNG
     # The steps do not depend on the ceilings.
     floor = Floor(pipe.models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
-    job = job_floor(floor, pipe.engine.scheduler.limits, [params] * len(labels))
+    job = job_floor(floor, pipe.engine.scheduler.limits, each)
     tokens, totals = model.tokens_per_image, pipe.engine.totals
     print("\n".join(speed_lines(len(labels), tokens, seconds, job, ceilings, totals)))
 

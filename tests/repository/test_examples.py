@@ -54,6 +54,23 @@ def test_the_pipelines_example_saves_a_fox(tmp_path: Path) -> None:
         assert json.loads(image.info[JSON_KEY])["seed"] == 7
 
 
+def test_the_example_that_compares_settings_saves_what_it_says(tmp_path: Path) -> None:
+    """Fails if the example does not run, or an image is not of the settings that stand beside
+    it.
+    """
+    code = python_example(PYTHON, "## Comparing settings")
+    for name in ("grid", "owl"):
+        code = code.replace(f'"{name}.png"', repr(str(tmp_path / f"{name}.png")))
+    run_python(code)
+    with Image.open(tmp_path / "owl.png") as image:
+        record = json.loads(image.info[JSON_KEY])
+        assert image.size == (128, 128)
+    assert (record["seed"], record["cfg_scale"], record["temperature"]) == (8, 4, 0.9)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > 3 * 130
+        assert json.loads(image.info[JSON_KEY])["class_name"] == "owl"
+
+
 def test_the_engines_example_runs() -> None:
     """Fails if the engine's example names something that is gone, or does not come to an end."""
     code = python_example(PYTHON, "## The engine")
