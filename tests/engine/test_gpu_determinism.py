@@ -7,6 +7,7 @@ import torch
 from company import codes_in_every_company
 from conftest import reference_weights
 
+from autoregressive import Pipeline
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.engine import Engine
@@ -47,3 +48,14 @@ def _without_graphs(gpt: Transformer, rows: int, deterministic: bool) -> dict[st
         max_num_seqs=rows, deterministic=deterministic, enforce_eager=True, num_pages=rows * 16
     )
     return codes_in_every_company(Engine(gpt, None, config), rows)
+
+
+def test_a_grids_images_are_those_that_are_drawn_alone() -> None:
+    """Fails if codes or pixels of an image depend on the others of its grid."""
+    pipe = Pipeline.from_pretrained("GPT-demo", device="cuda")
+    grid = pipe.grid({"guidance": [1, 2, 4], "seed": [7, 8]}, "fox", progress=False)
+    for codes, image in zip(grid.codes, grid.images, strict=True):
+        seed, scale = image.record["seed"], image.record["cfg_scale"]
+        alone = pipe("fox", seed=seed, cfg_scale=scale, progress=False)  # type: ignore[arg-type]
+        assert torch.equal(alone.codes[0], codes)
+        assert alone.images[0].tobytes() == image.tobytes()

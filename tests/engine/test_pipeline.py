@@ -158,6 +158,23 @@ def test_a_grid_is_an_image_that_says_how_it_was_made(undrawn: Pipeline, tmp_pat
         assert shown.size == result.grid.size
 
 
+def test_a_grids_images_are_decoded_alone(
+    undrawn: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a GPU, whose sums depend on the number of images, decodes an image of a grid in
+    other company than the same image that is drawn alone.
+    """
+    sizes: list[int] = []
+
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(codes))
+        return torch.zeros(len(codes), 3, 128, 128)
+
+    monkeypatch.setattr(undrawn.engine.decoder, "decode", decode)
+    undrawn.grid({"seed": [1, 2, 3]}, progress=False)
+    assert sizes == [1, 1, 1]
+
+
 def test_a_grid_without_a_seed_has_one_for_all(undrawn: Pipeline) -> None:
     """Fails if what is compared differs by chance, too, or is the same in every call."""
     first, second = (undrawn.grid({"guidance": [1, 2, 4]}, progress=False) for _ in range(2))
