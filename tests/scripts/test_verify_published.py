@@ -283,7 +283,7 @@ def test_fid_is_measured_by_the_commands_for_it(
         (["--fid", "50"], "--fid and --reference go together"),
         (["--reference", "x.npz"], "--fid and --reference go together"),
         (["--fid", "50", "--reference", "x.npz"], "x.npz: No such file or directory"),
-        (["--fid", "50", "--reference", __file__], "test_verify_published.py: not an .npz file, or damaged"),
+        (["--fid", "50", "--reference", __file__], "not an .npz file, or damaged"),
         (["--fid", "50", "--reference", "good.npz"], "--fid: torch_fidelity is missing: pip inst"),
         (["--output", "x.txt"], "--output x.txt"),
     ],
