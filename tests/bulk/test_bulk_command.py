@@ -265,7 +265,7 @@ def test_ranks_of_two_jobs_refuse_each_other(tmp_path: Path) -> None:
     ]
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2]
-    assert "rank 1 was started for another job than rank 0, whose labels is random" in errors[1]
+    assert "rank 1 was started for another job than rank 0, which has other labels" in errors[1]
     assert "another process of the job has gone" in errors[0]
 
 
