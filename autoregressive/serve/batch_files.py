@@ -98,7 +98,7 @@ def _read_request(place: str, line: bytes) -> BatchRequest:
         raise UserError(f"{place} must be a JSON object with {', '.join(_FIELDS)}")
     custom_id = content.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        there = "has no custom_id" if custom_id is None else "has a custom_id that is no text"
+        there = "has no custom_id" if custom_id in (None, "") else "has a custom_id that is no text"
         raise UserError(f"{place} {there}; give each request a text of its own")
     body = content.get("body")
     fields = body if isinstance(body, dict) else {}

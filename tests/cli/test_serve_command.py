@@ -115,7 +115,7 @@ def test_the_command_runs_as_typed_and_owns_up_to_noise(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_demo")
 def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
     """Fails if a flag means something else here: where nothing is left to chance both commands must
-    draw the same codes.
+    draw the same codes. The last bits of pixels depend on how many images are decoded together.
     """
     gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
     gpt.init_weights(torch.Generator().manual_seed(3), std=0.1)  # far enough from ties
@@ -137,7 +137,8 @@ def test_the_likeliest_tokens_are_the_naive_commands(work: Path) -> None:
     draw(*flags, "--output", "b.png", "--save-codes", "b.npy", "--max-num-seqs", "2")
     assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
     with Image.open("a.png") as first, Image.open("b.png") as second:
-        assert np.array_equal(np.asarray(first), np.asarray(second))
+        levels = np.asarray(first).astype(int) - np.asarray(second)
+        assert np.abs(levels).max() <= 1
 
 
 @pytest.mark.usefixtures("small_demo")

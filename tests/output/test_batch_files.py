@@ -114,7 +114,7 @@ def test_a_line_without_a_body_has_an_error(requests: Path) -> None:
         (b"[" * 100_000, "line 2 is nested too deeply"),
         (b"[1]", "line 2 must be a JSON object"),
         (b'{"method": "POST"}', "line 2 has no custom_id"),
-        (b'{"custom_id": 7}', "line 2 has no custom_id"),
+        (b'{"custom_id": 7}', "line 2 has a custom_id that is no text"),
         (b'{"custom_id": ""}', "line 2 has no custom_id"),
         (b'{"custom_id": "a"}', "line 2 has the custom_id 'a' of line 1; give each"),
     ],
