@@ -1,6 +1,7 @@
 // Talking to the server. Whatever goes wrong becomes a Failure, which words.js puts into words.
 
 import { readEvents } from "./event_stream.js";
+import { readExactly, writeExactly } from "./exact.js";
 import { storedKey } from "./key.js";
 
 // A stream that has sent no byte for so many milliseconds, keep-alives included, counts as dead.
@@ -67,25 +68,49 @@ async function ask(path, options) {
 export async function getJson(path) {
   const response = await ask(path, { headers: headers() });
   try {
-    return await response.json();
+    return readExactly(await response.text(), "maximum");
   } catch {
     throw new Failure("cut");
+  }
+}
+
+const STREAM = "v1/images/stream";
+const KEEP_SECONDS = 60; // a drawing goes on for so long while the page is loaded again
+
+/** Ends a drawing that the server would go on with. */
+export function cancelJob(job) {
+  const options = { method: "DELETE", headers: headers(), keepalive: true };
+  ask(`${STREAM}/${job}`, options).catch(() => {}); // it has ended
+}
+
+async function begin(body, signal) {
+  return ask(STREAM, {
+    method: "POST",
+    headers: headers({ "Content-Type": "application/json", Accept: "text/event-stream" }),
+    body: writeExactly({ ...body, keep_seconds: KEEP_SECONDS }),
+    signal,
+  });
+}
+
+async function follow(job, body, signal) {
+  try {
+    return await ask(`${STREAM}/${job}`, { headers: headers(), signal });
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    return begin(body, signal); // the server knows it no more: the same seed draws the same
   }
 }
 
 /**
  * The events of a drawing, ending with `done`.
  * @param {Object} body the request
- * @param {AbortController} controller aborting it cancels the drawing, on the server too
+ * @param {AbortController} controller aborting it ends the answer
+ * @param {string?} job what the server knows the drawing by, if it was begun before
  * @throws {Failure}
  */
-export async function* drawing(body, controller) {
-  const response = await ask("v1/images/stream", {
-    method: "POST",
-    headers: headers({ "Content-Type": "application/json", Accept: "text/event-stream" }),
-    body: JSON.stringify(body),
-    signal: controller.signal,
-  });
+export async function* drawing(body, controller, job) {
+  const { signal } = controller;
+  const response = await (job ? follow(job, body, signal) : begin(body, signal));
   let silent = false;
   let watch;
   const listen = () => {

@@ -22,6 +22,23 @@ function rank(option, query) {
   return null;
 }
 
+/** Letters to change, add, leave out or swap with a neighbour until one word is the other. */
+export function distance(one, other) {
+  let before = [];
+  let last = Array.from({ length: other.length + 1 }, (_, at) => at);
+  for (let i = 1; i <= one.length; i += 1) {
+    const row = [i];
+    for (let j = 1; j <= other.length; j += 1) {
+      const same = one[i - 1] === other[j - 1];
+      row[j] = Math.min(row[j - 1] + 1, last[j] + 1, last[j - 1] + (same ? 0 : 1));
+      if (i > 1 && j > 1 && one[i - 1] === other[j - 2] && one[i - 2] === other[j - 1])
+        row[j] = Math.min(row[j], before[j - 2] + 1);
+    }
+    [before, last] = [last, row];
+  }
+  return last[other.length];
+}
+
 export class ClassPicker {
   #options = [];
   #shown = [];
@@ -29,8 +46,8 @@ export class ClassPicker {
   #chosen = null;
   #typed = false; // what stands in the field was typed, not chosen
 
-  constructor({ input, list, popup, empty, badge, opener, onChange }) {
-    Object.assign(this, { input, list, popup, empty, badge, opener, onChange });
+  constructor({ input, list, popup, empty, badge, opener, thumbnails, onChange }) {
+    Object.assign(this, { input, list, popup, empty, badge, opener, thumbnails, onChange });
     input.addEventListener("input", () => this.#edited());
     input.addEventListener("keydown", (event) => this.#key(event));
     input.addEventListener("click", () => this.#open());
@@ -65,6 +82,7 @@ export class ClassPicker {
       node: element(
         "li",
         { id: `class-option-${id}`, role: "option", "aria-selected": "false", "data-id": id },
+        element("img", { class: "option-picture", alt: "", width: 28, height: 28, hidden: true }),
         element("span", { class: "option-name" }, name),
         element("span", { class: "option-id" }, String(id)),
       ),
@@ -82,10 +100,9 @@ export class ClassPicker {
     return this.#options.find((option) => option.id === id);
   }
 
-  /** What is chosen, by choice or by text that can mean one class only; null otherwise. */
-  get value() {
-    if (!this.#typed) return this.#chosen;
-    const query = folded(this.input.value);
+  /** The class that a text can mean, by name or id; null if it is none, or several. */
+  find(text) {
+    const query = folded(text);
     if (!query) return null;
     const fitting = this.#options.filter((option) => rank(option, query) !== null);
     const exact = fitting.filter((option) => rank(option, query) === 0);
@@ -93,13 +110,54 @@ export class ClassPicker {
     return fitting.length === 1 ? fitting[0] : null;
   }
 
+  /** What is chosen, by choice or by text that can mean one class only; null otherwise. */
+  get value() {
+    return this.#typed ? this.find(this.input.value) : this.#chosen;
+  }
+
+  /** What stands for the choice in an address: the name, or the id where several bear the name. */
+  get text() {
+    const { value } = this;
+    if (value === null) return this.input.value.trim();
+    return this.find(value.name) === value ? value.name : value.digits;
+  }
+
   /** Why there is no value. */
   get complaint() {
-    const query = folded(this.input.value);
+    return this.complaintOf(this.input.value);
+  }
+
+  /** Why a text means no class. */
+  complaintOf(text) {
+    const query = folded(text);
     if (!query) return "Choose a class.";
     const fitting = this.#options.filter((option) => rank(option, query) !== null);
-    if (!fitting.length) return `There is no class like “${this.input.value.trim()}”.`;
-    return `${fitting.length} classes fit “${this.input.value.trim()}”: choose one.`;
+    if (fitting.length) return `${fitting.length} classes fit “${text.trim()}”: choose one.`;
+    const near = this.#near(query).map(({ name }) => name);
+    const hint = near.length ? ` Did you mean ${near.join(" or ")}?` : "";
+    return `There is no class like “${text.trim()}”.${hint}`;
+  }
+
+  /** Classes of almost that name, the nearest first. */
+  #near(query) {
+    const most = query.length < 5 ? 1 : 2;
+    const far = ({ folded: name }) =>
+      Math.min(...[name, ...name.split(" ")].map((word) => distance(query, word)));
+    return this.#options
+      .map((option) => ({ option, by: far(option) }))
+      .filter(({ by }) => by <= most)
+      .sort((first, second) => first.by - second.by)
+      .slice(0, 3)
+      .map(({ option }) => option);
+  }
+
+  /** Fills in a text that nobody has chosen from the list. */
+  type(text) {
+    this.input.value = text;
+    this.#typed = true;
+    this.#chosen = null;
+    this.badge.textContent = "";
+    if (this.value) this.choose(this.value.id);
   }
 
   choose(id) {
@@ -142,16 +200,23 @@ export class ClassPicker {
       .map((option) => ({ option, fit: query ? rank(option, query) : 0 }))
       .filter(({ fit }) => fit !== null);
     fitting.sort((first, second) => first.fit - second.fit || first.option.id - second.option.id);
-    this.#shown = fitting.map(({ option }) => option);
+    this.#shown = fitting.length ? fitting.map(({ option }) => option) : this.#near(query);
     this.list.replaceChildren(...this.#shown.map(({ node }) => node));
     this.list.hidden = !this.#shown.length;
-    this.empty.hidden = this.#shown.length > 0;
-    this.empty.textContent = `No class like “${this.input.value.trim()}”`;
+    this.empty.hidden = fitting.length > 0;
+    const hint = this.#shown.length ? ". Did you mean one of these?" : "";
+    this.empty.textContent = `No class like “${this.input.value.trim()}”${hint}`;
+    const pictures = this.thumbnails();
+    for (const { id, node } of this.#shown) {
+      const [picture] = node.children;
+      picture.hidden = !pictures.has(id);
+      if (pictures.has(id)) picture.src = pictures.get(id);
+    }
     for (const { id, node } of this.#shown)
       node.setAttribute("aria-selected", String(!this.#typed && id === this.#chosen?.id));
     this.#mark(
       query
-        ? this.#shown.length
+        ? fitting.length
           ? 0
           : -1
         : this.#shown.findIndex(({ id }) => !this.#typed && id === this.#chosen?.id),

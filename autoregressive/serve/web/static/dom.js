@@ -28,22 +28,28 @@ export function icon(name) {
   const drawing = document.createElementNS(SVG, "svg");
   drawing.setAttribute("class", "icon");
   drawing.setAttribute("aria-hidden", "true");
+  drawing.setAttribute("viewBox", "0 0 24 24");
   const use = document.createElementNS(SVG, "use");
   use.setAttribute("href", `#icon-${name}`);
   drawing.append(use);
   return drawing;
 }
 
+/** Draws what index.html only names, and shows the words of buttons that have none to see. */
+export function furnish() {
+  for (const node of document.querySelectorAll("[data-icon]"))
+    node.prepend(icon(node.dataset.icon));
+  for (const node of document.querySelectorAll(".bare[aria-label]"))
+    node.title = node.getAttribute("aria-label");
+}
+
 /** A button with a drawing and words. A bare one shows the drawing; readers hear the words. */
-export function button(
-  words,
-  { drawing = null, bare = false, kind = "quiet", ...properties } = {},
-) {
+export function button(words, { drawing = null, bare = false, kind = "", ...properties } = {}) {
   return element(
     "button",
     {
       type: "button",
-      class: `button ${kind}${bare ? " bare" : ""}`,
+      class: `button ${kind} ${bare ? "bare" : ""}`,
       ...(bare ? { "aria-label": words, title: words } : {}),
       ...properties,
     },
@@ -59,4 +65,34 @@ export function announce(words) {
   const region = byId("announcer");
   region.textContent = "";
   region.append(element("p", {}, words));
+}
+
+/** Has the browser save a file. */
+export function save(blob, name) {
+  const url = URL.createObjectURL(blob);
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+/** Copies text, or says why that is not possible. */
+export async function copyText(text, words) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast(words);
+  } catch {
+    toast(`This browser does not let the page copy: ${text}`);
+  }
+}
+
+let hiding = null;
+
+/** Says something to everybody, for a while. */
+export function toast(words, ...children) {
+  clearTimeout(hiding);
+  const box = byId("toast");
+  (document.querySelector("dialog[open]") ?? document.body).append(box); // what is behind is inert
+  box.replaceChildren(element("p", {}, words), ...children);
+  const hide = () => box.replaceChildren();
+  hiding = setTimeout(hide, children.length ? 10_000 : 4_000);
+  return hide;
 }

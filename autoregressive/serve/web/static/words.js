@@ -13,12 +13,22 @@ export function plural(count, one, many = `${one}s`) {
   return `${count} ${count === 1 ? one : many}`;
 }
 
+/** A place in a row: 1st, 2nd, 3rd, 4th. */
+export function place(number) {
+  const ending = { one: "st", two: "nd", few: "rd", other: "th" };
+  return `${number}${ending[new Intl.PluralRules("en", { type: "ordinal" }).select(number)]}`;
+}
+
 /** A time to wait for, no more exact than anyone wants it. */
 export function duration(seconds) {
   if (seconds < 1) return "less than a second";
   if (seconds < 90) return plural(Math.round(seconds), "second");
   return plural(Math.round(seconds / 60), "minute");
 }
+
+/** What is left, in whole seconds, short. */
+export const left = (seconds) =>
+  seconds < 90 ? `${Math.max(1, Math.ceil(seconds))} s left` : `${duration(seconds)} left`;
 
 export function took(seconds) {
   return seconds < 10
@@ -106,6 +116,38 @@ export function settingsInWords(request) {
   ];
 }
 
+/** What a run was asked for, in a line. A seed is never shortened: it is needed to draw again. */
+export function factsOf(request) {
+  return `guidance ${number(request.cfg_scale)} · seed ${request.seed}`;
+}
+
+/** What tells a picture from all others, in a line. */
+export function labelOf({ className, words, columns, request }) {
+  return [className, words, columns ? "" : `seed ${request.seed}`].filter(Boolean).join(", ");
+}
+
+const COLUMNS = ["class_label", "n", "seed", "cfg_scale", "cfg_interval", "temperature"];
+
+/** The parameters of pictures as a table of comma-separated values. */
+export function csvOf(rows) {
+  const quoted = (value) => {
+    const text = String(value);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const names = [...COLUMNS, "top_k", "top_p"];
+  const lines = rows.map(({ file, picture }) =>
+    [
+      file,
+      picture.model,
+      picture.className,
+      picture.index,
+      ...names.map((name) => picture.request[name]),
+    ].map(quoted),
+  );
+  const head = ["file", "model", "class", "image", ...names];
+  return [head, ...lines].map((line) => `${line.join(",")}\r\n`).join("");
+}
+
 /** A name for the file of a picture, which tells it from others of its class, seed and request. */
 export function fileName(picture) {
   const slug = (text) =>
@@ -115,7 +157,7 @@ export function fileName(picture) {
       .replace(/[^A-Za-z0-9.]+/g, "-")
       .replace(/^[-.]+|[-.]+$/g, "")
       .slice(0, 60);
-  const { request, className, model, index } = picture;
+  const { request, className, model, index, blob } = picture;
   const parts = [
     slug(model),
     slug(className) || "class",
@@ -124,5 +166,6 @@ export function fileName(picture) {
     `guidance-${number(request.cfg_scale)}`,
   ];
   if (request.n > 1) parts.push(`${index + 1}-of-${request.n}`);
-  return `${parts.filter((part) => part !== "").join("_")}.png`;
+  const kind = blob.type.replace("image/", "");
+  return `${parts.filter((part) => part !== "").join("_")}.${kind}`;
 }

@@ -1,0 +1,150 @@
+"""The page in a real browser: opening it, and what its tests do with it again and again."""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_stand_in import StandIn
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Page,
+    expect,
+    sync_playwright,
+)
+
+PATIENCE = 8000  # ms
+# Commands of Debian's packages, by the names of the browsers.
+COMMANDS = {"chromium": "chromium", "firefox": "firefox-esr"}
+OpenPage = Callable[..., Page]
+
+
+@contextmanager
+def started_browser(name: str) -> Iterator[Browser]:
+    """A browser of this machine; the test is skipped if there is none of that name."""
+    if (command := shutil.which(COMMANDS[name])) is None:
+        pytest.skip(f"needs {COMMANDS[name]} on the PATH")
+    with sync_playwright() as playwright:
+        if name == "chromium":
+            started = playwright.chromium.launch(executable_path=command, args=["--no-sandbox"])
+        else:
+            started = playwright.firefox.launch(
+                executable_path=Path(__file__).parent / "firefox_bidi.py",
+                channel="moz-firefox",
+                # what media queries find, of which BiDi knows nothing there
+                firefox_user_prefs={"ui.prefersReducedMotion": 1, "ui.systemUsesDarkTheme": 0},
+            )
+        yield started
+        started.close()
+
+
+def is_firefox(page: Page) -> bool:
+    return "Firefox" in str(page.evaluate("navigator.userAgent"))
+
+
+@contextmanager
+def opened_pages(browser: Browser, stand_in: StandIn) -> Iterator[OpenPage]:
+    """Opens the page in contexts of its own; fails if anything is said on the console, or asked of
+    another server.
+    """
+    contexts: list[BrowserContext] = []
+    wrong: list[str] = []
+    chromium = browser.browser_type.name == "chromium"
+
+    def heard(message: ConsoleMessage) -> None:
+        # Chromium reports every status of 400 and above, which the page cannot prevent.
+        if message.type in ("error", "warning") and not message.text.startswith(
+            "Failed to load resource"
+        ):
+            wrong.append(message.text)
+
+    def asked(url: str) -> None:
+        if not url.startswith((stand_in.url, "blob:", "data:")):
+            wrong.append(url)
+
+    def context_of(options: dict[str, Any]) -> BrowserContext:
+        if chromium:  # motion takes the time of a core
+            options = {"reduced_motion": "reduce"} | options
+        else:
+            if {"reduced_motion", "color_scheme", "is_mobile", "has_touch"} & set(options):
+                pytest.skip("Firefox cannot be told to be so")
+        return browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+
+    def opened(
+        *, wait: bool = True, beside: Page | None = None, query: str = "", **options: Any
+    ) -> Page:
+        context = beside.context if beside else context_of(options)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", heard)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: asked(request.url))
+        page.goto(f"{stand_in.url}{query}")
+        if wait:
+            is_ready(page)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def is_ready(page: Page) -> None:
+    """Waits until the server has told the page what it draws."""
+    expect(page.locator("#model-facts")).not_to_be_empty(timeout=PATIENCE)
+
+
+def fill(page: Page, name: str = "fox", count: int = 2, seed: int | None = 7) -> None:
+    """Fills in the form."""
+    page.get_by_label("Class", exact=True).fill(name)
+    page.get_by_label("Pictures", exact=True).fill(str(count))
+    page.get_by_label("Seed", exact=True).fill("" if seed is None else str(seed))
+
+
+def generate(page: Page) -> None:
+    page.get_by_role("button", name="Generate").click()
+
+
+def ask(page: Page, name: str = "fox", count: int = 2, seed: int | None = 7) -> None:
+    """Fills in the form and generates."""
+    fill(page, name, count, seed)
+    generate(page)
+
+
+def run_ends(page: Page, state: str = "done", count: int = 1) -> None:
+    """Waits until so many runs have ended so since the page was loaded."""
+    expect(page.locator(f".run[data-state={state}]")).to_have_count(count, timeout=PATIENCE)
+
+
+def names(page: Page) -> list[str]:
+    """The pictures in their order, as a screen reader names them."""
+    labels = page.locator(".tile-open").evaluate_all("all => all.map(b => b.ariaLabel)")
+    return [label.removeprefix("Show ") for label in labels]
+
+
+def facts(page: Page) -> dict[str, str]:
+    """What the large view says of its picture."""
+    terms, texts = page.locator("#viewer dt"), page.locator("#viewer dd")
+    return dict(zip(terms.all_inner_texts(), texts.all_inner_texts(), strict=True))
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 5
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def words(text: str) -> re.Pattern[str]:
+    """For what is compared with case and all, somewhere in a text."""
+    return re.compile(re.escape(text))
