@@ -1,5 +1,6 @@
 """The page in a real browser: opening it, and what its tests do with it again and again."""
 
+import base64
 import re
 import shutil
 import time
@@ -134,6 +135,37 @@ def facts(page: Page) -> dict[str, str]:
     """What the large view says of its picture."""
     terms, texts = page.locator("#viewer dt"), page.locator("#viewer dd")
     return dict(zip(terms.all_inner_texts(), texts.all_inner_texts(), strict=True))
+
+
+# Playwright hears nothing of the downloads of a Firefox that is not its own.
+_KEEP_SAVED = """() => {
+    window.saved = null;
+    const blobs = new Map();
+    const make = URL.createObjectURL;
+    URL.createObjectURL = (blob) => {
+        const url = make.call(URL, blob);
+        blobs.set(url, blob);
+        return url;
+    };
+    HTMLAnchorElement.prototype.click = function () {
+        const reader = new FileReader();
+        reader.onload = () => { window.saved = [this.download, reader.result.split(",")[1]]; };
+        reader.readAsDataURL(blobs.get(this.href));
+    };
+}"""
+
+
+def saved(page: Page, press: Callable[[], None]) -> tuple[str, bytes]:
+    """The name and the bytes of the file that pressing something has the browser save."""
+    if not is_firefox(page):
+        with page.expect_download() as download:
+            press()
+        return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+    page.evaluate(_KEEP_SAVED)
+    press()
+    assert eventually(lambda: page.evaluate("window.saved") is not None)
+    name, content = page.evaluate("window.saved")
+    return name, base64.b64decode(content)
 
 
 def eventually(holds: Callable[[], bool]) -> bool:

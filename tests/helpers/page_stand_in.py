@@ -72,6 +72,7 @@ class Behaviour:
     hold_at_image: int | None = None  # send so many pictures, then wait
     refusal: Refusal | None = None  # the answer to a request to draw
     cut_at_row: int | None = None  # break off without a word
+    cuts_left: int = 1000  # so often
     fail_at_row: int | None = None  # an `error` event
     described: bool = True  # there is an openapi.json
     forgets: bool = False  # a drawing whose reader has left is not found again
@@ -168,7 +169,8 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any], job: str) -> AsyncIt
         while behaviour.hold_at_row is not None and row >= behaviour.hold_at_row:
             yield ": still there\n\n"
             await asyncio.sleep(0.01)
-        if row == behaviour.cut_at_row:
+        if row == behaviour.cut_at_row and behaviour.cuts_left:
+            behaviour.cuts_left -= 1
             return
         if row == behaviour.fail_at_row:
             failure = {

@@ -1,12 +1,12 @@
 """Comparing on the page: grids, two pictures side by side, and the large view."""
 
-from pathlib import Path
+import io
 
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
-from page_browser import OpenPage, ask, facts, fill, names, run_ends
+from page_browser import OpenPage, ask, facts, fill, names, run_ends, saved
 from page_stand_in import SIZE, Behaviour
 from PIL import Image
 from playwright.sync_api import Page, expect
@@ -35,7 +35,6 @@ def test_a_grid_shows_one_setting_against_seeds(
     values: str,
     field: str,
     sent: list[float],
-    tmp_path: Path,
 ) -> None:
     """Fails if a cell is missing, stands in another row or column than its settings say, or if the
     grid falls apart with a reload.
@@ -57,10 +56,9 @@ def test_a_grid_shows_one_setting_against_seeds(
     )
     assert [x for x, _ in places[:3]] == [x for x, _ in places[3:]]
     assert len({y for _, y in places}) == 2
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download as one picture").click()
-    download.value.save_as(tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as sheet:
+    name, content = saved(page, page.get_by_role("button", name="Download as one picture").click)
+    assert name.endswith("_grid.png")
+    with Image.open(io.BytesIO(content)) as sheet:
         assert 3 * SIZE < sheet.width < 4 * SIZE
         assert 2 * SIZE < sheet.height < 3 * SIZE
 

@@ -216,6 +216,18 @@ def test_a_stream_that_breaks_off_keeps_what_was_whole(
     expect(page.locator(".run-state")).to_have_text("Not finished")
 
 
+def test_a_connection_that_breaks_off_once_is_taken_up_again(
+    open_page: OpenPage, behaviour: Behaviour
+) -> None:
+    """Fails if a network that is away for a moment costs a drawing that the server goes on with."""
+    page = open_page()
+    behaviour.cut_at_row, behaviour.cuts_left = 5, 1
+    ask(page)
+    run_ends(page)
+    assert behaviour.followed == ["job-1"]
+    assert len(behaviour.requests) == 1
+
+
 def test_a_failure_in_the_stream_is_told(open_page: OpenPage, behaviour: Behaviour) -> None:
     """Fails if what the server says at the end of a drawing is lost."""
     page = open_page()

@@ -4,13 +4,12 @@ import csv
 import io
 import json
 import zipfile
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
-from page_browser import OpenPage, ask, is_ready, names, run_ends
+from page_browser import OpenPage, ask, is_ready, names, run_ends, saved
 from page_stand_in import SIZE, Behaviour
 from PIL import Image
 from playwright.sync_api import expect
@@ -120,35 +119,30 @@ def test_the_settings_of_a_picture_can_be_taken_up(
     assert behaviour.requests[0] == behaviour.requests[1]
 
 
-def test_a_download_is_the_servers_file(
-    open_page: OpenPage, behaviour: Behaviour, tmp_path: Path
-) -> None:
+def test_a_download_is_the_servers_file(open_page: OpenPage, behaviour: Behaviour) -> None:
     """Fails if the page writes the picture anew, which would lose the settings in it, or gives it a
     name that says nothing.
     """
     page = open_page()
     ask(page, "soccer ball", 2, 7)
     run_ends(page)
-    for index in range(2):
-        with page.expect_download() as download:
-            if index == 0:
-                page.get_by_role("button", name="Download soccer ball, 1 of 2, seed 7").click()
-            else:
-                page.locator(".tile-open").nth(1).click()
-                page.get_by_role("button", name="Download", exact=True).click()
-        assert (
-            download.value.suggested_filename
-            == f"GPT-demo_soccer-ball_62_seed-7_guidance-4_{index + 1}-of-2.png"
+    for index, button in enumerate(
+        (
+            page.get_by_role("button", name="Download soccer ball, 1 of 2, seed 7"),
+            page.locator("#viewer").get_by_role("button", name="Download"),
         )
-        download.value.save_as(tmp_path / "picture.png")
-        content = (tmp_path / "picture.png").read_bytes()
+    ):
+        if index == 1:
+            page.locator(".tile-open").nth(1).click()
+        name, content = saved(page, button.click)
+        assert name == f"GPT-demo_soccer-ball_62_seed-7_guidance-4_{index + 1}-of-2.png"
         assert content == behaviour.sent[index]
         with Image.open(io.BytesIO(content)) as picture:
             assert json.loads(picture.info["parameters"])["seed"] == 7
 
 
 def test_several_pictures_are_saved_as_one_archive_with_their_parameters(
-    open_page: OpenPage, behaviour: Behaviour, tmp_path: Path
+    open_page: OpenPage, behaviour: Behaviour
 ) -> None:
     """Fails if a picture of the selection is missing, another one is in it, or the table does not
     say how each was made.
@@ -162,10 +156,8 @@ def test_several_pictures_are_saved_as_one_archive_with_their_parameters(
     for name in ("soccer ball, 2 of 2, seed 7", f"fox, 1 of 2, seed {2**60}"):
         page.get_by_label(f"Select {name}").check()
     expect(page.locator("#selection-count")).to_have_text("2 selected")
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download zip").click()
-    download.value.save_as(tmp_path / "pictures.zip")
-    with zipfile.ZipFile(tmp_path / "pictures.zip") as archive:
+    _, content = saved(page, page.get_by_role("button", name="Download zip").click)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         rows = list(csv.DictReader(io.StringIO(archive.read("parameters.csv").decode())))
         files = [archive.read(row["file"]) for row in rows]
     assert files == [behaviour.sent[3], behaviour.sent[0]]
@@ -181,15 +173,13 @@ def test_several_pictures_are_saved_as_one_archive_with_their_parameters(
     expect(page.locator("#selection")).to_be_hidden()
 
 
-def test_a_run_is_saved_as_one_picture(open_page: OpenPage, tmp_path: Path) -> None:
+def test_a_run_is_saved_as_one_picture(open_page: OpenPage) -> None:
     """Fails if the sheet of a run lacks a picture."""
     page = open_page()
     ask(page, "fox", 3, 7)
     run_ends(page)
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Download as one picture: fox").click()
-    download.value.save_as(tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    sheet_button = page.get_by_role("button", name="Download as one picture: fox")
+    with Image.open(io.BytesIO(saved(page, sheet_button.click)[1])) as sheet:
         assert sheet.width > 2 * SIZE
         assert sheet.height > 2 * SIZE
         colours = [sheet.getpixel((x, y)) for x, y in ((12, 40), (150, 40), (12, 200))]

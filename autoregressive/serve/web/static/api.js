@@ -75,7 +75,7 @@ export async function getJson(path) {
 }
 
 const STREAM = "v1/images/stream";
-const KEEP_SECONDS = 60; // a drawing goes on for so long while the page is loaded again
+const KEEP_SECONDS = 30; // a drawing goes on for so long while the page is loaded again
 
 /** Ends a drawing that the server would go on with. */
 export function cancelJob(job) {

@@ -93,9 +93,18 @@ export class Run {
     return tile;
   }
 
-  async #cell({ cell, at, tiles }) {
-    for await (const event of drawing(cell.request, this.#controller, cell.job))
-      await this.#take(event, cell, at, tiles);
+  async #cell(asked) {
+    const { cell, at, tiles } = asked;
+    try {
+      for await (const event of drawing(cell.request, this.#controller, cell.job))
+        await this.#take(event, cell, at, tiles);
+      if (tiles.some(({ picture }) => !picture)) throw new Failure("cut"); // lost on its way
+    } catch (error) {
+      // The server goes on for a while when the connection breaks off: the drawing is followed.
+      if (error.kind !== "cut" || asked.again || this.#controller.signal.aborted) throw error;
+      await this.#cell({ ...asked, again: true });
+      return;
+    }
     this.#drawn[at][0] = this.#drawn[at][1];
     delete cell.job;
   }
