@@ -2,8 +2,6 @@
 
 import { element } from "./dom.js";
 
-const PAGE = 8; // options that Page Up and Page Down jump
-
 const folded = (text) =>
   text
     .normalize("NFKD")
@@ -273,12 +271,6 @@ export class ClassPicker {
         else move(this.#active <= 0 ? last : this.#active - 1);
         break;
       }
-      case "PageDown":
-        if (this.isOpen) move(Math.min(last, this.#active + PAGE));
-        break;
-      case "PageUp":
-        if (this.isOpen) move(Math.max(0, this.#active - PAGE));
-        break;
       case "Enter":
         if (this.isOpen) {
           event.preventDefault(); // chooses; the next Enter generates

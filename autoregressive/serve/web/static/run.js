@@ -6,6 +6,7 @@ import { Tile } from "./tile.js";
 import { describe, left, plural, took } from "./words.js";
 
 const STEPS = 4; // shares of the progress that are said to screen readers
+const FOLLOW_AFTER = 500; // ms; a page that is being left breaks off its own connections
 const TEMPORARY = new Set([401, 429, 503]);
 
 /**
@@ -102,6 +103,7 @@ export class Run {
     } catch (error) {
       // The server goes on for a while when the connection breaks off: the drawing is followed.
       if (error.kind !== "cut" || asked.again || this.#controller.signal.aborted) throw error;
+      await new Promise((resolve) => setTimeout(resolve, FOLLOW_AFTER));
       await this.#cell({ ...asked, again: true });
       return;
     }

@@ -74,14 +74,7 @@ export function describe(failure) {
           detail: "Try again in a few seconds.",
         };
       }
-      return {
-        title: "The queue is full.",
-        detail: `Others are drawing too. ${
-          failure.retryAfter === null
-            ? "Try again in a moment."
-            : `There should be room in ${duration(Math.max(1, failure.retryAfter))}.`
-        }`,
-      };
+      return { title: "The queue is full.", detail: "Others are drawing, too." };
     case 503:
       return {
         title: "The server is not ready yet.",
