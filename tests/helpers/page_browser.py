@@ -20,7 +20,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-PATIENCE = 8000  # ms
+PATIENCE = 20_000  # ms: a busy machine is slow, and what comes true is not waited for longer
+expect.set_options(timeout=PATIENCE)
 # Commands of Debian's packages, by the names of the browsers.
 COMMANDS = {"chromium": "chromium", "firefox": "firefox-esr"}
 OpenPage = Callable[..., Page]
@@ -169,7 +170,7 @@ def saved(page: Page, press: Callable[[], None]) -> tuple[str, bytes]:
 
 
 def eventually(holds: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 5
+    until = time.monotonic() + PATIENCE / 1000
     while not holds():
         if time.monotonic() > until:
             return False

@@ -17,7 +17,7 @@ from autoregressive.serve.web.api_errors import ApiError, invalid
 from autoregressive.serve.worker.messages import EngineRequest
 
 _LONGEST_NAME = 64  # characters of a class
-LONGEST_KEEP_SECONDS = 300
+_LONGEST_KEEP_SECONDS = 300
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
     Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")
@@ -94,7 +94,7 @@ class StreamRequest(PictureRequest):
     keep_seconds: float | None = Field(
         None,
         ge=0,
-        le=LONGEST_KEEP_SECONDS,
+        le=_LONGEST_KEEP_SECONDS,
         allow_inf_nan=False,
         description="How long the drawing goes on after the reader of its events has left. Until "
         "then its events can be followed again by its id. Default: 0.",
