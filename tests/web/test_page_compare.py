@@ -97,6 +97,7 @@ def test_a_grid_waits_its_turn_and_can_be_cancelled(
     ask(page, "owl", 1)
     expect(page.locator(".queue-line")).to_contain_text("owl")
     assert len(behaviour.requests) == 4
+    expect(page.locator(".run-state")).to_have_text("0 of 12 complete")
     page.get_by_role("button", name="Cancel: fox").click()
     expect(page.locator(".queue-line")).to_have_count(0)
     behaviour.hold_at_row = None

@@ -162,7 +162,8 @@ export class Run {
     const row = Math.floor((share * pictures - whole) * (grid / Math.max(1, pictures - whole)));
     const seconds = this.#left.reduce((most, one) => Math.max(most, one ?? 0), -1);
     const time = this.plan.cells.length === 1 && seconds >= 0 ? left(seconds) : "";
-    const rows = whole
+    const apart = whole || this.plan.cells.length > 1; // not all at one row
+    const rows = apart
       ? `${whole} of ${pictures} complete`
       : `Row ${Math.max(0, Math.min(row, grid))} of ${grid}`;
     this.#tell([rows, time].filter(Boolean).join(" · "));
