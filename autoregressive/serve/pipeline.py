@@ -313,7 +313,7 @@ class Pipeline:
         Args:
             sample_dir: the npz file and the job's folder go there; made if need be.
             labels: "random", "balanced", a file with the class of each image, or these ids.
-            seed: image k depends on it and on k alone.
+            seed: with `deterministic` image k depends on it and on k alone.
             image_size_eval: pixels that images are resized to; None: 256, or the model's size
                 where that is less.
             cfg_scale, cfg_interval, temperature, top_k, top_p: as of `SamplingParams`; the defaults

@@ -26,7 +26,7 @@ Labels = str | os.PathLike[str] | Sequence[int] | NDArray[Any]
 
 @dataclass(frozen=True)
 class BulkJob:
-    """A number of images, each of which depends on the job's settings and its own index alone.
+    """A number of images, each of which is drawn by the job's settings and its own index.
 
     Attributes:
         sampling: of every image; its seed is the job's.
