@@ -158,7 +158,7 @@ def test_another_job_is_refused_by_what_differs(tmp_path: Path) -> None:
             "has cfg_interval -1 and not 5;",
         ),
         (replace(job, deterministic=True), "which has deterministic False and not True"),
-        (replace(job, loop="naive"), "which has naive False and not True"),
+        (replace(job, naive_batch=4), "which has naive False and not True"),
     ):
         assert other.name == job.name
         with pytest.raises(UserError, match=told):

@@ -16,7 +16,7 @@ from autoregressive.devices import PRECISIONS
 from autoregressive.errors import SettingError, SettingName, UserError, shortened
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.output.records import Loop, sampling_record, weights_name
+from autoregressive.output.records import sampling_record, weights_name
 from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, IMAGE_SIZE_EVAL, RANDOM
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import FoundWeights, ModelSettings
@@ -33,7 +33,6 @@ class BulkJob:
         image_size_eval: pixels of a side that images are resized to.
         labels: int64 [images], the class of each.
         labels_from: how they were chosen, as `labels_name` says.
-        loop: which one draws the codes.
         naive_batch: images of a batch of the plain loop, on which its draws depend; None: the
             engine draws.
         compiled: whether the plain loop's transformer is compiled.
@@ -46,7 +45,6 @@ class BulkJob:
     image_size_eval: int
     labels: NDArray[np.int64]
     labels_from: str
-    loop: Loop = "paged"
     naive_batch: int | None = None
     compiled: bool = False
     deterministic: bool = EngineConfig.deterministic
@@ -73,7 +71,7 @@ class BulkJob:
             "images": self.images,
             "labels": self.labels_from,
             "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
-            "naive": self.loop == "naive",
+            "naive": self.naive_batch is not None,
             "gpt_model": model.gpt_model,
             "compile": self.compiled,
             "gpt_ckpt": weights_name(self.found.gpt),

@@ -95,7 +95,6 @@ def resolve(
         evaluation_size(model, arguments.image_size_eval),
         labels,
         labels_name(arguments.labels),
-        loop="naive" if arguments.naive else "paged",
         naive_batch=(batch or NAIVE_BATCH) if arguments.naive else None,
         compiled=arguments.naive and arguments.compile,
         deterministic=config.deterministic,
@@ -119,4 +118,4 @@ def _source_maker(job: BulkJob, config: EngineConfig) -> Callable[[], Source]:
             gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
         return NaiveSource(job, gpt, models.vq)
 
-    return naive_source if job.loop == "naive" else engine_source
+    return engine_source if job.naive_batch is None else naive_source
