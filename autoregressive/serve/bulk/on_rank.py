@@ -14,8 +14,9 @@ from autoregressive.devices import set_llamagen_numerics
 from autoregressive.errors import UserError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.serve.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.serve.bulk.job import BulkJob, evaluation_size
 from autoregressive.serve.bulk.job_run import run_job
+from autoregressive.serve.bulk.labels import labels_name, make_labels
 from autoregressive.serve.bulk.options import CPU_IMAGES, NAIVE_BATCH
 from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
 from autoregressive.serve.bulk.sources import EngineSource, NaiveSource, Source
