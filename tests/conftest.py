@@ -123,6 +123,25 @@ def open_page(
 
 
 @pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder for a command that runs in this process. The process's switches are
+    put back afterwards, for other tests need IEEE float32.
+    """
+    monkeypatch.chdir(tmp_path)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    switches += [(cudnn, "deterministic"), (cudnn, "benchmark")]
+    before = [getattr(owner, name) for owner, name in switches]
+    threads = torch.get_num_threads()
+    # on a busy machine, threads that wait for each other make small steps 30 times slower
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for (owner, name), value in zip(switches, before, strict=True):
+        setattr(owner, name, value)
+
+
+@pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-demo as small as can be, for tests whose weights are random anyway: in this process."""
     shape = GPTConfig(n_layer=1, n_head=1, dim=64)

@@ -27,16 +27,10 @@ from autoregressive.models.sampling_params import SamplingParams, random_seed
 from autoregressive.output.images import as_image, picture_grid
 from autoregressive.output.records import axes_record, generation_record, image_record
 from autoregressive.progress import progress_bar
-from autoregressive.serve.bulk.job import (
-    RANDOM,
-    BulkJob,
-    Labels,
-    evaluation_size,
-    labels_name,
-    make_labels,
-)
+from autoregressive.serve.bulk.job import BulkJob, evaluation_size
 from autoregressive.serve.bulk.job_run import BulkReport, run_job
-from autoregressive.serve.bulk.options import BULK_BOUNDS, NUM_FID_SAMPLES
+from autoregressive.serve.bulk.labels import Labels, labels_name, make_labels
+from autoregressive.serve.bulk.options import BULK_BOUNDS, NUM_FID_SAMPLES, RANDOM
 from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.bulk.sources import EngineSource
 from autoregressive.serve.engine.batch import BatchShape
@@ -313,7 +307,7 @@ class Pipeline:
         Args:
             sample_dir: the npz file and the job's folder go there; made if need be.
             labels: "random", "balanced", a file with the class of each image, or these ids.
-            seed: image k depends on it and on k alone.
+            seed: with `deterministic` image k depends on it and on k alone.
             image_size_eval: pixels that images are resized to; None: 256, or the model's size
                 where that is less.
             cfg_scale, cfg_interval, temperature, top_k, top_p: as of `SamplingParams`; the defaults

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from refusals import refused
 from safetensors.torch import save_file
@@ -26,22 +25,6 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu"]
 BOTH = pytest.mark.parametrize("main", [plain.main, engine.main], ids=["plain", "engine"])
 Main = Callable[[list[str]], None]
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder, and one thread; the process's switches are put back afterwards."""
-    monkeypatch.chdir(tmp_path)
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
-    switches += [(cudnn, "deterministic"), (cudnn, "benchmark")]
-    before = [getattr(owner, name) for owner, name in switches]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-    for (owner, name), value in zip(switches, before, strict=True):
-        setattr(owner, name, value)
 
 
 def record_of(path: Path) -> dict[str, object]:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -35,21 +34,6 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "autoregressive/serve/sample_c2i.py"
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; the process's switches are put back afterwards."""
-    monkeypatch.chdir(tmp_path)
-    switches = [(torch.backends.cudnn, "deterministic"), (torch.backends.cudnn, "benchmark")]
-    before = [getattr(owner, name) for owner, name in switches]
-    threads = torch.get_num_threads()
-    # on a busy machine, threads that wait for each other make small steps 30 times slower
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-    for (owner, name), value in zip(switches, before, strict=True):
-        setattr(owner, name, value)
 
 
 FLAGS = ["--gpt-model", "GPT-demo", "--device", "cpu", "--pretrained-dir", "pretrained"]

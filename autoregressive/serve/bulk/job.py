@@ -1,8 +1,7 @@
 """What a bulk job is: which images, and what its files are named."""
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,27 +12,24 @@ import torch
 from numpy.typing import NDArray
 
 from autoregressive.devices import PRECISIONS
-from autoregressive.errors import SettingError, SettingName, UserError, shortened
+from autoregressive.errors import SettingName, UserError
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.output.records import Loop, sampling_record, weights_name
-from autoregressive.serve.bulk.options import BALANCED, BULK_BOUNDS, IMAGE_SIZE_EVAL, RANDOM
+from autoregressive.output.records import sampling_record, weights_name
+from autoregressive.serve.bulk.options import BULK_BOUNDS, IMAGE_SIZE_EVAL
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import FoundWeights, ModelSettings
-
-Labels = str | os.PathLike[str] | Sequence[int] | NDArray[Any]
 
 
 @dataclass(frozen=True)
 class BulkJob:
-    """A number of images, each of which depends on the job's settings and its own index alone.
+    """A number of images, each of which is drawn by the job's settings and its own index.
 
     Attributes:
         sampling: of every image; its seed is the job's.
         image_size_eval: pixels of a side that images are resized to.
         labels: int64 [images], the class of each.
         labels_from: how they were chosen, as `labels_name` says.
-        loop: which one draws the codes.
         naive_batch: images of a batch of the plain loop, on which its draws depend; None: the
             engine draws.
         compiled: whether the plain loop's transformer is compiled.
@@ -46,7 +42,6 @@ class BulkJob:
     image_size_eval: int
     labels: NDArray[np.int64]
     labels_from: str
-    loop: Loop = "paged"
     naive_batch: int | None = None
     compiled: bool = False
     deterministic: bool = EngineConfig.deterministic
@@ -73,7 +68,7 @@ class BulkJob:
             "images": self.images,
             "labels": self.labels_from,
             "labels_sha256": hashlib.sha256(self.labels.tobytes()).hexdigest(),
-            "naive": self.loop == "naive",
+            "naive": self.naive_batch is not None,
             "gpt_model": model.gpt_model,
             "compile": self.compiled,
             "gpt_ckpt": weights_name(self.found.gpt),
@@ -142,82 +137,6 @@ def evaluation_size(model: ModelSettings, typed: int | None) -> int:
         return min(IMAGE_SIZE_EVAL, model.image_size)
     BULK_BOUNDS["image_size_eval"].check("image_size_eval", typed)
     return typed
-
-
-def labels_name(labels: Labels) -> str:
-    """How a job's settings call its labels, as of `make_labels`. Where a file lies is the user's
-    own business.
-    """
-    if isinstance(labels, str) and labels in (RANDOM, BALANCED):
-        return labels
-    return "a file" if isinstance(labels, str | os.PathLike) else "given"
-
-
-def make_labels(labels: Labels, images: int, num_classes: int, seed: int) -> NDArray[np.int64]:
-    """The class of each image: int64 [images].
-
-    Args:
-        labels: the ids themselves. Or "random": independent and uniform, as LlamaGen draws them;
-            image k has the same class in a job of any length. "balanced": the classes in turn.
-            Else a file with one id for each image: .npy, or text with an id a line.
-
-    Raises:
-        SettingError: the file is damaged or does not fit the job.
-    """
-    if not isinstance(labels, str | os.PathLike):
-        return _checked(shortened(str(labels), 40), np.asarray(labels), images, num_classes)
-    if labels == RANDOM:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(num_classes, (images,), generator=generator).numpy()
-    if labels == BALANCED:
-        return np.arange(images) % num_classes
-    return _checked(str(labels), _read_labels(Path(labels)), images, num_classes)
-
-
-def _read_labels(path: Path) -> NDArray[Any]:
-    """The array of a .npy file, or the numbers of a text with one a line.
-
-    Raises:
-        SettingError: the file is not there or damaged, or a line is no number.
-    """
-    try:
-        if path.suffix == ".npy":
-            with path.open("rb") as file:
-                return np.lib.format.read_array(file)
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        told = f"there is no such file; give {RANDOM}, {BALANCED}, or a file with an id an image"
-        raise SettingError("labels", path, told) from error
-    except OSError as error:
-        raise SettingError("labels", path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no array, or no text
-        raise SettingError("labels", path, "holds no ids: give one a line, or .npy") from error
-    ids = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                ids.append(int(line))
-            except ValueError as error:
-                told = f"line {number} is {shortened(line, 40)!r}; give an id a line, such as 207"
-                raise SettingError("labels", path, told) from error
-    try:
-        return np.array(ids, dtype=np.int64)
-    except OverflowError as error:
-        raise SettingError("labels", path, "an id has too many digits") from error
-
-
-def _checked(name: str, found: NDArray[Any], images: int, num_classes: int) -> NDArray[np.int64]:
-    told = f"give {images} ids, one for each image"
-    if found.shape != (images,):
-        there = f"{len(found)} ids" if found.ndim == 1 else f"an array of shape {found.shape}"
-        raise SettingError("labels", name, f"holds {there}; {told}")
-    if not np.issubdtype(found.dtype, np.integer):
-        raise SettingError("labels", name, f"holds {found.dtype} and not whole numbers; {told}")
-    wrong = np.flatnonzero((found < 0) | (found >= num_classes))
-    if len(wrong):
-        told = f"image {wrong[0]} has id {found[wrong[0]]}; ids are 0 to {num_classes - 1}"
-        raise SettingError("labels", name, told)
-    return found.astype(np.int64)
 
 
 def _checkpoint_name(model: ModelSettings, found: FoundWeights) -> str:

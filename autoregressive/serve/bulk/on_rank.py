@@ -14,8 +14,9 @@ from autoregressive.devices import set_llamagen_numerics
 from autoregressive.errors import UserError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.serve.bulk.job import BulkJob, evaluation_size, labels_name, make_labels
+from autoregressive.serve.bulk.job import BulkJob, evaluation_size
 from autoregressive.serve.bulk.job_run import run_job
+from autoregressive.serve.bulk.labels import labels_name, make_labels
 from autoregressive.serve.bulk.options import CPU_IMAGES, NAIVE_BATCH
 from autoregressive.serve.bulk.ranks import OtherRankFailedError, Ranks
 from autoregressive.serve.bulk.sources import EngineSource, NaiveSource, Source
@@ -95,7 +96,6 @@ def resolve(
         evaluation_size(model, arguments.image_size_eval),
         labels,
         labels_name(arguments.labels),
-        loop="naive" if arguments.naive else "paged",
         naive_batch=(batch or NAIVE_BATCH) if arguments.naive else None,
         compiled=arguments.naive and arguments.compile,
         deterministic=config.deterministic,
@@ -119,4 +119,4 @@ def _source_maker(job: BulkJob, config: EngineConfig) -> Callable[[], Source]:
             gpt = cast(Transformer, torch.compile(gpt, mode="reduce-overhead", fullgraph=True))
         return NaiveSource(job, gpt, models.vq)
 
-    return naive_source if job.loop == "naive" else engine_source
+    return engine_source if job.naive_batch is None else naive_source
