@@ -217,9 +217,6 @@ def test_a_request_is_the_clients_who_asked_for_it(
         def count(self, outcome: str) -> None:
             assert outcome == "rejected"
 
-        def abandon(self, served: object) -> None:
-            raise AssertionError("nothing was accepted")
-
     async def go() -> None:
         settings = resolve_server_settings(read_arguments(flags, {}))
         app, encoders = build_service_app(

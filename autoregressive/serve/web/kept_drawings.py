@@ -4,10 +4,10 @@ finds them.
 
 import asyncio
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoregressive.serve.web.api_errors import ApiError
+from autoregressive.serve.web.app_state import RequestBroker
 from autoregressive.serve.web.schema import StreamRequest
 from autoregressive.serve.worker.messages import ServedRequest
 
@@ -33,14 +33,10 @@ class KeptDrawing:
 
 
 class KeptDrawings:
-    """The drawings of one process that can be followed again. Used in one event loop.
+    """The drawings of one process that can be followed again. Used in one event loop."""
 
-    Args:
-        abandon: ends a drawing.
-    """
-
-    def __init__(self, abandon: Callable[[ServedRequest], None]) -> None:
-        self._abandon = abandon
+    def __init__(self, broker: RequestBroker) -> None:
+        self._broker = broker
         self._drawings: dict[str, KeptDrawing] = {}
 
     def keep(self, served: ServedRequest, body: StreamRequest) -> KeptDrawing:
@@ -89,7 +85,7 @@ class KeptDrawings:
         if kept.expiry is not None:
             kept.expiry.cancel()
         self._drawings.pop(kept.drawing_id, None)
-        self._abandon(kept.served)
+        self._broker.abandon(kept.served)
 
     def _of(self, drawing_id: str, client: str) -> KeptDrawing:
         kept = self._drawings.get(drawing_id)

@@ -55,7 +55,7 @@ _FOLLOWING_ERRORS = described(
 
 def add_page_routes(app: FastAPI, state: AppState) -> None:
     """Adds the routes, to the application itself as `add_openai_routes` does."""
-    model, kept_drawings = state.model, KeptDrawings(state.broker.abandon)
+    model, kept_drawings = state.model, KeptDrawings(state.broker)
 
     @app.post(
         STREAM_PATH,
