@@ -169,6 +169,23 @@ def saved(page: Page, press: Callable[[], None]) -> tuple[str, bytes]:
     return name, base64.b64decode(content)
 
 
+def drop(page: Page, file: Path, event: str = "drop") -> None:
+    """Drops or pastes a file."""
+    page.evaluate(
+        """([content, file, kind]) => {
+            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], file));
+            const options = { bubbles: true, cancelable: true };
+            const event = new Event(kind, options);  // Firefox makes no pasted files
+            const name = kind === "drop" ? "dataTransfer" : "clipboardData";
+            Object.defineProperty(event, name, { value: data });
+            document.body.dispatchEvent(event);
+        }""",
+        [base64.b64encode(file.read_bytes()).decode(), file.name, event],
+    )
+
+
 def eventually(holds: Callable[[], bool]) -> bool:
     until = time.monotonic() + PATIENCE / 1000
     while not holds():

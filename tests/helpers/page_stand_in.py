@@ -65,6 +65,7 @@ class Behaviour:
     key: str | None = None
     facts_held: bool = False  # no word yet of what it draws
     trained: bool = True
+    class_pictures: str | None = None  # where the picture of all classes is
     ahead: int = 0  # requests before this one; they never end
     row_seconds: float = 0.0
     preview_every: int = 1  # rows
@@ -106,6 +107,10 @@ def png_of(label: int, index: int, body: dict[str, Any]) -> bytes:
     """The file that the service sends: with its settings in it."""
     stream, notes = io.BytesIO(), PngInfo()
     notes.add_text("parameters", json.dumps({**body, "image_index": index}))
+    record = {name: body[name] for name in ("seed", *DEFAULTS)}
+    record |= {"images": body["n"], "image": index}
+    record |= {"label": label, "class_name": DEMO_EMOJI[label][0]}
+    notes.add_text("llamagen", json.dumps(record))
     picture_of(label, index).save(stream, "PNG", pnginfo=notes)
     return stream.getvalue()
 
@@ -241,7 +246,11 @@ def build_app(behaviour: Behaviour) -> FastAPI:
             "codebook_size": 1024,
             "num_classes": len(DEMO_EMOJI),
         }
-        model |= {"trained": behaviour.trained, "defaults": DEFAULTS}
+        model |= {
+            "trained": behaviour.trained,
+            "class_pictures": behaviour.class_pictures,
+            "defaults": DEFAULTS,
+        }
         return refused(request) or JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/v1/classes")

@@ -1,12 +1,13 @@
 """Comparing on the page: grids, two pictures side by side, and the large view."""
 
 import io
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
-from page_browser import OpenPage, ask, facts, fill, names, run_ends, saved
+from page_browser import OpenPage, ask, drop, facts, fill, names, run_ends, saved
 from page_stand_in import SIZE, Behaviour
 from PIL import Image
 from playwright.sync_api import Page, expect
@@ -31,13 +32,14 @@ def draw_grid(page: Page, axis: str, values: str, seeds: str) -> None:
 def test_a_grid_shows_one_setting_against_seeds(
     open_page: OpenPage,
     behaviour: Behaviour,
+    tmp_path: Path,
     axis: str,
     values: str,
     field: str,
     sent: list[float],
 ) -> None:
-    """Fails if a cell is missing, stands in another row or column than its settings say, or if the
-    grid falls apart with a reload.
+    """Fails if a cell is missing, stands in another row or column than its settings say, if the
+    grid falls apart with a reload, or if its one picture does not lead back to it.
     """
     page = open_page()
     fill(page, "fox", 4, None)
@@ -61,6 +63,13 @@ def test_a_grid_shows_one_setting_against_seeds(
     with Image.open(io.BytesIO(content)) as sheet:
         assert 3 * SIZE < sheet.width < 4 * SIZE
         assert 2 * SIZE < sheet.height < 3 * SIZE
+    behaviour.requests.clear()
+    (tmp_path / name).write_bytes(content)
+    drop(page, tmp_path / name)
+    expect(page.locator("#toast")).to_have_text("The form has this grid")
+    page.keyboard.press("Enter")
+    run_ends(page, count=1)
+    assert {(body[field], body["seed"], body["n"]) for body in behaviour.requests} == drawn
 
 
 def test_a_grid_that_cannot_be_is_told_at_its_fields(

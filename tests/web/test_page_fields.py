@@ -1,5 +1,6 @@
 """The form of the page: classes, numbers and their limits, and what is wrong with them."""
 
+import io
 import re
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
 from page_browser import OpenPage, ask, fill, generate, run_ends, words
-from page_stand_in import Behaviour, Refusal
+from page_stand_in import Behaviour, Refusal, demo_pictures
+from PIL import Image, ImageChops, ImageStat
 from playwright.sync_api import expect
 
 LABELS = {
@@ -178,4 +180,22 @@ def test_classes_that_were_drawn_have_a_picture_in_the_list(open_page: OpenPage)
     expect(pictures).to_have_count(1)
     expect(page.locator("#class-list [role=option]").filter(has=pictures)).to_contain_text("fox")
     source = page.locator(".tile img").get_attribute("src")
-    expect(pictures).to_have_attribute("src", source or "")
+    expect(pictures).to_have_css("background-image", f'url("{source}")')
+
+
+def test_the_demo_classes_have_a_picture_in_the_list(
+    open_page: OpenPage, behaviour: Behaviour
+) -> None:
+    """Fails if a class of the demo model is shown by no picture, or by another class's."""
+    behaviour.class_pictures = "static/demo_classes.webp"
+    page = open_page()
+    chips = page.locator(".chip")
+    expect(chips.locator(".option-picture:visible")).to_have_count(6)
+    page.get_by_role("combobox", name="Class").fill("penguin")
+    picture = page.locator("#class-list .option-picture:visible")
+    expect(picture).to_have_count(1)
+    with Image.open(io.BytesIO(picture.screenshot())) as taken:
+        shown = taken.convert("RGB").resize((16, 16))
+    wanted = [one.resize((16, 16)) for one in demo_pictures()]
+    unlike = [ImageStat.Stat(ImageChops.difference(shown, one)).sum[0] for one in wanted]
+    assert unlike.index(min(unlike)) == 16  # the penguin

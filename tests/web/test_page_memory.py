@@ -1,6 +1,5 @@
 """What the page remembers: settings in its address, presets, and the records in pictures."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,15 @@ import torch
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
-from page_browser import OpenPage, fill, generate, run_ends
+from page_browser import OpenPage, drop, fill, generate, run_ends
 from page_stand_in import Behaviour
 from playwright.sync_api import Page, expect
 
+from autoregressive.models.axes import GridAxes
+from autoregressive.models.classes import DEMO
+from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import save_picture
-from autoregressive.output.records import readable
+from autoregressive.output.records import axes_record, readable
 
 RECORD: dict[str, Any] = {
     "program": "llamagen-serve",
@@ -124,23 +126,6 @@ def test_presets_are_saved_chosen_and_deleted(open_page: OpenPage, behaviour: Be
     expect(other.locator("#preset option")).to_have_count(1)
 
 
-def drop(page: Page, file: Path, event: str) -> None:
-    """Drops or pastes a file."""
-    page.evaluate(
-        """([content, file, kind]) => {
-            const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-            const data = new DataTransfer();
-            data.items.add(new File([bytes], file));
-            const options = { bubbles: true, cancelable: true };
-            const event = new Event(kind, options);  // Firefox makes no pasted files
-            const name = kind === "drop" ? "dataTransfer" : "clipboardData";
-            Object.defineProperty(event, name, { value: data });
-            document.body.dispatchEvent(event);
-        }""",
-        [base64.b64encode(file.read_bytes()).decode(), file.name, event],
-    )
-
-
 @pytest.mark.parametrize("event", ["drop", "paste"])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_a_picture_of_the_program_gives_its_settings_back(
@@ -178,7 +163,7 @@ def test_a_file_without_a_record_changes_nothing(open_page: OpenPage, tmp_path: 
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         page.evaluate("document.getElementById('toast').replaceChildren()")
-        drop(page, tmp_path / name, "drop")
+        drop(page, tmp_path / name)
         expect(page.locator("#toast")).to_have_text("There are no settings in this file")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("5")
 
@@ -191,10 +176,60 @@ def test_a_picture_of_another_model_keeps_its_class_by_name(
     record = RECORD | {"model": "GPT-XL", "label": 7, "class_name": "cock"}
     save_picture(file, torch.zeros(3, 8, 8, dtype=torch.uint8), readable(record), record)
     page = open_page()
-    drop(page, file, "drop")
+    drop(page, file)
     expect(page.locator("#class-error")).to_have_text("This model has no class “cock”.")
     expect(page.get_by_label("Class", exact=True)).to_have_value("")
     record |= {"class_name": "owl"}
     save_picture(file, torch.zeros(3, 8, 8, dtype=torch.uint8), readable(record), record)
-    drop(page, file, "drop")
+    drop(page, file)
     expect(page.get_by_label("Class", exact=True)).to_have_value("owl")
+
+
+@pytest.mark.parametrize(
+    ("axes", "sent"),
+    [
+        (["seed=3..4", "guidance=1,2.5"], [(7, s, g) for g in (1, 2.5) for s in (3, 4)]),
+        (["guidance=1,2.5"], [(7, 2**63 - 1, g) for g in (1, 2.5)]),
+        ([f"seed={2**62},5", "class=owl,8"], [(c, s, 3.5) for c in (17, 8) for s in (2**62, 5)]),
+    ],
+)
+def test_a_grid_of_the_program_gives_its_axes_back(
+    open_page: OpenPage,
+    behaviour: Behaviour,
+    tmp_path: Path,
+    axes: list[str],
+    sent: list[tuple[int, int, float]],
+) -> None:
+    """Fails if a grid that the command has drawn is taken for one picture, or if one of its values
+    is lost on the way through the form.
+    """
+    params = SamplingParams(cfg_scale=3.5, top_k=50, seed=2**63 - 1)
+    grid = GridAxes.parse(axes, DEMO)
+    record = axes_record({"trained": True}, params, grid, label=7, class_name="fox")
+    file = tmp_path / "grid.png"
+    save_picture(file, torch.zeros(3, 64, 64, dtype=torch.uint8), readable(record), record)
+    page = open_page()
+    drop(page, file)
+    expect(page.locator("#toast")).to_have_text("The form has this grid")
+    expect(page.get_by_role("button", name="Draw the grid")).to_be_focused()
+    page.keyboard.press("Enter")
+    run_ends(page)
+    drawn = [(body["class_label"], body["seed"], body["cfg_scale"]) for body in behaviour.requests]
+    assert sorted(drawn) == sorted(sent)
+    assert {body["top_k"] for body in behaviour.requests} == {50}
+
+
+def test_a_grid_that_the_form_cannot_hold_gives_its_first_picture(
+    open_page: OpenPage, tmp_path: Path
+) -> None:
+    """Fails if a grid of two settings breaks the page, or fills the form with lists."""
+    params = SamplingParams(top_k=50, seed=6)
+    grid = GridAxes.parse(["guidance=2,3", "temperature=0.5,1"], DEMO)
+    record = axes_record({"trained": True}, params, grid, label=7, class_name="fox")
+    file = tmp_path / "grid.png"
+    save_picture(file, torch.zeros(3, 64, 64, dtype=torch.uint8), readable(record), record)
+    page = open_page()
+    drop(page, file)
+    expect(page.locator("#toast")).to_have_text("The form has the settings of this picture")
+    assert query_of(page).startswith("?class=fox&pictures=1&seed=6&guidance=2&")
+    expect(page.locator("#grid")).not_to_have_attribute("open", "")

@@ -162,6 +162,9 @@ def test_a_drawing_that_the_server_has_forgotten_is_drawn_again_from_its_seed(
     expect(page.locator(".tile-open")).to_have_count(2)
     page.reload()
     assert eventually(lambda: len(behaviour.requests) == 2)
+    expect(page.locator("#toast")).to_have_text(
+        "fox is drawn again from its seed: the server had lost it"
+    )
     behaviour.hold_at_image = None
     run_ends(page)
     expect(page.locator(".tile-open")).to_have_count(3)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoregressive.errors import UserError
-from autoregressive.models.classes import ClassNames
+from autoregressive.models.classes import DEMO, ClassNames
 from autoregressive.models.defaults import ModelDefaults
 from autoregressive.models.sampling_params import BOUNDS, random_seed
 from autoregressive.output.records import image_record
@@ -202,6 +202,9 @@ class ModelData(BaseModel):
     codebook_size: int
     num_classes: int
     trained: bool
+    class_pictures: str | None = Field(
+        description="The address of one picture of all classes, 16 in a row, if there is one."
+    )
     defaults: SamplingDefaults
 
 
@@ -275,6 +278,7 @@ class ServedModel:
             codebook_size=self.codebook_size,
             num_classes=len(self.classes),
             trained=self.trained,
+            class_pictures="static/demo_classes.webp" if self.classes == DEMO else None,
             defaults=SamplingDefaults.model_validate(self.defaults.sampling, from_attributes=True),
         )
 

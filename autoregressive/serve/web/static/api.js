@@ -12,19 +12,10 @@ export class Failure extends Error {
    * @param {"network"|"cut"|"answer"|"stream"} kind "network": the server was not reached; "cut":
    *     the connection broke off; "answer": a status of 400 and above; "stream": an `error` event
    */
-  constructor(
-    kind,
-    {
-      status = 0,
-      message = "",
-      param = null,
-      code = null,
-      retryAfter = null,
-      keySent = false,
-    } = {},
-  ) {
+  constructor(kind, { message = "", ...facts } = {}) {
     super(message);
-    Object.assign(this, { kind, status, param, code, retryAfter, keySent });
+    const none = { status: 0, param: null, code: null, retryAfter: null, keySent: false };
+    Object.assign(this, { kind, ...none, ...facts });
   }
 }
 
@@ -149,8 +140,5 @@ export async function* drawing(body, controller, job) {
  * server.
  */
 export function bytesOf(base64) {
-  const binary = atob(base64);
-  const bytes = new Uint8Array(binary.length);
-  for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
-  return bytes;
+  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 }

@@ -4,16 +4,17 @@
 import { addressOf, readAddress, writeAddress } from "./address.js";
 import { ClassPicker } from "./combobox.js";
 import { Connection } from "./connection.js";
-import { announce, byId, calm, copyText, element, furnish, toast } from "./dom.js";
+import { announce, byId, calm, copyText, element, furnish, onClick, toast } from "./dom.js";
 import { SettingsForm, inWordsOfThePage, randomSeed } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { GridForm } from "./grid.js";
 import { KeyForm } from "./key_form.js";
 import { Presets } from "./presets.js";
 import { Queue } from "./queue.js";
-import { recordOf, requestOf } from "./records.js";
+import { gridOf, recordOf, requestOf } from "./records.js";
 import { Run } from "./run.js";
 import { listenToKeys } from "./shortcuts.js";
+import { showClass } from "./thumbnails.js";
 import { keepUnfinished, unfinished } from "./unfinished.js";
 import { Viewer } from "./viewer.js";
 import { describe, factsOf, sentence } from "./words.js";
@@ -31,13 +32,7 @@ let latest = 0; // when the newest plan was made
 let leaving = false; // what fails now is to go on when the page is loaded again
 
 const picker = new ClassPicker({
-  input: byId("class"),
-  list: byId("class-list"),
-  popup: byId("class-popup"),
-  empty: byId("class-empty"),
-  badge: byId("class-id"),
-  opener: byId("class-open"),
-  thumbnails: () => gallery.thumbnails(model?.id),
+  thumbnail,
   onChange: () => {
     form.clear(byId("class"));
     changed();
@@ -100,8 +95,13 @@ function use(given, words) {
 
 async function useFile(file) {
   const record = await recordOf(file);
-  if (record) use(requestOf(record), TAKEN);
-  else toast("There are no settings in this file");
+  if (!record) {
+    toast("There are no settings in this file");
+    return;
+  }
+  use(requestOf(record), TAKEN);
+  const grid = gridOf(record);
+  if (grid && gridForm.fill(grid)) toast("The form has this grid");
 }
 
 function complain(words) {
@@ -152,6 +152,10 @@ async function connected({ model: found, classes, limits, described }) {
   if (asked) generate();
 }
 
+function thumbnail(node, id) {
+  showClass(node, id, model, gallery.newest(model, id));
+}
+
 function suggest() {
   const left = [...picker.classes];
   const chosen = [];
@@ -163,9 +167,15 @@ function suggest() {
   };
   byId("suggestions").replaceChildren(
     ...chosen.map(({ id, name }) =>
-      element("button", { type: "button", class: "chip", on: { click: () => draw(id) } }, name),
+      element(
+        "button",
+        { type: "button", class: "chip", on: { click: () => draw(id) } },
+        element("span", { class: "option-picture" }),
+        name,
+      ),
     ),
   );
+  chosen.forEach(({ id }, at) => thumbnail(byId("suggestions").children[at].firstChild, id));
   byId("welcome-text").hidden = false;
 }
 
@@ -261,23 +271,22 @@ byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
-byId("class-random").addEventListener("click", () => {
+onClick("class-random", () => {
   const { classes } = picker;
   if (!classes.length) return;
   const { id, name } = classes[Math.floor(Math.random() * classes.length)];
   picker.choose(id);
   announce(name);
 });
-byId("defaults").addEventListener("click", () => {
+onClick("defaults", () => {
   form.backToDefaults();
   announce("The settings are the model's");
 });
-byId("copy-link").addEventListener("click", () =>
+onClick("copy-link", () =>
   copyText(addressOf(settings()), "The link is copied"),
 );
-byId("help-button").addEventListener("click", () => byId("help").showModal());
-byId("help-close").addEventListener("click", () => byId("help").close());
-new GridForm(form, picker, { onDraw: plan });
+onClick("help-button", () => byId("help").showModal());
+const gridForm = new GridForm(form, picker, { onDraw: plan });
 new Presets({ settings, use: (given) => use(given) });
 
 document.addEventListener("dragover", (event) => event.preventDefault());
@@ -312,7 +321,7 @@ function showTheme() {
   themeButton.querySelector("use").setAttribute("href", `#icon-${chosen}`);
 }
 
-byId("theme-button").addEventListener("click", () => {
+onClick("theme-button", () => {
   const { chosen } = document.documentElement.dataset;
   const systemIsDark = matchMedia("(prefers-color-scheme: dark)").matches;
   // The first press changes what is seen.

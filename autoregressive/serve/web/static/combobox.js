@@ -1,6 +1,6 @@
 // The class picker: an editable combobox with a list that narrows, after the ARIA pattern.
 
-import { element } from "./dom.js";
+import { byId, element } from "./dom.js";
 
 const folded = (text) =>
   text
@@ -44,8 +44,11 @@ export class ClassPicker {
   #chosen = null;
   #typed = false; // what stands in the field was typed, not chosen
 
-  constructor({ input, list, popup, empty, badge, opener, thumbnails, onChange }) {
-    Object.assign(this, { input, list, popup, empty, badge, opener, thumbnails, onChange });
+  /** @param {Object} actions thumbnail(node, id) shows a class; onChange() */
+  constructor({ thumbnail, onChange }) {
+    const [input, list, popup] = [byId("class"), byId("class-list"), byId("class-popup")];
+    const [empty, badge, opener] = [byId("class-empty"), byId("class-id"), byId("class-open")];
+    Object.assign(this, { input, list, popup, empty, badge, opener, thumbnail, onChange });
     input.addEventListener("input", () => this.#edited());
     input.addEventListener("keydown", (event) => this.#key(event));
     input.addEventListener("click", () => this.#open());
@@ -80,7 +83,7 @@ export class ClassPicker {
       node: element(
         "li",
         { id: `class-option-${id}`, role: "option", "aria-selected": "false", "data-id": id },
-        element("img", { class: "option-picture", alt: "", width: 28, height: 28, hidden: true }),
+        element("span", { class: "option-picture" }),
         element("span", { class: "option-name" }, name),
         element("span", { class: "option-id" }, String(id)),
       ),
@@ -115,9 +118,11 @@ export class ClassPicker {
 
   /** What stands for the choice in an address: the name, or the id where several bear the name. */
   get text() {
-    const { value } = this;
-    if (value === null) return this.input.value.trim();
-    return this.find(value.name) === value ? value.name : value.digits;
+    return this.value === null ? this.input.value.trim() : this.textOf(this.value);
+  }
+
+  textOf(option) {
+    return this.find(option.name) === option ? option.name : option.digits;
   }
 
   /** Why there is no value. */
@@ -204,14 +209,10 @@ export class ClassPicker {
     this.empty.hidden = fitting.length > 0;
     const hint = this.#shown.length ? ". Did you mean one of these?" : "";
     this.empty.textContent = `No class like “${this.input.value.trim()}”${hint}`;
-    const pictures = this.thumbnails();
     for (const { id, node } of this.#shown) {
-      const [picture] = node.children;
-      picture.hidden = !pictures.has(id);
-      if (pictures.has(id)) picture.src = pictures.get(id);
-    }
-    for (const { id, node } of this.#shown)
+      this.thumbnail(node.firstChild, id);
       node.setAttribute("aria-selected", String(!this.#typed && id === this.#chosen?.id));
+    }
     this.#mark(
       query
         ? fitting.length
@@ -223,8 +224,8 @@ export class ClassPicker {
 
   #mark(at) {
     this.#shown[this.#active]?.node.classList.remove("active");
-    this.#active = at;
     const node = this.#shown[at]?.node;
+    this.#active = node ? at : -1;
     if (!node) {
       this.input.removeAttribute("aria-activedescendant");
       if (this.isOpen) this.list.scrollTop = 0;
@@ -249,45 +250,24 @@ export class ClassPicker {
   }
 
   #key(event) {
+    const { key, altKey } = event;
     if (event.ctrlKey || event.metaKey || event.isComposing) return;
     const last = this.#shown.length - 1;
-    const move = (to) => {
-      event.preventDefault();
-      if (last >= 0) this.#mark(to);
-    };
-    switch (event.key) {
-      case "ArrowDown":
-      case "ArrowUp": {
-        const down = event.key === "ArrowDown";
-        if (!this.isOpen) {
-          event.preventDefault();
-          this.#open();
-          if (this.#active < 0 && this.#shown.length && !event.altKey)
-            this.#mark(down ? 0 : this.#shown.length - 1);
-        } else if (event.altKey && !down) {
-          event.preventDefault();
-          this.close();
-        } else if (down) move(this.#active >= last ? 0 : this.#active + 1);
-        else move(this.#active <= 0 ? last : this.#active - 1);
-        break;
-      }
-      case "Enter":
-        if (this.isOpen) {
-          event.preventDefault(); // chooses; the next Enter generates
-          this.commit();
-        }
-        break;
-      case "Tab":
-        if (this.isOpen && this.#active >= 0 && !this.#typed) this.commit();
-        break;
-      case "Escape":
-        if (this.isOpen) {
-          event.preventDefault();
-          event.stopPropagation(); // closes the list, and does not cancel a drawing too
-          this.close();
-        }
-        break;
-      default:
+    const by = { ArrowDown: 1, ArrowUp: -1 }[key];
+    if (by && !this.isOpen) {
+      this.#open();
+      if (this.#active < 0 && !altKey) this.#mark(by > 0 ? 0 : this.#shown.length - 1);
+    } else if (!this.isOpen) return;
+    else if (by && altKey && by < 0) this.close();
+    else if (by > 0) this.#mark(this.#active >= last ? 0 : this.#active + 1);
+    else if (by) this.#mark(this.#active <= 0 ? last : this.#active - 1);
+    else if (key === "Enter") this.commit(); // the next Enter generates
+    else if (key === "Escape") this.close();
+    else {
+      if (key === "Tab" && this.#active >= 0 && !this.#typed) this.commit();
+      return;
     }
+    event.preventDefault();
+    event.stopPropagation(); // Escape does not cancel a drawing, too
   }
 }

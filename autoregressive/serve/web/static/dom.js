@@ -1,6 +1,7 @@
 // Elements made and found. Text goes in as text: nothing here, or anywhere else, parses HTML.
 
 export const byId = (id) => document.getElementById(id);
+export const onClick = (id, action) => byId(id).addEventListener("click", action);
 
 /**
  * Makes an element.
@@ -35,12 +36,29 @@ export function icon(name) {
   return drawing;
 }
 
-/** Draws what index.html only names, and shows the words of buttons that have none to see. */
+/** Draws what index.html only names, shows the words of buttons that have none to see, and ties each
+ * field to its hint and to the place where it says what is wrong.
+ */
 export function furnish() {
   for (const node of document.querySelectorAll("[data-icon]"))
     node.prepend(icon(node.dataset.icon));
   for (const node of document.querySelectorAll(".bare[aria-label]"))
     node.title = node.getAttribute("aria-label");
+  for (const dialog of document.querySelectorAll("dialog"))
+    dialog.addEventListener("click", ({ target, clientX: x, clientY: y }) => {
+      const { left, right, top, bottom } = dialog.getBoundingClientRect();
+      const beside = target === dialog && (x < left || x > right || y < top || y > bottom);
+      if (beside || target.closest(".closes")) dialog.close();
+    });
+  for (const input of document.querySelectorAll(".field input:not([type=range])")) {
+    const field = input.closest(".field");
+    const hints = [...field.querySelectorAll(".hint")];
+    hints.forEach((hint) => (hint.id = `${input.id}-hint`));
+    const error = element("p", { class: "field-error", id: `${input.id}-error`, hidden: true });
+    field.append(error);
+    const about = [input.getAttribute("aria-describedby"), ...[...hints, error].map(({ id }) => id)];
+    input.setAttribute("aria-describedby", about.filter(Boolean).join(" "));
+  }
 }
 
 /** A button with a drawing and words. A bare one shows the drawing; readers hear the words. */

@@ -156,10 +156,6 @@ export class SettingsForm {
 
   #follow(name) {
     const slider = this.form.querySelector(`input[data-for="${name}"]`);
-    if (!slider) return;
-    const { value } = byId(name);
-    if (value !== "") slider.value = value;
-    const share = (slider.value - slider.min) / (slider.max - slider.min);
-    slider.style.setProperty("--share", `${share * 100}%`);
+    if (slider && byId(name).value !== "") slider.value = byId(name).value;
   }
 }

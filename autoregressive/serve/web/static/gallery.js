@@ -1,11 +1,12 @@
 // The pictures that this browser keeps, run by run: keeping, selecting, saving and deleting them.
 
-import { announce, button, byId, calm, save, toast } from "./dom.js";
+import { announce, button, byId, calm, onClick, save, toast } from "./dom.js";
+import { joined, recordOf, withRecord } from "./records.js";
 import { composeSheet } from "./sheet.js";
 import { PictureStore } from "./store.js";
 import { Strip } from "./strip.js";
 import { Tile } from "./tile.js";
-import { csvOf, factsOf, fileName, labelOf, plural } from "./words.js";
+import { csvOf, factsOf, fileName, labelOf, plural, when } from "./words.js";
 import { zip } from "./zip.js";
 
 /** A picture as it is used here, whichever version of the page kept it. */
@@ -63,13 +64,11 @@ export class Gallery {
     return this.#strips.flatMap(({ tiles }) => tiles.filter(({ picture }) => picture));
   }
 
-  /** Where the newest picture of each class is shown from, by the class's id. */
-  thumbnails(model) {
-    const newest = new Map();
-    for (const { picture, url } of this.tiles)
-      if (picture.model === model && !newest.has(picture.request.class_label))
-        newest.set(picture.request.class_label, url);
-    return newest;
+  /** The address of a model's newest picture of a class, if there is one. */
+  newest(model, label) {
+    return this.tiles.find(
+      ({ picture }) => picture.model === model.id && picture.request.class_label === label,
+    )?.url;
   }
 
   async load() {
@@ -140,11 +139,7 @@ export class Gallery {
     tile.strip = strip;
     tile.complete(picture, URL.createObjectURL(picture.blob), labelOf(picture));
     strip.insert(tile);
-    if (!strip.active && !strip.state.textContent)
-      strip.state.textContent = new Date(picture.created).toLocaleString(undefined, {
-        dateStyle: "medium",
-        timeStyle: "short",
-      });
+    if (!strip.active) strip.state.textContent ||= when(picture.created);
     return tile;
   }
 
@@ -201,6 +196,10 @@ export class Gallery {
     this.#showSelection();
   }
 
+  get #selecting() {
+    return byId("runs").classList.contains("selecting");
+  }
+
   #setSelecting(selecting) {
     byId("runs").classList.toggle("selecting", selecting);
     byId("select-mode").setAttribute("aria-pressed", String(selecting));
@@ -213,8 +212,7 @@ export class Gallery {
 
   #showSelection() {
     const count = this.#selected.size;
-    const selecting = byId("select-mode").getAttribute("aria-pressed") === "true";
-    byId("selection").hidden = !count && !selecting;
+    byId("selection").hidden = !count && !this.#selecting;
     byId("selection-count").textContent = count ? `${count} selected` : "Select pictures";
     byId("selection-compare").disabled = count !== 2;
     byId("selection-zip").disabled = byId("selection-delete").disabled = !count;
@@ -244,13 +242,13 @@ export class Gallery {
     const pictures = tiles.map(({ picture }) => picture);
     const title = `${plan.name} · ${plan.facts}`;
     const name = fileName(pictures[0]).replace(/\.\w+$/, plan.columns ? "_grid.png" : "_all.png");
-    save(await composeSheet(pictures, plan.columns, title), name);
+    const sheet = await composeSheet(pictures, plan.columns, title);
+    const records = await Promise.all(pictures.map(({ blob }) => recordOf(blob)));
+    save(records.every(Boolean) ? await withRecord(sheet, joined(records)) : sheet, name);
   }
 
   #listen() {
-    const onClick = (id, action) => byId(id).addEventListener("click", action);
-    const selecting = () => byId("select-mode").getAttribute("aria-pressed") === "true";
-    onClick("select-mode", () => this.#setSelecting(!selecting()));
+    onClick("select-mode", () => this.#setSelecting(!this.#selecting));
     onClick("selection-done", () => {
       this.#setSelecting(false);
       byId("select-mode").focus();
@@ -267,7 +265,6 @@ export class Gallery {
       question.showModal();
       byId("clear-keep").focus();
     });
-    onClick("clear-keep", () => question.close());
     onClick("clear-all", () => {
       question.close();
       byId("toast").replaceChildren();

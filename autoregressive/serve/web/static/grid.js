@@ -1,6 +1,6 @@
 // A comparison: one setting from row to row, seeds from column to column.
 
-import { byId } from "./dom.js";
+import { byId, onClick } from "./dom.js";
 import { plural } from "./words.js";
 
 const MOST = 64; // pictures of a grid
@@ -36,10 +36,26 @@ export class GridForm {
     });
     for (const id of ["grid-values", "grid-seeds"])
       byId(id).addEventListener("input", ({ target }) => form.clear(target));
-    byId("grid-draw").addEventListener("click", () => {
+    onClick("grid-draw", () => {
       const asked = this.#read();
       if (asked) actions.onDraw(asked);
     });
+  }
+
+  /** Fills in a grid. @returns {boolean} whether the form has such grids */
+  fill({ axis, values, names, seeds }) {
+    const choice = byId("grid-axis");
+    if (![...choice.options].some(({ value }) => value === axis)) return false;
+    choice.value = axis;
+    const texts = names?.map((name, at) => {
+      const option = this.picker.optionOf(values[at]);
+      return option?.name === name ? this.picker.textOf(option) : name;
+    });
+    byId("grid-values").value = (texts ?? values).join(", ");
+    byId("grid-seeds").value = seeds.join(", ");
+    byId("grid").open = true;
+    byId("grid-draw").focus();
+    return true;
   }
 
   #values(axis) {

@@ -1,6 +1,6 @@
 // The form for the key of a server that asks for one.
 
-import { announce, byId } from "./dom.js";
+import { announce, byId, onClick } from "./dom.js";
 import { forgetKey, isRemembered, storeKey, storedKey } from "./key.js";
 import { describe } from "./words.js";
 
@@ -13,7 +13,7 @@ export class KeyForm {
     this.actions = actions;
     byId("key-form").addEventListener("submit", (event) => this.#use(event));
     byId("key").addEventListener("input", () => this.#complain(""));
-    byId("key-forget").addEventListener("click", () => {
+    onClick("key-forget", () => {
       forgetKey();
       byId("key-remember").checked = false;
       announce("The key is forgotten");
@@ -21,11 +21,11 @@ export class KeyForm {
       byId("key-button").hidden = true;
       byId("class").focus();
     });
-    byId("key-close").addEventListener("click", () => {
+    onClick("key-close", () => {
       this.#hide();
       byId("key-button").focus();
     });
-    byId("key-button").addEventListener("click", () => {
+    onClick("key-button", () => {
       const how = isRemembered() ? "remembered in this browser" : "until this tab is closed";
       if (this.isOpen) byId("key").focus();
       else this.#show("API key", `A key is in use, ${how}.`);

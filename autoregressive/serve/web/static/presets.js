@@ -1,20 +1,12 @@
 // Settings under a name, kept in this browser.
 
-import { announce, byId, element } from "./dom.js";
+import { announce, byId, element, onClick } from "./dom.js";
+import { browser } from "./storage.js";
 
 const NAME = "presets";
 
-function stored() {
-  try {
-    const found = JSON.parse(localStorage.getItem(NAME) ?? "{}");
-    return found && typeof found === "object" ? found : {};
-  } catch {
-    return {};
-  }
-}
-
 export class Presets {
-  #presets = stored();
+  #presets = browser.read(NAME, {});
 
   /** @param {{settings: () => Object, use: (settings: Object) => void}} actions */
   constructor(actions) {
@@ -22,7 +14,7 @@ export class Presets {
     const dialog = byId("preset-dialog");
     const choice = byId("preset");
     choice.addEventListener("change", () => this.#use(choice.value));
-    byId("preset-save").addEventListener("click", () => {
+    onClick("preset-save", () => {
       byId("preset-name").value = choice.value;
       dialog.showModal();
       byId("preset-name").select();
@@ -31,8 +23,7 @@ export class Presets {
       event.preventDefault();
       this.#save(byId("preset-name").value.trim());
     });
-    byId("preset-cancel").addEventListener("click", () => dialog.close());
-    byId("preset-delete").addEventListener("click", () => this.#delete(choice.value));
+    onClick("preset-delete", () => this.#delete(choice.value));
     this.#show("");
   }
 
@@ -42,9 +33,8 @@ export class Presets {
   }
 
   #save(name) {
-    if (!name) return;
     this.#presets = { ...this.#presets, [name]: this.actions.settings() };
-    this.#keep();
+    browser.set(NAME, JSON.stringify(this.#presets));
     byId("preset-dialog").close();
     this.#show(name);
     announce(`Saved as ${name}`);
@@ -54,18 +44,10 @@ export class Presets {
     const { [name]: gone, ...others } = this.#presets;
     if (!gone) return;
     this.#presets = others;
-    this.#keep();
+    browser.set(NAME, JSON.stringify(this.#presets));
     this.#show("");
     byId("preset").focus();
     announce(`${name} is deleted`);
-  }
-
-  #keep() {
-    try {
-      localStorage.setItem(NAME, JSON.stringify(this.#presets));
-    } catch {
-      // where storage is switched off they last as long as the page
-    }
   }
 
   #show(chosen) {

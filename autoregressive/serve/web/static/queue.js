@@ -1,6 +1,6 @@
 // The runs that wait, in their order. As many are drawn at once as leave the browser a connection.
 
-import { button, byId, element } from "./dom.js";
+import { button, byId, element, onClick } from "./dom.js";
 import { duration, place, plural } from "./words.js";
 
 const AT_ONCE = 4; // a browser holds six connections to one server
@@ -15,7 +15,7 @@ export class Queue {
   /** @param {{onChange: () => void}} actions */
   constructor(actions) {
     this.actions = actions;
-    byId("queue-clear").addEventListener("click", () => this.clear());
+    onClick("queue-clear", () => this.clear());
   }
 
   get runs() {

@@ -1,7 +1,7 @@
 // One run on its way: sends its requests, fills its strip with what comes, tells how it ended.
 
 import { Failure, bytesOf, cancelJob, drawing } from "./api.js";
-import { announce, button, byId, element } from "./dom.js";
+import { announce, button, byId, element, toast } from "./dom.js";
 import { Tile } from "./tile.js";
 import { describe, left, plural, took } from "./words.js";
 
@@ -101,6 +101,7 @@ export class Run {
         await this.#take(event, cell, at, tiles);
       if (tiles.some(({ picture }) => !picture)) throw new Failure("cut"); // lost on its way
     } catch (error) {
+      if (error.kind === "stream") delete cell.job; // it has ended
       // The server goes on for a while when the connection breaks off: the drawing is followed.
       if (error.kind !== "cut" || asked.again || this.#controller.signal.aborted) throw error;
       await new Promise((resolve) => setTimeout(resolve, FOLLOW_AFTER));
@@ -114,7 +115,9 @@ export class Run {
   async #take(event, cell, at, tiles) {
     switch (event.type) {
       case "queued": {
-        if (event.id) cell.job = event.id;
+        if (cell.job && event.id !== cell.job)
+          toast(`${this.plan.name} is drawn again from its seed: the server had lost it`);
+        cell.job = event.id;
         this.actions.onChange(); // what can be followed again is noted
         const words = event.ahead
           ? `Waiting: ${plural(event.ahead, "request")} ahead`

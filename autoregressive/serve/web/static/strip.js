@@ -28,7 +28,7 @@ export class Strip {
     this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${plan.name}` });
     this.state = element("p", { class: "run-state" });
     this.trouble = element("div", { class: "notice", role: "alert", hidden: true });
-    this.list = element("ul", { class: "pictures", "data-columns": plan.columns });
+    this.list = element("ul", { class: "pictures", "data-columns": plan.columns || null });
     this.node = element(
       "article",
       { class: "run", "data-state": "kept", "aria-label": `${plan.name}, ${plan.facts}` },
@@ -57,6 +57,12 @@ export class Strip {
   }
 
   insert(tile) {
+    const { columns } = this.plan;
+    if (columns) {
+      // A cell of a grid keeps its place when others are deleted.
+      const place = Math.floor(tile.order / 100);
+      tile.node.style.gridArea = `${Math.floor(place / columns) + 1} / ${(place % columns) + 1}`;
+    }
     const at = this.tiles.findIndex(({ order }) => order > tile.order);
     this.list.insertBefore(tile.node, at < 0 ? null : this.tiles[at].node);
     this.tiles.splice(at < 0 ? this.tiles.length : at, 0, tile);

@@ -15,6 +15,8 @@ export class Tile {
    */
   constructor(order, words, actions) {
     Object.assign(this, { order, words, actions });
+    // A line may end at a dot only.
+    this.caption = element("span", { class: "tile-words" }, words.replaceAll(/\b \b/g, "\u00a0"));
     this.frame = element("div", { class: "frame" });
     this.foot = element("div", { class: "tile-foot" });
     this.node = element(
@@ -36,7 +38,7 @@ export class Tile {
     );
     this.frame.style.setProperty("--grid", grid);
     this.#label(0);
-    this.foot.replaceChildren(element("span", { class: "tile-words" }, this.words));
+    this.foot.replaceChildren(this.caption);
   }
 
   #label(rows) {
@@ -106,7 +108,7 @@ export class Tile {
         on: { click: () => this.actions[action](this) },
       });
     this.foot.replaceChildren(
-      element("span", { class: "tile-words" }, this.words),
+      this.caption,
       act("Download", "download", "download"),
       act("Delete", "bin", "remove"),
     );

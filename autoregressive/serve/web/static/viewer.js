@@ -1,7 +1,7 @@
 // The large view of a picture, and two pictures side by side.
 
 import { announce, byId, copyText, element, save, toast } from "./dom.js";
-import { fileName, labelOf, settingsInWords } from "./words.js";
+import { fileName, labelOf, settingsInWords, when } from "./words.js";
 
 const SWIPE = 50; // pixels
 
@@ -14,13 +14,7 @@ function factsOf(picture) {
     ...settingsInWords(request),
     ["Model", picture.model],
     ["Size", `${picture.size} × ${picture.size}`],
-    [
-      "Drawn",
-      new Date(picture.created).toLocaleString(undefined, {
-        dateStyle: "medium",
-        timeStyle: "short",
-      }),
-    ],
+    ["Drawn", when(picture.created)],
   ];
 }
 
@@ -119,42 +113,31 @@ export class Viewer {
 
   #listen() {
     const { dialog } = this;
-    const onClick = (id, action) => byId(id).addEventListener("click", action);
     const closing = (action) => () => {
-      const { picture } = this.#shown;
       dialog.close();
-      action(picture);
+      action(this.#shown.picture);
     };
-    onClick("viewer-close", () => dialog.close());
-    onClick("viewer-previous", () => this.#move(-1));
-    onClick("viewer-next", () => this.#move(1));
-    onClick("viewer-zoom", () => this.#zoom());
-    onClick("viewer-image", () => this.#zoom());
-    onClick("viewer-download", () => save(this.#shown.picture.blob, fileName(this.#shown.picture)));
-    onClick("viewer-seed", () => copyText(this.#shown.picture.request.seed, "The seed is copied"));
-    onClick("viewer-copy", () => this.#copyImage());
-    onClick("viewer-link", () =>
-      copyText(this.actions.link(this.#shown.picture), "The link is copied"),
+    const actions = {
+      previous: () => this.#move(-1),
+      next: () => this.#move(1),
+      zoom: () => this.#zoom(),
+      download: () => save(this.#shown.picture.blob, fileName(this.#shown.picture)),
+      "copy-seed": () => copyText(this.#shown.picture.request.seed, "The seed is copied"),
+      "copy-image": () => this.#copyImage(),
+      "copy-link": () => copyText(this.actions.link(this.#shown.picture), "The link is copied"),
+      again: closing(this.actions.again),
+      use: closing(this.actions.use),
+      remove: () => {
+        const tile = this.actions.tiles()[this.#at];
+        dialog.close();
+        if (tile) this.actions.remove(tile);
+      },
+    };
+    dialog.addEventListener("click", ({ target }) =>
+      actions[target.closest("[data-action]")?.dataset.action]?.(),
     );
-    onClick(
-      "viewer-again",
-      closing((picture) => this.actions.again(picture)),
-    );
-    onClick(
-      "viewer-settings",
-      closing((picture) => this.actions.use(picture)),
-    );
-    onClick("viewer-delete", () => {
-      const tile = this.actions.tiles()[this.#at];
-      dialog.close();
-      if (tile) this.actions.remove(tile);
-    });
-    onClick("pair-close", () => byId("pair").close());
-    for (const box of [dialog, byId("pair"), byId("help")])
-      box.addEventListener("click", ({ target }) => {
-        if (target === box) box.close(); // beside it
-      });
     const image = byId("viewer-image");
+    image.addEventListener("click", actions.zoom);
     image.addEventListener("pointerdown", ({ clientX }) => {
       this.#swipe = clientX;
     });

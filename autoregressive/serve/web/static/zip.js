@@ -12,17 +12,20 @@ export function crc32(bytes) {
   return (crc ^ 0xffffffff) >>> 0;
 }
 
-/** Little-endian numbers, given as [bytes, value]. */
-function record(...fields) {
-  const length = fields.reduce((sum, [size]) => sum + size, 0);
-  const view = new DataView(new ArrayBuffer(length));
+function concatenated(parts) {
+  const whole = new Uint8Array(parts.reduce((sum, { length }) => sum + length, 0));
   let at = 0;
-  for (const [size, value] of fields) {
-    if (size === 2) view.setUint16(at, value, true);
-    else view.setUint32(at, value, true);
-    at += size;
+  for (const part of parts) {
+    whole.set(part, at);
+    at += part.length;
   }
-  return new Uint8Array(view.buffer);
+  return whole;
+}
+
+/** Numbers in so many bytes each, the lowest byte first. */
+function record(sizes, values) {
+  const bytes = (value, size) => new Uint8Array(new Uint32Array([value]).buffer, 0, size);
+  return concatenated(values.map((value, at) => bytes(value, Number(sizes[at]))));
 }
 
 /** @param {{name: string, bytes: Uint8Array}[]} files @returns {Uint8Array} */
@@ -34,41 +37,17 @@ export function zip(files, now = new Date()) {
   let offset = 0;
   for (const { name, bytes } of files) {
     const letters = new TextEncoder().encode(name);
-    const size = bytes.length;
-    // version, flags (names are UTF-8), method (stored)
-    const common = [
-      [2, 20],
-      [2, 0x800],
-      [2, 0],
-      [2, time],
-      [2, date],
-    ];
-    common.push([4, crc32(bytes)], [4, size], [4, size], [2, letters.length], [2, 0]);
-    const head = record([4, 0x04034b50], ...common);
+    const { length } = bytes;
+    // version, flags (names are UTF-8), method (stored), ...
+    const facts = [20, 0x800, 0, time, date, crc32(bytes), length, length, letters.length, 0];
+    const head = record("42222244422", [0x04034b50, ...facts]);
     parts.push(head, letters, bytes);
-    const rest = [
-      [2, 0],
-      [2, 0],
-      [2, 0],
-      [4, 0],
-      [4, offset],
-    ];
-    directory.push(record([4, 0x02014b50], [2, 20], ...common, ...rest), letters);
-    offset += head.length + letters.length + size;
+    const rest = [0, 0, 0, 0, offset];
+    directory.push(record("42222224442222244", [0x02014b50, 20, ...facts, ...rest]), letters);
+    offset += head.length + letters.length + length;
   }
-  const length = directory.reduce((sum, part) => sum + part.length, 0);
-  const counts = [
-    [2, 0],
-    [2, 0],
-    [2, files.length],
-    [2, files.length],
-  ];
-  directory.push(record([4, 0x06054b50], ...counts, [4, length], [4, offset], [2, 0]));
-  const archive = new Uint8Array(offset + length + 22);
-  let at = 0;
-  for (const part of [...parts, ...directory]) {
-    archive.set(part, at);
-    at += part.length;
-  }
-  return archive;
+  const size = directory.reduce((sum, { length }) => sum + length, 0);
+  const count = files.length;
+  const end = record("42222442", [0x06054b50, 0, 0, count, count, size, offset, 0]);
+  return concatenated([...parts, ...directory, end]);
 }
