@@ -281,6 +281,34 @@ def test_every_action_has_a_key_that_the_help_lists(
     expect(page.locator(".tile-open")).to_have_count(8)
 
 
+def test_no_button_is_without_a_key(open_page: OpenPage, behaviour: Behaviour) -> None:
+    """Fails if a button has no action, so that no key presses it, or if these keys do nothing."""
+    page = open_page()
+    ask(page, "owl", 2)
+    run_ends(page)
+    behaviour.refusal = Refusal(500, "out of memory")
+    ask(page, "pig", 1)
+    trouble = page.locator(".run [role=alert]:visible")
+    expect(trouble).to_be_visible()
+    # Enter and Escape press these: what is shown itself, and what is in lists, forms and dialogs.
+    others = ".closes, .tile-open, .chip, .combobox-open, dialog form *, #key-form *, #clear-all"
+    for kind in ("button", "summary", "a.button"):
+        without = page.locator(f"{kind}:not([data-action], {others})")
+        assert without.evaluate_all("all => all.map(b => b.outerHTML)") == []
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("n")
+    expect(trouble).to_have_count(0)
+    page.keyboard.press("+")
+    expect(page.get_by_label("Pictures", exact=True)).to_have_value("2")
+    page.keyboard.press("g")
+    expect(page.get_by_role("button", name="Draw the grid")).to_be_visible()
+    page.keyboard.press("c")
+    expect(page.locator("#preset")).to_be_focused()
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("D")
+    expect(page.get_by_role("button", name="Delete all", exact=True)).to_be_visible()
+
+
 def test_a_screen_reader_hears_progress_and_results(
     open_page: OpenPage, behaviour: Behaviour
 ) -> None:

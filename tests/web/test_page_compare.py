@@ -58,7 +58,7 @@ def test_a_grid_shows_one_setting_against_seeds(
     )
     assert [x for x, _ in places[:3]] == [x for x, _ in places[3:]]
     assert len({y for _, y in places}) == 2
-    name, content = saved(page, page.get_by_role("button", name="Download as one picture").click)
+    name, content = saved(page, page.get_by_role("button", name="Download the grid").click)
     assert name.endswith("_grid.png")
     with Image.open(io.BytesIO(content)) as sheet:
         assert 3 * SIZE < sheet.width < 4 * SIZE

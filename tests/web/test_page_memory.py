@@ -57,7 +57,6 @@ def test_settings_are_in_the_address_and_survive_a_reload(
     assert query_of(page) == ""
     page.get_by_label("Guidance", exact=True).fill("3")
     fill(page, "owl", 2, 2**62 + 1)
-    page.get_by_label("Class", exact=True).press("Enter")
     assert query_of(page) == f"?class=owl&pictures=2&seed={2**62 + 1}&guidance=3"
     page.reload()
     expect(page.locator("#class-id")).not_to_be_empty()
@@ -121,6 +120,13 @@ def test_presets_are_saved_chosen_and_deleted(open_page: OpenPage, behaviour: Be
     run_ends(other)
     sent = behaviour.requests[0]
     assert [sent[name] for name in ("class_label", "n", "cfg_scale")] == [33, 3, 6.5]
+    other.get_by_label("Guidance", exact=True).fill("2")
+    other.get_by_label("Seed", exact=True).fill("9")
+    expect(other.locator("#preset")).to_have_value("")  # so that it can be chosen again
+    other.locator("#preset").select_option("loud bees")
+    expect(other.get_by_label("Guidance", exact=True)).to_have_value("6.5")
+    expect(other.get_by_label("Seed", exact=True)).to_have_value("")
+    assert query_of(other) == "?class=bee&pictures=3&guidance=6.5"
     other.get_by_role("button", name="Delete this preset").click()
     other.reload()
     expect(other.locator("#preset option")).to_have_count(1)

@@ -77,6 +77,7 @@ function changed() {
     complain("");
   }
   writeAddress(settings());
+  presets.compare();
 }
 
 /** Fills in the settings of a picture, a preset or an address. */
@@ -287,7 +288,13 @@ onClick("copy-link", () =>
 );
 onClick("help-button", () => byId("help").showModal());
 const gridForm = new GridForm(form, picker, { onDraw: plan });
-new Presets({ settings, use: (given) => use(given) });
+const presets = new Presets({
+  settings,
+  use: (given) => {
+    form.backToDefaults();
+    use({ n: 4, seed: "", ...given });
+  },
+});
 
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {

@@ -125,13 +125,8 @@ export class ClassPicker {
     return this.find(option.name) === option ? option.name : option.digits;
   }
 
-  /** Why there is no value. */
-  get complaint() {
-    return this.complaintOf(this.input.value);
-  }
-
-  /** Why a text means no class. */
-  complaintOf(text) {
+  /** Why a text means no class: that in the field, if no other is given. */
+  complaintOf(text = this.input.value) {
     const query = folded(text);
     if (!query) return "Choose a class.";
     const fitting = this.#options.filter((option) => rank(option, query) !== null);

@@ -68,11 +68,13 @@ export class SettingsForm {
 
   /** Fills in settings: texts or numbers by the names of a request's fields. */
   fill(settings) {
-    for (const name of NUMBERS)
-      if (settings[name] !== undefined && settings[name] !== null) {
-        this.#filledIn.add(name);
-        this.#set(name, settings[name]);
-      }
+    for (const name of NUMBERS) {
+      const value = settings[name] ?? null;
+      if (value === null) continue;
+      if (value === "") this.#filledIn.delete(name);
+      else this.#filledIn.add(name);
+      this.#set(name, value);
+    }
     if (SAMPLING.slice(1).some((name) => this.#differs(name))) byId("more").open = true;
     this.actions.onChange();
   }
@@ -97,7 +99,7 @@ export class SettingsForm {
     this.picker.commit();
     const { value } = this.picker;
     const request = { class_label: value?.id };
-    const wrong = value === null ? [["class_label", this.picker.complaint]] : [];
+    const wrong = value === null ? [["class_label", this.picker.complaintOf()]] : [];
     for (const name of NUMBERS) {
       const text = byId(name).value;
       const isRandom = name === "seed" && !text.trim();

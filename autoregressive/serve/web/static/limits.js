@@ -27,7 +27,5 @@ export function complaintOf(text, { whole = false, least, above = false, most } 
   const low = least !== undefined && (value < number(least) || (above && value === number(least)));
   const high = most !== undefined && value > number(most);
   if (!low && !high) return "";
-  if (above) return `Above ${least}${most === undefined ? "" : ` and at most ${most}`}.`;
-  if (most === undefined) return `At least ${least}.`;
-  return least === undefined ? `At most ${most}.` : `From ${least} to ${most}.`;
+  return above ? `Above ${least} and at most ${most}.` : `From ${least} to ${most}.`;
 }

@@ -32,6 +32,13 @@ export class Presets {
     this.#show(name);
   }
 
+  /** Names no preset any more once the settings are others: it can be chosen again. */
+  compare() {
+    const settings = this.actions.settings();
+    const preset = Object.entries(this.#presets[byId("preset").value] ?? {});
+    if (preset.some(([name, value]) => settings[name] !== value)) this.#show("");
+  }
+
   #save(name) {
     this.#presets = { ...this.#presets, [name]: this.actions.settings() };
     browser.set(NAME, JSON.stringify(this.#presets));

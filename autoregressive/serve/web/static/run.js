@@ -231,9 +231,13 @@ export class Run {
     const retry = button("Try again", {
       drawing: "again",
       kind: "outlined",
+      "data-action": "retry",
       on: { click: () => this.actions.retry(this) },
     });
-    const dismiss = button("Dismiss", { on: { click: () => this.actions.dismiss(this) } });
+    const dismiss = button("Dismiss", {
+      "data-action": "dismiss",
+      on: { click: () => this.actions.dismiss(this) },
+    });
     this.strip.fail(
       element("p", { class: "notice-title" }, title),
       element("p", {}, detail),

@@ -9,12 +9,21 @@ export const KEYS = [
       ["generate", "Ctrl+Enter", "Draw"],
       ["class", "/", "Go to the class"],
       ["random", "r", "Pick a class at random"],
+      ["another", "+", "One picture more"],
+      ["fewer", "-", "One picture fewer"],
+      ["more", "m", "Show or hide more settings"],
       ["defaults", "0", "Back to the model's settings"],
-      ["link", "l", "Copy a link to the settings"],
+      ["grid", "g", "Show or hide the grid's settings"],
+      ["draw-grid", "G", "Draw the grid"],
+      ["choose", "c", "Choose a preset"],
       ["preset", "p", "Save the settings as a preset"],
-      ["grid", "g", "Draw a grid to compare"],
+      ["forget", "P", "Delete the preset"],
+      ["link", "l", "Copy a link to the settings"],
       ["clear", "q", "Clear the queue"],
+      ["remove-all", "D", "Delete all pictures"],
       ["theme", "t", "Change between light and dark"],
+      ["key", "k", "Enter another key"],
+      ["api", "i", "Read about the API"],
       ["help", "?", "Show this help"],
     ],
   ],
@@ -24,6 +33,8 @@ export const KEYS = [
       ["cancel", "Escape", "Cancel it"],
       ["again", "a", "Draw it again with another seed"],
       ["sheet", "o", "Download it as one picture"],
+      ["retry", "y", "Try again what has failed"],
+      ["dismiss", "n", "Dismiss the message"],
     ],
   ],
   [
@@ -115,7 +126,7 @@ function press(key) {
   if (!found || found.disabled) return false;
   if (isTyping(found)) {
     found.focus();
-    found.select();
+    found.select?.();
   } else found.click();
   return true;
 }

@@ -13,17 +13,19 @@ export class Strip {
    */
   constructor(plan, actions) {
     Object.assign(this, { plan, actions });
-    const act = (action, words, drawing) =>
+    const act = (action, words, drawing, bare = true) =>
       button(words, {
         drawing,
-        bare: true,
+        bare,
         "data-action": action,
         "aria-label": `${words}: ${plan.name}`,
         on: { click: () => actions[action](this) },
       });
-    this.cancel = act("cancel", "Cancel", "stop");
+    this.cancel = act("cancel", "Cancel", "close");
     this.again = act("again", "Again with another seed", "again");
-    this.sheet = act("sheet", "Download as one picture", "sheet");
+    this.sheet = plan.columns
+      ? act("sheet", "Download the grid", "download", false)
+      : act("sheet", "Download as one picture", "sheet");
     this.title = element("h3", { class: "run-title" }, plan.name);
     this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${plan.name}` });
     this.state = element("p", { class: "run-state" });
