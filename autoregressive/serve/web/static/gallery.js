@@ -241,7 +241,10 @@ export class Gallery {
   async #saveSheet({ plan, tiles }) {
     const pictures = tiles.map(({ picture }) => picture);
     const title = `${plan.name} · ${plan.facts}`;
-    const name = fileName(pictures[0]).replace(/\.\w+$/, plan.columns ? "_grid.png" : "_all.png");
+    const [cut, end] = plan.columns
+      ? [/_seed-.*/, "_grid.png"]
+      : [/(_\d+-of-\d+)?\.\w+$/, "_all.png"];
+    const name = fileName(pictures[0]).replace(cut, end);
     const sheet = await composeSheet(pictures, plan.columns, title);
     const records = await Promise.all(pictures.map(({ blob }) => recordOf(blob)));
     save(records.every(Boolean) ? await withRecord(sheet, joined(records)) : sheet, name);
