@@ -21,11 +21,14 @@ from autoregressive.models.gpt import GPT_models, build_gpt
 
 if TYPE_CHECKING:
     from fake_service import Service
+    from page_browser import OpenPage
+    from page_stand_in import Behaviour, StandIn
+    from playwright.sync_api import Browser
 
 REFERENCE = Path(__file__).parent / "reference"
 _STARTERS = re.compile(
     r"^\s*(import|from) (subprocess|multiprocessing|compiled|fake_service|forked_services"
-    r"|page_stand_in|playwright)\b",
+    r"|page_browser|page_stand_in|playwright)\b",
     re.MULTILINE,
 )
 
@@ -77,6 +80,46 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Service"]:
     folder = tmp_path_factory.mktemp("locked")
     with running_service(folder, environment={"LLAMAGEN_API_KEY": KEY}) as service:
         yield service
+
+
+@pytest.fixture(scope="module")
+def stand_in() -> Iterator["StandIn"]:
+    """A stand-in of the service for the page."""
+    for module in ("fastapi", "uvicorn", "playwright.sync_api"):
+        pytest.importorskip(module, reason=f"the page's tests need {module}")
+    from page_stand_in import StandIn
+
+    service = StandIn()
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module", params=["chromium", "firefox"])
+def page_browser(request: pytest.FixtureRequest) -> Iterator["Browser"]:
+    """Each of the browsers in which the page is tested."""
+    from page_browser import started_browser
+
+    with started_browser(request.param) as browser:
+        yield browser
+
+
+@pytest.fixture
+def behaviour(stand_in: "StandIn") -> Iterator["Behaviour"]:
+    """What the stand-in does, as if it were new."""
+    stand_in.reset()
+    yield stand_in.behaviour
+    stand_in.reset()
+
+
+@pytest.fixture
+def open_page(
+    page_browser: "Browser", stand_in: "StandIn", behaviour: "Behaviour"
+) -> Iterator["OpenPage"]:
+    """Opens the page, and fails if it complains or asks another server."""
+    from page_browser import opened_pages
+
+    with opened_pages(page_browser, stand_in) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from starlette.types import Receive
 
 from autoregressive.models.demo_classes import DEMO_EMOJI
+from autoregressive.serve.web.schema import StreamRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "autoregressive" / "serve" / "web" / "static"
@@ -64,14 +65,22 @@ class Behaviour:
     key: str | None = None
     facts_held: bool = False  # no word yet of what it draws
     trained: bool = True
+    class_pictures: str | None = None  # where the picture of all classes is
     ahead: int = 0  # requests before this one; they never end
     row_seconds: float = 0.0
+    preview_every: int = 1  # rows
     hold_at_row: int | None = None  # draw so many rows, then wait
     hold_at_image: int | None = None  # send so many pictures, then wait
     refusal: Refusal | None = None  # the answer to a request to draw
     cut_at_row: int | None = None  # break off without a word
+    cuts_left: int = 1000  # so often
     fail_at_row: int | None = None  # an `error` event
+    described: bool = True  # there is an openapi.json
+    forgets: bool = False  # a drawing whose reader has left is not found again
     requests: list[dict[str, Any]] = field(default_factory=list)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)  # requests by id
+    followed: list[str] = field(default_factory=list)  # ids
+    cancelled: list[str] = field(default_factory=list)  # ids
     disconnects: int = 0
     sent: list[bytes] = field(default_factory=list)  # the pictures' bytes
 
@@ -98,6 +107,10 @@ def png_of(label: int, index: int, body: dict[str, Any]) -> bytes:
     """The file that the service sends: with its settings in it."""
     stream, notes = io.BytesIO(), PngInfo()
     notes.add_text("parameters", json.dumps({**body, "image_index": index}))
+    record = {name: body[name] for name in ("seed", *DEFAULTS)}
+    record |= {"images": body["n"], "image": index}
+    record |= {"label": label, "class_name": DEMO_EMOJI[label][0]}
+    notes.add_text("llamagen", json.dumps(record))
     picture_of(label, index).save(stream, "PNG", pnginfo=notes)
     return stream.getvalue()
 
@@ -128,11 +141,12 @@ def event(name: str, **content: object) -> str:
     return f"event: {name}\ndata: {json.dumps({'type': name, **content})}\n\n"
 
 
-async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str]:
+async def drawn(behaviour: Behaviour, body: dict[str, Any], job: str) -> AsyncIterator[str]:
     """The events of a request, all of whose pictures grow at once."""
     label, count, started = body["class_label"], body.get("n", 1), time.monotonic()
     tokens = count * GRID * GRID
     facts = {
+        "id": job,
         "seed": body["seed"],
         "n": count,
         "class_label": label,
@@ -147,7 +161,7 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str
         await asyncio.sleep(behaviour.row_seconds)
         left = (GRID - row) * behaviour.row_seconds
         yield event("progress", tokens_drawn=tokens * row // GRID, tokens=tokens, seconds_left=left)
-        for index in range(count):
+        for index in range(count if row % behaviour.preview_every == 0 else 0):
             content = base64.b64encode(preview_of(label, index, row)).decode()
             yield event(
                 "preview",
@@ -160,7 +174,8 @@ async def drawn(behaviour: Behaviour, body: dict[str, Any]) -> AsyncIterator[str
         while behaviour.hold_at_row is not None and row >= behaviour.hold_at_row:
             yield ": still there\n\n"
             await asyncio.sleep(0.01)
-        if row == behaviour.cut_at_row:
+        if row == behaviour.cut_at_row and behaviour.cuts_left:
+            behaviour.cuts_left -= 1
             return
         if row == behaviour.fail_at_row:
             failure = {
@@ -231,7 +246,11 @@ def build_app(behaviour: Behaviour) -> FastAPI:
             "codebook_size": 1024,
             "num_classes": len(DEMO_EMOJI),
         }
-        model |= {"trained": behaviour.trained, "defaults": DEFAULTS}
+        model |= {
+            "trained": behaviour.trained,
+            "class_pictures": behaviour.class_pictures,
+            "defaults": DEFAULTS,
+        }
         return refused(request) or JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/v1/classes")
@@ -251,6 +270,8 @@ def build_app(behaviour: Behaviour) -> FastAPI:
         if (no := refused(request)) is not None:
             return no
         body = await request.json()
+        keep_seconds = body.pop("keep_seconds")
+        assert keep_seconds > 0
         behaviour.requests.append(body)
         if (refusal := behaviour.refusal) is not None:
             if refusal.html:
@@ -260,12 +281,36 @@ def build_app(behaviour: Behaviour) -> FastAPI:
                 refusal.status, refusal.message, kind, refusal.param, refusal.headers, refusal.code
             )
 
+        job = f"job-{len(behaviour.requests)}"
+        behaviour.jobs[job] = body
+        return watched(drawn(behaviour, body, job))
+
+    @app.get("/v1/images/stream/{job}")
+    async def follow(job: str) -> Response:
+        behaviour.followed.append(job)
+        if behaviour.forgets or job not in behaviour.jobs:
+            return error(404, "there is no such drawing", "invalid_request_error")
+        return watched(drawn(behaviour, behaviour.jobs[job], job))
+
+    @app.delete("/v1/images/stream/{job}")
+    async def cancel(job: str) -> Response:
+        behaviour.cancelled.append(job)
+        return Response(status_code=204)
+
+    @app.get("/openapi.json")
+    async def describe() -> Response:
+        if not behaviour.described:
+            return error(404, "there is no such path", "invalid_request_error")
+        schemas = {"StreamRequest": StreamRequest.model_json_schema()}
+        return JSONResponse({"components": {"schemas": schemas}})
+
+    def watched(events: AsyncIterator[str]) -> Response:
         class Watched(StreamingResponse):
             async def listen_for_disconnect(self, receive: Receive) -> None:
                 await super().listen_for_disconnect(receive)
                 behaviour.disconnects += 1
 
-        return Watched(drawn(behaviour, body), media_type="text/event-stream")
+        return Watched(events, media_type="text/event-stream")
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

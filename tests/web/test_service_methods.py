@@ -149,7 +149,7 @@ def test_the_description_has_no_operations_of_head(service: Service) -> None:
     operations = [
         (method, operation) for found in paths.values() for method, operation in found.items()
     ]
-    assert {method for method, _ in operations} == {"get", "post"}
+    assert {method for method, _ in operations} == {"get", "post", "delete"}
     numbers = [operation["operationId"] for _, operation in operations]
     assert len(set(numbers)) == len(numbers)
     assert all(re.fullmatch(r"\w+", number) for number in numbers)

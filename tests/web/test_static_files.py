@@ -4,11 +4,15 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from fake_service import Service, running_service
+from fake_service import Service, fake_model, running_service
+from page_stand_in import demo_pictures
+from PIL import Image, ImageChops, ImageStat
 from test_service_connections import GET_A_FILE, address
 
+from autoregressive.models.classes import DEMO
 from autoregressive.serve.web.app import PAGE
 
 READERS = 20
@@ -48,6 +52,7 @@ def test_a_file_arrives_as_it_is(service: Service, name: str) -> None:
         ".css": "text/css; charset=utf-8",
         ".html": "text/html; charset=utf-8",
         ".svg": "image/svg+xml",
+        ".webp": "image/webp",
     }
     assert answer.headers["content-type"] == kinds[os.path.splitext(name)[1]]
 
@@ -70,3 +75,23 @@ def test_a_browser_gets_what_has_changed_only(service: Service, path: str) -> No
 def test_what_is_no_file_is_a_404(service: Service, path: str) -> None:
     assert service.client.get(path).status_code == 404
     assert service.client.post("/static/api.js").status_code == 405
+
+
+def test_the_demo_classes_have_their_own_pictures() -> None:
+    """Fails if the page has no picture of the demo's classes, shows them with another model's, or
+    has a class in another's place.
+    """
+    model = fake_model("fake")
+    assert model.described().class_pictures is None
+    address = replace(model, classes=DEMO).described().class_pictures
+    assert address is not None
+    with Image.open(PAGE.parent / address) as opened:
+        sheet = opened.convert("RGB")
+    side = sheet.width // 16
+    assert sheet.size == (16 * side, len(DEMO) // 16 * side)
+    wanted = [picture.resize((16, 16)) for picture in demo_pictures()]
+    for label in range(len(DEMO)):
+        left, top = side * (label % 16), side * (label // 16)
+        found = sheet.crop((left, top, left + side, top + side)).resize((16, 16))
+        unlike = [ImageStat.Stat(ImageChops.difference(found, one)).sum for one in wanted]
+        assert min(range(len(DEMO)), key=lambda one: sum(unlike[one])) == label

@@ -34,7 +34,7 @@ from autoregressive.serve.web.schema import (
     ImageRequest,
     ImagesAnswer,
     OutputFormat,
-    StreamRequest,
+    PictureRequest,
     Usage,
 )
 from autoregressive.serve.web.store import Store
@@ -231,10 +231,12 @@ def event_stream(
     request: Request,
     served: ServedRequest,
     next_event: Callable[[], Awaitable[bytes]],
+    on_end: Callable[[ServedRequest], None] | None = None,
 ) -> StreamingResponse:
-    """Server-sent events as an answer; the request ends when its reader leaves.
+    """Server-sent events as an answer.
 
     Args:
+        on_end: what becomes of the request when its reader leaves; None: it ends.
         next_event: waits for what happens next, but not for longer than `KEEP_ALIVE_SECONDS`, and
             returns the bytes of its event. They are empty where there is nothing to tell.
     """
@@ -255,7 +257,7 @@ def event_stream(
             context_of(request.scope).failed = True
             yield event_bytes("error", **internal_error().body)
         finally:
-            state.broker.abandon(served)
+            (on_end or state.broker.abandon)(served)
 
     return StreamingResponse(
         until_the_reader_leaves(),
@@ -343,7 +345,7 @@ class PicturesResponse(Response):
 
 
 def picture_of(
-    state: AppState, request: EngineRequest, image: Image, body: StreamRequest
+    state: AppState, request: EngineRequest, image: Image, body: PictureRequest
 ) -> Callable[[], bytes]:
     """How the file of a finished image is made, which takes a while."""
     return partial(

@@ -7,7 +7,15 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from autoregressive.serve.web.app_state import CODES_PATH, STREAM_PATH, AppState, client_of
+from autoregressive.serve.web.api_errors import described
+from autoregressive.serve.web.app_state import (
+    CODES_PATH,
+    STREAM_PATH,
+    AppState,
+    client_of,
+    context_of,
+)
+from autoregressive.serve.web.kept_drawings import KeptDrawing, KeptDrawings
 from autoregressive.serve.web.openai_routes import (
     DRAWING_ERRORS,
     EVENT_STREAM,
@@ -36,10 +44,18 @@ from autoregressive.serve.worker.messages import (
 
 _QUEUE_LOOK_SECONDS = 0.5  # between two looks at a waiting request's place in the queue
 
+_FOLLOWING_ERRORS = described(
+    {
+        401: "The key is missing or wrong.",
+        404: "There is no such drawing of this client, or not any more.",
+        429: "Too many wrong keys came from this address.",
+    }
+)
+
 
 def add_page_routes(app: FastAPI, state: AppState) -> None:
     """Adds the routes, to the application itself as `add_openai_routes` does."""
-    model = state.model
+    model, kept_drawings = state.model, KeptDrawings(state.broker)
 
     @app.post(
         STREAM_PATH,
@@ -52,7 +68,40 @@ def add_page_routes(app: FastAPI, state: AppState) -> None:
         wanted = model.engine_request(body, pixels=True, client=client_of(request.scope))
         wanted = replace(wanted, preview_rows=tuple(range(1, model.grid)), watched=True)
         served = await begin_drawing(state, wanted, request)
-        return event_stream(state, request, served, PageEvents(state, served, body).next_event)
+        return read_events(kept_drawings.keep(served, body), request)
+
+    @app.get(
+        f"{STREAM_PATH}/{{drawing_id}}",
+        responses={**_FOLLOWING_ERRORS, **EVENT_STREAM},
+        response_class=StreamingResponse,
+        tags=["images"],
+    )
+    async def follow_stream(drawing_id: str, request: Request) -> Response:
+        """The events from now on of a drawing whose reader has left. `queued` told its id."""
+        kept = await kept_drawings.follow(drawing_id, client_of(request.scope))
+        context_of(request.scope).served = kept.served
+        return read_events(kept, request)
+
+    @app.delete(
+        f"{STREAM_PATH}/{{drawing_id}}",
+        status_code=204,
+        responses=_FOLLOWING_ERRORS,
+        tags=["images"],
+    )
+    async def cancel_stream(drawing_id: str, request: Request) -> Response:
+        """Ends a drawing, whether or not somebody reads its events."""
+        kept_drawings.cancel(drawing_id, client_of(request.scope))
+        return Response(status_code=204)
+
+    def read_events(kept: KeptDrawing, request: Request) -> Response:
+        events = PageEvents(state, kept)
+
+        def leave(served: ServedRequest) -> None:
+            if events.untold is not None:
+                served.give_back(events.untold)
+            kept_drawings.leave(kept)
+
+        return event_stream(state, request, kept.served, events.next_event, leave)
 
     @app.post(CODES_PATH, response_model=CodesAnswer, responses=DRAWING_ERRORS, tags=["images"])
     async def draw_codes(body: CodesRequest, request: Request) -> Response:
@@ -81,23 +130,28 @@ class PageEvents:
     """What the page shows, as it happens."""
 
     state: AppState
-    served: ServedRequest
-    body: StreamRequest
+    kept: KeptDrawing
     ahead: int | None = None  # in the queue, as last told
+    untold: Image | None = None  # was taken, and may not have been sent
+    has_started: bool = False  # has been told
 
     async def next_event(self) -> bytes:
         """As `event_stream` wants it."""
-        state, served, request = self.state, self.served, self.served.request
-        tokens = state.model.tokens_of_image
+        state, served, body = self.state, self.kept.served, self.kept.body
+        request, tokens = served.request, state.model.tokens_of_image
+        self.untold = None  # the last event has been sent
         if self.ahead is None:
             return self._queued(state.broker.ahead_of(served))
+        if served.started_at is not None and not self.has_started:
+            self.has_started = True
+            return event_bytes("started")
         match await served.next_event(_QUEUE_LOOK_SECONDS):
             case None:
                 ahead = state.broker.ahead_of(served)
                 waits = served.started_at is None and ahead != self.ahead
                 return self._queued(ahead) if waits else b""
             case Started():
-                return event_bytes("started")
+                return b""  # it was told, or is told next
             case Progress(tokens=drawn):
                 return event_bytes(
                     "progress",
@@ -115,11 +169,12 @@ class PageEvents:
                     output_format="webp",
                 )
             case Image() as image:
+                self.untold = image
                 return event_bytes(
                     "image",
-                    await state.make_base64(picture_of(state, request, image, self.body)),
+                    await state.make_base64(picture_of(state, request, image, body)),
                     image_index=image.index,
-                    output_format=self.body.picture_format,
+                    output_format=body.picture_format,
                     seed=request.params.seed,
                 )
             case Ended() as ended if ended.outcome == "finished":
@@ -132,9 +187,10 @@ class PageEvents:
                 return event_bytes("error", **state.failure(ended).body)
 
     def _queued(self, ahead: int) -> bytes:
-        self.ahead, model, request = ahead, self.state.model, self.served.request
+        self.ahead, model, request = ahead, self.state.model, self.kept.served.request
         return event_bytes(
             "queued",
+            id=self.kept.drawing_id,
             ahead=ahead,
             seed=request.params.seed,
             n=request.n,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoregressive.errors import UserError
-from autoregressive.models.classes import ClassNames
+from autoregressive.models.classes import DEMO, ClassNames
 from autoregressive.models.defaults import ModelDefaults
 from autoregressive.models.sampling_params import BOUNDS, random_seed
 from autoregressive.output.records import image_record
@@ -17,6 +17,7 @@ from autoregressive.serve.web.api_errors import ApiError, invalid
 from autoregressive.serve.worker.messages import EngineRequest
 
 _LONGEST_NAME = 64  # characters of a class
+_LONGEST_KEEP_SECONDS = 300
 OutputFormat = Literal["png", "jpeg", "webp"]
 _Optional = Annotated[
     Any, Field(default=None, description="Accepted for OpenAI's clients; without effect.")
@@ -62,7 +63,7 @@ class CodesRequest(BaseModel):
     safety_identifier: _Optional
 
 
-class StreamRequest(CodesRequest):
+class PictureRequest(CodesRequest):
     """What to draw, and how, with the format of the files."""
 
     size: str | None = Field(
@@ -87,7 +88,20 @@ class StreamRequest(CodesRequest):
         return self.output_format or "png"
 
 
-class ImageRequest(StreamRequest):
+class StreamRequest(PictureRequest):
+    """The page's request for images."""
+
+    keep_seconds: float | None = Field(
+        None,
+        ge=0,
+        le=_LONGEST_KEEP_SECONDS,
+        allow_inf_nan=False,
+        description="How long the drawing goes on after the reader of its events has left. Until "
+        "then its events can be followed again by its id. Default: 0.",
+    )
+
+
+class ImageRequest(PictureRequest):
     """OpenAI's request for images, with the sampling parameters as extra fields."""
 
     response_format: Literal["b64_json", "url"] | None = Field(
@@ -188,6 +202,9 @@ class ModelData(BaseModel):
     codebook_size: int
     num_classes: int
     trained: bool
+    class_pictures: str | None = Field(
+        description="The address of one picture of all classes, 16 in a row, if there is one."
+    )
     defaults: SamplingDefaults
 
 
@@ -261,6 +278,7 @@ class ServedModel:
             codebook_size=self.codebook_size,
             num_classes=len(self.classes),
             trained=self.trained,
+            class_pictures="static/demo_classes.webp" if self.classes == DEMO else None,
             defaults=SamplingDefaults.model_validate(self.defaults.sampling, from_attributes=True),
         )
 
@@ -298,7 +316,7 @@ class ServedModel:
         """
         if body.model is not None and body.model != self.name:
             raise self.no_such_model(body.model)
-        if isinstance(body, StreamRequest) and body.size not in (None, "auto", self.size):
+        if isinstance(body, PictureRequest) and body.size not in (None, "auto", self.size):
             raise invalid(f"size must be {self.size} or auto", "size")
         return EngineRequest(
             request_id=-1,

@@ -19,6 +19,7 @@ _MEDIA_TYPES = {  # Python's and the system's tables differ from one version to 
     ".js": "text/javascript",
     ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".webp": "image/webp",
 }
 
 

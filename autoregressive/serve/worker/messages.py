@@ -268,6 +268,14 @@ class ServedRequest:
         self._read_bytes = len(event.data) if isinstance(event, Image) else 0
         return event
 
+    def give_back(self, image: Image) -> None:
+        """Takes back an image that `next_event` returned, because its reader left before it came
+        there.
+        """
+        self._read_bytes = 0
+        if not self.abandoned:
+            self._events = {("Image", image.index): image} | self._events
+
     def seconds_left(self, tokens_of_image: int) -> float | None:
         """A guess from its own speed so far, to hundredths; None while no token is drawn."""
         if self.started_at is None or self.tokens == 0:

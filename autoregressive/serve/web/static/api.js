@@ -1,6 +1,7 @@
 // Talking to the server. Whatever goes wrong becomes a Failure, which words.js puts into words.
 
 import { readEvents } from "./event_stream.js";
+import { readExactly, writeExactly } from "./exact.js";
 import { storedKey } from "./key.js";
 
 // A stream that has sent no byte for so many milliseconds, keep-alives included, counts as dead.
@@ -11,19 +12,10 @@ export class Failure extends Error {
    * @param {"network"|"cut"|"answer"|"stream"} kind "network": the server was not reached; "cut":
    *     the connection broke off; "answer": a status of 400 and above; "stream": an `error` event
    */
-  constructor(
-    kind,
-    {
-      status = 0,
-      message = "",
-      param = null,
-      code = null,
-      retryAfter = null,
-      keySent = false,
-    } = {},
-  ) {
+  constructor(kind, { message = "", ...facts } = {}) {
     super(message);
-    Object.assign(this, { kind, status, param, code, retryAfter, keySent });
+    const none = { status: 0, param: null, code: null, retryAfter: null, keySent: false };
+    Object.assign(this, { kind, ...none, ...facts });
   }
 }
 
@@ -67,25 +59,49 @@ async function ask(path, options) {
 export async function getJson(path) {
   const response = await ask(path, { headers: headers() });
   try {
-    return await response.json();
+    return readExactly(await response.text(), "maximum");
   } catch {
     throw new Failure("cut");
+  }
+}
+
+const STREAM = "v1/images/stream";
+const KEEP_SECONDS = 30; // a drawing goes on for so long while the page is loaded again
+
+/** Ends a drawing that the server would go on with. */
+export function cancelJob(job) {
+  const options = { method: "DELETE", headers: headers(), keepalive: true };
+  ask(`${STREAM}/${job}`, options).catch(() => {}); // it has ended
+}
+
+async function begin(body, signal) {
+  return ask(STREAM, {
+    method: "POST",
+    headers: headers({ "Content-Type": "application/json", Accept: "text/event-stream" }),
+    body: writeExactly({ ...body, keep_seconds: KEEP_SECONDS }),
+    signal,
+  });
+}
+
+async function follow(job, body, signal) {
+  try {
+    return await ask(`${STREAM}/${job}`, { headers: headers(), signal });
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    return begin(body, signal); // the server knows it no more: the same seed draws the same
   }
 }
 
 /**
  * The events of a drawing, ending with `done`.
  * @param {Object} body the request
- * @param {AbortController} controller aborting it cancels the drawing, on the server too
+ * @param {AbortController} controller aborting it ends the answer
+ * @param {string?} job what the server knows the drawing by, if it was begun before
  * @throws {Failure}
  */
-export async function* drawing(body, controller) {
-  const response = await ask("v1/images/stream", {
-    method: "POST",
-    headers: headers({ "Content-Type": "application/json", Accept: "text/event-stream" }),
-    body: JSON.stringify(body),
-    signal: controller.signal,
-  });
+export async function* drawing(body, controller, job) {
+  const { signal } = controller;
+  const response = await (job ? follow(job, body, signal) : begin(body, signal));
   let silent = false;
   let watch;
   const listen = () => {
@@ -124,8 +140,5 @@ export async function* drawing(body, controller) {
  * server.
  */
 export function bytesOf(base64) {
-  const binary = atob(base64);
-  const bytes = new Uint8Array(binary.length);
-  for (let at = 0; at < binary.length; at += 1) bytes[at] = binary.charCodeAt(at);
-  return bytes;
+  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 }

@@ -1,140 +1,160 @@
-// The page: waits for the server, starts drawings, and ties the parts together.
+// The page: ties the parts together. Settings become plans, plans wait in the queue, runs draw
+// them, and the gallery keeps their pictures.
 
-import { getJson } from "./api.js";
+import { addressOf, readAddress, writeAddress } from "./address.js";
 import { ClassPicker } from "./combobox.js";
-import { announce, byId, calm, element } from "./dom.js";
-import { SettingsForm, randomSeed } from "./form.js";
+import { Connection } from "./connection.js";
+import { announce, byId, calm, copyText, element, furnish, onClick, toast } from "./dom.js";
+import { SettingsForm, inWordsOfThePage, randomSeed } from "./form.js";
 import { Gallery } from "./gallery.js";
-import { forgetKey, isRemembered, storeKey, storedKey } from "./key.js";
+import { GridForm } from "./grid.js";
+import { KeyForm } from "./key_form.js";
+import { Presets } from "./presets.js";
+import { Queue } from "./queue.js";
+import { gridOf, recordOf, requestOf } from "./records.js";
 import { Run } from "./run.js";
-import { describe, plural, sentence } from "./words.js";
+import { listenToKeys } from "./shortcuts.js";
+import { showClass } from "./thumbnails.js";
+import { keepUnfinished, unfinished } from "./unfinished.js";
+import { Viewer } from "./viewer.js";
+import { describe, factsOf, sentence } from "./words.js";
 
-const READY_AGAIN = 1000; // ms between two questions whether the model is loaded
-const REACH_AGAIN = 2000; // and whether the server can be reached
-const AT_ONCE = 4; // a browser holds six connections to one server
 const SUGGESTIONS = 6;
+const HOLD_SECONDS = 3; // where the server does not say when to try again
+const TAKEN = "The form has the settings of this picture";
 const AS_SOON = "This is drawn as soon as it can be.";
 
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
-
 let model = null;
-let runs = []; // newest first
-let pending = []; // what was asked for when the server wanted a key, or was not ready
 // Generate was pressed before the server had said what it draws. The form is read once it has.
 let pressed = false;
-let waiting = null; // the wait for the server, while there is one
 let whyNot = "The server has not answered yet.";
+let latest = 0; // when the newest plan was made
+let leaving = false; // what fails now is to go on when the page is loaded again
 
 const picker = new ClassPicker({
-  input: byId("class"),
-  list: byId("class-list"),
-  popup: byId("class-popup"),
-  empty: byId("class-empty"),
-  badge: byId("class-id"),
-  opener: byId("class-open"),
-  onChange: () => form.clearAll(),
+  thumbnail,
+  onChange: () => {
+    form.clear(byId("class"));
+    changed();
+  },
 });
-const form = new SettingsForm(byId("composer"), picker);
+const form = new SettingsForm(byId("composer"), picker, { onChange: changed });
+const queue = new Queue({ onChange: showProgress });
 const gallery = new Gallery({
-  onAgain: again,
-  onSettings: (request) => {
-    form.fill(request);
-    byId("generate").focus();
-    announce("The form has the settings of this picture");
+  open: (tile) => viewer.show(tile),
+  compare: (tiles) => viewer.compare(tiles),
+  again: ({ request }) => again(request),
+});
+const viewer = new Viewer({
+  tiles: () => gallery.tiles,
+  again: ({ request }) => again(request),
+  use: ({ className, request }) => use({ ...request, class_name: className }, TAKEN),
+  remove: (tile) => gallery.remove([tile]),
+  link: ({ className, request }) => addressOf({ ...request, class_label: className }),
+});
+const connection = new Connection({ onReady: connected, onAway: away, onKey: askForKey });
+const keyForm = new KeyForm({
+  connected: () => model !== null && !whyNot,
+  onKey: async () => {
+    away("The key is being checked.");
+    await connection.waiting; // its answer may still be that of the old key
+    return connection.connect();
   },
 });
 
-// The server: is it there, is the model loaded, does it want a key
+furnish();
 
-function notice(title, detail = "", kind = "loading") {
-  const box = byId("server-notice");
-  box.classList.toggle("loading", kind === "loading");
-  const [titleNode, detailNode] = box.children;
-  // A live region reads a text aloud each time that it is set.
-  if (titleNode.textContent !== title) titleNode.textContent = title;
-  if (detailNode.textContent !== detail) detailNode.textContent = detail;
-  detailNode.hidden = !detail;
-  box.hidden = false;
-  because(title);
+// The settings
+
+/** What was filled in, as text by the names of a request's fields. */
+function settings() {
+  return { class_label: picker.text, ...form.filledIn };
 }
 
-/** From now on this is why nothing can be drawn; whoever waits for that is told. */
-function because(words) {
-  if (words === whyNot) return;
-  whyNot = words;
-  if (words && (pressed || pending.length)) complain(`${words} ${AS_SOON}`);
-}
-
-async function waitForServer() {
-  for (;;) {
-    try {
-      await getJson("ready");
-      const [{ data: models }, { data: classes }] = await Promise.all([
-        getJson("v1/models"),
-        getJson("v1/classes?limit=1000"),
-      ]);
-      connected(models[0], classes);
-      return true;
-    } catch (failure) {
-      if (failure.status === 401) {
-        askForKey(failure);
-        return false;
-      }
-      if (failure.status === 503) {
-        if (/being loaded/.test(failure.message)) {
-          const [, progress] = failure.message.match(/\((.*)\)/) ?? [];
-          notice(
-            "The model is being loaded…",
-            `${progress ? `${sentence(progress)} ` : ""}This page goes on by itself.`,
-          );
-        } else notice("The server takes no work now.", sentence(failure.message));
-        await pause(READY_AGAIN);
-      } else {
-        const { title, detail } =
-          failure.kind === "cut" ? describe({ kind: "network" }) : describe(failure);
-        notice(title, failure.kind === "network" ? "Trying again by itself." : detail, "trouble");
-        if (failure.kind === undefined) throw failure;
-        await pause(REACH_AGAIN);
-      }
-    }
+function changed() {
+  if (pressed) {
+    pressed = false; // what is being filled in now is not what was asked for
+    complain("");
   }
+  writeAddress(settings());
+  presets.compare();
 }
 
-/** @returns {Promise<boolean>} whether the server is ready and has accepted the key it may want */
-function connect() {
-  waiting ??= waitForServer().finally(() => {
-    waiting = null;
-  });
-  return waiting;
+/** Fills in the settings of a picture, a preset or an address. */
+function use(given, words) {
+  const { class_label: label, class_name: name } = given;
+  const named = picker.classes.find((option) => option.name === name); // of another model, perhaps
+  if (name === undefined) picker.type(label);
+  else if (picker.optionOf(label)?.name === name) picker.choose(label);
+  else if (named) picker.choose(named.id);
+  else picker.type("");
+  form.fill(given);
+  if (words) toast(words);
+  if (name === undefined || picker.value) byId("generate").focus();
+  else form.mark("class_label", `This model has no class “${name}”.`);
 }
 
-function connected(found, classes) {
-  const first = model === null;
+async function useFile(file) {
+  const record = await recordOf(file);
+  if (!record) {
+    toast("There are no settings in this file");
+    return;
+  }
+  use(requestOf(record), TAKEN);
+  const grid = gridOf(record);
+  if (grid && gridForm.fill(grid)) toast("The form has this grid");
+}
+
+function complain(words) {
+  byId("composer-error").textContent = words;
+  byId("composer-error").hidden = !words;
+}
+
+// The server
+
+/** From now on this is why nothing can be drawn. */
+function away(words) {
+  whyNot = words;
+  queue.block(words);
+  if (pressed) complain(`${words} ${AS_SOON}`);
+}
+
+function askForKey(failure) {
+  connection.hideNotice();
+  away(describe(failure).title);
+  keyForm.ask(failure);
+}
+
+async function connected({ model: found, classes, limits, described }) {
+  const [first, asked] = [model === null, pressed];
   model = found;
   whyNot = "";
   picker.setClasses(classes);
   byId("model-facts").textContent = `${model.id} · ${model.image_size} × ${model.image_size}`;
-  byId("key-button").hidden = storedKey() === null;
-  byId("server-notice").hidden = true;
-  if (model.trained === false) {
-    notice(
+  byId("api-link").hidden = !described;
+  keyForm.settle();
+  if (model.trained === false)
+    connection.notice(
       "This model is not trained.",
       "Its weights are random, so its pictures are noise; the speed is real.",
       "trouble",
     );
-    whyNot = "";
-  }
   if (first) {
-    form.suit(model);
+    form.suit(model, limits);
     suggest();
     announce("Ready");
+    if (document.activeElement !== picker.input) picker.commit();
   }
   complain("");
-  for (const asked of pending.splice(0)) start(asked);
-  if (pressed) {
-    pressed = false;
-    generate();
-  }
+  await loaded;
+  if (whyNot) return; // the server has gone again meanwhile
+  queue.unblock();
+  pressed = false;
+  if (asked) generate();
+}
+
+function thumbnail(node, id) {
+  showClass(node, id, model, gallery.newest(model, id));
 }
 
 function suggest() {
@@ -142,244 +162,160 @@ function suggest() {
   const chosen = [];
   while (chosen.length < SUGGESTIONS && left.length)
     chosen.push(...left.splice(Math.floor(Math.random() * left.length), 1));
+  const draw = (id) => {
+    picker.choose(id);
+    generate({ focus: true });
+  };
   byId("suggestions").replaceChildren(
     ...chosen.map(({ id, name }) =>
       element(
         "button",
-        {
-          type: "button",
-          class: "chip",
-          on: {
-            click: () => {
-              picker.choose(id);
-              generate({ focus: true });
-            },
-          },
-        },
+        { type: "button", class: "chip", on: { click: () => draw(id) } },
+        element("span", { class: "option-picture" }),
         name,
       ),
     ),
   );
+  chosen.forEach(({ id }, at) => thumbnail(byId("suggestions").children[at].firstChild, id));
+  byId("welcome-text").hidden = false;
 }
-
-// The key
-
-function showKeyForm(title, detail) {
-  byId("key-title").textContent = title;
-  byId("key-detail").textContent = detail;
-  byId("key-remember").checked ||= isRemembered();
-  byId("key-forget").hidden = storedKey() === null;
-  byId("key-close").hidden = model === null || whyNot !== "";
-  byId("key-form").hidden = false;
-  byId("key-button").hidden = false;
-  byId("key").focus();
-}
-
-function askForKey(failure) {
-  const remembered = isRemembered();
-  if (failure.keySent) forgetKey();
-  const { title, detail } = describe(failure);
-  byId("server-notice").hidden = true;
-  because(title);
-  showKeyForm(title, detail);
-  if (remembered) byId("key-remember").checked = true;
-  announce(`${title} ${detail}`);
-}
-
-function keyComplaint(words) {
-  byId("key-error").textContent = words;
-  byId("key-error").hidden = !words;
-  if (words) {
-    byId("key").setAttribute("aria-invalid", "true");
-    byId("key").focus();
-  } else byId("key").removeAttribute("aria-invalid");
-}
-
-async function useKey(event) {
-  event.preventDefault();
-  const key = byId("key").value.trim();
-  keyComplaint(
-    !key
-      ? "Enter the key."
-      : /^[\x21-\x7e]+$/.test(key)
-        ? ""
-        : "A key has letters, digits and signs only, no spaces.",
-  );
-  if (!key || byId("key").hasAttribute("aria-invalid")) return;
-  storeKey(key, byId("key-remember").checked);
-  byId("key-form").hidden = true;
-  byId("key").value = "";
-  because("The key is being checked.");
-  await waiting; // its answer may still be that of the old key
-  if (!(await connect())) return;
-  // The focus stays where somebody types.
-  if (document.activeElement === document.body) byId("generate").focus();
-}
-
-byId("key-form").addEventListener("submit", useKey);
-byId("key").addEventListener("input", () => keyComplaint(""));
-byId("key-forget").addEventListener("click", () => {
-  forgetKey();
-  byId("key-remember").checked = false;
-  announce("The key is forgotten");
-  byId("key-form").hidden = true;
-  byId("key-button").hidden = true;
-  byId("class").focus();
-});
-byId("key-close").addEventListener("click", () => {
-  byId("key-form").hidden = true;
-  byId("key-button").focus();
-});
-byId("key-button").addEventListener("click", () => {
-  if (!byId("key-form").hidden) byId("key").focus();
-  else
-    showKeyForm(
-      "API key",
-      isRemembered()
-        ? "A key is in use and remembered in this browser."
-        : "A key is in use until this tab is closed.",
-    );
-});
 
 // Drawing
-
-function complain(words) {
-  byId("composer-error").textContent = words;
-  byId("composer-error").hidden = !words;
-}
 
 function generate({ focus = false } = {}) {
   complain("");
   if (model === null) {
     pressed = true;
     complain(`${whyNot} ${AS_SOON}`);
-    if (byId("key-form").hidden) connect();
+    if (!keyForm.isOpen) connection.connect();
     return;
   }
   const request = form.read();
-  if (request === null) return;
-  if (!whyNot) start(request, { focus });
-  else if (pending.length >= AT_ONCE)
-    complain(`${whyNot} ${plural(AT_ONCE, "request")} wait for it already.`);
-  else {
-    complain(`${whyNot} ${AS_SOON}`);
-    pending.push(request);
-    if (byId("key-form").hidden) connect();
-  }
+  if (request !== null) draw(request, { focus });
 }
 
-function start(request, { focus = false } = {}) {
-  if (runs.filter(({ active }) => active).length >= AT_ONCE) {
-    complain(
-      `${plural(AT_ONCE, "request")} are being drawn already. Wait for one to end, or cancel one.`,
-    );
-    return null;
-  }
-  complain("");
-  const run = new Run(
-    request,
-    model,
-    picker.optionOf(request.class_label)?.name ?? `class ${request.class_label}`,
-    {
-      onPicture: (picture) => gallery.add(picture),
-      kept: () => gallery.settled(),
-      onAgain: again,
-      onRetry: (failed) => {
-        drop(failed);
-        start(failed.request, { focus: true });
-      },
-      onOpen: (picture) => gallery.show(picture),
-      onDownload: (picture) => gallery.download(picture),
-      onProgress: showProgress,
-      onFailure: deal,
+function draw(request, options) {
+  const { name } = picker.optionOf(request.class_label) ?? { name: `class ${request.class_label}` };
+  const cells = [{ request, name, words: "" }];
+  plan({ name, facts: factsOf(request), columns: 0, cells }, options);
+}
+
+function plan(asked, { focus = false } = {}) {
+  latest = Math.max(latest + 1, Date.now());
+  const id = `${latest}-${randomSeed()}`;
+  enqueue({ id, created: latest, request: asked.cells[0].request, ...asked }, focus);
+}
+
+function enqueue(planned, focus = false) {
+  const run = new Run(planned, () => model, {
+    strip: (wanted) => gallery.strip(wanted),
+    keep: (picture, tile) => gallery.add(picture, tile),
+    kept: () => gallery.settled(),
+    onChange: showProgress,
+    onEnd: (strip) => gallery.settle(strip),
+    onFailure: deal,
+    retry: ({ plan: failed }) => enqueue(failed, true),
+    dismiss: ({ strip }) => {
+      strip.trouble.hidden = true;
+      gallery.settle(strip);
     },
-  );
-  // The pictures of a run that has ended are in the gallery.
-  for (const ended of runs.filter(({ active }) => !active)) drop(ended);
-  runs.unshift(run);
-  byId("welcome").hidden = true;
-  byId("runs").prepend(run.node);
-  if (focus) run.cancelButton.focus({ preventScroll: true });
-  run.draw();
-  showProgress();
-  const { top, bottom } = run.node.getBoundingClientRect();
-  if (top < 0 || bottom > innerHeight)
-    run.node.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
-  return run;
-}
-
-function drop(run) {
-  run.node.remove();
-  runs = runs.filter((other) => other !== run);
-  byId("welcome").hidden = runs.length > 0;
+  });
+  queue.add(run);
+  const { strip } = run;
+  if (focus) (strip?.cancel ?? run.line?.querySelector("button"))?.focus({ preventScroll: true });
+  const node = strip?.node ?? byId("queue");
+  const { top, bottom } = node.getBoundingClientRect();
+  if (bottom < 0 || top > innerHeight - 100)
+    node.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
 }
 
 function again(request) {
   let seed = randomSeed();
   while (seed === request.seed) seed = randomSeed();
-  start({ ...request, seed }, { focus: true });
+  draw({ ...request, seed }, { focus: true });
 }
 
 /** @returns {boolean} whether a failure is told elsewhere than at the run */
 function deal(run, failure) {
+  const { title } = describe(failure);
   if (failure.status === 401) {
-    drop(run);
-    pending.push(run.request);
     askForKey(failure);
     return true;
   }
-  if (failure.status === 503 || failure.kind === "network") connect();
-  const rejected = (failure.status === 400 || failure.status === 422) && failure.param;
-  if (rejected && form.mark(failure.param, sentence(failure.message) || describe(failure).title)) {
-    drop(run);
-    announce(sentence(failure.message));
+  if (failure.kind === "network") {
+    away(title);
+    connection.connect();
     return true;
   }
-  return false;
+  if (failure.status === 429 || failure.status === 503) {
+    queue.hold(sentence(failure.message) || title, failure.retryAfter ?? HOLD_SECONDS);
+    if (failure.status === 503) connection.connect();
+    return true;
+  }
+  const rejected = (failure.status === 400 || failure.status === 422) && failure.param;
+  const words = sentence(inWordsOfThePage(failure.message)) || title;
+  if (!rejected || !form.mark(failure.param, words)) return false;
+  announce(words);
+  return true;
 }
 
 function showProgress() {
-  const active = runs.filter(({ active: drawing }) => drawing);
+  if (!leaving) keepUnfinished(queue.runs.map((run) => run.plan));
+  const { active } = queue;
   const share = active.reduce((sum, run) => sum + run.share, 0) / active.length;
   document.title = active.length ? `${Math.floor(share * 100)} % · LlamaGen` : "LlamaGen";
 }
+
+// What can be pressed
 
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
-byId("composer").addEventListener("input", () => {
-  if (!pressed) return;
-  pressed = false; // what is being filled in now is not what was asked for
-  complain("");
-});
-byId("class-random").addEventListener("click", () => {
+onClick("class-random", () => {
   const { classes } = picker;
   if (!classes.length) return;
   const { id, name } = classes[Math.floor(Math.random() * classes.length)];
   picker.choose(id);
   announce(name);
 });
-byId("defaults").addEventListener("click", () => {
+onClick("defaults", () => {
   form.backToDefaults();
   announce("The settings are the model's");
 });
-
-document.addEventListener("keydown", (event) => {
-  if (event.defaultPrevented || document.querySelector("dialog[open]")) return;
-  if (
-    event.key === "Enter" &&
-    (event.ctrlKey || event.metaKey) &&
-    !byId("key-form").contains(event.target)
-  ) {
-    event.preventDefault();
-    generate();
-  } else if (event.key === "Escape" && !picker.isOpen) {
-    runs.find(({ active }) => active)?.cancel();
-  }
+onClick("copy-link", () =>
+  copyText(addressOf(settings()), "The link is copied"),
+);
+onClick("help-button", () => byId("help").showModal());
+const gridForm = new GridForm(form, picker, { onDraw: plan });
+const presets = new Presets({
+  settings,
+  use: (given) => {
+    form.backToDefaults();
+    use({ n: 4, seed: "", ...given });
+  },
 });
 
-// The theme, and the rest
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  const [file] = event.dataTransfer.files;
+  if (file) useFile(file);
+});
+document.addEventListener("paste", (event) => {
+  const [file] = event.clipboardData?.files ?? [];
+  if (!file) return;
+  event.preventDefault();
+  useFile(file);
+});
+
+addEventListener("pagehide", () => {
+  leaving = true;
+  queue.block("This page is being left.");
+});
+addEventListener("pageshow", ({ persisted }) => persisted && location.reload());
+
+// The theme
 
 const THEMES = { system: "as the system", light: "light", dark: "dark" };
 
@@ -392,7 +328,7 @@ function showTheme() {
   themeButton.querySelector("use").setAttribute("href", `#icon-${chosen}`);
 }
 
-byId("theme-button").addEventListener("click", () => {
+onClick("theme-button", () => {
   const { chosen } = document.documentElement.dataset;
   const systemIsDark = matchMedia("(prefers-color-scheme: dark)").matches;
   // The first press changes what is seen.
@@ -403,6 +339,15 @@ byId("theme-button").addEventListener("click", () => {
 document.addEventListener("themechange", showTheme);
 showTheme();
 
+// The start
+
 byId("shortcut").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
-gallery.load();
-connect();
+listenToKeys();
+const given = readAddress();
+if (given.class_label) picker.type(given.class_label);
+form.fill(given);
+const waiting = unfinished(); // read before the queue says that there are none
+queue.block(whyNot);
+const loaded = gallery.load();
+for (const planned of waiting) enqueue(planned);
+connection.connect();

@@ -1,8 +1,6 @@
 // The class picker: an editable combobox with a list that narrows, after the ARIA pattern.
 
-import { element } from "./dom.js";
-
-const PAGE = 8; // options that Page Up and Page Down jump
+import { byId, element } from "./dom.js";
 
 const folded = (text) =>
   text
@@ -22,6 +20,23 @@ function rank(option, query) {
   return null;
 }
 
+/** Letters to change, add, leave out or swap with a neighbour until one word is the other. */
+export function distance(one, other) {
+  let before = [];
+  let last = Array.from({ length: other.length + 1 }, (_, at) => at);
+  for (let i = 1; i <= one.length; i += 1) {
+    const row = [i];
+    for (let j = 1; j <= other.length; j += 1) {
+      const same = one[i - 1] === other[j - 1];
+      row[j] = Math.min(row[j - 1] + 1, last[j] + 1, last[j - 1] + (same ? 0 : 1));
+      if (i > 1 && j > 1 && one[i - 1] === other[j - 2] && one[i - 2] === other[j - 1])
+        row[j] = Math.min(row[j], before[j - 2] + 1);
+    }
+    [before, last] = [last, row];
+  }
+  return last[other.length];
+}
+
 export class ClassPicker {
   #options = [];
   #shown = [];
@@ -29,8 +44,11 @@ export class ClassPicker {
   #chosen = null;
   #typed = false; // what stands in the field was typed, not chosen
 
-  constructor({ input, list, popup, empty, badge, opener, onChange }) {
-    Object.assign(this, { input, list, popup, empty, badge, opener, onChange });
+  /** @param {Object} actions thumbnail(node, id) shows a class; onChange() */
+  constructor({ thumbnail, onChange }) {
+    const [input, list, popup] = [byId("class"), byId("class-list"), byId("class-popup")];
+    const [empty, badge, opener] = [byId("class-empty"), byId("class-id"), byId("class-open")];
+    Object.assign(this, { input, list, popup, empty, badge, opener, thumbnail, onChange });
     input.addEventListener("input", () => this.#edited());
     input.addEventListener("keydown", (event) => this.#key(event));
     input.addEventListener("click", () => this.#open());
@@ -65,6 +83,7 @@ export class ClassPicker {
       node: element(
         "li",
         { id: `class-option-${id}`, role: "option", "aria-selected": "false", "data-id": id },
+        element("span", { class: "option-picture" }),
         element("span", { class: "option-name" }, name),
         element("span", { class: "option-id" }, String(id)),
       ),
@@ -82,10 +101,9 @@ export class ClassPicker {
     return this.#options.find((option) => option.id === id);
   }
 
-  /** What is chosen, by choice or by text that can mean one class only; null otherwise. */
-  get value() {
-    if (!this.#typed) return this.#chosen;
-    const query = folded(this.input.value);
+  /** The class that a text can mean, by name or id; null if it is none, or several. */
+  find(text) {
+    const query = folded(text);
     if (!query) return null;
     const fitting = this.#options.filter((option) => rank(option, query) !== null);
     const exact = fitting.filter((option) => rank(option, query) === 0);
@@ -93,13 +111,51 @@ export class ClassPicker {
     return fitting.length === 1 ? fitting[0] : null;
   }
 
-  /** Why there is no value. */
-  get complaint() {
-    const query = folded(this.input.value);
+  /** What is chosen, by choice or by text that can mean one class only; null otherwise. */
+  get value() {
+    return this.#typed ? this.find(this.input.value) : this.#chosen;
+  }
+
+  /** What stands for the choice in an address: the name, or the id where several bear the name. */
+  get text() {
+    return this.value === null ? this.input.value.trim() : this.textOf(this.value);
+  }
+
+  textOf(option) {
+    return this.find(option.name) === option ? option.name : option.digits;
+  }
+
+  /** Why a text means no class: that in the field, if no other is given. */
+  complaintOf(text = this.input.value) {
+    const query = folded(text);
     if (!query) return "Choose a class.";
     const fitting = this.#options.filter((option) => rank(option, query) !== null);
-    if (!fitting.length) return `There is no class like “${this.input.value.trim()}”.`;
-    return `${fitting.length} classes fit “${this.input.value.trim()}”: choose one.`;
+    if (fitting.length) return `${fitting.length} classes fit “${text.trim()}”: choose one.`;
+    const near = this.#near(query).map(({ name }) => name);
+    const hint = near.length ? ` Did you mean ${near.join(" or ")}?` : "";
+    return `There is no class like “${text.trim()}”.${hint}`;
+  }
+
+  /** Classes of almost that name, the nearest first. */
+  #near(query) {
+    const most = query.length < 5 ? 1 : 2;
+    const far = ({ folded: name }) =>
+      Math.min(...[name, ...name.split(" ")].map((word) => distance(query, word)));
+    return this.#options
+      .map((option) => ({ option, by: far(option) }))
+      .filter(({ by }) => by <= most)
+      .sort((first, second) => first.by - second.by)
+      .slice(0, 3)
+      .map(({ option }) => option);
+  }
+
+  /** Fills in a text that nobody has chosen from the list. */
+  type(text) {
+    this.input.value = text;
+    this.#typed = true;
+    this.#chosen = null;
+    this.badge.textContent = "";
+    if (this.value) this.choose(this.value.id);
   }
 
   choose(id) {
@@ -142,16 +198,19 @@ export class ClassPicker {
       .map((option) => ({ option, fit: query ? rank(option, query) : 0 }))
       .filter(({ fit }) => fit !== null);
     fitting.sort((first, second) => first.fit - second.fit || first.option.id - second.option.id);
-    this.#shown = fitting.map(({ option }) => option);
+    this.#shown = fitting.length ? fitting.map(({ option }) => option) : this.#near(query);
     this.list.replaceChildren(...this.#shown.map(({ node }) => node));
     this.list.hidden = !this.#shown.length;
-    this.empty.hidden = this.#shown.length > 0;
-    this.empty.textContent = `No class like “${this.input.value.trim()}”`;
-    for (const { id, node } of this.#shown)
+    this.empty.hidden = fitting.length > 0;
+    const hint = this.#shown.length ? ". Did you mean one of these?" : "";
+    this.empty.textContent = `No class like “${this.input.value.trim()}”${hint}`;
+    for (const { id, node } of this.#shown) {
+      this.thumbnail(node.firstChild, id);
       node.setAttribute("aria-selected", String(!this.#typed && id === this.#chosen?.id));
+    }
     this.#mark(
       query
-        ? this.#shown.length
+        ? fitting.length
           ? 0
           : -1
         : this.#shown.findIndex(({ id }) => !this.#typed && id === this.#chosen?.id),
@@ -160,8 +219,8 @@ export class ClassPicker {
 
   #mark(at) {
     this.#shown[this.#active]?.node.classList.remove("active");
-    this.#active = at;
     const node = this.#shown[at]?.node;
+    this.#active = node ? at : -1;
     if (!node) {
       this.input.removeAttribute("aria-activedescendant");
       if (this.isOpen) this.list.scrollTop = 0;
@@ -186,51 +245,24 @@ export class ClassPicker {
   }
 
   #key(event) {
+    const { key, altKey } = event;
     if (event.ctrlKey || event.metaKey || event.isComposing) return;
     const last = this.#shown.length - 1;
-    const move = (to) => {
-      event.preventDefault();
-      if (last >= 0) this.#mark(to);
-    };
-    switch (event.key) {
-      case "ArrowDown":
-      case "ArrowUp": {
-        const down = event.key === "ArrowDown";
-        if (!this.isOpen) {
-          event.preventDefault();
-          this.#open();
-          if (this.#active < 0 && this.#shown.length && !event.altKey)
-            this.#mark(down ? 0 : this.#shown.length - 1);
-        } else if (event.altKey && !down) {
-          event.preventDefault();
-          this.close();
-        } else if (down) move(this.#active >= last ? 0 : this.#active + 1);
-        else move(this.#active <= 0 ? last : this.#active - 1);
-        break;
-      }
-      case "PageDown":
-        if (this.isOpen) move(Math.min(last, this.#active + PAGE));
-        break;
-      case "PageUp":
-        if (this.isOpen) move(Math.max(0, this.#active - PAGE));
-        break;
-      case "Enter":
-        if (this.isOpen) {
-          event.preventDefault(); // chooses; the next Enter generates
-          this.commit();
-        }
-        break;
-      case "Tab":
-        if (this.isOpen && this.#active >= 0 && !this.#typed) this.commit();
-        break;
-      case "Escape":
-        if (this.isOpen) {
-          event.preventDefault();
-          event.stopPropagation(); // closes the list, and does not cancel a drawing too
-          this.close();
-        }
-        break;
-      default:
+    const by = { ArrowDown: 1, ArrowUp: -1 }[key];
+    if (by && !this.isOpen) {
+      this.#open();
+      if (this.#active < 0 && !altKey) this.#mark(by > 0 ? 0 : this.#shown.length - 1);
+    } else if (!this.isOpen) return;
+    else if (by && altKey && by < 0) this.close();
+    else if (by > 0) this.#mark(this.#active >= last ? 0 : this.#active + 1);
+    else if (by) this.#mark(this.#active <= 0 ? last : this.#active - 1);
+    else if (key === "Enter") this.commit(); // the next Enter generates
+    else if (key === "Escape") this.close();
+    else {
+      if (key === "Tab" && this.#active >= 0 && !this.#typed) this.commit();
+      return;
     }
+    event.preventDefault();
+    event.stopPropagation(); // Escape does not cancel a drawing, too
   }
 }

@@ -1,49 +1,21 @@
 // Server-sent events out of a fetch: EventSource can neither POST nor send headers.
 
-/** Cuts text into events. A piece of text may end anywhere, also between "\r" and "\n". */
-export class EventParser {
-  #rest = ""; // a line whose end has not come yet
-  // The last piece ended in "\r", so a "\n" at the start of the next piece belongs to it.
-  #afterReturn = false;
-  #started = false;
-  #name = "";
-  #data = [];
-
-  /** @returns {{name: string, data: string}[]} the events that this piece completes */
-  push(piece) {
-    const events = [];
-    let text = piece;
-    if (!this.#started && text) {
-      this.#started = true;
-      if (text.startsWith("\ufeff")) text = text.slice(1);
+/** The whole lines of a response as they arrive. A piece may end anywhere, also inside "\r\n". */
+async function* linesOf(response, onBytes) {
+  const decoder = new TextDecoder();
+  const reader = response.body.getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      onBytes();
+      const lines = (rest + decoder.decode(value, { stream: true })).split(/\r\n|\n|\r(?!$)/);
+      rest = lines.pop();
+      yield* lines;
     }
-    if (this.#afterReturn && text) {
-      this.#afterReturn = false;
-      if (text.startsWith("\n")) text = text.slice(1);
-    }
-    if (!text) return events;
-    this.#afterReturn = text.endsWith("\r");
-    const lines = text.split(/\r\n|\r|\n/);
-    lines[0] = this.#rest + lines[0];
-    this.#rest = lines.pop();
-    for (const line of lines) this.#take(line, events);
-    return events;
-  }
-
-  #take(line, events) {
-    if (line === "") {
-      if (this.#data.length)
-        events.push({ name: this.#name || "message", data: this.#data.join("\n") });
-      this.#name = "";
-      this.#data = [];
-      return;
-    }
-    const colon = line.indexOf(":");
-    if (colon === 0) return; // a comment, which keeps the connection alive
-    const field = colon < 0 ? line : line.slice(0, colon);
-    const value = colon < 0 ? "" : line.slice(line[colon + 1] === " " ? colon + 2 : colon + 1);
-    if (field === "event") this.#name = value;
-    else if (field === "data") this.#data.push(value);
+  } finally {
+    reader.cancel().catch(() => {}); // whoever stops reading also lets go of the connection
   }
 }
 
@@ -52,19 +24,18 @@ export class EventParser {
  * says.
  * @param {Response} response
  * @param {() => void} onBytes called for whatever arrives, comments included
+ * @yields {{name: string, data: string}}
  */
 export async function* readEvents(response, onBytes = () => {}) {
-  const parser = new EventParser();
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const reader = response.body.getReader();
-  try {
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
-      onBytes();
-      yield* parser.push(decoder.decode(value, { stream: true }));
+  let name = "";
+  let data = [];
+  for await (const line of linesOf(response, onBytes)) {
+    const [, field, value] = /^([^:]*):? ?(.*)/.exec(line);
+    if (field === "event") name = value;
+    else if (field === "data") data.push(value);
+    else if (line === "") {
+      if (data.length) yield { name: name || "message", data: data.join("\n") };
+      [name, data] = ["", []];
     }
-  } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading also lets go of the connection
   }
 }

@@ -1,150 +1,163 @@
 // The fields of the form: reading them, checking them, and marking what is wrong.
 
 import { byId } from "./dom.js";
+import { complaintOf } from "./limits.js";
 
-const NUMBERS = ["n", "seed", "cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"];
 const SAMPLING = ["cfg_scale", "cfg_interval", "temperature", "top_k", "top_p"];
-// Exclusive. Every program reads such a number exactly; JSON's numbers are exact up to 2 ** 53.
-const LARGEST_SEED = 2 ** 31;
+const NUMBERS = ["n", "seed", ...SAMPLING];
+// Exclusive. Whoever types a seed may use all 63 bits of the server's; one of 31 is easier to say.
+const LARGEST_RANDOM_SEED = 2 ** 31;
 
 export function randomSeed() {
-  return crypto.getRandomValues(new Uint32Array(1))[0] % LARGEST_SEED;
+  return String(crypto.getRandomValues(new Uint32Array(1))[0] % LARGEST_RANDOM_SEED);
 }
 
-function complaintOf(input) {
-  const { validity, min, max, step } = input;
-  if (validity.badInput) return "This is not a number.";
-  if (validity.valueMissing) return "A number is needed here.";
-  if (validity.rangeUnderflow || validity.rangeOverflow) {
-    return min && max ? `From ${min} to ${max}.` : min ? `At least ${min}.` : `At most ${max}.`;
-  }
-  if (validity.stepMismatch && step === "1") return "A whole number is needed here.";
-  return null;
+const labelOf = (name) =>
+  byId(name === "class_label" || name === "prompt" ? "class" : name)?.labels?.[0]?.textContent;
+
+/** A message of the server, in which fields have the names that they have here. */
+export function inWordsOfThePage(message) {
+  return message.replace(/\b[a-z]+(?:_[a-z]+)*\b/, (word) =>
+    [...NUMBERS, "class_label", "prompt"].includes(word) ? labelOf(word) : word,
+  );
 }
 
 export class SettingsForm {
-  constructor(form, picker) {
-    this.form = form;
-    this.picker = picker;
-    this.filledIn = new Set(); // names of the fields that somebody has filled in
+  #defaults = {};
+  #limits = {};
+  #filledIn = new Set(); // names of the fields that somebody has filled in
+
+  /** @param {{onChange: () => void}} actions */
+  constructor(form, picker, actions) {
+    Object.assign(this, { form, picker, actions });
     for (const slider of form.querySelectorAll("input[type=range]")) {
       const input = byId(slider.dataset.for);
       slider.addEventListener("input", () => {
         input.value = slider.value;
-        this.filledIn.add(input.id);
-        this.#clear(input);
-        this.#paint(slider);
-      });
-      input.addEventListener("input", () => this.#follow(slider));
-      this.#follow(slider);
-    }
-    for (const name of NUMBERS) {
-      byId(name).addEventListener("input", (event) => {
-        this.filledIn.add(name);
-        this.#clear(event.target);
+        this.#changed(input);
       });
     }
+    for (const name of NUMBERS)
+      byId(name).addEventListener("input", ({ target }) => this.#changed(target));
     for (const stepButton of form.querySelectorAll("[data-step]")) {
       stepButton.addEventListener("click", () => {
         const input = byId("n");
         const next = (Number(input.value) || 1) + Number(stepButton.dataset.step);
-        input.value = Math.min(10, Math.max(1, next));
-        this.#clear(input);
+        input.value = Math.min(this.#limits.n?.most ?? 10, Math.max(1, next));
+        this.#changed(input);
       });
     }
+    for (const name of NUMBERS) this.#follow(name);
   }
 
   /** Takes the model's own settings for every field that nobody has filled in meanwhile. */
-  suit({ defaults = {}, codebook_size: codebook }) {
-    this.defaults = defaults;
-    this.#setDefaults(SAMPLING.filter((name) => !this.filledIn.has(name)));
+  suit({ defaults = {}, codebook_size: codebook }, limits) {
+    this.#defaults = defaults;
+    this.#limits = limits;
+    for (const name of SAMPLING) if (!this.#filledIn.has(name)) this.#set(name, defaults[name]);
     byId("top_k-hint").textContent = `The k likeliest of ${codebook} tokens; 0 is all.`;
   }
 
   backToDefaults() {
-    this.#setDefaults(SAMPLING);
-  }
-
-  /** Fills the form with the settings of a picture. */
-  fill(request) {
-    this.picker.choose(request.class_label);
-    for (const name of NUMBERS) {
-      this.filledIn.add(name);
-      this.#set(name, request[name]);
+    for (const name of SAMPLING) {
+      this.#filledIn.delete(name);
+      this.#set(name, this.#defaults[name]);
     }
-    if (SAMPLING.slice(1).some((name) => request[name] !== this.defaults?.[name]))
-      byId("more").open = true;
+    this.actions.onChange();
   }
 
-  /** @returns {Object|null} the request; null if a field is wrong: it is marked and focused */
+  /** Fills in settings: texts or numbers by the names of a request's fields. */
+  fill(settings) {
+    for (const name of NUMBERS) {
+      const value = settings[name] ?? null;
+      if (value === null) continue;
+      if (value === "") this.#filledIn.delete(name);
+      else this.#filledIn.add(name);
+      this.#set(name, value);
+    }
+    if (SAMPLING.slice(1).some((name) => this.#differs(name))) byId("more").open = true;
+    this.actions.onChange();
+  }
+
+  /** What was filled in, as text: what a link or a preset says. */
+  get filledIn() {
+    const named = NUMBERS.filter((name) => this.#filledIn.has(name));
+    return Object.fromEntries(named.map((name) => [name, byId(name).value]));
+  }
+
+  #differs(name) {
+    const { value } = byId(name);
+    return this.#filledIn.has(name) && value !== String(this.#defaults[name] ?? value);
+  }
+
+  /**
+   * Everything that is wrong is marked at once, and the first of it is focused.
+   * @returns {Object|null} the request; null if a field is wrong
+   */
   read() {
     this.clearAll();
     this.picker.commit();
     const { value } = this.picker;
-    if (value === null) {
-      this.mark("class_label", this.picker.complaint);
-      return null;
-    }
-    const request = { class_label: value.id };
-    const wrong = [];
+    const request = { class_label: value?.id };
+    const wrong = value === null ? [["class_label", this.picker.complaintOf()]] : [];
     for (const name of NUMBERS) {
-      const input = byId(name);
-      const complaint = complaintOf(input);
-      if (complaint !== null) wrong.push([name, complaint]);
-      else request[name] = input.value === "" ? randomSeed() : Number(input.value);
+      const text = byId(name).value;
+      const isRandom = name === "seed" && !text.trim();
+      const complaint = isRandom ? "" : complaintOf(text, this.#limits[name]);
+      if (complaint) wrong.push([name, complaint]);
+      else if (name === "seed") request.seed = isRandom ? randomSeed() : String(BigInt(text));
+      else request[name] = Number(text);
     }
     // The last that is marked has the focus, so the first wrong field is marked last.
     for (const [name, complaint] of wrong.reverse()) this.mark(name, complaint);
     return wrong.length ? null : request;
   }
 
+  /** What is wrong with a value that is meant for a field; nothing if nothing is. */
+  complaintOf(name, text) {
+    return complaintOf(text, this.#limits[name]);
+  }
+
   /** Says at a field what is wrong with it. @returns {boolean} whether there is such a field */
   mark(param, complaint) {
-    const field = this.form.querySelector(
-      `[data-param="${CSS.escape(param === "prompt" ? "class_label" : param)}"]`,
-    );
-    if (!field) return false;
-    const input = field.querySelector("input:not([type=range])");
-    const words = byId(`${input.id}-error`);
+    const input = byId(param === "prompt" || param === "class_label" ? "class" : param);
+    const words = input && byId(`${input.id}-error`);
+    if (!words) return false;
     words.textContent = complaint;
     words.hidden = false;
     input.setAttribute("aria-invalid", "true");
-    const details = field.closest("details");
+    const details = input.closest("details");
     if (details) details.open = true;
     input.focus();
     return true;
   }
 
   clearAll() {
-    for (const input of this.form.querySelectorAll("[aria-invalid]")) this.#clear(input);
+    for (const input of this.form.querySelectorAll("[aria-invalid]")) this.clear(input);
   }
 
-  #setDefaults(names) {
-    for (const name of names)
-      if (typeof this.defaults[name] === "number") this.#set(name, this.defaults[name]);
-  }
-
-  #set(name, value) {
-    const input = byId(name);
-    input.value = value;
-    this.#clear(input);
-    const slider = this.form.querySelector(`input[data-for="${name}"]`);
-    if (slider) this.#follow(slider);
-  }
-
-  #clear(input) {
+  clear(input) {
     input.removeAttribute("aria-invalid");
     byId(`${input.id}-error`).hidden = true;
   }
 
-  #follow(slider) {
-    const { value } = byId(slider.dataset.for);
-    if (value !== "") slider.value = value;
-    this.#paint(slider);
+  #set(name, value) {
+    const input = byId(name);
+    if (value !== undefined) input.value = value;
+    this.clear(input);
+    this.#follow(name);
   }
 
-  #paint(slider) {
-    const share = (slider.value - slider.min) / (slider.max - slider.min);
-    slider.style.setProperty("--share", `${share * 100}%`);
+  #changed(input) {
+    if (input.value === "") this.#filledIn.delete(input.id);
+    else this.#filledIn.add(input.id);
+    this.clear(input);
+    this.#follow(input.id);
+    this.actions.onChange();
+  }
+
+  #follow(name) {
+    const slider = this.form.querySelector(`input[data-for="${name}"]`);
+    if (slider && byId(name).value !== "") slider.value = byId(name).value;
   }
 }

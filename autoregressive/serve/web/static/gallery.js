@@ -1,58 +1,119 @@
-// The pictures that this browser keeps: tiles, the large view, deleting.
+// The pictures that this browser keeps, run by run: keeping, selecting, saving and deleting them.
 
-import { announce, button, byId, calm, element } from "./dom.js";
+import { announce, button, byId, calm, onClick, save, toast } from "./dom.js";
+import { joined, recordOf, withRecord } from "./records.js";
+import { composeSheet } from "./sheet.js";
 import { PictureStore } from "./store.js";
-import { fileName, plural, settingsInWords } from "./words.js";
+import { Strip } from "./strip.js";
+import { Tile } from "./tile.js";
+import { csvOf, factsOf, fileName, labelOf, plural, when } from "./words.js";
+import { zip } from "./zip.js";
 
-const UNDO = 10_000; // ms that a deletion can be taken back
+/** A picture as it is used here, whichever version of the page kept it. */
+function upToDate(picture) {
+  const { id, created, index, request } = picture;
+  const words = request.n > 1 ? `${index + 1} of ${request.n}` : "";
+  const seed = String(request.seed); // larger ones than JavaScript's numbers hold exactly
+  return {
+    run: String(created),
+    order: index,
+    words,
+    ...picture,
+    id,
+    request: { ...request, seed },
+  };
+}
 
-const newestFirst = (first, second) =>
-  second.created - first.created || first.index - second.index || (first.id < second.id ? -1 : 1);
-
-const caption = ({ request, index }) =>
-  request.n > 1 ? `${index + 1} of ${request.n} · seed ${request.seed}` : `seed ${request.seed}`;
+function planOf({ run, created, className, title, facts, columns = 0, request }) {
+  return {
+    id: run,
+    created,
+    name: title ?? className,
+    facts: facts ?? factsOf(request),
+    columns,
+    request,
+  };
+}
 
 export class Gallery {
   #store = new PictureStore();
-  #entries = []; // {picture, url, node}, newest first
+  #strips = []; // newest first
   #kept = true;
-  #shown = null; // what the large view shows
-  #undo = null;
   #written = Promise.resolve(); // settles once every picture so far was stored or failed to be
+  #selected = new Set(); // tiles
 
-  /**
-   * @param {{onAgain: (request: Object) => void, onSettings: (request: Object) => void}} actions
-   */
+  /** @param {Object} actions open(tile); compare(tiles); again(plan) */
   constructor(actions) {
     this.actions = actions;
-    this.tiles = byId("tiles");
-    this.viewer = byId("viewer");
+    this.stripActions = {
+      again: (strip) => actions.again(strip.plan),
+      cancel: (strip) => strip.run.cancel(),
+      sheet: (strip) => this.#saveSheet(strip),
+      tile: {
+        open: (tile) => actions.open(tile),
+        download: (tile) => save(tile.picture.blob, fileName(tile.picture)),
+        remove: (tile) => this.remove([tile]),
+        select: (tile) => this.#select(tile),
+      },
+    };
     this.#listen();
+  }
+
+  /** Tiles with a picture, newest run first. */
+  get tiles() {
+    return this.#strips.flatMap(({ tiles }) => tiles.filter(({ picture }) => picture));
+  }
+
+  /** The address of a model's newest picture of a class, if there is one. */
+  newest(model, label) {
+    return this.tiles.find(
+      ({ picture }) => picture.model === model.id && picture.request.class_label === label,
+    )?.url;
   }
 
   async load() {
     try {
-      const stored = await this.#store.open();
-      for (const picture of stored.sort(newestFirst).slice(0, this.#store.limit)) {
-        if (!this.#entries.some((entry) => entry.picture.id === picture.id)) this.#insert(picture);
-      }
-      await Promise.all(
-        this.#entries.map(({ picture }) => (stored.includes(picture) ? null : this.#keep(picture))),
-      );
+      const stored = (await this.#store.open()).map(upToDate);
+      stored.sort((a, b) => b.created - a.created || a.order - b.order || (a.id < b.id ? -1 : 1));
+      const known = new Set(this.tiles.map(({ picture }) => picture.id));
+      for (const picture of stored.slice(0, this.#store.limit))
+        if (!known.has(picture.id)) this.#insert(picture);
+      const names = new Set(stored.map(({ id }) => id));
+      for (const { picture } of this.tiles) if (!names.has(picture.id)) this.#keep(picture);
     } catch {
       this.#kept = false;
     }
     this.#count();
   }
 
-  /** Adds a picture. @returns {string} the address that shows it, valid while the page is open */
-  add(picture) {
-    const { url } = this.#insert(picture);
-    this.#keep(picture);
-    const beyond = this.#entries.slice(this.#store.limit).map((entry) => entry.picture);
-    if (beyond.length) this.#remove(beyond);
+  /** The strip of a run, which is made if there is none. */
+  strip(plan) {
+    const found = this.#strips.find((strip) => strip.plan.id === plan.id);
+    if (found) return found;
+    const strip = new Strip(plan, this.stripActions);
+    const at = this.#strips.findIndex((other) => other.plan.created < plan.created);
+    byId("runs").insertBefore(strip.node, at < 0 ? null : this.#strips[at].node);
+    this.#strips.splice(at < 0 ? this.#strips.length : at, 0, strip);
     this.#count();
-    return url;
+    return strip;
+  }
+
+  /** Removes a strip in which there is nothing to see. */
+  settle(strip) {
+    if (strip.active || strip.tiles.length || !strip.trouble.hidden) return;
+    strip.node.remove();
+    this.#strips = this.#strips.filter((other) => other !== strip);
+    this.#count();
+  }
+
+  /** Shows a finished picture in its tile, and keeps it. */
+  async add(picture, tile) {
+    const shown = tile.complete(picture, URL.createObjectURL(picture.blob), labelOf(picture));
+    this.#keep(picture);
+    const beyond = this.tiles.slice(this.#store.limit);
+    if (beyond.length) this.#drop(beyond);
+    this.#count();
+    await shown;
   }
 
   /** When what was added is kept: a picture that is said to be drawn survives a reload. */
@@ -73,217 +134,146 @@ export class Gallery {
   }
 
   #insert(picture) {
-    const url = URL.createObjectURL(picture.blob);
-    const words = `${picture.className}, ${caption(picture)}`;
-    const node = element(
-      "li",
-      { class: "tile", "data-id": picture.id },
-      element(
-        "button",
-        {
-          type: "button",
-          class: "tile-open",
-          "aria-label": `Show ${words}`,
-          on: { click: () => this.show(picture) },
-        },
-        element("img", {
-          src: url,
-          alt: words,
-          loading: "lazy",
-          decoding: "async",
-          width: picture.size,
-          height: picture.size,
-        }),
-      ),
-      element(
-        "div",
-        { class: "tile-foot" },
-        element(
-          "p",
-          { class: "tile-words" },
-          element("span", { class: "tile-name" }, picture.className),
-          element("span", { class: "tile-facts" }, caption(picture)),
-        ),
-        button(`Delete ${words}`, {
-          drawing: "bin",
-          bare: true,
-          on: { click: () => this.#delete(picture) },
-        }),
-      ),
-    );
-    const entry = { picture, url, node };
-    const at = this.#entries.findIndex((other) => newestFirst(picture, other.picture) < 0);
-    if (at < 0) {
-      this.#entries.push(entry);
-      this.tiles.append(node);
-    } else {
-      this.tiles.insertBefore(node, this.#entries[at].node);
-      this.#entries.splice(at, 0, entry);
-    }
-    return entry;
+    const strip = this.strip(planOf(picture));
+    const tile = new Tile(picture.order, picture.words, this.stripActions.tile);
+    tile.strip = strip;
+    tile.complete(picture, URL.createObjectURL(picture.blob), labelOf(picture));
+    strip.insert(tile);
+    if (!strip.active) strip.state.textContent ||= when(picture.created);
+    return tile;
   }
 
-  #remove(pictures) {
-    const gone = new Set(pictures.map(({ id }) => id));
-    for (const entry of this.#entries) if (gone.has(entry.picture.id)) this.#discard(entry);
-    this.#entries = this.#entries.filter(({ picture }) => !gone.has(picture.id));
-    this.#write(this.#store.delete([...gone]), () => {});
+  #drop(tiles) {
+    for (const tile of tiles) {
+      this.#selected.delete(tile);
+      tile.strip.remove(tile);
+      URL.revokeObjectURL(tile.url);
+      this.settle(tile.strip);
+    }
+    this.#write(this.#store.delete(tiles.map(({ picture }) => picture.id)), () => {});
     this.#count();
   }
 
-  #discard({ url, node }) {
-    node.remove();
-    URL.revokeObjectURL(url); // a card of the stage that shows it has long loaded it
-  }
-
-  #delete(picture) {
-    const at = this.#entries.findIndex((entry) => entry.picture.id === picture.id);
-    if (at < 0) return;
-    this.#remove([picture]);
-    const next = this.#entries[Math.min(at, this.#entries.length - 1)];
-    (next?.node.querySelector(".tile-open") ?? byId("gallery")).focus();
-    this.#offerUndo(picture);
-  }
-
-  #offerUndo(picture) {
-    const toast = byId("toast");
-    const hide = () => toast.replaceChildren();
-    clearTimeout(this.#undo);
-    const undo = button("Undo", {
-      kind: "plain",
-      on: {
-        click: () => {
-          hide();
-          const { node } = this.#insert(picture);
-          this.#keep(picture);
-          this.#count();
-          node.querySelector(".tile-open").focus();
-          announce("The picture is back");
-        },
-      },
-    });
-    toast.replaceChildren(
-      element("div", { class: "toast-body" }, element("p", {}, "Picture deleted"), undo),
+  /** Deletes pictures, which can be taken back for a while. */
+  remove(tiles) {
+    const at = this.tiles.indexOf(tiles[0]);
+    const pictures = tiles.map(({ picture }) => picture);
+    this.#drop(tiles);
+    const left = this.tiles;
+    (left[Math.min(at, left.length - 1)]?.opener ?? byId("gallery")).focus();
+    const restore = () => {
+      hide();
+      const [first] = pictures.map((picture) => {
+        this.#keep(picture);
+        return this.#insert(picture);
+      });
+      this.#count();
+      first.opener.focus();
+      announce(pictures.length > 1 ? "The pictures are back" : "The picture is back");
+    };
+    const hide = toast(
+      `${plural(pictures.length, "picture")} deleted`,
+      button("Undo", { kind: "plain", "data-action": "undo", on: { click: restore } }),
     );
-    this.#undo = setTimeout(hide, UNDO);
   }
 
   #count() {
-    const count = this.#entries.length;
+    const count = this.tiles.length;
     const full = count >= this.#store.limit ? "; the oldest make room for new ones" : "";
     const facts = count ? `${plural(count, "picture")}${full}` : "";
     byId("gallery-facts").textContent = this.#kept
       ? facts
       : `${facts}${facts ? "; " : ""}this browser keeps them only until the page is closed`;
-    byId("gallery-empty").hidden = count > 0;
-    byId("gallery-clear").hidden = count === 0;
+    byId("gallery").hidden = !this.#strips.length && this.#kept;
+    byId("gallery-clear").hidden = byId("select-mode").hidden = count === 0;
+    byId("welcome").hidden = this.#strips.length > 0;
+    this.#showSelection();
   }
 
-  /** The picture as a file: the server's bytes, which carry the settings. */
-  download(picture) {
-    const url = URL.createObjectURL(picture.blob);
-    const link = element("a", { href: url, download: fileName(picture) });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  #select(tile) {
+    if (tile.box.checked) this.#selected.add(tile);
+    else this.#selected.delete(tile);
+    this.#showSelection();
   }
 
-  show(picture) {
-    const at = this.#entries.findIndex((entry) => entry.picture.id === picture.id);
-    const old = this.#shown?.url;
-    this.#shown = { picture, url: URL.createObjectURL(picture.blob) };
-    const image = byId("viewer-image");
-    image.src = this.#shown.url;
-    image.alt = `${picture.className}, ${caption(picture)}`;
-    if (old) URL.revokeObjectURL(old);
-    byId("viewer-title").textContent = picture.className;
-    const facts = [
-      ["Class", `${picture.request.class_label}`],
-      ["Seed", String(picture.request.seed)],
-      ...(picture.request.n > 1
-        ? [["Picture", `${picture.index + 1} of ${picture.request.n}`]]
-        : []),
-      ...settingsInWords(picture.request),
-      ["Model", picture.model],
-      ["Size", `${picture.size} × ${picture.size}`],
-      [
-        "Drawn",
-        new Date(picture.created).toLocaleString(undefined, {
-          dateStyle: "medium",
-          timeStyle: "short",
-        }),
-      ],
-    ];
-    byId("viewer-facts").replaceChildren(
-      ...facts.map(([what, value]) =>
-        element("div", {}, element("dt", {}, what), element("dd", {}, value)),
-      ),
-    );
-    byId("viewer-previous").hidden = at <= 0;
-    byId("viewer-next").hidden = at < 0 || at === this.#entries.length - 1;
-    byId("viewer-delete").hidden = at < 0;
-    if (!this.viewer.open) {
-      this.viewer.showModal();
-      byId("viewer-title").focus();
-    } else if (document.activeElement?.hidden || document.activeElement === document.body) {
-      byId("viewer-title").focus(); // the button that was pressed has gone
+  get #selecting() {
+    return byId("runs").classList.contains("selecting");
+  }
+
+  #setSelecting(selecting) {
+    byId("runs").classList.toggle("selecting", selecting);
+    byId("select-mode").setAttribute("aria-pressed", String(selecting));
+    if (!selecting) {
+      for (const tile of this.#selected) tile.box.checked = false;
+      this.#selected.clear();
     }
+    this.#showSelection();
   }
 
-  #move(by) {
-    const at = this.#entries.findIndex((entry) => entry.picture.id === this.#shown?.picture.id);
-    const next = this.#entries[at + by];
-    if (at < 0 || !next) return;
-    this.show(next.picture);
-    announce(`${next.picture.className}, ${caption(next.picture)}`);
+  #showSelection() {
+    const count = this.#selected.size;
+    byId("selection").hidden = !count && !this.#selecting;
+    byId("selection-count").textContent = count ? `${count} selected` : "Select pictures";
+    byId("selection-compare").disabled = count !== 2;
+    byId("selection-zip").disabled = byId("selection-delete").disabled = !count;
+  }
+
+  get #chosen() {
+    return this.tiles.filter((tile) => this.#selected.has(tile));
+  }
+
+  /** The selected pictures with a table of their parameters. */
+  async #saveZip() {
+    const pictures = this.#chosen.map(({ picture }) => picture);
+    const names = new Set();
+    const files = [];
+    for (const picture of pictures) {
+      let name = fileName(picture);
+      for (let k = 2; names.has(name); k += 1) name = `${k}_${fileName(picture)}`;
+      names.add(name);
+      files.push({ name, bytes: new Uint8Array(await picture.blob.arrayBuffer()) });
+    }
+    const table = csvOf(pictures.map((picture, at) => ({ picture, file: files[at].name })));
+    files.push({ name: "parameters.csv", bytes: new TextEncoder().encode(table) });
+    save(new Blob([zip(files)], { type: "application/zip" }), "llamagen-pictures.zip");
+  }
+
+  async #saveSheet({ plan, tiles }) {
+    const pictures = tiles.map(({ picture }) => picture);
+    const title = `${plan.name} · ${plan.facts}`;
+    const [cut, end] = plan.columns
+      ? [/_seed-.*/, "_grid.png"]
+      : [/(_\d+-of-\d+)?\.\w+$/, "_all.png"];
+    const name = fileName(pictures[0]).replace(cut, end);
+    const sheet = await composeSheet(pictures, plan.columns, title);
+    const records = await Promise.all(pictures.map(({ blob }) => recordOf(blob)));
+    save(records.every(Boolean) ? await withRecord(sheet, joined(records)) : sheet, name);
   }
 
   #listen() {
-    const { viewer } = this;
-    const onClick = (id, action) => byId(id).addEventListener("click", action);
-    onClick("viewer-close", () => viewer.close());
-    onClick("viewer-previous", () => this.#move(-1));
-    onClick("viewer-next", () => this.#move(1));
-    onClick("viewer-download", () => this.download(this.#shown.picture));
-    onClick("viewer-again", () => {
-      const { request } = this.#shown.picture;
-      viewer.close();
-      this.actions.onAgain(request);
+    onClick("select-mode", () => this.#setSelecting(!this.#selecting));
+    onClick("selection-done", () => {
+      this.#setSelecting(false);
+      byId("select-mode").focus();
     });
-    onClick("viewer-settings", () => {
-      const { request } = this.#shown.picture;
-      viewer.close();
-      this.actions.onSettings(request);
-    });
-    onClick("viewer-delete", () => {
-      const { picture } = this.#shown;
-      viewer.close();
-      this.#delete(picture);
-    });
-    viewer.addEventListener("keydown", (event) => {
-      if (event.key === "ArrowLeft") this.#move(-1);
-      else if (event.key === "ArrowRight") this.#move(1);
-    });
-    viewer.addEventListener("click", (event) => {
-      if (event.target === viewer) viewer.close(); // beside it
-    });
+    onClick("selection-compare", () => this.actions.compare(this.#chosen));
+    onClick("selection-zip", () => this.#saveZip());
+    onClick("selection-delete", () => this.remove(this.#chosen));
 
     const question = byId("clear-question");
     onClick("gallery-clear", () => {
-      const count = this.#entries.length;
       byId("clear-text").textContent =
-        `${plural(count, "picture")} will be deleted from this browser. This can't be undone.`;
+        `${plural(this.tiles.length, "picture")} will be deleted from this browser. ` +
+        "This can't be undone.";
       question.showModal();
       byId("clear-keep").focus();
     });
-    onClick("clear-keep", () => question.close());
     onClick("clear-all", () => {
       question.close();
       byId("toast").replaceChildren();
-      for (const entry of this.#entries) this.#discard(entry);
-      this.#entries = [];
+      this.#drop(this.tiles);
       this.#write(this.#store.clear(), () => {});
-      this.#count();
-      byId("gallery").focus({ preventScroll: calm() });
+      byId("generate").focus({ preventScroll: calm() });
       announce("All pictures are deleted");
     });
   }

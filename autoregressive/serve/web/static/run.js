@@ -1,347 +1,268 @@
-// One request on its way: its cards, which fill up row by row, its progress, and how it ended.
+// One run on its way: sends its requests, fills its strip with what comes, tells how it ended.
 
-import { Failure, bytesOf, drawing } from "./api.js";
-import { announce, button, element } from "./dom.js";
-import { describe, duration, plural, settingsInWords, took } from "./words.js";
+import { Failure, bytesOf, cancelJob, drawing } from "./api.js";
+import { announce, button, byId, element, toast } from "./dom.js";
+import { Tile } from "./tile.js";
+import { describe, left, plural, took } from "./words.js";
 
 const STEPS = 4; // shares of the progress that are said to screen readers
+const FOLLOW_AFTER = 500; // ms; a page that is being left breaks off its own connections
+const TEMPORARY = new Set([401, 429, 503]);
 
-/** A picture while it is drawn: its drawn part is on a canvas, over the placeholder. */
-class Card {
-  #rows = 0;
-  #stopped = false;
-  // Rows of the newest preview that has arrived. An older one that is decoded later is not drawn.
-  #asked = 0;
-
-  constructor(index, { name, size, grid, onOpen, onDownload }) {
-    Object.assign(this, { index, name, grid, onDownload, picture: null });
-    this.canvas = element("canvas", {
-      width: size,
-      height: size,
-      role: "img",
-      "aria-label": `Picture ${index + 1} of ${name}, not drawn yet`,
-    });
-    this.frame = element(
-      "div",
-      { class: "frame" },
-      element("div", { class: "undrawn" }),
-      this.canvas,
-      element("div", { class: "edge" }),
-    );
-    this.frame.style.setProperty("--grid", grid);
-    this.state = element("span", { class: "card-state" }, "Waiting");
-    this.download = button(`Download picture ${index + 1}`, {
-      drawing: "download",
-      bare: true,
-      on: { click: () => this.onDownload(this.picture) },
-    });
-    this.node = element(
-      "li",
-      { class: "card", "data-state": "waiting", "data-rows": 0 },
-      this.frame,
-      element("div", { class: "card-foot" }, this.state, this.download),
-    );
-    this.onOpen = onOpen;
-  }
-
-  setGrid(size, grid) {
-    this.grid = grid;
-    this.frame.style.setProperty("--grid", grid);
-    if (!this.#asked && this.canvas.width !== size) this.canvas.width = this.canvas.height = size;
-  }
-
-  async preview({ rows, grid, b64_json: base64, output_format: format }) {
-    if (this.picture || rows <= this.#asked) return;
-    this.#asked = rows;
-    const bitmap = await createImageBitmap(
-      new Blob([bytesOf(base64)], { type: `image/${format}` }),
-    ).catch(() => null);
-    if (bitmap && rows > this.#rows && !this.picture) this.#show(bitmap, rows, grid);
-    bitmap?.close();
-  }
-
-  #show(bitmap, rows, grid) {
-    const { canvas } = this;
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height)
-      [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
-    const height = Math.round((bitmap.height * rows) / grid);
-    const context = canvas.getContext("2d");
-    context.clearRect(0, 0, canvas.width, canvas.height);
-    if (height) context.drawImage(bitmap, 0, 0, bitmap.width, height, 0, 0, bitmap.width, height);
-    this.#rows = rows;
-    this.node.dataset.rows = rows;
-    this.frame.style.setProperty("--drawn", rows / grid);
-    // A picture that is decoded after the end is shown; the card still says how it ended.
-    if (this.#stopped) return;
-    this.node.dataset.state = "drawing";
-    this.state.textContent = `Row ${rows} of ${grid}`;
-    canvas.setAttribute(
-      "aria-label",
-      `Picture ${this.index + 1} of ${this.name}, ${rows} of ${grid} rows drawn`,
-    );
-  }
-
-  /** The whole picture replaces the canvas once it is decoded, so that nothing flickers. */
-  async complete(picture, url) {
-    this.picture = picture;
-    const image = element("img", { alt: `${this.name}, picture ${this.index + 1}`, src: url });
-    await image.decode().catch(() => {});
-    const opener = element(
-      "button",
-      {
-        type: "button",
-        class: "card-open",
-        "aria-label": `Show ${this.name}, picture ${this.index + 1}, large`,
-        on: { click: () => this.onOpen(this.picture) },
-      },
-      image,
-    );
-    this.frame.append(opener);
-    this.canvas.hidden = true;
-    this.node.dataset.rows = this.grid;
-    this.node.dataset.state = "done";
-    this.state.textContent = `Picture ${this.index + 1}`;
-  }
-
-  start() {
-    if (this.node.dataset.state !== "waiting") return;
-    this.node.dataset.state = "drawing";
-    this.state.textContent = "Starting";
-  }
-
-  /** Drawing has ended before the picture was whole: what there is of it stays. */
-  stop(state, words) {
-    if (this.picture) return;
-    this.#stopped = true;
-    this.node.dataset.state = state;
-    this.state.textContent = words;
-    this.canvas.setAttribute(
-      "aria-label",
-      `Picture ${this.index + 1} of ${this.name}, ${words.toLowerCase()}`,
-    );
-  }
-}
+/**
+ * What is to be drawn.
+ * @typedef {{id: string, created: number, name: string, facts: string, columns: number,
+ *     cells: {request: Object, name: string, words: string, job: string?}[]}} Plan
+ *     cells: requests, of which a grid has many; job: what the server knows a request by
+ */
 
 export class Run {
-  #controller = new AbortController();
+  #controller = null;
+  #cancelled = false;
   #said = 0;
-  #ended = false;
-  #countdown = null;
+  #drawn = []; // [drawn, all] tokens of each cell
+  #left = [];
 
   /**
-   * @param {Object} request what is sent
-   * @param {{id: string, image_size: number, grid: number}} model
-   * @param {string} name of the class
-   * @param {Object} actions onPicture(picture) -> address; kept() -> promise; onAgain(request);
-   *     onRetry(run); onOpen, onDownload(picture);
-   *   onProgress(); onFailure(run, failure) -> whether it has been dealt with elsewhere
+   * @param {Plan} plan
+   * @param {() => {id: string, image_size: number, grid: number}} model
+   * @param {Object} actions strip(plan) -> Strip; keep(picture, tile) -> promise; kept() ->
+   *     promise; onChange(); onEnd(strip); onFailure(run, failure) -> whether it was dealt with;
+   *     retry(run); dismiss(run)
    */
-  constructor(request, model, name, actions) {
-    Object.assign(this, { request, model, name, actions, started: Date.now(), share: 0 });
-    const cardActions = {
-      name,
-      size: model.image_size,
-      grid: model.grid,
-      onOpen: actions.onOpen,
-      onDownload: actions.onDownload,
-    };
-    this.cards = Array.from({ length: request.n }, (_, index) => new Card(index, cardActions));
-    this.title = element("h3", { class: "run-title" }, name);
-    this.facts = element("p", { class: "run-facts" }, this.#factsInWords());
-    this.cancelButton = button("Cancel", {
-      drawing: "stop",
-      kind: "quiet outlined",
-      on: { click: () => this.cancel() },
+  constructor(plan, model, actions) {
+    Object.assign(this, { plan, model, actions });
+    this.width = Math.min(4, plan.cells.length);
+  }
+
+  get share() {
+    const sums = this.#drawn.reduce(([a, b], [drawn, all]) => [a + drawn, b + all], [0, 0]);
+    return sums[1] ? sums[0] / sums[1] : 0;
+  }
+
+  /**
+   * Draws what is not drawn yet.
+   * @returns {Promise<boolean>} whether it has to wait and be drawn again
+   */
+  async draw(width) {
+    const { plan } = this;
+    this.#controller = new AbortController();
+    this.#cancelled = false;
+    this.started = Date.now();
+    const strip = (this.strip = this.actions.strip(plan));
+    strip.run = this;
+    strip.trouble.hidden = true;
+    strip.setActive(true);
+    strip.node.dataset.state = "waiting";
+    this.#tell("Sending…");
+    const { image_size: size, grid } = this.model();
+    const missing = [];
+    plan.cells.forEach((cell, at) => {
+      const { n } = cell.request;
+      const tiles = Array.from({ length: n }, (_, index) => this.#tile(cell, at, index));
+      for (const tile of tiles)
+        if (!tile.picture && !tile.canvas) tile.expect(cell.name, size, grid);
+      const whole = tiles.every(({ picture }) => picture);
+      this.#drawn[at] = [whole ? n * grid ** 2 : 0, n * grid ** 2];
+      if (!whole) missing.push({ cell, at, tiles });
     });
-    this.controls = element("div", { class: "run-actions" }, this.cancelButton);
-    this.bar = element("progress", { max: 1, value: 0, "aria-label": `Progress of ${name}` });
-    this.state = element("p", { class: "run-state" }, "Sending…");
-    this.progress = element("div", { class: "run-progress" }, this.bar, this.state);
-    this.trouble = element("div", { class: "notice", role: "alert", hidden: true });
-    this.pictures = element(
-      "ul",
-      { class: "pictures", "data-count": request.n },
-      ...this.cards.map(({ node }) => node),
-    );
-    this.node = element(
-      "article",
-      { class: "run", "data-state": "waiting", "aria-label": `Drawing of ${name}` },
-      element(
-        "header",
-        { class: "run-head" },
-        element("div", { class: "run-words" }, this.title, this.facts),
-        this.controls,
-      ),
-      this.progress,
-      this.trouble,
-      this.pictures,
-    );
-  }
-
-  get active() {
-    return !this.#ended;
-  }
-
-  #factsInWords() {
-    const { request } = this;
-    const guidance = settingsInWords(request)[0][1];
-    return `${plural(request.n, "picture")} · guidance ${guidance} · seed ${request.seed}`;
-  }
-
-  async draw() {
+    if (!missing.length) return this.#end("done");
+    this.actions.onChange();
     try {
-      for await (const event of drawing(this.request, this.#controller)) await this.#take(event);
+      const next = async () => {
+        while (missing.length && !this.#cancelled) await this.#cell(missing.shift());
+      };
+      await Promise.all(Array.from({ length: width }, next));
       await this.actions.kept();
-      if (!this.#ended) this.#end("done");
+      return this.#end(this.#cancelled ? "cancelled" : "done");
     } catch (error) {
-      if (this.#ended) return;
-      if (this.#controller.signal.aborted && !(error instanceof Failure)) this.#cancelled();
-      else this.#failed(error);
+      this.#controller.abort();
+      if (this.#cancelled) return this.#end("cancelled");
+      return this.#failed(error);
     }
   }
 
-  async #take(event) {
+  #tile(cell, at, index) {
+    const order = at * 100 + index;
+    const { strip } = this;
+    const found = strip.tiles.find((tile) => tile.order === order);
+    if (found) return found;
+    const words = cell.words || (cell.request.n > 1 ? `${index + 1} of ${cell.request.n}` : "");
+    const tile = new Tile(order, words, strip.actions.tile);
+    tile.strip = strip;
+    strip.insert(tile);
+    return tile;
+  }
+
+  async #cell(asked) {
+    const { cell, at, tiles } = asked;
+    try {
+      for await (const event of drawing(cell.request, this.#controller, cell.job))
+        await this.#take(event, cell, at, tiles);
+      if (tiles.some(({ picture }) => !picture)) throw new Failure("cut"); // lost on its way
+    } catch (error) {
+      if (error.kind === "stream") delete cell.job; // it has ended
+      // The server goes on for a while when the connection breaks off: the drawing is followed.
+      if (error.kind !== "cut" || asked.again || this.#controller.signal.aborted) throw error;
+      await new Promise((resolve) => setTimeout(resolve, FOLLOW_AFTER));
+      await this.#cell({ ...asked, again: true });
+      return;
+    }
+    this.#drawn[at][0] = this.#drawn[at][1];
+    delete cell.job;
+  }
+
+  async #take(event, cell, at, tiles) {
     switch (event.type) {
       case "queued": {
-        const size = Number.parseInt(event.size, 10) || this.model.image_size;
-        for (const card of this.cards) card.setGrid(size, event.grid ?? this.model.grid);
-        if (event.class_name) this.title.textContent = this.name = event.class_name;
+        if (cell.job && event.id !== cell.job)
+          toast(`${this.plan.name} is drawn again from its seed: the server had lost it`);
+        cell.job = event.id;
+        this.actions.onChange(); // what can be followed again is noted
         const words = event.ahead
           ? `Waiting: ${plural(event.ahead, "request")} ahead`
           : "Next in line";
-        this.state.textContent = words;
-        announce(`${this.name}: ${words}`);
+        if (this.strip.node.dataset.state === "waiting") {
+          this.#tell(words);
+          announce(`${this.plan.name}: ${words}`);
+        }
         break;
       }
       case "started":
-        this.node.dataset.state = "drawing";
-        this.state.textContent = "Drawing";
-        for (const card of this.cards) card.start();
-        announce(`Drawing ${plural(this.request.n, "picture")} of ${this.name}`);
+        if (this.strip.node.dataset.state === "waiting")
+          announce(`Drawing ${plural(this.strip.tiles.length, "picture")} of ${this.plan.name}`);
+        this.strip.node.dataset.state = "drawing";
+        this.#tell("Drawing");
         break;
       case "progress":
-        this.#progress(event);
+        this.#drawn[at] = [event.tokens_drawn, event.tokens];
+        this.#left[at] = event.seconds_left;
+        this.#progress();
         break;
       case "preview":
-        // It is decoded beside the stream; a card keeps its previews in order.
-        this.cards[event.image_index]?.preview(event).catch(() => {});
+        // It is decoded beside the stream; a tile keeps its previews in order.
+        tiles[event.image_index]?.preview(event, bytesOf).catch(() => {});
         break;
       case "image":
-        await this.#picture(event);
+        await this.#picture(event, cell, at, tiles[event.image_index]);
         break;
       case "done":
-        this.seconds = event.seconds;
+        if (this.plan.cells.length === 1) this.seconds = event.seconds;
         break;
       default: // an event of a later server
     }
   }
 
-  #progress({ tokens_drawn: drawn, tokens, seconds_left: left }) {
-    this.node.dataset.state = "drawing";
-    this.share = tokens ? drawn / tokens : 0;
-    this.bar.value = this.share;
-    const percent = Math.floor(this.share * 100);
-    const time = typeof left === "number" ? `${duration(left)} left` : null;
-    this.state.textContent = ["Drawing", `${percent} %`, time].filter(Boolean).join(" · ");
-    const step = Math.floor(this.share * STEPS);
+  /** Every picture is as far as the tokens say, however few previews have come. */
+  #progress() {
+    const { grid } = this.model();
+    const { share } = this;
+    const pictures = this.strip.tiles.length;
+    const whole = this.strip.tiles.filter(({ picture }) => picture).length;
+    this.strip.node.dataset.state = "drawing";
+    this.strip.bar.value = share;
+    const percent = Math.floor(share * 100);
+    const row = Math.floor((share * pictures - whole) * (grid / Math.max(1, pictures - whole)));
+    const seconds = this.#left.reduce((most, one) => Math.max(most, one ?? 0), -1);
+    const time = this.plan.cells.length === 1 && seconds >= 0 ? left(seconds) : "";
+    const apart = whole || this.plan.cells.length > 1; // not all at one row
+    const rows = apart
+      ? `${whole} of ${pictures} complete`
+      : `Row ${Math.max(0, Math.min(row, grid))} of ${grid}`;
+    this.#tell([rows, time].filter(Boolean).join(" · "));
+    const step = Math.floor(share * STEPS);
     if (step > this.#said && step < STEPS) {
       this.#said = step;
-      announce([`${percent} percent`, time].filter(Boolean).join(", "));
+      announce([`${this.plan.name}: ${percent} percent`, time].filter(Boolean).join(", "));
     }
-    this.actions.onProgress();
+    this.actions.onChange();
   }
 
-  async #picture({ image_index: index, b64_json: base64, output_format: format }) {
-    const card = this.cards[index];
-    if (!card || card.picture) return;
+  #tell(words) {
+    this.strip.state.textContent = words;
+  }
+
+  async #picture({ image_index: index, b64_json: base64, output_format: format }, cell, at, tile) {
+    if (!tile || tile.picture) return;
+    const { plan } = this;
     const picture = {
-      id: `${this.started}-${String(index).padStart(2, "0")}-${this.request.seed}`,
-      created: this.started,
+      id: `${plan.id}-${String(tile.order).padStart(5, "0")}`,
+      run: plan.id,
+      created: plan.created,
+      order: tile.order,
       index,
-      className: this.name,
-      model: this.model.id,
-      size: card.canvas.width,
-      request: this.request,
+      className: cell.name,
+      words: tile.words,
+      model: this.model().id,
+      size: this.model().image_size,
+      request: cell.request,
       blob: new Blob([bytesOf(base64)], { type: `image/${format}` }),
+      ...(plan.columns ? { columns: plan.columns, title: plan.name, facts: plan.facts } : {}),
     };
-    await card.complete(picture, this.actions.onPicture(picture));
+    await this.actions.keep(picture, tile);
   }
 
   cancel() {
-    if (this.#ended) return;
-    this.#cancelled();
+    if (this.#cancelled || !this.strip?.active) return;
+    this.#cancelled = true;
+    for (const cell of this.plan.cells) {
+      if (cell.job) cancelJob(cell.job);
+      delete cell.job;
+    }
     this.#controller.abort();
-  }
-
-  #cancelled() {
-    for (const card of this.cards) card.stop("cancelled", "Cancelled");
-    this.#end("cancelled");
   }
 
   #failed(error) {
     const failure = error instanceof Failure ? error : Object.assign(error, { status: undefined });
     if (!(error instanceof Failure)) console.error(error);
-    for (const card of this.cards) card.stop("failed", "Not finished");
-    this.#end("failed");
-    if (this.actions.onFailure(this, failure)) return;
+    const handled = this.actions.onFailure(this, failure);
+    if (TEMPORARY.has(failure.status) || failure.kind === "network") {
+      this.strip.setActive(false);
+      this.strip.dropUndrawn();
+      this.actions.onEnd(this.strip);
+      return true;
+    }
+    if (!handled) this.#explain(failure);
+    return this.#end("failed");
+  }
+
+  #explain(failure) {
     const { title, detail } = describe(failure);
     const retry = button("Try again", {
       drawing: "again",
-      kind: "quiet outlined",
-      on: { click: () => this.actions.onRetry(this) },
+      kind: "outlined",
+      "data-action": "retry",
+      on: { click: () => this.actions.retry(this) },
     });
-    this.trouble.replaceChildren(
+    const dismiss = button("Dismiss", {
+      "data-action": "dismiss",
+      on: { click: () => this.actions.dismiss(this) },
+    });
+    this.strip.fail(
       element("p", { class: "notice-title" }, title),
-      element("p", { class: "notice-detail" }, detail),
-      retry,
+      element("p", {}, detail),
+      element("div", { class: "row" }, retry, dismiss),
     );
-    this.trouble.hidden = false;
-    const nothing = this.cards.every(({ node }) => node.dataset.rows === "0");
-    for (const node of [this.pictures, this.progress, this.controls]) node.hidden = nothing;
-    if (failure.retryAfter) this.#waitFor(retry, failure.retryAfter);
-  }
-
-  /** The button counts down silently: a live region that speaks every second disturbs. */
-  #waitFor(retry, seconds) {
-    const words = retry.querySelector("span");
-    const until = Date.now() + seconds * 1000;
-    const tick = () => {
-      const left = Math.ceil((until - Date.now()) / 1000);
-      words.textContent = left > 0 ? `Try again (${left} s)` : "Try again";
-      if (left <= 0 || !retry.isConnected) clearInterval(this.#countdown);
-    };
-    retry.setAttribute("aria-label", "Try again");
-    tick();
-    this.#countdown = setInterval(tick, 1000);
   }
 
   #end(state) {
-    this.#ended = true;
-    const focused = this.cancelButton === document.activeElement;
-    const whole = this.cards.filter(({ picture }) => picture).length;
-    this.node.dataset.state = state;
+    const { strip, plan } = this;
+    const focused = strip.cancel === document.activeElement;
+    strip.dropUndrawn();
+    strip.node.dataset.state = state;
+    strip.setActive(false);
+    const whole = strip.tiles.length;
+    const complete = whole ? ` · ${plural(whole, "picture")} complete` : "";
     if (state === "done") {
-      this.bar.value = 1;
       const words = `Drawn in ${took(this.seconds ?? (Date.now() - this.started) / 1000)}`;
-      this.state.textContent = words;
-      announce(`${plural(whole, "picture")} of ${this.name}. ${words}`);
-    } else if (state === "cancelled") {
-      this.state.textContent = whole
-        ? `Cancelled · ${plural(whole, "picture")} complete`
-        : "Cancelled";
-      announce("Cancelled");
+      this.#tell(words);
+      announce(`${plural(whole, "picture")} of ${plan.name}. ${words}`);
     } else {
-      this.state.textContent = whole
-        ? `Not finished · ${plural(whole, "picture")} complete`
-        : "Not finished";
+      this.#tell(`${state === "cancelled" ? "Cancelled" : "Not finished"}${complete}`);
+      announce(strip.state.textContent);
     }
-    const again = button("Again with another seed", {
-      drawing: "again",
-      kind: "quiet outlined",
-      on: { click: () => this.actions.onAgain(this.request) },
-    });
-    this.controls.replaceChildren(again);
-    if (focused) again.focus();
-    this.actions.onProgress();
+    if (focused) (whole && !plan.columns ? strip.again : byId("generate")).focus();
+    this.actions.onEnd(strip);
+    return false;
   }
 }

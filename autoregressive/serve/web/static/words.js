@@ -13,6 +13,12 @@ export function plural(count, one, many = `${one}s`) {
   return `${count} ${count === 1 ? one : many}`;
 }
 
+/** A place in a row: 1st, 2nd, 3rd, 4th. */
+export function place(number) {
+  const ending = { one: "st", two: "nd", few: "rd", other: "th" };
+  return `${number}${ending[new Intl.PluralRules("en", { type: "ordinal" }).select(number)]}`;
+}
+
 /** A time to wait for, no more exact than anyone wants it. */
 export function duration(seconds) {
   if (seconds < 1) return "less than a second";
@@ -20,75 +26,54 @@ export function duration(seconds) {
   return plural(Math.round(seconds / 60), "minute");
 }
 
-export function took(seconds) {
-  return seconds < 10
-    ? `${seconds.toFixed(1)} s`
-    : seconds < 90
-      ? `${Math.round(seconds)} s`
-      : duration(seconds);
-}
+/** What is left, in whole seconds, short. */
+export const left = (seconds) =>
+  seconds < 90 ? `${Math.max(1, Math.ceil(seconds))} s left` : `${duration(seconds)} left`;
+
+export const took = (seconds) =>
+  seconds < 10 ? `${seconds.toFixed(1)} s` : duration(seconds);
 
 /** @returns {{title: string, detail: string}} what went wrong, and what can be done */
-export function describe(failure) {
-  const said = sentence(failure.message ?? "");
-  if (failure.kind === "network") {
-    return {
-      title: "The server can't be reached.",
-      detail: "Check your connection, or whether the server is still running, then try again.",
-    };
-  }
-  if (failure.kind === "cut") {
-    return {
-      title: "The connection was lost while drawing.",
-      detail: "Pictures that were complete are in your gallery.",
-    };
-  }
-  if (failure.kind === "stream") {
-    return { title: "The drawing failed.", detail: said || "The server gave no reason." };
-  }
-  switch (failure.status) {
+export function describe({ kind, status, code, keySent, message }) {
+  const said = sentence(message ?? "");
+  const told = (title, detail = said) => ({ title, detail });
+  if (kind === "network") return told("The server can't be reached.");
+  if (kind === "cut")
+    return told(
+      "The connection was lost while drawing.",
+      "Pictures that were complete are in your gallery.",
+    );
+  if (kind === "stream") return told("The drawing failed.", said || "The server gave no reason.");
+  switch (status) {
     case 400:
     case 422:
-      return { title: "The server does not accept these settings.", detail: said };
+      return told("The server does not accept these settings.");
     case 401:
-      return failure.keySent
-        ? { title: "The server does not accept this key.", detail: "Check it, and enter it again." }
-        : {
-            title: "This server asks for a key.",
-            detail: "Enter the key that its operator gave you.",
-          };
+      return keySent
+        ? told("The server does not accept this key.", "Check it, and enter it again.")
+        : told("This server asks for a key.", "Enter the key that its operator gave you.");
     case 429:
-      if (failure.code === "too_many_wrong_keys") {
-        return {
-          title: "Too many wrong keys came from your address.",
-          detail: "Try again in a few seconds.",
-        };
-      }
-      return {
-        title: "The queue is full.",
-        detail: `Others are drawing too. ${
-          failure.retryAfter === null
-            ? "Try again in a moment."
-            : `There should be room in ${duration(Math.max(1, failure.retryAfter))}.`
-        }`,
-      };
+      return code === "too_many_wrong_keys"
+        ? told("Too many wrong keys came from your address.", "Try again in a few seconds.")
+        : told("The queue is full.");
     case 503:
-      return {
-        title: "The server is not ready yet.",
-        detail: said || "The model may still be loading. Try again in a moment.",
-      };
+      return told("The server is not ready yet.");
     case undefined:
-      return {
-        title: "Something went wrong in this page.",
-        detail: "Try again; reload the page if that does not help.",
-      };
+      return told(
+        "Something went wrong in this page.",
+        "Try again; reload the page if that does not help.",
+      );
     default:
-      return {
-        title: failure.status >= 500 ? "The server failed." : "The server refused this.",
-        detail: said || `It gave no reason, only the number ${failure.status}.`,
-      };
+      return told(
+        status >= 500 ? "The server failed." : "The server refused this.",
+        said || `It gave no reason, only the number ${status}.`,
+      );
   }
 }
+
+/** A moment, as the reader's language writes it. */
+export const when = (milliseconds) =>
+  new Date(milliseconds).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
 const number = (value) => String(Math.round(value * 1000) / 1000);
 
@@ -106,6 +91,37 @@ export function settingsInWords(request) {
   ];
 }
 
+/** What a run was asked for, in a line. A seed is never shortened: it is needed to draw again. */
+export function factsOf(request) {
+  return `guidance ${number(request.cfg_scale)} · seed ${request.seed}`;
+}
+
+/** What tells a picture from all others, in a line. */
+export function labelOf({ className, words, columns, request }) {
+  return [className, words, columns ? "" : `seed ${request.seed}`].filter(Boolean).join(", ");
+}
+
+const COLUMNS = "class_label n seed cfg_scale cfg_interval temperature top_k top_p".split(" ");
+
+/** The parameters of pictures as a table of comma-separated values. */
+export function csvOf(rows) {
+  const quoted = (value) => {
+    const text = String(value);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const lines = rows.map(({ file, picture }) =>
+    [
+      file,
+      picture.model,
+      picture.className,
+      picture.index,
+      ...COLUMNS.map((name) => picture.request[name]),
+    ].map(quoted),
+  );
+  const head = ["file", "model", "class", "image", ...COLUMNS];
+  return [head, ...lines].map((line) => `${line.join(",")}\r\n`).join("");
+}
+
 /** A name for the file of a picture, which tells it from others of its class, seed and request. */
 export function fileName(picture) {
   const slug = (text) =>
@@ -115,7 +131,7 @@ export function fileName(picture) {
       .replace(/[^A-Za-z0-9.]+/g, "-")
       .replace(/^[-.]+|[-.]+$/g, "")
       .slice(0, 60);
-  const { request, className, model, index } = picture;
+  const { request, className, model, index, blob } = picture;
   const parts = [
     slug(model),
     slug(className) || "class",
@@ -124,5 +140,6 @@ export function fileName(picture) {
     `guidance-${number(request.cfg_scale)}`,
   ];
   if (request.n > 1) parts.push(`${index + 1}-of-${request.n}`);
-  return `${parts.filter((part) => part !== "").join("_")}.png`;
+  const kind = blob.type.replace("image/", "");
+  return `${parts.filter((part) => part !== "").join("_")}.${kind}`;
 }
