@@ -148,7 +148,8 @@ def test_a_drawing_whose_id_nobody_knows_is_not_kept(told: bool) -> None:
 
     async def leave() -> None:
         drawings = KeptDrawings(broker)
-        kept = drawings.keep(served, StreamRequest(prompt="fox", keep_seconds=30))
+        body = StreamRequest.model_validate({"prompt": "fox", "keep_seconds": 30})
+        kept = drawings.keep(served, body)
         kept.told = told
         drawings.leave(kept)
 
