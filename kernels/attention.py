@@ -6,7 +6,9 @@ cut into chunks, a program each, so that few rows fill a GPU; `combine` weighs t
 The attention kernel also finishes the query-key-value product (adding its partial sums), turns
 queries and keys by their rotary angles, and writes the new keys and values. A page holds [heads,
 page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size
-rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros. Rotary
+rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros. Pages may be
+fp8 (e4m3): a key or a value is then what the page holds times the scale of its head. A new token is
+rounded to that before anyone attends to it, so it is to all passes what it is to its own. Rotary
 positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining
 chunks as in flash-decoding (Dao et al. 2023).
 """
@@ -21,9 +23,11 @@ from triton.runtime.jit import JITFunction
 
 from kernels.linear import pdl_option
 from kernels.lookahead import row_position
+from kernels.quantization import FP8, FP8_LARGEST
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
 _COLUMNS = tl.constexpr(8)  # least width of a matrix product; queries of one
+_FP8_LARGEST = tl.constexpr(FP8_LARGEST)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def _attention_kernel(
     # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     chunk_stats,
     rows,
+    kv_scales,  # None, or of fp8 pages [2, HEADS] float32
+    DTYPE: tl.constexpr,  # of products
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -102,6 +108,11 @@ def _attention_kernel(
     values = tl.load(
         value_pages + at[:, None] + offset[None, :], mask=mask, other=0.0, cache_modifier=".cg"
     )
+    key_scale, value_scale = 1.0, 1.0
+    if kv_scales is not None:
+        key_scale = tl.load(kv_scales + head)
+        value_scale = tl.load(kv_scales + HEADS + head)
+    keys, values = keys.to(DTYPE), values.to(DTYPE)
     if LAUNCH_PDL:
         gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
@@ -111,7 +122,7 @@ def _attention_kernel(
     column = tl.arange(0, _COLUMNS)
     queries: tl.tuple = ()  # groups of as many as there are columns
     for first in tl.static_range(0, WINDOW, _COLUMNS):
-        group = tl.zeros([HEAD_TILE, _COLUMNS], keys.dtype)
+        group = tl.zeros([HEAD_TILE, _COLUMNS], DTYPE)
         for index in tl.static_range(first, min(first + _COLUMNS, WINDOW)):
             if position + index < end:
                 cosine, sine = _angle(rotary, position + index, HEAD_SIZE, HEAD_TILE)
@@ -125,7 +136,7 @@ def _attention_kernel(
                     SPLITS,
                 )
                 mine = (column == index - first)[None, :]
-                group = tl.where(mine, query.to(keys.dtype)[:, None], group)
+                group = tl.where(mine, query.to(DTYPE)[:, None], group)
         queries = queries + (group,)
     for index in tl.static_range(WINDOW):
         new_token = position + index
@@ -136,25 +147,37 @@ def _attention_kernel(
                 split_size,
                 cosine,
                 sine,
-                keys.dtype,
+                DTYPE if kv_scales is None else tl.float32,  # rounded once
                 WIDTH,
                 HEAD_SIZE,
                 HEAD_TILE,
                 SPLITS,
             )
+            if kv_scales is not None:
+                key, value = _fp8(key, key_scale).to(DTYPE), _fp8(value, value_scale).to(DTYPE)
             if WINDOW > 1:
                 key, value = _harmless(key, value)
             new_page = tl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE).to(tl.int64)
             new_at = (new_page * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
-            tl.store(key_pages + new_at * STRIDE + offset, key, mask=stride_mask)
-            tl.store(value_pages + new_at * STRIDE + offset, value, mask=stride_mask)
+            tl.store(
+                key_pages + new_at * STRIDE + offset,
+                key.to(key_pages.dtype.element_ty),
+                mask=stride_mask,
+            )
+            tl.store(
+                value_pages + new_at * STRIDE + offset,
+                value.to(value_pages.dtype.element_ty),
+                mask=stride_mask,
+            )
             keys = tl.where((token == new_token)[:, None], key[None, :], keys)
             values = tl.where((token == new_token)[:, None], value[None, :], values)
     for group in tl.static_range(len(queries)):
         index = group * _COLUMNS + column
         largest, total, weights = _attend(
-            queries[group], keys, values, token, position + index, SCALE
+            queries[group], keys, values, token, position + index, SCALE * key_scale
         )
+        if kv_scales is not None:
+            total = total * value_scale
         attends = (position + index < end) & (position + index >= first_token)
         row = (sequence * WINDOW + index).to(tl.int64)
         result = (row * HEADS + head) * CHUNKS + chunk
@@ -186,12 +209,12 @@ def _attend(
     values,  # [CHUNK, HEAD_TILE]
     token,  # [CHUNK], of the keys
     query_token,  # [COLUMNS]
-    SCALE: tl.constexpr,
+    scale,
 ):
     """Returns, for each column's query, the largest score [COLUMNS], the weighted sum of values
     [HEAD_TILE, COLUMNS] and the sum of weights [COLUMNS]. Columns depend on nothing of each other.
     """
-    score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS]
+    score = tl.dot(keys, queries, input_precision="ieee") * scale  # [CHUNK, COLUMNS]
     score = tl.where(token[:, None] <= query_token[None, :], score, float("-inf"))
     largest = tl.max(score, 0)
     weight = tl.exp2(score - largest[None, :])
@@ -221,6 +244,14 @@ def _new_key_value(
             source + split * split_size + 2 * WIDTH + offset, mask=offset < HEAD_SIZE, other=0.0
         ).to(tl.float32)
     return key, value.to(DTYPE)
+
+
+@triton.jit
+def _fp8(x, scale):
+    """Rounds x / scale to e4m3, which has no infinity: what is not finite becomes NaN."""
+    scaled = x.to(tl.float32) / scale
+    within = tl.minimum(tl.maximum(scaled, -_FP8_LARGEST), _FP8_LARGEST)
+    return (within + scaled * 0.0).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -317,8 +348,9 @@ def attention(
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
-    tiles: AttentionTiles,
+    kv_scales: Tensor | None = None,
     *,
+    tiles: AttentionTiles,
     launch_pdl: bool,
 ) -> None:
     """Writes the new tokens' keys and values, and attends from each of them to itself and all
@@ -337,7 +369,11 @@ def attention(
         chunk_out: float32 [rows, heads, chunks, head_size], scratch.
         chunk_stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
+        kv_scales: float32 [2, heads], of keys and values, where the pages are fp8; powers of two,
+            so that no order of products matters. None: the pages are of the products' dtype.
     """
+    assert (kv_scales is None) == (key_pages.dtype != FP8)
+    dtype = key_pages.dtype if kv_scales is None else out.dtype
     launch_attention(
         _attention_kernel,
         qkv,
@@ -353,6 +389,8 @@ def attention(
         tiles,
         launch_pdl=launch_pdl,
         LAUNCH_PDL=launch_pdl,
+        kv_scales=kv_scales,
+        DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
     )
 
 
@@ -371,13 +409,13 @@ def launch_attention(
     tiles: AttentionTiles,
     *,
     launch_pdl: bool,
-    **constants: bool,
+    **more: object,
 ) -> None:
     """Launches a kernel that attends within chunks, and `combine`. The tensors are those of
     `attention`.
 
     Args:
-        constants: of the kernel alone.
+        more: arguments of the kernel alone.
     """
     splits, rows = qkv.shape[:2]
     _, heads, page_size, stride = key_pages.shape
@@ -411,7 +449,7 @@ def launch_attention(
         CHUNK=tiles.chunk,
         CHUNKS=chunks,
         SPLITS=splits,
-        **constants,
+        **more,
         num_warps=tiles.warps,
         maxnreg=tiles.registers,
         **pdl_option(launch_pdl),

@@ -1,11 +1,13 @@
 """The paged decode attention of `kernels.attention` in torch, for any head size and device."""
 
+from dataclasses import dataclass
 from math import gcd
 
 import torch
 from torch import Tensor
 
 from kernels.lookahead import row_positions_reference
+from kernels.quantization import FP8, FP8_LARGEST
 
 _SCORES_MULTIPLE = 16
 
@@ -44,19 +46,49 @@ def attention_reference(
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Does the same as `attention` in torch, for any head size. It does not use `chunk_out` and
     `chunk_stats`.
     """
     attend = _attend_in_place if out.device.type == "cpu" else _attend_to_copies
-    attend(qkv.sum(dim=0), rotary, key_pages, value_pages, page_table, positions, limits, out)
+    key_scales, value_scales = (None, None) if kv_scales is None else kv_scales[..., None]
+    keys, values = Cache(key_pages, key_scales), Cache(value_pages, value_scales)
+    attend(qkv.sum(dim=0), rotary, keys, values, page_table, positions, limits, out)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The pages of the keys or of the values, and the scale of each head where they are fp8."""
+
+    pages: Tensor  # [pages, heads, page_size, stride]
+    scales: Tensor | None  # [heads, 1]
+
+    def rounded(self, vectors: Tensor) -> Tensor:
+        """Vectors [rows, heads, head_size] as float32 that the pages hold exactly. What is not
+        finite becomes NaN in fp8, which has no infinity.
+        """
+        if self.scales is None:
+            return vectors.to(self.pages.dtype).float()
+        scaled = vectors / self.scales
+        whole = torch.where(scaled.isfinite(), scaled.clamp(-FP8_LARGEST, FP8_LARGEST), torch.nan)
+        return whole.to(FP8).float()
+
+    def stored(self, rounded: Tensor) -> Tensor:
+        """What `rounded` gave as the pages hold it: [rows, heads, stride]."""
+        padding = self.pages.shape[3] - rounded.shape[2]
+        return torch.nn.functional.pad(rounded, (0, padding)).to(self.pages.dtype)
+
+    def times_scales(self, vectors: Tensor) -> Tensor:
+        """Vectors [rows, heads, head_size] times the scale of their head."""
+        return vectors if self.scales is None else vectors * self.scales
 
 
 def _attend_in_place(
     qkv: Tensor,
     rotary: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
+    keys: Cache,
+    values: Cache,
     page_table: Tensor,
     positions: Tensor,
     limits: Tensor,
@@ -65,7 +97,7 @@ def _attend_in_place(
     """Attends on a CPU. To look at the positions costs nothing there, and to copy the context would
     cost more than all else, so no copy is made.
     """
-    window, (_, heads, page_size, stride) = len(out) // len(positions), key_pages.shape
+    window, (_, heads, page_size, _) = len(out) // len(positions), keys.pages.shape
     head_size = rotary.shape[1] * 2
     at = row_positions_reference(positions, limits, window).long()
     out.zero_()
@@ -76,23 +108,21 @@ def _attend_in_place(
     # [rows, heads, head_size]
     query, key = _rotated(vectors[:, : 2 * heads], rotary[at.clamp(min=0)]).chunk(2, dim=1)
     newest = page_table[rows // window, at[rows] // page_size].long()
-    for cache, new in ((key_pages, key), (value_pages, vectors[:, 2 * heads :])):
-        cache[newest, :, at[rows] % page_size] = torch.nn.functional.pad(
-            new[rows], (0, stride - head_size)
-        ).to(cache.dtype)
+    for cache, new in ((keys, key), (values, vectors[:, 2 * heads :])):
+        cache.pages[newest, :, at[rows] % page_size] = cache.stored(cache.rounded(new[rows]))
     # One query of each sequence at a time: the products of several differ in their last bits.
     for index in range(window):
         rows = (at[index::window] >= 0).nonzero()[:, 0] * window + index
         if len(rows) == 0:
             break
         attn_out = _attn_out_in_place(
-            query[rows],
-            key_pages[..., :head_size],
-            value_pages[..., :head_size],
+            keys.times_scales(query[rows]),
+            keys.pages[..., :head_size],
+            values.pages[..., :head_size],
             page_table[rows // window].long(),
             at[rows],
         )
-        out[rows] = attn_out.flatten(1).to(out.dtype)
+        out[rows] = values.times_scales(attn_out).flatten(1).to(out.dtype)
 
 
 def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,8 +192,8 @@ def _extent(pages: Tensor) -> tuple[slice | Tensor, Tensor]:
 def _attend_to_copies(
     qkv: Tensor,
     rotary: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
+    keys: Cache,
+    values: Cache,
     page_table: Tensor,
     positions: Tensor,
     limits: Tensor,
@@ -172,45 +202,53 @@ def _attend_to_copies(
     """Attends without a look at the positions, for which the host would have to wait. Every page of
     every sequence is copied and masked.
     """
-    rows, sequences, (_, heads, page_size, stride) = len(out), len(positions), key_pages.shape
+    rows, sequences, (_, heads, page_size, _) = len(out), len(positions), keys.pages.shape
     window, head_size = rows // sequences, rotary.shape[1] * 2
     at = row_positions_reference(positions, limits, window).long()
     in_use, at = at >= 0, at.clamp(min=0)
     query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
     query, key = _rotated(query, rotary[at]), _rotated(key, rotary[at])
-    key, value = _harmless(key, value.to(value_pages.dtype))
+    key, value = _harmless(key, values.rounded(value))
     # Rows that take no part repeat the write of one that does: if they wrote elsewhere, two rows
     # could write one place differently.
     row = torch.arange(rows, device=out.device)
     source = torch.where(in_use, row, in_use.int().argmax())
     pages = page_table.long()[row // window, at // page_size][source]
     offsets = (at % page_size)[source]
-    for cache, new in ((key_pages, key), (value_pages, value)):
-        filled = torch.nn.functional.pad(new, (0, stride - head_size)).to(cache.dtype)[source]
-        cache[pages, :, offsets] = torch.where(in_use.any(), filled, cache[pages, :, offsets])
+    for cache, new in ((keys, keys.rounded(key)), (values, value)):
+        filled, cells = _bits(cache.stored(new))[source], _bits(cache.pages)
+        cells[pages, :, offsets] = torch.where(in_use.any(), filled, cells[pages, :, offsets])
     token = torch.arange(page_table.shape[1] * page_size, device=out.device)
     seen = (token <= at[:, None]) & in_use[:, None]  # [rows, tokens]
     seen = seen.view(sequences, window, -1)
     seen_by_any = seen.any(dim=1)  # [sequences, tokens]
     table = torch.where(seen_by_any[:, ::page_size], page_table, 0).flatten()
-    keys, values = (
-        _gathered(pages, table, sequences)[..., :head_size].float()
-        for pages in (key_pages, value_pages)
+    whole_keys, whole_values = (
+        _gathered(cache.pages, table, sequences)[..., :head_size].float()
+        for cache in (keys, values)
     )
     # [sequences, heads, window, tokens]
-    query = query.view(sequences, window, heads, head_size).transpose(1, 2)
-    score = query @ keys.transpose(2, 3) * head_size**-0.5
+    query = keys.times_scales(query).view(sequences, window, heads, head_size).transpose(1, 2)
+    score = query @ whole_keys.transpose(2, 3) * head_size**-0.5
     weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
     weight = weight.masked_fill(~seen.any(dim=-1)[:, None, :, None], 0)
     # What is not the sequence's own may be anything, and 0 times that not 0.
-    values.masked_fill_(~seen_by_any[:, None, :, None], 0)
-    out.copy_((weight @ values).transpose(1, 2).reshape(rows, -1))
+    whole_values.masked_fill_(~seen_by_any[:, None, :, None], 0)
+    # [rows, heads, head_size]
+    attn_out = (weight @ whole_values).transpose(1, 2).reshape(rows, heads, head_size)
+    out.copy_(values.times_scales(attn_out).flatten(1))
+
+
+def _bits(pages: Tensor) -> Tensor:
+    """Pages as what can be moved: torch indexes fp8 on some devices only."""
+    return pages.view(torch.uint8) if pages.dtype == FP8 else pages
 
 
 def _gathered(pages: Tensor, table: Tensor, rows: int) -> Tensor:
     """The pages of a table [rows * pages of a row], as a copy [rows, heads, tokens, stride]."""
     _, heads, page_size, stride = pages.shape
-    chosen = pages.index_select(0, table).view(rows, -1, heads, page_size, stride)
+    chosen = _bits(pages).index_select(0, table).view(pages.dtype)
+    chosen = chosen.view(rows, -1, heads, page_size, stride)
     return chosen.transpose(1, 2).reshape(rows, heads, -1, stride)
 
 

@@ -11,6 +11,10 @@ depends on shapes only.
 The gated product has W1 and W3 in one matrix. A program takes the same outputs of both halves over
 all inputs, so that nothing needs a second pass. For many rows the product is a library's, and
 `gate` does the rest.
+
+Quantised weights become numbers of x's dtype in registers. The values of fp8 and int8 are exact in
+16 bits, and a program multiplies its sums by the scale of the output. int4 has a scale for each
+group of inputs, which is in the number.
 """
 
 from dataclasses import dataclass
@@ -20,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.quantization import Weights, in_dtype
 
 _LEAST_ROWS = 4
 
@@ -44,11 +50,13 @@ class LinearTiles:
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x,  # [rows, INPUTS]
-    weight,  # [OUTPUTS, INPUTS]
+    weight,  # [OUTPUTS, INPUTS]; of int4 bytes [OUTPUTS, INPUTS / 2]
+    scales,  # None, [OUTPUTS] float32, or of int4 [OUTPUTS, INPUTS / GROUP]
     out,  # [splits, rows, OUTPUTS] float32
     rows,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
     ROW_TILE: tl.constexpr,
     OUTPUT_TILE: tl.constexpr,
     INPUT_TILE: tl.constexpr,
@@ -65,13 +73,16 @@ def _linear_kernel(
     row_mask = row < rows
     output_mask = output < OUTPUTS
     total = product(
-        weight + output[:, None].to(tl.int64) * INPUTS,
+        weight + output[:, None].to(tl.int64) * _row_bytes(INPUTS, GROUP),
+        scales,
+        output,
         x + row[None, :] * INPUTS,
         first_input,
         offset,
         output_mask,
         row_mask,
         INPUTS=INPUTS,
+        GROUP=GROUP,
         WHOLE_TILES=OUTPUTS % OUTPUT_TILE == 0,
         OUTPUT_TILE=OUTPUT_TILE,
         ROW_TILE=ROW_TILE,
@@ -85,15 +96,24 @@ def _linear_kernel(
     tl.store(out + at, total, mask=row_mask[None, :] & output_mask[:, None])
 
 
+@triton.constexpr_function
+def _row_bytes(inputs: int, group: int) -> int:
+    """Elements of a row of weights in memory. Two digits of int4 share one."""
+    return inputs // 2 if group else inputs
+
+
 @triton.jit
 def product(
     weight_rows,  # [OUTPUT_TILE, 1] pointers
+    scales,  # as of the kernel
+    output,  # [OUTPUT_TILE]
     x_rows,  # [1, ROW_TILE] pointers
     first_input,
     offset,  # [INPUT_TILE]
     output_mask,  # [OUTPUT_TILE]
     row_mask,  # [ROW_TILE]
     INPUTS: tl.constexpr,
+    GROUP: tl.constexpr,  # inputs that share a scale, of int4; else 0
     WHOLE_TILES: tl.constexpr,  # all outputs exist, and need no mask
     OUTPUT_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
@@ -108,18 +128,23 @@ def product(
     """
     if LAUNCH_PDL:
         gdc_launch_dependents()
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
     early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
         column = first_input + tile * INPUT_TILE + offset
         early_weights = early_weights + (
-            _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES),
+            _load_weights(
+                weight_rows, scales, output, column, output_mask, DTYPE, INPUTS, GROUP, WHOLE_TILES
+            ),
         )
     if LAUNCH_PDL:
         gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         column = first_input + tile * INPUT_TILE + offset
-        weights = _load_weights(weight_rows, column, output_mask, INPUTS, WHOLE_TILES)
+        weights = _load_weights(
+            weight_rows, scales, output, column, output_mask, DTYPE, INPUTS, GROUP, WHOLE_TILES
+        )
         values = _load_values(x_rows, column, row_mask, INPUTS)
         total = tl.dot(weights, values, total, input_precision="ieee")
     early_values: tl.tuple = ()
@@ -128,18 +153,35 @@ def product(
         early_values = early_values + (_load_values(x_rows, column, row_mask, INPUTS),)
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
+    if scales is not None and GROUP == 0:
+        scale = tl.load(scales + output, mask=None if WHOLE_TILES else output_mask)
+        total = total * scale[:, None]
     return total
 
 
 @triton.jit
 def _load_weights(
-    weight_rows, column, output_mask, INPUTS: tl.constexpr, WHOLE_TILES: tl.constexpr
+    weight_rows,
+    scales,
+    output,
+    column,
+    output_mask,
+    DTYPE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
 ):
-    """A tile of weights [outputs, inputs]."""
+    """A tile of weights [outputs, inputs], in x's dtype."""
     mask = (column < INPUTS)[None, :]
     if not WHOLE_TILES:
         mask = mask & output_mask[:, None]
-    return tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
+    if GROUP == 0:
+        return tl.load(weight_rows + column[None, :], mask=mask, other=0.0).to(DTYPE)
+    pairs = tl.load(weight_rows + column[None, :] // 2, mask=mask, other=0)
+    digits = (pairs >> (column % 2 * 4)[None, :].to(tl.uint8)) & 15
+    at = output[:, None] * (INPUTS // GROUP) + column[None, :] // GROUP
+    scale = tl.load(scales + at, mask=mask, other=0.0)
+    return ((digits.to(tl.float32) - 8) * scale).to(DTYPE)
 
 
 @triton.jit
@@ -154,11 +196,13 @@ def row_tile(rows: int) -> int:
     return max(16, min(64, triton.next_power_of_2(rows)))
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch_pdl: bool) -> None:
+def linear(
+    x: Tensor, weight: Weights, out: Tensor, tiles: LinearTiles, *, launch_pdl: bool
+) -> None:
     """Writes partial sums of x W^T.
 
     Args:
-        x: [rows, inputs], the weights' dtype; a multiple of 8 inputs.
+        x: [rows, inputs], the weights' dtype where they are not quantised; a multiple of 8 inputs.
         weight: [outputs, inputs], contiguous.
         out: float32 [tiles.splits(inputs), rows, outputs]; their sum over the first dimension is
             the product. Without splits it may be [rows, outputs].
@@ -171,11 +215,12 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
     grid = (triton.cdiv(outputs, tiles.outputs), tiles.splits(inputs), triton.cdiv(rows, row_block))
     _linear_kernel[grid](
         x,
-        weight,
+        *_in_memory(weight),
         out,
         rows,
         INPUTS=inputs,
         OUTPUTS=outputs,
+        GROUP=_int4_group(weight),
         ROW_TILE=row_block,
         OUTPUT_TILE=tiles.outputs,
         INPUT_TILE=tiles.inputs,
@@ -188,6 +233,20 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tiles: LinearTiles, *, launch
     )
 
 
+def _in_memory(weight: Weights) -> tuple[Tensor, Tensor | None]:
+    """Values, and scales where the weights are quantised."""
+    return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
+
+
+def _int4_group(weight: Weights) -> int:
+    """Inputs that share a scale; 0 where all of an output's do, or the weights are not
+    quantised.
+    """
+    if isinstance(weight, Tensor) or weight.scales.dim() == 1:
+        return 0
+    return weight.shape[1] // weight.scales.shape[1]
+
+
 def pdl_option(launch_pdl: bool) -> dict[str, bool]:
     """The launch option of programmatic dependent launch. It is left out where it is off, because
     older GPUs do not know it.
@@ -195,7 +254,7 @@ def pdl_option(launch_pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if launch_pdl else {}
 
 
-def linear_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def linear_reference(x: Tensor, weight: Weights, out: Tensor) -> None:
     """Does the same as `linear` in torch. The first partial sum is the product, the others are
     zeros.
     """
@@ -204,8 +263,9 @@ def linear_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
     sums[1:] = 0
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Weights) -> Tensor:
     """x W^T. On a CPU, the products of fewer rows differ in their last bits from those of more."""
+    weight = in_dtype(weight, x.dtype)
     missing = _LEAST_ROWS - len(x) if x.device.type == "cpu" else 0
     if missing > 0:
         x = torch.cat([x, x.new_zeros(missing, x.shape[1])])
@@ -227,11 +287,13 @@ class SwigluTiles:
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_kernel(
     x,  # [rows, INPUTS]
-    weight,  # [2 * HIDDEN, INPUTS]: W1 above W3
+    weight,  # [2 * HIDDEN, INPUTS]: W1 above W3; of int4 bytes [2 * HIDDEN, INPUTS / 2]
+    scales,  # None, [2 * HIDDEN] float32, or of int4 [2 * HIDDEN, INPUTS / GROUP]
     out,  # [rows, HIDDEN]
     rows,
     INPUTS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
     ROW_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
     INPUT_TILE: tl.constexpr,
@@ -250,13 +312,16 @@ def _swiglu_kernel(
     )
     offset = tl.arange(0, INPUT_TILE)
     total = product(
-        weight + output[:, None].to(tl.int64) * INPUTS,
+        weight + output[:, None].to(tl.int64) * _row_bytes(INPUTS, GROUP),
+        scales,
+        output,
         x + row[None, :] * INPUTS,
         0,
         offset,
         None,
         row_mask,
         INPUTS=INPUTS,
+        GROUP=GROUP,
         WHOLE_TILES=True,
         OUTPUT_TILE=2 * HIDDEN_TILE,
         ROW_TILE=ROW_TILE,
@@ -277,7 +342,9 @@ def _swiglu_kernel(
     )
 
 
-def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch_pdl: bool) -> None:
+def swiglu(
+    x: Tensor, weight: Weights, out: Tensor, tiles: SwigluTiles, *, launch_pdl: bool
+) -> None:
     """Writes silu(W1 x) * (W3 x).
 
     Args:
@@ -293,11 +360,12 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
     row_block = row_tile(rows)
     _swiglu_kernel[(hidden // tiles.outputs, triton.cdiv(rows, row_block))](
         x,
-        weight,
+        *_in_memory(weight),
         out,
         rows,
         INPUTS=inputs,
         HIDDEN=hidden,
+        GROUP=_int4_group(weight),
         ROW_TILE=row_block,
         HIDDEN_TILE=tiles.outputs,
         INPUT_TILE=tiles.inputs,
@@ -309,7 +377,7 @@ def swiglu(x: Tensor, weight: Tensor, out: Tensor, tiles: SwigluTiles, *, launch
     )
 
 
-def swiglu_reference(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def swiglu_reference(x: Tensor, weight: Weights, out: Tensor) -> None:
     """Does the same as `swiglu` in torch."""
     gate_reference(_product(x, weight), out)
 

@@ -34,8 +34,16 @@ from kernels.hopper.products import (
     fused_project,
     fused_swiglu,
 )
-from kernels.linear import gate, gate_reference, linear, linear_reference, swiglu, swiglu_reference
+from kernels.linear import (
+    gate,
+    gate_reference,
+    linear,
+    linear_reference,
+    swiglu,
+    swiglu_reference,
+)
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
+from kernels.quantization import Weights
 from kernels.sampling import draw_tokens
 from kernels.sampling_reference import draw_tokens as draw_tokens_reference
 from kernels.tiles import (
@@ -82,7 +90,7 @@ class _Embed(Protocol):
 
 
 class _MatrixProduct(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    def __call__(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes out."""
 
 
@@ -99,6 +107,7 @@ class _PagedAttention(Protocol):
         chunk_out: Tensor,
         chunk_stats: Tensor,
         out: Tensor,
+        kv_scales: Tensor | None = None,
     ) -> None:
         """Writes the new tokens' keys and values, and out."""
 
@@ -158,7 +167,7 @@ class Operations:
 
 class _NormingProduct(Protocol):
     def __call__(
-        self, x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float
+        self, x: Tensor, squares: Tensor, weight: Weights, out: Tensor, *, eps: float
     ) -> None:
         """Writes out."""
 
@@ -167,7 +176,7 @@ class _Project(Protocol):
     def __call__(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Weights,
         residual: Tensor,
         norm_weight: Tensor,
         normed: Tensor,
@@ -208,12 +217,14 @@ def select_operations(
     head_size: int,
     backend: str,
     *,
+    fp8_pages: bool = False,
     tell: Callable[[str], None],
 ) -> Operations:
     """The operations for a model's shape on a device.
 
     Args:
         backend: "auto", "torch", or "triton", which must run on the device.
+        fp8_pages: whether keys and values are kept in fp8.
         tell: called with one line for the user where something falls back.
     """
     assert backend in BACKENDS
@@ -232,6 +243,7 @@ def select_operations(
         head_size,
         launch_pdl=capability >= (9, 0),
         hopper=capability == (9, 0) and dtype.itemsize == 2,
+        fp8_pages=fp8_pages,
     )
     if head_size in HEAD_SIZES:
         return operations
@@ -263,12 +275,19 @@ def torch_operations() -> Operations:
 
 
 def triton_operations(
-    table: TileTable, heads: int, head_size: int, *, launch_pdl: bool, hopper: bool = False
+    table: TileTable,
+    heads: int,
+    head_size: int,
+    *,
+    launch_pdl: bool,
+    hopper: bool = False,
+    fp8_pages: bool = False,
 ) -> Operations:
     """The Triton kernels, cut up as the table says.
 
     Args:
         hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
+        fp8_pages: with the attention that reads them, which Hopper's does not.
     """
     attention_tiles = table.find(ATTENTION, heads, head_size)
     return Operations(
@@ -280,7 +299,7 @@ def triton_operations(
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=(
             partial(_hopper_attention, tiles=attention_tiles)
-            if hopper
+            if hopper and not fp8_pages
             else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
         ),
         attention_chunks=attention_tiles.chunks,
@@ -303,9 +322,12 @@ def _hopper_attention(
     chunk_out: Tensor,
     chunk_stats: Tensor,
     out: Tensor,
+    kv_scales: Tensor | None = None,
+    *,
     tiles: AttentionTiles,
 ) -> None:
     """The attention of many rows where it can be; its result is the same."""
+    assert kv_scales is None, "fp8 pages have the attention that every GPU runs"
     tensors = qkv, rotary, key_pages, value_pages, page_table, positions, limits
     if attends_at_once(qkv.shape[1], len(positions), key_pages.shape[2], tiles):
         many_rows_attention(*tensors, out, tiles)

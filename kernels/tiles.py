@@ -18,6 +18,7 @@ import torch
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, SwigluTiles
+from kernels.quantization import Weights
 
 # 8.7 has more, and does with this
 _LITTLE_SHARED_MEMORY = (
@@ -142,7 +143,7 @@ class TileTable:
             return section.rule(first, second, self)
         return measured[min(known, key=lambda key: (abs(key[0] - first), key))]
 
-    def of_weight(self, section: Section[Tiles], weight: torch.Tensor) -> Tiles:
+    def of_weight(self, section: Section[Tiles], weight: Weights) -> Tiles:
         """The setting for a product by weights [outputs, inputs]."""
         outputs, inputs = weight.shape
         return self.find(section, outputs // section.halves, inputs)

@@ -39,6 +39,7 @@ from kernels.operations import (
     attends_at_once,
     torch_operations,
 )
+from kernels.quantization import Weights
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -338,7 +339,7 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
 def reference_products() -> FusedProducts:
     """The torch references of `Operations.fused`, nothing cut up."""
 
-    def head(x: Tensor, squares: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> None:
+    def head(x: Tensor, squares: Tensor, weight: Weights, out: Tensor, *, eps: float) -> None:
         fused_linear_reference(x, squares, weight, out[None], eps=eps)
 
     return FusedProducts(
@@ -366,7 +367,7 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
 
     yield case_of(
         "attention",
-        lambda qkv, kv, *others: layers.attend(kv, rotary, batch),
+        lambda qkv, kv, *others: layers.attend(kv, None, rotary, batch),
         exact,
         (
             layers.qkv.normal_(),

@@ -17,6 +17,7 @@ from kernels.hopper.products_reference import (
     fused_swiglu_reference,
 )
 from kernels.operations import FusedProducts, Operations
+from kernels.quantization import Weights
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -89,7 +90,7 @@ def test_float32_products_are_ieee_whatever_the_process_allows() -> None:
         def make_operations(self, gpt: Transformer) -> Operations:
             operations = super().make_operations(gpt)
 
-            def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+            def linear(x: Tensor, weight: Weights, out: Tensor) -> None:
                 on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
                 seen.add((torch.backends.cuda.matmul.fp32_precision, on_cpu.fp32_precision))
                 operations.linear(x, weight, out)

@@ -12,6 +12,8 @@ from torch import Tensor
 from autoregressive.models.rope import apply_rotary
 from kernels import attention_reference
 from kernels.attention import head_stride
+from kernels.attention_reference import Cache
+from kernels.quantization import FP8
 
 HEADS, HEAD_SIZE, PAGE_SIZE, TOKENS = 3, 20, 4, 24
 PAGES_PER_ROW = TOKENS // PAGE_SIZE
@@ -33,7 +35,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 )
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("positions", [[9, 9, 9], [0, 3, 4], [23, -1, 7], [-1, -1, -1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, FP8])
 @pytest.mark.parametrize("window", [1, 3, 6])
 def test_it_is_plain_attention(
     attend: Callable[..., None],
@@ -48,7 +50,10 @@ def test_it_is_plain_attention(
     sequences, stride = len(positions), head_stride(HEAD_SIZE, dtype.itemsize)
     page_table = TABLES[table](sequences)
     pool = (int(page_table.max()) + 2, HEADS, PAGE_SIZE, stride)
-    caches = [torch.full(pool, torch.nan, dtype=dtype) for _ in range(2)]
+    caches = [torch.full(pool, torch.nan).to(dtype) for _ in range(2)]
+    kv_scales = torch.tensor([[0.5, 1.0, 2.0], [0.25, 4.0, 0.125]])[..., None]  # [2, heads, 1]
+    if dtype != FP8:
+        kv_scales = torch.ones(2, HEADS, 1)
     contexts = [drawn(sequences, TOKENS, HEADS, HEAD_SIZE, seed=seed).to(dtype) for seed in (1, 2)]
     angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
@@ -65,11 +70,12 @@ def test_it_is_plain_attention(
                 for part in (0, 1)
             )
             new = (key[0, 0], qkv[sequence, index, 2])
-            for context, vector in zip(contexts, new, strict=True):
-                context[sequence, token] = vector.to(dtype)
+            for context, vector, scales in zip(contexts, new, kv_scales, strict=True):
+                context[sequence, token] = (vector / scales).to(dtype)
             # [heads, tokens, head_size]
             keys, values = (
-                context[sequence, : token + 1].float().transpose(0, 1) for context in contexts
+                (context[sequence, : token + 1].float() * scales).transpose(0, 1)
+                for context, scales in zip(contexts, kv_scales, strict=True)
             )
             wanted[sequence, index] = F.scaled_dot_product_attention(
                 query[0, 0][:, None], keys, values
@@ -77,7 +83,7 @@ def test_it_is_plain_attention(
         for token in range(limit):
             page, offset = page_table[sequence, token // PAGE_SIZE], token % PAGE_SIZE
             for cache, wanted_cache, context in zip(caches, wanted_caches, contexts, strict=True):
-                filled = F.pad(context[sequence, token], (0, stride - HEAD_SIZE))
+                filled = F.pad(context[sequence, token].float(), (0, stride - HEAD_SIZE)).to(dtype)
                 wanted_cache[page, :, offset] = filled
                 if token < position:
                     cache[page, :, offset] = filled
@@ -86,7 +92,10 @@ def test_it_is_plain_attention(
     attend(
         qkv.view(sequences * window, -1),
         rotary,
-        *caches,
+        *(
+            Cache(cache, scales if dtype == FP8 else None)
+            for cache, scales in zip(caches, kv_scales, strict=True)
+        ),
         page_table.int(),
         torch.tensor(positions, dtype=torch.int32),
         torch.tensor(limits, dtype=torch.int32),
@@ -95,16 +104,18 @@ def test_it_is_plain_attention(
 
     torch.testing.assert_close(out, wanted.view(len(out), -1), atol=1e-5, rtol=1e-5)
     for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
-        torch.testing.assert_close(cache, wanted_cache, equal_nan=True)
+        torch.testing.assert_close(cache.float(), wanted_cache.float(), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 16])
-def test_a_token_of_a_window_is_as_alone(window: int) -> None:
+def test_a_token_of_a_window_is_as_alone(window: int, dtype: torch.dtype) -> None:
     """Fails if a token's bits depend on the window, or on a later token that is not finite."""
     sequences, position = 3, 5
     page_table = TABLES["in any order"](sequences).int()
-    pool = (sequences * PAGES_PER_ROW, HEADS, PAGE_SIZE, HEAD_SIZE)
-    caches = [drawn(*pool, seed=seed) for seed in (1, 2)]
+    pool = (sequences * PAGES_PER_ROW, HEADS, PAGE_SIZE, head_stride(HEAD_SIZE, dtype.itemsize))
+    scales = torch.tensor([[0.5], [1.0], [2.0]]) if dtype == FP8 else None
+    caches = [Cache(drawn(*pool, seed=seed).to(dtype), scales) for seed in (1, 2)]
     angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
     qkv = drawn(sequences, window, 3 * HEADS * HEAD_SIZE, seed=4)

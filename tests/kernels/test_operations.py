@@ -12,7 +12,7 @@ from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
-from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes, check_backend
+from autoregressive.serve.engine.model_runner import ModelRunner, StepBytes, check_device
 from autoregressive.serve.engine.vq_forward import group_norm_kernels_run
 from kernels.attention import HEAD_SIZES
 from kernels.attention_reference import attention_reference
@@ -110,7 +110,7 @@ def test_a_backend_that_was_asked_for_is_not_replaced(
         ValueError,
         match=rf"{device} is no GPU of compute capability 8\.0 or above; use auto or torch",
     ):
-        check_backend(EngineConfig(attention_backend="triton"), torch.device(device))
+        check_device(EngineConfig(attention_backend="triton"), torch.device(device))
     operations = select_operations(
         torch.device(device), torch.float16, 4, 64, "torch", tell=told.append
     )

@@ -14,6 +14,7 @@ from kernel_cases import (
     check_window_is_steps,
 )
 
+from kernels import QUANTIZATIONS
 from kernels.attention import AttentionTiles
 from kernels.linear import LinearTiles, SwigluTiles
 
@@ -37,6 +38,13 @@ def place(request: pytest.FixtureRequest) -> Place:
 )
 def test_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: LinearTiles) -> None:
     check_linear(place, rows, outputs, inputs, tiles)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+def test_products_of_quantized_weights(place: Place, scheme: str) -> None:
+    tiles = LinearTiles(outputs=64, inputs=32, tiles=2, early=1, stages=2, warps=4)
+    check_linear(place, 5, 100, 192, tiles, scheme)
+    check_swiglu(place, 7, 64, 96, SwigluTiles(32, 32, early=1, stages=2, warps=4), scheme)
 
 
 @pytest.mark.parametrize(("rows", "early"), [(1, 1), (18, 0), (7, 2)])
@@ -71,6 +79,13 @@ def test_attention_of_windows(place: Place, window: int) -> None:
     tiles = AttentionTiles(chunk=16, warps=2)
     check_attention(place, [0, 11, 16, -1, 31], 2, 64, 4, tiles, window=window)
     check_window_is_steps(place, [0, 11, 16, -1, 31], 2, 64, tiles, window)
+
+
+@pytest.mark.parametrize("head_size", [64, 100])
+def test_attention_of_fp8_pages(place: Place, head_size: int) -> None:
+    tiles = AttentionTiles(chunk=16, warps=2)
+    check_attention(place, [0, 15, 16, -1, 17], 2, head_size, 4, tiles, fp8=True)
+    check_attention(place, [0, 11, -1, 31], 2, head_size, 4, tiles, window=5, fp8=True)
 
 
 @pytest.mark.parametrize("head_size", [64, 100])
