@@ -37,7 +37,7 @@ from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import saying_what_needs_less_memory
-from autoregressive.serve.engine.model_runner import check_backend
+from autoregressive.serve.engine.model_runner import check_device
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.results import GeneratedImage, GridResult, Result
 from autoregressive.weights.finding import (
@@ -74,9 +74,9 @@ class Pipeline:
         self.classes, self.defaults = model.classes, model.defaults.sampling
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)
-        check_backend(config, model.device)
+        check_device(config, model.device)
         with saying_what_needs_less_memory(model):
-            self.models = load_models(model, found)
+            self.models = load_models(model, found, config.quantization)
         with saying_what_needs_less_memory(self.model, self.config):
             self.engine = start_engine(self.models, config)
         self._turn = threading.Lock()
@@ -395,7 +395,7 @@ def check_fits(model: ModelSettings, config: EngineConfig, params: SamplingParam
         UserError: too few rows or pages were asked for, or a backend that does not run on the
             device.
     """
-    check_backend(config, model.device)
+    check_device(config, model.device)
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.errors import SettingName
+from autoregressive.weights.compressed_layout import StoredMatrix, find_config, fold
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
+from autoregressive.weights.quantized import QuantizedLinear, products_of
 from autoregressive.weights.safetensors_file import (
     INDEX_SUFFIX,
     SUFFIX,
@@ -42,6 +44,7 @@ from autoregressive.weights.torch_file import (
     read_torch_archive,
     read_torch_stream,
 )
+from kernels.quantization import QuantizedMatrix, empty_matrix
 
 __all__ = ["CheckpointError", "WeightSource", "load_weights", "open_checkpoint"]
 
@@ -84,9 +87,10 @@ class WeightSource:
 
     path: Path
     # by the names that the model gives its parameters
-    tensors: Mapping[str, StoredTensor | ChunkedTensor]
+    tensors: Mapping[str, StoredTensor | ChunkedTensor | StoredMatrix]
     # may be what --from-fsdp means: a flat full state dict, a sharded directory, any .safetensors
     is_fsdp: bool = True
+    quantization: str | None = None  # of the layers' products, which are `StoredMatrix` then
 
     @functools.cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -107,6 +111,26 @@ class WeightSource:
         with reading(self.path, damage=f"{name} cannot be read ({{}}); download or copy it again"):
             self.tensors[name].read_into(target)
 
+    def read_quantized(self, name: str, scheme: str, device: torch.device) -> QuantizedMatrix:
+        """The named matrix as it is stored, or quantised from what is stored. Beside it, memory
+        holds one matrix in float32.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        stored = self.tensors[name]
+        groups = stored.groups if isinstance(stored, StoredMatrix) else None
+        matrix = empty_matrix(scheme, stored.shape, device, groups)
+        if isinstance(stored, StoredMatrix):
+            damage = f"{name} cannot be read ({{}}); download or copy it again"
+            with reading(self.path, damage=damage):
+                stored.read_matrix_into(matrix)
+        else:
+            weights = torch.empty(stored.shape, dtype=torch.float32, device=device)
+            self.read_into(name, weights)
+            matrix.fill(weights)
+        return matrix
+
 
 def load_weights(
     model: nn.Module,
@@ -116,6 +140,7 @@ def load_weights(
     dtype: torch.dtype,
     ema: bool = False,
     from_fsdp: bool = False,
+    quantization: str | None = None,
 ) -> None:
     """Gives a model built under `torch.device("meta")` its weights, on the device and in the dtype.
 
@@ -128,6 +153,8 @@ def load_weights(
         ema: take the averaged weights that training kept beside the others.
         from_fsdp: LlamaGen's flag; not needed. Refused for a pickle whose weights are wrapped, as
             FSDP's are not; a .safetensors file does not tell where it came from and is accepted.
+        quantization: of the weights of a transformer's layers' products, "fp8", "int8" or "int4";
+            None: as the checkpoint has them.
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
@@ -150,7 +177,19 @@ def load_weights(
             raise CheckpointError(
                 source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
             )
+    scheme = source.quantization or quantization
+    if quantization not in (None, scheme):
+        raise CheckpointError(
+            source.path,
+            f"holds {scheme} weights; use the original ones, or leave out",
+            SettingName("quantization"),
+        )
     model.to(dtype)
+    if scheme is not None:
+        with torch.no_grad():
+            for name, _ in list(products_of(model)):
+                matrix = source.read_quantized(f"{name}.weight", scheme, device)
+                model.set_submodule(name, QuantizedLinear(matrix))
     model.to_empty(device=device)
     with torch.no_grad():
         for name, target in model.state_dict().items():
@@ -182,7 +221,9 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
     if (path / CONSOLIDATED_FILE).is_file():
         return open_checkpoint(path / CONSOLIDATED_FILE, ema=ema)
     if visible_names(path, SUFFIX) or visible_names(path, INDEX_SUFFIX):
-        return WeightSource(path, open_safetensors_folder(path, choose))
+        tensors = open_safetensors_folder(path, choose)
+        folded, scheme = fold(tensors, functools.partial(find_config, path))
+        return WeightSource(path, folded, quantization=scheme)
     require(
         not visible_names(path, ".distcp"),
         f"{METADATA_FILE} is missing beside the shards; copy the whole directory again",
@@ -206,7 +247,9 @@ def _open_file(path: Path, ema: bool) -> WeightSource:
     if start[8:9] == b"{":  # eight bytes of length, then JSON
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, ema)
-        return WeightSource(path, {plain: tensors[name] for plain, name in names.items()})
+        plain_tensors = {plain: tensors[name] for plain, name in names.items()}
+        folded, scheme = fold(plain_tensors, functools.partial(find_config, path))
+        return WeightSource(path, folded, quantization=scheme)
     if start.startswith(b"PK\x03\x04"):  # a zip archive
         return _open_pickled(path, read_torch_archive(file), ema)
     if start.startswith(b"\x80"):  # a pickle

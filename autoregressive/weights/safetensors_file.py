@@ -62,6 +62,7 @@ class SafetensorsFile:
     tensors: Mapping[str, StoredTensor]
     offsets: Mapping[str, tuple[int, ...]] | None
     header_bytes: int
+    metadata: Mapping[str, str]
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
@@ -80,9 +81,9 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         )
     with reading(path, HAS_PROBLEM):
         header = _parse(file.read(8, size))
-        extra = header.pop("__metadata__", None)
+        metadata = _metadata(header.pop("__metadata__", None))
         tensors = _tensors(header, file, 8 + size)
-        return SafetensorsFile(path.name, tensors, _offsets(extra, tensors), size)
+        return SafetensorsFile(path.name, tensors, _offsets(metadata, tensors), size, metadata)
 
 
 def _parse(text: bytes | str) -> dict[str, Any]:
@@ -127,16 +128,22 @@ def _tensors(header: Mapping[str, Any], file: StoredFile, start: int) -> dict[st
     return tensors
 
 
-def _offsets(extra: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]] | None:
+def _metadata(extra: Any) -> dict[str, str]:
     if extra is None:
-        return None
+        return {}
     require(
         isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values()),
         "__metadata__ is no table of texts",
     )
-    if _SHARDING_KEY not in extra:
+    return extra
+
+
+def _offsets(
+    metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, ...]] | None:
+    if _SHARDING_KEY not in metadata:
         return None
-    sharding, offsets = _parse(extra[_SHARDING_KEY]), {}
+    sharding, offsets = _parse(metadata[_SHARDING_KEY]), {}
     for name, tensor in tensors.items():
         entry = sharding.get(name)
         offset: Any = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None

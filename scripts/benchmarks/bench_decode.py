@@ -69,9 +69,11 @@ with slow_imports(__name__):
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.engine_config import EngineConfig
-    from autoregressive.serve.engine.model_runner import ModelRunner, page_bytes
+    from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
+    from autoregressive.serve.engine.model_runner import ModelRunner
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from autoregressive.weights.options import check_image_size
+    from autoregressive.weights.quantized import weight_bytes
 
 _ROWS, _CPU_ROWS = [2, 16, 64, 256, 512], [2]
 _COLUMNS = {
@@ -232,8 +234,8 @@ def memory_gib(engine: Engine, gpt: Transformer) -> dict[str, float]:
     """
     limits = engine.scheduler.limits
     peak = torch.cuda.max_memory_reserved(engine.device)
-    weights = sum(parameter.nbytes for parameter in gpt.parameters())
-    pages = limits.num_pages * page_bytes(gpt, limits.page_size)
+    weights = weight_bytes(gpt)
+    pages = limits.num_pages * page_bytes(gpt, limits.page_size, page_dtype(gpt, engine.config))
     sizes = {"peak": peak, "weights": weights, "pages": pages, "other": peak - weights - pages}
     return {name: size / 2**30 for name, size in sizes.items()}
 

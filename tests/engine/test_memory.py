@@ -18,11 +18,11 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine import memory as engine_memory
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
 from autoregressive.serve.engine.memory import pool_pages
 from autoregressive.serve.engine.model_runner import (
     ModelRunner,
     StepBytes,
-    page_bytes,
     pass_sizes,
     row_buckets,
 )
@@ -104,13 +104,14 @@ def test_pages_leave_room_for_the_steps(monkeypatch: pytest.MonkeyPatch) -> None
     config = EngineConfig(max_num_seqs=4096, deterministic=True)
     shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
     with gpt_on_a_gpu(torch.float32) as gpt:
+        bytes_of_page = page_bytes(gpt, 16, page_dtype(gpt, config))
         steps_bytes = StepBytes.of(gpt, shape, config).scratch
-        pages_bytes = pool_pages(gpt, shape, config) * page_bytes(gpt, shape.page_size)
+        pages_bytes = pool_pages(gpt, shape, config) * bytes_of_page
         assert steps_bytes > 3 * GIB
         # of 36, two are for graphs and libraries
-        assert 34 * GIB - page_bytes(gpt, 16) < pages_bytes + steps_bytes <= 34 * GIB
+        assert 34 * GIB - bytes_of_page < pages_bytes + steps_bytes <= 34 * GIB
         with pytest.raises(ValueError, match="lower num_pages to"):
-            pool_pages(gpt, shape, replace(config, num_pages=40 * GIB // page_bytes(gpt, 16)))
+            pool_pages(gpt, shape, replace(config, num_pages=40 * GIB // bytes_of_page))
 
 
 def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,12 @@ from autoregressive.serve.engine.batch import Batch, BatchShape, Runner, uploade
 from autoregressive.serve.engine.device_future import DeviceFuture, StepLimiter
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.memory import pool_pages, ways_to_more_pages
-from autoregressive.serve.engine.model_runner import ModelRunner, make_lookahead, pass_sizes
+from autoregressive.serve.engine.model_runner import (
+    ModelRunner,
+    make_lookahead,
+    pass_sizes,
+    quantize_as_configured,
+)
 from autoregressive.serve.engine.pixel_decoder import PixelDecoder
 from autoregressive.serve.engine.request import Request, RequestState
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
@@ -56,7 +61,8 @@ class Engine:
 
     Args:
         gpt: in eval mode, on the device that the engine is to run on; its `block_size` is the
-            number of tokens of an image.
+            number of tokens of an image. With `config.quantization` its weights are quantised in
+            their place.
         vq: for `generate`'s pixels; None: codes only.
         make_runner: `ModelRunner`, or another that keeps its promises.
         on_progress: called with how much of the preparation is done, and how much there is: kernels
@@ -84,6 +90,7 @@ class Engine:
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
         with self._on_device():
+            quantize_as_configured(gpt, config)
             graphs_of_steps = (
                 len(pass_sizes(gpt, shape, config)) if config.uses_graphs(self.device) else 0
             )

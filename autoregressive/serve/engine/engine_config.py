@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
 from autoregressive.errors import SettingError
-from kernels import BACKENDS
+from kernels import BACKENDS, KV_CACHE_DTYPES, QUANTIZATIONS
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,10 @@ class EngineConfig:
     # Positions of an image that one pass computes: more than one takes fewer passes for the same
     # tokens. "off" is 1, and "auto" a number that suits the rows that run.
     lookahead: LookaheadSetting = "auto"
+    # of the weights of the layers' products: "fp8", "int8" or "int4"; None: as they are
+    quantization: str | None = None
+    # of the pages: "fp8" takes half of the memory of 16 bits; "auto" is the weights' own dtype
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -60,10 +64,12 @@ class EngineConfig:
         for name, choices in (
             ("attention_backend", BACKENDS),
             ("scheduling_policy", SCHEDULING_POLICIES),
+            ("quantization", (None, *QUANTIZATIONS)),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
         ):
             chosen = getattr(self, name)
             if chosen not in choices:
-                raise SettingError(name, chosen, f"must be one of {', '.join(choices)}")
+                raise SettingError(name, chosen, f"must be one of {', '.join(map(str, choices))}")
         window = self.lookahead
         if window not in ("auto", "off") and not (
             isinstance(window, Integral)

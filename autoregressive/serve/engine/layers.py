@@ -20,7 +20,10 @@ from typing_extensions import override
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
+from autoregressive.serve.engine.kv_pages import page_scales
+from autoregressive.weights.quantized import join_halves, weights_of
 from kernels.operations import MANY_ROWS, Operations
+from kernels.quantization import Weights
 
 Dims = tuple[int, ...]
 # Gives memory for a tensor of any values: name, shape and dtype. Tensors of one name and dtype may
@@ -33,29 +36,31 @@ class LayerWeights:
     """One layer's parameters as the operations take them. They share the model's memory."""
 
     attention_norm: Tensor  # [width]
-    qkv: Tensor  # [3 * width, width]
-    output: Tensor  # [width, width]
+    qkv: Weights  # [3 * width, width]
+    output: Weights  # [width, width]
     ffn_norm: Tensor  # [width]
-    gate_up: Tensor  # [2 * ffn width, width]: w1 above w3
-    down: Tensor  # [width, ffn width]
+    gate_up: Weights  # [2 * ffn width, width]: w1 above w3
+    down: Weights  # [width, ffn width]
+    # float32 [2, heads], of keys and values, where their pages are fp8
+    kv_scales: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, block: TransformerBlock) -> "LayerWeights":
+    def of(cls, block: TransformerBlock, *, fp8_pages: bool = False) -> "LayerWeights":
         """Takes the parameters of a block.
 
         w1 and w3 move into one tensor and become views of it, so that nothing is held twice.
         """
         attention, feed_forward = block.attention, block.feed_forward
-        gate_up = torch.cat([feed_forward.w1.weight, feed_forward.w3.weight])
-        feed_forward.w1.weight.data, feed_forward.w3.weight.data = gate_up.chunk(2)
+        qkv, norm = weights_of(attention.wqkv), block.attention_norm.weight
         return cls(
-            attention_norm=block.attention_norm.weight,
-            qkv=attention.wqkv.weight,
-            output=attention.wo.weight,
+            attention_norm=norm,
+            qkv=qkv,
+            output=weights_of(attention.wo),
             ffn_norm=block.ffn_norm.weight,
-            gate_up=gate_up,
-            down=feed_forward.w2.weight,
+            gate_up=join_halves(feed_forward.w1, feed_forward.w3),
+            down=weights_of(feed_forward.w2),
+            kv_scales=page_scales(qkv, norm, attention.n_head) if fp8_pages else None,
         )
 
 
@@ -71,13 +76,13 @@ class ModelWeights:
     rotary: Tensor  # float32 [tokens + 1, head_size / 2, 2]
 
     @classmethod
-    def of(cls, gpt: Transformer) -> "ModelWeights":
+    def of(cls, gpt: Transformer, *, fp8_pages: bool = False) -> "ModelWeights":
         """Takes the parameters of a model; see `LayerWeights.of`."""
         return cls(
             token_embedding=gpt.tok_embeddings.weight,
             class_embedding=gpt.cls_embedding.embedding_table.weight,
             layers=[
-                LayerWeights.of(block)
+                LayerWeights.of(block, fp8_pages=fp8_pages)
                 for block in gpt.layers
                 if isinstance(block, TransformerBlock)
             ],
@@ -99,7 +104,7 @@ class Layers(ABC):
         sequences: of the pass.
         window: new tokens of a sequence.
         config: the model's shape.
-        dtype: of its weights.
+        dtype: of its weights, before they are quantised.
         operations: what the device runs. Each operation has the name of its kernel: `linear` is
             kernels/linear.py's or its reference, `embed` and `add_norm` are kernels/norm.py's,
             `draw_tokens` is kernels/sampling.py's. On Hopper `attention` and `fused` are those of
@@ -200,7 +205,9 @@ class Layers(ABC):
     def head(self, head: Tensor) -> None:
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
-    def attend(self, kv_pages: Tensor, rotary: Tensor, batch: Batch) -> None:
+    def attend(
+        self, kv_pages: Tensor, kv_scales: Tensor | None, rotary: Tensor, batch: Batch
+    ) -> None:
         """Writes the new tokens' keys and values to their pages, and `attn_out`.
 
         One kernel attends within each chunk of the context, and another combines the chunks.
@@ -217,12 +224,13 @@ class Layers(ABC):
             self.chunk_out,
             self.chunk_stats,
             self.attn_out,
+            kv_scales,
         )
 
 
 class PlainLayers(Layers):
-    """Uses kernels that run everywhere. Products leave partial sums, which the kernels of the norms
-    add up.
+    """Uses kernels that run everywhere, and read quantised weights, too. Products leave partial
+    sums, which the kernels of the norms add up.
     """
 
     def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
@@ -241,7 +249,7 @@ class PlainLayers(Layers):
     ) -> None:
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
-        self.attend(kv_pages, rotary, batch)
+        self.attend(kv_pages, layer.kv_scales, rotary, batch)
         self.product(self.attn_out, layer.output, self.projected)
         add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
         self.gated_product(layer.gate_up)
@@ -252,11 +260,11 @@ class PlainLayers(Layers):
     def head(self, head: Tensor) -> None:
         self.operations.whole_linear(self.normed, head, self.logits)
 
-    def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes x W^T as partial sums [splits, rows, outputs]."""
         self.operations.linear(x, weight, out)
 
-    def gated_product(self, gate_up: Tensor) -> None:
+    def gated_product(self, gate_up: Weights) -> None:
         """Writes `hidden` from `normed`."""
         self.operations.swiglu(self.normed, gate_up, self.hidden)
 
@@ -275,12 +283,14 @@ class LibraryLayers(PlainLayers):
     def head(self, head: Tensor) -> None:
         torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
 
-    def product(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes x W^T [1, rows, outputs]."""
+        assert isinstance(weight, Tensor)
         torch.mm(x, weight.t(), out=out[0])
 
-    def gated_product(self, gate_up: Tensor) -> None:
+    def gated_product(self, gate_up: Weights) -> None:
         """Writes `hidden` from `normed`."""
+        assert isinstance(gate_up, Tensor)
         torch.mm(self.normed, gate_up.t(), out=self.gate_up)
         self.operations.gate(self.gate_up, self.hidden)
 
@@ -312,7 +322,7 @@ class FusedLayers(Layers):
     ) -> None:
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
-        self.attend(kv_pages, rotary, batch)
+        self.attend(kv_pages, layer.kv_scales, rotary, batch)
         products.project(
             self.attn_out,
             layer.output,
@@ -365,17 +375,21 @@ class LayersFactory:
 
     Args:
         library: products of many rows may be a library's.
+        quantized: whether the weights of the layers' products are.
     """
 
     config: GPTConfig
     dtype: torch.dtype
     operations: Operations
     library: bool
+    quantized: bool = False
 
     def kind(self, rows: int) -> type[Layers]:
         """The class that carries out a step of so many rows. This is the one place where it is
         decided.
         """
+        if self.quantized:
+            return PlainLayers
         if self.operations.fused is not None:
             return FusedLayers
         return LibraryLayers if self.library and rows > MANY_ROWS else PlainLayers

@@ -12,7 +12,8 @@ from autoregressive.errors import Change, SettingError, SettingName, UserError
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
-from autoregressive.serve.engine.model_runner import StepBytes, page_bytes
+from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
+from autoregressive.serve.engine.model_runner import StepBytes
 from autoregressive.weights.finding import ModelSettings, smaller_precision
 
 # of a GPU, beside weights, pages and scratch memory: captured graphs, libraries, decoding
@@ -31,7 +32,8 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
     Raises:
         UserError: so many do not fit, or not even one. The message says what to do.
     """
-    device, bytes_of_page = gpt.tok_embeddings.weight.device, page_bytes(gpt, shape.page_size)
+    device = gpt.tok_embeddings.weight.device
+    bytes_of_page = page_bytes(gpt, shape.page_size, page_dtype(gpt, config))
     free_bytes, total_bytes = memory_of(device)
     steps = StepBytes.of(gpt, shape, config)
     there = f"{device} has {_readable(free_bytes)} of {_readable(total_bytes)} free"

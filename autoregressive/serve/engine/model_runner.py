@@ -18,23 +18,26 @@ from autoregressive.errors import Change, SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.kv_pages import kv_shape, page_dtype
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from autoregressive.serve.engine.lookahead import Lookahead
-from kernels.attention import head_stride
+from autoregressive.weights.quantized import quantization_of, quantize_products
 from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
+from kernels.quantization import FP8
 from kernels.sampling import MOST_LOGITS
 
 # of a pass, up to which "auto" looks ahead on a CPU; with more, windows gain less than trials cost
 _CPU_POSITIONS = 8
+_LEAST_FP8 = (8, 9)  # compute capability
 
 
 class ModelRunner:
     """Runs steps, and owns the KV pages.
 
     Args:
-        gpt: in eval mode on its device. w1 and w3 of each layer are moved into one tensor, of which
-            they become views.
+        gpt: in eval mode on its device, quantised as the config says. w1 and w3 of each layer are
+            moved into one tensor, of which they become views.
         shape: the batches' sizes.
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
 
@@ -48,9 +51,10 @@ class ModelRunner:
         weight = gpt.output.weight
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
         self.operations = self.make_operations(gpt)
-        self.weights = ModelWeights.of(gpt)
-        pages = kv_shape(gpt, num_pages, shape.page_size)
-        self.kv_pages = torch.zeros(pages, dtype=weight.dtype, device=self.device)
+        dtype = page_dtype(gpt, config)
+        self.weights = ModelWeights.of(gpt, fp8_pages=dtype == FP8)
+        pages = kv_shape(gpt, num_pages, shape.page_size, dtype)
+        self.kv_pages = torch.zeros(pages, dtype=dtype, device=self.device)
         self._factory = layers_factory(gpt, self.operations, config)
         self._sizes = pass_sizes(gpt, shape, config)
         plan = self._factory.plan(self._sizes)
@@ -141,18 +145,53 @@ class ModelRunner:
         return model_operations(gpt, self.config, tell)
 
 
-def check_backend(config: EngineConfig, device: torch.device) -> None:
-    """Raises `SettingError` if the backend does not run on a device."""
+def check_device(
+    config: EngineConfig, device: torch.device, quantization: str | None = None
+) -> None:
+    """Finds out whether a device runs what the settings ask for.
+
+    Args:
+        quantization: of the weights as they are, where the settings do not say.
+
+    Raises:
+        SettingError: the backend does not run there, or fp8 does not.
+    """
+    asked = config.quantization or quantization
+    for name, value, others in (
+        ("quantization", asked, "int8"),
+        ("kv_cache_dtype", config.kv_cache_dtype, "auto"),
+    ):
+        if value == "fp8" and device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            if (major, minor) < _LEAST_FP8:
+                told = f"{device} has compute capability {major}.{minor}, and fp8 takes 8.9"
+                raise SettingError(name, value, f"{told}; use {others}")
     if config.attention_backend == "triton" and not triton_runs_on(device):
         told = f"{device} is no GPU of compute capability 8.0 or above; use auto or torch"
         raise SettingError("attention_backend", "triton", told)
+
+
+def quantize_as_configured(gpt: Transformer, config: EngineConfig) -> None:
+    """Quantises the weights of a model in its place, if the settings ask for it and they are not
+    quantised yet.
+
+    Raises:
+        SettingError: they are quantised in another way, or the device does not run fp8.
+    """
+    there, asked = quantization_of(gpt), config.quantization
+    check_device(config, gpt.output.weight.device, there)
+    if asked is not None and there is None:
+        quantize_products(gpt, asked)
+    elif asked not in (None, there):
+        raise SettingError("quantization", asked, f"the weights are {there} already; leave it out")
 
 
 def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfig) -> LayersFactory:
     """The factory of the layers that steps use."""
     weight = gpt.output.weight
     library = weight.device.type == "cuda" and not config.deterministic
-    return LayersFactory(gpt.config, weight.dtype, operations, library)
+    quantized = quantization_of(gpt) is not None
+    return LayersFactory(gpt.config, weight.dtype, operations, library, quantized)
 
 
 def make_lookahead(gpt: Transformer, config: EngineConfig) -> Lookahead:
@@ -203,13 +242,14 @@ def model_operations(
         SettingError: the backend does not run on the model's device.
     """
     weight, model = gpt.output.weight, gpt.config
-    check_backend(config, weight.device)
+    check_device(config, weight.device, quantization_of(gpt))
     return select_operations(
         weight.device,
         weight.dtype,
         model.n_head,
         model.head_size,
         config.attention_backend,
+        fp8_pages=page_dtype(gpt, config) == FP8,
         tell=tell,
     )
 
@@ -227,25 +267,13 @@ def row_buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
-def kv_shape(gpt: Transformer, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """The shape of the KV pages: [layers, 2, pages, heads, page_size, stride of a head]."""
-    model = gpt.config
-    stride = head_stride(model.head_size, gpt.output.weight.element_size())
-    return model.n_layer, 2, num_pages, model.n_head, page_size, stride
-
-
-def page_bytes(gpt: Transformer, page_size: int) -> int:
-    """Memory of one page in all layers, keys and values."""
-    return prod(kv_shape(gpt, 1, page_size)) * gpt.output.weight.element_size()
-
-
 @dataclass(frozen=True)
 class StepBytes:
     """Memory that the passes of a model take beside its weights and pages."""
 
     scratch: int
-    # at most, in passing: what torch's attention makes of the pages of all rows; 0 where the kernel
-    # runs
+    # at most, in passing: what torch's attention makes of the pages of all rows, or its products of
+    # quantised weights; 0 where the kernels run
     gathered: int
 
     @classmethod
@@ -260,8 +288,16 @@ class StepBytes:
         scratch = layers_factory(gpt, operations, config).plan(sizes).bytes
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
-        # Beside the keys in float32, two copies of the values and, of 16-bit ones, a third in
+        # Beside the keys in float32, two copies of the values and, of narrower ones, a third in
         # float32: 12 bytes an element. Of every query's scores there are as many copies.
-        *pages, stride = kv_shape(gpt, shape.max_rows * shape.pages_per_row, shape.page_size)[2:]
+        *pages, stride = kv_shape(
+            gpt, shape.max_rows * shape.pages_per_row, shape.page_size, page_dtype(gpt, config)
+        )[2:]
         window = max(window for _, window in sizes)
-        return cls(scratch, 12 * prod(pages) * (stride + window))
+        gathered = 12 * prod(pages) * (stride + window)
+        if quantization_of(gpt) is not None:
+            # torch's products make float32 of the weights, and then the products' dtype
+            model = gpt.config
+            largest = max(2 * model.ffn_dim, 3 * model.dim) * model.dim
+            gathered = max(gathered, largest * (4 + gpt.output.weight.element_size()))
+        return cls(scratch, gathered)

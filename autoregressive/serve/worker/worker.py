@@ -86,7 +86,7 @@ def build_engine(
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
     with saying_what_needs_less_memory(model, config):
-        models = load_models(model, found)
+        models = load_models(model, found, config.quantization)
         limit_cpu_threads(models.gpt.config, model.device)
         engine = Engine(models.gpt, models.vq, config, on_progress=on_progress)
         engine.scheduler.check_fits(typical)
