@@ -7,7 +7,7 @@ The attention kernel also finishes the query-key-value product (adding its parti
 queries and keys by their rotary angles, and writes the new keys and values. A page holds [heads,
 page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size
 rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros. Pages may be
-fp8 (e4m3): a key or a value is then what the page holds times the scale of its head. A new token is
+fp8 (e4m3): a key or a value is then what the page holds times a scale of its own. A new token is
 rounded to that before anyone attends to it, so it is to all passes what it is to its own. Rotary
 positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining
 chunks as in flash-decoding (Dao et al. 2023).
@@ -46,9 +46,9 @@ class AttentionTiles:
 
 def head_stride(head_size: int, itemsize: int) -> int:
     """Elements from one token to the next in a page. This is the head size, rounded up so that a
-    token starts at a multiple of 16 bytes.
+    token starts at a multiple of 16 bytes, or of 8 where an element has one.
     """
-    step = 16 // itemsize
+    step = 16 // max(2, itemsize)
     return -(-head_size // step) * step
 
 
@@ -65,7 +65,8 @@ def _attention_kernel(
     # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     chunk_stats,
     rows,
-    kv_scales,  # None, or of fp8 pages [2, HEADS] float32
+    key_scales,  # None, or of fp8 pages [pages, HEADS, PAGE_SIZE] float32
+    value_scales,  # likewise
     DTYPE: tl.constexpr,  # of products
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
@@ -108,11 +109,13 @@ def _attention_kernel(
     values = tl.load(
         value_pages + at[:, None] + offset[None, :], mask=mask, other=0.0, cache_modifier=".cg"
     )
-    key_scale, value_scale = 1.0, 1.0
-    if kv_scales is not None:
-        key_scale = tl.load(kv_scales + head)
-        value_scale = tl.load(kv_scales + HEADS + head)
     keys, values = keys.to(DTYPE), values.to(DTYPE)
+    if key_scales is not None:
+        scale_at = (page * HEADS + head) * PAGE_SIZE + token % PAGE_SIZE
+        old = token < position
+        of_keys = tl.load(key_scales + scale_at, mask=old, other=0.0, cache_modifier=".cg")
+        of_values = tl.load(value_scales + scale_at, mask=old, other=0.0, cache_modifier=".cg")
+        keys, values = _times(keys, of_keys[:, None]), _times(values, of_values[:, None])
     if LAUNCH_PDL:
         gdc_wait()  # README, rule 3: qkv comes after it
     WIDTH: tl.constexpr = HEADS * HEAD_SIZE
@@ -147,37 +150,32 @@ def _attention_kernel(
                 split_size,
                 cosine,
                 sine,
-                DTYPE if kv_scales is None else tl.float32,  # rounded once
+                DTYPE if key_scales is None else tl.float32,  # rounded once
                 WIDTH,
                 HEAD_SIZE,
                 HEAD_TILE,
                 SPLITS,
             )
-            if kv_scales is not None:
-                key, value = _fp8(key, key_scale).to(DTYPE), _fp8(value, value_scale).to(DTYPE)
             if WINDOW > 1:
                 key, value = _harmless(key, value)
             new_page = tl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE).to(tl.int64)
             new_at = (new_page * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
-            tl.store(
-                key_pages + new_at * STRIDE + offset,
-                key.to(key_pages.dtype.element_ty),
-                mask=stride_mask,
-            )
-            tl.store(
-                value_pages + new_at * STRIDE + offset,
-                value.to(value_pages.dtype.element_ty),
-                mask=stride_mask,
-            )
+            if key_scales is not None:
+                key, key_scale = _fp8(key)
+                value, value_scale = _fp8(value)
+                tl.store(key_scales + new_at, key_scale)
+                tl.store(value_scales + new_at, value_scale)
+            tl.store(key_pages + new_at * STRIDE + offset, key, mask=stride_mask)
+            tl.store(value_pages + new_at * STRIDE + offset, value, mask=stride_mask)
+            if key_scales is not None:
+                key, value = _times(key.to(DTYPE), key_scale), _times(value.to(DTYPE), value_scale)
             keys = tl.where((token == new_token)[:, None], key[None, :], keys)
             values = tl.where((token == new_token)[:, None], value[None, :], values)
     for group in tl.static_range(len(queries)):
         index = group * _COLUMNS + column
         largest, total, weights = _attend(
-            queries[group], keys, values, token, position + index, SCALE * key_scale
+            queries[group], keys, values, token, position + index, SCALE
         )
-        if kv_scales is not None:
-            total = total * value_scale
         attends = (position + index < end) & (position + index >= first_token)
         row = (sequence * WINDOW + index).to(tl.int64)
         result = (row * HEADS + head) * CHUNKS + chunk
@@ -209,12 +207,12 @@ def _attend(
     values,  # [CHUNK, HEAD_TILE]
     token,  # [CHUNK], of the keys
     query_token,  # [COLUMNS]
-    scale,
+    SCALE: tl.constexpr,
 ):
     """Returns, for each column's query, the largest score [COLUMNS], the weighted sum of values
     [HEAD_TILE, COLUMNS] and the sum of weights [COLUMNS]. Columns depend on nothing of each other.
     """
-    score = tl.dot(keys, queries, input_precision="ieee") * scale  # [CHUNK, COLUMNS]
+    score = tl.dot(keys, queries, input_precision="ieee") * SCALE  # [CHUNK, COLUMNS]
     score = tl.where(token[:, None] <= query_token[None, :], score, float("-inf"))
     largest = tl.max(score, 0)
     weight = tl.exp2(score - largest[None, :])
@@ -247,11 +245,21 @@ def _new_key_value(
 
 
 @triton.jit
-def _fp8(x, scale):
-    """Rounds x / scale to e4m3, which has no infinity: what is not finite becomes NaN."""
-    scaled = x.to(tl.float32) / scale
-    within = tl.minimum(tl.maximum(scaled, -_FP8_LARGEST), _FP8_LARGEST)
-    return (within + scaled * 0.0).to(tl.float8e4nv)
+def _fp8(vector):
+    """Rounds a vector [HEAD_TILE] to e4m3, and returns it with its scale, which makes the largest
+    element the largest number. A vector that is not finite becomes NaN, for e4m3 has no infinity.
+    """
+    largest = tl.max(tl.abs(vector), 0)
+    broken = tl.sum(vector * 0.0, 0)  # 0, or NaN
+    scale = tl.where((broken == 0.0) & (largest > 0.0), largest / _FP8_LARGEST, 1.0)
+    within = tl.minimum(tl.maximum(vector / scale, -_FP8_LARGEST), _FP8_LARGEST)
+    return (within + broken).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _times(vectors, scales):
+    """What e4m3 numbers stand for, in their dtype. The scales are broadcast."""
+    return (vectors.to(tl.float32) * scales).to(vectors.dtype)
 
 
 @triton.jit
@@ -369,8 +377,8 @@ def attention(
         chunk_out: float32 [rows, heads, chunks, head_size], scratch.
         chunk_stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
-        kv_scales: float32 [2, heads], of keys and values, where the pages are fp8; powers of two,
-            so that no order of products matters. None: the pages are of the products' dtype.
+        kv_scales: float32 [2, pages, heads, page_size], of keys and values, where the pages are
+            fp8. None: the pages are of the products' dtype.
     """
     assert (kv_scales is None) == (key_pages.dtype != FP8)
     dtype = key_pages.dtype if kv_scales is None else out.dtype
@@ -389,7 +397,8 @@ def attention(
         tiles,
         launch_pdl=launch_pdl,
         LAUNCH_PDL=launch_pdl,
-        kv_scales=kv_scales,
+        key_scales=None if kv_scales is None else kv_scales[0],
+        value_scales=None if kv_scales is None else kv_scales[1],
         DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
     )
 

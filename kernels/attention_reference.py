@@ -52,36 +52,37 @@ def attention_reference(
     `chunk_stats`.
     """
     attend = _attend_in_place if out.device.type == "cpu" else _attend_to_copies
-    key_scales, value_scales = (None, None) if kv_scales is None else kv_scales[..., None]
+    key_scales, value_scales = (None, None) if kv_scales is None else kv_scales
     keys, values = Cache(key_pages, key_scales), Cache(value_pages, value_scales)
     attend(qkv.sum(dim=0), rotary, keys, values, page_table, positions, limits, out)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The pages of the keys or of the values, and the scale of each head where they are fp8."""
+    """The pages of the keys or of the values."""
 
     pages: Tensor  # [pages, heads, page_size, stride]
-    scales: Tensor | None  # [heads, 1]
+    scales: Tensor | None  # of fp8, float32 [pages, heads, page_size]
 
-    def rounded(self, vectors: Tensor) -> Tensor:
-        """Vectors [rows, heads, head_size] as float32 that the pages hold exactly. What is not
-        finite becomes NaN in fp8, which has no infinity.
+    def stored(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Vectors [rows, heads, head_size] as the pages hold them: [rows, heads, stride], and the
+        scales [rows, heads]. A scale makes the largest element the largest number of fp8. A vector
+        that is not finite becomes NaN, for fp8 has no infinity.
         """
-        if self.scales is None:
-            return vectors.to(self.pages.dtype).float()
-        scaled = vectors / self.scales
-        whole = torch.where(scaled.isfinite(), scaled.clamp(-FP8_LARGEST, FP8_LARGEST), torch.nan)
-        return whole.to(FP8).float()
+        scales = None
+        if self.scales is not None:
+            largest = vectors.abs().amax(dim=-1)
+            finite = vectors.isfinite().all(dim=-1)
+            scales = torch.where(finite & (largest > 0), largest / FP8_LARGEST, 1.0)
+            scaled = (vectors / scales[..., None]).clamp(-FP8_LARGEST, FP8_LARGEST)
+            vectors = scaled.masked_fill(~finite[..., None], torch.nan)
+        padding = self.pages.shape[3] - vectors.shape[2]
+        return torch.nn.functional.pad(vectors, (0, padding)).to(self.pages.dtype), scales
 
-    def stored(self, rounded: Tensor) -> Tensor:
-        """What `rounded` gave as the pages hold it: [rows, heads, stride]."""
-        padding = self.pages.shape[3] - rounded.shape[2]
-        return torch.nn.functional.pad(rounded, (0, padding)).to(self.pages.dtype)
-
-    def times_scales(self, vectors: Tensor) -> Tensor:
-        """Vectors [rows, heads, head_size] times the scale of their head."""
-        return vectors if self.scales is None else vectors * self.scales
+    def read(self, pages: slice | Tensor, head_size: int) -> Tensor:
+        """The vectors of some pages: float32 [pages, heads, page_size, head_size]."""
+        vectors = self.pages[pages][..., :head_size].float()
+        return vectors if self.scales is None else vectors.mul_(self.scales[pages][..., None])
 
 
 def _attend_in_place(
@@ -109,20 +110,19 @@ def _attend_in_place(
     query, key = _rotated(vectors[:, : 2 * heads], rotary[at.clamp(min=0)]).chunk(2, dim=1)
     newest = page_table[rows // window, at[rows] // page_size].long()
     for cache, new in ((keys, key), (values, vectors[:, 2 * heads :])):
-        cache.pages[newest, :, at[rows] % page_size] = cache.stored(cache.rounded(new[rows]))
+        vectors, scales = cache.stored(new[rows])
+        cache.pages[newest, :, at[rows] % page_size] = vectors
+        if cache.scales is not None and scales is not None:
+            cache.scales[newest, :, at[rows] % page_size] = scales
     # One query of each sequence at a time: the products of several differ in their last bits.
     for index in range(window):
         rows = (at[index::window] >= 0).nonzero()[:, 0] * window + index
         if len(rows) == 0:
             break
         attn_out = _attn_out_in_place(
-            keys.times_scales(query[rows]),
-            keys.pages[..., :head_size],
-            values.pages[..., :head_size],
-            page_table[rows // window].long(),
-            at[rows],
+            query[rows], keys, values, page_table[rows // window].long(), at[rows]
         )
-        out[rows] = values.times_scales(attn_out).flatten(1).to(out.dtype)
+        out[rows] = attn_out.flatten(1).to(out.dtype)
 
 
 def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _harmless(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attn_out_in_place(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, at: Tensor
+    query: Tensor, keys_of_all: Cache, values_of_all: Cache, table: Tensor, at: Tensor
 ) -> Tensor:
     """The attention's output for queries [rows, heads, head_size] of rows that are no padding:
     float32, of the queries' shape.
@@ -146,7 +146,7 @@ def _attn_out_in_place(
     page that no row has are not used.
     """
     rows, heads, head_size = query.shape
-    page_size = key_pages.shape[2]
+    page_size = keys_of_all.pages.shape[2]
     columns = int(at.max()) // page_size + 1
     # The softmax of a number of scores that is no multiple differs in its last bits from that of
     # the same scores and more that have the weight 0.
@@ -156,7 +156,7 @@ def _attn_out_in_place(
     row, column = (torch.arange(columns) <= (at // page_size)[:, None]).nonzero(as_tuple=True)
     extent, place = _extent(table[row, column])
     # [pages, heads, page_size, head_size]
-    keys, values = (pages[extent].float() for pages in (key_pages, value_pages))
+    keys, values = (cache.read(extent, head_size) for cache in (keys_of_all, values_of_all))
     row_of_page, column_of_page = torch.zeros(2, len(keys), dtype=torch.int64)
     row_of_page[place], column_of_page[place] = row, column
 
@@ -208,35 +208,37 @@ def _attend_to_copies(
     in_use, at = at >= 0, at.clamp(min=0)
     query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
     query, key = _rotated(query, rotary[at]), _rotated(key, rotary[at])
-    key, value = _harmless(key, values.rounded(value))
+    # in fp16 a number may become infinite; in fp8, with its scale, none does
+    rounded = value if values.scales is not None else value.to(values.pages.dtype).float()
+    key, value = _harmless(key, rounded)
     # Rows that take no part repeat the write of one that does: if they wrote elsewhere, two rows
     # could write one place differently.
     row = torch.arange(rows, device=out.device)
     source = torch.where(in_use, row, in_use.int().argmax())
     pages = page_table.long()[row // window, at // page_size][source]
     offsets = (at % page_size)[source]
-    for cache, new in ((keys, keys.rounded(key)), (values, value)):
-        filled, cells = _bits(cache.stored(new))[source], _bits(cache.pages)
-        cells[pages, :, offsets] = torch.where(in_use.any(), filled, cells[pages, :, offsets])
+    for cache, new in ((keys, key), (values, value)):
+        vectors, scales = cache.stored(new)
+        for cells, filled in ((cache.pages, vectors), (cache.scales, scales)):
+            if cells is not None and filled is not None:
+                old, bits = _bits(cells)[pages, :, offsets], _bits(filled)[source]
+                _bits(cells)[pages, :, offsets] = torch.where(in_use.any(), bits, old)
     token = torch.arange(page_table.shape[1] * page_size, device=out.device)
     seen = (token <= at[:, None]) & in_use[:, None]  # [rows, tokens]
     seen = seen.view(sequences, window, -1)
     seen_by_any = seen.any(dim=1)  # [sequences, tokens]
     table = torch.where(seen_by_any[:, ::page_size], page_table, 0).flatten()
     whole_keys, whole_values = (
-        _gathered(cache.pages, table, sequences)[..., :head_size].float()
-        for cache in (keys, values)
+        _gathered(cache, table, sequences)[..., :head_size] for cache in (keys, values)
     )
     # [sequences, heads, window, tokens]
-    query = keys.times_scales(query).view(sequences, window, heads, head_size).transpose(1, 2)
+    query = query.view(sequences, window, heads, head_size).transpose(1, 2)
     score = query @ whole_keys.transpose(2, 3) * head_size**-0.5
     weight = score.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
     weight = weight.masked_fill(~seen.any(dim=-1)[:, None, :, None], 0)
     # What is not the sequence's own may be anything, and 0 times that not 0.
     whole_values.masked_fill_(~seen_by_any[:, None, :, None], 0)
-    # [rows, heads, head_size]
-    attn_out = (weight @ whole_values).transpose(1, 2).reshape(rows, heads, head_size)
-    out.copy_(values.times_scales(attn_out).flatten(1))
+    out.copy_((weight @ whole_values).transpose(1, 2).reshape(rows, -1))
 
 
 def _bits(pages: Tensor) -> Tensor:
@@ -244,12 +246,17 @@ def _bits(pages: Tensor) -> Tensor:
     return pages.view(torch.uint8) if pages.dtype == FP8 else pages
 
 
-def _gathered(pages: Tensor, table: Tensor, rows: int) -> Tensor:
-    """The pages of a table [rows * pages of a row], as a copy [rows, heads, tokens, stride]."""
-    _, heads, page_size, stride = pages.shape
-    chosen = _bits(pages).index_select(0, table).view(pages.dtype)
-    chosen = chosen.view(rows, -1, heads, page_size, stride)
-    return chosen.transpose(1, 2).reshape(rows, heads, -1, stride)
+def _gathered(cache: Cache, table: Tensor, rows: int) -> Tensor:
+    """The vectors of a table's pages [rows * pages of a row], as a copy: float32 [rows, heads,
+    tokens, stride].
+    """
+    _, heads, page_size, stride = cache.pages.shape
+    chosen = _bits(cache.pages).index_select(0, table).view(cache.pages.dtype)
+    vectors = chosen.view(rows, -1, heads, page_size, stride).transpose(1, 2).float()
+    if cache.scales is not None:
+        scales = cache.scales.index_select(0, table).view(rows, -1, heads, page_size)
+        vectors = vectors * scales.transpose(1, 2)[..., None]
+    return vectors.reshape(rows, heads, -1, stride)
 
 
 def _rotated(vectors: Tensor, angles: Tensor) -> Tensor:

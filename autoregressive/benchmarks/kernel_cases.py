@@ -18,6 +18,7 @@ from torch import Tensor
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.rope import rotary_table_2d
 from autoregressive.serve.engine.batch import Batch, BatchShape
+from autoregressive.serve.engine.kv_pages import LayerPages
 from autoregressive.serve.engine.layers import (
     FusedLayers,
     Layers,
@@ -367,7 +368,7 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
 
     yield case_of(
         "attention",
-        lambda qkv, kv, *others: layers.attend(kv, None, rotary, batch),
+        lambda qkv, kv, *others: layers.attend(LayerPages(kv), rotary, batch),
         exact,
         (
             layers.qkv.normal_(),

@@ -262,7 +262,7 @@ class Span:
         self._pages = order.view(rows, -1).tolist()
         self.batch = Batch(shape, runner.device)
         runner.prepare(self.batch)
-        for pages in runner.kv_pages:  # a layer at a time, for memory's sake
+        for pages in runner.kv_pages.pages:  # a layer at a time, for memory's sake
             pages.normal_()  # zeros would run faster
         self.batch.codes.random_(0, runner.model.vocab_size)
 

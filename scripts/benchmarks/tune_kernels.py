@@ -46,6 +46,7 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
+    from autoregressive.serve.engine.kv_pages import LayerPages
     from autoregressive.serve.engine.layers import LayersFactory, ModelWeights
     from autoregressive.serve.floor import median_seconds
     from kernels import tiles as tile_tables
@@ -122,7 +123,7 @@ class Chain:
             for layer, next_norm, pages in zip(
                 weights.layers, weights.next_norms, self.kv_pages, strict=True
             ):
-                layers.layer(layer, next_norm, pages, weights.rotary, self.batch)
+                layers.layer(layer, next_norm, LayerPages(pages), weights.rotary, self.batch)
 
         return run
 

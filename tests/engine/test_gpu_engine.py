@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import reference_weights
-from teacher import TeacherForced, naive_logits, reference_model
+from teacher import naive_logits, reference_model
 from torch import Tensor
 
+from autoregressive.benchmarks.teacher_forcing import TeacherForced
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
@@ -157,9 +158,8 @@ def test_what_lies_in_unused_pages_does_not_matter(backend: str) -> None:
                     for row in image.rows
                     for page in row.pages
                 }
-                engine.runner.kv_pages[:, :, [page for page in range(64) if page not in held]] = (
-                    torch.nan
-                )
+                free = [page for page in range(64) if page not in held]
+                engine.runner.kv_pages.pages[:, :, free] = torch.nan
         run_out(engine)
         codes = torch.cat([request.codes for request in requests if request.codes is not None])
         assert len(codes) == len(requests)

@@ -273,7 +273,7 @@ class AttentionCase:
     table: Tensor
     positions: Tensor
     limits: Tensor
-    kv_scales: Tensor | None = None  # of fp8 pages
+    kv_scales: Tensor | None = None  # of fp8 pages [2, pages, heads, page_size]
 
     @classmethod
     def random(
@@ -297,8 +297,8 @@ class AttentionCase:
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
         table = order[: sequences * pages_of_one].int().view(sequences, -1).to(place.device)
         keys, values = (place.poisoned(pages, heads, page_size, stride).to(dtype) for _ in range(2))
-        powers = 2.0 ** torch.arange(2 * heads, device=place.device)
-        kv_scales = powers.view(2, heads) / 8 if fp8 else None
+        scales = place.random(2, pages, heads, page_size, seed=9, dtype=torch.float32).exp()
+        kv_scales = scales if fp8 else None
         for sequence, position in enumerate(positions):
             for token in range(position):  # the padding of each token is zeros
                 page, offset = table[sequence, token // page_size], token % page_size
@@ -315,6 +315,7 @@ class AttentionCase:
             # The interpreter rounds to fp8 wrongly (Triton 3.6): nothing is left to round.
             qkv[1:], angles = 0, torch.zeros_like(angles)
             qkv = qkv.to(FP8).float()
+            qkv.unflatten(-1, (-1, head_size))[0, ..., 0] = 7  # the largest, times 448 / 7
         rotary = torch.stack([angles.cos(), angles.sin()], dim=-1).to(place.device)
         at = torch.tensor(positions, dtype=torch.int32, device=place.device)
         taking_part = window - torch.arange(sequences, device=place.device) % window
@@ -392,10 +393,13 @@ def check_attention(
     out, wanted = case.attend(place, tiles, hopper=hopper), wanted_case.attend(place, None)
     assert relative_error(out, wanted) < place.tolerance
     assert not out[~case.taking_part].any()
-    for got, expected in (
+    written_by = [
         (case.keys.float(), wanted_case.keys.float()),
         (case.values.float(), wanted_case.values.float()),
-    ):
+    ]
+    if case.kv_scales is not None and wanted_case.kv_scales is not None:
+        written_by.append((case.kv_scales, wanted_case.kv_scales))
+    for got, expected in written_by:
         written = ~expected.isnan()
         assert torch.equal(got.isnan(), expected.isnan()), (
             "a page that is not the row's was written, or a token was not"

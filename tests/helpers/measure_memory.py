@@ -35,7 +35,7 @@ def main() -> None:
     sizes = {
         "free_bytes": torch.cuda.mem_get_info()[0],
         "weight_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
-        "page_bytes": pages.numel() * pages.element_size(),
+        "page_bytes": pages.nbytes,
     }
     print(json.dumps(sizes))
 

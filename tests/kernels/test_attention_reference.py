@@ -2,6 +2,7 @@
 over each row's own context.
 """
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,12 @@ TABLES: dict[str, Callable[[int], Tensor]] = {
     ).view(rows, -1),
     "far apart": lambda rows: 5 * torch.arange(rows * PAGES_PER_ROW).view(rows, -1),
 }
+
+
+def held(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors [..., size] as pages hold them, and scales [...], which are 1 but in fp8."""
+    scales = vectors.abs().amax(dim=-1) / 448 if dtype == FP8 else torch.ones(vectors.shape[:-1])
+    return (vectors / scales[..., None]).to(dtype), scales
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -50,16 +57,21 @@ def test_it_is_plain_attention(
     sequences, stride = len(positions), head_stride(HEAD_SIZE, dtype.itemsize)
     page_table = TABLES[table](sequences)
     pool = (int(page_table.max()) + 2, HEADS, PAGE_SIZE, stride)
-    caches = [torch.full(pool, torch.nan).to(dtype) for _ in range(2)]
-    kv_scales = torch.tensor([[0.5, 1.0, 2.0], [0.25, 4.0, 0.125]])[..., None]  # [2, heads, 1]
-    if dtype != FP8:
-        kv_scales = torch.ones(2, HEADS, 1)
-    contexts = [drawn(sequences, TOKENS, HEADS, HEAD_SIZE, seed=seed).to(dtype) for seed in (1, 2)]
+    caches = [
+        Cache(
+            torch.full(pool, torch.nan).to(dtype),
+            torch.full(pool[:3], torch.nan) if dtype == FP8 else None,
+        )
+        for _ in range(2)
+    ]
+    contexts = [
+        held(drawn(sequences, TOKENS, HEADS, HEAD_SIZE, seed=seed), dtype) for seed in (1, 2)
+    ]
     angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
     qkv = drawn(sequences, window, 3, HEADS, HEAD_SIZE, seed=4)
     wanted = torch.zeros(sequences, window, HEADS, HEAD_SIZE)
-    wanted_caches = [cache.clone() for cache in caches]
+    wanted_caches = copy.deepcopy(caches)
     limits = [min(TOKENS, at + window - index % window) for index, at in enumerate(positions)]
     for sequence, (position, limit) in enumerate(zip(positions, limits, strict=True)):
         if position < 0:
@@ -70,12 +82,12 @@ def test_it_is_plain_attention(
                 for part in (0, 1)
             )
             new = (key[0, 0], qkv[sequence, index, 2])
-            for context, vector, scales in zip(contexts, new, kv_scales, strict=True):
-                context[sequence, token] = (vector / scales).to(dtype)
+            for context, vector in zip(contexts, new, strict=True):
+                context[0][sequence, token], context[1][sequence, token] = held(vector, dtype)
             # [heads, tokens, head_size]
             keys, values = (
-                (context[sequence, : token + 1].float() * scales).transpose(0, 1)
-                for context, scales in zip(contexts, kv_scales, strict=True)
+                (vectors.float() * scales[..., None])[sequence, : token + 1].transpose(0, 1)
+                for vectors, scales in contexts
             )
             wanted[sequence, index] = F.scaled_dot_product_attention(
                 query[0, 0][:, None], keys, values
@@ -83,19 +95,18 @@ def test_it_is_plain_attention(
         for token in range(limit):
             page, offset = page_table[sequence, token // PAGE_SIZE], token % PAGE_SIZE
             for cache, wanted_cache, context in zip(caches, wanted_caches, contexts, strict=True):
-                filled = F.pad(context[sequence, token].float(), (0, stride - HEAD_SIZE)).to(dtype)
-                wanted_cache[page, :, offset] = filled
-                if token < position:
-                    cache[page, :, offset] = filled
+                vectors, scales = (part[sequence, token] for part in context)
+                filled = F.pad(vectors.float(), (0, stride - HEAD_SIZE)).to(dtype)
+                for each in (cache, wanted_cache) if token < position else (wanted_cache,):
+                    each.pages[page, :, offset] = filled
+                    if each.scales is not None:
+                        each.scales[page, :, offset] = scales
 
     out = torch.full((sequences * window, HEADS * HEAD_SIZE), torch.nan)
     attend(
         qkv.view(sequences * window, -1),
         rotary,
-        *(
-            Cache(cache, scales if dtype == FP8 else None)
-            for cache, scales in zip(caches, kv_scales, strict=True)
-        ),
+        *caches,
         page_table.int(),
         torch.tensor(positions, dtype=torch.int32),
         torch.tensor(limits, dtype=torch.int32),
@@ -104,7 +115,8 @@ def test_it_is_plain_attention(
 
     torch.testing.assert_close(out, wanted.view(len(out), -1), atol=1e-5, rtol=1e-5)
     for cache, wanted_cache in zip(caches, wanted_caches, strict=True):
-        torch.testing.assert_close(cache.float(), wanted_cache.float(), equal_nan=True)
+        torch.testing.assert_close(cache.pages.float(), wanted_cache.pages.float(), equal_nan=True)
+        torch.testing.assert_close(cache.scales, wanted_cache.scales, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FP8])
@@ -114,8 +126,13 @@ def test_a_token_of_a_window_is_as_alone(window: int, dtype: torch.dtype) -> Non
     sequences, position = 3, 5
     page_table = TABLES["in any order"](sequences).int()
     pool = (sequences * PAGES_PER_ROW, HEADS, PAGE_SIZE, head_stride(HEAD_SIZE, dtype.itemsize))
-    scales = torch.tensor([[0.5], [1.0], [2.0]]) if dtype == FP8 else None
-    caches = [Cache(drawn(*pool, seed=seed).to(dtype), scales) for seed in (1, 2)]
+    caches = [
+        Cache(
+            drawn(*pool, seed=seed).to(dtype),
+            drawn(*pool[:3], seed=seed + 7).exp() if dtype == FP8 else None,
+        )
+        for seed in (1, 2)
+    ]
     angles = drawn(TOKENS, HEAD_SIZE // 2, seed=3)
     rotary = torch.stack([angles.cos(), angles.sin()], dim=-1)
     qkv = drawn(sequences, window, 3 * HEADS * HEAD_SIZE, seed=4)

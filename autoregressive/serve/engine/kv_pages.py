@@ -1,5 +1,11 @@
-"""The pages of the KV cache: their shape and dtype, and the scales of fp8 ones."""
+"""The pages of the KV cache: how they lie in memory, and how much of it they take.
 
+Pages have the dtype of the weights, or are fp8 (e4m3). Each key and each value of a head in fp8 has
+a float32 scale, which makes its largest element the largest number of fp8.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -8,10 +14,45 @@ from torch import Tensor
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.engine_config import EngineConfig
 from kernels.attention import head_stride
-from kernels.quantization import FP8, FP8_LARGEST, Weights
+from kernels.quantization import FP8
 
-# Keys and values are sums of numbers that were rounded, so they may exceed the bound a little.
-_ROUNDING = 1.02
+
+@dataclass(frozen=True)
+class LayerPages:
+    """The keys and values of one layer."""
+
+    pages: Tensor  # [2, pages, heads, page_size, stride of a head]
+    scales: Tensor | None = None  # of fp8, float32 [2, pages, heads, page_size]
+
+
+@dataclass(frozen=True)
+class KVPages:
+    """The keys and values of all layers. One page number holds all of them."""
+
+    pages: Tensor  # [layers, 2, pages, heads, page_size, stride of a head]
+    scales: Tensor | None  # of fp8, float32 [layers, 2, pages, heads, page_size]
+
+    @classmethod
+    def zeros(
+        cls, gpt: Transformer, num_pages: int, page_size: int, config: EngineConfig
+    ) -> "KVPages":
+        """Pages for a model on its device."""
+        dtype, device = page_dtype(gpt, config), gpt.output.weight.device
+        shape = _shape(gpt, num_pages, page_size, dtype)
+        scales = torch.zeros(shape[:-1], device=device) if dtype == FP8 else None
+        return cls(torch.zeros(shape, dtype=dtype, device=device), scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, with the scales of fp8."""
+        return self.pages.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @cached_property
+    def layers(self) -> list[LayerPages]:
+        """Those of each layer."""
+        if self.scales is None:
+            return [LayerPages(pages) for pages in self.pages]
+        return [LayerPages(*parts) for parts in zip(self.pages, self.scales, strict=True)]
 
 
 def page_dtype(gpt: Transformer, config: EngineConfig) -> torch.dtype:
@@ -19,42 +60,14 @@ def page_dtype(gpt: Transformer, config: EngineConfig) -> torch.dtype:
     return FP8 if config.kv_cache_dtype == "fp8" else gpt.output.weight.dtype
 
 
-def kv_shape(
-    gpt: Transformer, num_pages: int, page_size: int, dtype: torch.dtype
-) -> tuple[int, ...]:
-    """The shape of the KV pages: [layers, 2, pages, heads, page_size, stride of a head]."""
+def page_bytes(gpt: Transformer, page_size: int, dtype: torch.dtype) -> int:
+    """Memory of one page in all layers, keys and values, with the scales of fp8."""
+    *cells, stride = _shape(gpt, 1, page_size, dtype)
+    scale_bytes = torch.float32.itemsize if dtype == FP8 else 0
+    return prod(cells) * (stride * dtype.itemsize + scale_bytes)
+
+
+def _shape(gpt: Transformer, num_pages: int, page_size: int, dtype: torch.dtype) -> tuple[int, ...]:
     model = gpt.config
     stride = head_stride(model.head_size, dtype.itemsize)
     return model.n_layer, 2, num_pages, model.n_head, page_size, stride
-
-
-def page_bytes(gpt: Transformer, page_size: int, dtype: torch.dtype) -> int:
-    """Memory of one page in all layers, keys and values."""
-    return prod(kv_shape(gpt, 1, page_size, dtype)) * dtype.itemsize
-
-
-def page_scales(qkv: Weights, norm_weight: Tensor, heads: int) -> Tensor:
-    """The scales of a layer's fp8 pages: float32 [2, heads], of keys and of values.
-
-    They follow from the weights alone. The input of the product is a vector of a known length (its
-    root mean square is 1) times the weight of the norm, so that a row of weights bounds what it
-    gives (Cauchy and Schwarz). No image exceeds that bound, whatever its class: the class token's
-    extreme keys and values fit, too. A scale is a power of two, so it costs no precision.
-
-    Args:
-        qkv: [3 * width, width]
-        norm_weight: [width]
-    """
-    weights = qkv if isinstance(qkv, Tensor) else qkv.dequantized(torch.float32)
-    width = weights.shape[1]
-    gain = norm_weight.float()
-    # a part at a time, so that memory holds no float32 copy of all
-    keys, values = (
-        torch.linalg.vector_norm(part.float() * gain, dim=1).view(heads, -1)
-        for part in weights[width:].chunk(2)
-    )
-    # Rotary positions turn a pair of elements, which keeps its length.
-    keys = torch.linalg.vector_norm(keys.unflatten(1, (-1, 2)), dim=2)
-    bounds = torch.stack([keys.amax(dim=1), values.amax(dim=1)]) * (width**0.5 * _ROUNDING)
-    bounds = torch.where(bounds.isfinite() & (bounds > 0), bounds, 1.0)
-    return torch.exp2(torch.frexp(bounds / FP8_LARGEST).exponent.float())

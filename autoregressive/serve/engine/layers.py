@@ -20,7 +20,7 @@ from typing_extensions import override
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
-from autoregressive.serve.engine.kv_pages import page_scales
+from autoregressive.serve.engine.kv_pages import KVPages, LayerPages
 from autoregressive.weights.quantized import join_halves, weights_of
 from kernels.operations import MANY_ROWS, Operations
 from kernels.quantization import Weights
@@ -41,26 +41,22 @@ class LayerWeights:
     ffn_norm: Tensor  # [width]
     gate_up: Weights  # [2 * ffn width, width]: w1 above w3
     down: Weights  # [width, ffn width]
-    # float32 [2, heads], of keys and values, where their pages are fp8
-    kv_scales: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, block: TransformerBlock, *, fp8_pages: bool = False) -> "LayerWeights":
+    def of(cls, block: TransformerBlock) -> "LayerWeights":
         """Takes the parameters of a block.
 
         w1 and w3 move into one tensor and become views of it, so that nothing is held twice.
         """
         attention, feed_forward = block.attention, block.feed_forward
-        qkv, norm = weights_of(attention.wqkv), block.attention_norm.weight
         return cls(
-            attention_norm=norm,
-            qkv=qkv,
+            attention_norm=block.attention_norm.weight,
+            qkv=weights_of(attention.wqkv),
             output=weights_of(attention.wo),
             ffn_norm=block.ffn_norm.weight,
             gate_up=join_halves(feed_forward.w1, feed_forward.w3),
             down=weights_of(feed_forward.w2),
-            kv_scales=page_scales(qkv, norm, attention.n_head) if fp8_pages else None,
         )
 
 
@@ -76,13 +72,13 @@ class ModelWeights:
     rotary: Tensor  # float32 [tokens + 1, head_size / 2, 2]
 
     @classmethod
-    def of(cls, gpt: Transformer, *, fp8_pages: bool = False) -> "ModelWeights":
+    def of(cls, gpt: Transformer) -> "ModelWeights":
         """Takes the parameters of a model; see `LayerWeights.of`."""
         return cls(
             token_embedding=gpt.tok_embeddings.weight,
             class_embedding=gpt.cls_embedding.embedding_table.weight,
             layers=[
-                LayerWeights.of(block, fp8_pages=fp8_pages)
+                LayerWeights.of(block)
                 for block in gpt.layers
                 if isinstance(block, TransformerBlock)
             ],
@@ -144,11 +140,8 @@ class Layers(ABC):
     def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
         """Asks for the scratch memory that only this way needs."""
 
-    def run(self, weights: ModelWeights, kv_pages: Tensor, batch: Batch) -> Tensor:
+    def run(self, weights: ModelWeights, kv_pages: KVPages, batch: Batch) -> Tensor:
         """Feeds the new tokens of every sequence.
-
-        Args:
-            kv_pages: [layers, 2, pages, heads, page_size, stride of a head].
 
         Returns:
             Float32 [rows, vocabulary]: `self.logits`, overwritten by the next step.
@@ -160,7 +153,7 @@ class Layers(ABC):
             batch,
         )
         for layer, next_norm, pages in zip(
-            weights.layers, weights.next_norms, kv_pages, strict=True
+            weights.layers, weights.next_norms, kv_pages.layers, strict=True
         ):
             self.layer(layer, next_norm, pages, weights.rotary, batch)
         self.head(weights.head)
@@ -192,27 +185,30 @@ class Layers(ABC):
 
     @abstractmethod
     def layer(
-        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+        self,
+        layer: LayerWeights,
+        next_norm: Tensor,
+        kv_pages: LayerPages,
+        rotary: Tensor,
+        batch: Batch,
     ) -> None:
         """Adds one layer to the residual stream, and prepares the next one's input.
 
         Args:
             next_norm: [width], the weight of the norm that follows.
-            kv_pages: [2, pages, heads, page_size, stride of a head], of this layer.
+            kv_pages: of this layer.
         """
 
     @abstractmethod
     def head(self, head: Tensor) -> None:
         """Writes `logits`, from the residual stream normed by `next_norm` of the last layer."""
 
-    def attend(
-        self, kv_pages: Tensor, kv_scales: Tensor | None, rotary: Tensor, batch: Batch
-    ) -> None:
+    def attend(self, kv_pages: LayerPages, rotary: Tensor, batch: Batch) -> None:
         """Writes the new tokens' keys and values to their pages, and `attn_out`.
 
         One kernel attends within each chunk of the context, and another combines the chunks.
         """
-        key_pages, value_pages = kv_pages
+        key_pages, value_pages = kv_pages.pages
         self.operations.attention(
             self.qkv,
             rotary,
@@ -224,7 +220,7 @@ class Layers(ABC):
             self.chunk_out,
             self.chunk_stats,
             self.attn_out,
-            kv_scales,
+            kv_pages.scales,
         )
 
 
@@ -245,11 +241,16 @@ class PlainLayers(Layers):
 
     @override
     def layer(
-        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+        self,
+        layer: LayerWeights,
+        next_norm: Tensor,
+        kv_pages: LayerPages,
+        rotary: Tensor,
+        batch: Batch,
     ) -> None:
         add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
-        self.attend(kv_pages, layer.kv_scales, rotary, batch)
+        self.attend(kv_pages, rotary, batch)
         self.product(self.attn_out, layer.output, self.projected)
         add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
         self.gated_product(layer.gate_up)
@@ -318,11 +319,16 @@ class FusedLayers(Layers):
 
     @override
     def layer(
-        self, layer: LayerWeights, next_norm: Tensor, kv_pages: Tensor, rotary: Tensor, batch: Batch
+        self,
+        layer: LayerWeights,
+        next_norm: Tensor,
+        kv_pages: LayerPages,
+        rotary: Tensor,
+        batch: Batch,
     ) -> None:
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
-        self.attend(kv_pages, layer.kv_scales, rotary, batch)
+        self.attend(kv_pages, rotary, batch)
         products.project(
             self.attn_out,
             layer.output,

@@ -18,10 +18,11 @@ from autoregressive.errors import Change, SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
-from autoregressive.serve.engine.kv_pages import kv_shape, page_dtype
+from autoregressive.serve.engine.kv_pages import KVPages, page_dtype
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from autoregressive.serve.engine.lookahead import Lookahead
 from autoregressive.weights.quantized import quantization_of, quantize_products
+from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
 from kernels.quantization import FP8
@@ -51,10 +52,8 @@ class ModelRunner:
         weight = gpt.output.weight
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
         self.operations = self.make_operations(gpt)
-        dtype = page_dtype(gpt, config)
-        self.weights = ModelWeights.of(gpt, fp8_pages=dtype == FP8)
-        pages = kv_shape(gpt, num_pages, shape.page_size, dtype)
-        self.kv_pages = torch.zeros(pages, dtype=dtype, device=self.device)
+        self.weights = ModelWeights.of(gpt)
+        self.kv_pages = KVPages.zeros(gpt, num_pages, shape.page_size, config)
         self._factory = layers_factory(gpt, self.operations, config)
         self._sizes = pass_sizes(gpt, shape, config)
         plan = self._factory.plan(self._sizes)
@@ -290,11 +289,10 @@ class StepBytes:
             return cls(scratch, 0)
         # Beside the keys in float32, two copies of the values and, of narrower ones, a third in
         # float32: 12 bytes an element. Of every query's scores there are as many copies.
-        *pages, stride = kv_shape(
-            gpt, shape.max_rows * shape.pages_per_row, shape.page_size, page_dtype(gpt, config)
-        )[2:]
+        tokens = shape.max_rows * shape.pages_per_row * shape.page_size
         window = max(window for _, window in sizes)
-        gathered = 12 * prod(pages) * (stride + window)
+        stride = head_stride(gpt.config.head_size, page_dtype(gpt, config).itemsize)
+        gathered = 12 * tokens * gpt.config.n_head * (stride + window)
         if quantization_of(gpt) is not None:
             # torch's products make float32 of the weights, and then the products' dtype
             model = gpt.config

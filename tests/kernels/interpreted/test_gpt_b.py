@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 from kernel_cases import LargeTilesRunner
-from teacher import TeacherForced, reference_model
+from teacher import reference_model
 from torch import Tensor
 
+from autoregressive.benchmarks.teacher_forcing import TeacherForced
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
@@ -42,7 +43,7 @@ def test_gpt_b_logits_are_llamagens() -> None:
     known = cache[:, :, None].masked_fill(behind[:, None, None, :, None], torch.nan)
     # [layers, 2, rows, pages, heads, ...]
     in_pages = known.flatten(2, 3).unflatten(4, (-1, shape.page_size)).transpose(3, 4)
-    runner.kv_pages.copy_(in_pages.flatten(2, 3))
+    runner.kv_pages.pages.copy_(in_pages.flatten(2, 3))
     teacher = TeacherForced(runner, codes.expand(images, -1), labels * images)
     guided = teacher.guided_logits(positions, meta["cfg_scale"])
     assert np.abs(guided.numpy() - wanted).max() < 1e-3
