@@ -1,4 +1,5 @@
-"""Turns a checkpoint of any kind into one .safetensors file with LlamaGen's plain parameter names.
+"""Turns a checkpoint of any kind into one .safetensors file with LlamaGen's plain parameter names,
+quantised if that is asked for.
 
 One tensor is in memory at a time, and the file is written whole or not at all.
 """
@@ -9,17 +10,21 @@ from pathlib import Path
 from autoregressive.cli.command import OneLineParser, run_command, slow_imports
 from autoregressive.errors import UserError
 from autoregressive.files import check_file
+from kernels import QUANTIZATIONS
 
 EXAMPLES = """\
 examples:
   python scripts/convert_checkpoint.py c2i_B_256.pt c2i_B_256.safetensors --dtype bfloat16
   python scripts/convert_checkpoint.py results/vq/0400000.pt vq_averaged.safetensors --ema
   python scripts/convert_checkpoint.py cloud/gpt/0250000/ gpt.safetensors
+  python scripts/convert_checkpoint.py c2i_XL_384.pt c2i_XL_384_int8.safetensors --quantization int8
 
 The command reads .pt and .pth files (weights alone, or under model, module or state_dict),
 .safetensors, directories with consolidated.pth, sharded directories of torch.distributed.checkpoint
 (in both of its formats), and Hugging Face folders with model.safetensors or its parts and their
-index. A converted file is loaded like the original, and faster.
+index. A converted file is loaded like the original, and faster. A quantised one has the layout of
+the library compressed-tensors, with its config in the metadata, and draws what --quantization of
+the commands draws from the original.
 """
 
 
@@ -43,6 +48,12 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="convert the numbers (default: keep them as they are)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the weights of a transformer's layers' products: fp8, int8, or int4 "
+        "(experimental); --dtype is of the others then (default: no)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     return parser.parse_args()
@@ -74,7 +85,8 @@ def main() -> None:
         from autoregressive.weights.conversion import check_complete, convert
     source = open_checkpoint(arguments.input, ema=arguments.ema)
     check_complete(source)
-    print(f"{arguments.output}: {convert(source, arguments.output, arguments.dtype)}")
+    written = convert(source, arguments.output, arguments.dtype, arguments.quantization)
+    print(f"{arguments.output}: {written}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,23 @@ Loop = Literal["naive", "paged"]  # autoregressive/sample, autoregressive/serve
 
 
 def generation_record(
-    model: ModelSettings, found: FoundWeights, loop: Loop, *, compiled: bool = False
+    model: ModelSettings,
+    found: FoundWeights,
+    loop: Loop,
+    *,
+    compiled: bool = False,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> dict[str, object]:
     """How pictures are made, ready for JSON: with labels and sampling parameters, enough to make
     them again on the same machine.
 
     The loop is part of it: from one seed the plain command and the engine's draw different
     pictures.
+
+    Args:
+        quantization: that was asked for. What the checkpoint is counts where nothing was.
+        kv_cache_dtype: of the engine's pages.
     """
     return {
         "program": PROGRAM,
@@ -44,6 +54,8 @@ def generation_record(
         "num_classes": model.num_classes,
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
         "compile": compiled,
+        "quantization": quantization or found.quantization or "none",
+        "kv_cache_dtype": kv_cache_dtype,
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
 from autoregressive.serve.engine.engine_config import MOST_LOOKAHEAD, EngineConfig
-from kernels import BACKENDS
+from kernels import BACKENDS, KV_CACHE_DTYPES, QUANTIZATIONS
 
 MOST_ROWS = 512  # that the command takes unasked; the matrix units are busy by then
 
@@ -80,6 +80,22 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "then differ from those of one position a pass, "
         "though they are drawn from the same probabilities. With --deterministic they are equal "
         f"(default: {EngineConfig.lookahead})",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        metavar="Q",
+        help="quantise the weights of the layers' products while they load: fp8 (half of the "
+        "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
+        "original), or int4 (a quarter; experimental) (default: as the checkpoint has them)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        metavar="D",
+        help="keep keys and values in fp8 (about half of the memory of 16 bits; from compute "
+        "capability 8.9 on), or auto: as --precision says "
+        f"(default: {EngineConfig.kv_cache_dtype})",
     )
     group.add_argument(
         "--precision",

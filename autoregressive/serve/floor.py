@@ -24,8 +24,12 @@ from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import EngineTotals
 from autoregressive.serve.engine.request import Request
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
+from kernels.quantization import INT4_GROUP
 
 _MATRIX_SIDE = 8192
+_SCALE_BYTES = 4
+# of a weight; a scale for each output is next to nothing
+_QUANTIZED_BYTES = {"fp8": 1.0, "int8": 1.0, "int4": 0.5 + _SCALE_BYTES / INT4_GROUP}
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,18 @@ class Floor:
     """The memory floor of one model on one device; the module says what it is."""
 
     config: GPTConfig
-    element_bytes: int  # of a weight, and of a key or value
+    element_bytes: int  # of a weight, and of a key or value, but for what is quantised
     ceilings: Ceilings
+    quantization: str | None = None  # as of `EngineConfig`
+    kv_cache_dtype: str = "auto"
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of one row, in all layers."""
-        return 2 * self.config.dim * self.config.n_layer * self.element_bytes
+        vector_bytes = self.config.dim * self.element_bytes
+        if self.kv_cache_dtype == "fp8":
+            vector_bytes = self.config.dim + self.config.n_head * _SCALE_BYTES
+        return 2 * self.config.n_layer * vector_bytes
 
     def step_seconds(self, rows: int, kv_tokens: float) -> float:
         """The floor of one step.
@@ -80,12 +89,15 @@ class Floor:
                 is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        products = product_elements(self.config)
-        return seconds + sum(self.product_seconds(elements, rows) for elements in products)
+        *layers, head = product_elements(self.config)
+        for elements in layers:
+            seconds += self.product_seconds(elements, rows, self.quantization)
+        return seconds + self.product_seconds(head, rows)
 
-    def product_seconds(self, elements: int, rows: int) -> float:
+    def product_seconds(self, elements: int, rows: int, quantization: str | None = None) -> float:
         """The floor of products whose weights have so many elements."""
-        reading = elements * self.element_bytes / self.ceilings.read_bytes_per_second
+        size = self.element_bytes if quantization is None else _QUANTIZED_BYTES[quantization]
+        reading = elements * size / self.ceilings.read_bytes_per_second
         return max(reading, 2 * elements * rows / self.ceilings.operations_per_second)
 
 

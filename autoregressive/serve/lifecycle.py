@@ -138,7 +138,13 @@ def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
         classes=model.classes,
         defaults=model.defaults,
         trained=found.trained,
-        record=generation_record(model, found, loop="paged"),
+        record=generation_record(
+            model,
+            found,
+            loop="paged",
+            quantization=settings.engine.quantization,
+            kv_cache_dtype=settings.engine.kv_cache_dtype,
+        ),
     )
 
 

@@ -74,7 +74,7 @@ class Pipeline:
         self.classes, self.defaults = model.classes, model.defaults.sampling
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)
-        check_device(config, model.device)
+        check_device(config, model.device, found.quantization)
         with saying_what_needs_less_memory(model):
             self.models = load_models(model, found, config.quantization)
         with saying_what_needs_less_memory(self.model, self.config):
@@ -232,7 +232,7 @@ class Pipeline:
         labels, each = [one for one, _ in cells], [one for _, one in cells]
         codes = self.draw(labels, each, progress=progress)
         record = axes_record(
-            generation_record(self.model, self.found, "paged"),
+            self._record(),
             params,
             checked,
             label=label,
@@ -246,7 +246,7 @@ class Pipeline:
         self, pixels: Tensor, labels: Sequence[int], each: Sequence[SamplingParams]
     ) -> list[GeneratedImage]:
         """Pixels [images, 3, height, width] of these classes and parameters as images."""
-        common = generation_record(self.model, self.found, "paged")
+        common = self._record()
         return [
             GeneratedImage(
                 as_image(picture_grid(one[None])),
@@ -254,6 +254,16 @@ class Pipeline:
             )
             for label, params, one in zip(labels, each, pixels, strict=True)
         ]
+
+    def _record(self) -> dict[str, object]:
+        """How every picture is made; see `generation_record`."""
+        return generation_record(
+            self.model,
+            self.found,
+            "paged",
+            quantization=self.config.quantization,
+            kv_cache_dtype=self.config.kv_cache_dtype,
+        )
 
     def draw(
         self,
@@ -331,6 +341,8 @@ class Pipeline:
             labels_name(labels),
             deterministic=self.config.deterministic,
             attention_backend=self.config.attention_backend,
+            quantization=self.config.quantization,
+            kv_cache_dtype=self.config.kv_cache_dtype,
         )
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
             return run_job(

@@ -71,9 +71,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawn = now(model.device)
     pixels = pipe.decode(codes, alone=settings.axes is not None)  # [images, 3, height, width]
     seconds = (drawn - started, now(model.device) - drawn)
-    drawing.save_results(settings, found, codes, pixels, seconds, loop="paged")  # as a PNG
+    drawing.save_results(
+        settings,
+        found,
+        codes,
+        pixels,
+        seconds,
+        loop="paged",
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
+    )
     # The steps do not depend on the ceilings.
-    floor = Floor(pipe.models.gpt.config, model.precision.itemsize, ceilings or Ceilings(1.0, 1.0))
+    floor = Floor(
+        pipe.models.gpt.config,
+        model.precision.itemsize,
+        ceilings or Ceilings(1.0, 1.0),
+        config.quantization or found.quantization,
+        config.kv_cache_dtype,
+    )
     job = job_floor(floor, pipe.engine.scheduler.limits, each)
     tokens, totals = model.tokens_per_image, pipe.engine.totals
     print("\n".join(speed_lines(len(labels), tokens, seconds, job, ceilings, totals)))

@@ -199,6 +199,19 @@ def load_weights(
                 source.read_into(name, target)
 
 
+def stored_quantization(path: Path, ema: bool) -> str | None:
+    """How a checkpoint's weights are quantised; None if they are not. Nothing but .safetensors can
+    be, so nothing else is opened.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`, or they are quantised in a way that is not read here.
+    """
+    there = path.is_dir() and bool(visible_names(path, SUFFIX))
+    if not there and path.suffix != SUFFIX:
+        return None
+    return open_checkpoint(path, ema=ema).quantization
+
+
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
     """Finds out what is there and opens it, without reading the weights.
 

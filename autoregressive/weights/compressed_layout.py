@@ -322,6 +322,12 @@ def _kind(tensor: Stored) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def is_product_weight(name: str) -> bool:
+    """Whether a weight is that of a layer's product."""
+    product, _, part = name.rpartition(".")
+    return part == "weight" and _PRODUCT.fullmatch(product) is not None
+
+
 def written_parts(
     product: str, scheme: str, outputs: int, inputs: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

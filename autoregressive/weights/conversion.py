@@ -1,22 +1,35 @@
-"""Writes the weights of a checkpoint of any kind as one .safetensors file.
+"""Writes the weights of a checkpoint of any kind as one .safetensors file, quantised if that is
+asked for.
 
 One tensor is in memory at a time, and the file is written whole or not at all.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from autoregressive.errors import UserError
 from autoregressive.files import write_whole
+from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.gpt import GPT_models
 from autoregressive.progress import progress_bar
 from autoregressive.weights.checkpoint import CheckpointError, WeightSource
+from autoregressive.weights.compressed_layout import (
+    CONFIG_KEY,
+    config_for,
+    is_product_weight,
+    written_parts,
+    written_tensors,
+)
 from autoregressive.weights.mismatch import COMPUTED_HERE, find_incomplete, identify
+from kernels.quantization import FP8
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 # The codes of the safetensors format; sorted by size in the file, so that each tensor is aligned.
@@ -26,24 +39,42 @@ FORMAT_CODES = {
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+_QUANTIZED_CODES = {FP8: "F8_E4M3"}
 HEADER_ALIGNMENT_BYTES = 8
 LEAST_SHARED = 0.5  # of a known model's weights, by which a part of it is recognised
 MOST_REPEATS = 2  # weights that share their numbers, as an embedding and an output can
 
+Described = tuple[torch.dtype, tuple[int, ...]]
 
-def convert(source: WeightSource, output: Path, dtype: str | None) -> str:
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the file that are made together, of one tensor of the source."""
+
+    described: dict[str, Described]
+    make: Callable[[], dict[str, Tensor]]
+
+
+def convert(
+    source: WeightSource, output: Path, dtype: str | None, quantization: str | None = None
+) -> str:
     """Writes the source's weights to a temporary file, checks it, and moves it into place.
 
     Args:
         dtype: torch's name of it, of the floating-point tensors; None keeps each as it is.
+        quantization: of the weights of a transformer's layers' products, "fp8", "int8" or "int4".
+            They are quantised as loading does it, from the numbers of the source.
 
     Returns:
         What was written, in words.
 
     Raises:
-        UserError: the source is damaged or holds something the format has no code for, or the disk
-            is full.
+        UserError: the source is damaged, is quantised already, holds something the format has no
+            code for, or has nothing to quantise; or the disk is full.
     """
+    if source.quantization is not None:
+        told = f"holds {source.quantization} weights already; convert the original ones"
+        raise CheckpointError(source.path, told)
     dtypes = {
         name: getattr(torch, dtype) if dtype and stored.is_floating_point else stored
         for name, stored in source.dtypes.items()
@@ -57,17 +88,48 @@ def convert(source: WeightSource, output: Path, dtype: str | None) -> str:
             told = f"{name} is {kind}, which is not written here; {way} another file"
             raise CheckpointError(source.path, told)
     check_size(source, dtypes)
+    model = identify(source.shapes) or "a model that is not known here"
+    groups = [_as_it_is(source, name, kind) for name, kind in dtypes.items()]
+    metadata = {"format": "pt"}
+    if quantization is not None:
+        if model not in GPT_SHAPES:
+            told = f"is {model}, and transformers alone are quantised; leave out --quantization"
+            raise CheckpointError(source.path, told)
+        groups = [
+            _quantized(source, name, quantization) if is_product_weight(name) else group
+            for name, group in zip(dtypes, groups, strict=True)
+        ]
+        metadata[CONFIG_KEY] = json.dumps(config_for(quantization))
 
     def write(part: Path) -> None:
         with part.open("wb") as stream:
-            write_safetensors(source, dtypes, stream)
-        check_written(part, source, dtypes)
+            write_safetensors(groups, metadata, stream)
+        check_written(part, source, groups)
 
     write_whole(output, write)
-    model = identify(source.shapes) or "a model that is not known here"
     parameters = sum(source.shapes[name].numel() for name in dtypes)
     megabytes = output.stat().st_size / 1e6
     return f"{model}, {parameters / 1e6:.1f} million numbers, {megabytes:.1f} MB"
+
+
+def _as_it_is(source: WeightSource, name: str, dtype: torch.dtype) -> Group:
+    shape = tuple(source.shapes[name])
+
+    def make() -> dict[str, Tensor]:
+        tensor = torch.empty(shape, dtype=dtype)
+        source.read_into(name, tensor)
+        return {name: tensor}
+
+    return Group({name: (dtype, shape)}, make)
+
+
+def _quantized(source: WeightSource, name: str, scheme: str) -> Group:
+    outputs, inputs = source.shapes[name]
+    product = name.removesuffix(".weight")
+    return Group(
+        written_parts(product, scheme, outputs, inputs),
+        lambda: written_tensors(product, source.read_quantized(name, scheme, torch.device("cpu"))),
+    )
 
 
 def check_size(source: WeightSource, names: Iterable[str]) -> None:
@@ -112,44 +174,54 @@ def check_complete(source: WeightSource) -> None:
 
 
 def write_safetensors(
-    source: WeightSource, dtypes: dict[str, torch.dtype], stream: BinaryIO
+    groups: Sequence[Group], metadata: Mapping[str, str], stream: BinaryIO
 ) -> None:
     """Header, then tensor after tensor. The library's `save_file` would need all of them in memory
     at once.
     """
-    order = sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+    def largest(group: Group) -> tuple[int, str]:
+        return -max(dtype.itemsize for dtype, _ in group.described.values()), min(group.described)
+
+    ordered = sorted(groups, key=largest)
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for name in order:
-        start, end = end, end + source.shapes[name].numel() * dtypes[name].itemsize
-        code, shape = FORMAT_CODES[dtypes[name]], list(source.shapes[name])
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    for group in ordered:
+        for name, (dtype, shape) in _in_order(group):
+            start, end = end, end + prod(shape) * dtype.itemsize
+            code = _QUANTIZED_CODES.get(dtype) or FORMAT_CODES[dtype]
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     stream.write(len(text).to_bytes(8, "little") + text)
     with progress_bar("converting", "B", end, unit_scale=True, leave=False) as progress:
-        for name in order:
-            tensor = torch.empty(source.shapes[name], dtype=dtypes[name])
-            source.read_into(name, tensor)
-            stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            progress.update(tensor.nbytes)
+        for group in ordered:
+            tensors = group.make()
+            for name, described in _in_order(group):
+                tensor = tensors[name]
+                assert (tensor.dtype, tuple(tensor.shape)) == described
+                stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                progress.update(tensor.nbytes)
 
 
-def check_written(path: Path, source: WeightSource, dtypes: dict[str, torch.dtype]) -> None:
+def _in_order(group: Group) -> list[tuple[str, Described]]:
+    """The tensors of a group, the widest numbers first, so that each is aligned."""
+    return sorted(group.described.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+
+
+def check_written(path: Path, source: WeightSource, groups: Sequence[Group]) -> None:
     """Reads the file's header back through the library.
 
     Raises:
         UserError: it is not what was to be written.
     """
+    wanted = {name: list(shape) for group in groups for name, (_, shape) in group.described.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            agree = names == dtypes.keys() and all(
-                file.get_slice(name).get_shape() == list(source.shapes[name]) for name in names
-            )
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: came out damaged ({error}); is the disk full?") from error
-    if not agree:
+    if found != wanted:
         raise UserError(
             f"{path}: came out with other tensors than {source.path} holds; nothing was left behind"
         )

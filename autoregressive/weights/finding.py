@@ -16,6 +16,7 @@ from autoregressive.errors import Change, SettingError, SettingName, UserError, 
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.defaults import ModelDefaults, model_defaults
+from autoregressive.weights.checkpoint import stored_quantization
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
@@ -142,6 +143,7 @@ class FoundWeights:
 
     gpt: Path | None
     vq: Path | None
+    quantization: str | None = None  # of the transformer's checkpoint: fp8, int8 or int4
 
     @property
     def trained(self) -> bool:
@@ -153,14 +155,13 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
     """Looks where the module's docstring says, in that order; downloads if that was asked for.
 
     Raises:
-        UserError: a download failed.
+        UserError: a download failed, or a checkpoint is quantised in a way that is not read here.
     """
     if settings.random_weights:
         return FoundWeights(None, None)
-    return FoundWeights(
-        settings.gpt_ckpt or _find_published(settings, settings.published_gpt),
-        settings.vq_ckpt or _find_published(settings, published_file(settings.vq_model)),
-    )
+    gpt = settings.gpt_ckpt or _find_published(settings, settings.published_gpt)
+    vq = settings.vq_ckpt or _find_published(settings, published_file(settings.vq_model))
+    return FoundWeights(gpt, vq, None if gpt is None else stored_quantization(gpt, settings.ema))
 
 
 def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path | None:

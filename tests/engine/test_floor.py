@@ -2,6 +2,8 @@
 out.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
@@ -51,6 +53,17 @@ def test_many_rows_are_bound_by_arithmetic() -> None:
     assert floor.step_seconds(512, 0) == pytest.approx(2 * elements * 512 / 790e12)
     kv_seconds = floor.step_seconds(2, 1000) - floor.step_seconds(2, 0)
     assert kv_seconds == pytest.approx(1000 * 4 * 1280 * 36 / 4.24e12)
+
+
+def test_quantised_weights_and_pages_are_read_as_they_lie() -> None:
+    """Fails if the head counts as quantised, or a scale of a key or a value does not count."""
+    plain = floor_of("GPT-XL")
+    *layers, head = product_elements(plain.config)
+    for scheme, size in (("fp8", 1), ("int8", 1), ("int4", 0.625)):
+        floor = replace(plain, quantization=scheme)
+        wanted = (size * sum(layers) + 2 * head) / 4.24e12
+        assert floor.step_seconds(2, 0) == pytest.approx(wanted)
+    assert replace(plain, kv_cache_dtype="fp8").kv_bytes_per_token == 2 * 36 * (1280 + 20 * 4)
 
 
 def written_out(floor: Floor, rows_of_steps: list[list[int]]) -> float:

@@ -33,7 +33,8 @@ class BulkJob:
         naive_batch: images of a batch of the plain loop, on which its draws depend; None: the
             engine draws.
         compiled: whether the plain loop's transformer is compiled.
-        deterministic, attention_backend: of the engine, as in `EngineConfig`.
+        deterministic, attention_backend, quantization, kv_cache_dtype: of the engine, as in
+            `EngineConfig`.
     """
 
     model: ModelSettings
@@ -46,6 +47,8 @@ class BulkJob:
     compiled: bool = False
     deterministic: bool = EngineConfig.deterministic
     attention_backend: str = EngineConfig.attention_backend
+    quantization: str | None = EngineConfig.quantization
+    kv_cache_dtype: str = EngineConfig.kv_cache_dtype
 
     @property
     def images(self) -> int:
@@ -87,7 +90,15 @@ class BulkJob:
             "per_proc_batch_size": self.naive_batch,
             "deterministic": self.deterministic,
             "attention_backend": self.attention_backend,
+            **self._quantized,
         } | sampling_record(self.sampling)
+
+    @property
+    def _quantized(self) -> dict[str, Any]:
+        """What is quantised. Nothing else is named, so that older jobs go on."""
+        quantization = self.quantization or self.found.quantization
+        said = {"quantization": quantization, "kv_cache_dtype": self.kv_cache_dtype}
+        return {name: value for name, value in said.items() if value not in (None, "auto")}
 
 
 def job_name(
