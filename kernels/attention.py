@@ -7,10 +7,10 @@ The attention kernel also finishes the query-key-value product (adding its parti
 queries and keys by their rotary angles, and writes the new keys and values. A page holds [heads,
 page_size, stride] elements, so that one head's part of it is contiguous; `stride` is the head size
 rounded up to 16 bytes (`head_stride`), and what pads it is always written as zeros. Pages may be
-fp8 (e4m3): a key or a value is then what the page holds times a scale of its own. A new token is
-rounded to that before anyone attends to it, so it is to all passes what it is to its own. Rotary
-positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864); combining
-chunks as in flash-decoding (Dao et al. 2023).
+fp8 (e4m3) or int8: a key or a value is then what the page holds times a scale of its own. A new
+token is rounded to that before anyone attends to it, so it is to all passes what it is to its own.
+Rotary positions as in LlamaGen: adjacent elements are a pair (Su et al. 2021, arXiv:2104.09864);
+combining chunks as in flash-decoding (Dao et al. 2023).
 """
 
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ from triton.runtime.jit import JITFunction
 
 from kernels.linear import pdl_option
 from kernels.lookahead import row_position
-from kernels.quantization import FP8, FP8_LARGEST
+from kernels.quantization import LARGEST
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
 _COLUMNS = tl.constexpr(8)  # least width of a matrix product; queries of one
-_FP8_LARGEST = tl.constexpr(FP8_LARGEST)
+_ROUNDING = tl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _attention_kernel(
     # [rows, HEADS, CHUNKS, 2] float32, written: largest score (base 2), sum of weights
     chunk_stats,
     rows,
-    key_scales,  # None, or of fp8 pages [pages, HEADS, PAGE_SIZE] float32
+    key_scales,  # None, or of fp8 and int8 pages [pages, HEADS, PAGE_SIZE] float32
     value_scales,  # likewise
     DTYPE: tl.constexpr,  # of products
     WINDOW: tl.constexpr,
@@ -161,8 +161,8 @@ def _attention_kernel(
             new_page = tl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE).to(tl.int64)
             new_at = (new_page * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
             if key_scales is not None:
-                key, key_scale = _fp8(key)
-                value, value_scale = _fp8(value)
+                key, key_scale = _rounded(key, key_pages.dtype.element_ty)
+                value, value_scale = _rounded(value, key_pages.dtype.element_ty)
                 tl.store(key_scales + new_at, key_scale)
                 tl.store(value_scales + new_at, value_scale)
             tl.store(key_pages + new_at * STRIDE + offset, key, mask=stride_mask)
@@ -245,20 +245,24 @@ def _new_key_value(
 
 
 @triton.jit
-def _fp8(vector):
-    """Rounds a vector [HEAD_TILE] to e4m3, and returns it with its scale, which makes the largest
-    element the largest number. A vector that is not finite becomes NaN, for e4m3 has no infinity.
+def _rounded(vector, DTYPE: tl.constexpr):
+    """Rounds a vector [HEAD_TILE] to e4m3 or int8, and returns it with its scale, which makes the
+    largest element the largest number. That of a vector which is not finite is NaN.
     """
+    LARGEST: tl.constexpr = 127.0 if tl.int8 == DTYPE else 448.0
     largest = tl.max(tl.abs(vector), 0)
     broken = tl.sum(vector * 0.0, 0)  # 0, or NaN
-    scale = tl.where((broken == 0.0) & (largest > 0.0), largest / _FP8_LARGEST, 1.0)
-    within = tl.minimum(tl.maximum(vector / scale, -_FP8_LARGEST), _FP8_LARGEST)
-    return (within + broken).to(tl.float8e4nv), scale
+    scale = tl.where(largest > 0.0, largest / LARGEST, 1.0)
+    within = tl.minimum(tl.maximum(vector / scale, -LARGEST), LARGEST)
+    within = tl.where(broken == 0.0, within, 0.0)
+    if tl.int8 == DTYPE:
+        within = (within + _ROUNDING) - _ROUNDING
+    return within.to(DTYPE), scale + broken
 
 
 @triton.jit
 def _times(vectors, scales):
-    """What e4m3 numbers stand for, in their dtype. The scales are broadcast."""
+    """What numbers of pages stand for, in the products' dtype. The scales are broadcast."""
     return (vectors.to(tl.float32) * scales).to(vectors.dtype)
 
 
@@ -378,9 +382,9 @@ def attention(
         chunk_stats: float32 [rows, heads, chunks, 2], scratch.
         out: [rows, heads * head_size]
         kv_scales: float32 [2, pages, heads, page_size], of keys and values, where the pages are
-            fp8. None: the pages are of the products' dtype.
+            fp8 or int8. None: the pages are of the products' dtype.
     """
-    assert (kv_scales is None) == (key_pages.dtype != FP8)
+    assert (kv_scales is None) == (key_pages.dtype not in LARGEST)
     dtype = key_pages.dtype if kv_scales is None else out.dtype
     launch_attention(
         _attention_kernel,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.lookahead import row_positions_reference
-from kernels.quantization import FP8, FP8_LARGEST
+from kernels.quantization import FP8, LARGEST
 
 _SCORES_MULTIPLE = 16
 
@@ -62,20 +62,22 @@ class Cache:
     """The pages of the keys or of the values."""
 
     pages: Tensor  # [pages, heads, page_size, stride]
-    scales: Tensor | None  # of fp8, float32 [pages, heads, page_size]
+    scales: Tensor | None  # of fp8 and int8, float32 [pages, heads, page_size]
 
     def stored(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """Vectors [rows, heads, head_size] as the pages hold them: [rows, heads, stride], and the
-        scales [rows, heads]. A scale makes the largest element the largest number of fp8. A vector
-        that is not finite becomes NaN, for fp8 has no infinity.
+        scales [rows, heads]. A scale makes the largest element the largest number of the dtype.
+        That of a vector which is not finite is NaN.
         """
         scales = None
         if self.scales is not None:
             largest = vectors.abs().amax(dim=-1)
             finite = vectors.isfinite().all(dim=-1)
-            scales = torch.where(finite & (largest > 0), largest / FP8_LARGEST, 1.0)
-            scaled = (vectors / scales[..., None]).clamp(-FP8_LARGEST, FP8_LARGEST)
-            vectors = scaled.masked_fill(~finite[..., None], torch.nan)
+            most = LARGEST[self.pages.dtype]
+            scales = torch.where(largest > 0, largest / most, 1.0).masked_fill(~finite, torch.nan)
+            vectors = (vectors / scales[..., None]).clamp(-most, most).nan_to_num()
+            if self.pages.dtype == torch.int8:
+                vectors = vectors.round()
         padding = self.pages.shape[3] - vectors.shape[2]
         return torch.nn.functional.pad(vectors, (0, padding)).to(self.pages.dtype), scales
 
@@ -208,7 +210,7 @@ def _attend_to_copies(
     in_use, at = at >= 0, at.clamp(min=0)
     query, key, value = qkv.view(rows, 3, heads, head_size).unbind(1)  # [rows, heads, head_size]
     query, key = _rotated(query, rotary[at]), _rotated(key, rotary[at])
-    # in fp16 a number may become infinite; in fp8, with its scale, none does
+    # in fp16 a number may become infinite; with a scale of its own, none does
     rounded = value if values.scales is not None else value.to(values.pages.dtype).float()
     key, value = _harmless(key, rounded)
     # Rows that take no part repeat the write of one that does: if they wrote elsewhere, two rows

@@ -217,14 +217,14 @@ def select_operations(
     head_size: int,
     backend: str,
     *,
-    fp8_pages: bool = False,
+    scaled_pages: bool = False,
     tell: Callable[[str], None],
 ) -> Operations:
     """The operations for a model's shape on a device.
 
     Args:
         backend: "auto", "torch", or "triton", which must run on the device.
-        fp8_pages: whether keys and values are kept in fp8.
+        scaled_pages: whether keys and values are kept in fp8 or int8.
         tell: called with one line for the user where something falls back.
     """
     assert backend in BACKENDS
@@ -243,7 +243,7 @@ def select_operations(
         head_size,
         launch_pdl=capability >= (9, 0),
         hopper=capability == (9, 0) and dtype.itemsize == 2,
-        fp8_pages=fp8_pages,
+        scaled_pages=scaled_pages,
     )
     if head_size in HEAD_SIZES:
         return operations
@@ -281,13 +281,13 @@ def triton_operations(
     *,
     launch_pdl: bool,
     hopper: bool = False,
-    fp8_pages: bool = False,
+    scaled_pages: bool = False,
 ) -> Operations:
     """The Triton kernels, cut up as the table says.
 
     Args:
         hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
-        fp8_pages: with the attention that reads them, which Hopper's does not.
+        scaled_pages: with the attention that reads them, which Hopper's does not.
     """
     attention_tiles = table.find(ATTENTION, heads, head_size)
     return Operations(
@@ -299,7 +299,7 @@ def triton_operations(
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=(
             partial(_hopper_attention, tiles=attention_tiles)
-            if hopper and not fp8_pages
+            if hopper and not scaled_pages
             else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
         ),
         attention_chunks=attention_tiles.chunks,
@@ -327,7 +327,7 @@ def _hopper_attention(
     tiles: AttentionTiles,
 ) -> None:
     """The attention of many rows where it can be; its result is the same."""
-    assert kv_scales is None, "fp8 pages have the attention that every GPU runs"
+    assert kv_scales is None, "scaled pages have the attention that every GPU runs"
     tensors = qkv, rotary, key_pages, value_pages, page_table, positions, limits
     if attends_at_once(qkv.shape[1], len(positions), key_pages.shape[2], tiles):
         many_rows_attention(*tensors, out, tiles)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-FP8_LARGEST = 448.0
 INT4_GROUP = 32  # inputs that share a scale
+LARGEST = {FP8: 448.0, torch.int8: 127.0}
 _DTYPES = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
-_LARGEST = {"fp8": FP8_LARGEST, "int8": 127.0, "int4": 7.0}
+_LARGEST = {"fp8": LARGEST[FP8], "int8": LARGEST[torch.int8], "int4": 7.0}
 # of the scale that the largest weight of a group asks for: clipping it can leave smaller errors
 _INT4_SHARES = tuple(share / 100 for share in range(100, 58, -2))
 _BLOCK_ELEMENTS = 2**20  # quantised at a time, so that intermediate results stay small

@@ -93,8 +93,8 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
         metavar="D",
-        help="keep keys and values in fp8 (about half of the memory of 16 bits; from compute "
-        "capability 8.9 on), or auto: as --precision says "
+        help="keep keys and values in int8 or fp8 (about half of the memory of 16 bits; fp8 from "
+        "compute capability 8.9 on, int8 closer to the original), or auto: as --precision says "
         f"(default: {EngineConfig.kv_cache_dtype})",
     )
     group.add_argument(

@@ -76,7 +76,7 @@ class Floor:
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token of one row, in all layers."""
         vector_bytes = self.config.dim * self.element_bytes
-        if self.kv_cache_dtype == "fp8":
+        if self.kv_cache_dtype != "auto":
             vector_bytes = self.config.dim + self.config.n_head * _SCALE_BYTES
         return 2 * self.config.n_layer * vector_bytes
 

@@ -262,6 +262,13 @@ def check_embed(
         assert relative_error(squares, wanted_squares) < place.tolerance
 
 
+def poisoned_pages(place: Place, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Pages of NaN; of int8, which has none, the NaN is in the scales."""
+    if dtype == torch.int8:
+        return torch.full(shape, 99, dtype=dtype, device=place.device)
+    return place.poisoned(*shape).to(dtype)
+
+
 @dataclass
 class AttentionCase:
     """New tokens of some sequences, and pages with what came before them. All else is NaN."""
@@ -273,7 +280,8 @@ class AttentionCase:
     table: Tensor
     positions: Tensor
     limits: Tensor
-    kv_scales: Tensor | None = None  # of fp8 pages [2, pages, heads, page_size]
+    # of fp8 and int8 pages, [2, pages, heads, page_size]
+    kv_scales: Tensor | None = None
 
     @classmethod
     def random(
@@ -285,25 +293,28 @@ class AttentionCase:
         page_size: int,
         splits: int,
         window: int,
-        fp8: bool = False,
+        page_dtype: torch.dtype | None = None,
     ) -> "AttentionCase":
         """Sequences at these positions, with pages in any order. All tokens of the window take
         part in the first sequence, all but the last one in the second, and so on.
         """
         sequences, tokens = len(positions), max(*positions, 1) + window
         pages_of_one = -(-tokens // page_size)
-        dtype = FP8 if fp8 else place.dtype
+        dtype = page_dtype or place.dtype
         pages, stride = sequences * pages_of_one + 3, head_stride(head_size, dtype.itemsize)
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
         table = order[: sequences * pages_of_one].int().view(sequences, -1).to(place.device)
-        keys, values = (place.poisoned(pages, heads, page_size, stride).to(dtype) for _ in range(2))
+        keys, values = (
+            poisoned_pages(place, dtype, pages, heads, page_size, stride) for _ in range(2)
+        )
         scales = place.random(2, pages, heads, page_size, seed=9, dtype=torch.float32).exp()
-        kv_scales = scales if fp8 else None
+        kv_scales = scales if page_dtype else None
         for sequence, position in enumerate(positions):
             for token in range(position):  # the padding of each token is zeros
                 page, offset = table[sequence, token // page_size], token % page_size
                 for cache, seed in ((keys, 10), (values, 11)):
                     filled = place.random(heads, head_size, seed=seed + 1000 * sequence + 7 * token)
+                    filled = filled * 9 if page_dtype else filled
                     cache[page, :, offset] = torch.nn.functional.pad(
                         filled, (0, stride - head_size)
                     ).to(dtype)
@@ -311,7 +322,7 @@ class AttentionCase:
             splits, sequences, window, 3 * heads * head_size, seed=5, dtype=torch.float32
         )
         angles = torch.rand(tokens, head_size // 2, generator=torch.Generator().manual_seed(6)) * 6
-        if fp8 and place.device.type == "cpu":
+        if page_dtype == FP8 and place.device.type == "cpu":
             # The interpreter rounds to fp8 wrongly (Triton 3.6): nothing is left to round.
             qkv[1:], angles = 0, torch.zeros_like(angles)
             qkv = qkv.to(FP8).float()
@@ -382,13 +393,13 @@ def check_attention(
     *,
     window: int = 1,
     hopper: bool = False,
-    fp8: bool = False,
+    page_dtype: torch.dtype | None = None,
 ) -> None:
     """Guards chunk borders, pages in any order, padding and rows beyond a limit, and that nothing
-    but a row's own context is read or written; with fp8 pages, the scale of each head. Hopper's
+    but a row's own context is read or written; with pages of a byte an element, scales. Hopper's
     kernel of many rows must write the same, bit for bit.
     """
-    shape = (positions, heads, head_size, page_size, splits, window, fp8)
+    shape = (positions, heads, head_size, page_size, splits, window, page_dtype)
     case, wanted_case = (AttentionCase.random(place, *shape) for _ in range(2))
     out, wanted = case.attend(place, tiles, hopper=hopper), wanted_case.attend(place, None)
     assert relative_error(out, wanted) < place.tolerance
@@ -421,12 +432,12 @@ def check_window_is_steps(
     window: int,
     *,
     hopper: bool = False,
-    fp8: bool = False,
+    page_dtype: torch.dtype | None = None,
 ) -> None:
     """Guards that a token of a window comes out as it does alone, bit for bit, whatever is behind
     it: the last token of each window is huge or not finite.
     """
-    case = AttentionCase.random(place, positions, heads, head_size, 16, 3, window, fp8)
+    case = AttentionCase.random(place, positions, heads, head_size, 16, 3, window, page_dtype)
     case.limits = case.positions + window
     case.qkv[:, ::2, -1] *= 3e3  # beyond fp8, too
     case.qkv[:, 1::2, -1] = torch.inf

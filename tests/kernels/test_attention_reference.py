@@ -28,9 +28,13 @@ TABLES: dict[str, Callable[[int], Tensor]] = {
 
 
 def held(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Vectors [..., size] as pages hold them, and scales [...], which are 1 but in fp8."""
-    scales = vectors.abs().amax(dim=-1) / 448 if dtype == FP8 else torch.ones(vectors.shape[:-1])
-    return (vectors / scales[..., None]).to(dtype), scales
+    """Vectors [..., size] as pages hold them, and scales [...], which are 1 in wider dtypes."""
+    largest = {FP8: 448, torch.int8: 127}.get(dtype)
+    if largest is None:
+        return vectors.to(dtype), torch.ones(vectors.shape[:-1])
+    scales = vectors.abs().amax(dim=-1) / largest
+    scaled = vectors / scales[..., None]
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -42,7 +46,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 )
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("positions", [[9, 9, 9], [0, 3, 4], [23, -1, 7], [-1, -1, -1]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, FP8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, FP8, torch.int8])
 @pytest.mark.parametrize("window", [1, 3, 6])
 def test_it_is_plain_attention(
     attend: Callable[..., None],
@@ -59,8 +63,8 @@ def test_it_is_plain_attention(
     pool = (int(page_table.max()) + 2, HEADS, PAGE_SIZE, stride)
     caches = [
         Cache(
-            torch.full(pool, torch.nan).to(dtype),
-            torch.full(pool[:3], torch.nan) if dtype == FP8 else None,
+            torch.full(pool, torch.nan if dtype != torch.int8 else 99).to(dtype),
+            torch.full(pool[:3], torch.nan) if dtype.itemsize == 1 else None,
         )
         for _ in range(2)
     ]
@@ -119,7 +123,7 @@ def test_it_is_plain_attention(
         torch.testing.assert_close(cache.scales, wanted_cache.scales, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+@pytest.mark.parametrize("dtype", [torch.float32, FP8, torch.int8])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 8, 16])
 def test_a_token_of_a_window_is_as_alone(window: int, dtype: torch.dtype) -> None:
     """Fails if a token's bits depend on the window, or on a later token that is not finite."""
@@ -128,8 +132,8 @@ def test_a_token_of_a_window_is_as_alone(window: int, dtype: torch.dtype) -> Non
     pool = (sequences * PAGES_PER_ROW, HEADS, PAGE_SIZE, head_stride(HEAD_SIZE, dtype.itemsize))
     caches = [
         Cache(
-            drawn(*pool, seed=seed).to(dtype),
-            drawn(*pool[:3], seed=seed + 7).exp() if dtype == FP8 else None,
+            drawn(*pool, seed=seed).mul(9).to(dtype),
+            drawn(*pool[:3], seed=seed + 7).exp() if dtype.itemsize == 1 else None,
         )
         for seed in (1, 2)
     ]

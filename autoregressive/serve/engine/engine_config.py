@@ -45,7 +45,7 @@ class EngineConfig:
     lookahead: LookaheadSetting = "auto"
     # of the weights of the layers' products: "fp8", "int8" or "int4"; None: as they are
     quantization: str | None = None
-    # of the pages: "fp8" takes half of the memory of 16 bits; "auto" is the weights' own dtype
+    # of the pages: "fp8" and "int8" take half of the memory of 16 bits, "auto" is the weights' own
     kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:

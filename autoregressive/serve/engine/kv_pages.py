@@ -1,7 +1,7 @@
 """The pages of the KV cache: how they lie in memory, and how much of it they take.
 
-Pages have the dtype of the weights, or are fp8 (e4m3). Each key and each value of a head in fp8 has
-a float32 scale, which makes its largest element the largest number of fp8.
+Pages have the dtype of the weights, or are fp8 (e4m3) or int8. Each key and each value of a head
+has a float32 scale then, which makes its largest element the largest number of the dtype.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.engine_config import EngineConfig
 from kernels.attention import head_stride
-from kernels.quantization import FP8
+from kernels.quantization import FP8, LARGEST
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LayerPages:
     """The keys and values of one layer."""
 
     pages: Tensor  # [2, pages, heads, page_size, stride of a head]
-    scales: Tensor | None = None  # of fp8, float32 [2, pages, heads, page_size]
+    scales: Tensor | None = None  # of fp8 and int8, float32 [2, pages, heads, page_size]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class KVPages:
     """The keys and values of all layers. One page number holds all of them."""
 
     pages: Tensor  # [layers, 2, pages, heads, page_size, stride of a head]
-    scales: Tensor | None  # of fp8, float32 [layers, 2, pages, heads, page_size]
+    scales: Tensor | None  # of fp8 and int8, float32 [layers, 2, pages, heads, page_size]
 
     @classmethod
     def zeros(
@@ -39,12 +39,12 @@ class KVPages:
         """Pages for a model on its device."""
         dtype, device = page_dtype(gpt, config), gpt.output.weight.device
         shape = _shape(gpt, num_pages, page_size, dtype)
-        scales = torch.zeros(shape[:-1], device=device) if dtype == FP8 else None
+        scales = torch.zeros(shape[:-1], device=device) if dtype in LARGEST else None
         return cls(torch.zeros(shape, dtype=dtype, device=device), scales)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, with the scales of fp8."""
+        """Bytes of all pages, with their scales."""
         return self.pages.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     @cached_property
@@ -57,13 +57,13 @@ class KVPages:
 
 def page_dtype(gpt: Transformer, config: EngineConfig) -> torch.dtype:
     """What keys and values are kept in."""
-    return FP8 if config.kv_cache_dtype == "fp8" else gpt.output.weight.dtype
+    return {"fp8": FP8, "int8": torch.int8}.get(config.kv_cache_dtype, gpt.output.weight.dtype)
 
 
 def page_bytes(gpt: Transformer, page_size: int, dtype: torch.dtype) -> int:
-    """Memory of one page in all layers, keys and values, with the scales of fp8."""
+    """Memory of one page in all layers, keys and values, with their scales."""
     *cells, stride = _shape(gpt, 1, page_size, dtype)
-    scale_bytes = torch.float32.itemsize if dtype == FP8 else 0
+    scale_bytes = torch.float32.itemsize if dtype in LARGEST else 0
     return prod(cells) * (stride * dtype.itemsize + scale_bytes)
 
 

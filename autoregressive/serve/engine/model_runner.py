@@ -25,7 +25,6 @@ from autoregressive.weights.quantized import quantization_of, quantize_products
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
-from kernels.quantization import FP8
 from kernels.sampling import MOST_LOGITS
 
 # of a pass, up to which "auto" looks ahead on a CPU; with more, windows gain less than trials cost
@@ -158,7 +157,7 @@ def check_device(
     asked = config.quantization or quantization
     for name, value, others in (
         ("quantization", asked, "int8"),
-        ("kv_cache_dtype", config.kv_cache_dtype, "auto"),
+        ("kv_cache_dtype", config.kv_cache_dtype, "int8"),
     ):
         if value == "fp8" and device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
@@ -248,7 +247,7 @@ def model_operations(
         model.n_head,
         model.head_size,
         config.attention_backend,
-        fp8_pages=page_dtype(gpt, config) == FP8,
+        scaled_pages=config.kv_cache_dtype != "auto",
         tell=tell,
     )
 

@@ -17,6 +17,7 @@ from kernel_cases import (
 from kernels import QUANTIZATIONS
 from kernels.attention import AttentionTiles
 from kernels.linear import LinearTiles, SwigluTiles
+from kernels.quantization import FP8
 
 # The interpreter's bf16 products are wrong (Triton 3.6): float32 and float16 stand for it.
 PLACES = [Place(torch.device("cpu"), torch.float32), Place(torch.device("cpu"), torch.float16)]
@@ -82,10 +83,14 @@ def test_attention_of_windows(place: Place, window: int) -> None:
 
 
 @pytest.mark.parametrize("head_size", [64, 100])
-def test_attention_of_fp8_pages(place: Place, head_size: int) -> None:
+@pytest.mark.parametrize("dtype", [FP8, torch.int8])
+def test_attention_of_scaled_pages(place: Place, dtype: torch.dtype, head_size: int) -> None:
     tiles = AttentionTiles(chunk=16, warps=2)
-    check_attention(place, [0, 15, 16, -1, 17], 2, head_size, 4, tiles, fp8=True)
-    check_attention(place, [0, 11, -1, 31], 2, head_size, 4, tiles, window=5, fp8=True)
+    check_attention(place, [0, 15, 16, -1, 17], 2, head_size, 4, tiles, page_dtype=dtype)
+    check_attention(place, [0, 11, -1, 31], 2, head_size, 4, tiles, window=5, page_dtype=dtype)
+    if dtype == torch.int8:  # the interpreter has no NaN in fp8
+        positions = [0, 11, 16, -1, 31]
+        check_window_is_steps(place, positions, 2, head_size, tiles, 5, page_dtype=dtype)
 
 
 @pytest.mark.parametrize("head_size", [64, 100])
