@@ -19,7 +19,7 @@ _DTYPES = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
 _LARGEST = {"fp8": LARGEST[FP8], "int8": LARGEST[torch.int8], "int4": 7.0}
 # of the scale that the largest weight of a group asks for: clipping it can leave smaller errors
 _INT4_SHARES = tuple(share / 100 for share in range(100, 58, -2))
-_BLOCK_ELEMENTS = 2**20  # quantised at a time, so that intermediate results stay small
+_BLOCK_ELEMENTS = 2**18  # quantised at a time, so that intermediate results stay small
 
 
 @dataclass(frozen=True)

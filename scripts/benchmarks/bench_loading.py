@@ -5,8 +5,8 @@ limit.
 
 The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs
 in a fresh process; memory is RssAnon of /proc/self/status above its value before the load, sampled
-every few milliseconds. Weights are float32 in the file and bfloat16 in the model. Ends in JSON;
-exit status 1 if a kind is over the limit.
+every few milliseconds. Weights are float32 in the file, and bfloat16 or quantised in the model.
+Ends in JSON; exit status 1 if a kind is over the limit.
 """
 
 import argparse
@@ -48,6 +48,8 @@ with slow_imports(__name__):
     from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.weights.checkpoint import load_weights
+    from autoregressive.weights.quantized import weight_bytes
+    from kernels import QUANTIZATIONS
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors
@@ -150,17 +152,21 @@ def sampled_peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def measure_here(kind: str, name: str, path: Path, device: torch.device) -> dict[str, Any]:
+def measure_here(
+    kind: str, name: str, path: Path, device: torch.device, quantization: str | None = None
+) -> dict[str, Any]:
     """Loads once in this process, which should have done nothing else."""
     torch.zeros(1, device=device)
     model = build_on_meta(name)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
-    load = partial(load_weights, model, path, device=device, dtype=torch.bfloat16)
+    load = partial(
+        load_weights, model, path, device=device, dtype=torch.bfloat16, quantization=quantization
+    )
     with sampled_peak() as peak:
         seconds = seconds_of(load, device)
     files = [path] if path.is_file() else list(path.iterdir())
     weights_bytes = elements * torch.float32.itemsize
-    target_bytes = elements * torch.bfloat16.itemsize if device.type == "cpu" else 0
+    target_bytes = weight_bytes(model) if device.type == "cpu" else 0
     limit_bytes = target_bytes + int(ALLOWED_SHARE * weights_bytes)
     return {
         "kind": kind,
@@ -174,7 +180,9 @@ def measure_here(kind: str, name: str, path: Path, device: torch.device) -> dict
     }
 
 
-def measure(kind: str, name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+def measure(
+    kind: str, name: str, folder: Path, device: torch.device, quantization: str | None
+) -> dict[str, Any]:
     """Writes a checkpoint, loads it in a fresh process, and removes it."""
     fresh = multiprocessing.get_context("spawn")
     with (
@@ -183,7 +191,7 @@ def measure(kind: str, name: str, folder: Path, device: torch.device) -> dict[st
     ):
         path = write_checkpoint(kind, name, Path(place))
         try:
-            return process.submit(measure_here, kind, name, path, device).result()
+            return process.submit(measure_here, kind, name, path, device, quantization).result()
         except Exception as error:  # whatever a loader raises, or the end of its process
             raise UserError(f"the process that loads {kind} failed: {error}") from error
 
@@ -199,6 +207,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=KINDS,
         metavar="KIND",
         help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        metavar="Q",
+        help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' products (default: no)",
     )
     add_device(parser, "cpu")
     parser.add_argument(
@@ -223,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, table, measurements = typed.gpt_model, Table(_COLUMNS), []
     for kind in typed.kinds:
         print(f"{name}, {kind} ...", file=sys.stderr)
-        found = measure(kind, name, typed.folder, typed.device)
+        found = measure(kind, name, typed.folder, typed.device, typed.quantization)
         measurements.append(found)
         sizes = [found[f"{size}_bytes"] / 1e6 for size in ("on_disk", "target", "peak", "limit")]
         told = "ok" if found["within_limit"] else "OVER THE LIMIT"
@@ -231,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {
         "benchmark": "loading",
         "gpt_model": name,
+        "quantization": typed.quantization,
         "device": str(typed.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
