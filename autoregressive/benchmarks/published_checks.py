@@ -332,13 +332,20 @@ def measure_speed(subject: Subject, repeats: int) -> Outcome:
 
 
 def measure_fid(
-    subject: Subject, images: int, reference: Path, folder: Path, device: str | None
+    subject: Subject,
+    images: int,
+    reference: Path,
+    folder: Path,
+    device: str | None,
+    engine_flags: Sequence[str] = (),
 ) -> Outcome:
     """FID and its kin of so many images, by the commands for them. The images stay in the folder,
     and a run that broke off goes on.
 
     Args:
         device: None: every GPU of the machine.
+        engine_flags: how the images are drawn. The names of files do not tell, so that each way
+            needs a folder of its own.
 
     Raises:
         UserError: one of the two commands failed; it has said why.
@@ -369,7 +376,7 @@ def measure_fid(
     }
     on_device = ["--device", device] if device else []
     typed = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    _run([_BULK, *typed, *on_device])
+    _run([_BULK, *typed, *on_device, *engine_flags])
     samples = folder / f"{job_name(settings, found, sampling, evaluated_size)}.npz"
     *_, last = ["", *_run([_EVALUATE, samples, reference, *on_device], captured=True).splitlines()]
     return {

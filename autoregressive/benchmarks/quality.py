@@ -8,18 +8,28 @@ differ (0 to 1).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from autoregressive.benchmarks.teacher_forcing import TeacherForced
 from autoregressive.devices import ieee_float32
+from autoregressive.errors import SettingError
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner, quantize_as_configured
+from autoregressive.weights.finding import ModelSettings
 from kernels.sampling_reference import kept_tokens
+from tokenizer.tokenizer_image.vq_model import VQModel
+
+_ENCODED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,53 @@ class RealImages:
 
     codes: Tensor  # int32 [images, tokens]
     labels: Sequence[int]
+
+
+def read_images(path: Path, most: int, settings: ModelSettings, vq: VQModel) -> RealImages:
+    """The first images of an npz file: `labels` [n], and either `codes`, integers [n, tokens], or
+    `arr_0`, pictures uint8 [n, height, width, 3].
+
+    Args:
+        most: that are taken.
+        vq: encodes pictures.
+
+    Raises:
+        UserError: the file cannot be read, or does not fit the model.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name][:most] for name in arrays.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise SettingError("codes", path, f"cannot be read ({error}); give an npz file") from error
+    labels, codes, pictures = (found.get(name) for name in ("labels", "codes", "arr_0"))
+    size, tokens = settings.image_size, settings.tokens_per_image
+    if labels is None or labels.ndim != 1 or not _within(labels, settings.num_classes):
+        told = f"must have labels [n], each 0 to {settings.num_classes - 1}"
+        raise SettingError("codes", path, told)
+    if codes is None and pictures is not None:
+        if pictures.dtype != np.uint8 or pictures.shape != (len(labels), size, size, 3):
+            told = f"arr_0 must be uint8 [{len(labels)}, {size}, {size}, 3]"
+            raise SettingError("codes", path, told)
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return RealImages(encoded(pixels, vq), labels.tolist())
+    fits = codes is not None and codes.shape == (len(labels), tokens)
+    if codes is None or not fits or not _within(codes, settings.codebook_size):
+        told = f"must have codes [{len(labels)}, {tokens}], each 0 to {settings.codebook_size - 1}"
+        raise SettingError("codes", path, told)
+    return RealImages(torch.from_numpy(codes.astype(np.int32)), labels.tolist())
+
+
+def _within(numbers: NDArray[Any], count: int) -> bool:
+    whole = np.issubdtype(numbers.dtype, np.integer) and numbers.size > 0
+    return bool(whole and numbers.min() >= 0 and numbers.max() < count)
+
+
+@torch.no_grad()
+def encoded(pixels: Tensor, vq: VQModel) -> Tensor:
+    """Pixels [images, 3, height, width] in -1..1 -> int32 codes [images, tokens] on the CPU."""
+    device = next(vq.parameters()).device
+    parts = [vq.encode(part.to(device)).codes.cpu() for part in pixels.split(_ENCODED_AT_ONCE)]
+    return torch.cat([part.flatten() for part in parts]).view(len(pixels), -1).int()
 
 
 @dataclass(frozen=True)
@@ -39,7 +96,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A transformer, and how an engine runs it."""
 
     gpt: Transformer
@@ -50,13 +107,13 @@ class Subject:
 @ieee_float32()
 def distances(
     reference: Transformer,
-    subjects: Mapping[str, Subject],
+    candidates: Mapping[str, Candidate],
     real: RealImages,
     params: SamplingParams,
     images_at_once: int,
     on_position: Callable[[int, int], None] | None = None,
 ) -> dict[str, Distance]:
-    """The distance of each subject from a reference of the same shape.
+    """The distance of each candidate from a reference of the same shape.
 
     Args:
         params: guidance, temperature and filters of the draw; the temperature is above 0.
@@ -68,9 +125,9 @@ def distances(
     batches = list(
         zip(real.codes.split(images_at_once), _parts(real.labels, images_at_once), strict=True)
     )
-    totals = {name: torch.zeros(2, dtype=torch.float64) for name in subjects}
-    runners = {name: _runner(each, images_at_once) for name, each in subjects.items()}
-    of_reference = _runner(Subject(reference, EngineConfig()), images_at_once)
+    totals = {name: torch.zeros(2, dtype=torch.float64) for name in candidates}
+    runners = {name: _runner(each, images_at_once) for name, each in candidates.items()}
+    of_reference = _runner(Candidate(reference, EngineConfig()), images_at_once)
     for done, (codes, labels) in enumerate(batches):
         teacher = TeacherForced(of_reference, codes, labels)
         students = {name: TeacherForced(runner, codes, labels) for name, runner in runners.items()}
@@ -87,9 +144,9 @@ def distances(
     return {name: Distance(*(total / count).tolist()) for name, total in totals.items()}
 
 
-def _runner(subject: Subject, images: int) -> ModelRunner:
+def _runner(candidate: Candidate, images: int) -> ModelRunner:
     """Runs single passes, without graphs."""
-    gpt, config = subject.gpt, subject.config
+    gpt, config = candidate.gpt, candidate.config
     quantize_as_configured(gpt, config)
     shape = BatchShape.of(2 * images, gpt.config.block_size, config.page_size)
     return ModelRunner(gpt, shape, shape.max_rows * shape.pages_per_row, config)
@@ -111,3 +168,39 @@ def _distribution(
     each = torch.ones(len(scaled), device=scaled.device)
     kept = kept_tokens(scaled, (each * params.top_k).int(), each * params.top_p)
     return scaled.masked_fill(~kept, -torch.inf).softmax(dim=1), logits.argmax(dim=1)
+
+
+# Of bf16's own total variation, so many times.
+_WEIGHT_BOUNDS = {None: 1.5, "int8": 1.5, "fp8": 2.5}
+_FP8_PAGES_BOUND = 3.0
+_MOST_LOST_SHARE = 0.01  # of recognised pictures
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether quantised weights and pages are good enough."""
+
+    ratio: float  # of the total variations, to that of bf16
+    bound: float | None
+    passed: bool | None  # None: experimental, which no bound makes pass
+
+
+def judged(
+    quantization: str | None,
+    kv_cache_dtype: str,
+    measured: Mapping[str, Distance],
+    shares: Mapping[str, float] | None,
+) -> Verdict:
+    """Compares figures with their bounds.
+
+    Args:
+        measured: the distances of "bf16" and of what is "quantised".
+        shares: of recognised pictures, "plain" and "quantised"; None: not measured.
+    """
+    variations = {name: distance.total_variation for name, distance in measured.items()}
+    ratio = variations["quantised"] / variations["bf16"]
+    if quantization == "int4":
+        return Verdict(ratio, None, None)
+    bound = _FP8_PAGES_BOUND if kv_cache_dtype == "fp8" else _WEIGHT_BOUNDS[quantization]
+    kept = shares is None or abs(shares["quantised"] - shares["plain"]) <= _MOST_LOST_SHARE
+    return Verdict(ratio, bound, ratio <= bound and kept)

@@ -7,6 +7,7 @@ and the streams and steps of the default plans share no picture (a step's genera
 32-bit checksum; the default plans were checked for collisions).
 """
 
+import argparse
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
 
+DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 IMAGE_SIZE = 128
 SPRITE_SIZE = 136
 LARGEST_SEED = 2**31 - 1  # with a checksum below it, a generator's seed still fits 63 bits
@@ -26,6 +28,18 @@ LARGEST_SEED = 2**31 - 1  # with a checksum below it, a generator's seed still f
 _FONT_PIXELS = 109  # the font's bitmaps come in this one size
 _SUPERSAMPLING = 2  # pictures are drawn this much larger, then averaged: smooth edges
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+def add_font(parser: argparse.ArgumentParser) -> None:
+    """Adds --font: its value goes to `load_sprites`."""
+    parser.add_argument(
+        "--font",
+        type=Path,
+        default=DEFAULT_FONT,
+        metavar="FILE.ttf",
+        help="NotoColorEmoji.ttf, of Debian's package fonts-noto-color-emoji (default: "
+        "%(default)s)",
+    )
 
 
 def load_sprites(font_path: Path) -> Tensor:

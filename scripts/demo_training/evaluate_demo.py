@@ -13,7 +13,7 @@ Gaussian blur, which it never saw, tests that.
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from autoregressive.cli.command import run_command, slow_imports
 with slow_imports(__name__):
     import torch
     import torch.nn.functional as F
-    import torchvision
     from torch import Tensor, nn
     from torchvision.transforms.v2.functional import gaussian_blur
     from torchvision.utils import make_grid, save_image
-    from train_demo import ROOT, add_font
+    from train_demo import ROOT
 
     from autoregressive.benchmarks.harness import use_device
     from autoregressive.benchmarks.script import (
@@ -42,10 +41,17 @@ with slow_imports(__name__):
     from autoregressive.demo_training.emoji_data import (
         IMAGE_SIZE,
         LARGEST_SEED,
+        add_font,
         load_sprites,
         render,
-        render_batch,
         step_generator,
+    )
+    from autoregressive.demo_training.judge import (
+        BLURRED,
+        blurred,
+        in_batches,
+        recognised,
+        train_classifier,
     )
     from autoregressive.demo_training.stages import demo_transformer, load_tokenizer
     from autoregressive.files import write_whole
@@ -58,50 +64,7 @@ with slow_imports(__name__):
     from autoregressive.weights.checkpoint import load_weights
     from tokenizer.tokenizer_image.vq_model import VQModel
 
-QUARTER = IMAGE_SIZE // 4
-_BLURRED = 8  # one in so many of the judge's pictures
 _DEFAULTS = model_defaults("GPT-demo")
-
-
-def blurred(pixels: Tensor, size: int = QUARTER) -> Tensor:
-    """The pictures averaged down to `size` and smoothly enlarged again."""
-    small = F.interpolate(pixels, size=(size, size), mode="area")
-    return F.interpolate(small, size=pixels.shape[-2:], mode="bilinear")
-
-
-def train_classifier(sprites: Tensor, steps: int, batch: int, seed: int) -> nn.Module:
-    """A ResNet-18 that knows the emoji and, as its last class, blur."""
-    device, blur_class = sprites.device, len(sprites)
-    torch.manual_seed(seed)
-    classifier = torchvision.models.resnet18(num_classes=blur_class + 1).to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    classifier.train()
-    for step in range(steps):
-        pixels, labels = render_batch(sprites, batch, seed, "classifier training", step)
-        share = batch // _BLURRED
-        pixels[:share] = blurred(pixels[:share], QUARTER - 6 + step % 13)
-        labels[:share] = blur_class
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(classifier(pixels).float(), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 200 == 0:
-            print(f"classifier: step {step + 1} of {steps}, loss {loss.item():.4f}", flush=True)
-    return classifier.eval()
-
-
-@torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch: int = 256) -> Tensor:
-    """The function's outputs for all inputs, a batch at a time."""
-    return torch.cat([function(part) for part in inputs.split(batch)])
-
-
-def recognised(classifier: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Float [n]: 1 for each picture in which the classifier sees its label, 0 for the others."""
-    return (in_batches(lambda part: classifier(part).argmax(dim=-1), pixels) == labels).float()
 
 
 def mean_pairwise_distance(pixels: Tensor) -> float:
@@ -166,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--samples", whole_number(2), 16, "N", "pictures of each class"),
         ("--batch", whole_number(1), 256, "N", "pictures drawn at a time"),
         ("--classifier-steps", whole_number(1), 2000, "STEPS", "that the judge is trained for"),
-        ("--classifier-batch", whole_number(_BLURRED), 128, "N", "renderings of a step"),
+        ("--classifier-batch", whole_number(BLURRED), 128, "N", "renderings of a step"),
         ("--seed", whole_number(0, LARGEST_SEED), 1, "N", pictures),
     )
     parser.add_argument(

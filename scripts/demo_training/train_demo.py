@@ -31,11 +31,10 @@ with slow_imports(__name__):
 
     from autoregressive.benchmarks.harness import use_device
     from autoregressive.benchmarks.script import add_device, script_parser, whole_number
-    from autoregressive.demo_training.emoji_data import load_sprites
+    from autoregressive.demo_training.emoji_data import add_font, load_sprites
     from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
     from autoregressive.files import check_folder, write_whole
 
-DEFAULT_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -113,18 +112,6 @@ def export(weights: dict[str, Tensor], path: Path, description: str) -> None:
     # were killed.
     write_whole(path, lambda temporary: temporary.write_bytes(safetensors_bytes(tensors, metadata)))
     print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
-
-
-def add_font(parser: argparse.ArgumentParser) -> None:
-    """Adds --font: its value goes to `load_sprites`."""
-    parser.add_argument(
-        "--font",
-        type=Path,
-        default=DEFAULT_FONT,
-        metavar="FILE.ttf",
-        help="NotoColorEmoji.ttf, of Debian's package fonts-noto-color-emoji (default: "
-        "%(default)s)",
-    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

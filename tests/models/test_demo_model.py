@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_reference
-from evaluate_demo import blurred, draw_with_engine, load_models, mean_pairwise_distance
+from evaluate_demo import draw_with_engine, load_models, mean_pairwise_distance
 from safetensors import safe_open
-from train_demo import DEFAULT_FONT, export, train
+from train_demo import export, train
 
 from autoregressive.demo_training.emoji_data import (
+    DEFAULT_FONT,
     IMAGE_SIZE,
     SPRITE_SIZE,
     load_sprites,
@@ -23,6 +24,7 @@ from autoregressive.demo_training.emoji_data import (
     render_batch,
     step_generator,
 )
+from autoregressive.demo_training.judge import blurred
 from autoregressive.demo_training.stages import GPTStage, Plan, TokenizerStage, TrainingStage
 from autoregressive.errors import UserError
 from autoregressive.models.demo_classes import DEMO_EMOJI
