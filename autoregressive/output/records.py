@@ -54,9 +54,17 @@ def generation_record(
         "num_classes": model.num_classes,
         "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
         "compile": compiled,
-        "quantization": quantization or found.quantization or "none",
-        "kv_cache_dtype": kv_cache_dtype,
-    }
+    } | quantized_record(found, quantization, kv_cache_dtype)
+
+
+def quantized_record(
+    found: FoundWeights, quantization: str | None, kv_cache_dtype: str
+) -> dict[str, object]:
+    """What is quantised of the weights and of the pages, and nothing where nothing is. So what was
+    made before anything could be has the same record.
+    """
+    said = {"quantization": quantization or found.quantization, "kv_cache_dtype": kv_cache_dtype}
+    return {name: value for name, value in said.items() if value not in (None, "auto")}
 
 
 def image_record(

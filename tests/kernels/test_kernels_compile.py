@@ -4,7 +4,7 @@ the published models, and the attention for every head size that it is said to h
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import cast
@@ -21,7 +21,7 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
-from autoregressive.serve.engine.model_runner import ModelRunner
+from autoregressive.serve.engine.model_runner import ModelRunner, quantize_as_configured
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import HEAD_SIZES
 from kernels.hopper.many_rows_products import many_rows_exchange
@@ -117,9 +117,18 @@ def builds_of(case: Case) -> list[Build]:
 
 
 def step_builds(
-    width: int, heads: int, capability: int, dtype: torch.dtype, passes: tuple[tuple[int, int], ...]
+    width: int,
+    heads: int,
+    capability: int,
+    dtype: torch.dtype,
+    passes: tuple[tuple[int, int], ...],
+    quantized: EngineConfig | None = None,
 ) -> list[Build]:
-    """What steps of one layer launch."""
+    """What steps of one layer launch.
+
+    Args:
+        quantized: how weights and pages are.
+    """
     shape = BatchShape.of(max(rows for rows, _ in passes), 576, 16)
     real = vars(Batch(shape, torch.device("cpu")))
     with launches_of(capability) as builds:
@@ -136,8 +145,10 @@ def step_builds(
             if isinstance(value, Tensor)
         }
         batch = cast(Batch, SimpleNamespace(**tensors))
+        if quantized is not None:
+            quantize_as_configured(gpt, quantized)
         for rows, window in passes:
-            config = EngineConfig(lookahead=window if window > 1 else "off")
+            config = replace(quantized or EngineConfig(), lookahead=window if window > 1 else "off")
             pages = shape.max_rows * shape.pages_per_row
             ModelRunner(gpt, shape, pages, config)._pass(batch, rows, window)
     return builds
@@ -215,6 +226,43 @@ def test_what_is_launched_compiles(case: Case) -> None:
             assert resources(compiled).local_bytes <= (32 if build.name == "_draw_kernel" else 0), (
                 build
             )
+
+
+@pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
+@pytest.mark.parametrize(
+    ("capability", "weights", "pages"),
+    [
+        (80, "int8", "int8"),
+        (80, "int4", "auto"),
+        (86, "int8", "int8"),
+        (90, "fp8", "fp8"),
+        (90, "int8", "int8"),
+        (90, "int4", "int8"),
+        (100, "fp8", "fp8"),
+    ],
+)
+def test_kernels_of_quantised_weights_and_pages_compile(
+    capability: int, weights: str, pages: str, model: str
+) -> None:
+    """Fails if an architecture refuses to convert weights or pages, or a tile is too large for a
+    GPU.
+    """
+    shape, config = GPT_SHAPES[model], EngineConfig(quantization=weights, kv_cache_dtype=pages)
+    builds = step_builds(
+        shape.dim,
+        shape.n_head,
+        capability,
+        torch.bfloat16,
+        (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW),
+        config,
+    )
+    of_quantized = {"_linear_kernel", "_swiglu_kernel"}
+    if pages != "auto":
+        of_quantized.add("_attention_kernel")
+    assert of_quantized <= {build.name for build in builds}
+    for build in builds:
+        if build.name in of_quantized:
+            check_compiles(build, capability, waits=capability >= 90)
 
 
 def test_no_head_size_is_dropped() -> None:

@@ -147,6 +147,7 @@ def test_every_flag_of_the_commands_is_listed(help_of: HelpOf) -> None:
         ("### scripts/check_lookahead.py", "check_lookahead.py"),
         ("### scripts/verify_published.py", "verify_published.py"),
         ("### scripts/evaluate.py", "evaluate.py"),
+        ("### scripts/quality_gate.py", "quality_gate.py"),
         ("### scripts/benchmarks", "benchmarks/*.py"),
         ("### scripts/demo_training", "demo_training/*.py"),
     ],

@@ -49,6 +49,7 @@ BEGINS = {
     "check_lookahead": ("check", []),
     "evaluate": ("open_samples", ["samples.npz", "reference.npz"]),
     "evaluate_demo": ("load_sprites", []),
+    "quality_gate": ("compare", ["--quantization", "int8"]),
     "profile_step": ("measure", ["--gpt-model", "GPT-demo"]),
     "speedup_table": ("run_method", ["--models", "GPT-demo"]),
     "train_demo": ("load_sprites", []),

@@ -15,7 +15,7 @@ from autoregressive.devices import PRECISIONS
 from autoregressive.errors import SettingName, UserError
 from autoregressive.files import file_sha256
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.output.records import sampling_record, weights_name
+from autoregressive.output.records import quantized_record, sampling_record, weights_name
 from autoregressive.serve.bulk.options import BULK_BOUNDS, IMAGE_SIZE_EVAL
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import FoundWeights, ModelSettings
@@ -90,15 +90,10 @@ class BulkJob:
             "per_proc_batch_size": self.naive_batch,
             "deterministic": self.deterministic,
             "attention_backend": self.attention_backend,
-            **self._quantized,
+            # None, as a job says that was begun before there were any
+            **dict.fromkeys(("quantization", "kv_cache_dtype")),
+            **quantized_record(self.found, self.quantization, self.kv_cache_dtype),
         } | sampling_record(self.sampling)
-
-    @property
-    def _quantized(self) -> dict[str, Any]:
-        """What is quantised. Nothing else is named, so that older jobs go on."""
-        quantization = self.quantization or self.found.quantization
-        said = {"quantization": quantization, "kv_cache_dtype": self.kv_cache_dtype}
-        return {name: value for name, value in said.items() if value not in (None, "auto")}
 
 
 def job_name(
