@@ -176,12 +176,14 @@ def _load_weights(
     if not WHOLE_TILES:
         mask = mask & output_mask[:, None]
     if GROUP == 0:
-        return tl.load(weight_rows + column[None, :], mask=mask, other=0.0).to(DTYPE)
-    pairs = tl.load(weight_rows + column[None, :] // 2, mask=mask, other=0)
-    digits = (pairs >> (column % 2 * 4)[None, :].to(tl.uint8)) & 15
-    at = output[:, None] * (INPUTS // GROUP) + column[None, :] // GROUP
-    scale = tl.load(scales + at, mask=mask, other=0.0)
-    return ((digits.to(tl.float32) - 8) * scale).to(DTYPE)
+        weights = tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
+    else:
+        pairs = tl.load(weight_rows + column[None, :] // 2, mask=mask, other=0)
+        digits = (pairs >> (column % 2 * 4)[None, :].to(tl.uint8)) & 15
+        at = output[:, None] * (INPUTS // GROUP) + column[None, :] // GROUP
+        scale = tl.load(scales + at, mask=mask, other=0.0)
+        weights = (digits.to(tl.float32) - 8) * scale
+    return weights.to(DTYPE)
 
 
 @triton.jit
@@ -226,7 +228,7 @@ def linear(
         INPUT_TILE=tiles.inputs,
         TILES=tiles.tiles,
         EARLY=tiles.early,
-        STAGES=tiles.stages,
+        STAGES=_stages(weight, tiles.stages),
         LAUNCH_PDL=launch_pdl,
         num_warps=tiles.warps,
         **pdl_option(launch_pdl),
@@ -245,6 +247,13 @@ def _int4_group(weight: Weights) -> int:
     if isinstance(weight, Tensor) or weight.scales.dim() == 1:
         return 0
     return weight.shape[1] // weight.scales.shape[1]
+
+
+def _stages(weight: Weights, stages: int) -> int:
+    """Depth of a product's pipeline. The scales of int4 are as large as a tile of float32 weights,
+    so that several stages do not fit into a program's shared memory.
+    """
+    return 1 if _int4_group(weight) else stages
 
 
 def pdl_option(launch_pdl: bool) -> dict[str, bool]:
@@ -370,7 +379,7 @@ def swiglu(
         HIDDEN_TILE=tiles.outputs,
         INPUT_TILE=tiles.inputs,
         EARLY=tiles.early,
-        STAGES=tiles.stages,
+        STAGES=_stages(weight, tiles.stages),
         LAUNCH_PDL=launch_pdl,
         num_warps=tiles.warps,
         **pdl_option(launch_pdl),
