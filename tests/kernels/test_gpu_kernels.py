@@ -20,8 +20,10 @@ from kernel_cases import (
 from teacher import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
+from kernels import QUANTIZATIONS
 from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.hopper.products import FusedTiles
+from kernels.quantization import FP8
 from kernels.tiles import (
     ATTENTION,
     FUSED_HEAD,
@@ -61,6 +63,35 @@ def test_products(place: Place, model: str, rows: int) -> None:
     check_swiglu(place, rows, ffn, width, table.find(SWIGLU, ffn, width))
     check_gate(place, rows, ffn)
     check_add_norm(place, rows, width, 3)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+@pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_products_of_quantized_weights(place: Place, model: str, rows: int, scheme: str) -> None:
+    """The tiles that the table or the rules choose for weights that are not quantised."""
+    if scheme == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 takes compute capability 8.9")
+    shape = GPT_SHAPES[model]
+    config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
+    table = tile_table(torch.cuda.get_device_capability(), place.dtype)
+    width, ffn = config.dim, config.ffn_dim
+    for outputs, inputs in ((3 * width, width), (width, width), (width, ffn)):
+        check_linear(place, rows, outputs, inputs, table.find(LINEAR, outputs, inputs), scheme)
+    check_swiglu(place, rows, ffn, width, table.find(SWIGLU, ffn, width), scheme)
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("head_size", [64, 100])
+def test_attention_of_scaled_pages(place: Place, head_size: int, dtype: torch.dtype) -> None:
+    """Guards the rounding to fp8, which the interpreter gets wrong, and what is not finite."""
+    if dtype == FP8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 takes compute capability 8.9")
+    tiles = AttentionTiles(chunk=32, warps=2)
+    positions = [0, 15, 31, -1, 77]
+    for window in (1, 5):
+        check_attention(place, positions, 4, head_size, 16, tiles, window=window, page_dtype=dtype)
+    check_window_is_steps(place, positions, 4, head_size, tiles, 5, page_dtype=dtype)
 
 
 @pytest.fixture(params=(torch.float16, torch.bfloat16), ids=str)
