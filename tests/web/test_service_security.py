@@ -443,7 +443,7 @@ LIES += [
     "X-Forwarded-For: evil.example",
     "Referer: http://evil.example/",
 ]
-LIES += ["X-Original-URL: /evil.example", "X-Request-ID: evil.example"]
+LIES += ["X-Original-URL: /evil.example", "X-Request-ID: http://evil.example"]
 TARGETS = [
     "/",
     "/health",
@@ -750,7 +750,7 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
         sent.append(dict(message))
 
     async def run() -> None:
-        scope = {"type": "http", "method": "GET", "path": "/", "client": None}
+        scope = {"type": "http", "method": "GET", "path": "/", "client": None, "headers": []}
         task = asyncio.create_task(
             cast(
                 Any,

@@ -3,7 +3,7 @@ guards around them, and the start of its engines.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import partial
@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -24,7 +25,7 @@ from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import Guards, RequestLog
+from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.schema import (
@@ -44,7 +45,7 @@ from autoregressive.version import program_version
 _MOST_ENCODERS = 8  # threads that make pictures' files
 PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
-_OPEN_PATHS = ("/", "/health", "/ready", "/static/")
+_OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/static/")
 _DOCS_PATHS = ("/docs", "/openapi.json", "/docs-assets/")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
@@ -55,6 +56,12 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
     "Accept-Ranges": "none",
+}
+# A key is a header like any other here, and no browser adds it by itself: no credentials.
+_CROSS_ORIGIN: dict[str, Any] = {
+    "allow_methods": ("DELETE", "GET", "HEAD", "POST"),
+    "allow_headers": ("*",),
+    "expose_headers": ("Retry-After", "Warning", "X-Request-Id"),
 }
 _WRONG = described(
     {
@@ -106,7 +113,7 @@ def start_dispatcher(
         recipe: which of the engines -> how it is built.
         start: gives an engine a process.
     """
-    return Dispatcher(
+    dispatcher = Dispatcher(
         lambda index: start(recipe(index), f"engine-{index}"),
         settings.engines,
         settings.max_queue_size,
@@ -114,6 +121,8 @@ def start_dispatcher(
         model.tokens_of_image,
         settings.engine.scheduling_policy,
     )
+    dispatcher.metrics.model_name = model.name
+    return dispatcher
 
 
 def build_service_app(
@@ -137,7 +146,7 @@ def build_service_app(
         store = Store(
             settings.store,
             settings.stored_images,
-            settings.public_url or address,
+            settings.base_url(address),
             index,
             count,
             most_bytes=settings.stored_bytes,
@@ -149,7 +158,11 @@ def build_service_app(
         docs=settings.docs,
         api_keys=settings.api_keys,
         public_host=settings.public_host,
+        allowed_origins=settings.allowed_origins,
+        quiet_paths=settings.quiet_paths,
     )
+    if settings.root_path:
+        app = BelowPrefix(app, settings.root_path)
     if settings.forwarded_allow_ips is not None:
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
     return app, encoders
@@ -162,6 +175,8 @@ def build_app(
     docs: bool,
     api_keys: Sequence[str],
     public_host: str | None = None,
+    allowed_origins: Sequence[str] = (),
+    quiet_paths: Container[str] = (),
 ) -> ASGIApp:
     """The whole service.
 
@@ -172,6 +187,8 @@ def build_app(
         api_keys: clients send one of them. Without keys, every client may use the service as
             localhost or `public_host`.
         public_host: the name that clients use, where it is not this machine's own.
+        allowed_origins: sites whose pages may use the service.
+        quiet_paths: as of `RequestLog`.
     """
     open_paths = (*_OPEN_PATHS, *(_DOCS_PATHS if docs else ()))
 
@@ -187,7 +204,10 @@ def build_app(
         if api_keys
         else partial(check_host, public=public_host)
     )
-    logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
+    guarded: ASGIApp = Guards(app, check_access, state.turns)
+    if allowed_origins:  # around the guards: a browser's first question has no key
+        guarded = CORSMiddleware(guarded, allowed_origins, **_CROSS_ORIGIN)
+    logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)
@@ -230,8 +250,8 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
     async def list_models() -> ModelsAnswer:
-        """Lists the one model that is served, as OpenAI lists its models."""
-        return ModelsAnswer(data=[model.described()])
+        """Lists the names of the one model that is served, as OpenAI lists its models."""
+        return ModelsAnswer(data=[model.described(name) for name in model.names])
 
     @app.get(
         "/v1/models/{model_id:path}",
@@ -242,10 +262,10 @@ def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     async def describe_model(
         model_id: str = PathParameter(openapi_examples={"served": {"value": model.name}}),
     ) -> ModelData:
-        """The served model, by its name."""
-        if model_id != model.name:
+        """The served model, by one of its names."""
+        if model_id not in model.names:
             raise model.no_such_model(model_id)
-        return model.described()
+        return model.described(model_id)
 
     @app.get("/v1/classes", response_model=ClassesAnswer, responses=_WRONG, tags=["facts"])
     async def list_classes(
@@ -275,6 +295,11 @@ def _add_state(app: FastAPI, broker: RequestBroker) -> None:
         if (why := broker.unhealthy) is not None:
             raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
+
+    @app.get("/ping", response_model=StatusAnswer, responses=unavailable, tags=["state"])
+    async def ping() -> StatusAnswer:
+        """The same as /health, for services that ask here (SageMaker)."""
+        return await tell_health()
 
     @app.get("/ready", response_model=StatusAnswer, responses=unavailable, tags=["state"])
     async def tell_ready() -> StatusAnswer:

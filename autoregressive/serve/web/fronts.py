@@ -303,7 +303,9 @@ def run_front(
             lambda: connections.stats,
         )
         app, encoders = build_service_app(settings, model, broker, address, *share)
-        server = Server(app, settings.timeouts.shutdown, connections)
+        server = Server(
+            app, settings.timeouts.shutdown, connections, certificate=settings.certificate
+        )
         settle_heap()
         await server.serve(sockets=[listener])
         encoders.shutdown(wait=False, cancel_futures=True)

@@ -9,10 +9,11 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
@@ -23,11 +24,39 @@ from autoregressive.serve.worker.messages import ServedRequest
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
 _URL = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
 _CLOSE = (b"connection", b"close")
 _log = logging.getLogger(REQUESTS)
+
+
+class BelowPrefix:
+    """Removes a prefix from paths. So a proxy may pass on a request's path as it is, or without
+    the prefix, and what is behind this sees no prefix.
+
+    The prefix alone is no folder, so links of the page there would lead out of it: it leads to the
+    page.
+
+    Args:
+        prefix: begins with a slash, and ends without one.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app, self._prefix, self._raw_prefix = app, prefix, prefix.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on one request."""
+        if scope["type"] == "http":
+            if scope["path"] == self._prefix:
+                await RedirectResponse(f"{self._prefix}/", 308)(scope, receive, send)
+                return
+            if scope["raw_path"].startswith(self._raw_prefix + b"/"):
+                raw_path = scope["raw_path"].removeprefix(self._raw_prefix)
+                path = scope["path"].removeprefix(self._prefix)
+                scope = {**scope, "path": path, "raw_path": raw_path}
+        await self._app(scope, receive, send)
 
 
 class Guards:
@@ -163,15 +192,23 @@ class RequestLog:
     Args:
         count: called with the outcome of every request of the routes that draw.
         secrets: never written, wherever a client puts them.
+        quiet_paths: have a line at INFO only after an error.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str], None], secrets: Sequence[str]) -> None:
-        self._app, self._count = app, count
+    def __init__(
+        self,
+        app: ASGIApp,
+        count: Callable[[str], None],
+        secrets: Sequence[str],
+        quiet_paths: Container[str] = (),
+    ) -> None:
+        self._app, self._count, self._quiet_paths = app, count, quiet_paths
         self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         begun, context = time.monotonic(), context_of(scope)
+        context.request_id = _given_id(scope) or context.request_id
         status, sent, complete = 0, 0, False
 
         async def send_numbered(message: Message) -> None:
@@ -224,7 +261,7 @@ class RequestLog:
     ) -> None:
         context = context_of(scope)
         line: dict[str, Any] = {
-            "request_id": context.request_id,
+            "request_id": self._shown(context.request_id),
             "client": self._shown(scope["client"][0]) if scope.get("client") else None,
             "method": self._shown(scope["method"]),
             "path": self._shown(scope["path"]),
@@ -250,7 +287,7 @@ class RequestLog:
             line["outcome"] = "failed" if broken and status != 499 else outcome
             self._count(line["outcome"])
         level = logging.ERROR if failure is not None else logging.INFO
-        if context.counted:
+        if context.counted or (status < 400 and scope["path"] in self._quiet_paths):
             level = logging.DEBUG
         _log.log(level, "request", extra={"fields": line}, exc_info=failure)
 
@@ -258,6 +295,12 @@ class RequestLog:
         for secret in self._secrets:
             text = text.replace(secret, "[key]")
         return text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}..."
+
+
+def _given_id(scope: Scope) -> str | None:
+    """The id that the caller has given the request, so that both logs tell of it by one id."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
 
 def _outcome(status: int, served: ServedRequest | None) -> str:
