@@ -40,6 +40,11 @@ def store_of(service: Service) -> Path:
     return Path(service._log).parent / "store"
 
 
+def name_of(url: str) -> str:
+    """The file of a URL."""
+    return url.rsplit("/", 1)[1].partition("?")[0]
+
+
 def urls_of(service: Service, **body: Any) -> list[str]:
     answer = service.draw(response_format="url", **body)
     assert answer.status_code == 200, answer.text
@@ -103,7 +108,7 @@ def test_a_stored_image_has_its_type_and_may_be_kept(
     answer = service.client.get(url)
     assert answer.headers["content-type"] == media_type
     assert "immutable" in answer.headers["cache-control"]
-    size = (store_of(service) / url.rsplit("/", 1)[1]).stat().st_size
+    size = (store_of(service) / name_of(url)).stat().st_size
     assert int(answer.headers["content-length"]) == len(answer.content) == size
     for tag in (answer.headers["etag"], f'"x", W/{answer.headers["etag"]}', "*"):
         again = service.client.get(url, headers={"If-None-Match": tag})

@@ -37,11 +37,13 @@ from autoregressive.serve.web.schema import (
     VersionAnswer,
 )
 from autoregressive.serve.web.server_settings import ServerSettings
+from autoregressive.serve.web.signed_urls import FILES_PATH, UrlSigner
 from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
 
+_YEAR_SECONDS = 365 * 24 * 3600
 _MOST_ENCODERS = 8  # threads that make pictures' files
 PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
@@ -153,7 +155,14 @@ def build_service_app(
             picture_bytes=largest_picture_bytes(model.image_size),
         )
     app = build_app(
-        AppState(model, broker, encoders, store),
+        AppState(
+            model,
+            broker,
+            encoders,
+            store,
+            signer=UrlSigner(settings.url_key, settings.url_lifetime),
+            tolerance=settings.tolerance,
+        ),
         version=program_version(),
         docs=settings.docs,
         api_keys=settings.api_keys,
@@ -204,7 +213,12 @@ def build_app(
         if api_keys
         else partial(check_host, public=public_host)
     )
-    guarded: ASGIApp = Guards(app, check_access, state.turns)
+
+    def check_signed(scope: Scope) -> None:
+        if not state.signer.admits(scope):
+            check_access(scope)
+
+    guarded: ASGIApp = Guards(app, check_signed, state.turns)
     if allowed_origins:  # around the guards: a browser's first question has no key
         guarded = CORSMiddleware(guarded, allowed_origins, **_CROSS_ORIGIN)
     logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths)
@@ -234,6 +248,7 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
         ),
     )
     app.router.route_class = StrictRoute
+    app.state.adapt = partial(state.tolerance.adapt, model=state.model)
     add_openai_routes(app, state)
     add_page_routes(app, state)
     if state.store is not None:
@@ -324,26 +339,38 @@ def _add_state(app: FastAPI, broker: RequestBroker) -> None:
 
 def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
     @app.get(
-        "/v1/files/{name}",
+        FILES_PATH + "{name}",
         response_class=Response,
         responses={
             **_WRONG,
             200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
             304: {"description": "The client has it already."},
-            **described({404: "There is no such image.", 503: "The disk does not give it now."}),
+            **described(
+                {
+                    403: "The URL has expired, or its signature is wrong.",
+                    404: "There is no such image.",
+                    503: "The disk does not give it now.",
+                }
+            ),
         },
         tags=["images"],
     )
-    async def fetch_image(name: str, request: Request) -> Response:
+    async def fetch_image(
+        name: str,
+        request: Request,
+        expires: str = Query("", description="Unix time, in a signed URL."),
+        signature: str = Query("", description="Of the name and of `expires`: no key is needed."),
+    ) -> Response:
         """Returns an image that an earlier answer gave the address of."""
         picture = await state.on_disk(_NOT_READ, store.read, name)
         if picture is None:
             raise ApiError(404, "there is no such image, or not any more", "not_found")
+        kept_seconds = state.signer.seconds_left(expires) if signature else _YEAR_SECONDS
         headers = {
             "ETag": picture.etag,
             "Last-Modified": formatdate(picture.modified, usegmt=True),
             # what a name stands for never changes
-            "Cache-Control": "private, max-age=31536000, immutable",
+            "Cache-Control": f"private, max-age={kept_seconds}, immutable",
             "X-Content-Type-Options": "nosniff",
             "Accept-Ranges": "none",
         }

@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -29,6 +30,16 @@ _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
 _CLOSE = (b"connection", b"close")
+# Of OpenAI's routes. They are refused before their pictures are read, which may be large.
+_NOT_SUPPORTED = {
+    f"/v1/images/{name}": ApiError(
+        400,
+        f"image {name} are not supported: this service makes images of classes "
+        "(/v1/images/generations)",
+        "not_supported",
+    )
+    for name in ("edits", "variations")
+}
 _log = logging.getLogger(REQUESTS)
 
 
@@ -131,8 +142,10 @@ def _check_head(scope: Scope) -> None:
     """Checks the request's line and its headers.
 
     Raises:
-        ApiError: they are too large, or not HTTP/1.1.
+        ApiError: they are too large, or not HTTP/1.1, or for what this service does not do.
     """
+    if scope["method"] == "POST" and (error := _NOT_SUPPORTED.get(scope["path"])) is not None:
+        raise replace(error)
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:

@@ -150,7 +150,7 @@ async def _whole_images(
             urls = await state.on_disk(_NOT_STORED, store.save, pictures, body.picture_format)
         finally:
             served.answer_bytes = 0
-        data, pictures = [ImageData(url=url) for url in urls], []
+        data, pictures = [ImageData(url=state.signer.signed(url)) for url in urls], []
     answer = ImagesAnswer(
         created=int(time.time()),
         data=data,

@@ -84,17 +84,16 @@ class ShutdownPolicy:
             return
         self.status = 1
         self.at_once = True
-        self._say("told again: the service ends now")
+        self._say(f"stopping at once: {_requests(self._dispatcher.unfinished)} cut off")
         self.hurry()
 
     def _waits_for(self) -> str:
         count, seconds = self._dispatcher.unfinished, self._dispatcher.timeouts.shutdown
         if count == 0:
-            return "the service is stopping"
-        requests = "1 request is" if count == 1 else f"{count} requests are"
+            return "stopping: no request waits for its images"
         return (
-            f"the service is stopping: {requests} being finished, for {seconds:g} s at most; "
-            "Ctrl-C or SIGTERM again ends it now"
+            f"finishing {_requests(count)}, for {seconds:g} s at most; Ctrl-C again stops at once "
+            "(so does another SIGTERM)"
         )
 
     def _say(self, message: str) -> None:
@@ -116,6 +115,10 @@ class ShutdownPolicy:
             self.status = 1
             return True
         return self.at_once or (dispatcher.draining and dispatcher.unfinished == 0)
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 class Server(uvicorn.Server):

@@ -20,6 +20,7 @@ from autoregressive.errors import SettingError, UserError, shortened, tell
 from autoregressive.folders import command_line
 from autoregressive.serve.engine.engine_config import SCHEDULING_POLICIES, EngineConfig
 from autoregressive.serve.engine_flags import add_engine_flags
+from autoregressive.serve.web.signed_urls import DEFAULT_LIFETIME
 from autoregressive.serve.web.timeouts import Timeouts
 
 COMMAND = "autoregressive/serve/api_server.py"
@@ -165,8 +166,22 @@ SERVICE_FLAGS = {
     "store_max_size": ServerFlag(
         "SIZE", "of them together, such as 500M or 10G; for --store-dir (default: no limit)"
     ),
+    "url_signing_key": ServerFlag(
+        "KEY",
+        "signs the URLs of stored images, which then need no key of a client. Better given as "
+        f"{ENVIRONMENT}URL_SIGNING_KEY (default: made at the start)",
+    ),
+    "url_lifetime": ServerFlag(
+        "SECONDS", "until the URL of a stored image expires", DEFAULT_LIFETIME, int, 1, 10**9
+    ),
     "public_url": ServerFlag(
         "URL", "what clients reach the service by (default: where it listens)"
+    ),
+    "default_response_format": ServerFlag(
+        "F",
+        "of requests that leave it out: b64_json or url; url goes with --store-dir",
+        "b64_json",
+        choices=("b64_json", "url"),
     ),
     "log_level": ServerFlag("L", ", ".join(_LEVELS), "info", choices=_LEVELS),
     "disable_access_log_for": ServerFlag(
@@ -176,6 +191,12 @@ SERVICE_FLAGS = {
         several=True,
     ),
     "config": ServerFlag("FILE.yaml", "flags by name, without the dashes in front", type=Path),
+}
+SERVICE_SWITCHES = {
+    "disable_docs": "no /docs and no /openapi.json",
+    "ignore_unknown_fields": "of requests; the answer names them in a Warning header",
+    "allow_any_size": "take requests for images of another size; the answer says which it has",
+    "allow_any_model": "take requests for other models; the answer says which it is of",
 }
 TIMEOUT_FLAGS = {
     "queue_timeout": _seconds("waiting for its turn, then 503; 0: no limit", Timeouts.queue),
@@ -220,9 +241,8 @@ def build_server_parser() -> ServerParser:
     service = parser.add_argument_group("service")
     for setting, flag in SERVICE_FLAGS.items():
         flag.add_to(service, setting)
-    service.add_argument(
-        "--disable-docs", action="store_true", help="no /docs and no /openapi.json"
-    )
+    for setting, text in SERVICE_SWITCHES.items():
+        service.add_argument(f"--{setting.replace('_', '-')}", action="store_true", help=text)
     timeouts = parser.add_argument_group("timeouts")
     for setting, flag in TIMEOUT_FLAGS.items():
         flag.add_to(timeouts, setting)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from autoregressive.serve.web.connections import connection_limit
 from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TIMEOUT_FLAGS
 from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
+from autoregressive.serve.web.tolerance import Tolerance
 from autoregressive.weights.finding import ModelSettings, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
@@ -64,8 +66,11 @@ class ServerSettings:
     store: Path | None
     stored_images: int
     stored_bytes: int | None  # None: no limit
+    url_key: str  # signs the URLs of stored images, in all processes
+    url_lifetime: int  # seconds
     public_url: str | None  # None: where the service listens
     docs: bool
+    tolerance: Tolerance
     log_level: str
     quiet_paths: frozenset[str]  # whose requests have a line in the log only after an error
 
@@ -108,6 +113,10 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         why = f"there is no folder {folder}; make it first, or choose another"
         require(os.path.isdir(folder), "store_dir", None, why)
         check_store_has_urls(said["public_url"], host, said["uds"])
+    elif said["default_response_format"] == "url":
+        raise UserError(
+            SettingName("default_response_format"), " url goes with ", SettingName("store_dir")
+        )
     fronts = said["api_server_count"] or engines
     stored_bytes = _stored_bytes(arguments, model, said["store_images"], fronts)
     return ServerSettings(
@@ -139,11 +148,29 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         store=folder,
         stored_images=said["store_images"],
         stored_bytes=stored_bytes,
+        url_key=_checked_url_key(said["url_signing_key"]),
+        url_lifetime=said["url_lifetime"],
         public_url=said["public_url"],
         docs=not arguments.disable_docs,
+        tolerance=Tolerance(
+            ignore_unknown_fields=arguments.ignore_unknown_fields,
+            allow_any_size=arguments.allow_any_size,
+            allow_any_model=arguments.allow_any_model,
+            response_format=said["default_response_format"],
+        ),
         log_level=said["log_level"],
         quiet_paths=_checked_paths(said["disable_access_log_for"] or []),
     )
+
+
+def _checked_url_key(said: str | None) -> str:
+    require(
+        said is None or (is_header_text(said) and len(said) >= _LEAST_KEY),
+        "url_signing_key",
+        None,
+        f"must be printable ASCII of at least {_LEAST_KEY} characters; {_MAKES_A_KEY}",
+    )
+    return said or secrets.token_hex(32)
 
 
 def _checked_names(said: Sequence[str]) -> tuple[str, ...]:
