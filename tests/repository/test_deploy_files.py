@@ -69,9 +69,7 @@ def documents(path: str) -> list[dict[str, Any]]:
 def test_the_flags_of_the_files_exist() -> None:
     """Fails if a deployment does not start because a flag was renamed."""
     compose = documents("compose.yaml")[0]["services"]["llamagen"]
-    container = documents("kubernetes/llamagen.yaml")[1]["spec"]["template"]["spec"]["containers"][
-        0
-    ]
+    pod = documents("kubernetes/llamagen.yaml")[1]["spec"]["template"]["spec"]
     unit = (DEPLOY / "systemd/llamagen.service").read_text()
     started = re.search(r"^ExecStart=\S+ (.*)$", unit, re.MULTILINE)
     assert started is not None
