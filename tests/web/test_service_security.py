@@ -40,7 +40,7 @@ from autoregressive.serve.web.timeouts import Timeouts
 
 KEY = "k9-Zr/very+secret=="
 PARTS_OF_KEY = (KEY, quote(KEY, safe=""))
-OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+OPEN = {"/", "/health", "/ping", "/ready", "/docs", "/openapi.json"}
 OPEN_FOLDERS = ("/static/", "/docs-assets/")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 
