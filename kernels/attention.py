@@ -271,7 +271,6 @@ def _combine_kernel(
     HEAD_TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    CHUNKS_TILE: tl.constexpr,
     LAUNCH_PDL: tl.constexpr,
 ):
     head, row = tl.program_id(0), tl.program_id(1)
@@ -280,23 +279,29 @@ def _combine_kernel(
     position = row_position(positions, limits, row, WINDOW)
     offset = tl.arange(0, HEAD_TILE)
     head_mask = offset < HEAD_SIZE
-    chunk = tl.arange(0, CHUNKS_TILE)
-    chunk_mask = (chunk * CHUNK <= position) & (chunk < CHUNKS)
-    result = (row.to(tl.int64) * HEADS + head) * CHUNKS + chunk
+    result = (row.to(tl.int64) * HEADS + head) * CHUNKS
     if LAUNCH_PDL:
         gdc_wait()  # README, rule 3: the chunks come after it
-    largest = tl.load(chunk_stats + result * 2, mask=chunk_mask, other=float("-inf"))
-    total = tl.load(chunk_stats + result * 2 + 1, mask=chunk_mask, other=0.0)
-    parts = tl.load(
-        chunk_out + result[:, None] * HEAD_SIZE + offset[None, :],
-        mask=chunk_mask[:, None] & head_mask[None, :],
-        other=0.0,
-    )
-    weight = tl.where(chunk_mask, tl.exp2(largest - tl.max(largest, 0)), 0.0)
+    parts: tl.tuple = ()  # all on their way before the first is used
+    for chunk in tl.static_range(CHUNKS):
+        at = result + chunk
+        there = chunk * CHUNK <= position
+        largest = tl.load(chunk_stats + at * 2, mask=there, other=float("-inf"))
+        weights = tl.load(chunk_stats + at * 2 + 1, mask=there, other=0.0)
+        part = tl.load(chunk_out + at * HEAD_SIZE + offset, mask=head_mask & there, other=0.0)
+        parts = parts + ((largest, weights, part),)
+    largest, weights, total = parts[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        its_largest, its_weights, part = parts[chunk]
+        # A chunk beyond the context changes nothing: its largest score is -inf, so its factor is 0
+        # and the other 1.
+        grown = tl.maximum(largest, its_largest)
+        old, new = tl.exp2(largest - grown), tl.exp2(its_largest - grown)
+        total = tl.fma(total, old, part * new)
+        weights = tl.fma(weights, old, its_weights * new)
+        largest = grown
     # A row that takes no part has no chunk at all: its result is zero, not 0 / 0.
-    joined = tl.sum(parts * weight[:, None], 0) / tl.where(
-        position >= 0, tl.sum(total * weight, 0), 1.0
-    )
+    joined = tl.where(position >= 0, total / weights, 0.0)
     at = (row.to(tl.int64) * HEADS + head) * HEAD_SIZE + offset
     tl.store(out + at, joined.to(out.dtype.element_ty), mask=head_mask)
 
@@ -440,7 +445,6 @@ def combine(
         HEAD_TILE=triton.next_power_of_2(head_size),
         CHUNK=tiles.chunk,
         CHUNKS=chunks,
-        CHUNKS_TILE=triton.next_power_of_2(chunks),
         LAUNCH_PDL=launch_pdl,
         num_warps=1,
         **pdl_option(launch_pdl),

@@ -18,10 +18,22 @@ import torch
 from torch import Tensor
 
 from kernels import BACKENDS
-from kernels.attention import HEAD_SIZES, attention
+from kernels.attention import HEAD_SIZES, AttentionTiles, attention
 from kernels.attention_reference import attention_reference
 from kernels.hopper.attention import hopper_attention
-from kernels.hopper.products import HEADROOM, fused_linear, fused_project, fused_swiglu
+from kernels.hopper.many_rows_attention import many_rows_attention, takes_pages
+from kernels.hopper.many_rows_products import (
+    many_rows_linear,
+    many_rows_project,
+    many_rows_swiglu,
+)
+from kernels.hopper.products import (
+    HEADROOM,
+    SQUARES_BLOCK,
+    fused_linear,
+    fused_project,
+    fused_swiglu,
+)
 from kernels.linear import gate, gate_reference, linear, linear_reference, swiglu, swiglu_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.sampling import draw_tokens
@@ -40,7 +52,9 @@ from kernels.tiles import (
     tile_table,
 )
 
-MANY_ROWS = 64  # above, a library's matrix product is faster; below, reading the weights decides
+# Up to here, reading the weights decides how long a product takes. Above, multiplying does: larger
+# tiles are faster or, where there are none, a library's product.
+MANY_ROWS = 64
 
 
 # What each operation takes. Its kernel's function says what the arguments mean.
@@ -138,7 +152,7 @@ class Operations:
     attention_chunks: Callable[[int], int]  # tokens -> chunks of its scratch tensors
     add_norm: _AddNorm
     draw_tokens: _DrawTokens
-    # take the place of `linear`, `swiglu` and `add_norm` for few rows
+    # take the place of `linear`, `swiglu` and `add_norm`
     fused: "FusedProducts | None" = None
 
 
@@ -169,10 +183,10 @@ class FusedProducts:
     """
 
     linear: _NormingProduct  # leaves partial sums
-    linear_splits: Callable[[int, int], int]  # outputs, inputs -> partial sums of `linear`
+    # outputs, inputs, rows -> partial sums of `linear`
+    linear_splits: Callable[[int, int, int], int]
     project: _Project
-    # outputs, inputs -> blocks of squares that `project` writes
-    project_blocks: Callable[[int, int], int]
+    project_blocks: Callable[[int], int]  # outputs -> blocks of squares that `project` writes
     swiglu: _NormingProduct
     head: _NormingProduct  # out: logits [rows, outputs]
     headroom: float  # factor of every x
@@ -265,7 +279,7 @@ def triton_operations(
         swiglu=_tiled(partial(swiglu, launch_pdl=launch_pdl), table, SWIGLU),
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=(
-            partial(hopper_attention, tiles=attention_tiles)
+            partial(_hopper_attention, tiles=attention_tiles)
             if hopper
             else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
         ),
@@ -278,19 +292,60 @@ def triton_operations(
     )
 
 
+def _hopper_attention(
+    qkv: Tensor,
+    rotary: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_table: Tensor,
+    positions: Tensor,
+    limits: Tensor,
+    chunk_out: Tensor,
+    chunk_stats: Tensor,
+    out: Tensor,
+    tiles: AttentionTiles,
+) -> None:
+    """The attention of many rows where it can be; its result is the same."""
+    tensors = qkv, rotary, key_pages, value_pages, page_table, positions, limits
+    if attends_at_once(qkv.shape[1], len(positions), key_pages.shape[2], tiles):
+        many_rows_attention(*tensors, out, tiles)
+    else:
+        hopper_attention(*tensors, chunk_out, chunk_stats, out, tiles)
+
+
+def attends_at_once(rows: int, sequences: int, page_size: int, tiles: AttentionTiles) -> bool:
+    """Whether Hopper's attention is one kernel, and leaves no chunks to combine."""
+    alone = rows == sequences and tiles.warps == 1
+    return rows > MANY_ROWS and alone and takes_pages(page_size)
+
+
 def fused_products(table: TileTable) -> FusedProducts:
-    """Hopper's products, cut up as the table says."""
+    """Hopper's products, cut up as the table says. Those of many rows have tiles of their own, and
+    the same sums.
+    """
+
+    def linear_splits(outputs: int, inputs: int, rows: int) -> int:
+        return 1 if rows > MANY_ROWS else table.find(FUSED_LINEAR, outputs, inputs).splits
+
+    linear = _by_rows(fused_linear, many_rows_linear)
     return FusedProducts(
-        linear=_tiled(fused_linear, table, FUSED_LINEAR, weight_at=2),
-        linear_splits=lambda outputs, inputs: table.find(FUSED_LINEAR, outputs, inputs).splits,
-        project=_tiled(fused_project, table, FUSED_PROJECT),
-        project_blocks=lambda outputs, inputs: (
-            -(-outputs // table.find(FUSED_PROJECT, outputs, inputs).outputs)
-        ),
-        swiglu=_tiled(fused_swiglu, table, FUSED_SWIGLU, weight_at=2),
-        head=_tiled(fused_linear, table, FUSED_HEAD, weight_at=2),
+        linear=_tiled(linear, table, FUSED_LINEAR, weight_at=2),
+        linear_splits=linear_splits,
+        project=_tiled(_by_rows(fused_project, many_rows_project), table, FUSED_PROJECT),
+        project_blocks=lambda outputs: -(-outputs // SQUARES_BLOCK),
+        swiglu=_tiled(_by_rows(fused_swiglu, many_rows_swiglu), table, FUSED_SWIGLU, weight_at=2),
+        head=_tiled(linear, table, FUSED_HEAD, weight_at=2),
         headroom=HEADROOM,
     )
+
+
+def _by_rows(few: Callable[..., None], many: Callable[..., None]) -> Callable[..., None]:
+    """A product of few or of many rows, as its input has."""
+
+    def run(x: Tensor, *tensors: Tensor, **options: Any) -> None:
+        (many if len(x) > MANY_ROWS else few)(x, *tensors, **options)
+
+    return run
 
 
 def _tiled(

@@ -87,7 +87,7 @@ def fused_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
     as long as each has two tiles.
     """
     splits = 1
-    while splits < 8 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
+    while splits < 4 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
         splits *= 2
     return FusedTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
 

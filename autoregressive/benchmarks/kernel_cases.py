@@ -33,7 +33,12 @@ from kernels.hopper.products_reference import (
     fused_project_reference,
     fused_swiglu_reference,
 )
-from kernels.operations import FusedProducts, Operations, torch_operations
+from kernels.operations import (
+    FusedProducts,
+    Operations,
+    attends_at_once,
+    torch_operations,
+)
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -338,9 +343,9 @@ def reference_products() -> FusedProducts:
 
     return FusedProducts(
         linear=fused_linear_reference,
-        linear_splits=lambda outputs, inputs: 1,
+        linear_splits=lambda outputs, inputs, rows: 1,
         project=fused_project_reference,
-        project_blocks=lambda outputs, inputs: 1,
+        project_blocks=lambda outputs: 1,
         swiglu=fused_swiglu_reference,
         head=head,
         headroom=HEADROOM,
@@ -348,8 +353,8 @@ def reference_products() -> FusedProducts:
 
 
 def attention_cases(setting: Setting) -> Iterator[Case]:
-    """Attention with its combining kernel, over pages in random order; and alone the kernel that
-    combines.
+    """Attention over pages in random order; and, where a kernel combines its chunks, that one
+    alone.
     """
     config, rows, layers, batch = setting.config, setting.rows, setting.layers, setting.batch
     heads, size, itemsize = config.n_head, config.head_size, setting.dtype.itemsize
@@ -378,8 +383,10 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
         whole=[7],
         cold=1,
     )
-    if setting.attention_tiles is not None:
-        yield combine_case(setting, setting.attention_tiles)
+    tiles = setting.attention_tiles
+    hopper = isinstance(layers, FusedLayers)
+    if tiles is not None and not (hopper and attends_at_once(rows, rows, _PAGE_SIZE, tiles)):
+        yield combine_case(setting, tiles)
 
 
 def combine_case(setting: Setting, tiles: AttentionTiles) -> Case:

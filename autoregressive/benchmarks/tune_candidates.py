@@ -34,7 +34,7 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
     """Splits that give each multiprocessor a third of a program to three, and 32 to 170 KiB a
     program on their way.
     """
-    splits_tried = (1, 2, 4, 8) if most_splits == 8 else range(1, most_splits + 1)
+    splits_tried = (1, 2, 4) if most_splits == 4 else range(1, most_splits + 1)
     for (tile_outputs, warps), tile, splits in product(_BLOCKS, (64, 128, 256), splits_tried):
         tiles = -(-inputs // (tile * splits))
         programs = outputs // tile_outputs * splits

@@ -14,8 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import AttentionTiles, launch_attention
 
-_COLUMNS = gl.constexpr(8)  # least width of a matrix product; queries of one
-_PHASES = gl.constexpr(8)  # tokens after which the order of bytes in shared memory repeats
+COLUMNS = gl.constexpr(8)  # least width of a matrix product; queries of one
+PHASES = gl.constexpr(8)  # tokens after which the order of bytes in shared memory repeats
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -80,19 +80,17 @@ def _hopper_attention_kernel(
     )
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634  # scores are in base 2
-    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, _PHASES, [1, 0])
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, PHASES, [1, 0])
     # Query i is in group i // COLUMNS. Its place there follows from its token's.
-    GROUPS: gl.constexpr = (WINDOW + _COLUMNS - 1) // _COLUMNS
-    queries = gl.allocate_shared_memory(
-        keys.dtype, [GROUPS * _COLUMNS, 1, HEAD_TILE], shared_layout
-    )
+    GROUPS: gl.constexpr = (WINDOW + COLUMNS - 1) // COLUMNS
+    queries = gl.allocate_shared_memory(keys.dtype, [GROUPS * COLUMNS, 1, HEAD_TILE], shared_layout)
     offsets = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, vector_layout))[None, :]
     new_end = gl.minimum(end, first_token + CHUNK)
     places: gl.tuple = ()
     for index in gl.static_range(WINDOW):
         # Shared memory has the elements of each token in an order of its own.
         new_token = position + index
-        offset = offsets ^ (new_token % _PHASES * 8)
+        offset = offsets ^ (new_token % PHASES * 8)
         angle = gl.load(
             rotary + new_token * HEAD_SIZE + offset,
             mask=(offset < HEAD_SIZE) & (new_token < end),
@@ -108,15 +106,15 @@ def _hopper_attention_kernel(
         angle, _ = places[index]
         new_token = position + index
         new = (new_token >= first_token) & (new_token < new_end)
-        offset = offsets ^ (new_token % _PHASES * 8)
+        offset = offsets ^ (new_token % PHASES * 8)
         mask = offset < HEAD_SIZE
         source = qkv + ((sequence * WINDOW + index).to(gl.int64) * 3 * HEADS + head) * HEAD_SIZE
-        query = _sum(source + offset, mask, split_size, SPLITS)
-        key = _sum(source + WIDTH + offset, mask & new, split_size, SPLITS)
-        value = _sum(source + 2 * WIDTH + offset, mask & new, split_size, SPLITS)
-        place = index // _COLUMNS * _COLUMNS + new_token % _COLUMNS
-        queries.index(place).store(_rotated(query, angle).to(keys.dtype))
-        vectors = vectors + ((_rotated(key, angle).to(keys.dtype), value.to(keys.dtype)),)
+        query = sum_of_splits(source + offset, mask, split_size, SPLITS)
+        key = sum_of_splits(source + WIDTH + offset, mask & new, split_size, SPLITS)
+        value = sum_of_splits(source + 2 * WIDTH + offset, mask & new, split_size, SPLITS)
+        place = index // COLUMNS * COLUMNS + new_token % COLUMNS
+        queries.index(place).store(rotated(query, angle).to(keys.dtype))
+        vectors = vectors + ((rotated(key, angle).to(keys.dtype), value.to(keys.dtype)),)
     async_copy.wait_group(0)
     gl.thread_barrier()
     for index in gl.static_range(WINDOW):
@@ -126,19 +124,26 @@ def _hopper_attention_kernel(
             new_key, new_value = vectors[index]
             if WINDOW > 1:
                 new_key, new_value = _harmless(new_key, new_value)
-            offset = offsets ^ (new_token % _PHASES * 8)
+            offset = offsets ^ (new_token % PHASES * 8)
             at = (page.to(gl.int64) * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
             gl.store(key_pages + at * STRIDE + offset, new_key, mask=offset < STRIDE)
             gl.store(value_pages + at * STRIDE + offset, new_value, mask=offset < STRIDE)
             keys.index(new_token - first_token).store(new_key)
             values.index(new_token - first_token).store(new_value)
-    column = gl.arange(0, _COLUMNS, layout=gl.SliceLayout(0, product_layout))
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, product_layout))
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(1, product_layout))[:, None]
     for group in gl.static_range(GROUPS):
-        index = group * _COLUMNS + ((column - position) & (_COLUMNS - 1))
+        index = group * COLUMNS + ((column - position) & (COLUMNS - 1))
         query_token = position + index
         largest, total, weights = _attend(
-            queries, group, keys, values, first_token, query_token, product_layout, SCALE
+            queries,
+            group,
+            _tile(keys),
+            _tile(values),
+            first_token,
+            query_token,
+            product_layout,
+            SCALE,
         )
         attends = (query_token < end) & (query_token >= first_token)
         row = (sequence * WINDOW + index).to(gl.int64)
@@ -173,7 +178,7 @@ def _copy_pages(
     layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // HEAD_TILE, HEAD_TILE // 8], [gl.num_warps(), 1], [1, 0]
     )
-    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, _PHASES, [1, 0])
+    shared_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, PHASES, [1, 0])
     page = gl.convert_layout(page, gl.SliceLayout(1, layout)).to(gl.int64)
     token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, layout))[None, :]
@@ -204,7 +209,7 @@ def _tile(tokens):
 def _attend(
     queries,  # [GROUPS * COLUMNS, 1, HEAD_TILE], in shared memory
     group: gl.constexpr,
-    keys,  # [CHUNK, 1, HEAD_TILE], in shared memory
+    keys,  # [CHUNK, HEAD_TILE], in shared memory
     values,  # likewise
     first_token,
     query_token,  # [COLUMNS], of the group's queries
@@ -214,29 +219,58 @@ def _attend(
     """Returns, for each query of a group, the largest score [COLUMNS], the weighted sum of values
     [HEAD_TILE, COLUMNS] and the sum of weights [COLUMNS]. Queries depend on nothing of each other.
     """
-    CHUNK: gl.constexpr = keys.shape[0]
-    GROUPS: gl.constexpr = queries.shape[0] // _COLUMNS
-    HEAD_TILE: gl.constexpr = keys.shape[2]
-    wide_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    narrow_layout: gl.constexpr = gl.DotOperandLayout(1, layout, 2)
-    groups = queries._reinterpret(queries.dtype, [GROUPS, _COLUMNS, HEAD_TILE], queries.layout)
-    score = mma_v2(
-        _tile(keys).load(wide_layout),
-        groups.index(group).permute((1, 0)).load(narrow_layout),
-        gl.zeros([CHUNK, _COLUMNS], gl.float32, layout),
-    )
-    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
-    score = gl.where(token[:, None] <= query_token[None, :], score * SCALE, float("-inf"))
-    largest = gl.max(score, 0)
-    weight = gl.exp2(score - largest[None, :])
-    weights = gl.convert_layout(weight.to(keys.dtype), narrow_layout)
-    total = gl.zeros([HEAD_TILE, _COLUMNS], gl.float32, layout)
-    total = mma_v2(_tile(values).permute((1, 0)).load(wide_layout), weights, total)
-    return largest, total, gl.sum(weight, 0)
+    GROUPS: gl.constexpr = queries.shape[0] // COLUMNS
+    HEAD_TILE: gl.constexpr = keys.shape[1]
+    groups = queries._reinterpret(queries.dtype, [GROUPS, COLUMNS, HEAD_TILE], queries.layout)
+    scores = chunk_scores(groups.index(group), keys, first_token, query_token, layout, SCALE)
+    largest, weight = softmax_weights(scores)
+    return largest, weighted_values(weight, values, layout), gl.sum(weight, 0)
 
 
 @gluon.jit
-def _sum(source, mask, split_size, SPLITS: gl.constexpr):
+def chunk_scores(
+    queries,  # [COLUMNS, HEAD_TILE], in shared memory
+    keys,  # [CHUNK, HEAD_TILE], in shared memory
+    first_token,
+    query_token,  # [COLUMNS]
+    layout: gl.constexpr,  # of the products
+    SCALE: gl.constexpr,
+):
+    """Returns the scores of a chunk's tokens [CHUNK, COLUMNS], of base 2; -inf after the query."""
+    CHUNK: gl.constexpr = keys.shape[0]
+    score = mma_v2(
+        keys.load(gl.DotOperandLayout(0, layout, 2)),
+        queries.permute((1, 0)).load(gl.DotOperandLayout(1, layout, 2)),
+        gl.zeros([CHUNK, COLUMNS], gl.float32, layout),
+    )
+    token = first_token + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    return gl.where(token[:, None] <= query_token[None, :], score * SCALE, float("-inf"))
+
+
+@gluon.jit
+def softmax_weights(scores):
+    """Returns the largest score [COLUMNS], and the tokens' weights [CHUNK, COLUMNS]."""
+    largest = gl.max(scores, 0)
+    return largest, gl.exp2(scores - largest[None, :])
+
+
+@gluon.jit
+def weighted_values(
+    weight,  # [CHUNK, COLUMNS]
+    values,  # [CHUNK, HEAD_TILE], in shared memory
+    layout: gl.constexpr,  # of the products
+):
+    """Returns the weighted sum of values [HEAD_TILE, COLUMNS]."""
+    HEAD_TILE: gl.constexpr = values.shape[1]
+    return mma_v2(
+        values.permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2)),
+        gl.convert_layout(weight.to(values.dtype), gl.DotOperandLayout(1, layout, 2)),
+        gl.zeros([HEAD_TILE, COLUMNS], gl.float32, layout),
+    )
+
+
+@gluon.jit
+def sum_of_splits(source, mask, split_size, SPLITS: gl.constexpr):
     """Adds up partial sums in order: float32."""
     total = gl.load(source, mask=mask, other=0.0).to(gl.float32)
     for split in gl.static_range(1, SPLITS):
@@ -245,7 +279,7 @@ def _sum(source, mask, split_size, SPLITS: gl.constexpr):
 
 
 @gluon.jit
-def _rotated(vector, angle):
+def rotated(vector, angle):
     """Rotates each pair of a vector [1, HEAD_TILE]. `angle` is cosine and sine of each."""
     layout: gl.constexpr = vector.type.layout
     even, odd = gl.split(gl.reshape(vector, [vector.shape[1] // 2, 2]))

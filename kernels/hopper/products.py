@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.hopper.cluster import (
     cluster_sum,
+    cluster_sum_room,
     exchange_bytes,
     launch_clustered,
     meet,
@@ -41,7 +42,10 @@ from kernels.linear import row_tile
 # number.
 HEADROOM = 2.0**-3
 _HEADROOM = gl.constexpr(HEADROOM)
-_SHARED_MEMORY = 226 * 1024  # bytes of a program, the barriers' left out
+SHARED_MEMORY = 226 * 1024  # bytes of a program, the barriers' left out
+# Outputs whose squares are added up together; a multiple of it is a program's.
+SQUARES_BLOCK = 64
+_BLOCK = gl.constexpr(SQUARES_BLOCK)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -51,7 +55,7 @@ class FusedTiles:
 
     outputs: int  # outputs of a program; of the gated product, of each half
     inputs: int  # inputs of a tile
-    splits: int  # programs along the inputs: of `project` the size of a cluster (1, 2, 4 or 8)
+    splits: int  # programs along the inputs: of `project` the size of a cluster (1, 2 or 4)
     stages: int  # tiles on their way at once; fewer where they do not fit
     warps: int
 
@@ -65,7 +69,7 @@ class FusedTiles:
         held = min(
             self.stages,
             self.tiles(inputs),
-            (_SHARED_MEMORY - exchange_bytes(outputs, rows, cluster)) // tile_bytes,
+            (SHARED_MEMORY - project_exchange(outputs, rows, cluster)) // tile_bytes,
         )
         assert held >= 1, (self, outputs, rows)
         return held
@@ -198,6 +202,29 @@ class _Share:
 
 
 @gluon.jit
+def row_scales(
+    squares,  # [BLOCKS, rows] float32
+    first_row,
+    rows,
+    ROW_TILE: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+):
+    """What a product of rows that are not yet normed is multiplied by: float32 [ROW_TILE].
+
+    The order of the sum depends on BLOCKS alone. The second half of the tile is added to the first,
+    then half of that to the other, and so on. Here each block is a thread's.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    block = gl.arange(0, BLOCKS_TILE, layout=gl.SliceLayout(0, layout))[None, :]
+    parts = gl.load(squares + block * rows + row, mask=(block < BLOCKS) & (row < rows), other=0.0)
+    return gl.rsqrt(gl.sum(parts, 1) / WIDTH + EPS) / _HEADROOM
+
+
+@gluon.jit
 def _normed_product(
     share,
     squares,
@@ -207,16 +234,11 @@ def _normed_product(
     BLOCKS_TILE: gl.constexpr,
     EPS: gl.constexpr,
 ):
-    """The product [OUTPUT_TILE, ROW_TILE] of a share whose input is not yet normed. The order of
-    the sum of `squares` [BLOCKS, rows] depends on BLOCKS alone.
-    """
+    """The product [OUTPUT_TILE, ROW_TILE] of a share whose input is not yet normed."""
     started = share.start(CLUSTER=1)
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
-    row = gl.arange(0, share.ROW_TILE, layout=gl.SliceLayout(1, layout))
-    row = share.first_row + row[:, None]
-    block = gl.arange(0, BLOCKS_TILE, layout=gl.SliceLayout(0, layout))[None, :]
-    parts = gl.load(squares + block * rows + row, mask=(block < BLOCKS) & (row < rows), other=0.0)
-    scales = gl.rsqrt(gl.sum(parts, 1) / WIDTH + EPS) / _HEADROOM  # [ROW_TILE]
+    scales = row_scales(
+        squares, share.first_row, rows, share.ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS
+    )
     total = share.product(started)
     return total * gl.convert_layout(scales, gl.SliceLayout(0, total.type.layout))[None, :]
 
@@ -288,11 +310,9 @@ def _fused_project_kernel(
         rank * (TILES * INPUT_TILE),
     )
     if CLUSTER > 1:
-        exchange = open_exchange(OUTPUT_TILE, ROW_TILE)
+        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
     OWNED_ROWS: gl.constexpr = ROW_TILE // CLUSTER
-    layout: gl.constexpr = gl.BlockedLayout(
-        [OUTPUT_TILE // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1]
-    )
+    layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
     row = first_row + rank * OWNED_ROWS
     row = row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
@@ -315,14 +335,23 @@ def _fused_project_kernel(
     grown = gl.load(residual + at, mask=mask, other=0.0)
     total = share.product(started)
     if CLUSTER > 1:
-        grown += cluster_sum(exchange, rank, total, layout, CLUSTER)
+        grown += cluster_sum(room, rank, total, layout, CLUSTER)
     else:
         grown += gl.convert_layout(total, layout)
     gl.store(residual + at, grown, mask=mask)
     gl.store(
         normed + at, (grown * scale[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=mask
     )
-    gl.store(squares + block * rows + row, gl.sum(grown * grown, 0), mask=row < rows)
+    sums = gl.sum((grown * grown).reshape([OUTPUT_TILE // _BLOCK, _BLOCK, OWNED_ROWS]), 1)
+    its_block = gl.arange(0, OUTPUT_TILE // _BLOCK, layout=gl.SliceLayout(1, sums.type.layout))
+    its_block = (first_output // _BLOCK + its_block)[:, None]
+    row = first_row + rank * OWNED_ROWS
+    row = (row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, sums.type.layout)))[None, :]
+    gl.store(
+        squares + its_block * rows + row,
+        sums,
+        mask=(row < rows) & (its_block * _BLOCK < OUTPUTS),
+    )
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -391,15 +420,15 @@ def fused_linear(
     row_block = row_tile(rows)
     grid = (triton.cdiv(outputs, tiles.outputs), tiles.splits, triton.cdiv(rows, row_block))
     _fused_linear_kernel[grid](
-        _descriptor(weight, tiles.outputs, tiles.inputs),
-        _descriptor(x, row_block, tiles.inputs),
+        descriptor(weight, tiles.outputs, tiles.inputs),
+        descriptor(x, row_block, tiles.inputs),
         squares,
         out,
         rows,
         WIDTH=width,
         OUTPUTS=outputs,
         BLOCKS=squares.shape[0],
-        BLOCKS_TILE=_blocks_tile(squares),
+        BLOCKS_TILE=squares_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
         OUTPUT_TILE=tiles.outputs,
@@ -428,21 +457,23 @@ def fused_project(
         residual: float32 [rows, width], updated.
         norm_weight: [width], of the norm that follows.
         normed: [rows, width], written: residual * norm_weight * HEADROOM.
-        squares: float32 [blocks of tiles.outputs of the width, rows], written: sums of the
-            residual's squares.
+        squares: float32 [blocks of SQUARES_BLOCK outputs, rows], written: sums of the residual's
+            squares.
     """
     rows, inputs = x.shape
     width = weight.shape[0]
     blocks, row_block = triton.cdiv(width, tiles.outputs), row_tile(rows)
-    assert squares.shape == (blocks, rows), (squares.shape, tiles)
+    assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
+    assert tiles.outputs % SQUARES_BLOCK == 0, tiles
     # else two warps would hold, and send, the same sums
     assert tiles.outputs >= 16 * tiles.warps, tiles
     launch_clustered(
         _fused_project_kernel,
         (blocks, triton.cdiv(rows, row_block)),
         tiles.splits,
-        _descriptor(weight, tiles.outputs, tiles.inputs),
-        _descriptor(x, row_block, tiles.inputs),
+        project_exchange(tiles.outputs, row_block, tiles.splits),
+        descriptor(weight, tiles.outputs, tiles.inputs),
+        descriptor(x, row_block, tiles.inputs),
         residual,
         norm_weight,
         normed,
@@ -474,15 +505,15 @@ def fused_swiglu(
     hidden, row_block = weight.shape[0] // 2, row_tile(rows)
     assert tiles.splits == 1, tiles
     _fused_swiglu_kernel[(triton.cdiv(hidden, tiles.outputs), triton.cdiv(rows, row_block))](
-        _descriptor(weight.view(2, hidden, width), 2, tiles.outputs, tiles.inputs),
-        _descriptor(x, row_block, tiles.inputs),
+        descriptor(weight.view(2, hidden, width), 2, tiles.outputs, tiles.inputs),
+        descriptor(x, row_block, tiles.inputs),
         squares,
         out,
         rows,
         WIDTH=width,
         HIDDEN=hidden,
         BLOCKS=squares.shape[0],
-        BLOCKS_TILE=_blocks_tile(squares),
+        BLOCKS_TILE=squares_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
         HIDDEN_TILE=tiles.outputs,
@@ -494,7 +525,12 @@ def fused_swiglu(
     )
 
 
-def _descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
+def project_exchange(outputs: int, rows: int, cluster: int) -> int:
+    """Shared memory that the cluster of `fused_project` takes to add up its tiles."""
+    return 0 if cluster == 1 else exchange_bytes(cluster_sum_room(outputs, rows))
+
+
+def descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
     """Describes a tensor for bulk copies of boxes of it. Elements outside the tensor are copied as
     zeros.
     """
@@ -503,5 +539,6 @@ def _descriptor(tensor: Tensor, *box: int) -> TensorDescriptor:
     )
 
 
-def _blocks_tile(squares: Tensor) -> int:
+def squares_tile(squares: Tensor) -> int:
+    """The tile in which `row_scales` loads the sums of squares."""
     return max(32, triton.next_power_of_2(squares.shape[0]))

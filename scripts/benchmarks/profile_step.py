@@ -89,14 +89,17 @@ _KERNELS = {
     "_embed_kernel": "embed",
     "_attention_kernel": "attention",
     "_hopper_attention_kernel": "attention",
+    "_many_rows_attention_kernel": "attention",
     "_combine_kernel": "combine",
     "_add_norm_kernel": "add_norm",
     "_swiglu_kernel": "swiglu",
     "_fused_swiglu_kernel": "swiglu",
+    "_many_rows_swiglu_kernel": "swiglu",
     "_gate_kernel": "gate",
     "_draw_kernel": "draw",
 }
-_ADDS_ITSELF = "_fused_project_kernel"  # a product without an `add_norm` after it
+# products without an `add_norm` after them
+_ADD_THEMSELVES = ("_fused_project_kernel", "_many_rows_project_kernel")
 # Every other kernel is of a product: the one that is due after these. After the down product's
 # `add_norm` a layer is over.
 _NEXT_PRODUCT = {
@@ -152,7 +155,7 @@ def operations_of(names: Iterable[str], layers: int) -> list[str]:
         found.append(own or due)
         if own == "embed":
             layer = 0
-        if due == "down product" and (own == "add_norm" or name.startswith(_ADDS_ITSELF)):
+        if due == "down product" and (own == "add_norm" or name.startswith(_ADD_THEMSELVES)):
             layer += 1
             due = "qkv product" if layer < layers else "head"
         elif own is not None:

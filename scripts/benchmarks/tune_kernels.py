@@ -168,12 +168,12 @@ def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
         return TunedSection(section, (outputs, inputs), list(candidates(outputs, inputs)))
 
     if hopper:
-        most_8, most_6 = (partial(fused_candidates, most_splits=most) for most in (8, 6))
+        most_4, most_6 = (partial(fused_candidates, most_splits=most) for most in (4, 6))
         pairs = partial(fused_whole_candidates, tiles=(64, 128, 256), matrices=2)
         whole = partial(fused_whole_candidates, tiles=(64, 128), matrices=1)
         layer = [
-            stage("fused_project", width, ffn, most_8),
-            stage("fused_project", width, width, most_8),
+            stage("fused_project", width, ffn, most_4),
+            stage("fused_project", width, width, most_4),
             stage("fused_swiglu", ffn, width, pairs),
             stage("fused_linear", 3 * width, width, most_6),
             attention,

@@ -33,9 +33,9 @@ def fused_references() -> FusedProducts:
     """Hopper's products in torch, with partial sums and blocks of squares as there."""
     return FusedProducts(
         linear=fused_linear_reference,
-        linear_splits=lambda outputs, inputs: 3,
+        linear_splits=lambda outputs, inputs, rows: 3,
         project=fused_project_reference,
-        project_blocks=lambda outputs, inputs: 5,
+        project_blocks=lambda outputs: 5,
         swiglu=fused_swiglu_reference,
         head=lambda x, squares, weight, out, *, eps: fused_linear_reference(
             x, squares, weight, out[None], eps=eps

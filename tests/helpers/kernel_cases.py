@@ -4,7 +4,8 @@ the interpreter and for a GPU.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 import triton
@@ -18,7 +19,19 @@ from autoregressive.serve.engine.model_runner import ModelRunner
 from kernels.attention import AttentionTiles, attention, combine, head_stride
 from kernels.attention_reference import attention_reference, combine_reference
 from kernels.hopper.attention import hopper_attention
-from kernels.hopper.products import FusedTiles, fused_linear, fused_project, fused_swiglu
+from kernels.hopper.many_rows_attention import many_rows_attention, takes_pages
+from kernels.hopper.many_rows_products import (
+    many_rows_linear,
+    many_rows_project,
+    many_rows_swiglu,
+)
+from kernels.hopper.products import (
+    SQUARES_BLOCK,
+    FusedTiles,
+    fused_linear,
+    fused_project,
+    fused_swiglu,
+)
 from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
@@ -36,7 +49,7 @@ from kernels.linear import (
 )
 from kernels.lookahead import row_positions_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
-from kernels.operations import Operations, triton_operations
+from kernels.operations import MANY_ROWS, Operations, triton_operations
 from kernels.tiles import TileTable
 
 POISON = float("nan")
@@ -123,7 +136,9 @@ def check_add_norm(place: Place, rows: int, width: int, splits: int) -> None:
 def check_fused_linear(
     place: Place, rows: int, outputs: int, inputs: int, tiles: FusedTiles
 ) -> None:
-    """Guards splits, tails along every axis, and the division that is left to the product."""
+    """Guards splits, tails along every axis, and the division left to the product. With many
+    rows, their kernel must give the sum of the splits, bit for bit.
+    """
     x, weight = place.random(rows, inputs, seed=1), place.random(outputs, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * inputs
     out = place.poisoned(tiles.splits, rows, outputs, dtype=torch.float32)
@@ -131,12 +146,18 @@ def check_fused_linear(
     wanted = torch.empty_like(out)
     fused_linear_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
     assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
+    if rows > MANY_ROWS:
+        of_many = place.poisoned(1, rows, outputs, dtype=torch.float32)
+        many_rows_linear(x, squares, weight, of_many, tiles, eps=1e-5)
+        assert torch.equal(of_many[0], reduce(add, out))
 
 
 def check_fused_project(
     place: Place, rows: int, width: int, inputs: int, tiles: FusedTiles
 ) -> None:
-    """Guards the cluster's sum, what each of its programs writes, and the blocks of squares."""
+    """Guards the cluster's sum, what each of its programs writes, and the blocks of squares. With
+    many rows, their kernel must write the same, bit for bit.
+    """
     x, weight = (
         place.random(rows, inputs, seed=1) * inputs**-0.5,
         place.random(width, inputs, seed=2),
@@ -147,10 +168,11 @@ def check_fused_project(
     )
     normed, squares = (
         place.poisoned(rows, width),
-        place.poisoned(-(-width // tiles.outputs), rows, dtype=torch.float32),
+        place.poisoned(-(-width // SQUARES_BLOCK), rows, dtype=torch.float32),
     )
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.empty_like(squares)
+    of_many = residual.clone(), place.poisoned(rows, width), torch.full_like(squares, POISON)
     fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
     fused_project_reference(
         x.float(), weight.float(), wanted_residual, norm_weight.float(), wanted, wanted_squares
@@ -158,13 +180,16 @@ def check_fused_project(
     assert relative_error(residual, wanted_residual) < place.tolerance
     assert relative_error(normed, wanted) < place.tolerance
     assert relative_error(squares.sum(0), wanted_squares.sum(0)) < place.tolerance
+    if rows > MANY_ROWS:
+        many_rows_project(x, weight, of_many[0], norm_weight, *of_many[1:], tiles)
+        assert all(map(torch.equal, of_many, (residual, normed, squares)))
 
 
 def check_fused_swiglu(
     place: Place, rows: int, hidden: int, inputs: int, tiles: FusedTiles
 ) -> None:
     """Guards which rows of the weights belong together, and the division that is left to the
-    product.
+    product. With many rows, their kernel must write the same, bit for bit.
     """
     x, weight = place.random(rows, inputs, seed=1), place.random(2 * hidden, inputs, seed=2)
     squares = place.random(5, rows, seed=3, dtype=torch.float32).abs() * 4096 * inputs**2
@@ -172,6 +197,10 @@ def check_fused_swiglu(
     fused_swiglu(x, squares, weight, out, tiles, eps=1e-5)
     fused_swiglu_reference(x.float(), squares, weight.float(), wanted, eps=1e-5)
     assert relative_error(out, wanted) < place.tolerance
+    if rows > MANY_ROWS:
+        of_many = place.poisoned(rows, hidden)
+        many_rows_swiglu(x, squares, weight, of_many, tiles, eps=1e-5)
+        assert torch.equal(of_many, out)
 
 
 def check_embed(
@@ -270,6 +299,7 @@ class AttentionCase:
         tiles: AttentionTiles | None,
         *,
         hopper: bool = False,
+        many_rows: bool = False,
         first: int = 0,
         window: int | None = None,
     ) -> Tensor:
@@ -277,6 +307,7 @@ class AttentionCase:
         head_size]. It writes to the pages, too.
 
         Args:
+            many_rows: with Hopper's kernel of many rows.
             first, window: of the new tokens, only these; by default all.
         """
         window = window or self.qkv.shape[2]
@@ -296,6 +327,10 @@ class AttentionCase:
         elif tiles is not None:
             attend = partial(attention, tiles=tiles, launch_pdl=place.launch_pdl)
         pages = self.keys, self.values, self.table
+        if many_rows:
+            assert tiles is not None
+            many_rows_attention(qkv, self.rotary, *pages, at, self.limits, out, tiles)
+            return out.view(-1, window, width)
         attend(qkv, self.rotary, *pages, at, self.limits, *scratch, out)
         return out.view(-1, window, width)
 
@@ -313,7 +348,8 @@ def check_attention(
     hopper: bool = False,
 ) -> None:
     """Guards chunk borders, pages in any order, padding and rows beyond a limit, and that nothing
-    but a row's own context is read or written.
+    but a row's own context is read or written. Hopper's kernel of many rows must write the same,
+    bit for bit.
     """
     shape = (positions, heads, head_size, page_size, splits, window)
     case, wanted_case = (AttentionCase.random(place, *shape) for _ in range(2))
@@ -326,6 +362,11 @@ def check_attention(
             "a page that is not the row's was written, or a token was not"
         )
         assert relative_error(got[written], expected[written]) < place.tolerance
+    if hopper and window == 1 and tiles.warps == 1 and takes_pages(page_size):
+        again = AttentionCase.random(place, *shape)
+        assert torch.equal(again.attend(place, tiles, many_rows=True), out)
+        for got, expected in ((again.keys, case.keys), (again.values, case.values)):
+            assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
 
 
 def check_window_is_steps(

@@ -56,10 +56,13 @@ def main() -> None:
 
 def _fused(place: Place) -> None:
     for splits in (1, 4):
-        check_fused_linear(place, 17, 200, 328, FusedTiles(64, 64, splits, 2, 4))
-        check_fused_project(place, 17, 200, 328, FusedTiles(64, 64, splits, 2, 4))
-    check_fused_project(place, 64, 200, 1336, FusedTiles(128, 128, 8, 8, 8))
-    check_fused_swiglu(place, 17, 72, 328, FusedTiles(32, 64, 1, 2, 4))
+        for rows in (17, 130):  # and those of many rows
+            check_fused_linear(place, rows, 200, 328, FusedTiles(64, 64, splits, 2, 4))
+            check_fused_project(place, rows, 200, 328, FusedTiles(64, 64, splits, 2, 4))
+    check_fused_project(place, 64, 200, 1336, FusedTiles(128, 128, 4, 8, 8))
+    for rows in (17, 130):
+        check_fused_swiglu(place, rows, 72, 328, FusedTiles(32, 64, 1, 2, 4))
+    # its result is compared with that of the kernel of many rows
     check_attention(place, [0, 63, 64, -1, 130], 2, 100, 16, AttentionTiles(64, 1), hopper=True)
     check_attention(place, [5, 70], 2, 64, 7, AttentionTiles(32, 1), hopper=True)
 

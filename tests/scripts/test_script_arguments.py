@@ -65,6 +65,7 @@ WITHOUT_WORK = {
     "convert_checkpoint",
     "download_models",
     "ray_data_bulk",  # an example, which needs Ray
+    "vllm_peer",
 }
 
 TILES = AttentionTiles(64, 1)

@@ -22,6 +22,7 @@ from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, build_gpt
 from autoregressive.serve.engine.request import Request
+from autoregressive.weights.hub import stated_sha256
 from autoregressive.weights.published import DEMO_GPT, DEMO_VQ, PublishedFile
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
@@ -185,9 +186,10 @@ def test_files_are_held_against_the_hubs_hashes(
     (subject,) = published_checks.subjects(["GPT-B"], None, 1, folder, torch.device("cpu"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with running_hub() as hub:  # it has vq_ds16_c2i.pt
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.describe((folder / VQ_FILE).read_bytes())
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        # HF_ENDPOINT is read when huggingface_hub is imported, which may have been before.
+        ask = partial(stated_sha256, endpoint=hub.endpoint)
+        monkeypatch.setattr("autoregressive.weights.hub.stated_sha256", ask)
         with pytest.raises(UserError, match=r"c2i_B_256\.pt: the hub cannot be asked .*404"):
             published_report._hub_hashes([subject])
         with monkeypatch.context() as patch:

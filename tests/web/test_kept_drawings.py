@@ -1,14 +1,21 @@
 """A drawing of the page that goes on when its reader leaves, and is followed again."""
 
+import asyncio
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx2
 import pytest
 from fake_service import CLASS_NAMES, Service, running_service
+from starlette.types import Message
+
+from autoregressive.serve.web.kept_drawings import KeptDrawings
+from autoregressive.serve.web.openai_routes import EventStream
+from autoregressive.serve.web.schema import StreamRequest
 
 STREAM = "/v1/images/stream"
 
@@ -111,6 +118,43 @@ def test_a_drawing_has_one_reader(slow: Service) -> None:
         assert slow.client.get(f"{STREAM}/{drawing_id}").status_code == 404
         assert time.monotonic() - begun < 5
         assert next(events)["type"] in ("queued", "started", "progress")
+
+
+def test_an_answer_whose_reader_has_left_before_it_begins_ends() -> None:
+    """Fails if a page that is loaded again twice at once takes the drawing from the third, and has
+    it held for ever.
+    """
+    ended = []
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"an event"
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0)
+
+    answer = EventStream(events(), lambda: ended.append(True))
+    asyncio.run(answer({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send))
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_drawing_whose_id_nobody_knows_is_not_kept(told: bool) -> None:
+    """Fails if a run that is cancelled before its first event is drawn for nobody for a while."""
+    broker, served = MagicMock(), MagicMock(held_bytes=0, promised_bytes=0, ended=None)
+    served.abandoned = False
+
+    async def leave() -> None:
+        drawings = KeptDrawings(broker)
+        body = StreamRequest.model_validate({"prompt": "fox", "keep_seconds": 30})
+        kept = drawings.keep(served, body)
+        kept.told = told
+        drawings.leave(kept)
+
+    asyncio.run(leave())
+    assert broker.abandon.called != told
 
 
 @pytest.mark.parametrize("seconds", [-1, 301, "1"])

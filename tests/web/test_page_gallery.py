@@ -9,10 +9,32 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
 
-from page_browser import OpenPage, ask, is_ready, names, run_ends, saved
+from page_browser import OpenPage, ask, eventually, is_ready, names, run_ends, saved
 from page_stand_in import SIZE, Behaviour
 from PIL import Image
 from playwright.sync_api import expect
+
+_FILL = """(count) => new Promise((done) => {
+    const open = indexedDB.open("llamagen", 1);
+    open.onsuccess = () => {
+        const transaction = open.result.transaction("pictures", "readwrite");
+        const request = {class_label: 7, n: 1, cfg_scale: 2, cfg_interval: -1,
+            temperature: 1, top_k: 0, top_p: 1};
+        for (let k = 0; k < count; k += 1) transaction.objectStore("pictures").put({
+            id: `${k}`, created: k, index: 0, className: "old", model: "m", size: 128,
+            request: {...request, seed: k},
+            blob: new Blob([]),
+        });
+        transaction.oncomplete = () => { open.result.close(); done(); };
+    };
+})"""
+_COUNT = """() => new Promise((done) => {
+    const open = indexedDB.open("llamagen", 1);
+    open.onsuccess = () => {
+        const count = open.result.transaction("pictures").objectStore("pictures").count();
+        count.onsuccess = () => { open.result.close(); done(count.result); };
+    };
+})"""
 
 
 def test_the_gallery_survives_a_reload_and_what_was_deleted_does_not(open_page: OpenPage) -> None:
@@ -58,22 +80,7 @@ def test_the_gallery_has_a_limit_and_the_oldest_go_first(open_page: OpenPage) ->
     what goes.
     """
     page = open_page()
-    page.evaluate(
-        """() => new Promise((done) => {
-            const open = indexedDB.open("llamagen", 1);
-            open.onsuccess = () => {
-                const transaction = open.result.transaction("pictures", "readwrite");
-                const request = {class_label: 7, n: 1, cfg_scale: 2, cfg_interval: -1,
-                    temperature: 1, top_k: 0, top_p: 1};
-                for (let k = 0; k < 199; k += 1) transaction.objectStore("pictures").put({
-                    id: `${k}`, created: k, index: 0, className: "old", model: "m", size: 128,
-                    request: {...request, seed: k},
-                    blob: new Blob([]),
-                });
-                transaction.oncomplete = () => { open.result.close(); done(); };
-            };
-        })"""
-    )
+    page.evaluate(_FILL, 199)
     page.reload()
     expect(page.locator(".tile-open")).to_have_count(199)
     ask(page, "fox", 3, 7)
@@ -82,6 +89,30 @@ def test_the_gallery_has_a_limit_and_the_oldest_go_first(open_page: OpenPage) ->
     page.reload()
     expect(page.locator(".tile-open")).to_have_count(200)
     assert names(page)[-1] == "old, seed 2"
+
+
+def test_what_several_tabs_have_kept_beyond_the_limit_is_deleted(open_page: OpenPage) -> None:
+    """Fails if pictures that no tab shows fill the storage, and come back when others go."""
+    page = open_page()
+    page.evaluate(_FILL, 203)
+    page.reload()
+    expect(page.locator(".tile-open")).to_have_count(200)
+    assert eventually(lambda: page.evaluate(_COUNT) == 200)
+    assert names(page)[-1] == "old, seed 3"
+
+
+def test_while_pictures_are_selected_a_click_on_one_selects_it(open_page: OpenPage) -> None:
+    """Fails if whoever selects pictures has to hit the small box in their corner."""
+    page = open_page()
+    ask(page, "fox", 2, 7)
+    run_ends(page)
+    page.get_by_role("button", name="Select", exact=True).click()
+    for tile in page.locator(".tile-open").all():
+        tile.click()
+    expect(page.locator("#selection-count")).to_have_text("2 selected")
+    page.locator(".tile-open").first.click()
+    expect(page.locator("#selection-count")).to_have_text("1 selected")
+    expect(page.locator("#viewer")).to_be_hidden()
 
 
 def test_a_browser_without_storage_draws_all_the_same(open_page: OpenPage) -> None:

@@ -132,6 +132,36 @@ def test_presets_are_saved_chosen_and_deleted(open_page: OpenPage, behaviour: Be
     expect(other.locator("#preset option")).to_have_count(1)
 
 
+def test_a_preset_is_chosen_again_after_an_edit_of_what_it_does_not_name(
+    open_page: OpenPage,
+) -> None:
+    """Fails if the preset is still named, so that choosing it changes nothing."""
+    page = open_page()
+    fill(page, "bee", 4, None)
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_label("Name", exact=True).fill("bees")
+    page.keyboard.press("Enter")
+    for name, value, before in (("Seed", "9", ""), ("Guidance", "7", "4")):
+        expect(page.locator("#preset")).to_have_value("bees")
+        page.get_by_label(name, exact=True).fill(value)
+        expect(page.locator("#preset")).to_have_value("")
+        page.locator("#preset").select_option("bees")
+        expect(page.get_by_label(name, exact=True)).to_have_value(before)
+
+
+def test_presets_of_two_tabs_are_all_kept(open_page: OpenPage) -> None:
+    """Fails if the tab that saves last deletes what the other one has saved."""
+    page = open_page()
+    other = open_page(beside=page)
+    for tab, name in ((page, "one"), (other, "two")):
+        tab.get_by_role("button", name="Save", exact=True).click()
+        tab.get_by_label("Name", exact=True).fill(name)
+        tab.keyboard.press("Enter")
+        expect(tab.locator("#preset")).to_have_value(name)
+    page.reload()
+    assert page.locator("#preset option").all_inner_texts() == ["Choose", "one", "two"]
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
 def test_a_picture_of_the_program_gives_its_settings_back(

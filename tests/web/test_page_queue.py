@@ -152,6 +152,25 @@ def test_runs_that_are_not_finished_survive_a_reload(
     expect(page.locator(".run[data-state=drawing]")).to_have_count(0)
 
 
+def test_a_run_that_waits_although_it_was_begun_is_cancelled_at_the_server(
+    open_page: OpenPage, behaviour: Behaviour
+) -> None:
+    """Fails if a run that was taken out of the queue is still drawn, for nobody."""
+    behaviour.hold_at_row = 2
+    page = open_page()
+    for name in FIVE_MORE[:3]:
+        ask(page, name, 1)
+    expect(page.locator(".run[data-state=drawing]")).to_have_count(3)
+    behaviour.ready = False
+    page.reload()
+    expect(page.locator(".queue-line")).to_have_count(3)
+    page.get_by_role("button", name="Cancel owl").click()
+    assert eventually(lambda: behaviour.cancelled == ["job-2"])
+    page.get_by_role("button", name="Clear the queue").click()
+    assert eventually(lambda: sorted(behaviour.cancelled) == ["job-1", "job-2", "job-3"])
+    expect(page.locator("#queue")).to_be_hidden()
+
+
 def test_a_drawing_that_the_server_has_forgotten_is_drawn_again_from_its_seed(
     open_page: OpenPage, behaviour: Behaviour
 ) -> None:

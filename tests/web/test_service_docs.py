@@ -28,6 +28,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield service
 
 
+def test_the_largest_seed_is_exact(service: Service) -> None:
+    """Fails if the page, which reads its limits there, names another number than the server."""
+    text = service.client.get("/openapi.json").text
+    assert text.count(str(2**63 - 1)) == len(BODIES)
+    assert "e+18" not in text
+
+
 def test_the_description_says_which_operations_want_the_key(
     locked: Service, service: Service
 ) -> None:

@@ -45,8 +45,8 @@ with slow_imports(__name__):
 COMMAND = "autoregressive/sample/sample_c2i_ddp.py"
 PURPOSE = """\
 Draws many images for an evaluation such as FID, on one GPU or on many, and goes on where it was
-interrupted. With --deterministic image k depends on --global-seed and k alone, however many
-processes there are. Flags, file names and pixels are those of LlamaGen's bulk command.
+interrupted. On Hopper, or with --deterministic, image k depends on --global-seed and k alone,
+however many processes there are. Flags, file names and pixels are those of LlamaGen's bulk command.
 Under torchrun each process takes a GPU; alone, the command starts a process for each GPU."""
 _EXAMPLES = """\
 examples:

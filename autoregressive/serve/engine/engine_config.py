@@ -35,7 +35,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False  # no CUDA graphs
     attention_backend: str = "auto"
-    # Triton's kernels for any number of rows: codes do not depend on neighbours; a library's may
+    # Triton's kernels for any number of rows: codes do not depend on neighbours; a library's may.
+    # Hopper has kernels for any number.
     deterministic: bool = False
     # "fcfs": first come, first served; "fair": an equal share for each client that waits
     scheduling_policy: SchedulingPolicy = "fcfs"

@@ -262,7 +262,7 @@ class PlainLayers(Layers):
 
 
 class LibraryLayers(PlainLayers):
-    """Uses the products of cuBLAS, which are the fastest for many rows."""
+    """Uses the products of cuBLAS, which are faster for many rows than those of `PlainLayers`."""
 
     def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
         super()._allocate(empty, width, ffn)
@@ -298,13 +298,13 @@ class FusedLayers(Layers):
         assert self.operations.fused is not None
         self.products = products = self.operations.fused
         self.headroom = products.headroom
-        splits = products.linear_splits(3 * width, width)
+        splits = products.linear_splits(3 * width, width, self.rows)
         self.qkv = empty("qkv", (splits, self.rows, 3 * width), torch.float32)
         # Sums of the residual stream's squares, for a layer's attention and for its feed-forward
         # half.
-        blocks, ffn_blocks = (products.project_blocks(width, inputs) for inputs in (ffn, width))
-        self.squares = empty("squares", (blocks, self.rows), torch.float32)
-        self.ffn_squares = empty("ffn_squares", (ffn_blocks, self.rows), torch.float32)
+        squares = products.project_blocks(width), self.rows
+        self.squares = empty("squares", squares, torch.float32)
+        self.ffn_squares = empty("ffn_squares", squares, torch.float32)
 
     @override
     def layer(
@@ -376,9 +376,9 @@ class LayersFactory:
         """The class that carries out a step of so many rows. This is the one place where it is
         decided.
         """
-        if self.library and rows > MANY_ROWS:
-            return LibraryLayers
-        return PlainLayers if self.operations.fused is None else FusedLayers
+        if self.operations.fused is not None:
+            return FusedLayers
+        return LibraryLayers if self.library and rows > MANY_ROWS else PlainLayers
 
     def make(self, sequences: int, window: int, empty: Empty) -> Layers:
         """The layers for passes of one size, in memory that `empty` gives."""

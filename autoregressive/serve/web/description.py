@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
+from autoregressive.models.sampling_params import BOUNDS
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.schema import CodesRequest, ServedModel
 from autoregressive.serve.web.static_files import add_folder
@@ -22,7 +23,7 @@ _KEY = "HTTPBearer"
 def complete_description(
     app: FastAPI, model: ServedModel, wants_key: Callable[[str], bool]
 ) -> None:
-    """Adds the key and examples that work to the document, and removes the 422s.
+    """Adds the key, examples that work and exact limits to the document, and removes the 422s.
 
     FastAPI describes an invalid request as a 422; this service answers it with a 400.
 
@@ -46,9 +47,19 @@ def complete_description(
             schemas.pop(name, None)
         for name, found in examples(model).items():
             schemas[name]["examples"] = found
+            for field, kinds in schemas[name]["properties"].items():
+                for kind in kinds.get("anyOf", ()):
+                    _make_exact(kind, field)
         return document
 
     app.openapi = describe_completely  # type: ignore[method-assign]
+
+
+def _make_exact(kind: dict[str, Any], field: str) -> None:
+    """Makes the largest integer of a field one again: FastAPI's is a float, so 2**63 - 1 is cut."""
+    most = BOUNDS[field].most if field in BOUNDS else None
+    if kind.get("type") == "integer" and most is not None and kind.get("maximum") == float(most):
+        kind["maximum"] = most
 
 
 def examples(model: ServedModel) -> dict[str, list[dict[str, Any]]]:

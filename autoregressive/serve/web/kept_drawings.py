@@ -24,6 +24,7 @@ class KeptDrawing:
     served: ServedRequest
     body: StreamRequest
     read: bool = True  # somebody reads its events
+    told: bool = False  # its reader was told its id, without which nobody can follow or end it
     expiry: asyncio.TimerHandle | None = None
 
     @property
@@ -68,7 +69,8 @@ class KeptDrawings:
         nothing_left = served.ended is not None and not served.has_news
         held = sum(one.bytes for one in self._drawings.values() if not one.read)
         seconds = kept.body.keep_seconds or 0
-        if nothing_left or served.abandoned or held > _MOST_BYTES or seconds == 0:
+        wanted = seconds > 0 and kept.told
+        if nothing_left or served.abandoned or held > _MOST_BYTES or not wanted:
             self._end(kept)
         else:
             kept.expiry = asyncio.get_running_loop().call_later(seconds, self._end, kept)

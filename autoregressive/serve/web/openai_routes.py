@@ -236,9 +236,9 @@ def event_stream(
     """Server-sent events as an answer.
 
     Args:
-        on_end: what becomes of the request when its reader leaves; None: it ends.
         next_event: waits for what happens next, but not for longer than `KEEP_ALIVE_SECONDS`, and
             returns the bytes of its event. They are empty where there is nothing to tell.
+        on_end: what becomes of the request when its reader leaves; None: it ends.
     """
 
     async def until_the_reader_leaves() -> AsyncIterator[bytes]:
@@ -256,14 +256,32 @@ def event_stream(
             )
             context_of(request.scope).failed = True
             yield event_bytes("error", **internal_error().body)
-        finally:
-            (on_end or state.broker.abandon)(served)
 
-    return StreamingResponse(
+    return EventStream(
         until_the_reader_leaves(),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        partial(on_end or state.broker.abandon, served),
     )
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        on_end: called once the answer has ended, also if its reader left before the first event,
+            in which case nothing of `events` is run.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events, as ASGI wants it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
 
 
 def event_bytes(kind: str, picture: bytes | None = None, **fields: Any) -> bytes:

@@ -188,6 +188,7 @@ class PageEvents:
 
     def _queued(self, ahead: int) -> bytes:
         self.ahead, model, request = ahead, self.state.model, self.kept.served.request
+        self.kept.told = True
         return event_bytes(
             "queued",
             id=self.kept.drawing_id,

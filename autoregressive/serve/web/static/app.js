@@ -224,8 +224,8 @@ function enqueue(planned, focus = false) {
   const { strip } = run;
   if (focus) (strip?.cancel ?? run.line?.querySelector("button"))?.focus({ preventScroll: true });
   const node = strip?.node ?? byId("queue");
-  const { top, bottom } = node.getBoundingClientRect();
-  if (bottom < 0 || top > innerHeight - 100)
+  const { top } = node.getBoundingClientRect();
+  if (top < 0 || top > innerHeight - 100)
     node.scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
 }
 
@@ -292,7 +292,7 @@ const presets = new Presets({
   settings,
   use: (given) => {
     form.backToDefaults();
-    use({ n: 4, seed: "", ...given });
+    use(given);
   },
 });
 

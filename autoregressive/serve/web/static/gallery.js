@@ -50,7 +50,7 @@ export class Gallery {
       cancel: (strip) => strip.run.cancel(),
       sheet: (strip) => this.#saveSheet(strip),
       tile: {
-        open: (tile) => actions.open(tile),
+        open: (tile) => (this.#selecting ? tile.box.click() : actions.open(tile)),
         download: (tile) => save(tile.picture.blob, fileName(tile.picture)),
         remove: (tile) => this.remove([tile]),
         select: (tile) => this.#select(tile),
@@ -76,7 +76,9 @@ export class Gallery {
       const stored = (await this.#store.open()).map(upToDate);
       stored.sort((a, b) => b.created - a.created || a.order - b.order || (a.id < b.id ? -1 : 1));
       const known = new Set(this.tiles.map(({ picture }) => picture.id));
-      for (const picture of stored.slice(0, this.#store.limit))
+      const beyond = stored.splice(this.#store.limit); // of several tabs
+      if (beyond.length) this.#write(this.#store.delete(beyond.map(({ id }) => id)), () => {});
+      for (const picture of stored)
         if (!known.has(picture.id)) this.#insert(picture);
       const names = new Set(stored.map(({ id }) => id));
       for (const { picture } of this.tiles) if (!names.has(picture.id)) this.#keep(picture);
@@ -241,7 +243,10 @@ export class Gallery {
   async #saveSheet({ plan, tiles }) {
     const pictures = tiles.map(({ picture }) => picture);
     const title = `${plan.name} · ${plan.facts}`;
-    const name = fileName(pictures[0]).replace(/\.\w+$/, plan.columns ? "_grid.png" : "_all.png");
+    const [cut, end] = plan.columns
+      ? [/_seed-.*/, "_grid.png"]
+      : [/(_\d+-of-\d+)?\.\w+$/, "_all.png"];
+    const name = fileName(pictures[0]).replace(cut, end);
     const sheet = await composeSheet(pictures, plan.columns, title);
     const records = await Promise.all(pictures.map(({ blob }) => recordOf(blob)));
     save(records.every(Boolean) ? await withRecord(sheet, joined(records)) : sheet, name);

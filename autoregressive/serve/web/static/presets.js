@@ -4,9 +4,10 @@ import { announce, byId, element, onClick } from "./dom.js";
 import { browser } from "./storage.js";
 
 const NAME = "presets";
+const UNSAID = { n: "4", seed: "" }; // what is filled in where a preset does not say it
 
 export class Presets {
-  #presets = browser.read(NAME, {});
+  #presets = this.#stored;
 
   /** @param {{settings: () => Object, use: (settings: Object) => void}} actions */
   constructor(actions) {
@@ -27,31 +28,40 @@ export class Presets {
     this.#show("");
   }
 
+  /** With those that another tab has saved meanwhile. */
+  get #stored() {
+    return browser.read(NAME, {});
+  }
+
+  #keep(presets) {
+    this.#presets = presets;
+    browser.set(NAME, JSON.stringify(presets));
+  }
+
   #use(name) {
-    if (name in this.#presets) this.actions.use(this.#presets[name]);
+    if (name in this.#presets) this.actions.use({ ...UNSAID, ...this.#presets[name] });
     this.#show(name);
   }
 
   /** Names no preset any more once the settings are others: it can be chosen again. */
   compare() {
-    const settings = this.actions.settings();
-    const preset = Object.entries(this.#presets[byId("preset").value] ?? {});
-    if (preset.some(([name, value]) => settings[name] !== value)) this.#show("");
+    if (!byId("preset").value) return;
+    const settings = { ...UNSAID, ...this.actions.settings() };
+    const preset = { ...UNSAID, ...this.#presets[byId("preset").value] };
+    const names = Object.keys({ ...settings, ...preset });
+    if (names.some((name) => settings[name] !== preset[name])) this.#show("");
   }
 
   #save(name) {
-    this.#presets = { ...this.#presets, [name]: this.actions.settings() };
-    browser.set(NAME, JSON.stringify(this.#presets));
+    this.#keep({ ...this.#stored, [name]: this.actions.settings() });
     byId("preset-dialog").close();
     this.#show(name);
     announce(`Saved as ${name}`);
   }
 
   #delete(name) {
-    const { [name]: gone, ...others } = this.#presets;
-    if (!gone) return;
-    this.#presets = others;
-    browser.set(NAME, JSON.stringify(this.#presets));
+    const { [name]: gone, ...others } = this.#stored;
+    this.#keep(others);
     this.#show("");
     byId("preset").focus();
     announce(`${name} is deleted`);

@@ -52,12 +52,15 @@ export class Queue {
     if (this.#waiting.includes(run)) {
       this.#waiting = this.#waiting.filter((other) => other !== run);
       this.#pump();
-    } else run.cancel();
+    }
+    run.cancel(); // the server may be drawing a run that waits here
   }
 
   clear() {
+    const dropped = this.#waiting;
     this.#waiting = [];
     this.#pump();
+    for (const run of dropped) run.cancel();
   }
 
   #pump() {

@@ -164,7 +164,9 @@ export class Run {
     const percent = Math.floor(share * 100);
     const row = Math.floor((share * pictures - whole) * (grid / Math.max(1, pictures - whole)));
     const seconds = this.#left.reduce((most, one) => Math.max(most, one ?? 0), -1);
-    const time = this.plan.cells.length === 1 && seconds >= 0 ? left(seconds) : "";
+    // What the first tokens took says little.
+    const guessed = this.plan.cells.length === 1 && share * grid >= 1 && seconds >= 0;
+    const time = guessed ? left(seconds) : "";
     const apart = whole || this.plan.cells.length > 1; // not all at one row
     const rows = apart
       ? `${whole} of ${pictures} complete`
@@ -203,12 +205,12 @@ export class Run {
   }
 
   cancel() {
-    if (this.#cancelled || !this.strip?.active) return;
-    this.#cancelled = true;
     for (const cell of this.plan.cells) {
       if (cell.job) cancelJob(cell.job);
       delete cell.job;
     }
+    if (this.#cancelled || !this.strip?.active) return;
+    this.#cancelled = true;
     this.#controller.abort();
   }
 
