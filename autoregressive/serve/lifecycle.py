@@ -179,13 +179,15 @@ async def _answer(
     listener: socket.socket,
 ) -> None:
     """Answers HTTP in this process until the end is due."""
-    app, encoders = build_service_app(settings, model, dispatcher, address_of(listener, settings))
+    service = build_service_app(settings, model, dispatcher, address_of(listener, settings))
     connections = Connections(settings.max_connections, settings.max_buffered_bytes)
     dispatcher.metrics.connection_stats = lambda: connections.stats
-    server = Server(app, settings.timeouts.shutdown, connections, policy.due, settings.certificate)
+    server = Server(
+        service.app, settings.timeouts.shutdown, connections, policy.due, settings.certificate
+    )
     policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
     try:
         await server.serve(sockets=[listener])
     finally:
-        encoders.shutdown(wait=False, cancel_futures=True)
+        service.close()

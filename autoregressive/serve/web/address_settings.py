@@ -9,7 +9,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from autoregressive.errors import SettingName, UserError
+from autoregressive.errors import SettingName, UserError, missing_extra
 
 _MOST_SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 _ROOT_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
@@ -148,8 +148,8 @@ def check_proxies(said: str | None) -> None:
     )
 
 
-def check_public_url(url: str | None) -> None:
-    """Checks the URL that clients use.
+def check_url(setting: str, url: str | None, example: str) -> None:
+    """Checks a URL of HTTP.
 
     Raises:
         UserError: it is none.
@@ -158,16 +158,32 @@ def check_public_url(url: str | None) -> None:
         return
     require(
         url.startswith(("http://", "https://")) and is_header_text(url) and " " not in url,
-        "public_url",
+        setting,
         url,
         "must begin with http:// or https://, and be ASCII without spaces",
     )
     require(
-        parses(urlsplit, url) and urlsplit(url).hostname,
-        "public_url",
+        parses(lambda text: urlsplit(text).port, url) and urlsplit(url).hostname,
+        setting,
         url,
-        "names no host; such as https://pictures.example.org",
+        f"names no host, or no right port; such as {example}",
     )
+
+
+def check_traces_endpoint(url: str | None) -> None:
+    """Checks the URL that traces are sent to, and whether the packages that send them are there.
+
+    Raises:
+        UserError: it is no URL, or a package is missing.
+    """
+    check_url("otlp_traces_endpoint", url, "http://127.0.0.1:4318/v1/traces")
+    if url is None:
+        return
+    try:
+        import autoregressive.serve.web.traces  # noqa: F401 -- whether it can be
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        raise UserError(SettingName("otlp_traces_endpoint"), ": ", *missing.parts) from error
 
 
 def check_store_has_urls(url: str | None, host: str, socket_path: Path | None) -> None:

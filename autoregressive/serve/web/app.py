@@ -5,10 +5,11 @@ guards around them, and the start of its engines.
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
@@ -25,7 +26,7 @@ from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog
+from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog, Trace
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.schema import (
@@ -42,6 +43,9 @@ from autoregressive.serve.web.static_files import add_file, add_folder, has_alre
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
+
+if TYPE_CHECKING:  # it needs packages of an extra
+    from autoregressive.serve.web.traces import RequestTraces
 
 _YEAR_SECONDS = 365 * 24 * 3600
 _MOST_ENCODERS = 8  # threads that make pictures' files
@@ -127,6 +131,21 @@ def start_dispatcher(
     return dispatcher
 
 
+@dataclass(frozen=True)
+class ServiceApp:
+    """The application of one process, with the threads that work for it."""
+
+    app: ASGIApp
+    encoders: ThreadPoolExecutor  # that make its images' files
+    traces: "RequestTraces | None"
+
+    def close(self) -> None:
+        """Ends the threads. Spans that wait are sent, for a second at most."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            self.traces.close()
+
+
 def build_service_app(
     settings: ServerSettings,
     model: ServedModel,
@@ -134,8 +153,8 @@ def build_service_app(
     address: str,
     index: int = 0,
     count: int = 1,
-) -> tuple[ASGIApp, ThreadPoolExecutor]:
-    """The application, and the threads that make its pictures' files.
+) -> ServiceApp:
+    """The application of this process.
 
     Args:
         address: where clients reach it, if `settings` do not say.
@@ -154,6 +173,11 @@ def build_service_app(
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
+    traces = None
+    if settings.traces_endpoint is not None:
+        from autoregressive.serve.web.traces import RequestTraces
+
+        traces = RequestTraces(settings.traces_endpoint, model.name)
     app = build_app(
         AppState(
             model,
@@ -169,12 +193,13 @@ def build_service_app(
         public_host=settings.public_host,
         allowed_origins=settings.allowed_origins,
         quiet_paths=settings.quiet_paths,
+        trace=None if traces is None else traces.record,
     )
     if settings.root_path:
         app = BelowPrefix(app, settings.root_path)
     if settings.forwarded_allow_ips is not None:
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
-    return app, encoders
+    return ServiceApp(app, encoders, traces)
 
 
 def build_app(
@@ -186,6 +211,7 @@ def build_app(
     public_host: str | None = None,
     allowed_origins: Sequence[str] = (),
     quiet_paths: Container[str] = (),
+    trace: Trace | None = None,
 ) -> ASGIApp:
     """The whole service.
 
@@ -197,7 +223,7 @@ def build_app(
             localhost or `public_host`.
         public_host: the name that clients use, where it is not this machine's own.
         allowed_origins: sites whose pages may use the service.
-        quiet_paths: as of `RequestLog`.
+        quiet_paths, trace: as of `RequestLog`.
     """
     open_paths = (*_OPEN_PATHS, *(_DOCS_PATHS if docs else ()))
 
@@ -221,7 +247,7 @@ def build_app(
     guarded: ASGIApp = Guards(app, check_signed, state.turns)
     if allowed_origins:  # around the guards: a browser's first question has no key
         guarded = CORSMiddleware(guarded, allowed_origins, **_CROSS_ORIGIN)
-    logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths)
+    logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths, trace)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)

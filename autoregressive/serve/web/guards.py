@@ -9,7 +9,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -41,6 +41,7 @@ _NOT_SUPPORTED = {
     for name in ("edits", "variations")
 }
 _log = logging.getLogger(REQUESTS)
+Trace = Callable[[Scope, Mapping[str, Any]], None]
 
 
 class BelowPrefix:
@@ -206,6 +207,7 @@ class RequestLog:
         count: called with the outcome of every request of the routes that draw.
         secrets: never written, wherever a client puts them.
         quiet_paths: have a line at INFO only after an error.
+        trace: called with every answered request of the routes that draw, and with its line.
     """
 
     def __init__(
@@ -214,8 +216,9 @@ class RequestLog:
         count: Callable[[str], None],
         secrets: Sequence[str],
         quiet_paths: Container[str] = (),
+        trace: Trace | None = None,
     ) -> None:
-        self._app, self._count, self._quiet_paths = app, count, quiet_paths
+        self._app, self._count, self._quiet_paths, self._trace = app, count, quiet_paths, trace
         self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -299,6 +302,8 @@ class RequestLog:
             outcome = _outcome(status, served)
             line["outcome"] = "failed" if broken and status != 499 else outcome
             self._count(line["outcome"])
+            if self._trace is not None:
+                self._trace(scope, line)
         level = logging.ERROR if failure is not None else logging.INFO
         if context.counted or (status < 400 and scope["path"] in self._quiet_paths):
             level = logging.DEBUG

@@ -190,6 +190,11 @@ SERVICE_FLAGS = {
         "/metrics",
         several=True,
     ),
+    "otlp_traces_endpoint": ServerFlag(
+        "URL",
+        "send spans of requests there, over HTTP, such as http://127.0.0.1:4318/v1/traces; needs "
+        "the extra [otlp] (default: none)",
+    ),
     "config": ServerFlag("FILE.yaml", "flags by name, without the dashes in front", type=Path),
 }
 SERVICE_SWITCHES = {

@@ -19,9 +19,10 @@ from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.address_settings import (
     check_host_name,
     check_proxies,
-    check_public_url,
     check_socket_path,
     check_store_has_urls,
+    check_traces_endpoint,
+    check_url,
     checked_certificate,
     checked_origins,
     checked_root_path,
@@ -72,6 +73,7 @@ class ServerSettings:
     docs: bool
     tolerance: Tolerance
     log_level: str
+    traces_endpoint: str | None  # the whole URL of a collector; None: nothing is traced
     quiet_paths: frozenset[str]  # whose requests have a line in the log only after an error
 
     def base_url(self, address: str) -> str:
@@ -107,7 +109,8 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     check_proxies(said["forwarded_allow_ips"])
     if engines > 1:
         _check_gpus(model, engines)
-    check_public_url(said["public_url"])
+    check_url("public_url", said["public_url"], "https://pictures.example.org")
+    check_traces_endpoint(said["otlp_traces_endpoint"])
     if folder is not None:
         # `StoreClaim` looks whether it can write
         why = f"there is no folder {folder}; make it first, or choose another"
@@ -159,6 +162,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
             response_format=said["default_response_format"],
         ),
         log_level=said["log_level"],
+        traces_endpoint=said["otlp_traces_endpoint"],
         quiet_paths=_checked_paths(said["disable_access_log_for"] or []),
     )
 
