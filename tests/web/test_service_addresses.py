@@ -57,8 +57,9 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
         assert below.client.get(root + path).json()["data"][0]["id"] == "fake"
     for path in ("/of/imagesv1/models", "/of/images/of/images/v1/models", "/of/v1/models"):
         assert below.client.get(root + path).status_code == 404
-    answer = below.client.get(f"{root}/of/images")
-    assert (answer.status_code, answer.headers["location"]) == (308, "/of/images/")
+    for query in ("", "?class=owl&seed=11&guidance=3"):
+        answer = below.client.get(f"{root}/of/images{query}")
+        assert (answer.status_code, answer.headers["location"]) == (308, f"/of/images/{query}")
 
 
 def test_stored_images_are_below_the_prefix(below: Service) -> None:

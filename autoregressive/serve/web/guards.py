@@ -62,7 +62,9 @@ class BelowPrefix:
         """Passes on one request."""
         if scope["type"] == "http":
             if scope["path"] == self._prefix:
-                await RedirectResponse(f"{self._prefix}/", 308)(scope, receive, send)
+                query = scope["query_string"].decode("latin-1")  # the page's settings
+                page = f"{self._prefix}/{query and '?'}{query}"
+                await RedirectResponse(page, 308)(scope, receive, send)
                 return
             if scope["raw_path"].startswith(self._raw_prefix + b"/"):
                 raw_path = scope["raw_path"].removeprefix(self._raw_prefix)
