@@ -11,12 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urljoin, urlsplit
 
 import httpx2
 import pytest
 from certificates import make_certificate, trust_in
 from fake_service import Service, running_service
+
+if TYPE_CHECKING:
+    from page_stand_in import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 _AROUND = """\
@@ -131,3 +135,31 @@ def test_events_arrive_as_they_are_sent(proxied: Proxied) -> None:
     proxied.service.faults.clear("step_seconds")
     assert arrived["done"] - arrived["queued"] > 0.5  # 64 tokens at 20 ms
     assert arrived["queued"] < arrived["progress"] < arrived["done"]
+
+
+@pytest.mark.parametrize("name", ["chromium", "firefox"])
+def test_the_page_draws_below_the_prefix(proxied: Proxied, name: str) -> None:
+    """Fails if the page asks beside the prefix, loses the settings of its address there, or cannot
+    follow or cancel what it has begun.
+    """
+    pytest.importorskip("playwright.sync_api", reason="needs Playwright to drive a browser")
+    from page_browser import opened_pages, run_ends, started_browser
+
+    proxied.service.faults.set("step_seconds", "0.05")  # 64 of them
+    with (
+        started_browser(name) as browser,
+        opened_pages(browser, cast("StandIn", proxied)) as open_page,
+    ):
+        page = open_page(query="?class=dog&seed=11&pictures=1", ignore_https_errors=True)
+        assert page.url.startswith(f"{proxied.url}/?class=dog")
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".run[data-state=drawing]").wait_for()
+        page.reload()  # which follows the drawing by its id
+        run_ends(page)
+        assert page.locator(".tile-open").count() == 1
+        proxied.service.faults.set("step_seconds", "0.2")
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".run[data-state=drawing]").wait_for()
+        page.get_by_role("button", name="Cancel: dog").click()
+        proxied.service.wait_for(proxied.service.is_empty, 6)
+    proxied.service.faults.clear("step_seconds")
