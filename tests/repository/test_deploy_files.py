@@ -96,6 +96,26 @@ def test_the_metrics_of_the_dashboard_and_the_alerts_exist() -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 8
 
 
+def test_the_guide_is_fifteen_commands_with_files_that_exist() -> None:
+    """Fails if a new operator needs more commands than that, one is no shell, or one names a file
+    that was moved.
+    """
+    guide = (ROOT / "docs/deploy.md").read_text()
+    block = guide.split("```sh\n")[1].split("```")[0]
+    commands = block.replace("\\\n", "").splitlines()
+    assert 10 <= len(commands) <= 15
+    for command in commands:
+        checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+    named = set(re.findall(r"\bdeploy/[\w./-]+", guide))
+    assert len(named) >= 8
+    assert [path for path in named if not (ROOT / path.rstrip(".")).exists()] == []
+    settings = (DEPLOY / "systemd/llamagen.env").read_text()
+    for place in ("=KEY\n", "SIGNING\n", "//SITE/"):
+        assert settings.count(place) == 1
+    assert f"{len(commands)} commands" in guide
+
+
 def test_supervisors_give_the_service_its_time() -> None:
     """Fails if a supervisor kills requests that the service lets finish."""
     needed = 2 * 60 + 10  # `--shutdown-timeout` for requests and for readers, and a little more
