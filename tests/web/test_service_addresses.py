@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 import pytest
 from certificates import make_certificate, trust_in
-from fake_service import Service, running_service
+from fake_service import KEY, Service, running_service
 
 SITE = "https://app.example.org"
 
@@ -60,6 +60,16 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
     for query in ("", "?class=owl&seed=11&guidance=3"):
         answer = below.client.get(f"{root}/of/images{query}")
         assert (answer.status_code, answer.headers["location"]) == (308, f"/of/images/{query}")
+        assert below.logged(answer.headers["x-request-id"])["path"] == "/of/images"
+
+
+def test_a_prefix_opens_no_route(tmp_path: Path) -> None:
+    """Fails if a prefix that is also a route of the service lets everybody use that route."""
+    environment = {"LLAMAGEN_API_KEY": KEY}
+    with running_service(tmp_path, "--root-path", "/metrics", environment=environment) as service:
+        root = f"http://localhost:{urlsplit(service.url).port}"
+        assert service.client.get(f"{root}/metrics").headers["location"] == "/metrics/"
+        assert not service.client.get(f"{root}/metrics/metrics").is_success
 
 
 def test_stored_images_are_below_the_prefix(below: Service) -> None:

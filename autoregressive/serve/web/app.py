@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -192,11 +192,10 @@ def build_service_app(
         api_keys=settings.api_keys,
         public_host=settings.public_host,
         allowed_origins=settings.allowed_origins,
+        root_path=settings.root_path,
         quiet_paths=settings.quiet_paths,
         trace=None if traces is None else traces.record,
     )
-    if settings.root_path:
-        app = BelowPrefix(app, settings.root_path)
     if settings.forwarded_allow_ips is not None:
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
     return ServiceApp(app, encoders, traces)
@@ -210,6 +209,7 @@ def build_app(
     api_keys: Sequence[str],
     public_host: str | None = None,
     allowed_origins: Sequence[str] = (),
+    root_path: str = "",
     quiet_paths: Container[str] = (),
     trace: Trace | None = None,
 ) -> ASGIApp:
@@ -223,15 +223,17 @@ def build_app(
             localhost or `public_host`.
         public_host: the name that clients use, where it is not this machine's own.
         allowed_origins: sites whose pages may use the service.
+        root_path: what the service is below, without a slash at the end.
         quiet_paths, trace: as of `RequestLog`.
     """
-    open_paths = (*_OPEN_PATHS, *(_DOCS_PATHS if docs else ()))
+    docs_paths = _DOCS_PATHS if docs else ()
+    open_paths = (*_OPEN_PATHS, *docs_paths, *([root_path] if root_path else ()))
 
     def is_open(path: str) -> bool:
         folders = tuple(one for one in open_paths if one.endswith("/") and one != "/")
         return path in open_paths or path.startswith(folders)
 
-    app = build_routes(state, version=version, docs=docs)
+    app = build_routes(state, version=version, docs=docs, root_path=root_path)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
     # A key keeps other sites out, so any host will do.
     check_access = (
@@ -252,10 +254,10 @@ def build_app(
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await (logged if scope["type"] == "http" else app)(scope, receive, send)
 
-    return answer
+    return BelowPrefix(answer, root_path) if root_path else answer
 
 
-def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
+def build_routes(state: AppState, *, version: str, docs: bool, root_path: str = "") -> FastAPI:
     """The routes, without the guards around them; arguments as of `build_app`."""
     app = FastAPI(
         title="LlamaGen",
@@ -274,6 +276,8 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
         ),
     )
     app.router.route_class = StrictRoute
+    if root_path:  # before any other route of that path, because no key is needed for it
+        _add_way_to_page(app, root_path)
     app.state.adapt = partial(state.tolerance.adapt, model=state.model)
     add_openai_routes(app, state)
     add_page_routes(app, state)
@@ -286,6 +290,18 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     if docs:
         add_docs(app, _PAGE_HEADERS)
     return app
+
+
+def _add_way_to_page(app: FastAPI, root_path: str) -> None:
+    """Leads from the prefix without its slash to the page, whose links would lead out of the prefix
+    there.
+    """
+
+    async def lead_to_page(request: Request) -> Response:
+        settings = request.url.query  # of the page
+        return RedirectResponse(f"{root_path}/{settings and '?'}{settings}", 308)
+
+    app.add_route(root_path, lead_to_page, methods=["GET"], include_in_schema=False)
 
 
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
-from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
@@ -48,28 +47,19 @@ class BelowPrefix:
     """Removes a prefix from paths. So a proxy may pass on a request's path as it is, or without
     the prefix, and what is behind this sees no prefix.
 
-    The prefix alone is no folder, so links of the page there would lead out of it: it leads to the
-    page.
-
     Args:
         prefix: begins with a slash, and ends without one.
     """
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        self._app, self._prefix, self._raw_prefix = app, prefix, prefix.encode()
+        self._app, self._prefix = app, prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on one request."""
-        if scope["type"] == "http":
-            if scope["path"] == self._prefix:
-                query = scope["query_string"].decode("latin-1")  # the page's settings
-                page = f"{self._prefix}/{query and '?'}{query}"
-                await RedirectResponse(page, 308)(scope, receive, send)
-                return
-            if scope["raw_path"].startswith(self._raw_prefix + b"/"):
-                raw_path = scope["raw_path"].removeprefix(self._raw_prefix)
-                path = scope["path"].removeprefix(self._prefix)
-                scope = {**scope, "path": path, "raw_path": raw_path}
+        if scope["type"] == "http" and scope["raw_path"].startswith(f"{self._prefix}/".encode()):
+            raw_path = scope["raw_path"].removeprefix(self._prefix.encode())
+            path = scope["path"].removeprefix(self._prefix)
+            scope = {**scope, "path": path, "raw_path": raw_path}
         await self._app(scope, receive, send)
 
 
