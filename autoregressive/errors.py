@@ -100,6 +100,7 @@ _EXTRAS = {
     "pydantic": "serve",
     "prometheus_client": "serve",
     "yaml": "serve",
+    "opentelemetry": "otlp",  # beside its API, which [serve] brings
     "ray": "ray",
     "torch_fidelity": "eval",
 }
@@ -111,7 +112,7 @@ def missing_extra(error: ModuleNotFoundError) -> UserError:
     if package not in _EXTRAS:
         raise error
     return UserError(
-        f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
+        f"{error.name} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
     )
 
 

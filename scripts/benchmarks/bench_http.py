@@ -82,7 +82,7 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
         now = time.monotonic()
         while running and running[0][0] <= now:
             _, request_id = heapq.heappop(running)
-            outbox.put(Image(request_id, 0, now, 0.0, noise))
+            outbox.put(Image(request_id, 0, now, now, 0.0, noise))
             outbox.put(Ended(request_id, "finished", now))
         while waiting and len(running) < places:
             request_id = waiting.popleft()
