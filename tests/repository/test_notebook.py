@@ -33,7 +33,7 @@ def run(folder: Path, code: str, **environment: str) -> subprocess.CompletedProc
         env=variables,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,  # on a busy machine
     )
 
 
