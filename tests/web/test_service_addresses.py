@@ -63,13 +63,16 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
         assert below.logged(answer.headers["x-request-id"])["path"] == "/of/images"
 
 
-def test_a_prefix_opens_no_route(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["/metrics", "/v1/codes"])
+def test_a_prefix_opens_no_route(tmp_path: Path, prefix: str) -> None:
     """Fails if a prefix that is also a route of the service lets everybody use that route."""
     environment = {"LLAMAGEN_API_KEY": KEY}
-    with running_service(tmp_path, "--root-path", "/metrics", environment=environment) as service:
+    with running_service(tmp_path, "--root-path", prefix, environment=environment) as service:
         root = f"http://localhost:{urlsplit(service.url).port}"
-        assert service.client.get(f"{root}/metrics").headers["location"] == "/metrics/"
-        assert not service.client.get(f"{root}/metrics/metrics").is_success
+        for method in ("DELETE", "GET", "POST"):
+            answer = service.client.request(method, root + prefix, json={"prompt": "cat"})
+            assert answer.headers["location"] == f"{prefix}/"
+        assert not service.client.get(f"{root}{prefix}{prefix}").is_success
 
 
 def test_stored_images_are_below_the_prefix(below: Service) -> None:

@@ -301,7 +301,9 @@ def _add_way_to_page(app: FastAPI, root_path: str) -> None:
         settings = request.url.query  # of the page
         return RedirectResponse(f"{root_path}/{settings and '?'}{settings}", 308)
 
-    app.add_route(root_path, lead_to_page, methods=["GET"], include_in_schema=False)
+    # all methods of the routes, or a route of the same path would take the others without a key
+    methods = ["DELETE", "GET", "POST"]
+    app.add_route(root_path, lead_to_page, methods=methods, include_in_schema=False)
 
 
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
