@@ -8,6 +8,8 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -55,6 +57,9 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
     assert below.url.endswith("/of/images")
     for path in ("/of/images/v1/models", "/v1/models"):
         assert below.client.get(root + path).json()["data"][0]["id"] == "fake"
+        with closing(HTTPConnection("localhost", urlsplit(root).port or 0)) as connection:
+            connection.request("GET", root + path)  # a whole URL in the request's line
+            assert connection.getresponse().status == 200
     for path in ("/of/imagesv1/models", "/of/images/of/images/v1/models", "/of/v1/models"):
         assert below.client.get(root + path).status_code == 404
     for query in ("", "?class=owl&seed=11&guidance=3"):
