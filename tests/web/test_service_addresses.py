@@ -315,6 +315,7 @@ REFUSED = {
     "--ssl-certfile=/no/such.pem": "--ssl-certfile /no/such.pem: there is no such file",
     "--ssl-keyfile=/no/such.pem": "--ssl-keyfile goes with --ssl-certfile",
     "--disable-access-log-for=health": "--disable-access-log-for health: must be a path",
+    "--disable-access-log-for=/health,/metrics": "spaces separate several",
 }
 
 

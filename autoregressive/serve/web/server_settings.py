@@ -191,10 +191,10 @@ def _checked_names(said: Sequence[str]) -> tuple[str, ...]:
 def _checked_paths(said: Sequence[str]) -> frozenset[str]:
     for path in said:
         require(
-            path.startswith("/") and is_header_text(path),
+            path.startswith("/") and is_header_text(path) and "," not in path,
             "disable_access_log_for",
             path,
-            "must be a path of the service, such as /health",
+            "must be a path of the service, such as /health; spaces separate several",
         )
     return frozenset(said)
 
