@@ -173,6 +173,21 @@ def check_url(setting: str, url: str | None, example: str) -> None:
     )
 
 
+def check_public_url(url: str | None) -> None:
+    """Checks what the URLs of stored images begin with.
+
+    Raises:
+        UserError: it is no URL, or a path behind it would not be one.
+    """
+    check_url("public_url", url, "https://pictures.example.org")
+    require(
+        url is None or not {"?", "#"} & set(url),
+        "public_url",
+        url,
+        "must have no ? and no #, because paths follow it",
+    )
+
+
 def check_traces_endpoint(url: str | None) -> None:
     """Checks the URL that traces are sent to, and whether the packages that send them are there.
 
