@@ -18,6 +18,9 @@ import pytest
 from certificates import make_certificate, trust_in
 from fake_service import KEY, Service, running_service
 
+from autoregressive.errors import UserError
+from autoregressive.serve.web.listeners import listen
+
 SITE = "https://app.example.org"
 
 
@@ -119,6 +122,20 @@ def test_a_unix_socket(tmp_path: Path, servers: str) -> None:
         assert service.client.get("/health").status_code == 200
         assert service.terminate() == 0
     assert not path.exists()
+
+
+def test_a_socket_whose_service_hangs_is_in_use(tmp_path: Path) -> None:
+    """Fails if a second service waits at the path of one that accepts nothing any more."""
+    from test_service_settings import settings
+
+    path = tmp_path / "service.sock"
+    with socket.socket(socket.AF_UNIX) as hanging, socket.socket(socket.AF_UNIX) as waiting:
+        hanging.bind(str(path))
+        hanging.listen(0)
+        waiting.connect(str(path))  # has the only place
+        with pytest.raises(UserError, match="already in use"), listen(settings("--uds", str(path))):
+            pass
+    assert path.is_socket()
 
 
 def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
