@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import yaml
 from test_imports import ROOT
 
+from autoregressive.cli.flags import model_options
 from autoregressive.serve.web.metrics import Metrics
 from autoregressive.serve.web.server_flags import build_server_parser, read_arguments
+from autoregressive.weights.finding import find_weights, resolve_model
 
 DEPLOY = ROOT / "deploy"
 CHECKS = {
@@ -81,6 +84,23 @@ def test_the_flags_of_the_files_exist() -> None:
     named = {name for file in files for name in re.findall(r"LLAMAGEN_[A-Z_]+", file.read_text())}
     assert named
     assert named <= known
+
+
+def test_the_containers_find_the_weights_of_their_model() -> None:
+    """Fails if the service of the compose file ends at once, because the folder that is mounted
+    unless another one is named has no weights of the model that is served unless another one is
+    named.
+    """
+    compose = documents("compose.yaml")[0]["services"]["llamagen"]
+    mounted = re.match(r"\$\{WEIGHTS:-(.+)\}:(/weights):ro$", compose["volumes"][0])
+    model = re.match(r"\$\{GPT_MODEL:-(.+)\}$", compose["environment"]["LLAMAGEN_GPT_MODEL"])
+    assert mounted is not None
+    assert model is not None
+    command = [
+        str(DEPLOY / mounted[1]) if part == mounted[2] else part for part in compose["command"]
+    ]
+    options = model_options(read_arguments(command, {"LLAMAGEN_GPT_MODEL": model[1]}))
+    assert find_weights(resolve_model(replace(options, device="cpu"))).trained
 
 
 def test_the_metrics_of_the_dashboard_and_the_alerts_exist() -> None:

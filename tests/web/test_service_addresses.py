@@ -8,6 +8,8 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -15,6 +17,9 @@ import httpx2
 import pytest
 from certificates import make_certificate, trust_in
 from fake_service import KEY, Service, running_service
+
+from autoregressive.errors import UserError
+from autoregressive.serve.web.listeners import listen
 
 SITE = "https://app.example.org"
 
@@ -55,6 +60,9 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
     assert below.url.endswith("/of/images")
     for path in ("/of/images/v1/models", "/v1/models"):
         assert below.client.get(root + path).json()["data"][0]["id"] == "fake"
+        with closing(HTTPConnection("localhost", urlsplit(root).port or 0)) as connection:
+            connection.request("GET", root + path)  # a whole URL in the request's line
+            assert connection.getresponse().status == 200
     for path in ("/of/imagesv1/models", "/of/images/of/images/v1/models", "/of/v1/models"):
         assert below.client.get(root + path).status_code == 404
     for query in ("", "?class=owl&seed=11&guidance=3"):
@@ -63,13 +71,16 @@ def test_the_prefix_may_be_removed_on_the_way_or_not(below: Service) -> None:
         assert below.logged(answer.headers["x-request-id"])["path"] == "/of/images"
 
 
-def test_a_prefix_opens_no_route(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["/metrics", "/v1/codes"])
+def test_a_prefix_opens_no_route(tmp_path: Path, prefix: str) -> None:
     """Fails if a prefix that is also a route of the service lets everybody use that route."""
     environment = {"LLAMAGEN_API_KEY": KEY}
-    with running_service(tmp_path, "--root-path", "/metrics", environment=environment) as service:
+    with running_service(tmp_path, "--root-path", prefix, environment=environment) as service:
         root = f"http://localhost:{urlsplit(service.url).port}"
-        assert service.client.get(f"{root}/metrics").headers["location"] == "/metrics/"
-        assert not service.client.get(f"{root}/metrics/metrics").is_success
+        for method in ("DELETE", "GET", "POST"):
+            answer = service.client.request(method, root + prefix, json={"prompt": "cat"})
+            assert answer.headers["location"] == f"{prefix}/"
+        assert not service.client.get(f"{root}{prefix}{prefix}").is_success
 
 
 def test_stored_images_are_below_the_prefix(below: Service) -> None:
@@ -111,6 +122,20 @@ def test_a_unix_socket(tmp_path: Path, servers: str) -> None:
         assert service.client.get("/health").status_code == 200
         assert service.terminate() == 0
     assert not path.exists()
+
+
+def test_a_socket_whose_service_hangs_is_in_use(tmp_path: Path) -> None:
+    """Fails if a second service waits at the path of one that accepts nothing any more."""
+    from test_service_settings import settings
+
+    path = tmp_path / "service.sock"
+    with socket.socket(socket.AF_UNIX) as hanging, socket.socket(socket.AF_UNIX) as waiting:
+        hanging.bind(str(path))
+        hanging.listen(0)
+        waiting.connect(str(path))  # has the only place
+        with pytest.raises(UserError, match="already in use"), listen(settings("--uds", str(path))):
+            pass
+    assert path.is_socket()
 
 
 def test_a_file_that_is_no_socket_stays(tmp_path: Path) -> None:
@@ -298,6 +323,8 @@ REFUSED = {
     "--allowed-origins=app.example.org": "--allowed-origins app.example.org: must be as browsers",
     "--allowed-origins=https://app.example.org/": "without a path",
     "--allowed-origins=https://App.example.org": "small letters",
+    "--allowed-origins=https://app.example.org:443": "the usual port",
+    "--allowed-origins=http://[::1]:80": "the usual port",
     "--allowed-origins=null": "--allowed-origins null",
     "--allowed-origins=": "--allowed-origins",
     "--uds=/no/such/folder/x.sock": "there is no folder /no/such/folder; make it first",
@@ -305,6 +332,7 @@ REFUSED = {
     "--ssl-certfile=/no/such.pem": "--ssl-certfile /no/such.pem: there is no such file",
     "--ssl-keyfile=/no/such.pem": "--ssl-keyfile goes with --ssl-certfile",
     "--disable-access-log-for=health": "--disable-access-log-for health: must be a path",
+    "--disable-access-log-for=/health,/metrics": "spaces separate several",
 }
 
 

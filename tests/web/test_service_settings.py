@@ -264,6 +264,8 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ),
         ("--public-url=http://a b", "--public-url http://a b"),
         ("--public-url=http://a\nb", "--public-url"),
+        ("--public-url=http://a/?b=1", "--public-url http://a/?b=1: must have no ? and no #"),
+        ("--public-url=http://a/#b", "must have no ? and no #"),
         ("--served-model-name=", "--served-model-name"),
         ("--served-model-name=a\x1b[31m", "--served-model-name"),
         ("--served-model-name=\udcff", "--served-model-name"),

@@ -13,7 +13,10 @@ from autoregressive.errors import SettingName, UserError, missing_extra
 
 _MOST_SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 _ROOT_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
-_ORIGIN = re.compile(r"https?://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
+# Browsers leave out the port that a scheme has anyway.
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 
 
 def require(holds: object, setting: str, said: object, *problem: str | SettingName) -> None:
@@ -127,7 +130,7 @@ def checked_origins(said: Sequence[str] | None) -> tuple[str, ...]:
             "allowed_origins",
             origin,
             "must be as browsers send it, https://app.example.org or http://localhost:3000, in "
-            "small letters and without a path, or *",
+            "small letters and without a path or the usual port, or *",
         )
     return tuple(dict.fromkeys(said or ()))
 
@@ -167,6 +170,21 @@ def check_url(setting: str, url: str | None, example: str) -> None:
         setting,
         url,
         f"names no host, or no right port; such as {example}",
+    )
+
+
+def check_public_url(url: str | None) -> None:
+    """Checks what the URLs of stored images begin with.
+
+    Raises:
+        UserError: it is no URL, or a path behind it would not be one.
+    """
+    check_url("public_url", url, "https://pictures.example.org")
+    require(
+        url is None or not {"?", "#"} & set(url),
+        "public_url",
+        url,
+        "must have no ? and no #, because paths follow it",
     )
 
 

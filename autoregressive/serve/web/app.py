@@ -26,7 +26,7 @@ from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog, Trace
+from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog, Trace, use_whole_url
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.schema import (
@@ -250,11 +250,16 @@ def build_app(
     if allowed_origins:  # around the guards: a browser's first question has no key
         guarded = CORSMiddleware(guarded, allowed_origins, **_CROSS_ORIGIN)
     logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths, trace)
+    below = BelowPrefix(logged, root_path) if root_path else logged
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await (logged if scope["type"] == "http" else app)(scope, receive, send)
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        use_whole_url(scope)
+        await below(scope, receive, send)
 
-    return BelowPrefix(answer, root_path) if root_path else answer
+    return answer
 
 
 def build_routes(state: AppState, *, version: str, docs: bool, root_path: str = "") -> FastAPI:
@@ -301,7 +306,9 @@ def _add_way_to_page(app: FastAPI, root_path: str) -> None:
         settings = request.url.query  # of the page
         return RedirectResponse(f"{root_path}/{settings and '?'}{settings}", 308)
 
-    app.add_route(root_path, lead_to_page, methods=["GET"], include_in_schema=False)
+    # all methods of the routes, or a route of the same path would take the others without a key
+    methods = ["DELETE", "GET", "POST"]
+    app.add_route(root_path, lead_to_page, methods=methods, include_in_schema=False)
 
 
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:

@@ -56,7 +56,7 @@ class BelowPrefix:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on one request."""
-        if scope["type"] == "http" and scope["raw_path"].startswith(f"{self._prefix}/".encode()):
+        if scope["raw_path"].startswith(f"{self._prefix}/".encode()):
             raw_path = scope["raw_path"].removeprefix(self._prefix.encode())
             path = scope["path"].removeprefix(self._prefix)
             scope = {**scope, "path": path, "raw_path": raw_path}
@@ -81,7 +81,6 @@ class Guards:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on one request, or answers it."""
-        _use_whole_url(scope)
         draws = scope["path"] in DRAWING_PATHS
         try:
             self._check_access(scope)
@@ -119,7 +118,7 @@ async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _use_whole_url(scope: Scope) -> None:
+def use_whole_url(scope: Scope) -> None:
     """Accepts a whole URL in the place of the path (the "absolute form").
 
     The URL's host then replaces the Host header. RFC 9112, section 3.2.2, demands both of a server.

@@ -100,7 +100,8 @@ def _at_path(stack: ExitStack, path: Path, count: int) -> list[socket.socket]:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes a socket that a killed process has left: nothing listens to it."""
-    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+    with suppress(FileNotFoundError, BlockingIOError), socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # or it would wait for a place where too many connect already
         found = path.lstat()
         if stat.S_ISSOCK(found.st_mode):
             try:

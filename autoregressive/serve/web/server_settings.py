@@ -19,10 +19,10 @@ from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.web.address_settings import (
     check_host_name,
     check_proxies,
+    check_public_url,
     check_socket_path,
     check_store_has_urls,
     check_traces_endpoint,
-    check_url,
     checked_certificate,
     checked_origins,
     checked_root_path,
@@ -109,7 +109,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     check_proxies(said["forwarded_allow_ips"])
     if engines > 1:
         _check_gpus(model, engines)
-    check_url("public_url", said["public_url"], "https://pictures.example.org")
+    check_public_url(said["public_url"])
     check_traces_endpoint(said["otlp_traces_endpoint"])
     if folder is not None:
         # `StoreClaim` looks whether it can write
@@ -191,10 +191,10 @@ def _checked_names(said: Sequence[str]) -> tuple[str, ...]:
 def _checked_paths(said: Sequence[str]) -> frozenset[str]:
     for path in said:
         require(
-            path.startswith("/") and is_header_text(path),
+            path.startswith("/") and is_header_text(path) and "," not in path,
             "disable_access_log_for",
             path,
-            "must be a path of the service, such as /health",
+            "must be a path of the service, such as /health; spaces separate several",
         )
     return frozenset(said)
 

@@ -6,6 +6,7 @@ So a service without a collector does nothing for them, and one with a collector
 images are drawn.
 """
 
+import logging
 import os
 import threading
 import time
@@ -47,6 +48,8 @@ class RequestTraces:
         }
         self._provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        # a line of the log for each malformed header would be the client's to write
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
         self._tracer = self._provider.get_tracer(PROGRAM)
         self._model = model
 
