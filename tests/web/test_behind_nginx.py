@@ -121,6 +121,9 @@ def test_a_stored_image_opens_through_the_proxy(proxied: Proxied) -> None:
     line = proxied.service.logged(answer.headers["x-request-id"])
     assert len(line["request_id"]) == 32
     assert line["client"] == "127.0.0.1"
+    # that of a caller reaches the service
+    numbered = proxied.client.get(f"{proxied.url}/v1/models", headers={"X-Request-Id": "trace-7"})
+    assert numbered.headers["x-request-id"] == "trace-7"
 
 
 def test_events_arrive_as_they_are_sent(proxied: Proxied) -> None:

@@ -245,22 +245,27 @@ def test_probes_have_none(traced: Service, collector: Collector) -> None:
 
 
 def test_spans_have_no_keys(tmp_path: Path, collector: Collector) -> None:
-    """Fails if a key that a client puts into its id reaches the collector, or a malformed header is
-    quoted in the log.
+    """Fails if a key that a client puts into its id reaches the collector, a malformed header is
+    quoted in the log, or those without a key can fill the collector.
     """
     flags = ["--otlp-traces-endpoint", collector.endpoint]
     environment = {**SOON, "LLAMAGEN_API_KEY": KEY, "OTEL_SERVICE_NAME": "pictures"}
     with running_service(tmp_path, *flags, environment=environment) as service:
-        headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": f"id-{KEY}"}
+        stranger = service.client.post("/v1/codes", headers={"X-Request-Id": "stranger"})
+        assert stranger.status_code == 401
+        key = {"Authorization": f"Bearer {KEY}"}
+        headers = key | {"X-Request-Id": f"id-{KEY}"}
         headers |= {"traceparent": CALLER, "tracestate": f"={KEY}"}
         service.client.post("/v1/codes", json={"prompt": "cat"}, headers=headers)
         collector.root(service, "id-[key]")
-        service.client.post("/v1/codes", headers={"traceparent": "x" * 600})
-        collector.root(service, service.client.post("/v1/codes").headers["X-Request-Id"])
+        service.client.post("/v1/codes", headers=key | {"traceparent": "x" * 600})
+        last = service.client.post("/v1/codes", headers=key)
+        collector.root(service, last.headers["X-Request-Id"])
         assert "opentelemetry" not in service.log
         assert KEY not in service.log
     assert collector.services >= {"pictures"}
     assert KEY not in str(collector.spans)
+    assert "stranger" not in str(collector.spans)
 
 
 @pytest.mark.timing

@@ -150,6 +150,7 @@ class RequestContext:
     connections: Connections | None = None
     connection: Connection | None = None
     key: int | None = None  # the number of the key that let it in, where the service has keys
+    admitted: bool = False  # it was let in, whatever became of it
     served: ServedRequest | None = None  # what is drawn for it
     body_bytes: int = 0  # held of its body
     unsent_bytes: int = 0  # of its answer, which the connection does not hold yet

@@ -84,6 +84,7 @@ class Guards:
         draws = scope["path"] in DRAWING_PATHS
         try:
             self._check_access(scope)
+            context_of(scope).admitted = True
             _check_head(scope)
             body = await _read_body(scope, receive, keeps=draws)
         except ApiError as error:
@@ -198,7 +199,8 @@ class RequestLog:
         count: called with the outcome of every request of the routes that draw.
         secrets: never written, wherever a client puts them.
         quiet_paths: have a line at INFO only after an error.
-        trace: called with every answered request of the routes that draw, and with its line.
+        trace: called with every request of the routes that draw that was let in, once it is
+            answered, and with its line.
     """
 
     def __init__(
@@ -293,7 +295,7 @@ class RequestLog:
             outcome = _outcome(status, served)
             line["outcome"] = "failed" if broken and status != 499 else outcome
             self._count(line["outcome"])
-            if self._trace is not None:
+            if self._trace is not None and context.admitted:
                 self._trace(scope, line)
         level = logging.ERROR if failure is not None else logging.INFO
         if context.counted or (status < 400 and scope["path"] in self._quiet_paths):
