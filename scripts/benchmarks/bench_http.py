@@ -158,9 +158,9 @@ def images_drawn(url: str) -> int:
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
         )
     [line] = [
-        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total ")
+        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total{")
     ]
-    return int(float(line.split()[1]))
+    return int(float(line.rsplit(maxsplit=1)[1]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -314,8 +314,8 @@ def test_the_extra_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as raised:
         check_traces_endpoint("http://127.0.0.1:4318/v1/traces")
     said = raised.value.spelled(lambda name: f"--{name.replace('_', '-')}")
-    assert said.startswith("--otlp-traces-endpoint: opentelemetry.sdk.trace")
-    assert said.endswith("is not installed: pip install 'llamagen-serve[otlp]'")
+    assert said.startswith("--otlp-traces-endpoint: opentelemetry.sdk is")
+    assert said.endswith(" not installed: pip install 'llamagen-serve[otlp]'")
     monkeypatch.undo()
     importlib.import_module(module)
 
