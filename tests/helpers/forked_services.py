@@ -161,7 +161,7 @@ class Forge:
         asked = {
             "flags": flags,
             "folder": str(folder),
-            "environment": {**os.environ, FAULTS: str(folder), **environment},
+            "environment": _variables() | {FAULTS: str(folder), **environment},
             "start_new_session": start_new_session,
             "open_files": open_files,
         }
@@ -217,6 +217,12 @@ def main() -> None:
     gc.freeze()  # or each fork's first collection would copy all memory
     for line in sys.stdin:
         fork_service(json.loads(line))
+
+
+def _variables() -> dict[str, str]:
+    """The environment. pytest may change it meanwhile, in another thread."""
+    pairs = ((name, os.environ.get(name)) for name in list(os.environ))
+    return {name: value for name, value in pairs if value is not None}
 
 
 if __name__ == "__main__":
