@@ -43,6 +43,10 @@ def parses(parse: Callable[[str], object], text: str) -> bool:
     return True
 
 
+def _port(url: str) -> int | None:
+    return urlsplit(url).port
+
+
 def check_host_name(host: str) -> None:
     """Checks whether the system can be asked for it.
 
@@ -66,6 +70,7 @@ def check_socket_path(path: Path | None) -> None:
     if path is None:
         return
     require(path.parent.is_dir(), "uds", path, f"there is no folder {path.parent}; make it first")
+    require(not path.is_dir(), "uds", path, "is a folder; name a socket in it")
     require(
         len(bytes(path)) <= _MOST_SOCKET_BYTES,
         "uds",
@@ -126,7 +131,7 @@ def checked_origins(said: Sequence[str] | None) -> tuple[str, ...]:
     """
     for origin in said or ():
         require(
-            origin == "*" or _ORIGIN.fullmatch(origin),
+            origin == "*" or (_ORIGIN.fullmatch(origin) and parses(_port, origin)),
             "allowed_origins",
             origin,
             "must be as browsers send it, https://app.example.org or http://localhost:3000, in "
@@ -166,7 +171,7 @@ def check_url(setting: str, url: str | None, example: str) -> None:
         "must begin with http:// or https://, and be ASCII without spaces",
     )
     require(
-        parses(lambda text: urlsplit(text).port, url) and urlsplit(url).hostname,
+        parses(_port, url) and urlsplit(url).hostname,
         setting,
         url,
         f"names no host, or no right port; such as {example}",
