@@ -1,9 +1,9 @@
 """The spans of requests, sent to a collector that speaks OTLP over HTTP. Only a service with
 --otlp-traces-endpoint imports this.
 
-A request's spans are made when its answer has ended, from the moments that were noted on the way.
-So a service without a collector does nothing for them, and one with a collector nothing while
-images are drawn.
+A request's spans are made when its answer has ended, from moments that every service notes on the
+way. So a service without a collector does no more than that, and one with a collector makes no span
+while images are drawn.
 """
 
 import logging
