@@ -237,6 +237,7 @@ def linear(
 
 def _in_memory(weight: Weights) -> tuple[Tensor, Tensor | None]:
     """Values, and scales where the weights are quantised."""
+    assert isinstance(weight, Tensor) or not weight.paired
     return (weight, None) if isinstance(weight, Tensor) else (weight.values, weight.scales)
 
 

@@ -34,6 +34,12 @@ from kernels.hopper.products import (
     fused_project,
     fused_swiglu,
 )
+from kernels.hopper.quantized_products import (
+    quantized_linear,
+    quantized_project,
+    quantized_swiglu,
+)
+from kernels.hopper.scaled_attention import many_rows_scaled_attention, scaled_attention
 from kernels.linear import (
     gate,
     gate_reference,
@@ -53,6 +59,9 @@ from kernels.tiles import (
     FUSED_PROJECT,
     FUSED_SWIGLU,
     LINEAR,
+    QUANTIZED_LINEAR,
+    QUANTIZED_PROJECT,
+    QUANTIZED_SWIGLU,
     SWIGLU,
     WHOLE_LINEAR,
     Section,
@@ -163,6 +172,7 @@ class Operations:
     draw_tokens: _DrawTokens
     # take the place of `linear`, `swiglu` and `add_norm`
     fused: "FusedProducts | None" = None
+    quantized: "FusedProducts | None" = None  # likewise, for paired weights of the layers
 
 
 class _NormingProduct(Protocol):
@@ -217,14 +227,12 @@ def select_operations(
     head_size: int,
     backend: str,
     *,
-    scaled_pages: bool = False,
     tell: Callable[[str], None],
 ) -> Operations:
     """The operations for a model's shape on a device.
 
     Args:
         backend: "auto", "torch", or "triton", which must run on the device.
-        scaled_pages: whether keys and values are kept in fp8 or int8.
         tell: called with one line for the user where something falls back.
     """
     assert backend in BACKENDS
@@ -243,7 +251,6 @@ def select_operations(
         head_size,
         launch_pdl=capability >= (9, 0),
         hopper=capability == (9, 0) and dtype.itemsize == 2,
-        scaled_pages=scaled_pages,
     )
     if head_size in HEAD_SIZES:
         return operations
@@ -281,13 +288,11 @@ def triton_operations(
     *,
     launch_pdl: bool,
     hopper: bool = False,
-    scaled_pages: bool = False,
 ) -> Operations:
     """The Triton kernels, cut up as the table says.
 
     Args:
-        hopper: with those that only compute capability 9.0 runs, for 16-bit weights.
-        scaled_pages: with the attention that reads them, which Hopper's does not.
+        hopper: with those that only compute capability 9.0 runs, for 16-bit activations.
     """
     attention_tiles = table.find(ATTENTION, heads, head_size)
     return Operations(
@@ -299,7 +304,7 @@ def triton_operations(
         gate=partial(gate, launch_pdl=launch_pdl),
         attention=(
             partial(_hopper_attention, tiles=attention_tiles)
-            if hopper and not scaled_pages
+            if hopper
             else partial(attention, tiles=attention_tiles, launch_pdl=launch_pdl)
         ),
         attention_chunks=attention_tiles.chunks,
@@ -308,6 +313,7 @@ def triton_operations(
         # `embed`).
         draw_tokens=partial(draw_tokens, early_positions=True),
         fused=fused_products(table) if hopper else None,
+        quantized=quantized_products(table) if hopper else None,
     )
 
 
@@ -327,12 +333,17 @@ def _hopper_attention(
     tiles: AttentionTiles,
 ) -> None:
     """The attention of many rows where it can be; its result is the same."""
-    assert kv_scales is None, "scaled pages have the attention that every GPU runs"
     tensors = qkv, rotary, key_pages, value_pages, page_table, positions, limits
+    scratch = chunk_out, chunk_stats
     if attends_at_once(qkv.shape[1], len(positions), key_pages.shape[2], tiles):
-        many_rows_attention(*tensors, out, tiles)
+        if kv_scales is None:
+            many_rows_attention(*tensors, out, tiles)
+        else:
+            many_rows_scaled_attention(*tensors, out, kv_scales, tiles)
+    elif kv_scales is None:
+        hopper_attention(*tensors, *scratch, out, tiles)
     else:
-        hopper_attention(*tensors, chunk_out, chunk_stats, out, tiles)
+        scaled_attention(*tensors, *scratch, out, kv_scales, tiles)
 
 
 def attends_at_once(rows: int, sequences: int, page_size: int, tiles: AttentionTiles) -> bool:
@@ -358,6 +369,24 @@ def fused_products(table: TileTable) -> FusedProducts:
         swiglu=_tiled(_by_rows(fused_swiglu, many_rows_swiglu), table, FUSED_SWIGLU, weight_at=2),
         head=_tiled(linear, table, FUSED_HEAD, weight_at=2),
         headroom=HEADROOM,
+    )
+
+
+def quantized_products(table: TileTable) -> FusedProducts:
+    """Hopper's products by paired weights of a byte, cut up as the table says. The head has weights
+    of 16 bits, so it is the product of `fused_products`.
+    """
+    fused = fused_products(table)
+
+    def linear_splits(outputs: int, inputs: int, rows: int) -> int:
+        return 1 if rows > MANY_ROWS else table.find(QUANTIZED_LINEAR, outputs, inputs).splits
+
+    return replace(
+        fused,
+        linear=_tiled(quantized_linear, table, QUANTIZED_LINEAR, weight_at=2),
+        linear_splits=linear_splits,
+        project=_tiled(quantized_project, table, QUANTIZED_PROJECT),
+        swiglu=_tiled(quantized_swiglu, table, QUANTIZED_SWIGLU, weight_at=2),
     )
 
 

@@ -7,13 +7,14 @@ its scale. Activations stay what they are.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 INT4_GROUP = 32  # inputs that share a scale
+PAIRED_INPUTS = 128  # inputs of a block in which bytes are paired
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
 _DTYPES = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
 _LARGEST = {"fp8": LARGEST[FP8], "int8": LARGEST[torch.int8], "int4": 7.0}
@@ -31,10 +32,12 @@ class QuantizedMatrix:
             inputs / 2]: element 2 j of a row is in the low four bits of byte j, element 2 j + 1 in
             the high ones, and each has 8 added to it.
         scales: contiguous float32 [outputs]; of int4 [outputs, groups].
+        paired: whether values are in the order of `pair`.
     """
 
     values: Tensor
     scales: Tensor
+    paired: bool = False
 
     @property
     def scheme(self) -> str:
@@ -55,7 +58,8 @@ class QuantizedMatrix:
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weights as [outputs, inputs] of a dtype: products in float32, rounded once."""
         if self.scheme != "int4":
-            weights = self.values.float().mul_(self.scales[:, None])
+            values = _in_order(self.values) if self.paired else self.values
+            weights = values.float().mul_(self.scales[:, None])
         else:
             digits = torch.stack([self.values & 15, self.values >> 4], dim=-1).flatten(1)
             in_groups = (digits.float() - 8).view(*self.scales.shape, -1)
@@ -67,7 +71,7 @@ class QuantizedMatrix:
 
         A weight that is not finite makes the scale NaN that it shares, and so all weights there.
         """
-        assert weights.shape == self.shape
+        assert weights.shape == self.shape and not self.paired
         outputs, inputs = self.shape
         for rows in _blocks(outputs, inputs):
             block = weights[rows].float()
@@ -78,6 +82,26 @@ class QuantizedMatrix:
             scaled = (block / scales[:, None]).nan_to_num_()
             self.values[rows] = scaled.to(FP8) if self.scheme == "fp8" else scaled.round_().char()
             self.scales[rows] = scales
+
+    def pair(self) -> "QuantizedMatrix":
+        """The same weights in the order that `kernels.hopper.quantized_products` reads, in the same
+        memory. Of each block of `PAIRED_INPUTS` inputs, an element of the first half has beside it
+        the one of the second half.
+        """
+        if self.paired:
+            return self
+        assert self.can_be_paired
+        outputs, inputs = self.shape
+        for rows in _blocks(outputs, inputs):
+            values = self.values[rows]
+            halves = values.view(len(values), -1, 2, PAIRED_INPUTS // 2)
+            values.copy_(halves.transpose(2, 3).flatten(1))
+        return replace(self, paired=True)
+
+    @property
+    def can_be_paired(self) -> bool:
+        """Whether there are whole blocks of bytes."""
+        return self.scheme != "int4" and self.shape[1] % PAIRED_INPUTS == 0
 
     def _fill_int4(self, rows: slice, block: Tensor) -> None:
         """Takes for each group the scale that leaves the least square error."""
@@ -134,11 +158,17 @@ def quantize(weights: Tensor, scheme: str) -> QuantizedMatrix:
 
 
 def joined(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """Matrices of the same inputs, one above the other."""
-    return QuantizedMatrix(
-        torch.cat([matrix.values for matrix in matrices]),
-        torch.cat([matrix.scales for matrix in matrices]),
+    """Matrices of the same inputs, one above the other. All are paired, or none is."""
+    return replace(
+        matrices[0],
+        values=torch.cat([matrix.values for matrix in matrices]),
+        scales=torch.cat([matrix.scales for matrix in matrices]),
     )
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Paired values in the order of their inputs."""
+    return values.view(len(values), -1, PAIRED_INPUTS // 2, 2).transpose(2, 3).flatten(1)
 
 
 def _blocks(outputs: int, inputs: int) -> Iterator[slice]:

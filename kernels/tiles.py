@@ -18,7 +18,7 @@ import torch
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, SwigluTiles
-from kernels.quantization import Weights
+from kernels.quantization import PAIRED_INPUTS, Weights
 
 # 8.7 has more, and does with this
 _LITTLE_SHARED_MEMORY = (
@@ -98,6 +98,19 @@ def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
     return lambda *_: FusedTiles(outputs, inputs=64, splits=1, stages=8, warps=4)
 
 
+def quantized_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
+    """As `fused_rule`, by tiles of a block of paired inputs."""
+    splits = 1
+    while splits < 4 and outputs // 64 * splits < 100 and inputs >= 4 * PAIRED_INPUTS * splits:
+        splits *= 2
+    return FusedTiles(outputs=64, inputs=PAIRED_INPUTS, splits=splits, stages=8, warps=4)
+
+
+def quantized_swiglu_rule(hidden: int, inputs: int, table: "TileTable") -> FusedTiles:
+    """Gives a program thirty-two outputs of each half, over all inputs."""
+    return FusedTiles(outputs=32, inputs=PAIRED_INPUTS, splits=1, stages=8, warps=4)
+
+
 LINEAR = Section("linear", LinearTiles, linear_rule)  # its consumer adds up partial sums
 WHOLE_LINEAR = Section("whole_linear", LinearTiles, whole_linear_rule)  # in one piece
 SWIGLU = Section("swiglu", SwigluTiles, swiglu_rule, halves=2)
@@ -109,6 +122,10 @@ FUSED_LINEAR = Section("fused_linear", FusedTiles, fused_rule)
 FUSED_PROJECT = Section("fused_project", FusedTiles, fused_rule)
 FUSED_SWIGLU = Section("fused_swiglu", FusedTiles, _unsplit(32), halves=2)
 FUSED_HEAD = Section("fused_head", FusedTiles, _unsplit(64))
+# Of those by weights of a byte (kernels/hopper/quantized_products.py).
+QUANTIZED_LINEAR = Section("quantized_linear", FusedTiles, quantized_rule)
+QUANTIZED_PROJECT = Section("quantized_project", FusedTiles, quantized_rule)
+QUANTIZED_SWIGLU = Section("quantized_swiglu", FusedTiles, quantized_swiglu_rule, halves=2)
 SECTIONS: dict[str, Section[Any]] = {
     section.name: section
     for section in (
@@ -120,6 +137,9 @@ SECTIONS: dict[str, Section[Any]] = {
         FUSED_PROJECT,
         FUSED_SWIGLU,
         FUSED_HEAD,
+        QUANTIZED_LINEAR,
+        QUANTIZED_PROJECT,
+        QUANTIZED_SWIGLU,
     )
 }
 

@@ -38,7 +38,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         device = fn(self.matrix.scales).device
         moved = (self.matrix.values.to(device), self.matrix.scales.to(device))
-        self.matrix = QuantizedMatrix(*moved)
+        self.matrix = QuantizedMatrix(*moved, self.matrix.paired)
         return self
 
 
@@ -69,7 +69,7 @@ def join_halves(first: nn.Module, second: nn.Module) -> Weights:
     if isinstance(first, QuantizedLinear) and isinstance(second, QuantizedLinear):
         both = joined([first.matrix, second.matrix])
         parts = zip(both.values.chunk(2), both.scales.chunk(2), strict=True)
-        first.matrix, second.matrix = (QuantizedMatrix(*part) for part in parts)
+        first.matrix, second.matrix = (QuantizedMatrix(*part, both.paired) for part in parts)
         return both
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
@@ -100,3 +100,16 @@ def quantize_products(model: Transformer, scheme: str) -> None:
         weights = weights_of(product)
         if isinstance(weights, Tensor):
             model.set_submodule(name, QuantizedLinear(quantize(weights, scheme)))
+
+
+def can_be_paired(model: Transformer) -> bool:
+    """Whether all products of the layers have weights that `pair_products` takes."""
+    weights = (weights_of(product) for _, product in products_of(model))
+    return all(isinstance(each, QuantizedMatrix) and each.can_be_paired for each in weights)
+
+
+def pair_products(model: Transformer) -> None:
+    """Brings the weights of the layers' products into the order of `QuantizedMatrix.pair`."""
+    for _, product in products_of(model):
+        assert isinstance(product, QuantizedLinear)
+        product.matrix = product.matrix.pair()

@@ -209,7 +209,7 @@ def _rounded_product(left, right):
 
 
 @gluon.jit
-def _row_scales(
+def row_scales_of_many(
     squares,  # [BLOCKS, rows] float32
     first_row,
     rows,
@@ -265,7 +265,7 @@ def _many_rows_linear_kernel(
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * _OUTPUT_TILE
     stream = _stream(weight, x, first_output, first_row, 0, TILES, PART, PARTS, STAGES)
     stream.start(CLUSTER=1)
-    scales = _row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    scales = row_scales_of_many(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     total = stream.part(0)
     layout: gl.constexpr = total.type.layout
     scales = gl.convert_layout(scales, gl.SliceLayout(1, layout))[:, None]
@@ -370,7 +370,7 @@ def _many_rows_swiglu_kernel(
     first_group = block * (HIDDEN_TILE // _GROUP)
     stream = _stream(weight, x, first_group, first_row, 0, TILES, TILES, 1, STAGES)
     stream.start(CLUSTER=1)
-    scales = _row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    scales = row_scales_of_many(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     total = stream.part(0)
     total = total * gl.convert_layout(scales, gl.SliceLayout(1, total.type.layout))[:, None]
     pairs = total.reshape([ROW_TILE, HIDDEN_TILE // _GROUP, 2, _GROUP]).permute((0, 1, 3, 2))

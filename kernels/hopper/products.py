@@ -286,6 +286,40 @@ def _fused_linear_kernel(
     gl.store(out + at, total, mask=(row < rows) & (output < OUTPUTS))
 
 
+@gluon.jit
+def write_residual(
+    grown,  # [OUTPUT_TILE, rows], of the residual stream
+    scale,  # [OUTPUT_TILE], of the norm that follows
+    residual,  # [rows, OUTPUTS] float32
+    normed,  # [rows, OUTPUTS]
+    squares,  # [blocks, rows] float32
+    first_output,
+    first_row,
+    rows,
+    OUTPUTS: gl.constexpr,
+):
+    """Writes a part of the residual stream, and what the next product takes of it."""
+    OUTPUT_TILE: gl.constexpr = grown.shape[0]
+    layout: gl.constexpr = grown.type.layout
+    output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
+    row = first_row + gl.arange(0, grown.shape[1], layout=gl.SliceLayout(0, layout))
+    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    gl.store(residual + at, grown, mask=mask)
+    gl.store(
+        normed + at, (grown * scale[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=mask
+    )
+    sums = gl.sum((grown * grown).reshape([OUTPUT_TILE // _BLOCK, _BLOCK, grown.shape[1]]), 1)
+    its_block = gl.arange(0, OUTPUT_TILE // _BLOCK, layout=gl.SliceLayout(1, sums.type.layout))
+    its_block = (first_output // _BLOCK + its_block)[:, None]
+    row = first_row + gl.arange(0, grown.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
+    gl.store(
+        squares + its_block * rows + row[None, :],
+        sums,
+        mask=(row < rows)[None, :] & (its_block * _BLOCK < OUTPUTS),
+    )
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def _fused_project_kernel(
     weight,  # [OUTPUTS, inputs], as a descriptor
@@ -338,19 +372,16 @@ def _fused_project_kernel(
         grown += cluster_sum(room, rank, total, layout, CLUSTER)
     else:
         grown += gl.convert_layout(total, layout)
-    gl.store(residual + at, grown, mask=mask)
-    gl.store(
-        normed + at, (grown * scale[:, None] * _HEADROOM).to(normed.dtype.element_ty), mask=mask
-    )
-    sums = gl.sum((grown * grown).reshape([OUTPUT_TILE // _BLOCK, _BLOCK, OWNED_ROWS]), 1)
-    its_block = gl.arange(0, OUTPUT_TILE // _BLOCK, layout=gl.SliceLayout(1, sums.type.layout))
-    its_block = (first_output // _BLOCK + its_block)[:, None]
-    row = first_row + rank * OWNED_ROWS
-    row = (row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, sums.type.layout)))[None, :]
-    gl.store(
-        squares + its_block * rows + row,
-        sums,
-        mask=(row < rows) & (its_block * _BLOCK < OUTPUTS),
+    write_residual(
+        grown,
+        scale,
+        residual,
+        normed,
+        squares,
+        first_output,
+        first_row + rank * OWNED_ROWS,
+        rows,
+        OUTPUTS,
     )
 
 

@@ -31,7 +31,8 @@ from autoregressive.serve.engine.batch import Batch
 
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
-    torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.uint8: "u8"
+    torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8", torch.int16: "i16",
+    torch.uint8: "u8"
 }  # fmt: skip
 _ALIGNMENT = 16  # bytes, or the divisor of a number, that Triton compiles for
 

@@ -37,6 +37,7 @@ from kernels.hopper.products_reference import (
     fused_project_reference,
     fused_swiglu_reference,
 )
+from kernels.hopper.scaled_attention import many_rows_scaled_attention, scaled_attention
 from kernels.linear import (
     LinearTiles,
     SwigluTiles,
@@ -308,10 +309,12 @@ class AttentionCase:
             poisoned_pages(place, dtype, pages, heads, page_size, stride) for _ in range(2)
         )
         scales = place.random(2, pages, heads, page_size, seed=9, dtype=torch.float32).exp()
-        kv_scales = scales if page_dtype else None
+        kv_scales = torch.full_like(scales, POISON) if page_dtype else None
         for sequence, position in enumerate(positions):
             for token in range(position):  # the padding of each token is zeros
                 page, offset = table[sequence, token // page_size], token % page_size
+                if kv_scales is not None:
+                    kv_scales[:, page, :, offset] = scales[:, page, :, offset]
                 for cache, seed in ((keys, 10), (values, 11)):
                     filled = place.random(heads, head_size, seed=seed + 1000 * sequence + 7 * token)
                     filled = filled * 9 if page_dtype else filled
@@ -368,16 +371,19 @@ class AttentionCase:
         out = place.poisoned(rows, width, dtype=torch.float32 if tiles is None else None)
         at = torch.where(self.positions < 0, -1, self.positions + first).int()
         attend: Callable[..., None] = attention_reference
+        scales = () if self.kv_scales is None else (self.kv_scales,)
         if tiles is not None and hopper:
-            attend = partial(hopper_attention, tiles=tiles)
+            attend = partial(scaled_attention if scales else hopper_attention, tiles=tiles)
         elif tiles is not None:
             attend = partial(attention, tiles=tiles, launch_pdl=place.launch_pdl)
         pages = self.keys, self.values, self.table
         if many_rows:
             assert tiles is not None
-            many_rows_attention(qkv, self.rotary, *pages, at, self.limits, out, tiles)
+            attend_at_once: Callable[..., None] = many_rows_attention
+            if scales:
+                attend_at_once = many_rows_scaled_attention
+            attend_at_once(qkv, self.rotary, *pages, at, self.limits, out, *scales, tiles)
             return out.view(-1, window, width)
-        scales = () if self.kv_scales is None else (self.kv_scales,)
         attend(qkv, self.rotary, *pages, at, self.limits, *scratch, out, *scales)
         return out.view(-1, window, width)
 
@@ -422,7 +428,9 @@ def check_attention(
         again = AttentionCase.random(place, *shape)
         assert torch.equal(again.attend(place, tiles, many_rows=True), out)
         for got, expected in ((again.keys, case.keys), (again.values, case.values)):
-            assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+            assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+        if case.kv_scales is not None and again.kv_scales is not None:
+            assert torch.equal(again.kv_scales, case.kv_scales)
 
 
 def check_window_is_steps(

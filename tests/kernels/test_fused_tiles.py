@@ -140,6 +140,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
             },
             "fused_swiglu": {(64, 32): FusedTiles(32, 64, 1, 8, 4)},
             "fused_head": {(100, 32): FusedTiles(64, 64, 1, 7, 4)},
+            "quantized_linear": {(96, 128): FusedTiles(64, 128, 2, 6, 4)},
+            "quantized_project": {(32, 128): FusedTiles(64, 128, 4, 6, 4)},
+            "quantized_swiglu": {(64, 128): FusedTiles(32, 128, 1, 6, 4)},
         }
     )
     assert set(table.measured) == set(SECTIONS), "a section is not written here"

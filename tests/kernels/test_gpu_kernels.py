@@ -17,13 +17,19 @@ from kernel_cases import (
     check_swiglu,
     check_window_is_steps,
 )
+from quantized_cases import (
+    check_quantized_linear,
+    check_quantized_project,
+    check_quantized_swiglu,
+)
 from teacher import TINY, engine_codes
 
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import QUANTIZATIONS
 from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.hopper.products import FusedTiles
-from kernels.quantization import FP8
+from kernels.hopper.quantized_products import quantized_project
+from kernels.quantization import FP8, QuantizedMatrix
 from kernels.tiles import (
     ATTENTION,
     FUSED_HEAD,
@@ -31,6 +37,9 @@ from kernels.tiles import (
     FUSED_PROJECT,
     FUSED_SWIGLU,
     LINEAR,
+    QUANTIZED_LINEAR,
+    QUANTIZED_PROJECT,
+    QUANTIZED_SWIGLU,
     SWIGLU,
     WHOLE_LINEAR,
     TileTable,
@@ -138,6 +147,58 @@ def test_fused_products_of_odd_shapes(hopper: Place, rows: int, splits: int) -> 
     check_fused_swiglu(hopper, rows, 40, 1000, FusedTiles(64, 128, 1, 3, 8))
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize(
+    ("hopper", "model"),
+    [*((torch.bfloat16, model) for model in MODELS), (torch.float16, MODELS[0])],
+    indirect=["hopper"],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [2, 24, 70, 500])
+def test_products_of_paired_weights(hopper: Place, model: str, rows: int, scheme: str) -> None:
+    """The tiles that the table or the rules choose for the models' shapes."""
+    shape = GPT_SHAPES[model]
+    config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head)
+    table, width, ffn = tile_table((9, 0), hopper.dtype), config.dim, config.ffn_dim
+    tiles = table.find(QUANTIZED_LINEAR, 3 * width, width)
+    check_quantized_linear(hopper, rows, 3 * width, width, tiles, scheme)
+    tiles = table.find(QUANTIZED_SWIGLU, ffn, width)
+    check_quantized_swiglu(hopper, rows, ffn, width, tiles, scheme)
+    for inputs in (width, ffn):
+        tiles = table.find(QUANTIZED_PROJECT, width, inputs)
+        check_quantized_project(hopper, rows, width, inputs, tiles, scheme)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 17, 33, 64, 130])
+def test_products_of_paired_weights_of_odd_shapes(hopper: Place, rows: int, splits: int) -> None:
+    """Guards tails along every axis, programs without inputs, and tiles that must wait for room."""
+    for tiles in (FusedTiles(64, 128, splits, 2, 4), FusedTiles(128, 128, splits, 8, 8)):
+        check_quantized_linear(hopper, rows, 200, 384, tiles, "fp8")
+        check_quantized_project(hopper, rows, 200, 384, tiles, "int8")
+        check_quantized_project(hopper, rows, 48, 1408, tiles, "fp8")
+    check_quantized_swiglu(hopper, rows, 72, 384, FusedTiles(32, 128, 1, 2, 4), "fp8")
+    check_quantized_swiglu(hopper, rows, 40, 1024, FusedTiles(64, 128, 1, 3, 8), "int8")
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_every_byte_is_unpacked(hopper: Place, fp8: bool) -> None:
+    """Fails if one of the 256 weights that a byte can be comes out as another number. Bytes that
+    stand for NaN are left out.
+    """
+    every = torch.arange(256).to(torch.uint8).view(FP8 if fp8 else torch.int8)
+    every = every[every.float().isfinite()].to(CUDA)
+    values = every[torch.arange(64 * 128, device=CUDA) % len(every)].view(64, 128)
+    matrix = QuantizedMatrix(values.clone(), torch.ones(64, device=CUDA)).pair()
+    residual = torch.zeros(128, 64, device=CUDA)
+    others = torch.empty(128, 64, device=CUDA, dtype=hopper.dtype), torch.empty(1, 128, device=CUDA)
+    norm_weight = torch.ones(64, device=CUDA, dtype=hopper.dtype)
+    one_hot = torch.eye(128, device=CUDA, dtype=hopper.dtype)
+    tiles = FusedTiles(64, 128, 1, 1, 4)
+    quantized_project(one_hot, matrix, residual, norm_weight, *others, tiles)
+    assert torch.equal(residual.T, values.float())
+
+
 def test_embed(place: Place) -> None:
     check_embed(place, 40, 1280)
     check_embed(place, 40, 1280, blocks=20)
@@ -176,6 +237,26 @@ def test_hopper_attention(hopper: Place, head_size: int, positions: list[int]) -
         TileTable().find(ATTENTION, 3, head_size),
         splits=1,
         hopper=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("positions", [[0, 63, 64, 65, -1, 200], [31, 32, 33, 130, 1, 2]])
+def test_hopper_attention_of_scaled_pages(
+    hopper: Place, head_size: int, positions: list[int], dtype: torch.dtype
+) -> None:
+    tiles = tile_table((9, 0), hopper.dtype).find(ATTENTION, 3, head_size)
+    for page_size in (8, 16, 128):
+        check_attention(
+            hopper, positions, 3, head_size, page_size, tiles, hopper=True, page_dtype=dtype
+        )
+    for window in (2, 9):
+        check_attention(
+            hopper, positions, 3, head_size, 16, tiles, window=window, hopper=True, page_dtype=dtype
+        )
+    check_window_is_steps(
+        hopper, WINDOW_POSITIONS, 3, head_size, tiles, 9, hopper=True, page_dtype=dtype
     )
 
 

@@ -91,6 +91,18 @@ CASES = [
     *(Case("VQ-16 cut short", capability) for capability in (80, 100)),
 ]
 
+# An architecture, the weights and the pages.
+QUANTIZED_CASES = [
+    (80, "int8", "int8"),
+    (80, "int4", "auto"),
+    (86, "int8", "int8"),
+    (90, "fp8", "fp8"),
+    (90, "int8", "int8"),
+    (90, "int4", "int8"),
+    (100, "fp8", "fp8"),
+]
+ONLY_ON_HOPPER = ("_fused_", "_hopper_", "_many_rows_", "_quantized_", "_scaled_")
+
 ATTENTION_KERNELS = {"_attention_kernel", "_hopper_attention_kernel", "_combine_kernel"}
 ATTENTION_CASES = [
     AttentionCase(head_size, capability, dtype)
@@ -114,6 +126,14 @@ def builds_of(case: Case) -> list[Build]:
             torch.zeros(8, 576, dtype=torch.int32)
         )
     return builds
+
+
+@cache
+def quantized_builds(capability: int, weights: str, pages: str, model: str) -> list[Build]:
+    """What a model's steps launch with quantised weights and pages."""
+    shape, config = GPT_SHAPES[model], EngineConfig(quantization=weights, kv_cache_dtype=pages)
+    passes = (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
+    return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, passes, config)
 
 
 def step_builds(
@@ -172,14 +192,19 @@ def test_every_kernel_has_a_case(capability: int) -> None:
     """Fails if a kernel was added that no case launches: nobody would know whether it compiles for
     that architecture.
     """
-    launched = {
-        build.name for case in CASES if case.capability == capability for build in builds_of(case)
-    }
+    builds = [
+        *(build for case in CASES if case.capability == capability for build in builds_of(case)),
+        *(
+            build
+            for case in QUANTIZED_CASES
+            if case[0] == capability
+            for build in quantized_builds(*case, "GPT-B")
+        ),
+    ]
+    launched = {build.name for build in builds}
     # Hopper has its own beside those that it runs in float32.
     expected = {
-        name
-        for name in all_kernels()
-        if capability == 90 or not name.startswith(("_fused_", "_hopper_", "_many_rows_"))
+        name for name in all_kernels() if capability == 90 or not name.startswith(ONLY_ON_HOPPER)
     }
     assert launched == expected
     assert len(launched) >= 10
@@ -203,7 +228,7 @@ def check_compiles(build: Build, capability: int, *, waits: bool) -> CompiledKer
 def exchanged_by(build: Build) -> int:
     """Shared memory that a cluster takes beside what Triton lays out."""
     size = dict(build.constants)
-    if build.name == "_fused_project_kernel":
+    if build.name in ("_fused_project_kernel", "_quantized_project_kernel"):
         return project_exchange(size["OUTPUT_TILE"], size["ROW_TILE"], size["CLUSTER"])
     if build.name == "_many_rows_project_kernel":
         return many_rows_exchange(size["ROW_TILE"], size["CLUSTER"])
@@ -229,40 +254,32 @@ def test_what_is_launched_compiles(case: Case) -> None:
 
 
 @pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
-@pytest.mark.parametrize(
-    ("capability", "weights", "pages"),
-    [
-        (80, "int8", "int8"),
-        (80, "int4", "auto"),
-        (86, "int8", "int8"),
-        (90, "fp8", "fp8"),
-        (90, "int8", "int8"),
-        (90, "int4", "int8"),
-        (100, "fp8", "fp8"),
-    ],
-)
+@pytest.mark.parametrize(("capability", "weights", "pages"), QUANTIZED_CASES)
 def test_kernels_of_quantised_weights_and_pages_compile(
     capability: int, weights: str, pages: str, model: str
 ) -> None:
     """Fails if an architecture refuses to convert weights or pages, or a tile is too large for a
-    GPU.
+    GPU, or Hopper runs the kernels that run everywhere.
     """
-    shape, config = GPT_SHAPES[model], EngineConfig(quantization=weights, kv_cache_dtype=pages)
-    builds = step_builds(
-        shape.dim,
-        shape.n_head,
-        capability,
-        torch.bfloat16,
-        (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW),
-        config,
-    )
-    of_quantized = {"_linear_kernel", "_swiglu_kernel"}
-    if pages != "auto":
-        of_quantized.add("_attention_kernel")
-    assert of_quantized <= {build.name for build in builds}
+    builds = quantized_builds(capability, weights, pages, model)
+    of_weights = {"_linear_kernel", "_swiglu_kernel"}
+    of_pages = {"_attention_kernel"} if pages != "auto" else set()
+    if capability == 90:
+        of_pages = {"_scaled_attention_kernel", "_many_rows_scaled_attention_kernel"}
+        if weights != "int4":
+            names = "linear", "project", "swiglu"
+            of_weights = {f"_quantized_{name}_kernel" for name in names}
+    of_quantized = of_weights | of_pages
+    launched = {build.name for build in builds}
+    assert of_quantized <= launched
+    if capability == 90:
+        assert "_attention_kernel" not in launched
     for build in builds:
         if build.name in of_quantized:
-            check_compiles(build, capability, waits=capability >= 90)
+            compiled = check_compiles(build, capability, waits=capability >= 90)
+            if build.name.startswith(ONLY_ON_HOPPER):
+                # an address, where int4 leaves many partial sums
+                assert resources(compiled).local_bytes <= 8 * (weights == "int4"), build
 
 
 def test_no_head_size_is_dropped() -> None:

@@ -22,7 +22,7 @@ from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
 from autoregressive.serve.engine.kv_pages import KVPages, LayerPages
 from autoregressive.weights.quantized import join_halves, weights_of
-from kernels.operations import MANY_ROWS, Operations
+from kernels.operations import MANY_ROWS, FusedProducts, Operations
 from kernels.quantization import Weights
 
 Dims = tuple[int, ...]
@@ -305,9 +305,14 @@ class FusedLayers(Layers):
 
     squares: Tensor
 
+    def products_of(self, operations: Operations) -> FusedProducts | None:
+        """The products of this way."""
+        return operations.fused
+
     def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        assert self.operations.fused is not None
-        self.products = products = self.operations.fused
+        products = self.products_of(self.operations)
+        assert products is not None
+        self.products = products
         self.headroom = products.headroom
         splits = products.linear_splits(3 * width, width, self.rows)
         self.qkv = empty("qkv", (splits, self.rows, 3 * width), torch.float32)
@@ -347,6 +352,17 @@ class FusedLayers(Layers):
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
 
 
+class QuantizedLayers(FusedLayers):
+    """Uses such products by weights of a byte, which are paired.
+
+    See kernels/hopper/quantized_products.py.
+    """
+
+    @override
+    def products_of(self, operations: Operations) -> FusedProducts | None:
+        return operations.quantized
+
+
 class ScratchPlan:
     """Memory that the layers for several numbers of rows share, because only one step runs at a
     time. It is counted before any is taken.
@@ -382,6 +398,7 @@ class LayersFactory:
     Args:
         library: products of many rows may be a library's.
         quantized: whether the weights of the layers' products are.
+        pairable: whether all of these can be paired.
     """
 
     config: GPTConfig
@@ -389,13 +406,19 @@ class LayersFactory:
     operations: Operations
     library: bool
     quantized: bool = False
+    pairable: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the layers take paired weights, for any number of rows."""
+        return self.pairable and self.operations.quantized is not None
 
     def kind(self, rows: int) -> type[Layers]:
         """The class that carries out a step of so many rows. This is the one place where it is
         decided.
         """
         if self.quantized:
-            return PlainLayers
+            return QuantizedLayers if self.pairs else PlainLayers
         if self.operations.fused is not None:
             return FusedLayers
         return LibraryLayers if self.library and rows > MANY_ROWS else PlainLayers

@@ -21,7 +21,12 @@ from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.kv_pages import KVPages, page_dtype
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from autoregressive.serve.engine.lookahead import Lookahead
-from autoregressive.weights.quantized import quantization_of, quantize_products
+from autoregressive.weights.quantized import (
+    can_be_paired,
+    pair_products,
+    quantization_of,
+    quantize_products,
+)
 from kernels.attention import head_stride
 from kernels.attention_reference import attention_reference
 from kernels.operations import MANY_ROWS, Operations, select_operations, triton_runs_on
@@ -37,7 +42,8 @@ class ModelRunner:
 
     Args:
         gpt: in eval mode on its device, quantised as the config says. w1 and w3 of each layer are
-            moved into one tensor, of which they become views.
+            moved into one tensor, of which they become views. Quantised weights may change their
+            order, of which they tell.
         shape: the batches' sizes.
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
 
@@ -51,9 +57,11 @@ class ModelRunner:
         weight = gpt.output.weight
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
         self.operations = self.make_operations(gpt)
+        self._factory = layers_factory(gpt, self.operations, config)
+        if self._factory.pairs:
+            pair_products(gpt)
         self.weights = ModelWeights.of(gpt)
         self.kv_pages = KVPages.zeros(gpt, num_pages, shape.page_size, config)
-        self._factory = layers_factory(gpt, self.operations, config)
         self._sizes = pass_sizes(gpt, shape, config)
         plan = self._factory.plan(self._sizes)
         self._scratch = plan.allocate(self.device)
@@ -189,7 +197,9 @@ def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfi
     weight = gpt.output.weight
     library = weight.device.type == "cuda" and not config.deterministic
     quantized = quantization_of(gpt) is not None
-    return LayersFactory(gpt.config, weight.dtype, operations, library, quantized)
+    return LayersFactory(
+        gpt.config, weight.dtype, operations, library, quantized, pairable=can_be_paired(gpt)
+    )
 
 
 def make_lookahead(gpt: Transformer, config: EngineConfig) -> Lookahead:
@@ -247,7 +257,6 @@ def model_operations(
         model.n_head,
         model.head_size,
         config.attention_backend,
-        scaled_pages=config.kv_cache_dtype != "auto",
         tell=tell,
     )
 

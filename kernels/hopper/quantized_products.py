@@ -1,0 +1,668 @@
+"""Matrix products by weights of a byte on Hopper, with the norm, the gate and the residual in them.
+
+They do what `kernels.hopper.products` does. Weights come into shared memory as they lie in memory,
+and become numbers of x's dtype in registers, from where the matrix unit takes them. Bytes are
+paired (`QuantizedMatrix.paired`): 16 bits hold element j of one half of a block of inputs and
+element j of the other half. So a register that a thread loads as two 16-bit numbers is two pairs of
+weights, in the places that the matrix unit expects of each half, and unpacking moves nothing
+between threads. Values are exact in 16 bits, and sums are multiplied by the scale of their output.
+
+Few rows and many rows have the same kernels. A row's sums have one order whatever the tile is: the
+inputs are cut into as many parts as `FusedTiles.splits` says, which are programs of their own for
+few rows, and for many rows may be one program's, one after the other.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.hopper.cluster import (
+    cluster_sum,
+    cluster_sum_room,
+    launch_clustered,
+    meet,
+    open_exchange,
+)
+from kernels.hopper.many_rows_products import row_scales_of_many
+from kernels.hopper.products import (
+    SHARED_MEMORY,
+    SQUARES_BLOCK,
+    FusedTiles,
+    descriptor,
+    project_exchange,
+    row_scales,
+    squares_tile,
+    write_residual,
+)
+from kernels.linear import row_tile
+from kernels.quantization import PAIRED_INPUTS, QuantizedMatrix
+
+_BLOCK = gl.constexpr(SQUARES_BLOCK)
+_INPUT_TILE = gl.constexpr(PAIRED_INPUTS)
+_HALF = gl.constexpr(PAIRED_INPUTS // 2)
+_GROUP = gl.constexpr(8)  # hidden units whose gates lie above their ups in a tile
+_MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
+_FEW_ROWS = gl.constexpr(64)  # up to here, tiles are those of the table
+_MANY_ROWS_TILES = FusedTiles(outputs=128, inputs=PAIRED_INPUTS, splits=1, stages=4, warps=8)
+
+
+@aggregate
+class _Stream:
+    """What one program multiplies, tile after tile along its inputs: where it comes from, and the
+    ring in shared memory through which it goes.
+    """
+
+    weight: tma.tensor_descriptor  # pairs [outputs, inputs / 2]; of the gated product in groups
+    x: tma.tensor_descriptor  # [rows, inputs]
+    first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
+    first_row: gl.tensor
+    first_tile: gl.tensor  # along the inputs
+    tiles: gl.tensor  # along the inputs
+    weights: gl.shared_memory_descriptor  # [STAGES, the box of a tile], pairs
+    values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
+    arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
+    OUTPUT_TILE: gl.constexpr  # of the gated product, gates and ups together
+    FP8: gl.constexpr  # else int8
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        weight: Any,
+        x: Any,
+        first_output: Any,
+        first_row: Any,
+        first_tile: Any,
+        tiles: Any,
+        weights: Any,
+        values: Any,
+        arrived: Any,
+        OUTPUT_TILE: int,
+        FP8: bool,
+    ) -> None:
+        self.weight, self.x = weight, x
+        self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
+        self.tiles = tiles
+        self.weights, self.values, self.arrived = weights, values, arrived
+        self.OUTPUT_TILE, self.FP8 = gl.constexpr(OUTPUT_TILE), gl.constexpr(FP8)
+
+    @gluon.jit
+    def start(self, CLUSTER: gl.constexpr):
+        """Asks for the first tiles: for weights at once, for inputs after the wait. Before the wait
+        the programs of a cluster meet.
+        """
+        STAGES: gl.constexpr = self.arrived.shape[0]
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(self.arrived.index(stage), count=1)
+        fence_async_shared()
+        gdc_launch_dependents()
+        for stage in gl.static_range(STAGES):
+            self.copy_weights(stage, stage)
+        if CLUSTER > 1:
+            meet()
+        gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+        for stage in gl.static_range(STAGES):
+            self.copy_values(stage, stage)
+
+    @gluon.jit
+    def copy_weights(self, tile, stage):
+        """Begins to copy a tile of weights. The barrier opens when one of inputs has come, too."""
+        arrived, target = self.arrived.index(stage), self.weights.index(stage)
+        ROW_TILE: gl.constexpr = self.values.shape[1]
+        wanted = tile < self.tiles
+        mbarrier.expect(arrived, (self.OUTPUT_TILE + 2 * ROW_TILE) * _INPUT_TILE, wanted)
+        first_pair = (self.first_tile + tile) * _HALF
+        if len(self.weight.block_shape) == 4:
+            at = [self.first_output, 0, 0, first_pair]
+            tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+        else:
+            at = [self.first_output, first_pair]
+            tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+
+    @gluon.jit
+    def copy_values(self, tile, stage):
+        """Begins to copy a tile of inputs, in halves."""
+        first_input = (self.first_tile + tile) * _INPUT_TILE
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                self.x,
+                [self.first_row, first_input + half * _HALF],
+                self.arrived.index(stage),
+                self.values.index(2 * stage + half),
+                tile < self.tiles,
+            )
+
+    @gluon.jit
+    def part(self, first, end):
+        """Multiplies the tiles from `first` to before `end`, from zero, and asks for later tiles as
+        room becomes free. Returns float32 [OUTPUT_TILE, ROW_TILE].
+        """
+        STAGES: gl.constexpr = self.arrived.shape[0]
+        ROW_TILE: gl.constexpr = self.values.shape[1]
+        layout: gl.constexpr = gl.NVMMADistributedLayout(
+            [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+        )
+        total = warpgroup_mma_init(gl.zeros([self.OUTPUT_TILE, ROW_TILE], gl.float32, layout))
+        for tile in range(first, gl.minimum(end, self.tiles)):
+            stage = tile % STAGES
+            mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
+            pairs = self.weights.index(stage).reshape([self.OUTPUT_TILE, _HALF])
+            pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
+            halves = unpacked(pairs, self.values.dtype, self.FP8)
+            total = warpgroup_mma_wait(0, deps=(total,))  # the tile before has been used
+            later = tile - 1 + STAGES
+            if (tile > 0) & (later < self.tiles):
+                gl.thread_barrier()  # by every warp
+                self.copy_weights(later, later % STAGES)
+                self.copy_values(later, later % STAGES)
+            for half in gl.static_range(2):
+                total = warpgroup_mma(
+                    halves[half],
+                    self.values.index(2 * stage + half).permute((1, 0)),
+                    total,
+                    is_async=True,
+                )
+        return warpgroup_mma_wait(0, deps=(total,))
+
+
+@gluon.jit
+def _stream(
+    weight,
+    x,
+    first_output,
+    first_row,
+    first_tile,  # along the inputs
+    TILES: gl.constexpr,  # along the inputs, of all programs
+    MOST: gl.constexpr,  # of one program
+    STAGES: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """The stream of a program, with its room in shared memory."""
+    weights = gl.allocate_shared_memory(
+        weight.dtype, _stages(STAGES, weight.block_shape), weight.layout
+    )
+    values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    first_tile = gl.to_tensor(first_tile)
+    return _Stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        first_tile,
+        gl.minimum(TILES - first_tile, MOST),
+        weights,
+        values,
+        arrived,
+        OUTPUT_TILE,
+        FP8,
+    )
+
+
+@gluon.constexpr_function
+def _stages(stages: int, box: Any) -> list[int]:
+    return [stages, *box]
+
+
+@gluon.jit
+def unpacked(pairs, dtype: gl.constexpr, FP8: gl.constexpr):
+    """The low bytes and the high bytes of 16-bit integers, as numbers of a 16-bit dtype. A byte is
+    e4m3 or int8.
+    """
+    return gl.inline_asm_elementwise(
+        _unpacking(dtype, FP8), "=r,=r,r", [pairs], dtype=_both(dtype), is_pure=True, pack=2
+    )
+
+
+@gluon.constexpr_function
+def _both(dtype: Any) -> tuple[Any, Any]:
+    return dtype, dtype
+
+
+@gluon.constexpr_function
+def _unpacking(dtype: Any, fp8: bool) -> str:
+    """The instructions of `unpacked`, for two integers at a time.
+
+    The bits of an e4m3 number are those of a 16-bit number with a smaller exponent, once they have
+    moved to its places: subnormal ones, too. A product by a power of two does the rest. NaN becomes
+    480. An int8 number's lower bits are the fraction of one between 128 and 256, or 1024 and 2048.
+    """
+    kind, shift, fraction, factor = {
+        "bf16": ("bf16x2", 4, "0x07f007f0", "0x7b807b80"),  # 2^120
+        "fp16": ("f16x2", 1, "0x3f803f80", "0x5c005c00"),  # 2^8
+    }[dtype.name]
+    if fp8:
+        # a, b, c: a & 0x80008000 | b & c. Its table: 0xf0 is a, 0xcc b, 0xaa c.
+        return f"""
+        {{
+            .reg .b32 high, moved, sign, factor;
+            mov.b32 factor, {factor};
+            shl.b32 high, $2, 8;
+            shr.b32 moved, high, {shift};
+            and.b32 sign, high, 0x80008000;
+            lop3.b32 moved, sign, moved, {fraction}, 0xf8;
+            mul.{kind} $0, moved, factor;
+            shr.b32 moved, $2, {shift};
+            and.b32 sign, $2, 0x80008000;
+            lop3.b32 moved, sign, moved, {fraction}, 0xf8;
+            mul.{kind} $1, moved, factor;
+        }}
+        """
+    if dtype.name == "fp16":  # 1024 + 128 + its value, less 1152
+        return """
+        {
+            .reg .b32 high, sum, offset;
+            mov.b32 offset, 0x64806480;
+            shr.b32 high, $2, 8;
+            lop3.b32 sum, $2, 0x00ff00ff, offset, 0x6a;
+            sub.f16x2 $0, sum, offset;
+            lop3.b32 sum, high, 0x00ff00ff, offset, 0x6a;
+            sub.f16x2 $1, sum, offset;
+        }
+        """
+    # 128 + its lower seven bits, less 128, or less 256 where it is negative
+    return """
+    {
+        .reg .b32 high, sum, base, sign;
+        mov.b32 base, 0x43004300;
+        shr.b32 high, $2, 8;
+        lop3.b32 sum, $2, 0x007f007f, base, 0xea;
+        lop3.b32 sign, $2, 0x00800080, base, 0xea;
+        sub.bf16x2 $0, sum, sign;
+        lop3.b32 sum, high, 0x007f007f, base, 0xea;
+        lop3.b32 sign, high, 0x00800080, base, 0xea;
+        sub.bf16x2 $1, sum, sign;
+    }
+    """
+
+
+@gluon.jit
+def _times(product, row_scale, output_scale):
+    """A product [outputs, rows] times the scales of its rows and outputs. No compiler fuses it with
+    an addition.
+    """
+    product, row_scale = gl.broadcast(product, row_scale[None, :])
+    product, output_scale = gl.broadcast(product, output_scale[:, None])
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 scaled; mul.rn.f32 scaled, $1, $2; mul.rn.f32 $0, scaled, $3; }",
+        "=f,f,f,f",
+        [product, row_scale, output_scale],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _quantized_linear_kernel(
+    weight,  # pairs [OUTPUTS, WIDTH / 2], as a descriptor
+    scales,  # [OUTPUTS] float32
+    x,  # [rows, WIDTH], as a descriptor
+    squares,  # [BLOCKS, rows] float32
+    out,  # [splits, rows, OUTPUTS] float32
+    rows,
+    WIDTH: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    first_row, first_output, split = (
+        gl.program_id(0) * ROW_TILE,
+        gl.program_id(1) * OUTPUT_TILE,
+        gl.program_id(2),
+    )
+    stream = _stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        split * PART,
+        TILES,
+        PART * PARTS,
+        STAGES,
+        OUTPUT_TILE,
+        FP8,
+    )
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+    )
+    output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
+    output_scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
+    stream.start(CLUSTER=1)
+    of_rows: gl.constexpr = row_scales_of_many if ROW_TILE > _FEW_ROWS else row_scales
+    row_scale = of_rows(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    row_scale = gl.convert_layout(row_scale, gl.SliceLayout(0, layout))
+    total = _times(stream.part(0, PART), row_scale, output_scale)
+    for part in gl.static_range(1, PARTS):
+        total += _times(stream.part(part * PART, (part + 1) * PART), row_scale, output_scale)
+    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
+    at = (split * rows + row).to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    gl.store(out + at, total, mask=(row < rows)[None, :] & (output < OUTPUTS)[:, None])
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _quantized_project_kernel(
+    weight,  # pairs [OUTPUTS, inputs / 2], as a descriptor
+    scales,  # [OUTPUTS] float32
+    x,  # [rows, inputs], as a descriptor
+    residual,  # [rows, OUTPUTS] float32
+    norm_weight,  # [OUTPUTS]
+    normed,  # [rows, OUTPUTS]
+    squares,  # [blocks, rows] float32
+    rows,
+    OUTPUTS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CLUSTER: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    rank, first_row = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER * ROW_TILE
+    first_output = gl.program_id(1) * OUTPUT_TILE
+    if CLUSTER > 1:
+        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
+    OWNED_ROWS: gl.constexpr = ROW_TILE // CLUSTER
+    layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
+    row = first_row + rank * OWNED_ROWS
+    row = row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
+    norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
+    scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
+    stream = _stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        rank * (PART * PARTS),
+        TILES,
+        PART * PARTS,
+        STAGES,
+        OUTPUT_TILE,
+        FP8,
+    )
+    stream.start(CLUSTER)
+    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    grown = gl.load(residual + at, mask=mask, other=0.0)
+    total = stream.part(0, PART)
+    if PARTS > 1:
+        total += stream.part(PART, 2 * PART)
+    if CLUSTER > 1:
+        total = cluster_sum(room, rank, total, layout, CLUSTER)
+    else:
+        total = gl.convert_layout(total, layout)
+    write_residual(
+        gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
+        norm_scale,
+        residual,
+        normed,
+        squares,
+        first_output,
+        first_row + rank * OWNED_ROWS,
+        rows,
+        OUTPUTS,
+    )
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _quantized_swiglu_kernel(
+    weight,  # pairs [HIDDEN / GROUP, 2, GROUP, WIDTH / 2], as a descriptor
+    scales,  # [2, HIDDEN] float32
+    x,  # [rows, WIDTH], as a descriptor
+    squares,  # [BLOCKS, rows] float32
+    out,  # [rows, HIDDEN]
+    rows,
+    WIDTH: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    HIDDEN_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    OUTPUT_TILE: gl.constexpr = 2 * HIDDEN_TILE
+    GROUPS: gl.constexpr = HIDDEN_TILE // _GROUP
+    first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
+    stream = _stream(
+        weight, x, block * GROUPS, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE, FP8
+    )
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+    )
+    # A tile's outputs are eight gates, the ups of the same hidden units, the next eight gates ...
+    place = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
+    unit = block * HIDDEN_TILE + place // (2 * _GROUP) * _GROUP + place % _GROUP
+    scale_at = place // _GROUP % 2 * HIDDEN + unit
+    output_scale = gl.load(scales + scale_at, mask=unit < HIDDEN, other=0.0)
+    stream.start(CLUSTER=1)
+    of_rows: gl.constexpr = row_scales_of_many if ROW_TILE > _FEW_ROWS else row_scales
+    row_scale = of_rows(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    row_scale = gl.convert_layout(row_scale, gl.SliceLayout(0, layout))
+    total = _times(stream.part(0, TILES), row_scale, output_scale)
+    pairs = total.reshape([GROUPS, 2, _GROUP, ROW_TILE]).permute((0, 2, 3, 1))
+    gate, up = gl.split(pairs)
+    hidden = (gate / (1 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
+    out_layout: gl.constexpr = gl.BlockedLayout(
+        [2, 1], [HIDDEN_TILE // 2, 64 // HIDDEN_TILE], [1, gl.num_warps()], [0, 1]
+    )
+    hidden = gl.convert_layout(hidden.reshape([HIDDEN_TILE, ROW_TILE]), out_layout)
+    unit = block * HIDDEN_TILE + gl.arange(0, HIDDEN_TILE, layout=gl.SliceLayout(1, out_layout))
+    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, out_layout))
+    at = row.to(gl.int64)[None, :] * HIDDEN + unit[:, None]
+    gl.store(out + at, hidden, mask=(row < rows)[None, :] & (unit < HIDDEN)[:, None])
+
+
+def quantized_linear(
+    x: Tensor,
+    squares: Tensor,
+    weight: QuantizedMatrix,
+    out: Tensor,
+    tiles: FusedTiles,
+    *,
+    eps: float,
+) -> None:
+    """Writes partial sums of norm(x) W^T; see `kernels.hopper.products.fused_linear`.
+
+    Args:
+        weight: fp8 or int8, paired.
+        out: float32 [splits, rows, outputs]: of `tiles`, or one, which then is the sum of all.
+    """
+    rows, width = x.shape
+    outputs = weight.shape[0]
+    sums = out.view(-1, *out.shape[-2:])
+    splits, its_tiles = len(sums), _tiles(rows, tiles)
+    assert splits in (1, tiles.splits) and sums.shape == (splits, rows, outputs), out.shape
+    row_block = _row_tile(rows, outputs * splits)
+    count, part = triton.cdiv(width, PAIRED_INPUTS), tiles.tiles(width)
+    grid = (triton.cdiv(rows, row_block), triton.cdiv(outputs, its_tiles.outputs), splits)
+    _quantized_linear_kernel[grid](
+        pairs_descriptor(weight.values, its_tiles.outputs),
+        weight.scales,
+        descriptor(x, row_block, PAIRED_INPUTS // 2),
+        squares,
+        out,
+        rows,
+        WIDTH=width,
+        OUTPUTS=outputs,
+        BLOCKS=squares.shape[0],
+        BLOCKS_TILE=squares_tile(squares),
+        EPS=eps,
+        ROW_TILE=row_block,
+        OUTPUT_TILE=its_tiles.outputs,
+        TILES=count,
+        PART=part,
+        PARTS=tiles.splits // splits,
+        STAGES=_stage_count(its_tiles, part * (tiles.splits // splits), row_block),
+        FP8=weight.scheme == "fp8",
+        num_warps=its_tiles.warps,
+        launch_pdl=True,
+    )
+
+
+def quantized_project(
+    x: Tensor,
+    weight: QuantizedMatrix,
+    residual: Tensor,
+    norm_weight: Tensor,
+    normed: Tensor,
+    squares: Tensor,
+    tiles: FusedTiles,
+) -> None:
+    """Adds x W^T to the residual stream, and prepares the next product's input; see
+    `kernels.hopper.products.fused_project`.
+
+    Args:
+        weight: fp8 or int8, paired.
+    """
+    rows, inputs = x.shape
+    width = weight.shape[0]
+    assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
+    assert tiles.outputs % SQUARES_BLOCK == 0, tiles
+    its_tiles = _tiles(rows, tiles)
+    # else two warps would hold, and send, the same sums
+    assert its_tiles.outputs >= 16 * its_tiles.warps, its_tiles
+    cluster = tiles.splits if rows <= _FEW_ROWS.value else min(2, tiles.splits)
+    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
+    assert parts <= 2, tiles
+    row_block = _row_tile(rows, width * cluster)
+    exchanged = project_exchange(its_tiles.outputs, row_block, cluster)
+    launch_clustered(
+        _quantized_project_kernel,
+        (triton.cdiv(rows, row_block), triton.cdiv(width, its_tiles.outputs)),
+        cluster,
+        exchanged,
+        pairs_descriptor(weight.values, its_tiles.outputs),
+        weight.scales,
+        descriptor(x, row_block, PAIRED_INPUTS // 2),
+        residual,
+        norm_weight,
+        normed,
+        squares,
+        rows,
+        OUTPUTS=width,
+        ROW_TILE=row_block,
+        OUTPUT_TILE=its_tiles.outputs,
+        TILES=triton.cdiv(inputs, PAIRED_INPUTS),
+        PART=part,
+        PARTS=parts,
+        STAGES=_stage_count(its_tiles, part * parts, row_block, exchanged),
+        CLUSTER=cluster,
+        FP8=weight.scheme == "fp8",
+        num_warps=its_tiles.warps,
+        launch_pdl=True,
+    )
+
+
+def quantized_swiglu(
+    x: Tensor,
+    squares: Tensor,
+    weight: QuantizedMatrix,
+    out: Tensor,
+    tiles: FusedTiles,
+    *,
+    eps: float,
+) -> None:
+    """Writes silu(W1 norm(x)) * (W3 norm(x)); see `kernels.hopper.products.fused_swiglu`.
+
+    Args:
+        weight: fp8 or int8, paired.
+    """
+    rows, width = x.shape
+    hidden = weight.shape[0] // 2
+    assert tiles.splits == 1 and hidden % _GROUP.value == 0, (hidden, tiles)
+    its_tiles = _tiles(rows, replace(tiles, outputs=2 * tiles.outputs))
+    hidden_tile = its_tiles.outputs // 2
+    row_block = _row_tile(rows, 2 * hidden)
+    count = triton.cdiv(width, PAIRED_INPUTS)
+    grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, hidden_tile))
+    groups = weight.values.view(2, hidden // _GROUP.value, _GROUP.value, width).transpose(0, 1)
+    _quantized_swiglu_kernel[grid](
+        pairs_descriptor(groups, hidden_tile // _GROUP.value, 2, _GROUP.value),
+        weight.scales,
+        descriptor(x, row_block, PAIRED_INPUTS // 2),
+        squares,
+        out,
+        rows,
+        WIDTH=width,
+        HIDDEN=hidden,
+        BLOCKS=squares.shape[0],
+        BLOCKS_TILE=squares_tile(squares),
+        EPS=eps,
+        ROW_TILE=row_block,
+        HIDDEN_TILE=hidden_tile,
+        TILES=count,
+        STAGES=_stage_count(its_tiles, count, row_block),
+        FP8=weight.scheme == "fp8",
+        num_warps=its_tiles.warps,
+        launch_pdl=True,
+    )
+
+
+def pairs_descriptor(values: Tensor, *box: int) -> TensorDescriptor:
+    """Describes bytes for bulk copies of boxes of them, as pairs.
+
+    Args:
+        box: of all dimensions but the last, which is half of `PAIRED_INPUTS`.
+    """
+    whole = [*box, PAIRED_INPUTS // 2]
+    layout = gl.NVMMASharedLayout.get_default_for(whole, gl.int16)
+    return TensorDescriptor.from_tensor(values.view(torch.int16), whole, layout)
+
+
+def _tiles(rows: int, tiles: FusedTiles) -> FusedTiles:
+    """How programs cut up the product; the order of sums is that of `tiles` in any case."""
+    return tiles if rows <= _FEW_ROWS.value else _MANY_ROWS_TILES
+
+
+def _row_tile(rows: int, outputs: int) -> int:
+    """Rows of a program: of few rows all, where they fit, and of many 128, unless their programs
+    would leave much of the GPU idle.
+
+    Args:
+        outputs: those of all programs along the inputs together.
+    """
+    if rows <= _FEW_ROWS.value:
+        return row_tile(rows)
+    programs = triton.cdiv(rows, 128) * triton.cdiv(outputs, _MANY_ROWS_TILES.outputs)
+    return 128 if programs >= 0.6 * _MULTIPROCESSORS else 64
+
+
+def _stage_count(tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0) -> int:
+    """Tiles that shared memory holds at once.
+
+    Args:
+        most: tiles of a program.
+        exchanged: bytes of shared memory that the cluster takes.
+    """
+    tile_bytes = (tiles.outputs + 2 * row_block) * PAIRED_INPUTS
+    return min(tiles.stages, most, (SHARED_MEMORY - exchanged) // tile_bytes)
