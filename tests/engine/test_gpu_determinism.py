@@ -21,7 +21,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
 @pytest.mark.parametrize("rows", [MANY_ROWS, 128, 512])
-def test_a_request_draws_the_same_in_any_company(model: str, rows: int) -> None:
+@pytest.mark.parametrize(("weights", "pages"), [(None, "auto"), ("fp8", "fp8"), ("int8", "int8")])
+def test_a_request_draws_the_same_in_any_company(
+    model: str, rows: int, weights: str | None, pages: str
+) -> None:
     """Fails if the order of a sum depends on the batch. By default it does not on Hopper, and with
     `deterministic` on no GPU.
     """
@@ -30,7 +33,9 @@ def test_a_request_draws_the_same_in_any_company(model: str, rows: int) -> None:
     reference_weights(gpt, 7)
     gpt = gpt.eval().requires_grad_(False).to("cuda", torch.bfloat16)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    config = EngineConfig(max_num_seqs=rows, deterministic=not hopper)
+    config = EngineConfig(
+        max_num_seqs=rows, deterministic=not hopper, quantization=weights, kv_cache_dtype=pages
+    )
     drawn = codes_in_every_company(Engine(gpt, None, config), rows)
     # Without graphs a step has exactly the rows in use, not the next bucket's.
     without = replace(config, enforce_eager=True, num_pages=rows * 16)

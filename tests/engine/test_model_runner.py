@@ -5,18 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fused_runners import FusedRunner
 from teacher import TINY, engine_codes
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.model_runner import ModelRunner, row_buckets
 from kernels.hopper.products import HEADROOM
-from kernels.hopper.products_reference import (
-    fused_linear_reference,
-    fused_project_reference,
-    fused_swiglu_reference,
-)
-from kernels.operations import FusedProducts, Operations
+from kernels.hopper.products_reference import fused_linear_reference
+from kernels.operations import Operations
 from kernels.quantization import Weights
 
 
@@ -28,28 +25,6 @@ def test_greedy_tokens_are_llamagens(name: str) -> None:
     """
     codes, expected = engine_codes(name, torch.device("cpu"), "torch")
     assert np.array_equal(codes, expected)
-
-
-def fused_references() -> FusedProducts:
-    """Hopper's products in torch, with partial sums and blocks of squares as there."""
-    return FusedProducts(
-        linear=fused_linear_reference,
-        linear_splits=lambda outputs, inputs, rows: 3,
-        project=fused_project_reference,
-        project_blocks=lambda outputs: 5,
-        swiglu=fused_swiglu_reference,
-        head=lambda x, squares, weight, out, *, eps: fused_linear_reference(
-            x, squares, weight, out[None], eps=eps
-        ),
-        headroom=HEADROOM,
-    )
-
-
-class FusedRunner(ModelRunner):
-    """The real runner on `fused_references`."""
-
-    def make_operations(self, gpt: Transformer) -> Operations:
-        return replace(super().make_operations(gpt), fused=fused_references())
 
 
 @pytest.mark.parametrize("name", TINY)

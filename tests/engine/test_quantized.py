@@ -6,6 +6,7 @@ import pytest
 import torch
 from company import codes_in_every_company
 from conftest import reference_weights
+from fused_runners import PairedRunner
 from teacher import naive_logits
 
 from autoregressive.benchmarks.teacher_forcing import TeacherForced
@@ -18,7 +19,7 @@ from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
-from autoregressive.serve.engine.layers import FusedLayers, PlainLayers
+from autoregressive.serve.engine.layers import FusedLayers, PlainLayers, QuantizedLayers
 from autoregressive.serve.engine.memory import pool_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, check_device
 from autoregressive.weights.quantized import (
@@ -90,6 +91,26 @@ def test_both_loops_run_the_same_quantised_weights(scheme: str) -> None:
     for position in range(16):
         got = forced.logits(position)
         torch.testing.assert_close(got, wanted[:, :, position], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_layers_of_paired_weights_run_the_same_model(scheme: str) -> None:
+    """Guards what else only a GPU of compute capability 9.0 runs; and that the plain loop and a
+    second runner find the weights, which have another order then.
+    """
+    model, labels = small_model(), [3, 4]
+    quantize_products(model, scheme)
+    codes = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(1))
+    wanted = naive_logits(model, codes, labels, 16)
+    for _ in range(2):
+        runner = PairedRunner(model, BatchShape.of(4, 64, 4), 64, CONFIG)
+        assert type(runner.layers_for(4)) is QuantizedLayers
+        forced = TeacherForced(runner, codes.int(), labels)
+        for position in range(16):
+            torch.testing.assert_close(
+                forced.logits(position), wanted[:, :, position], atol=1e-4, rtol=1e-4
+            )
+        assert torch.equal(naive_logits(model, codes, labels, 16), wanted)
 
 
 @pytest.mark.parametrize(("pages", "most"), [("fp8", 0.05), ("int8", 0.01)])

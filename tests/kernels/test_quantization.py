@@ -98,3 +98,24 @@ def test_values_are_exact_in_16_bits() -> None:
         exact = values.float()[values.float().isfinite()]
         for dtype in (torch.float16, torch.bfloat16):
             assert torch.equal(exact.to(dtype).float(), exact)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_a_paired_matrix_is_the_same_one(scheme: str) -> None:
+    """Fails if pairing loses or exchanges weights, takes other memory, or changes what is paired
+    already.
+    """
+    matrix = quantize(torch.randn(70, 384, generator=torch.Generator().manual_seed(1)), scheme)
+    weights, values = matrix.dequantized(torch.float32), matrix.values.clone()
+    paired = matrix.pair()
+    assert paired.values is matrix.values
+    assert paired.pair() is paired
+    assert torch.equal(paired.dequantized(torch.float32), weights)
+    block = paired.values[:, 128:256].view(torch.uint8).view(70, 64, 2)
+    assert torch.equal(block[..., 0], values[:, 128:192].view(torch.uint8))
+    assert torch.equal(block[..., 1], values[:, 192:256].view(torch.uint8))
+
+
+@pytest.mark.parametrize(("scheme", "inputs"), [("int4", 256), ("fp8", 192)])
+def test_what_has_no_whole_blocks_of_bytes_is_not_paired(scheme: str, inputs: int) -> None:
+    assert not quantize(torch.ones(4, inputs), scheme).can_be_paired
