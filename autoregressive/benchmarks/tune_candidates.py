@@ -8,6 +8,7 @@ from itertools import product
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.linear import LinearTiles, SwigluTiles
+from kernels.quantization import PAIRED_INPUTS
 
 _SHARED_MEMORY = 220 * 1024  # bytes of a multiprocessor that programs may hold weights in
 _ROWS = 16  # of a program, where shared memory is reckoned
@@ -39,7 +40,7 @@ def fused_candidates(outputs: int, inputs: int, most_splits: int) -> Iterator[Fu
         tiles = -(-inputs // (tile * splits))
         programs = outputs // tile_outputs * splits
         if 20 <= programs <= 420 and tiles * tile * splits <= 1.25 * inputs:
-            for stages in _stages(tiles, tile_outputs, tile):
+            for stages in _stages(tiles, (tile_outputs + _ROWS) * tile * 2):
                 yield FusedTiles(tile_outputs, tile, splits, stages, warps)
 
 
@@ -53,16 +54,33 @@ def fused_whole_candidates(
         matrices: 2 for the gated product, whose tile has as many outputs of each of its halves.
     """
     for (tile_outputs, warps), tile in product(_BLOCKS, tiles):
-        for stages in _stages(-(-inputs // tile), tile_outputs, tile):
+        for stages in _stages(-(-inputs // tile), (tile_outputs + _ROWS) * tile * 2):
             yield FusedTiles(tile_outputs // matrices, tile, 1, stages, warps)
 
 
-def _stages(tiles: int, outputs: int, tile: int) -> list[int]:
+def _stages(tiles: int, tile_bytes: int) -> list[int]:
     """How many tiles may be on their way at once."""
-    tile_bytes = (outputs + _ROWS) * tile * 2
     return sorted(
         {min(tiles, size * 1024 // tile_bytes) for size in (48, 64, 80, 100, 130, 170)} - {0}
     )
+
+
+def quantized_candidates(
+    outputs: int, inputs: int, splits: Sequence[int], matrices: int = 1
+) -> Iterator[FusedTiles]:
+    """Candidates for a product by weights of a byte, as of `fused_candidates`.
+
+    Args:
+        splits: programs along the inputs.
+        matrices: as of `fused_whole_candidates`.
+    """
+    for (tile_outputs, warps), parts in product(_BLOCKS, splits):
+        tiles = -(-inputs // (PAIRED_INPUTS * parts))
+        programs = outputs * matrices // tile_outputs * parts
+        if (programs <= 420 or parts == 1) and tiles * parts * PAIRED_INPUTS <= 1.25 * inputs:
+            tile_bytes = (tile_outputs + 2 * _ROWS) * PAIRED_INPUTS
+            for stages in _stages(tiles, tile_bytes):
+                yield FusedTiles(tile_outputs // matrices, PAIRED_INPUTS, parts, stages, warps)
 
 
 def linear_candidates(outputs: int, inputs: int) -> Iterator[LinearTiles]:

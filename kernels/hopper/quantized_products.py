@@ -522,7 +522,7 @@ def quantized_linear(
         TILES=count,
         PART=part,
         PARTS=tiles.splits // splits,
-        STAGES=_stage_count(its_tiles, part * (tiles.splits // splits), row_block),
+        STAGES=stage_count(its_tiles, part * (tiles.splits // splits), row_block),
         FP8=weight.scheme == "fp8",
         num_warps=its_tiles.warps,
         launch_pdl=True,
@@ -575,7 +575,7 @@ def quantized_project(
         TILES=triton.cdiv(inputs, PAIRED_INPUTS),
         PART=part,
         PARTS=parts,
-        STAGES=_stage_count(its_tiles, part * parts, row_block, exchanged),
+        STAGES=stage_count(its_tiles, part * parts, row_block, exchanged),
         CLUSTER=cluster,
         FP8=weight.scheme == "fp8",
         num_warps=its_tiles.warps,
@@ -621,7 +621,7 @@ def quantized_swiglu(
         ROW_TILE=row_block,
         HIDDEN_TILE=hidden_tile,
         TILES=count,
-        STAGES=_stage_count(its_tiles, count, row_block),
+        STAGES=stage_count(its_tiles, count, row_block),
         FP8=weight.scheme == "fp8",
         num_warps=its_tiles.warps,
         launch_pdl=True,
@@ -657,7 +657,7 @@ def _row_tile(rows: int, outputs: int) -> int:
     return 128 if programs >= 0.6 * _MULTIPROCESSORS else 64
 
 
-def _stage_count(tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0) -> int:
+def stage_count(tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0) -> int:
     """Tiles that shared memory holds at once.
 
     Args:

@@ -115,41 +115,56 @@ def _scaled_attention_kernel(
     queries = gl.allocate_shared_memory(DTYPE, [GROUPS * 2 * COLUMNS, 1, PAIRS], _query_layout())
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, vector_layout))[None, :]
     new_end = gl.minimum(end, first_token + CHUNK)
+    places: gl.tuple = ()
+    for index in gl.static_range(WINDOW):
+        new_token = position + index
+        # Shared memory has the elements of each token in an order of its own.
+        moved = offset ^ (_phase(new_token, HEAD_TILE) * 16)
+        angles, there = rotary + new_token * HEAD_SIZE, new_token < end
+        angle = gl.load(angles + offset, mask=(offset < HEAD_SIZE) & there, other=0.0)
+        moved_angle = gl.load(angles + moved, mask=(moved < HEAD_SIZE) & there, other=0.0)
+        new = (new_token >= first_token) & (new_token < new_end)
+        page = gl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE, mask=new, other=0)
+        places = places + ((angle, moved_angle, page),)
+    scales_layout: gl.constexpr = gl.SliceLayout(1, product_layout)
+    of_keys = gl.convert_layout(of_keys, scales_layout)
+    of_values = gl.convert_layout(of_values, scales_layout)
+    scale_token = first_token + gl.arange(0, CHUNK, layout=scales_layout)
     gdc_wait()  # README, rule 3: qkv comes after it
     split_size = rows.to(gl.int64) * 3 * WIDTH
+    vectors: gl.tuple = ()
+    for index in gl.static_range(WINDOW):
+        angle, moved_angle, _ = places[index]
+        new_token = position + index
+        new = (new_token >= first_token) & (new_token < new_end)
+        moved = offset ^ (_phase(new_token, HEAD_TILE) * 16)
+        mask, new_mask = offset < HEAD_SIZE, (moved < HEAD_SIZE) & new
+        source = qkv + ((sequence * WINDOW + index).to(gl.int64) * 3 * HEADS + head) * HEAD_SIZE
+        query = sum_of_splits(source + offset, mask, split_size, SPLITS)
+        key = sum_of_splits(source + WIDTH + moved, new_mask, split_size, SPLITS)
+        value = sum_of_splits(source + 2 * WIDTH + moved, new_mask, split_size, SPLITS)
+        _store_query(queries, index // COLUMNS, index % COLUMNS, rotated(query, angle))
+        vectors = vectors + ((rotated(key, moved_angle), value),)
     async_copy.wait_group(0)
     gl.thread_barrier()
     for index in gl.static_range(WINDOW):
+        _, _, page = places[index]
         new_token = position + index
-        source = qkv + ((sequence * WINDOW + index).to(gl.int64) * 3 * HEADS + head) * HEAD_SIZE
-        angles = rotary + new_token * HEAD_SIZE
-        mask = (offset < HEAD_SIZE) & (new_token < end)
-        query = sum_of_splits(source + offset, mask, split_size, SPLITS)
-        query = rotated(query, gl.load(angles + offset, mask=mask, other=0.0))
-        _store_query(queries, index // COLUMNS, index % COLUMNS, query)
         if (new_token >= first_token) & (new_token < new_end):
-            # Shared memory has the elements of each token in an order of its own.
-            moved = offset ^ (_phase(new_token, HEAD_TILE) * 16)
-            mask = moved < HEAD_SIZE
-            key = sum_of_splits(source + WIDTH + moved, mask, split_size, SPLITS)
-            value = sum_of_splits(source + 2 * WIDTH + moved, mask, split_size, SPLITS)
-            key = rotated(key, gl.load(angles + moved, mask=mask, other=0.0))
+            key, value = vectors[index]
             if WINDOW > 1:
                 key, value = _harmless(key, value)
             key_pairs, key_scale = _rounded(key, FP8)
             value_pairs, value_scale = _rounded(value, FP8)
-            new_page = gl.load(page_table + sequence * PAGES + new_token // PAGE_SIZE)
-            place = (new_page.to(gl.int64) * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
+            moved = offset ^ (_phase(new_token, HEAD_TILE) * 16)
+            place = (page.to(gl.int64) * HEADS + head) * PAGE_SIZE + new_token % PAGE_SIZE
             _store_new(key_pages, key_scales, place, key_pairs, key_scale, moved, STRIDE)
             _store_new(value_pages, value_scales, place, value_pairs, value_scale, moved, STRIDE)
             keys.index(new_token - first_token).store(key_pairs)
             values.index(new_token - first_token).store(value_pairs)
-            of_keys = gl.where(token == new_token, key_scale, of_keys)
-            of_values = gl.where(token == new_token, value_scale, of_values)
+            of_keys = gl.where(scale_token == new_token, key_scale, of_keys)
+            of_values = gl.where(scale_token == new_token, value_scale, of_values)
     gl.thread_barrier()
-    scales_layout: gl.constexpr = gl.SliceLayout(1, product_layout)
-    of_keys = gl.convert_layout(of_keys, scales_layout)
-    of_values = gl.convert_layout(of_values, scales_layout)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, product_layout))
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(1, product_layout))[:, None]
     for group in gl.static_range(GROUPS):

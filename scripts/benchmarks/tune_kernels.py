@@ -39,6 +39,7 @@ with slow_imports(__name__):
         fused_candidates,
         fused_whole_candidates,
         linear_candidates,
+        quantized_candidates,
         swiglu_candidates,
         whole_candidates,
     )
@@ -49,6 +50,7 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.kv_pages import LayerPages
     from autoregressive.serve.engine.layers import LayersFactory, ModelWeights
     from autoregressive.serve.floor import median_seconds
+    from autoregressive.weights.quantized import pair_products, quantize_products
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
     from kernels.operations import MANY_ROWS, triton_operations
@@ -60,6 +62,7 @@ _TOKENS, _PAGE_SIZE = 576, 16
 _CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _COLD_HEAD_BYTES = 100e6
+_ON_HOPPER = ("fused_", "quantized_")  # sections that only compute capability 9.0 uses
 _OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
 
 
@@ -69,14 +72,21 @@ class Chain:
     Args:
         config: of as many layers as wanted.
         capability: of the GPU.
+        quantized: whether the layers' weights are fp8, and paired.
     """
 
-    def __init__(self, config: GPTConfig, capability: tuple[int, int]) -> None:
-        self.config, self.capability = config, capability
+    def __init__(
+        self, config: GPTConfig, capability: tuple[int, int], *, quantized: bool = False
+    ) -> None:
+        self.config, self.capability, self.quantized = config, capability, quantized
         device, dtype = torch.device("cuda"), torch.bfloat16
         with torch.device("meta"):
             gpt = Transformer(config)
-        self.weights = ModelWeights.of(with_random_weights(gpt, device, dtype))
+        gpt = with_random_weights(gpt, device, dtype)
+        if quantized:
+            quantize_products(gpt, "fp8")
+            pair_products(gpt)
+        self.weights = ModelWeights.of(gpt)
         head = self.weights.head
         others = range(1 + int(_COLD_HEAD_BYTES / head.nbytes))
         self.heads = [head, *(torch.randn_like(head) * 0.02 for _ in others)]
@@ -111,7 +121,14 @@ class Chain:
         def filled(name: str, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.ones(dims, dtype=dtype, device="cuda")
 
-        factory = LayersFactory(self.config, torch.bfloat16, operations, library=False)
+        factory = LayersFactory(
+            self.config,
+            torch.bfloat16,
+            operations,
+            library=False,
+            quantized=self.quantized,
+            pairable=self.quantized,
+        )
         layers, weights = factory.make(rows, 1, filled), self.weights
         layers.normed.normal_()
 
@@ -172,6 +189,9 @@ def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
         most_4, most_6 = (partial(fused_candidates, most_splits=most) for most in (4, 6))
         pairs = partial(fused_whole_candidates, tiles=(64, 128, 256), matrices=2)
         whole = partial(fused_whole_candidates, tiles=(64, 128), matrices=1)
+        once = partial(quantized_candidates, splits=(1,), matrices=2)
+        clusters = partial(quantized_candidates, splits=(1, 2, 4))
+        parts = partial(quantized_candidates, splits=range(1, 7))
         layer = [
             stage("fused_project", width, ffn, most_4),
             stage("fused_project", width, width, most_4),
@@ -179,7 +199,14 @@ def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
             stage("fused_linear", 3 * width, width, most_6),
             attention,
         ]
-        return [*layer, *layer, stage("fused_head", vocabulary, width, whole)]
+        quantized = [
+            stage("quantized_project", width, ffn, clusters),
+            stage("quantized_project", width, width, clusters),
+            stage("quantized_swiglu", ffn, width, once),
+            stage("quantized_linear", 3 * width, width, parts),
+        ]
+        head = stage("fused_head", vocabulary, width, whole)
+        return [*layer, *layer, *quantized, *quantized, head]
     return [
         attention,
         stage("linear", 3 * width, width, linear_candidates),
@@ -208,9 +235,10 @@ def tune(
     ]
     compile_in_parallel(config, table, stages, capability)
     layer_bytes = 2 * (4 * config.dim**2 + 3 * config.dim * config.ffn_dim)
-    chain = Chain(replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes)), capability)
+    deep = replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes))
+    chains = chains_for([stage.section for stage in stages], deep, capability)
     for stage in stages:
-        tried = {}
+        chain, tried = chains[_is_quantized(stage.section)], {}
         for candidate in stage.candidates:
             changed = table.with_setting(stage.section, stage.key, candidate)
             try:
@@ -225,6 +253,20 @@ def tune(
             told = f"best of {len(tried)}: {best}, {', '.join(times)}"
         print(f"{name} {stage.section} {stage.key}: {told}", flush=True)
     return table
+
+
+def chains_for(
+    sections: Sequence[str], config: GPTConfig, capability: tuple[int, int]
+) -> dict[bool, Chain]:
+    """The layers that these sections are tuned with: by whether their weights are quantised."""
+    return {
+        quantized: Chain(config, capability, quantized=quantized)
+        for quantized in {_is_quantized(section) for section in sections}
+    }
+
+
+def _is_quantized(section: str) -> bool:
+    return section.startswith("quantized_")
 
 
 def score(chain: Chain, table: TileTable, section: str) -> list[float]:
@@ -273,10 +315,10 @@ def compile_in_parallel(
 def _compile(
     config: GPTConfig, tables: list[tuple[TileTable, str]], capability: tuple[int, int]
 ) -> None:
-    chain = Chain(config, capability)
+    chains = chains_for([section for _, section in tables], config, capability)
     for table, section in tables:
         try:
-            chain.prepare(table, _ROWS[0], section)()
+            chains[_is_quantized(section)].prepare(table, _ROWS[0], section)()
             torch.cuda.synchronize()
         except Exception as error:
             print(f"  does not run: {str(error).splitlines()[0][:100]}")
@@ -337,7 +379,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("tuning needs a GPU of compute capability 8.0 or above")
     major, minor = torch.cuda.get_device_capability()
     hopper = (major, minor) == (9, 0)
-    used = [name for name in SECTIONS if name == "attention" or name.startswith("fused_") == hopper]
+    used = [
+        name for name in SECTIONS if name == "attention" or name.startswith(_ON_HOPPER) == hopper
+    ]
     typed.sections = typed.sections or used
     unused = [section for section in typed.sections if section not in used]
     if unused:

@@ -13,12 +13,17 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from kernels import tiles as tile_tables
 from kernels.attention import AttentionTiles
 from kernels.hopper.products import SQUARES_BLOCK, FusedTiles, project_exchange
+from kernels.hopper.quantized_products import stage_count
 from kernels.linear import LinearTiles, SwigluTiles, row_tile
 from kernels.operations import MANY_ROWS
+from kernels.quantization import PAIRED_INPUTS
 from kernels.tiles import (
     ATTENTION,
     FUSED_LINEAR,
     FUSED_PROJECT,
+    QUANTIZED_LINEAR,
+    QUANTIZED_PROJECT,
+    QUANTIZED_SWIGLU,
     SECTIONS,
     TileTable,
     read_table,
@@ -87,6 +92,30 @@ def test_the_rules_settings_run(model: str) -> None:
     """Fails if a model that was not measured asks for more than a program has."""
     for (section, _, inputs), tiles in asked(TileTable(), config_of(model)).items():
         check_runs(section, inputs, tiles)
+
+
+@pytest.mark.parametrize("model", GPT_SHAPES)
+def test_products_of_paired_weights_fit(model: str) -> None:
+    """Fails if one tile does not fit beside the cluster's sums, with few rows or with many, or
+    inputs are left out.
+    """
+    table, config = tile_table((9, 0), torch.bfloat16), config_of(model)
+    width, ffn = config.dim, config.ffn_dim
+    for section, outputs, inputs in (
+        (QUANTIZED_LINEAR, 3 * width, width),
+        (QUANTIZED_PROJECT, width, width),
+        (QUANTIZED_PROJECT, width, ffn),
+        (QUANTIZED_SWIGLU, ffn, width),
+    ):
+        tiles = table.find(section, outputs, inputs)
+        assert tiles.inputs == PAIRED_INPUTS
+        assert tiles.tiles(inputs) * tiles.inputs * tiles.splits >= inputs
+        clusters = CLUSTERS if section is QUANTIZED_PROJECT else (1,)
+        assert tiles.splits in (range(1, 8) if section is QUANTIZED_LINEAR else clusters)
+        for rows, cluster in ((MANY_ROWS, max(clusters)), (128, min(2, max(clusters)))):
+            exchanged = project_exchange(128, rows, cluster)
+            many = FusedTiles(128, PAIRED_INPUTS, tiles.splits, 8, 8)
+            assert stage_count(many, tiles.tiles(inputs), rows, exchanged) >= 1
 
 
 @pytest.mark.parametrize("model", PAPER_MODELS)
