@@ -16,7 +16,8 @@ FP8 = torch.float8_e4m3fn
 INT4_GROUP = 32  # inputs that share a scale
 PAIRED_INPUTS = 128  # inputs of a block in which bytes are paired
 LARGEST = {FP8: 448.0, torch.int8: 127.0}
-_DTYPES = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
+BYTE_DTYPES = {"fp8": FP8, "int8": torch.int8}  # of weights, and of keys and values
+_DTYPES = BYTE_DTYPES | {"int4": torch.uint8}
 _LARGEST = {"fp8": LARGEST[FP8], "int8": LARGEST[torch.int8], "int4": 7.0}
 # of the scale that the largest weight of a group asks for: clipping it can leave smaller errors
 _INT4_SHARES = tuple(share / 100 for share in range(100, 58, -2))

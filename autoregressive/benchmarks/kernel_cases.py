@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from kernels.operations import (
     attends_at_once,
     torch_operations,
 )
-from kernels.quantization import Weights
+from kernels.quantization import PAIRED_INPUTS, QuantizedMatrix, Weights, quantize
 
 _PAGE_SIZE = 16
 _CELLS = 2**13  # tokens of an image to draw: more than a benchmark launches
@@ -60,11 +61,21 @@ class Setting:
     # of the operations' attention; None: torch's, which has no chunks to combine
     attention_tiles: AttentionTiles | None = None
     launch_pdl: bool = False
+    quantization: str | None = None  # of the layers' weights
+    page_dtype: torch.dtype | None = None  # fp8 or int8; None: `dtype`
 
     @property
     def factory(self) -> LayersFactory:
         """The factory of layers that the engine uses in its default configuration."""
-        return LayersFactory(self.config, self.dtype, self.operations, library=True)
+        blocks = self.config.dim % PAIRED_INPUTS == 0 == self.config.ffn_dim % PAIRED_INPUTS
+        return LayersFactory(
+            self.config,
+            self.dtype,
+            self.operations,
+            library=True,
+            quantized=self.quantization is not None,
+            pairable=self.quantization in ("fp8", "int8") and blocks,
+        )
 
     @cached_property
     def layers(self) -> Layers:
@@ -99,8 +110,38 @@ class Setting:
 
     def copies(self, *shape: int) -> Tensor:
         """So many random tensors of a shape that they are cold when they are used in turn."""
-        size = prod(shape) * self.dtype.itemsize
-        return self.random(max(2, -(-self.cold_bytes // size)), *shape)
+        return self.random(self._cold_copies(prod(shape) * self.dtype.itemsize), *shape)
+
+    def weights(self, outputs: int, inputs: int) -> Sequence[Weights]:
+        """Likewise, of the weights of a layer's product."""
+        if self.quantization is None:
+            return list(self.copies(outputs, inputs))
+        first = self._quantized(outputs, inputs)
+        others = range(1, self._cold_copies(first.nbytes))
+        return [first, *(self._quantized(outputs, inputs) for _ in others)]
+
+    def _quantized(self, outputs: int, inputs: int) -> QuantizedMatrix:
+        assert self.quantization is not None
+        matrix = quantize(self.random(outputs, inputs), self.quantization)
+        return matrix.pair() if self.factory.pairs else matrix
+
+    def pages(self, *shape: int) -> tuple[Tensor, Tensor | None]:
+        """Likewise, of keys and values; and, of those of a byte, the scales of all copies.
+
+        Args:
+            shape: [2, pages, heads, page_size, stride]
+        """
+        if self.page_dtype is None:
+            return self.copies(*shape), None
+        copies = self._cold_copies(prod(shape) * self.page_dtype.itemsize)
+        pages = torch.empty(copies, *shape, dtype=self.page_dtype, device=self.device)
+        for copy in pages:
+            copy.copy_(self.random(*shape) * 32)
+        return pages, torch.full(shape[:-1], 1 / 32, device=self.device)
+
+    def _cold_copies(self, size: int) -> int:
+        """How many copies of so many bytes no cache holds."""
+        return max(2, -(-self.cold_bytes // size))
 
     def input(self, inputs: int) -> Tensor:
         """Inputs [rows, inputs] of a product, scaled so that its results are about 1."""
@@ -137,7 +178,7 @@ def case_of(
     name: str,
     operation: Callable[..., object],
     reference: Callable[..., object],
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | Sequence[Weights]],
     *,
     shape: str,
     moved: int,
@@ -151,10 +192,10 @@ def case_of(
         moved: bytes.
         whole: places of the tensors that are compared.
         partial_sums: places of those whose sums over the first dimension are compared.
-        cold: the place of a tensor of several copies, one of which is taken at a time.
+        cold: the place of several copies, one of which is taken at a time.
     """
 
-    def taken(copy: int) -> list[Tensor]:
+    def taken(copy: int) -> list[Any]:
         return [tensor[copy] if at == cold else tensor for at, tensor in enumerate(tensors)]
 
     def run(copy: int) -> None:
@@ -162,10 +203,7 @@ def case_of(
 
     def error() -> float:
         given = taken(0)
-        exact = [
-            tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
-            for tensor in given
-        ]
+        exact: list[Any] = [_exact(each) for each in given]
         operation(*given)
         reference(*exact)
         pairs = [
@@ -175,9 +213,15 @@ def case_of(
         # NaN if one of them is, which Python's `max` may pass over
         return float(torch.tensor([relative_error(*pair) for pair in pairs]).max())
 
-    return Case(
-        name, shape, moved, run, error, copies=1 if cold is None else tensors[cold].shape[0]
-    )
+    return Case(name, shape, moved, run, error, copies=1 if cold is None else len(tensors[cold]))
+
+
+def _exact(given: Weights) -> Weights:
+    """What the reference takes: in float32, unless it is quantised."""
+    if isinstance(given, QuantizedMatrix):
+        return given
+    widened = given.is_floating_point() and given.itemsize > 1
+    return given.to(torch.float32 if widened else given.dtype, copy=True)
 
 
 def product_case(
@@ -185,19 +229,21 @@ def product_case(
     name: str,
     operation: Callable[..., object],
     reference: Callable[..., object],
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | Sequence[Weights]],
     *,
     whole: Sequence[int] = (),
     partial_sums: Sequence[int] = (),
     cold: int = 1,
 ) -> Case:
-    """A product by weights [copies, outputs, inputs]; the library's is the product alone.
+    """A product by copies of weights [outputs, inputs]; the library's is the product alone, and
+    there is none by quantised weights.
 
     Args:
         tensors: [rows, inputs] first. The others are as of `case_of`.
         cold: the place of the weights.
     """
     x, weights = tensors[0], tensors[cold]
+    assert isinstance(x, Tensor)
     outputs, inputs = weights[0].shape
     product = torch.empty(setting.rows, outputs, dtype=x.dtype, device=x.device)
     case = case_of(
@@ -211,11 +257,16 @@ def product_case(
         partial_sums=partial_sums,
         cold=cold,
     )
-    return replace(
-        case,
-        multiplications=weights[0].numel() * setting.rows,
-        library=lambda copy: torch.mm(x, weights[copy].t(), out=product),
-    )
+    case = replace(case, multiplications=outputs * inputs * setting.rows)
+    if isinstance(weights[0], QuantizedMatrix):
+        return case
+
+    def library(copy: int) -> Tensor:
+        weight = weights[copy]
+        assert isinstance(weight, Tensor)
+        return torch.mm(x, weight.t(), out=product)
+
+    return replace(case, library=library)
 
 
 def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
@@ -230,7 +281,7 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
             name,
             layers.product,
             reference.linear,
-            (setting.input(inputs), setting.copies(outputs, inputs), out),
+            (setting.input(inputs), setting.weights(outputs, inputs), out),
             partial_sums=[2],
         )
 
@@ -238,11 +289,11 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
         name: str,
         product: Callable[[Tensor], None],
         exact: Callable[..., None],
-        outputs: int,
+        weights: Sequence[Weights],
         out: Tensor,
     ) -> Case:
         """A product of what the norm before it has left."""
-        tensors = (layers.normed.normal_().mul_(dim**-0.5), setting.copies(outputs, dim), out)
+        tensors = (layers.normed.normal_().mul_(dim**-0.5), weights, out)
         return product_case(
             setting, name, lambda x, weight, out: product(weight), exact, tensors, whole=[2]
         )
@@ -261,7 +312,8 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
         moved=tensors[0].nbytes + sum(tensor.nbytes for tensor in tensors),
         whole=[0, 3],
     )
-    yield of_normed("swiglu", layers.gated_product, reference.swiglu, 2 * ffn, layers.hidden)
+    weights = setting.weights(2 * ffn, dim)
+    yield of_normed("swiglu", layers.gated_product, reference.swiglu, weights, layers.hidden)
     if isinstance(layers, LibraryLayers):
         both = setting.random(*layers.gate_up.shape)
         yield case_of(
@@ -274,7 +326,8 @@ def plain_cases(setting: Setting, layers: PlainLayers) -> Iterator[Case]:
             whole=[1],
         )
     yield linear("down product", dim, ffn, layers.down)
-    yield of_normed("head", layers.head, reference.whole_linear, config.vocab_size, layers.logits)
+    head = list(setting.copies(config.vocab_size, dim))
+    yield of_normed("head", layers.head, reference.whole_linear, head, layers.logits)
 
 
 def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
@@ -285,7 +338,12 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
     fused, reference = layers.products, reference_products()
 
     def norming(
-        name: str, kind: str, outputs: int, squares: Tensor, out: Tensor, **compared: list[int]
+        name: str,
+        kind: str,
+        weights: Sequence[Weights],
+        squares: Tensor,
+        out: Tensor,
+        **compared: list[int],
     ) -> Case:
         """Norms its input, by `squares` [blocks, rows] as the product before leaves them."""
         residual = setting.random(setting.rows, dim, dtype=torch.float32)
@@ -301,7 +359,7 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
             name,
             product,
             exact,
-            (x, squares, setting.copies(outputs, dim), out),
+            (x, squares, weights, out),
             cold=2,
             **compared,
         )
@@ -312,7 +370,7 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
         """
         tensors = (
             setting.input(inputs),
-            setting.copies(dim, inputs),
+            setting.weights(dim, inputs),
             layers.residual.normal_(),
             setting.random(dim),
             layers.normed,
@@ -329,12 +387,15 @@ def fused_cases(setting: Setting, layers: FusedLayers) -> Iterator[Case]:
         )
 
     squares, ffn_squares = layers.squares, layers.ffn_squares
-    yield norming("qkv product", "linear", 3 * dim, squares, layers.qkv, partial_sums=[3])
+    qkv = setting.weights(3 * dim, dim)
+    yield norming("qkv product", "linear", qkv, squares, layers.qkv, partial_sums=[3])
     yield from attention_cases(setting)
     yield project("output product", dim, ffn_squares)
-    yield norming("swiglu", "swiglu", 2 * ffn, ffn_squares, layers.hidden, whole=[3])
+    gate_up = setting.weights(2 * ffn, dim)
+    yield norming("swiglu", "swiglu", gate_up, ffn_squares, layers.hidden, whole=[3])
     yield project("down product", ffn, squares)
-    yield norming("head", "head", setting.config.vocab_size, squares, layers.logits, whole=[3])
+    head = list(setting.copies(setting.config.vocab_size, dim))
+    yield norming("head", "head", head, squares, layers.logits, whole=[3])
 
 
 def reference_products() -> FusedProducts:
@@ -359,20 +420,24 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
     alone.
     """
     config, rows, layers, batch = setting.config, setting.rows, setting.layers, setting.batch
-    heads, size, itemsize = config.n_head, config.head_size, setting.dtype.itemsize
-    pages = (rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
+    heads, size = config.n_head, config.head_size
+    itemsize = (setting.page_dtype or setting.dtype).itemsize
+    shape = (rows * setting.pages_of_row, heads, _PAGE_SIZE, head_stride(size, itemsize))
+    pages, scales = setting.pages(2, *shape)
+    scale_bytes = 0 if scales is None else scales.itemsize
     rotary = rotary_table_2d(config.grid, size).to(setting.device)
 
     def exact(qkv: Tensor, kv: Tensor, *others: Tensor) -> None:
-        torch_operations().attention(qkv, rotary, *kv, *others)
+        tensors: tuple[Any, ...] = (*others, scales)
+        torch_operations().attention(qkv, rotary, *kv, *tensors)
 
     yield case_of(
         "attention",
-        lambda qkv, kv, *others: layers.attend(LayerPages(kv), rotary, batch),
+        lambda qkv, kv, *others: layers.attend(LayerPages(kv, scales), rotary, batch),
         exact,
         (
             layers.qkv.normal_(),
-            setting.copies(2, *pages),
+            pages,
             batch.page_table,
             batch.positions,
             batch.limits,
@@ -381,7 +446,7 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
             layers.attn_out,
         ),
         shape=f"{heads} x {size}, {setting.context} tokens",
-        moved=rows * setting.context * 2 * config.dim * itemsize,
+        moved=rows * setting.context * 2 * heads * (size * itemsize + scale_bytes),
         whole=[7],
         cold=1,
     )

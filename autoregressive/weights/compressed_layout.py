@@ -25,7 +25,13 @@ from autoregressive.weights.stored_tensor import (
     require,
     visible_names,
 )
-from kernels.quantization import FP8, INT4_GROUP, QuantizedMatrix, empty_matrix
+from kernels.quantization import (
+    BYTE_DTYPES,
+    FP8,
+    INT4_GROUP,
+    QuantizedMatrix,
+    empty_matrix,
+)
 
 CONFIG_KEY = "quantization_config"
 CONFIG_FILE = "config.json"
@@ -299,7 +305,7 @@ def _stored_matrix(tensors: Mapping[str, Stored], product: str, scheme: Scheme) 
     told = f"has {product} as {_kind(values)} and its scales as {_kind(scales)}, which is no "
     misfit = f"{told}{scheme.name}; copy all of it again"
     if packed is None:
-        expected = {"fp8": FP8, "int8": torch.int8}.get(scheme.name)
+        expected = BYTE_DTYPES.get(scheme.name)
         require(values.dtype == expected and len(values.shape) == 2, misfit)
         outputs, inputs = values.shape
     else:

@@ -43,8 +43,10 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS
     from autoregressive.output.records import device_name
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
+    from kernels import KV_CACHE_DTYPES, QUANTIZATIONS
     from kernels.attention_reference import attention_reference
     from kernels.operations import select_operations, triton_runs_on
+    from kernels.quantization import BYTE_DTYPES
     from kernels.tiles import ATTENTION, tile_table
 
 REPEATS = 11
@@ -142,6 +144,8 @@ def measure_model(model: str, typed: argparse.Namespace, table: Table) -> list[d
             CACHES * torch.cuda.get_device_properties(device).L2_cache_size,
             attention_tiles=None if operations.attention is attention_reference else tiles,
             launch_pdl=capability >= (9, 0),
+            quantization=typed.quantization,
+            page_dtype=BYTE_DTYPES.get(typed.kv_cache_dtype),
         )
         torch.manual_seed(0)
         results += [measure(case, setting, model, ceilings, table) for case in cases(setting)]
@@ -172,6 +176,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="bf16",
         metavar="P",
         help="none (float32), fp16 or bf16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        metavar="Q",
+        help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' weights (default: no)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        metavar="D",
+        help="fp8 or int8 keys and values, or auto: as --precision says (default: %(default)s)",
     )
     add_device(parser)
     add_output(parser)

@@ -29,11 +29,12 @@ from autoregressive.devices import PRECISIONS
 from autoregressive.errors import UserError
 from autoregressive.models.config import GPTConfig
 from autoregressive.serve.engine.batch import Batch, BatchShape
-from autoregressive.serve.engine.layers import FusedLayers
+from autoregressive.serve.engine.layers import FusedLayers, QuantizedLayers
 from autoregressive.serve.floor import Ceilings, Floor
 from kernels.attention import AttentionTiles, combine
 from kernels.attention_reference import combine_reference
 from kernels.operations import MANY_ROWS, FusedProducts, torch_operations
+from kernels.quantization import FP8
 
 # heads of 100
 CONFIG = GPTConfig(dim=200, n_layer=3, n_head=2, vocab_size=300, block_size=64, num_classes=5)
@@ -73,14 +74,29 @@ def fused(rows: int = 4, products: FusedProducts | None = None) -> Setting:
         linear_splits=lambda outputs, inputs, rows: 3,
         project_blocks=lambda outputs: outputs // 50,
     )
-    return replace(plain(rows), operations=replace(torch_operations(), fused=cut))
+    return replace(plain(rows), operations=replace(torch_operations(), fused=cut, quantized=cut))
+
+
+def quantized() -> Setting:
+    return replace(plain(), quantization="int8", page_dtype=torch.int8)
+
+
+def paired() -> Setting:
+    """As on compute capability 9.0, with weights of a byte."""
+    config = replace(CONFIG, dim=256)
+    return replace(fused(), config=config, quantization="fp8", page_dtype=FP8)
 
 
 def asked(rows: list[int], context: int, dtype: torch.dtype) -> argparse.Namespace:
     """What the command line says, on a GPU."""
     precision = next(name for name, known in PRECISIONS.items() if known == dtype)
     return argparse.Namespace(
-        rows=rows, context=context, precision=precision, device=torch.device("cuda")
+        rows=rows,
+        context=context,
+        precision=precision,
+        device=torch.device("cuda"),
+        quantization=None,
+        kv_cache_dtype="auto",
     )
 
 
@@ -108,7 +124,7 @@ def measured_settings(
     return settings
 
 
-@pytest.fixture(params=[plain, fused], ids=lambda make: make.__name__)
+@pytest.fixture(params=[plain, fused, quantized, paired], ids=lambda make: make.__name__)
 def setting(request: pytest.FixtureRequest) -> Setting:
     return request.param()
 
@@ -126,6 +142,17 @@ def test_every_operation_is_compared_and_runs_on_every_copy(setting: Setting) ->
                 run(case.copies - 1)
     norm = [] if isinstance(setting.layers, FusedLayers) else ["add_norm"]
     assert sorted(names) == sorted([*PRODUCTS, *norm, "embed", "attention", "combine", "draw"])
+
+
+def test_bytes_are_those_of_quantised_weights_and_pages() -> None:
+    """Fails if the floor is that of 16 bits, or leaves out scales."""
+    assert isinstance(paired().layers, QuantizedLayers)
+    for setting in (quantized(), paired()):
+        config = setting.config
+        found = {case.operation: case.bytes for case in cases(setting)}
+        assert found["qkv product"] == 3 * config.dim * (config.dim + 4)
+        head_bytes = 2 * (config.head_size + 4)
+        assert found["attention"] == setting.rows * setting.context * config.n_head * head_bytes
 
 
 def test_the_gate_is_measured_where_a_step_runs_it() -> None:
@@ -356,7 +383,10 @@ def test_the_cases_floors_are_those_of_a_step(setting: Setting) -> None:
     }
     layers = ("qkv product", "output product", "swiglu", "down product", "attention")
     step = CONFIG.n_layer * sum(seconds[name] for name in layers) + seconds["head"]
-    assert step == pytest.approx(Floor(CONFIG, 4, ceilings).step_seconds(4, 4 * 33))
+    pages = {None: "auto", torch.int8: "int8", FP8: "fp8"}[setting.page_dtype]
+    floor = Floor(setting.config, 4, ceilings, setting.quantization, pages)
+    near = 1e-6 if setting.quantization is None else 0.03  # a floor has no scales of outputs
+    assert step == pytest.approx(floor.step_seconds(4, 4 * 33), rel=near)
 
 
 def test_copies_are_too_many_for_a_cache(setting: Setting) -> None:

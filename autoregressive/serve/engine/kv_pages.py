@@ -14,7 +14,7 @@ from torch import Tensor
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.engine_config import EngineConfig
 from kernels.attention import head_stride
-from kernels.quantization import FP8, LARGEST
+from kernels.quantization import BYTE_DTYPES, LARGEST
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class KVPages:
 
 def page_dtype(gpt: Transformer, config: EngineConfig) -> torch.dtype:
     """What keys and values are kept in."""
-    return {"fp8": FP8, "int8": torch.int8}.get(config.kv_cache_dtype, gpt.output.weight.dtype)
+    return BYTE_DTYPES.get(config.kv_cache_dtype, gpt.output.weight.dtype)
 
 
 def page_bytes(gpt: Transformer, page_size: int, dtype: torch.dtype) -> int:
