@@ -239,40 +239,51 @@ def _both(dtype: Any) -> tuple[Any, Any]:
 def _unpacking(dtype: Any, fp8: bool) -> str:
     """The instructions of `unpacked`, for two integers at a time.
 
-    The bits of an e4m3 number are those of a 16-bit number with a smaller exponent, once they have
-    moved to its places: subnormal ones, too. A product by a power of two does the rest. NaN becomes
-    480. An int8 number's lower bits are the fraction of one between 128 and 256, or 1024 and 2048.
+    To fp16, the hardware converts e4m3. To bf16 it would go by way of float32; but the bits of an
+    e4m3 number are those of a bf16 number with a smaller exponent, once they have moved to its
+    places: subnormal ones, too. A product by 2^120 does the rest. NaN becomes 480 there. The bits
+    of an int8 number are the fraction of one between 1024 and 2048 in fp16, and between 128 and 256
+    in bf16.
     """
-    kind, shift, fraction, factor = {
-        "bf16": ("bf16x2", 4, "0x07f007f0", "0x7b807b80"),  # 2^120
-        "fp16": ("f16x2", 1, "0x3f803f80", "0x5c005c00"),  # 2^8
-    }[dtype.name]
-    if fp8:
-        # a, b, c: a & 0x80008000 | b & c. Its table: 0xf0 is a, 0xcc b, 0xaa c.
-        return f"""
-        {{
-            .reg .b32 high, moved, sign, factor;
-            mov.b32 factor, {factor};
-            shl.b32 high, $2, 8;
-            shr.b32 moved, high, {shift};
-            and.b32 sign, high, 0x80008000;
-            lop3.b32 moved, sign, moved, {fraction}, 0xf8;
-            mul.{kind} $0, moved, factor;
-            shr.b32 moved, $2, {shift};
-            and.b32 sign, $2, 0x80008000;
-            lop3.b32 moved, sign, moved, {fraction}, 0xf8;
-            mul.{kind} $1, moved, factor;
-        }}
-        """
-    if dtype.name == "fp16":  # 1024 + 128 + its value, less 1152
+    to_fp16 = dtype.name == "fp16"
+    if fp8 and to_fp16:
         return """
         {
-            .reg .b32 high, sum, offset;
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+        }
+        """
+    if fp8:
+        # a | b & c is 0xf8: in its table 0xf0 is a, 0xcc b, 0xaa c
+        return """
+        {
+            .reg .b32 high, moved, sign, factor;
+            mov.b32 factor, 0x7b807b80;
+            shl.b32 high, $2, 8;
+            shl.b32 moved, $2, 4;
+            and.b32 sign, high, 0x80008000;
+            lop3.b32 moved, sign, moved, 0x07f007f0, 0xf8;
+            mul.bf16x2 $0, moved, factor;
+            shr.b32 moved, $2, 4;
+            and.b32 sign, $2, 0x80008000;
+            lop3.b32 moved, sign, moved, 0x07f007f0, 0xf8;
+            mul.bf16x2 $1, moved, factor;
+        }
+        """
+    if to_fp16:  # 1024 + 128 + its value, less 1152
+        return """
+        {
+            .reg .b32 shifted, sum, ones, offset;
+            mov.b32 ones, 0x64646464;
             mov.b32 offset, 0x64806480;
-            shr.b32 high, $2, 8;
-            lop3.b32 sum, $2, 0x00ff00ff, offset, 0x6a;
+            xor.b32 shifted, $2, 0x80808080;
+            prmt.b32 sum, shifted, ones, 0x4240;
             sub.f16x2 $0, sum, offset;
-            lop3.b32 sum, high, 0x00ff00ff, offset, 0x6a;
+            prmt.b32 sum, shifted, ones, 0x4341;
             sub.f16x2 $1, sum, offset;
         }
         """

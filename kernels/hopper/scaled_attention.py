@@ -3,10 +3,11 @@ each.
 
 The two kernels are those of `kernels.hopper.attention` and `kernels.hopper.many_rows_attention`,
 and give the same as each other. Two neighbouring elements are a pair: 16 bits, which shared memory
-holds and the matrix unit's loads move. In registers a pair becomes two numbers of the products'
-dtype, so that even and odd elements have products of their own. Values of a byte are exact there. A
-score is multiplied by its key's scale, and a weight by its value's: no key and no value is rounded
-again.
+holds and the matrix unit's loads move. In registers a pair becomes two numbers in fp16, whatever
+the model's dtype is, so that even and odd elements have products of their own. Fp16 has more digits
+than bf16 for queries and weights, and the hardware converts to it. Values of a byte are exact
+there. A score is multiplied by its key's scale, and a weight by its value's: no key and no value is
+rounded again.
 """
 
 import torch
@@ -26,7 +27,8 @@ from kernels.quantization import FP8, LARGEST
 _SLOTS = gl.constexpr(3)  # of the ring: chunks of keys, or of values
 _ROUNDING = gl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
 _LARGEST_FP8, _LARGEST_INT8 = gl.constexpr(LARGEST[FP8]), gl.constexpr(LARGEST[torch.int8])
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+# Keeps weights times scales within fp16's normal numbers. A scale is 1/448, or 1/127, of a value.
+_WEIGHT_FACTOR = gl.constexpr(2.0**9)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -44,7 +46,6 @@ def _scaled_attention_kernel(
     rows,
     key_scales,  # [pages, HEADS, PAGE_SIZE] float32
     value_scales,  # likewise
-    DTYPE: gl.constexpr,  # of products
     FP8: gl.constexpr,  # else int8
     WINDOW: gl.constexpr,
     HEADS: gl.constexpr,
@@ -112,7 +113,9 @@ def _scaled_attention_kernel(
     of_values = gl.load(value_scales + scale_at, mask=old, other=0.0, cache_modifier=".cg")
     WIDTH: gl.constexpr = HEADS * HEAD_SIZE
     GROUPS: gl.constexpr = (WINDOW + COLUMNS - 1) // COLUMNS
-    queries = gl.allocate_shared_memory(DTYPE, [GROUPS * 2 * COLUMNS, 1, PAIRS], _query_layout())
+    queries = gl.allocate_shared_memory(
+        gl.float16, [GROUPS * 2 * COLUMNS, 1, PAIRS], _query_layout()
+    )
     offset = gl.arange(0, HEAD_TILE, layout=gl.SliceLayout(0, vector_layout))[None, :]
     new_end = gl.minimum(end, first_token + CHUNK)
     places: gl.tuple = ()
@@ -182,7 +185,7 @@ def _scaled_attention_kernel(
             FP8,
         )
         largest, weight = softmax_weights(scores)
-        even, odd = _weighted_values(weight, _tile(values), of_values, DTYPE, product_layout, FP8)
+        even, odd = _weighted_values(weight, _tile(values), of_values, product_layout, FP8)
         attends = (query_token < end) & (query_token >= first_token)
         row = (sequence * WINDOW + index).to(gl.int64)
         result = (row * HEADS + head) * CHUNKS + chunk
@@ -236,7 +239,7 @@ def _many_rows_scaled_attention_kernel(
     tokens = ring._reinterpret(gl.int16, [_SLOTS * CHUNK, 1, PAIRS], ring.layout)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     scale_ring = gl.allocate_shared_memory(gl.float32, [_SLOTS, CHUNK], flat)
-    queries = gl.allocate_shared_memory(dtype, [2 * COLUMNS, 1, PAIRS], _query_layout())
+    queries = gl.allocate_shared_memory(gl.float16, [2 * COLUMNS, 1, PAIRS], _query_layout())
     keys = _as_pairs(key_pages) + head * (PAGE_SIZE * STRIDE // 2)
     values = _as_pairs(value_pages) + head * (PAGE_SIZE * STRIDE // 2)
     of_keys, of_values = key_scales + head * PAGE_SIZE, value_scales + head * PAGE_SIZE
@@ -317,9 +320,7 @@ def _many_rows_scaled_attention_kernel(
             gl.thread_barrier()
         scales = gl.where(places == newest, value_scale, scale_ring.index(slot).load(scales_layout))
         scales = gl.where(places <= newest, scales, 0.0)  # others may be anything
-        its_even, its_odd = _weighted_values(
-            weight, ring.index(slot), scales, dtype, product_layout, FP8
-        )
+        its_even, its_odd = _weighted_values(weight, ring.index(slot), scales, product_layout, FP8)
         gl.thread_barrier()
         _copy(
             keys,
@@ -470,7 +471,7 @@ def _scores(
     """Returns the scores of a chunk's tokens [CHUNK, COLUMNS], of base 2; -inf after the query."""
     CHUNK: gl.constexpr = keys.shape[0]
     SCALE: gl.constexpr = HEAD_SIZE**-0.5 * 1.4426950408889634
-    halves = unpacked(keys.load(gl.DotOperandLayout(0, layout, 2)), queries.dtype, FP8)
+    halves = unpacked(keys.load(gl.DotOperandLayout(0, layout, 2)), gl.float16, FP8)
     score = gl.zeros([CHUNK, COLUMNS], gl.float32, layout)
     for half in gl.static_range(2):
         its_queries = queries.index(place + half).permute((1, 0))
@@ -485,18 +486,20 @@ def _weighted_values(
     weight,  # [CHUNK, COLUMNS]
     values,  # [CHUNK, PAIRS], in shared memory
     scales,  # [CHUNK]
-    dtype: gl.constexpr,
     layout: gl.constexpr,  # of the products
     FP8: gl.constexpr,
 ):
     """Returns the weighted sums of even and of odd elements [PAIRS, COLUMNS]."""
     PAIRS: gl.constexpr = values.shape[1]
-    weight = (weight * scales[:, None]).to(dtype)
+    weight = (weight * (scales * _WEIGHT_FACTOR)[:, None]).to(gl.float16)
     weight = gl.convert_layout(weight, gl.DotOperandLayout(1, layout, 2))
     pairs = values.permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
-    even, odd = unpacked(pairs, dtype, FP8)
+    even, odd = unpacked(pairs, gl.float16, FP8)
     zeros = gl.zeros([PAIRS, COLUMNS], gl.float32, layout)
-    return mma_v2(even, weight, zeros), mma_v2(odd, weight, zeros)
+    return (
+        mma_v2(even, weight, zeros) / _WEIGHT_FACTOR,
+        mma_v2(odd, weight, zeros) / _WEIGHT_FACTOR,
+    )
 
 
 @gluon.jit
@@ -605,7 +608,6 @@ def scaled_attention(
         launch_pdl=True,
         key_scales=kv_scales[0],
         value_scales=kv_scales[1],
-        DTYPE=_DTYPES[out.dtype],
         FP8=key_pages.dtype == FP8,
     )
 
