@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.errors import SettingName
+from autoregressive.models.ranks import ALONE, Rank, WeightPart
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.weights.safetensors_file import (
@@ -98,14 +99,20 @@ class WeightSource:
         """The dtype that each weight is stored in."""
         return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copies the named tensor into one of its shape, converting dtype and device.
+    def read_into(self, name: str, target: Tensor, part: WeightPart | None = None) -> None:
+        """Copies the named tensor into one of its shape, or a part of it into one of the part's
+        shape, converting dtype and device.
 
         Raises:
             CheckpointError: it is damaged.
         """
+        stored = self.tensors[name]
         with reading(self.path, damage=f"{name} cannot be read ({{}}); download or copy it again"):
-            self.tensors[name].read_into(target)
+            if part is None:
+                stored.read_into(target)
+                return
+            for start, piece in part.places(target):
+                stored.read_box_into(start, piece)
 
 
 def load_weights(
@@ -116,6 +123,7 @@ def load_weights(
     dtype: torch.dtype,
     ema: bool = False,
     from_fsdp: bool = False,
+    rank: Rank = ALONE,
 ) -> None:
     """Gives a model built under `torch.device("meta")` its weights, on the device and in the dtype.
 
@@ -128,6 +136,7 @@ def load_weights(
         ema: take the averaged weights that training kept beside the others.
         from_fsdp: LlamaGen's flag; not needed. Refused for a pickle whose weights are wrapped, as
             FSDP's are not; a .safetensors file does not tell where it came from and is accepted.
+        rank: which part of the weights the model holds; no more is read than that.
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
@@ -140,7 +149,11 @@ def load_weights(
             "is no FSDP checkpoint: its weights are wrapped; leave out",
             SettingName("from_fsdp"),
         )
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    parts = {name: rank.part_of(name) for name in model.state_dict()}
+    wanted = {
+        name: tensor.shape if (part := parts[name]) is None else part.whole_shape(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
         raise CheckpointError(source.path, *mismatch)
@@ -157,7 +170,7 @@ def load_weights(
             if name in TOLERATED and source.shapes.get(name) != target.shape:
                 target.zero_()
             else:
-                source.read_into(name, target)
+                source.read_into(name, target, parts[name])
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:

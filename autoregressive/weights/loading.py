@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import GPT_models, Transformer, init_weight
+from autoregressive.models.ranks import ALONE, Rank, WeightPart
 from autoregressive.weights.checkpoint import load_weights
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
@@ -22,26 +24,37 @@ class LoadedModels:
     vq: VQModel
 
 
-def load_models(settings: ModelSettings, found: FoundWeights) -> LoadedModels:
+def load_models(settings: ModelSettings, found: FoundWeights, rank: Rank = ALONE) -> LoadedModels:
     """Builds both models with the weights that were found, each directly on its device and in its
     dtype.
+
+    Args:
+        rank: whose part of the transformer is built; nothing else of it is read.
 
     Raises:
         CheckpointError: a checkpoint is damaged, or belongs to another model.
     """
-    return LoadedModels(gpt=_load_gpt(settings, found.gpt), vq=_load_vq(settings, found.vq))
+    return LoadedModels(load_gpt(settings, found.gpt, rank), _load_vq(settings, found.vq))
 
 
-def _load_gpt(settings: ModelSettings, path: Path | None) -> Transformer:
+def load_gpt(settings: ModelSettings, path: Path | None, rank: Rank = ALONE) -> Transformer:
+    """Builds one rank's part of the transformer.
+
+    Raises:
+        CheckpointError: as `load_models`.
+    """
     with torch.device("meta"):
         model = GPT_models[settings.gpt_model](
             vocab_size=settings.codebook_size,
             block_size=settings.tokens_per_image,
             num_classes=settings.num_classes,
+            ranks=rank.count,
         )
     if path is None:
         model = model.to(settings.precision).to_empty(device=settings.device)
-        model.init_weights(torch.Generator(settings.device).manual_seed(settings.seed))
+        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        for name, parameter in model.named_parameters():
+            _draw_weight(parameter, rank.part_of(name), generator)
     else:
         load_weights(
             model,
@@ -50,8 +63,20 @@ def _load_gpt(settings: ModelSettings, path: Path | None) -> Transformer:
             dtype=settings.precision,
             ema=settings.ema,
             from_fsdp=settings.from_fsdp,
+            rank=rank,
         )
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _draw_weight(weight: Tensor, part: WeightPart | None, generator: torch.Generator) -> None:
+    """Draws a parameter, or the same part of it that one rank alone would have drawn."""
+    if part is None:
+        init_weight(weight, generator)
+        return
+    whole = torch.empty(part.whole_shape(weight.shape), dtype=weight.dtype, device=weight.device)
+    init_weight(whole, generator)
+    part.copy_from(whole, weight)
 
 
 def _load_vq(settings: ModelSettings, path: Path | None) -> VQModel:
