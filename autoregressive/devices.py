@@ -65,10 +65,12 @@ def limit_cpu_threads(config: GPTConfig, device: torch.device) -> None:
 
     More would spin on all cores after each operation on more than 32,768 elements on the CPU: other
     processes find no core free, and a thread that finds none holds up a step, for all of them are
-    waited for.
+    waited for. Ranks that share a model share the threads of the machine.
     """
     if device.type == "cuda" or config.dim < 512:
         torch.set_num_threads(1)
+    elif config.ranks > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.ranks))
 
 
 @contextmanager

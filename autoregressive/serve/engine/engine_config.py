@@ -17,7 +17,12 @@ SCHEDULING_POLICIES: tuple[SchedulingPolicy, ...] = get_args(SchedulingPolicy)
 LookaheadSetting = Literal["auto", "off"] | int
 MOST_LOOKAHEAD = 64
 # Rows are an axis of the kernels' grids; page numbers are int32.
-_MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
+_MOST = {
+    "max_num_seqs": 65535,
+    "page_size": 2**20,
+    "num_pages": 2**31 - 1,
+    "tensor_parallel_size": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class EngineConfig:
     # Positions of an image that one pass computes: more than one takes fewer passes for the same
     # tokens. "off" is 1, and "auto" a number that suits the rows that run.
     lookahead: LookaheadSetting = "auto"
+    # processes, one a device, that share the model; a divisor of its heads and feed-forward width
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (
             ("max_num_seqs", self.max_num_seqs),
             ("page_size", self.page_size),
             ("num_pages", self.num_pages),
+            ("tensor_parallel_size", self.tensor_parallel_size),
         ):
             if value is not None and not (
                 isinstance(value, Integral) and 1 <= value <= _MOST[name]

@@ -18,6 +18,7 @@ from autoregressive.errors import Change, SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from autoregressive.serve.engine.lookahead import Lookahead
 from kernels.attention import head_stride
@@ -37,27 +38,39 @@ class ModelRunner:
             they become views.
         shape: the batches' sizes.
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
+        exchange: with the other ranks, if `gpt` is one rank's part of a model.
 
     Raises:
         SettingError: the backend does not run on the model's device.
     """
 
     def __init__(
-        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
+        self,
+        gpt: Transformer,
+        shape: BatchShape,
+        num_pages: int,
+        config: EngineConfig,
+        exchange: Exchange | None = None,
     ) -> None:
         weight = gpt.output.weight
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
+        self.num_pages = num_pages
         self.operations = self.make_operations(gpt)
         self.weights = ModelWeights.of(gpt)
         pages = kv_shape(gpt, num_pages, shape.page_size)
         self.kv_pages = torch.zeros(pages, dtype=weight.dtype, device=self.device)
-        self._factory = layers_factory(gpt, self.operations, config)
+        self._factory = layers_factory(gpt, self.operations, config, exchange)
         self._sizes = pass_sizes(gpt, shape, config)
         plan = self._factory.plan(self._sizes)
         self._scratch = plan.allocate(self.device)
         # by sequences and window
         self._layers: dict[tuple[int, int], Layers] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether all other processes that it needs respond: it needs none."""
+        return True
 
     @torch.no_grad()
     @ieee_float32()
@@ -148,11 +161,16 @@ def check_backend(config: EngineConfig, device: torch.device) -> None:
         raise SettingError("attention_backend", "triton", told)
 
 
-def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfig) -> LayersFactory:
+def layers_factory(
+    gpt: Transformer,
+    operations: Operations,
+    config: EngineConfig,
+    exchange: Exchange | None = None,
+) -> LayersFactory:
     """The factory of the layers that steps use."""
     weight = gpt.output.weight
     library = weight.device.type == "cuda" and not config.deterministic
-    return LayersFactory(gpt.config, weight.dtype, operations, library)
+    return LayersFactory(gpt.config, weight.dtype, operations, library, exchange)
 
 
 def make_lookahead(gpt: Transformer, config: EngineConfig) -> Lookahead:
@@ -207,7 +225,7 @@ def model_operations(
     return select_operations(
         weight.device,
         weight.dtype,
-        model.n_head,
+        model.heads_of_rank,
         model.head_size,
         config.attention_backend,
         tell=tell,
@@ -231,7 +249,7 @@ def kv_shape(gpt: Transformer, num_pages: int, page_size: int) -> tuple[int, ...
     """The shape of the KV pages: [layers, 2, pages, heads, page_size, stride of a head]."""
     model = gpt.config
     stride = head_stride(model.head_size, gpt.output.weight.element_size())
-    return model.n_layer, 2, num_pages, model.n_head, page_size, stride
+    return model.n_layer, 2, num_pages, model.heads_of_rank, page_size, stride
 
 
 def page_bytes(gpt: Transformer, page_size: int) -> int:
