@@ -36,6 +36,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(number))
 
 
+def rank_devices(first: torch.device, count: int) -> list[torch.device]:
+    """The devices of ranks that share a model: a CPU for all, or the GPUs from one on."""
+    if first.type == "cpu":
+        return [first] * count
+    return [torch.device("cuda", (first.index or 0) + number) for number in range(count)]
+
+
 def default_precision(device: torch.device) -> torch.dtype:
     """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32
     on a CPU.

@@ -72,9 +72,10 @@ class GPTConfig:
     @property
     def rank_counts(self) -> tuple[int, ...]:
         """How many ranks can share the model: divisors of the heads, of the feed-forward width and
-        of the vocabulary that leave a rank's heads a multiple of the 8 elements that products take.
+        of the vocabulary. Products take inputs by 8, and the feed-forward product has outputs by
+        32.
         """
-        shared = gcd(self.n_head, self.ffn_dim, self.vocab_size)
+        shared = gcd(self.n_head, self.ffn_dim // 32, self.vocab_size)
         divisors = (count for count in range(2, shared + 1) if shared % count == 0)
         return (1, *(count for count in divisors if self.dim // count % 8 == 0))
 

@@ -72,7 +72,8 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
         tell(model.note)
 
     def recipe(index: int) -> MakeEngine:
-        device = torch.device("cuda", index) if settings.engines > 1 else model.device
+        first = index * settings.engine.tensor_parallel_size
+        device = torch.device("cuda", first) if settings.engines > 1 else model.device
         return partial(
             build_engine,
             replace(model, device=device),

@@ -40,10 +40,11 @@ from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_backend
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.results import GeneratedImage, GridResult, Result
-from autoregressive.serve.worker.rank_processes import ModelRanks, check_ranks, start_ranks
+from autoregressive.serve.worker.rank_processes import ModelRanks, start_ranks
 from autoregressive.weights.finding import (
     FoundWeights,
     ModelSettings,
+    check_ranks,
     find_weights,
     missing_weights,
     resolve_model,
@@ -339,6 +340,7 @@ class Pipeline:
             labels_name(labels),
             deterministic=self.config.deterministic,
             attention_backend=self.config.attention_backend,
+            tensor_parallel_size=self.config.tensor_parallel_size,
         )
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
             return run_job(

@@ -81,9 +81,7 @@ class Engine:
     ) -> None:
         model = gpt.config
         if config.tensor_parallel_size != model.ranks:
-            told = (
-                f"this model is for {model.ranks}; `Pipeline` splits a model and starts the ranks"
-            )
+            told = f"the model is one of {model.ranks}; `Pipeline` splits it and starts the ranks"
             raise SettingError("tensor_parallel_size", config.tensor_parallel_size, told)
         self.config, self.num_classes = config, model.num_classes
         self.device = gpt.tok_embeddings.weight.device

@@ -21,7 +21,7 @@ from autoregressive.serve.web.connections import connection_limit
 from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TIMEOUT_FLAGS
 from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
-from autoregressive.weights.finding import ModelSettings, resolve_model
+from autoregressive.weights.finding import ModelSettings, check_ranks, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
 _MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_hex(16))"'
@@ -79,8 +79,13 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         "is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one",
     )
     _check_proxies(said["forwarded_allow_ips"])
+    engine = replace(
+        engine_config(arguments, EngineConfig.max_num_seqs),
+        scheduling_policy=said["scheduling_policy"],
+    )
     if engines > 1:
         _check_gpus(model, engines)
+    check_ranks(model, engine.tensor_parallel_size, engines)
     _check_addresses(folder, said["public_url"], host)
     fronts = said["api_server_count"] or engines
     stored_bytes = _stored_bytes(arguments, model, said["store_images"], fronts)
@@ -93,10 +98,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     )
     return ServerSettings(
         model=model,
-        engine=replace(
-            engine_config(arguments, EngineConfig.max_num_seqs),
-            scheduling_policy=said["scheduling_policy"],
-        ),
+        engine=engine,
         engines=engines,
         fronts=fronts,
         name=name,

@@ -27,9 +27,8 @@ import torch
 from torch.distributed import Store
 from typing_extensions import override
 
-from autoregressive.devices import limit_cpu_threads
-from autoregressive.errors import SettingError, SettingName, UserError, either, tell
-from autoregressive.models.config import GPT_SHAPES
+from autoregressive.devices import limit_cpu_threads, rank_devices
+from autoregressive.errors import UserError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.ranks import ALONE, Rank
 from autoregressive.serve.engine.batch import Batch, BatchShape, BatchUpdate
@@ -55,7 +54,7 @@ from autoregressive.serve.worker.transport import (
     receive,
     start_heartbeats,
 )
-from autoregressive.weights.finding import ModelSettings
+from autoregressive.weights.finding import ModelSettings, check_ranks
 from autoregressive.weights.loading import load_gpt
 
 # The service hears of a rank that is silent for so long in time to say so within 2 s.
@@ -412,40 +411,6 @@ def start_ranks(
     if on_loss is None:
         on_loss = end_process if devices[0].type == "cuda" else _leave_it_to_the_runner
     return LeadingRank(recipe, on_loss)
-
-
-def rank_devices(first: torch.device, count: int) -> list[torch.device]:
-    """The devices of ranks: a CPU for all, or the GPUs from one on."""
-    if first.type == "cpu":
-        return [first] * count
-    return [torch.device("cuda", (first.index or 0) + number) for number in range(count)]
-
-
-def check_ranks(model: ModelSettings, count: int, engines: int = 1) -> None:
-    """Checks that ranks can share a model, and that there are devices for them.
-
-    Args:
-        engines: that take so many ranks each.
-
-    Raises:
-        SettingError: they cannot, or there are too few GPUs.
-    """
-    shape = replace(GPT_SHAPES[model.gpt_model], vocab_size=model.codebook_size)
-    if count not in shape.rank_counts:
-        told = (
-            f"must divide the {shape.n_head} heads, the feed-forward width {shape.ffn_dim} and the "
-            f"{shape.vocab_size} codes of {model.gpt_model}: use {either(shape.rank_counts)}"
-        )
-        raise SettingError("tensor_parallel_size", count, told)
-    if model.device.type == "cpu" or count == 1:
-        return
-    needed, there = count * engines, torch.cuda.device_count() - (model.device.index or 0)
-    if needed > there:
-        each = f"takes {needed} GPUs"
-        if engines > 1:
-            each += f", {count} for each of {engines} engines"
-        told_of = [f"{each}, and there are {there} from {model.device} on"]
-        raise SettingError("tensor_parallel_size", count, [*told_of, SettingName("device", "")])
 
 
 def end_process(why: str) -> NoReturn:
