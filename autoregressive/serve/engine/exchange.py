@@ -6,18 +6,22 @@ every rank. So all ranks hold the same bits, draw the same tokens, and need not 
 which. Every rank makes the same calls in the same order.
 """
 
+import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import combinations
-from math import prod
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _register_process_group
+from torch._C._distributed_c10d import (
+    _register_process_group,
+    _resolve_process_group,
+    _SymmetricMemory,
+)
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import GroupName
 from typing_extensions import override
@@ -27,6 +31,7 @@ from autoregressive.models.ranks import Rank
 ExchangeKind = Literal["host", "nccl", "peer"]
 # A rank that does not come for so long hangs, and all others fail.
 _PATIENCE = timedelta(seconds=300)
+_PEERS = GroupName("llamagen ranks")  # by which torch's operations find the group
 _LOOPBACK = "127.0.0.1"  # ranks are processes of one host
 
 
@@ -104,56 +109,52 @@ class NcclExchange(Exchange):
 
 class PeerExchange(Exchange):
     """Reads the other GPUs' memory in the kernel that needs it: torch's symmetric memory, in one
-    shot, without multicast.
+    shot, without NVLink's multicast.
 
     Each kernel tells the other ranks that its term is there, waits for theirs, and tells them again
-    when it has read, so that the memory can be written anew. The sums of torch's one-shot kernel
-    are in the order of ranks.
-
-    torch counts the rendezvous of a process and takes part in the one of that number. So a process
-    has one group of ranks in its life.
+    when it has read, so that the memory can be written anew. torch's one-shot kernel adds in the
+    order of ranks.
     """
 
-    _NAME = GroupName("llamagen ranks")  # of the group, by which torch's operations find it
-
     def __init__(self, store: dist.Store, rank: Rank, device: torch.device) -> None:
-        self._device, self._count = device, rank.count
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._device = device
         # torch asks the group for its ranks and its store alone.
         self._group = dist.ProcessGroup(store, rank.number, rank.count)
-        _register_process_group(self._NAME, self._group)
-        symmetric_memory._SymmetricMemory.set_group_info(self._NAME, rank.number, rank.count, store)
+        _register_process_group(_PEERS, self._group)
+        _SymmetricMemory.set_group_info(_PEERS, rank.number, rank.count, store)
         # The last is the largest. Graphs may hold the others.
-        self._buffers: list[Tensor] = []
+        self._shared: list[tuple[Tensor, _SymmetricMemory]] = []
 
     @override
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:
+        shared, _ = self._shared_like(own)
         total = terms[:1]
         torch.ops.symm_mem.one_shot_all_reduce_copy_out(
-            self._shared(own), own, "sum", self._NAME, total.view(own.shape)
+            shared, own, "sum", _PEERS, total.view(own.shape)
         )
         return total
 
     @override
     def gather(self, own: Tensor, parts: Tensor) -> None:
-        shared = self._shared(own)
-        handle = symmetric_memory.rendezvous(shared, self._NAME)
+        shared, memory = self._shared_like(own)
         shared.copy_(own)
-        handle.barrier(channel=0)  # all have written
+        memory.barrier(channel=0)  # all have written
         for rank, part in enumerate(parts):
-            part.copy_(handle.get_buffer(rank, own.shape, own.dtype))
-        handle.barrier(channel=1)  # all have read
+            part.copy_(memory.get_buffer(rank, own.shape, own.dtype))
+        memory.barrier(channel=1)  # all have read
 
-    def _shared(self, own: Tensor) -> Tensor:
+    def _shared_like(self, own: Tensor) -> tuple[Tensor, _SymmetricMemory]:
         """Memory of the tensor's shape that the other ranks can read. The first call for so many
-        elements makes it, together with those of the other ranks, so it comes before a capture.
+        elements makes it, on all ranks together, so it must come before the capture of a graph.
         """
         assert own.dtype == torch.float32
-        count = prod(own.shape)
-        if not self._buffers or self._buffers[-1].numel() < count:
-            buffer = symmetric_memory.empty(count, dtype=torch.float32, device=self._device)
-            symmetric_memory.rendezvous(buffer, self._NAME)
-            self._buffers.append(buffer)
-        return self._buffers[-1][:count].view(own.shape)
+        count = own.numel()
+        if not self._shared or self._shared[-1][0].numel() < count:
+            made = symmetric_memory.empty(count, dtype=torch.float32, device=self._device)
+            self._shared.append((made, symmetric_memory.rendezvous(made, _PEERS)))
+        buffer, memory = self._shared[-1]
+        return buffer[:count].view(own.shape), memory
 
 
 def choose_exchange(devices: Sequence[torch.device]) -> ExchangeKind:
@@ -165,7 +166,18 @@ def choose_exchange(devices: Sequence[torch.device]) -> ExchangeKind:
         torch.cuda.can_device_access_peer(*pair) and torch.cuda.can_device_access_peer(*pair[::-1])
         for pair in pairs
     )
-    return "peer" if reachable else "nccl"
+    return "peer" if reachable and not _peers_have_met() else "nccl"
+
+
+def _peers_have_met() -> bool:
+    """Whether this process has shared memory with peers before. torch numbers the rendezvous of a
+    process, and those of new ranks would have other numbers.
+    """
+    try:
+        _resolve_process_group(_PEERS)
+    except RuntimeError as error:
+        return "destroyed" in str(error)
+    return True
 
 
 def open_store(count: int) -> dist.TCPStore:
