@@ -1,13 +1,17 @@
 """What every command minds of the device that it runs on, beside the names in test_arguments.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from autoregressive.devices import limited_cpu_threads
-from autoregressive.models.config import GPT_SHAPES, GPTConfig
+from autoregressive.errors import UserError
+from autoregressive.models.config import GPT_SHAPES
 from autoregressive.serve import lifecycle
+from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
 from autoregressive.serve.worker import worker
@@ -29,13 +33,16 @@ def several_threads() -> Iterator[int]:
         ("GPT-demo", "cpu", 1),
         ("GPT-B", "cpu", 3),
         ("GPT-XL", "cpu", 3),
+        ("GPT-XL of 2 ranks", "cpu", 1),
     ],
 )
 def test_threads_are_used_where_there_is_something_to_share(
     several_threads: int, model: str, device: str, threads: int
 ) -> None:
     """Fails if threads spin beside a GPU, or a wide model on a CPU has but one."""
-    with limited_cpu_threads(GPTConfig(**vars(GPT_SHAPES[model])), torch.device(device)):
+    name, _, ranks = model.partition(" of ")
+    config = replace(GPT_SHAPES[name], ranks=int(ranks.removesuffix(" ranks") or 1))
+    with limited_cpu_threads(config, torch.device(device)):
         assert torch.get_num_threads() == threads
     assert torch.get_num_threads() == several_threads
 
@@ -53,3 +60,28 @@ def test_an_engines_process_uses_the_limited_cpu_threads(
     assert torch.get_num_threads() == several_threads
     recipe(0)(lambda done, total: None)
     assert torch.get_num_threads() == 1
+
+
+def test_each_engine_of_a_service_takes_gpus_of_its_own() -> None:
+    """Fails if ranks of two engines would share a GPU."""
+    settings = resolve_server_settings(
+        read_arguments(["--gpt-model", "GPT-demo", "--device", "cpu"], {})
+    )
+    engine = replace(settings.engine, tensor_parallel_size=2)
+    _, recipe = lifecycle.prepare(replace(settings, engines=3, engine=engine))
+    firsts = []
+    for index in range(3):
+        build = recipe(index)
+        assert isinstance(build, partial)
+        firsts.append(str(build.args[0].device))
+    assert firsts == ["cuda:0", "cuda:2", "cuda:4"]
+
+
+def test_each_process_of_a_bulk_job_takes_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if models of two processes would share a GPU, or one gets GPUs that are not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert [Ranks(rank, 2, rank).device(None, 2) for rank in range(2)] == ["cuda:0", "cuda:2"]
+    assert Ranks(4, 5, 4).device(None) == "cuda:4"
+    with pytest.raises(UserError, match="has 5 GPUs, and each process takes 2: start no more"):
+        Ranks(2, 3, 2).device(None, 2)

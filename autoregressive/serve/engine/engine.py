@@ -1,4 +1,4 @@
-"""The engine: class labels in, codes or pixels out, any number of requests at a time on one device.
+"""The engine: class labels in, codes or pixels out, any number of requests at a time.
 
 One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be
 called by any. In ten lines:

@@ -36,13 +36,9 @@ _LOOPBACK = "127.0.0.1"  # ranks are processes of one host
 
 
 class Exchange(ABC):
-    """The calls of one rank. Tensors are contiguous and of the same shapes on all ranks.
-
-    Attributes:
-        captured: whether a CUDA graph can hold the calls.
+    """The calls of one rank. Tensors are contiguous and of the same shapes on all ranks. A CUDA
+    graph can hold the calls of all kinds but "host".
     """
-
-    captured = True
 
     @abstractmethod
     def gather(self, own: Tensor, parts: Tensor) -> None:
@@ -70,8 +66,6 @@ class Exchange(ABC):
 
 class HostExchange(Exchange):
     """Goes through the host's memory, by gloo: for CPUs, and for ranks that share a GPU."""
-
-    captured = False
 
     def __init__(self, store: dist.Store, rank: Rank) -> None:
         gloo: Any = dist.ProcessGroupGloo  # torch's stub does not know its options

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -60,8 +61,7 @@ from autoregressive.weights.loading import load_gpt
 # The service hears of a rank that is silent for so long in time to say so within 2 s.
 _SILENT_SECONDS = 0.5
 _LAST_WORDS_SECONDS = 5.0  # for a rank's last messages to be written
-_LEAVE_SECONDS = 3.0  # for ranks to leave; then they are killed
-_LONE_RANK_SECONDS = 1.0  # for the connection of a rank to tell why its exchange has failed
+_LOSS_SECONDS = 1.0  # at most from the failure of an exchange until the loss behind it is known
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,11 @@ def follow(recipe: RankRecipe, number: int, port: int, connection: socket.socket
     except UserError as error:
         outbox.put(StartFailed(error.parts, error.remedies))
         sys.exit(2)
+    except RuntimeError:
+        # Another rank's loss shows here, too, and rank 0 then ends this process. It tells nothing
+        # of its own meanwhile.
+        time.sleep(_LOSS_SECONDS)
+        raise
     finally:
         outbox.close(_LAST_WORDS_SECONDS)
 
@@ -273,7 +278,7 @@ class LeadingRank(ModelRanks):
         its consequences, or the error.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.lost, _LONE_RANK_SECONDS)
+            self._changed.wait_for(lambda: self.lost, _LOSS_SECONDS)
             if self.lost is None:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.lost = f"the ranks are out of step with each other ({reason})"
