@@ -94,7 +94,7 @@ def test_ranks_outlive_the_thread_that_built_them_and_end_with_the_pipeline() ->
     assert len(other_ranks()) == 1
     pipe.close()
     assert other_ranks() == []
-    with pytest.raises(RankLostError):
+    with pytest.raises(RankLostError, match="the other ranks have been ended"):
         pipe.draw([1], SamplingParams(seed=3))
 
 
@@ -191,6 +191,21 @@ def test_what_a_rank_cannot_do_is_told_as_if_rank_0_could_not(
         theirs.close()
         with pytest.raises(UserError, match="num_pages 7: a page takes too much: lower it"):
             leading.agree(9)
+
+
+def test_a_failure_after_the_start_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rank 0 waits for a rank whose memory has run out while it prepared."""
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.sendall(encode([RankLoaded(5)]))
+        assert leading.agree(5) == 5
+        error = UserError("cuda:1 has too little free memory")
+        theirs.sendall(encode([StartFailed(error.parts, error.remedies)]))
+        deadline = time.monotonic() + 10
+        while leading.lost is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(RankLostError, match="cuda:1 has too little free memory"):
+            leading.send([Prepare(1)])
 
 
 def test_a_rank_that_dies_while_it_loads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,11 +219,10 @@ class LeadingRank(ModelRanks):
         self._store = open_store(self.rank.count)
         self._failure: UserError | None = None  # of a rank's start
         self._num_pages: dict[int, int] = {}  # by rank, of those that are loaded
-        self._agreed = False  # a failure of the start is a loss from then on
+        self._agreed = False  # a failure is a loss from then on
         self._changed = threading.Condition()
         self._clock = AwakeClock()
         self._connections: dict[socket.socket, int] = {}  # the number of the rank at each
-        self._stopped = False
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
         self._thread.start()
 
@@ -251,8 +250,15 @@ class LeadingRank(ModelRanks):
         return fewest
 
     def connect(self) -> Exchange:
-        """Meets the other ranks."""
-        return self._recipe.connect(0, self._store)
+        """Meets the other ranks.
+
+        Raises:
+            RankLostError: one of them does not come.
+        """
+        try:
+            return self._recipe.connect(0, self._store)
+        except RuntimeError as error:
+            raise self.explain(error) from error
 
     def require_all(self) -> None:
         """Raises `RankLostError` once a rank is lost."""
@@ -286,7 +292,8 @@ class LeadingRank(ModelRanks):
 
     @override
     def stop(self) -> None:
-        self._stopped = True
+        with self._changed:
+            self.lost = self.lost or "the other ranks have been ended"
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -299,7 +306,7 @@ class LeadingRank(ModelRanks):
                 processes.append(process)
                 self._connections[connection] = number
             heard_at = dict.fromkeys(self._connections, self._clock.now())
-            while not self._stopped and self.lost is None:
+            while self.lost is None and self._failure is None:
                 for readable in wait(list(self._connections), TICK_SECONDS):
                     assert isinstance(readable, socket.socket)
                     self._take(readable)
@@ -316,22 +323,31 @@ class LeadingRank(ModelRanks):
         except EOFError:
             self._lose(f"rank {self._connections[connection]} of {self.rank.count} has died")
             return
-        with self._changed:
-            for message in messages:
-                match message:
-                    case RankLoaded(num_pages=num_pages):
+        for message in messages:
+            match message:
+                case RankLoaded(num_pages=num_pages):
+                    with self._changed:
                         self._num_pages[self._connections[connection]] = num_pages
-                    case StartFailed():
-                        self._failure = message.error
-            self._changed.notify_all()
+                        self._changed.notify_all()
+                case StartFailed():
+                    self._fail(message.error)
+
+    def _fail(self, error: UserError) -> None:
+        """Takes the failure of a rank: of its start, as long as `agree` can raise it."""
+        with self._changed:
+            if not self._agreed:
+                self._failure = error
+                self._changed.notify_all()
+                return
+        self._lose(str(error))
 
     def _lose(self, why: str) -> None:
         with self._changed:
-            if self._failure is not None and not self._agreed:  # `agree` raises it
+            if self.lost is not None:
                 return
-            self.lost, self.alive = f"{self._failure or why}", False
+            self.lost, self.alive = why, False
             self._changed.notify_all()
-        self._on_loss(self.lost)
+        self._on_loss(why)
 
 
 def _end(processes: Sequence[ChildProcess], connections: Sequence[socket.socket]) -> None:
@@ -405,14 +421,17 @@ def start_ranks(
     Raises:
         SettingError: so many ranks cannot share the model, or there are too few GPUs.
     """
-    check_ranks(model, config.tensor_parallel_size)
-    if config.tensor_parallel_size == 1:
+    count = config.tensor_parallel_size
+    if devices is None:
+        check_ranks(model, count)
+        devices = rank_devices(model.device, count)
+    assert len(devices) == count
+    if count == 1:
         return ModelRanks(config)
-    devices = tuple(devices or rank_devices(model.device, config.tensor_parallel_size))
     kind = choose_exchange(devices)
     if kind == "host":  # which no graph can hold
         config = replace(config, enforce_eager=True)
-    recipe = RankRecipe(model, checkpoint, config, devices, kind)
+    recipe = RankRecipe(model, checkpoint, config, tuple(devices), kind)
     if on_loss is None:
         on_loss = end_process if devices[0].type == "cuda" else _leave_it_to_the_runner
     return LeadingRank(recipe, on_loss)
