@@ -105,9 +105,9 @@ def test_a_dead_rank_is_an_error_and_not_a_hang() -> None:
     killer = threading.Timer(0.3, lambda: os.kill(rank, signal.SIGKILL))
     killer.start()
     begun = time.monotonic()
-    many = SamplingParams(seed=3, n=64)
+    many = SamplingParams(seed=3, n=4)
     with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
-        pipe.draw([1] * 40, many)
+        pipe.draw([1] * 400, many)
     assert time.monotonic() - begun < 30
     with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
         pipe.draw([1], SamplingParams(seed=3))
