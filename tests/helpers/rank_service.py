@@ -65,6 +65,7 @@ def rank_service(folder: Path, *flags: str) -> Iterator[Service]:
         too_late.start()
         try:
             ready = next((line for line in process.stdout if line.startswith("ready after")), None)
+            too_late.cancel()
             assert ready is not None, log.read_text()
             service = Service(cast(Any, process), ready.split()[-1], Faults(folder), log)
             yield service
