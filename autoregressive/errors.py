@@ -100,6 +100,8 @@ _EXTRAS = {
     "pydantic": "serve",
     "prometheus_client": "serve",
     "yaml": "serve",
+    "opentelemetry.sdk": "otlp",  # its API may be there without it
+    "opentelemetry": "otlp",
     "ray": "ray",
     "torch_fidelity": "eval",
 }
@@ -107,12 +109,10 @@ _EXTRAS = {
 
 def missing_extra(error: ModuleNotFoundError) -> UserError:
     """What to install where an optional package is missing. Raises the error if it is another."""
-    package = (error.name or "").partition(".")[0]
-    if package not in _EXTRAS:
-        raise error
-    return UserError(
-        f"{package} is not installed: pip install 'llamagen-serve[{_EXTRAS[package]}]'"
-    )
+    for package, extra in _EXTRAS.items():
+        if f"{error.name}.".startswith(f"{package}."):
+            return UserError(f"{package} is not installed: pip install 'llamagen-serve[{extra}]'")
+    raise error
 
 
 def either(alternatives: Sequence[object]) -> str:

@@ -10,15 +10,14 @@ the environment (LLAMAGEN_GPT_MODEL=GPT-XL), which the YAML file sets.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from autoregressive.errors import UserError
 from autoregressive.serve.lifecycle import prepare
 from autoregressive.serve.logs import log_our_loggers
-from autoregressive.serve.web.app import build_service_app, start_dispatcher
+from autoregressive.serve.web.app import ServiceApp, build_service_app, start_dispatcher
 from autoregressive.serve.web.dispatcher import Dispatcher
 from autoregressive.serve.web.server_flags import read_arguments
 from autoregressive.serve.web.server_settings import resolve_server_settings
@@ -31,14 +30,14 @@ class ReplicaApp:
     """
 
     def __init__(self) -> None:
-        self._service: tuple[ASGIApp, Dispatcher, ThreadPoolExecutor] | None = None
+        self._service: tuple[ServiceApp, Dispatcher] | None = None
 
     @property
     def failure(self) -> object:
         """Why the replica has to be replaced; None while it works."""
         if self._service is None:
             return None
-        _, dispatcher, _ = self._service
+        _, dispatcher = self._service
         return dispatcher.failure or dispatcher.start_failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,16 +53,16 @@ class ReplicaApp:
             model, recipe = prepare(settings)
             StoreClaim(settings.store)  # until this process ends
             dispatcher = start_dispatcher(settings, model, recipe)
-            app, encoders = build_service_app(settings, model, dispatcher, "http://127.0.0.1:8000")
-            self._service = app, dispatcher, encoders
-        app, dispatcher, encoders = self._service
+            service = build_service_app(settings, model, dispatcher, "http://127.0.0.1:8000")
+            self._service = service, dispatcher
+        service, dispatcher = self._service
         if scope["type"] != "lifespan":
-            await app(scope, receive, send)
+            await service.app(scope, receive, send)
             return
         while (await receive())["type"] != "lifespan.shutdown":
             await send({"type": "lifespan.startup.complete"})
         dispatcher.stop(at_once=False)
-        encoders.shutdown(wait=False, cancel_futures=True)
+        service.close()
         await send({"type": "lifespan.shutdown.complete"})
 
 

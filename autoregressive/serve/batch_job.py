@@ -152,11 +152,11 @@ class BatchJob:
             EngineLost: an engine has died, or hangs.
         """
         dispatcher = start_dispatcher(self._settings, self._model, recipe)
-        app, encoders = build_service_app(self._settings, self._model, dispatcher, _ADDRESS)
+        service = build_service_app(self._settings, self._model, dispatcher, _ADDRESS)
         complete = False
         try:
             await _until_ready(dispatcher)
-            transport = httpx2.ASGITransport(cast(Any, app), raise_app_exceptions=False)
+            transport = httpx2.ASGITransport(cast(Any, service.app), raise_app_exceptions=False)
             begun = time.monotonic()
             with progress_bar("images", " images", images) as bar:
                 async with httpx2.AsyncClient(transport=transport, base_url=_ADDRESS) as client:
@@ -165,7 +165,7 @@ class BatchJob:
             complete = True
         finally:
             dispatcher.stop(at_once=not complete)
-            encoders.shutdown(wait=False, cancel_futures=True)
+            service.close()
 
     async def _answer_all(
         self, requests: Path, dispatcher: Dispatcher, client: httpx2.AsyncClient, bar: Bar

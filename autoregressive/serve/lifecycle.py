@@ -3,23 +3,23 @@
 import argparse
 import asyncio
 import logging
-import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from autoregressive.errors import UserError, tell
+from autoregressive.errors import tell
 from autoregressive.output.records import generation_record
 from autoregressive.serve.logs import ServiceLogs, service_logs
 from autoregressive.serve.signals import SignalWatch
 from autoregressive.serve.web.app import build_service_app, start_dispatcher
 from autoregressive.serve.web.connections import Connections, raise_descriptor_limit
 from autoregressive.serve.web.dispatcher import Dispatcher
+from autoregressive.serve.web.listeners import address_of, listen
 from autoregressive.serve.web.schema import ServedModel
 from autoregressive.serve.web.server import Server, ShutdownPolicy
 from autoregressive.serve.web.server_settings import ServerSettings, resolve_server_settings
@@ -29,16 +29,6 @@ from autoregressive.serve.worker.worker import MakeEngine, StartProcess, build_e
 from autoregressive.weights.finding import FoundWeights, find_weights, missing_weights
 
 _log = logging.getLogger("llamagen.service")
-# Of connections. A client that vanishes without a word, as when its cable is pulled, is noticed
-# within half a minute: by probes that it does not answer, or by data that it does not confirm.
-# Without TCP_NODELAY the second part of an answer waits 40 ms for the client to confirm the first.
-_TCP_OPTIONS = {
-    "TCP_KEEPIDLE": 15,
-    "TCP_KEEPINTVL": 5,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 30_000,
-    "TCP_NODELAY": 1,
-}
 
 
 def run(arguments: argparse.Namespace, watch: SignalWatch | None = None) -> int:
@@ -85,53 +75,12 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     return served_model(settings, found), recipe
 
 
-@contextmanager
-def listen(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """Opens a socket for each process that answers HTTP, all at one address. Clients may connect at
-    once, and are answered when the service runs.
-
-    Raises:
-        UserError: the address is taken, or not this machine's.
-    """
-
-    def open_socket(port: int, *, reuse_port: bool) -> socket.socket:
-        listener = socket.create_server(
-            (settings.host, port),
-            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
-            backlog=2048,
-            reuse_port=reuse_port,
-        )
-        # Connections inherit all of these. The first is what the system holds for a reader.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 * 2**10)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _TCP_OPTIONS.items():
-            if hasattr(socket, name):  # the names are Linux's
-                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        return stack.enter_context(listener)
-
-    with ExitStack() as stack:
-        try:
-            # Not shared at first, so that a service that has the address already is noticed.
-            listeners = [open_socket(settings.port, reuse_port=False)]
-            if settings.fronts > 1:
-                port = listeners[0].getsockname()[1]
-                listeners[0].close()
-                listeners = [open_socket(port, reuse_port=True) for _ in range(settings.fronts)]
-        except (OSError, ValueError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            why = (os.strerror(number) if number is not None and number > 0 else str(error)).lower()
-            raise UserError(
-                f"cannot listen on {settings.host} port {settings.port}: {why}; "
-                "choose another --port or --host"
-            ) from error
-        yield listeners
-
-
 def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
     """The model as clients see it."""
     model = settings.model
     return ServedModel(
-        name=settings.name,
+        name=settings.names[0],
+        aliases=settings.names[1:],
         created=int(time.time()),
         image_size=model.image_size,
         grid=model.grid,
@@ -190,8 +139,9 @@ async def _serve(
     watch.hand_over(take_signal)
     fronts = None
     try:
-        address = _url(listeners[0])
-        logs.announce(f"{model.name} is being loaded; it will be served at {address}")
+        address = address_of(listeners[0], settings)
+        shown = f"{address}{settings.root_path}"
+        logs.announce(f"{model.name} is being loaded; it will be served at {shown}")
         if len(listeners) > 1:
             from autoregressive.serve.web.fronts import FrontSupervisor
 
@@ -205,7 +155,7 @@ async def _serve(
             begun = time.monotonic()
             while not (dispatcher.ready and (fronts is None or fronts.up)):
                 await asyncio.sleep(0.05)
-            logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {address}")
+            logs.announce(f"ready after {time.monotonic() - begun:.1f} seconds: {shown}")
 
         announcing = asyncio.create_task(announce())
         await serving
@@ -230,18 +180,15 @@ async def _answer(
     listener: socket.socket,
 ) -> None:
     """Answers HTTP in this process until the end is due."""
-    app, encoders = build_service_app(settings, model, dispatcher, _url(listener))
+    service = build_service_app(settings, model, dispatcher, address_of(listener, settings))
     connections = Connections(settings.max_connections, settings.max_buffered_bytes)
     dispatcher.metrics.connection_stats = lambda: connections.stats
-    server = Server(app, settings.timeouts.shutdown, connections, policy.due)
+    server = Server(
+        service.app, settings.timeouts.shutdown, connections, policy.due, settings.certificate
+    )
     policy.hurry = lambda: server.finish(at_once=True)
     settle_heap()
     try:
         await server.serve(sockets=[listener])
     finally:
-        encoders.shutdown(wait=False, cancel_futures=True)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        service.close()

@@ -62,10 +62,11 @@ class _Stream:
     first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
     first_row: gl.tensor
     first_input: gl.tensor
+    tiles: gl.tensor  # along the inputs
     weights: gl.shared_memory_descriptor  # [STAGES, the box of a tile]
     values: gl.shared_memory_descriptor  # [STAGES, ROW_TILE, INPUT_TILE]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
-    TILES: gl.constexpr
+    PART: gl.constexpr  # tiles of a part of the sum; the last part may have fewer
 
     @gluon.constexpr_function
     def __init__(
@@ -75,15 +76,17 @@ class _Stream:
         first_output: Any,
         first_row: Any,
         first_input: Any,
+        tiles: Any,
         weights: Any,
         values: Any,
         arrived: Any,
-        TILES: int,
+        PART: int,
     ) -> None:
         self.weight, self.x = weight, x
         self.first_output, self.first_row, self.first_input = first_output, first_row, first_input
+        self.tiles = tiles
         self.weights, self.values, self.arrived = weights, values, arrived
-        self.TILES = gl.constexpr(TILES)
+        self.PART = gl.constexpr(PART)
 
     @gluon.jit
     def start(self, CLUSTER: gl.constexpr):
@@ -109,13 +112,14 @@ class _Stream:
         arrived, target = self.arrived.index(stage), self.weights.index(stage)
         first_input = self.first_input + tile * _INPUT_TILE
         ROW_TILE: gl.constexpr = self.values.shape[1]
-        mbarrier.expect(arrived, (_OUTPUT_TILE + ROW_TILE) * _INPUT_TILE * 2)
+        wanted = tile < self.tiles
+        mbarrier.expect(arrived, (_OUTPUT_TILE + ROW_TILE) * _INPUT_TILE * 2, wanted)
         if len(self.weight.block_shape) == 4:
             at = [self.first_output, 0, 0, first_input]
-            tma.async_copy_global_to_shared(self.weight, at, arrived, target)
+            tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
         else:
             at = [self.first_output, first_input]
-            tma.async_copy_global_to_shared(self.weight, at, arrived, target)
+            tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
 
     @gluon.jit
     def copy_values(self, tile, stage):
@@ -125,21 +129,21 @@ class _Stream:
             [self.first_row, self.first_input + tile * _INPUT_TILE],
             self.arrived.index(stage),
             self.values.index(stage),
+            tile < self.tiles,
         )
 
     @gluon.jit
-    def part(self, number: gl.constexpr, PARTS: gl.constexpr):
-        """Multiplies one of so many equal parts of the tiles, from zero, and asks for later tiles
-        as room becomes free. Returns float32 [ROW_TILE, OUTPUT_TILE].
+    def part(self, number: gl.constexpr):
+        """Multiplies one part of the tiles, from zero, and asks for later tiles as room becomes
+        free. Returns float32 [ROW_TILE, OUTPUT_TILE].
         """
         STAGES: gl.constexpr = self.values.shape[0]
         ROW_TILE: gl.constexpr = self.values.shape[1]
-        TILES: gl.constexpr = self.TILES // PARTS
         layout: gl.constexpr = gl.NVMMADistributedLayout(
             [3, 0], [gl.num_warps(), 1], [16, _OUTPUT_TILE, 16]
         )
         total = gl.zeros([ROW_TILE, _OUTPUT_TILE], gl.float32, layout)
-        for tile in range(number * TILES, (number + 1) * TILES):
+        for tile in range(number * self.PART, gl.minimum((number + 1) * self.PART, self.tiles)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
             total = warpgroup_mma(
@@ -150,7 +154,7 @@ class _Stream:
             )
             total = warpgroup_mma_wait(1, deps=(total,))  # the tile before has been used
             later = tile - 1 + STAGES
-            if (tile > 0) & (later < self.TILES):
+            if (tile > 0) & (later < self.tiles):
                 gl.thread_barrier()  # by every warp
                 self.copy_weights(later, later % STAGES)
                 self.copy_values(later, later % STAGES)
@@ -163,8 +167,10 @@ def _stream(
     x,
     first_output,
     first_row,
-    first_input,
-    TILES: gl.constexpr,
+    first_tile,  # along the inputs
+    TILES: gl.constexpr,  # along the inputs, of all programs
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,  # of a program
     STAGES: gl.constexpr,
 ):
     """The stream of a program, with its room in shared memory."""
@@ -173,7 +179,19 @@ def _stream(
     )
     values = gl.allocate_shared_memory(x.dtype, _stages(STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    return _Stream(weight, x, first_output, first_row, first_input, weights, values, arrived, TILES)
+    first_tile = gl.to_tensor(first_tile)
+    return _Stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        first_tile * _INPUT_TILE,
+        gl.minimum(TILES - first_tile, PART * PARTS),
+        weights,
+        values,
+        arrived,
+        PART,
+    )
 
 
 @gluon.constexpr_function
@@ -240,19 +258,20 @@ def _many_rows_linear_kernel(
     EPS: gl.constexpr,
     ROW_TILE: gl.constexpr,
     TILES: gl.constexpr,
+    PART: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * _OUTPUT_TILE
-    stream = _stream(weight, x, first_output, first_row, gl.to_tensor(0), TILES, STAGES)
+    stream = _stream(weight, x, first_output, first_row, 0, TILES, PART, PARTS, STAGES)
     stream.start(CLUSTER=1)
     scales = _row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
-    total = stream.part(0, PARTS)
+    total = stream.part(0)
     layout: gl.constexpr = total.type.layout
     scales = gl.convert_layout(scales, gl.SliceLayout(1, layout))[:, None]
     total = _rounded_product(total, scales)
     for part in gl.static_range(1, PARTS):
-        total += _rounded_product(stream.part(part, PARTS), scales)
+        total += _rounded_product(stream.part(part), scales)
     output = first_output + gl.arange(0, _OUTPUT_TILE, layout=gl.SliceLayout(0, layout))[None, :]
     row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(1, layout))[:, None]
     gl.store(
@@ -272,6 +291,7 @@ def _many_rows_project_kernel(
     OUTPUTS: gl.constexpr,
     ROW_TILE: gl.constexpr,
     TILES: gl.constexpr,
+    PART: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     CLUSTER: gl.constexpr,
@@ -282,8 +302,8 @@ def _many_rows_project_kernel(
     OWNED: gl.constexpr = _OUTPUT_TILE // CLUSTER  # outputs that this program finishes
     if CLUSTER > 1:
         room = open_exchange(4 * ROW_TILE * OWNED, 4 * ROW_TILE * OWNED)
-    first_input = rank * (TILES * _INPUT_TILE)
-    stream = _stream(weight, x, first_output, first_row, first_input, TILES, STAGES)
+    first_tile = rank * (PART * PARTS)
+    stream = _stream(weight, x, first_output, first_row, first_tile, TILES, PART, PARTS, STAGES)
     stream.start(CLUSTER)
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, OWNED, 16])
     output = first_output + rank * OWNED + gl.arange(0, OWNED, layout=gl.SliceLayout(0, layout))
@@ -292,9 +312,9 @@ def _many_rows_project_kernel(
     at = row.to(gl.int64)[:, None] * OUTPUTS + output[None, :]
     grown = gl.load(residual + at, mask=mask, other=0.0)
     scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
-    total = stream.part(0, PARTS)
+    total = stream.part(0)
     if PARTS > 1:
-        total += stream.part(1, PARTS)
+        total += stream.part(1)
     if CLUSTER > 1:
         left, right = _halves(total)
         left = gl.convert_layout(left, layout, assert_trivial=True)
@@ -348,10 +368,10 @@ def _many_rows_swiglu_kernel(
     HIDDEN_TILE: gl.constexpr = _OUTPUT_TILE // 2
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     first_group = block * (HIDDEN_TILE // _GROUP)
-    stream = _stream(weight, x, first_group, first_row, gl.to_tensor(0), TILES, STAGES)
+    stream = _stream(weight, x, first_group, first_row, 0, TILES, TILES, 1, STAGES)
     stream.start(CLUSTER=1)
     scales = _row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
-    total = stream.part(0, 1)
+    total = stream.part(0)
     total = total * gl.convert_layout(scales, gl.SliceLayout(1, total.type.layout))[:, None]
     pairs = total.reshape([ROW_TILE, HIDDEN_TILE // _GROUP, 2, _GROUP]).permute((0, 1, 3, 2))
     gate, up = gl.split(pairs)
@@ -378,7 +398,7 @@ def many_rows_linear(
     """
     rows, width = x.shape
     outputs = weight.shape[0]
-    count = tiles.splits * _tiles(width, tiles)
+    count = triton.cdiv(width, _INPUT_TILE.value)
     row_tile = _row_tile(rows, outputs)
     grid = triton.cdiv(rows, row_tile), triton.cdiv(outputs, _OUTPUT_TILE.value)
     _many_rows_linear_kernel[grid](
@@ -394,6 +414,7 @@ def many_rows_linear(
         EPS=eps,
         ROW_TILE=row_tile,
         TILES=count,
+        PART=_part(width, tiles),
         PARTS=tiles.splits,
         STAGES=_stage_count(count, row_tile, grid, shared=tiles.splits == 1),
         num_warps=row_tile // 16,
@@ -417,7 +438,7 @@ def many_rows_project(
     cluster = min(2, tiles.splits)
     parts = tiles.splits // cluster
     assert parts <= 2, tiles
-    count = parts * _tiles(inputs, tiles)
+    part = _part(inputs, tiles)
     row_tile = _row_tile(rows, width * cluster)
     grid = triton.cdiv(rows, row_tile), triton.cdiv(width, _OUTPUT_TILE.value)
     exchanged = many_rows_exchange(row_tile, cluster)
@@ -435,9 +456,10 @@ def many_rows_project(
         rows,
         OUTPUTS=width,
         ROW_TILE=row_tile,
-        TILES=count,
+        TILES=triton.cdiv(inputs, _INPUT_TILE.value),
+        PART=part,
         PARTS=parts,
-        STAGES=_stage_count(count, row_tile, grid, exchanged),
+        STAGES=_stage_count(part * parts, row_tile, grid, exchanged),
         CLUSTER=cluster,
         num_warps=row_tile // 16,
         launch_pdl=True,
@@ -451,7 +473,7 @@ def many_rows_swiglu(
     rows, width = x.shape
     hidden = weight.shape[0] // 2
     assert tiles.splits == 1 and hidden % _GROUP.value == 0, (hidden, tiles)
-    count = _tiles(width, tiles)
+    count = triton.cdiv(width, _INPUT_TILE.value)
     row_tile = _row_tile(rows, 2 * hidden)
     grid = triton.cdiv(rows, row_tile), triton.cdiv(2 * hidden, _OUTPUT_TILE.value)
     groups = weight.view(2, hidden // _GROUP.value, _GROUP.value, width).transpose(0, 1)
@@ -479,8 +501,8 @@ def many_rows_exchange(row_tile: int, cluster: int) -> int:
     return 0 if cluster == 1 else exchange_bytes(4 * row_tile * _OUTPUT_TILE.value // cluster)
 
 
-def _tiles(inputs: int, tiles: FusedTiles) -> int:
-    """Tiles of the inputs that one program of few rows takes."""
+def _part(inputs: int, tiles: FusedTiles) -> int:
+    """Tiles of a part of the sum: what one program of few rows takes of the inputs."""
     return triton.cdiv(tiles.tiles(inputs) * tiles.inputs, _INPUT_TILE.value)
 
 

@@ -82,7 +82,7 @@ def draw_nothing(places: int, seconds: float, connection: socket.socket) -> None
         now = time.monotonic()
         while running and running[0][0] <= now:
             _, request_id = heapq.heappop(running)
-            outbox.put(Image(request_id, 0, now, 0.0, noise))
+            outbox.put(Image(request_id, 0, now, now, 0.0, noise))
             outbox.put(Ended(request_id, "finished", now))
         while waiting and len(running) < places:
             request_id = waiting.popleft()
@@ -158,9 +158,9 @@ def images_drawn(url: str) -> int:
             f"{url}/metrics answers {answer.status_code}, not 200; check LLAMAGEN_API_KEY"
         )
     [line] = [
-        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total ")
+        line for line in answer.text.splitlines() if line.startswith("llamagen:images_total{")
     ]
-    return int(float(line.split()[1]))
+    return int(float(line.rsplit(maxsplit=1)[1]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from conftest import reference_weights
 from teacher import TeacherForced, naive_logits, reference_model
 from torch import Tensor
 
+from autoregressive.devices import default_precision
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
@@ -22,6 +23,7 @@ from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.engine.request import Request, RequestState
+from kernels.attention_reference import attention_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +117,32 @@ def test_bf16_is_as_precise_as_the_naive_model(images: int) -> None:
         f"RMS error of {2 * images} rows: {error(ours):.5f}, the naive model's {error(naive):.5f}"
     )
     assert error(ours) <= 1.05 * error(naive)
+
+
+def test_a_gpu_without_bf16_is_as_precise_as_fp16_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what runs on a T4 (fp16, torch's operations) overflows, or its guided logits are far
+    from float32's. This GPU passes for a T4.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    model, meta, expected = reference_model("gpt_b_256")
+    codes, labels = torch.from_numpy(expected["tokens"]), meta["labels"]
+    positions, scale = 64, meta["cfg_scale"]
+    conditional, unconditional = naive_logits(model.to(CUDA), codes, labels, positions).unbind(1)
+    exact = unconditional + (conditional - unconditional) * scale  # [images, positions, vocab_size]
+    assert default_precision(CUDA) is torch.float16
+    shape = BatchShape.of(2 * len(labels), meta["block_size"], page_size=16)
+    config = EngineConfig(enforce_eager=True)
+    runner = ModelRunner(
+        model.to(torch.float16), shape, shape.max_rows * shape.pages_per_row, config
+    )
+    assert runner.operations.attention is attention_reference
+    teacher = TeacherForced(runner, codes, labels)
+    ours = torch.stack(
+        [teacher.guided_logits(position, scale) for position in range(positions)], dim=1
+    )
+    error = (ours - exact).double().square().mean().sqrt().item() / exact.std().item()
+    print(f"RMS error of the guided logits: {error:.5f} of their spread")
+    assert error < 0.01
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

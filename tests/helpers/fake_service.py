@@ -10,7 +10,9 @@ process looks at before every span. Processes are forked, so that a start takes 
 import contextlib
 import json
 import os
+import re
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +152,7 @@ def make_engine(
     return engine
 
 
-def fake_model(name: str) -> ServedModel:
+def fake_model(name: str, *aliases: str) -> ServedModel:
     """What clients are told."""
     assert len(CLASS_NAMES) == CLASSES
     record: dict[str, object] = {"program": "llamagen-serve", "trained": True, "model": name}
@@ -165,6 +167,7 @@ def fake_model(name: str) -> ServedModel:
         DEMO_DEFAULTS,
         True,
         record,
+        aliases,
     )
 
 
@@ -175,8 +178,9 @@ def main(watch: SignalWatch) -> int:
         make_engine, config=settings.engine, folder=Path(os.environ[FAULTS])
     )
     settings = replace(settings, engines=int(os.environ.get("FAKE_SERVICE_ENGINES", "1")))
+    model = fake_model("fake") if settings.names == ("GPT-demo",) else fake_model(*settings.names)
     with listen(settings) as listeners:
-        return serve(settings, fake_model("fake"), lambda index: recipe, listeners, watch=watch)
+        return serve(settings, model, lambda index: recipe, listeners, watch=watch)
 
 
 def is_alive(pid: int) -> bool:
@@ -223,9 +227,19 @@ class ServiceProcess:
 class Service:
     """A running service, as others see it."""
 
-    def __init__(self, process: ServiceProcess, url: str, faults: Faults, log: Path) -> None:
+    def __init__(
+        self,
+        process: ServiceProcess,
+        url: str,
+        faults: Faults,
+        log: Path,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self.process, self.url, self.faults, self._log = process, url, faults, log
-        self.client = httpx2.Client(base_url=url, timeout=60)
+        path = url.removeprefix("unix:")
+        transport = httpx2.HTTPTransport(uds=path, verify=verify) if path != url else None
+        base = "http://localhost" if transport else url
+        self.client = httpx2.Client(base_url=base, timeout=60, verify=verify, transport=transport)
 
     @property
     def log(self) -> str:
@@ -263,8 +277,9 @@ class Service:
         return self.client.post("/v1/images/generations", json={"prompt": "cat"} | body)
 
     def gauges(self) -> dict[str, float]:
-        """Metrics by name, without the prefix and without those that have labels of their own."""
-        lines = self.client.get("/metrics").text.splitlines()
+        """Metrics by name, without the prefix and the model's name, and without histograms."""
+        text = re.sub(r'model_name="[^"]*",?', "", self.client.get("/metrics").text)
+        lines = text.replace("{}", "").splitlines()
         pairs = (
             line.rsplit(" ", 1)
             for line in lines
@@ -302,6 +317,7 @@ def running_service(
     environment: Mapping[str, str] = MappingProxyType({}),
     start_new_session: bool = False,
     open_files: int | None = None,
+    verify: ssl.SSLContext | bool = True,
 ) -> Iterator[Service]:
     """A service on a free port; killed at the end if it still runs.
 
@@ -309,6 +325,7 @@ def running_service(
         folder: for its faults and its log.
         ready: wait until it is.
         open_files: the limit of them, soft and hard; None: this process's.
+        verify: as of httpx2's client.
     """
     from forked_services import forge  # which forks this module's services
 
@@ -318,6 +335,7 @@ def running_service(
         environment=environment,
         start_new_session=start_new_session,
         open_files=open_files,
+        verify=verify,
     ) as service:
         if ready:
             service.wait_until_ready()

@@ -15,6 +15,7 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -154,12 +155,13 @@ class Forge:
         environment: Mapping[str, str] = MappingProxyType({}),
         start_new_session: bool = False,
         open_files: int | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> Iterator[Service]:
         """A service that has begun to load; killed at the end."""
         asked = {
             "flags": flags,
             "folder": str(folder),
-            "environment": {**os.environ, FAULTS: str(folder), **environment},
+            "environment": _variables() | {FAULTS: str(folder), **environment},
             "start_new_session": start_new_session,
             "open_files": open_files,
         }
@@ -169,7 +171,7 @@ class Forge:
         running, log = ServiceProcess(int(self._ask(asked)), folder / "status"), folder / "stderr"
         try:
             deadline = time.monotonic() + _START_SECONDS
-            while "http://" not in (
+            while "served at" not in (
                 said := (folder / "stdout").read_text() if (folder / "stdout").exists() else ""
             ):
                 status = running.poll()
@@ -177,7 +179,7 @@ class Forge:
                 assert time.monotonic() < deadline, "the service does not start"
                 time.sleep(0.02)
             url = said.splitlines()[0].split()[-1]
-            service = Service(running, url, Faults(folder), log)
+            service = Service(running, url, Faults(folder), log, verify)
             yield service
             service.client.close()
         finally:
@@ -215,6 +217,12 @@ def main() -> None:
     gc.freeze()  # or each fork's first collection would copy all memory
     for line in sys.stdin:
         fork_service(json.loads(line))
+
+
+def _variables() -> dict[str, str]:
+    """The environment. pytest may change it meanwhile, in another thread."""
+    pairs = ((name, os.environ.get(name)) for name in list(os.environ))
+    return {name: value for name, value in pairs if value is not None}
 
 
 if __name__ == "__main__":

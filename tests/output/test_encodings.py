@@ -153,4 +153,4 @@ def test_the_configuration_file_is_utf_8_whatever_the_locale(tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, check=False
     )
-    assert done.stdout == rb"'\u6a21\u578b'" + b"\n", done.stderr.decode()
+    assert done.stdout == rb"['\u6a21\u578b']" + b"\n", done.stderr.decode()

@@ -34,7 +34,7 @@ def test_lock_has_every_dependency_of_the_package() -> None:
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    locked_extras = ("serve", "download", "progress", "eval")
+    locked_extras = ("serve", "download", "progress", "eval", "otlp")
     wanted = [*project["dependencies"], *(each for name in locked_extras for each in extras[name])]
     locked = _pins(_locked())
     for requirement in map(Requirement, wanted):

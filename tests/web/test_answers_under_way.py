@@ -34,7 +34,7 @@ class DrawnBroker:
     async def accept(self, request: EngineRequest) -> ServedRequest:
         served = ServedRequest(request, 0.0)
         for index in range(request.n):
-            served.take(Image(0, index, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
+            served.take(Image(0, index, 0.0, 0.0, 0.0, bytes(IMAGE_SIZE * IMAGE_SIZE * 3)))
         served.take(Ended(0, "finished", 0.0))
         self.requests.append(served)
         return served

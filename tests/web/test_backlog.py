@@ -25,8 +25,8 @@ from autoregressive.serve.worker.process import ChildProcess, connect
 from autoregressive.serve.worker.transport import SILENT_SECONDS, Backlog, Channel, Outbox, receive
 
 REQUESTS, IMAGES, ROUNDS, PIXELS = 3, 2, 200, bytes(2**12)
-LARGE = Image(99, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
-IMAGE = Image(1, 0, 9.0, 0.5, PIXELS)
+LARGE = Image(99, 0, 1.0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
+IMAGE = Image(1, 0, 9.0, 9.0, 0.5, PIXELS)
 
 
 def rounds() -> list[object]:
@@ -180,7 +180,7 @@ def test_a_stopped_front_for_which_too_much_waits_is_given_up(
             cast(ChildProcess, None), ours, cast(Dispatcher, dispatcher), lambda: None
         )
         front._take(Up(ConnectionStats(), {}))
-        front._forward(1, Image(5, 0, 1.0, 0.5, bytes(waiting)))
+        front._forward(1, Image(5, 0, 1.0, 1.0, 0.5, bytes(waiting)))
         moment = silent
         assert front.hangs == hangs
         front.channel.close()

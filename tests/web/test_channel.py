@@ -26,7 +26,7 @@ from autoregressive.serve.worker.messages import (
 from autoregressive.serve.worker.process import connect
 from autoregressive.serve.worker.transport import Channel, encode, receive
 
-LARGE = Image(0, 0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
+LARGE = Image(0, 0, 1.0, 1.0, 0.5, bytes(2**24))  # more than a connection holds
 
 
 class Heard:
@@ -154,7 +154,7 @@ def test_flush_writes_before_the_loop_goes_on() -> None:
 def test_frames_may_come_in_pieces(cuts: list[int]) -> None:
     """Fails if a head or a body that arrives in parts is misread."""
     sent = [
-        Image(1, 0, 1.0, 0.5, b"first"),
+        Image(1, 0, 1.0, 1.0, 0.5, b"first"),
         Ended(1, "finished", 2.0),
         Preview(2, 0, 7, b"\x00\xff"),
     ]

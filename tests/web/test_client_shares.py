@@ -219,11 +219,11 @@ def test_a_request_is_the_clients_who_asked_for_it(
 
     async def go() -> None:
         settings = resolve_server_settings(read_arguments(flags, {}))
-        app, encoders = build_service_app(
+        service = build_service_app(
             settings, fake_model("fake"), cast(RequestBroker, FullBroker()), "http://localhost"
         )
-        encoders.shutdown()
-        transport = httpx2.ASGITransport(cast(Any, app), client=(peer, 1))
+        service.close()
+        transport = httpx2.ASGITransport(cast(Any, service.app), client=(peer, 1))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for scheme in ("Bearer ", "BEARER   "):
                 headers = {

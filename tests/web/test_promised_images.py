@@ -17,7 +17,7 @@ def test_images_that_are_to_come_count_until_they_are_here() -> None:
         EngineRequest(0, 0, 2, SamplingParams(), pixels=True), 0.0, image_bytes=100
     )
     assert (served.promised_bytes, served.held_bytes) == (200, 0)
-    served.take(Image(0, 0, 0.0, 0.0, bytes(100)))
+    served.take(Image(0, 0, 0.0, 0.0, 0.0, bytes(100)))
     assert (served.promised_bytes, served.held_bytes) == (100, 100)
     served.abandon()
     assert (served.promised_bytes, served.held_bytes) == (0, 0)

@@ -42,7 +42,10 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch: pytest.Mon
     dropped = writer.dropped
     assert 100 < dropped < 190
     lines = read_lines(source, 200 - dropped + 1)
-    assert [line for line in lines if not line.startswith(b"x")] == [b"%d dropped" % dropped]
+    # a busy machine may drop some before the pipe is full, and says so earlier
+    told = [line.split() for line in lines if not line.startswith(b"x")]
+    assert {words[1] for words in told} == {b"dropped"}
+    assert sum(int(words[0]) for words in told) == dropped
     writer.put(b"last\n")
     assert read_lines(source, 1) == [b"last"]
     assert writer.drain(5)

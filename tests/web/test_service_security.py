@@ -40,7 +40,7 @@ from autoregressive.serve.web.timeouts import Timeouts
 
 KEY = "k9-Zr/very+secret=="
 PARTS_OF_KEY = (KEY, quote(KEY, safe=""))
-OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
+OPEN = {"/", "/health", "/ping", "/ready", "/docs", "/openapi.json"}
 OPEN_FOLDERS = ("/static/", "/docs-assets/")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 
@@ -443,7 +443,7 @@ LIES += [
     "X-Forwarded-For: evil.example",
     "Referer: http://evil.example/",
 ]
-LIES += ["X-Original-URL: /evil.example", "X-Request-ID: evil.example"]
+LIES += ["X-Original-URL: /evil.example", "X-Request-ID: http://evil.example"]
 TARGETS = [
     "/",
     "/health",
@@ -493,7 +493,10 @@ def test_the_urls_of_images_are_the_services_own(locked: Service, tmp_path: Path
     url = locked.client.post("/v1/images/generations", json=body, headers=headers).json()["data"][
         0
     ]["url"]
-    assert re.fullmatch(re.escape(locked.url) + r"/v1/files/[0-9a-f]{32}\.png", url)
+    assert re.fullmatch(
+        re.escape(locked.url) + r"/v1/files/[0-9a-f]{32}\.png\?expires=\d+&signature=[0-9a-f]{64}",
+        url,
+    )
     (tmp_path / "store").mkdir()
     flags = (
         "--store-dir",
@@ -507,13 +510,13 @@ def test_the_urls_of_images_are_the_services_own(locked: Service, tmp_path: Path
         url = public.client.post("/v1/images/generations", json=body, headers=headers).json()[
             "data"
         ][0]["url"]
-    assert re.fullmatch(r"https://pictures\.example/of/v1/files/[0-9a-f]{32}\.png", url)
+    assert re.fullmatch(r"https://pictures\.example/of/v1/files/[0-9a-f]{32}\.png\?expires=.+", url)
 
 
 def test_a_stored_image_that_somebody_deleted_is_a_404(service: Service) -> None:
     url = service.draw(response_format="url").json()["data"][0]["url"]
     folder = Path(service._log).parent / "store"
-    (folder / url.rsplit("/", 1)[1]).unlink()
+    (folder / url.rsplit("/", 1)[1].partition("?")[0]).unlink()
     assert service.client.get(url).status_code == 404
 
 
@@ -750,7 +753,7 @@ def test_a_request_that_the_end_cuts_off_is_told_so() -> None:
         sent.append(dict(message))
 
     async def run() -> None:
-        scope = {"type": "http", "method": "GET", "path": "/", "client": None}
+        scope: Any = {"type": "http", "method": "GET", "path": "/", "client": None, "headers": []}
         task = asyncio.create_task(
             cast(
                 Any,

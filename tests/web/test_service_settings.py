@@ -89,6 +89,8 @@ def test_the_command_line_counts_then_the_environment_then_the_file(
         return getattr(read_arguments(argv, environment), action.dest)
 
     convert: Any = action.type or str
+    if action.nargs == "+":
+        convert = lambda value: [value]  # noqa: E731 -- a conversion like the others
     assert read([], {}) is None
     assert read(config, {}) == convert(filed)
     assert read(config, environment) == convert(exported)
@@ -123,8 +125,8 @@ def test_a_switch_can_be_on_and_off_in_every_layer(action: argparse.Action, tmp_
         ("api-key: 0123", "api_key", "0123"),
         ("api-key: 1e5", "api_key", "1e5"),
         ("api-key: yes", "api_key", "yes"),
-        ("served-model-name: 1.10", "served_model_name", "1.10"),
-        ("served-model-name: 2024-01-01", "served_model_name", "2024-01-01"),
+        ("served-model-name: 1.10", "served_model_name", ["1.10"]),
+        ("served-model-name: 2024-01-01", "served_model_name", ["2024-01-01"]),
         ("port: 08080", "port", 8080),
         ("port: 010000", "port", 10000),
         ("host: ::1", "host", "::1"),
@@ -262,6 +264,8 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ),
         ("--public-url=http://a b", "--public-url http://a b"),
         ("--public-url=http://a\nb", "--public-url"),
+        ("--public-url=http://a/?b=1", "--public-url http://a/?b=1: must have no ? and no #"),
+        ("--public-url=http://a/#b", "must have no ? and no #"),
         ("--served-model-name=", "--served-model-name"),
         ("--served-model-name=a\x1b[31m", "--served-model-name"),
         ("--served-model-name=\udcff", "--served-model-name"),
@@ -346,12 +350,12 @@ def test_the_flags_reach_the_settings(tmp_path: Path) -> None:
     ]
     typed += ["--shutdown-timeout", "4", "--max-num-seqs", "6"]
     found = settings(*typed)
-    assert (found.host, found.port, found.api_keys, found.max_queue_size, found.name) == (
+    assert (found.host, found.port, found.api_keys, found.max_queue_size, found.names) == (
         "::1",
         81,
         (KEY,),
         7,
-        "m",
+        ("m",),
     )
     assert (found.store, found.stored_images, found.public_url, found.docs) == (
         tmp_path,

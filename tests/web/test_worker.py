@@ -75,8 +75,8 @@ def order(request_id: int = 0, *, seed: int = 5, **fields: Any) -> EngineRequest
         Ready(4, 5, 6),
         Ended(1, "refused", 2.5, "why \u2713"),
         Ended(1, "finished", 2.5, tokens=64, drafted=90, accepted=40, used_pages=0),
-        Image(1, 2, 3.25, 0.5, bytes(range(256)) * 9),
-        Image(1, 2, 3.25, 0.5, b""),
+        Image(1, 2, 3.25, 3.25, 0.5, bytes(range(256)) * 9),
+        Image(1, 2, 3.25, 3.25, 0.5, b""),
         Preview(1, 0, 7, b"\x00\xff"),
     ],
     ids=lambda message: type(message).__name__,
@@ -89,10 +89,10 @@ def test_messages_arrive_as_they_were_sent(message: Command | Event) -> None:
 def test_messages_share_a_frame() -> None:
     """Each has its own bytes, and they keep their order."""
     sent = [
-        Image(1, 0, 1.0, 0.5, b"first"),
+        Image(1, 0, 1.0, 1.0, 0.5, b"first"),
         Ended(1, "finished", 2.0),
         Preview(2, 0, 7, b""),
-        Image(3, 1, 3.0, 0.5, b"last"),
+        Image(3, 1, 3.0, 3.0, 0.5, b"last"),
     ]
     assert decode(encode(sent)) == sent
 
@@ -102,7 +102,7 @@ def test_what_waits_shares_frames_of_sixteen_at_most() -> None:
     ours, theirs = connect()
     outbox = Outbox(theirs, "events")
     # more than the connection holds: the thread waits for its reader
-    large = Image(0, 0, 1.0, 0.5, bytes(2**24))
+    large = Image(0, 0, 1.0, 1.0, 0.5, bytes(2**24))
     outbox.put(large)
     time.sleep(0.2)  # it is on its way
     small = [LoopStats(number) for number in range(40)]
@@ -127,7 +127,8 @@ def test_every_kind_of_message_can_be_sent() -> None:
         for kind in vars(messages).values()
         if isinstance(kind, type)
         and kind.__module__ == messages.__name__
-        and kind not in (ServedRequest, messages._OfRequest)  # what takes them, and their base
+        # what takes them, what it notes, and their base
+        and kind not in (ServedRequest, messages.RequestPhase, messages._OfRequest)
     }
     assert kinds == set(messages.KINDS.values())
 
@@ -415,7 +416,7 @@ def talk_until_stopped(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     outbox = Outbox(connection, "events")
     for number in range(60):
-        outbox.put(Image(number, 0, 1.0, 0.5, bytes(2**18)))
+        outbox.put(Image(number, 0, 1.0, 1.0, 0.5, bytes(2**18)))
     while not any(isinstance(command, Stop) for command in receive(connection)):
         pass
     outbox.close(10)
@@ -449,8 +450,8 @@ def test_a_slow_reader_gets_the_newest_and_every_image() -> None:
             served.take(Progress(0, rows * 8, 1.0))
             served.take(Preview(0, 0, rows, bytes([rows])))
             served.take(Preview(0, 1, rows, bytes([rows])))
-        served.take(Image(0, 0, 2.0, 0.1, b"a"))
-        served.take(Image(0, 1, 2.0, 0.1, b"b"))
+        served.take(Image(0, 0, 2.0, 2.0, 0.1, b"a"))
+        served.take(Image(0, 1, 2.0, 2.0, 0.1, b"b"))
         served.take(Ended(0, "finished", 2.0))
         events = []
         while not isinstance(event := await served.next_event(), Ended):
@@ -536,7 +537,7 @@ def test_nothing_is_kept_for_a_reader_who_has_left() -> None:
 
     async def abandon() -> None:
         served = ServedRequest(order(0), time.monotonic())
-        served.take(Image(0, 0, 2.0, 0.1, b"a"))
+        served.take(Image(0, 0, 2.0, 2.0, 0.1, b"a"))
         served.abandon()
         served.take(Preview(0, 0, 3, b"b"))
         assert not served.has_news

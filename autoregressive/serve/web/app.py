@@ -3,19 +3,21 @@ guards around them, and the start of its engines.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -24,7 +26,7 @@ from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.checks import Authentication, StrictRoute, check_host
 from autoregressive.serve.web.description import add_docs, complete_description
 from autoregressive.serve.web.dispatcher import Dispatcher
-from autoregressive.serve.web.guards import Guards, RequestLog
+from autoregressive.serve.web.guards import BelowPrefix, Guards, RequestLog, Trace, use_whole_url
 from autoregressive.serve.web.openai_routes import ClientLeft, add_openai_routes
 from autoregressive.serve.web.page_routes import add_page_routes
 from autoregressive.serve.web.schema import (
@@ -36,15 +38,20 @@ from autoregressive.serve.web.schema import (
     VersionAnswer,
 )
 from autoregressive.serve.web.server_settings import ServerSettings
+from autoregressive.serve.web.signed_urls import FILES_PATH, UrlSigner
 from autoregressive.serve.web.static_files import add_file, add_folder, has_already
 from autoregressive.serve.web.store import MEDIA_TYPES, Store, largest_picture_bytes
 from autoregressive.serve.worker.worker import MakeEngine, StartProcess, start_process
 from autoregressive.version import program_version
 
+if TYPE_CHECKING:  # it needs packages of an extra
+    from autoregressive.serve.web.traces import RequestTraces
+
+_YEAR_SECONDS = 365 * 24 * 3600
 _MOST_ENCODERS = 8  # threads that make pictures' files
 PAGE = Path(__file__).parent / "static"
 # These need no key, nor does what is below a path that ends in a slash.
-_OPEN_PATHS = ("/", "/health", "/ready", "/static/")
+_OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/static/")
 _DOCS_PATHS = ("/docs", "/openapi.json", "/docs-assets/")
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
@@ -55,6 +62,12 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
     "Accept-Ranges": "none",
+}
+# A key is a header like any other here, and no browser adds it by itself: no credentials.
+_CROSS_ORIGIN: dict[str, Any] = {
+    "allow_methods": ("DELETE", "GET", "HEAD", "POST"),
+    "allow_headers": ("*",),
+    "expose_headers": ("Retry-After", "Warning", "X-Request-Id"),
 }
 _WRONG = described(
     {
@@ -106,7 +119,7 @@ def start_dispatcher(
         recipe: which of the engines -> how it is built.
         start: gives an engine a process.
     """
-    return Dispatcher(
+    dispatcher = Dispatcher(
         lambda index: start(recipe(index), f"engine-{index}"),
         settings.engines,
         settings.max_queue_size,
@@ -114,6 +127,23 @@ def start_dispatcher(
         model.tokens_of_image,
         settings.engine.scheduling_policy,
     )
+    dispatcher.metrics.model_name = model.name
+    return dispatcher
+
+
+@dataclass(frozen=True)
+class ServiceApp:
+    """The application of one process, with the threads that work for it."""
+
+    app: ASGIApp
+    encoders: ThreadPoolExecutor  # that make its images' files
+    traces: "RequestTraces | None"
+
+    def close(self) -> None:
+        """Ends the threads. Spans that wait are sent, for a second at most."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            self.traces.close()
 
 
 def build_service_app(
@@ -123,8 +153,8 @@ def build_service_app(
     address: str,
     index: int = 0,
     count: int = 1,
-) -> tuple[ASGIApp, ThreadPoolExecutor]:
-    """The application, and the threads that make its pictures' files.
+) -> ServiceApp:
+    """The application of this process.
 
     Args:
         address: where clients reach it, if `settings` do not say.
@@ -137,22 +167,38 @@ def build_service_app(
         store = Store(
             settings.store,
             settings.stored_images,
-            settings.public_url or address,
+            settings.base_url(address),
             index,
             count,
             most_bytes=settings.stored_bytes,
             picture_bytes=largest_picture_bytes(model.image_size),
         )
+    traces = None
+    if settings.traces_endpoint is not None:
+        from autoregressive.serve.web.traces import RequestTraces
+
+        traces = RequestTraces(settings.traces_endpoint, model.name)
     app = build_app(
-        AppState(model, broker, encoders, store),
+        AppState(
+            model,
+            broker,
+            encoders,
+            store,
+            signer=UrlSigner(settings.url_key, settings.url_lifetime),
+            tolerance=settings.tolerance,
+        ),
         version=program_version(),
         docs=settings.docs,
         api_keys=settings.api_keys,
         public_host=settings.public_host,
+        allowed_origins=settings.allowed_origins,
+        root_path=settings.root_path,
+        quiet_paths=settings.quiet_paths,
+        trace=None if traces is None else traces.record,
     )
     if settings.forwarded_allow_ips is not None:
         app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), settings.forwarded_allow_ips))
-    return app, encoders
+    return ServiceApp(app, encoders, traces)
 
 
 def build_app(
@@ -162,6 +208,10 @@ def build_app(
     docs: bool,
     api_keys: Sequence[str],
     public_host: str | None = None,
+    allowed_origins: Sequence[str] = (),
+    root_path: str = "",
+    quiet_paths: Container[str] = (),
+    trace: Trace | None = None,
 ) -> ASGIApp:
     """The whole service.
 
@@ -172,14 +222,18 @@ def build_app(
         api_keys: clients send one of them. Without keys, every client may use the service as
             localhost or `public_host`.
         public_host: the name that clients use, where it is not this machine's own.
+        allowed_origins: sites whose pages may use the service.
+        root_path: what the service is below, without a slash at the end.
+        quiet_paths, trace: as of `RequestLog`.
     """
-    open_paths = (*_OPEN_PATHS, *(_DOCS_PATHS if docs else ()))
+    docs_paths = _DOCS_PATHS if docs else ()
+    open_paths = (*_OPEN_PATHS, *docs_paths, *([root_path] if root_path else ()))
 
     def is_open(path: str) -> bool:
         folders = tuple(one for one in open_paths if one.endswith("/") and one != "/")
         return path in open_paths or path.startswith(folders)
 
-    app = build_routes(state, version=version, docs=docs)
+    app = build_routes(state, version=version, docs=docs, root_path=root_path)
     complete_description(app, state.model, lambda path: bool(api_keys) and not is_open(path))
     # A key keeps other sites out, so any host will do.
     check_access = (
@@ -187,15 +241,28 @@ def build_app(
         if api_keys
         else partial(check_host, public=public_host)
     )
-    logged = RequestLog(Guards(app, check_access, state.turns), state.broker.count, api_keys)
+
+    def check_signed(scope: Scope) -> None:
+        if not state.signer.admits(scope):
+            check_access(scope)
+
+    guarded: ASGIApp = Guards(app, check_signed, state.turns)
+    if allowed_origins:  # around the guards: a browser's first question has no key
+        guarded = CORSMiddleware(guarded, allowed_origins, **_CROSS_ORIGIN)
+    logged = RequestLog(guarded, state.broker.count, api_keys, quiet_paths, trace)
+    below = BelowPrefix(logged, root_path) if root_path else logged
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        await (logged if scope["type"] == "http" else app)(scope, receive, send)
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        use_whole_url(scope)
+        await below(scope, receive, send)
 
     return answer
 
 
-def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
+def build_routes(state: AppState, *, version: str, docs: bool, root_path: str = "") -> FastAPI:
     """The routes, without the guards around them; arguments as of `build_app`."""
     app = FastAPI(
         title="LlamaGen",
@@ -214,6 +281,9 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
         ),
     )
     app.router.route_class = StrictRoute
+    if root_path:  # before any other route of that path, because no key is needed for it
+        _add_way_to_page(app, root_path)
+    app.state.adapt = partial(state.tolerance.adapt, model=state.model)
     add_openai_routes(app, state)
     add_page_routes(app, state)
     if state.store is not None:
@@ -227,11 +297,25 @@ def build_routes(state: AppState, *, version: str, docs: bool) -> FastAPI:
     return app
 
 
+def _add_way_to_page(app: FastAPI, root_path: str) -> None:
+    """Leads from the prefix without its slash to the page, whose links would lead out of the prefix
+    there.
+    """
+
+    async def lead_to_page(request: Request) -> Response:
+        settings = request.url.query  # of the page
+        return RedirectResponse(f"{root_path}/{settings and '?'}{settings}", 308)
+
+    # all methods of the routes, or a route of the same path would take the others without a key
+    methods = ["DELETE", "GET", "POST"]
+    app.add_route(root_path, lead_to_page, methods=methods, include_in_schema=False)
+
+
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     @app.get("/v1/models", response_model=ModelsAnswer, responses=_WRONG, tags=["facts"])
     async def list_models() -> ModelsAnswer:
-        """Lists the one model that is served, as OpenAI lists its models."""
-        return ModelsAnswer(data=[model.described()])
+        """Lists the names of the one model that is served, as OpenAI lists its models."""
+        return ModelsAnswer(data=[model.described(name) for name in model.names])
 
     @app.get(
         "/v1/models/{model_id:path}",
@@ -242,10 +326,10 @@ def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
     async def describe_model(
         model_id: str = PathParameter(openapi_examples={"served": {"value": model.name}}),
     ) -> ModelData:
-        """The served model, by its name."""
-        if model_id != model.name:
+        """The served model, by one of its names."""
+        if model_id not in model.names:
             raise model.no_such_model(model_id)
-        return model.described()
+        return model.described(model_id)
 
     @app.get("/v1/classes", response_model=ClassesAnswer, responses=_WRONG, tags=["facts"])
     async def list_classes(
@@ -276,6 +360,11 @@ def _add_state(app: FastAPI, broker: RequestBroker) -> None:
             raise ApiError(503, why, "engine_lost", None, 10)
         return StatusAnswer(status="alive")
 
+    @app.get("/ping", response_model=StatusAnswer, responses=unavailable, tags=["state"])
+    async def ping() -> StatusAnswer:
+        """The same as /health, for services that ask here (SageMaker)."""
+        return await tell_health()
+
     @app.get("/ready", response_model=StatusAnswer, responses=unavailable, tags=["state"])
     async def tell_ready() -> StatusAnswer:
         """Whether requests are accepted."""
@@ -299,26 +388,38 @@ def _add_state(app: FastAPI, broker: RequestBroker) -> None:
 
 def _add_stored_images(app: FastAPI, state: AppState, store: Store) -> None:
     @app.get(
-        "/v1/files/{name}",
+        FILES_PATH + "{name}",
         response_class=Response,
         responses={
             **_WRONG,
             200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
             304: {"description": "The client has it already."},
-            **described({404: "There is no such image.", 503: "The disk does not give it now."}),
+            **described(
+                {
+                    403: "The URL has expired, or its signature is wrong.",
+                    404: "There is no such image.",
+                    503: "The disk does not give it now.",
+                }
+            ),
         },
         tags=["images"],
     )
-    async def fetch_image(name: str, request: Request) -> Response:
+    async def fetch_image(
+        name: str,
+        request: Request,
+        expires: str = Query("", description="Unix time, in a signed URL."),
+        signature: str = Query("", description="Of the name and of `expires`: no key is needed."),
+    ) -> Response:
         """Returns an image that an earlier answer gave the address of."""
         picture = await state.on_disk(_NOT_READ, store.read, name)
         if picture is None:
             raise ApiError(404, "there is no such image, or not any more", "not_found")
+        kept_seconds = state.signer.seconds_left(expires) if signature else _YEAR_SECONDS
         headers = {
             "ETag": picture.etag,
             "Last-Modified": formatdate(picture.modified, usegmt=True),
             # what a name stands for never changes
-            "Cache-Control": "private, max-age=31536000, immutable",
+            "Cache-Control": f"private, max-age={kept_seconds}, immutable",
             "X-Content-Type-Options": "nosniff",
             "Accept-Ranges": "none",
         }

@@ -16,7 +16,9 @@ from autoregressive.serve.web.api_errors import ApiError, ended_early
 from autoregressive.serve.web.clients import client_id
 from autoregressive.serve.web.connections import Connection, Connections
 from autoregressive.serve.web.schema import ServedModel
+from autoregressive.serve.web.signed_urls import DEFAULT_LIFETIME, UrlSigner
 from autoregressive.serve.web.store import Store, StoreFailed
+from autoregressive.serve.web.tolerance import STRICT, Tolerance
 from autoregressive.serve.worker.messages import Ended, EngineRequest, ServedRequest
 
 REQUESTS = "llamagen.requests"  # the logger that writes a line for each request
@@ -99,6 +101,10 @@ class AppState:
     turns: Turns = field(default_factory=Turns)  # to read a request, or to write an image
     # a slow disk holds up these, and neither the encoders nor the page
     store_threads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(8))
+    signer: UrlSigner = field(
+        default_factory=lambda: UrlSigner(secrets.token_hex(32), DEFAULT_LIFETIME)
+    )
+    tolerance: Tolerance = STRICT
 
     async def make(self, make_file: Callable[[], bytes]) -> bytes:
         """Makes a picture's file in an encoder thread."""
@@ -144,6 +150,7 @@ class RequestContext:
     connections: Connections | None = None
     connection: Connection | None = None
     key: int | None = None  # the number of the key that let it in, where the service has keys
+    admitted: bool = False  # it was let in, whatever became of it
     served: ServedRequest | None = None  # what is drawn for it
     body_bytes: int = 0  # held of its body
     unsent_bytes: int = 0  # of its answer, which the connection does not hold yet

@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import anyio.to_thread
@@ -24,6 +25,7 @@ from autoregressive.errors import did_you_mean
 from autoregressive.serve.web.api_errors import ApiError
 from autoregressive.serve.web.app_state import context_of
 from autoregressive.serve.web.clients import client_network, is_loopback
+from autoregressive.serve.web.tolerance import warning_header
 
 FREE_FAILURES = 10  # wrong keys that a network may send in a row
 FAILURE_SECONDS = 6.0  # between two wrong keys after those
@@ -36,6 +38,7 @@ _SHOWN_CHARACTERS = 100  # of a name that a client made up
 # answer no client, so bodies above this size are read in a thread, one at a time.
 _READ_AT_ONCE_BYTES = 16 * 2**10
 _log = logging.getLogger("llamagen.authentication")
+Adapt = Callable[[dict[str, Any], type[BaseModel]], list[str]]
 
 
 class FailureThrottle:
@@ -214,6 +217,7 @@ class StrictRoute(APIRoute):
         reading = anyio.CapacityLimiter(1)
 
         async def check_and_handle(request: Request) -> Response:
+            changes: list[str] = []
             # Monitors add parameters of their own to /health and the like, which take none.
             if self.path.startswith("/v1/"):
                 check_query([name for name, _ in request.query_params.multi_items()], known)
@@ -224,29 +228,37 @@ class StrictRoute(APIRoute):
                     request.headers.get("content-encoding"),
                     body,
                 )
+                read = partial(read_fields, body, schema, request.app.state.adapt)
                 # into the place where starlette keeps what it has read itself
                 if len(body) <= _READ_AT_ONCE_BYTES:
-                    request._json = read_fields(body, schema)
+                    request._json, changes = read()
                 else:
-                    request._json = await anyio.to_thread.run_sync(
-                        read_fields, body, schema, limiter=reading
-                    )
-            return await handle(request)
+                    request._json, changes = await anyio.to_thread.run_sync(read, limiter=reading)
+            response = await handle(request)
+            for change in changes:
+                response.headers.append("Warning", warning_header(change))
+            return response
 
         return check_and_handle
 
 
-def read_fields(body: bytes, schema: type[BaseModel]) -> object:
-    """Reads a body, and drops the fields that have no effect.
+def read_fields(
+    body: bytes, schema: type[BaseModel], adapt: Adapt = lambda fields, schema: []
+) -> tuple[object, list[str]]:
+    """Reads a body, and drops the fields that have no effect; also returns what was changed.
 
     A value of JSON takes up to thirty times as much memory as its text, and would be held until the
     request is answered. Values of fields that have a type are small, or are refused.
 
+    Args:
+        adapt: changes fields, and tells what it has changed.
+
     Raises:
         ApiError: it is not JSON, or a field is unknown.
     """
-    content = read_json(body)
+    content, changes = read_json(body), list[str]()
     if isinstance(content, dict):
+        changes = adapt(content, schema)
         # The first one is enough, because a body may have a hundred thousand.
         unknown = next((name for name in content if name not in schema.model_fields), None)
         if unknown is not None:
@@ -254,7 +266,7 @@ def read_fields(body: bytes, schema: type[BaseModel]) -> object:
         for name, field in schema.model_fields.items():
             if field.annotation is Any:
                 content.pop(name, None)
-    return content
+    return content, changes
 
 
 def check_query(given: Iterable[str], known: Sequence[str]) -> None:

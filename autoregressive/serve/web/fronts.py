@@ -302,12 +302,14 @@ def run_front(
             settings.timeouts.step,
             lambda: connections.stats,
         )
-        app, encoders = build_service_app(settings, model, broker, address, *share)
-        server = Server(app, settings.timeouts.shutdown, connections)
+        service = build_service_app(settings, model, broker, address, *share)
+        server = Server(
+            service.app, settings.timeouts.shutdown, connections, certificate=settings.certificate
+        )
         settle_heap()
         await server.serve(sockets=[listener])
-        encoders.shutdown(wait=False, cancel_futures=True)
         await broker.close()
+        service.close()
 
     logging.getLogger("llamagen").setLevel(settings.log_level.upper())
     asyncio.run(serve())

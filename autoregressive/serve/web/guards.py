@@ -9,7 +9,8 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,11 +24,43 @@ from autoregressive.serve.worker.messages import ServedRequest
 MOST_HEADER_BYTES = 64 * 2**10
 MOST_BODY_BYTES = 2**20
 _URL = re.compile(rb"https?://([^/]*)(/.*)?", re.IGNORECASE)
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _LOGGED_CHARACTERS = 200  # of what a client names: its path, its method
 _LAST_ANSWER_SECONDS = 0.5  # for a reader to take a 503 at the end
 _CHUNK_BYTES = 64 * 2**10  # of an answer at a time: what waits for a slow reader stays small
 _CLOSE = (b"connection", b"close")
+# Of OpenAI's routes. They are refused before their pictures are read, which may be large.
+_NOT_SUPPORTED = {
+    f"/v1/images/{name}": ApiError(
+        400,
+        f"image {name} are not supported: this service makes images of classes "
+        "(/v1/images/generations)",
+        "not_supported",
+    )
+    for name in ("edits", "variations")
+}
 _log = logging.getLogger(REQUESTS)
+Trace = Callable[[Scope, Mapping[str, Any]], None]
+
+
+class BelowPrefix:
+    """Removes a prefix from paths. So a proxy may pass on a request's path as it is, or without
+    the prefix, and what is behind this sees no prefix.
+
+    Args:
+        prefix: begins with a slash, and ends without one.
+    """
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app, self._prefix = app, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on one request."""
+        if scope["raw_path"].startswith(f"{self._prefix}/".encode()):
+            raw_path = scope["raw_path"].removeprefix(self._prefix.encode())
+            path = scope["path"].removeprefix(self._prefix)
+            scope = {**scope, "path": path, "raw_path": raw_path}
+        await self._app(scope, receive, send)
 
 
 class Guards:
@@ -48,10 +81,10 @@ class Guards:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on one request, or answers it."""
-        _use_whole_url(scope)
         draws = scope["path"] in DRAWING_PATHS
         try:
             self._check_access(scope)
+            context_of(scope).admitted = True
             _check_head(scope)
             body = await _read_body(scope, receive, keeps=draws)
         except ApiError as error:
@@ -86,7 +119,7 @@ async def answer(send: Send, error: ApiError, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _use_whole_url(scope: Scope) -> None:
+def use_whole_url(scope: Scope) -> None:
     """Accepts a whole URL in the place of the path (the "absolute form").
 
     The URL's host then replaces the Host header. RFC 9112, section 3.2.2, demands both of a server.
@@ -102,8 +135,10 @@ def _check_head(scope: Scope) -> None:
     """Checks the request's line and its headers.
 
     Raises:
-        ApiError: they are too large, or not HTTP/1.1.
+        ApiError: they are too large, or not HTTP/1.1, or for what this service does not do.
     """
+    if scope["method"] == "POST" and (error := _NOT_SUPPORTED.get(scope["path"])) is not None:
+        raise replace(error)
     headers = scope["headers"]
     target = len(scope["raw_path"]) + len(scope["query_string"])
     if sum(len(name) + len(value) + 4 for name, value in headers) + target > MOST_HEADER_BYTES:
@@ -163,15 +198,26 @@ class RequestLog:
     Args:
         count: called with the outcome of every request of the routes that draw.
         secrets: never written, wherever a client puts them.
+        quiet_paths: have a line at INFO only after an error.
+        trace: called with every request of the routes that draw that was let in, once it is
+            answered, and with its line.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str], None], secrets: Sequence[str]) -> None:
-        self._app, self._count = app, count
+    def __init__(
+        self,
+        app: ASGIApp,
+        count: Callable[[str], None],
+        secrets: Sequence[str],
+        quiet_paths: Container[str] = (),
+        trace: Trace | None = None,
+    ) -> None:
+        self._app, self._count, self._quiet_paths, self._trace = app, count, quiet_paths, trace
         self._secrets = sorted(secrets, key=len, reverse=True)  # one may be a part of another
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         begun, context = time.monotonic(), context_of(scope)
+        context.request_id = _given_id(scope) or context.request_id
         status, sent, complete = 0, 0, False
 
         async def send_numbered(message: Message) -> None:
@@ -224,7 +270,7 @@ class RequestLog:
     ) -> None:
         context = context_of(scope)
         line: dict[str, Any] = {
-            "request_id": context.request_id,
+            "request_id": self._shown(context.request_id),
             "client": self._shown(scope["client"][0]) if scope.get("client") else None,
             "method": self._shown(scope["method"]),
             "path": self._shown(scope["path"]),
@@ -249,8 +295,10 @@ class RequestLog:
             outcome = _outcome(status, served)
             line["outcome"] = "failed" if broken and status != 499 else outcome
             self._count(line["outcome"])
+            if self._trace is not None and context.admitted:
+                self._trace(scope, line)
         level = logging.ERROR if failure is not None else logging.INFO
-        if context.counted:
+        if context.counted or (status < 400 and scope["path"] in self._quiet_paths):
             level = logging.DEBUG
         _log.log(level, "request", extra={"fields": line}, exc_info=failure)
 
@@ -258,6 +306,12 @@ class RequestLog:
         for secret in self._secrets:
             text = text.replace(secret, "[key]")
         return text if len(text) <= _LOGGED_CHARACTERS else f"{text[:_LOGGED_CHARACTERS]}..."
+
+
+def _given_id(scope: Scope) -> str | None:
+    """The id that the caller has given the request, so that both logs tell of it by one id."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
 
 def _outcome(status: int, served: ServedRequest | None) -> str:

@@ -120,7 +120,8 @@ class PatientProtocol(H11Protocol, Connection):
         connections: of this process, which this one joins.
     """
 
-    transport: Any  # a `_Transport`, once it is open
+    transport: Any  # a `_Transport`, once it is open; None before
+    opening: "asyncio.Task[None] | None" = None  # opens it, with TLS after a handshake
 
     def __init__(self, *arguments: Any, connections: Connections, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -240,6 +241,10 @@ class PatientProtocol(H11Protocol, Connection):
 
     @override
     def drop(self) -> None:
+        if self.transport is None:
+            if self.opening is not None:
+                self.opening.cancel()
+            return
         if self._is_answering and not self._draws:
             context_of(self.scope).counted = True
         self.transport.abort()
@@ -259,7 +264,8 @@ class PatientProtocol(H11Protocol, Connection):
         self.lingers = True
         self._stop_timer()
         try:
-            transport.write_eof()
+            if transport.can_write_eof():  # TLS has no end of one direction
+                transport.write_eof()
         except OSError:  # it has left
             transport.close()
             return

@@ -41,10 +41,12 @@ class Metrics(Collector):
     Attributes:
         connection_stats: tells of the connections of all processes that answer HTTP.
         dropped_lines: tells how many lines of the log could not be written, where it is known.
+        model_name: the label of every metric.
     """
 
     connection_stats: Callable[[], ConnectionStats] = ConnectionStats
     dropped_lines: Callable[[], int] | None = None
+    model_name = ""
 
     def __init__(
         self,
@@ -140,4 +142,20 @@ class Metrics(Collector):
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus' format."""
-        return generate_latest(self.registry)
+        return generate_latest(_Labelled(self.registry, {"model_name": self.model_name}))
+
+
+class _Labelled(CollectorRegistry):
+    """The metrics of another registry, with labels that all of them share."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
+        super().__init__()
+        self._registry, self._labels = registry, labels
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample._replace(labels=self._labels | sample.labels) for sample in metric.samples
+            ]
+            yield metric

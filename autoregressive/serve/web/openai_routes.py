@@ -43,6 +43,7 @@ from autoregressive.serve.worker.messages import (
     EngineRequest,
     Image,
     Preview,
+    RequestPhase,
     ServedRequest,
 )
 
@@ -139,7 +140,7 @@ async def _whole_images(
 
     async def make_file(image: Image) -> bytes:
         make = state.make_base64 if store is None else state.make
-        file = await make(picture_of(state, wanted, image, body))
+        file = await make(picture_of(state, served, image, body))
         served.answer_bytes += len(file)
         return file
 
@@ -150,7 +151,7 @@ async def _whole_images(
             urls = await state.on_disk(_NOT_STORED, store.save, pictures, body.picture_format)
         finally:
             served.answer_bytes = 0
-        data, pictures = [ImageData(url=url) for url in urls], []
+        data, pictures = [ImageData(url=state.signer.signed(url)) for url in urls], []
     answer = ImagesAnswer(
         created=int(time.time()),
         data=data,
@@ -306,7 +307,7 @@ async def openai_event(state: AppState, served: ServedRequest, body: ImageReques
             kind, make_file = "partial_image", preview_of(state, preview, body.picture_format)
             about["partial_image_index"] = request.preview_rows.index(preview.rows)
         case Image(index=index) as image:
-            kind, make_file = "completed", picture_of(state, request, image, body)
+            kind, make_file = "completed", picture_of(state, served, image, body)
             about["usage"] = Usage.of(1, state.model.tokens_of_image).model_dump()
         case Ended() as ended if ended.outcome != "finished":
             return event_bytes("error", **state.failure(ended).body)
@@ -363,17 +364,20 @@ class PicturesResponse(Response):
 
 
 def picture_of(
-    state: AppState, request: EngineRequest, image: Image, body: PictureRequest
+    state: AppState, served: ServedRequest, image: Image, body: PictureRequest
 ) -> Callable[[], bytes]:
-    """How the file of a finished image is made, which takes a while."""
-    return partial(
-        encode_picture,
-        image.data,
-        state.model.image_size,
-        body.picture_format,
-        body.output_compression,
-        state.model.record_of(request, image.index),
-    )
+    """How the file of a finished image is made, which takes a while, and is noted."""
+    model = state.model
+
+    def make_file() -> bytes:
+        begun, record = time.monotonic(), model.record_of(served.request, image.index)
+        file = encode_picture(
+            image.data, model.image_size, body.picture_format, body.output_compression, record
+        )
+        served.phases.append(RequestPhase("encoding", begun, time.monotonic(), image.index))
+        return file
+
+    return make_file
 
 
 def preview_of(

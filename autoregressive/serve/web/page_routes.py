@@ -172,7 +172,7 @@ class PageEvents:
                 self.untold = image
                 return event_bytes(
                     "image",
-                    await state.make_base64(picture_of(state, request, image, body)),
+                    await state.make_base64(picture_of(state, served, image, body)),
                     image_index=image.index,
                     output_format=body.picture_format,
                     seed=request.params.seed,

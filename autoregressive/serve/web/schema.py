@@ -209,7 +209,7 @@ class ModelData(BaseModel):
 
 
 class ModelsAnswer(BaseModel):
-    """The one model that is served."""
+    """The one model that is served, under each of its names."""
 
     object: Literal["list"] = "list"
     data: list[ModelData]
@@ -256,6 +256,12 @@ class ServedModel:
     trained: bool
     # how every picture is made, as `generation_record` has it, without the sampling parameters
     record: dict[str, object]
+    aliases: tuple[str, ...] = ()  # other names that clients may use
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names; answers have the first."""
+        return (self.name, *self.aliases)
 
     @property
     def tokens_of_image(self) -> int:
@@ -267,10 +273,10 @@ class ServedModel:
         """The size of an image as OpenAI writes it."""
         return f"{self.image_size}x{self.image_size}"
 
-    def described(self) -> ModelData:
-        """The model as /v1/models has it."""
+    def described(self, name: str | None = None) -> ModelData:
+        """The model as /v1/models has it, under one of its names."""
         return ModelData(
-            id=self.name,
+            id=name or self.name,
             created=self.created,
             image_size=self.image_size,
             grid=self.grid,
@@ -314,7 +320,7 @@ class ServedModel:
         Raises:
             ApiError: no such model, class or size.
         """
-        if body.model is not None and body.model != self.name:
+        if body.model is not None and body.model not in self.names:
             raise self.no_such_model(body.model)
         if isinstance(body, PictureRequest) and body.size not in (None, "auto", self.size):
             raise invalid(f"size must be {self.size} or auto", "size")

@@ -6,9 +6,11 @@ import errno
 import itertools
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
@@ -28,6 +30,7 @@ _WRITING_SECONDS = 10.0  # at least, for complete answers to be read before the 
 _KEEP_ALIVE_SECONDS = 75
 # After an engine is lost, for waiting clients to get their errors, and probes a 503.
 _LAST_ANSWERS_SECONDS = 3.0
+_HANDSHAKE_SECONDS = 20.0  # for a client of HTTPS to send its part
 _ACCEPTS_A_TURN = 8  # so that a new one's request is read before many others have come
 _PAUSE_SECONDS = 0.1  # when the system has no room for another
 _BUSY_PAUSE_SECONDS = 0.02  # when all connections are busy
@@ -81,17 +84,16 @@ class ShutdownPolicy:
             return
         self.status = 1
         self.at_once = True
-        self._say("told again: the service ends now")
+        self._say(f"stopping at once: {_requests(self._dispatcher.unfinished)} cut off")
         self.hurry()
 
     def _waits_for(self) -> str:
         count, seconds = self._dispatcher.unfinished, self._dispatcher.timeouts.shutdown
         if count == 0:
-            return "the service is stopping"
-        requests = "1 request is" if count == 1 else f"{count} requests are"
+            return "stopping: no request waits for its images"
         return (
-            f"the service is stopping: {requests} being finished, for {seconds:g} s at most; "
-            "Ctrl-C or SIGTERM again ends it now"
+            f"finishing {_requests(count)}, for {seconds:g} s at most; Ctrl-C again stops at once "
+            "(so does another SIGTERM)"
         )
 
     def _say(self, message: str) -> None:
@@ -115,12 +117,17 @@ class ShutdownPolicy:
         return self.at_once or (dispatcher.draining and dispatcher.unfinished == 0)
 
 
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
+
+
 class Server(uvicorn.Server):
     """Runs until it is told to finish, and handles no signals.
 
     Args:
         shutdown: seconds that accepted requests have to finish.
         due: asked ten times a second whether to finish at this moment.
+        certificate: the files of the chain and of its key, for HTTPS.
     """
 
     def __init__(
@@ -129,6 +136,7 @@ class Server(uvicorn.Server):
         shutdown: float,
         connections: Connections,
         due: Callable[[float], bool] = lambda now: False,
+        certificate: tuple[Path, Path | None] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -144,6 +152,8 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 timeout_graceful_shutdown=writing_seconds(shutdown),
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                ssl_certfile=certificate and certificate[0],
+                ssl_keyfile=certificate and certificate[1] and str(certificate[1]),
             )
         )
         self._connections, self._due = connections, due
@@ -160,7 +170,7 @@ class Server(uvicorn.Server):
             connections=self._connections,
         )
         self.servers = [  # closed, and waited for, by uvicorn
-            cast(asyncio.Server, Acceptor(listener, protocol, self._connections))
+            cast(asyncio.Server, Acceptor(listener, protocol, self._connections, self.config.ssl))
             for listener in sockets or []
         ]
         self.started = True
@@ -194,6 +204,7 @@ class Acceptor:
 
     Args:
         protocol: makes the protocol of a connection.
+        tls: of HTTPS; None: HTTP.
     """
 
     def __init__(
@@ -201,7 +212,9 @@ class Acceptor:
         listener: socket.socket,
         protocol: Callable[[], PatientProtocol],
         connections: Connections,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self._tls = tls
         self._listener, self._protocol, self._connections = listener, protocol, connections
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
@@ -238,10 +251,14 @@ class Acceptor:
                 opened: PatientProtocol | _Refusal
                 if self._connections.make_room():
                     opened = self._protocol()
-                    self._connections.move(opened, Phase.NEW)  # it takes a descriptor from now on
+                    # It takes a descriptor from now on. Before a handshake it may be closed for
+                    # another's sake.
+                    self._connections.move(opened, Phase.IDLE if self._tls else Phase.NEW)
                 else:
                     opened = _Refusal(self._refused)
                 task = self._loop.create_task(self._open(connection, opened))
+                if isinstance(opened, PatientProtocol):
+                    opened.opening = task
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)
             except Exception:  # nobody would be answered any more if this loop ended
@@ -263,7 +280,12 @@ class Acceptor:
         self, connection: socket.socket, protocol: "PatientProtocol | _Refusal"
     ) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, connection)
+            await self._loop.connect_accepted_socket(
+                lambda: protocol,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._tls else None,
+            )
         except OSError:  # the client has left
             if isinstance(protocol, PatientProtocol):
                 self._connections.remove(protocol)
@@ -301,7 +323,8 @@ class _Refusal(asyncio.Protocol):
         self._others.add(self)
         asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self.transport.abort)
         with contextlib.suppress(OSError):  # it has left
-            self.transport.write_eof()
+            if self.transport.can_write_eof():  # TLS has no end of one direction
+                self.transport.write_eof()
 
     @override
     def data_received(self, data: bytes) -> None:

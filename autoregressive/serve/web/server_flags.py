@@ -20,6 +20,7 @@ from autoregressive.errors import SettingError, UserError, shortened, tell
 from autoregressive.folders import command_line
 from autoregressive.serve.engine.engine_config import SCHEDULING_POLICIES, EngineConfig
 from autoregressive.serve.engine_flags import add_engine_flags
+from autoregressive.serve.web.signed_urls import DEFAULT_LIFETIME
 from autoregressive.serve.web.timeouts import Timeouts
 
 COMMAND = "autoregressive/serve/api_server.py"
@@ -59,18 +60,21 @@ class ServerFlag:
     least: int = 0  # of a number
     most: int = 10**6
     choices: Sequence[str] | None = None
+    several: bool = False  # one value or more, which become a list
 
     def add_to(self, group: argparse._ArgumentGroup, setting: str) -> None:
         """Adds the flag to a parser, which is told no default: what was said must be told from
         what was not.
         """
         default = f"{self.default:g}" if isinstance(self.default, float) else self.default
+        keywords: dict[str, Any] = {"nargs": "+", "action": "extend"} if self.several else {}
         group.add_argument(
             f"--{setting.replace('_', '-')}",
             metavar=self.metavar,
             type=self.type,
             choices=self.choices,
             help=self.help if default is None else f"{self.help} (default: {default})",
+            **keywords,
         )
 
     def resolve(self, setting: str, said: Any) -> Any:
@@ -98,6 +102,18 @@ SERVICE_FLAGS = {
         "ADDRESS", "where to listen; beyond this machine only with a key", "127.0.0.1"
     ),
     "port": ServerFlag("N", "0: any that is free", 8000, int, 0, 65535),
+    "uds": ServerFlag("PATH", "listen at this Unix socket instead of an address", type=Path),
+    "ssl_certfile": ServerFlag("FILE.pem", "the certificate chain, for HTTPS", type=Path),
+    "ssl_keyfile": ServerFlag(
+        "FILE.pem", "the certificate's key, if it is not in --ssl-certfile", type=Path
+    ),
+    "root_path": ServerFlag("PATH", "the service is below it, behind a proxy; such as /images"),
+    "allowed_origins": ServerFlag(
+        "ORIGIN",
+        "sites whose pages may use the service from a browser (CORS), such as "
+        "https://app.example.org, or * (default: none)",
+        several=True,
+    ),
     "api_key": ServerFlag(
         "KEYS",
         "one or several, with commas between them; clients send one of them. "
@@ -138,7 +154,11 @@ SERVICE_FLAGS = {
     "api_server_count": ServerFlag(
         "N", "processes that answer HTTP (default: --data-parallel-size)", None, int, 1, 64
     ),
-    "served_model_name": ServerFlag("NAME", "what clients call the model (default: --gpt-model's)"),
+    "served_model_name": ServerFlag(
+        "NAME",
+        "what clients call the model; answers have the first name (default: --gpt-model's)",
+        several=True,
+    ),
     "store_dir": ServerFlag(
         "DIR", "keep images there for response_format url (default: none)", type=Path
     ),
@@ -148,11 +168,42 @@ SERVICE_FLAGS = {
     "store_max_size": ServerFlag(
         "SIZE", "of them together, such as 500M or 10G; for --store-dir (default: no limit)"
     ),
+    "url_signing_key": ServerFlag(
+        "KEY",
+        "signs the URLs of stored images, which then need no key of a client. Better given as "
+        f"{ENVIRONMENT}URL_SIGNING_KEY (default: made at the start)",
+    ),
+    "url_lifetime": ServerFlag(
+        "SECONDS", "until the URL of a stored image expires", DEFAULT_LIFETIME, int, 1, 10**9
+    ),
     "public_url": ServerFlag(
         "URL", "what clients reach the service by (default: where it listens)"
     ),
+    "default_response_format": ServerFlag(
+        "F",
+        "of requests that leave it out: b64_json or url; url goes with --store-dir",
+        "b64_json",
+        choices=("b64_json", "url"),
+    ),
     "log_level": ServerFlag("L", ", ".join(_LEVELS), "info", choices=_LEVELS),
+    "disable_access_log_for": ServerFlag(
+        "PATH",
+        "no lines in the log for requests of these paths that had no error, such as /health "
+        "/metrics",
+        several=True,
+    ),
+    "otlp_traces_endpoint": ServerFlag(
+        "URL",
+        "send spans of requests there, over HTTP, such as http://127.0.0.1:4318/v1/traces; needs "
+        "the extra [otlp] (default: none)",
+    ),
     "config": ServerFlag("FILE.yaml", "flags by name, without the dashes in front", type=Path),
+}
+SERVICE_SWITCHES = {
+    "disable_docs": "no /docs and no /openapi.json",
+    "ignore_unknown_fields": "of requests; the answer names them in a Warning header",
+    "allow_any_size": "take requests for images of another size; the answer says which it has",
+    "allow_any_model": "take requests for other models; the answer says which it is of",
 }
 TIMEOUT_FLAGS = {
     "queue_timeout": _seconds("waiting for its turn, then 503; 0: no limit", Timeouts.queue),
@@ -197,9 +248,8 @@ def build_server_parser() -> ServerParser:
     service = parser.add_argument_group("service")
     for setting, flag in SERVICE_FLAGS.items():
         flag.add_to(service, setting)
-    service.add_argument(
-        "--disable-docs", action="store_true", help="no /docs and no /openapi.json"
-    )
+    for setting, text in SERVICE_SWITCHES.items():
+        service.add_argument(f"--{setting.replace('_', '-')}", action="store_true", help=text)
     timeouts = parser.add_argument_group("timeouts")
     for setting, flag in TIMEOUT_FLAGS.items():
         flag.add_to(timeouts, setting)
@@ -260,32 +310,39 @@ def _read_layer(values: Iterable[tuple[str, str, Any]], layer: str) -> dict[str,
             if switch is None:
                 raise UserError(f"{origin}: must be true or false")
             switches[setting] = switch
-        elif not isinstance(value, str):
-            raise UserError(f"{origin}: must be one value")
-        elif value in ("", "~", "null"):
-            raise UserError(f"{origin}: has no value; leave it out for the default")
         else:
-            tokens.append(f"{flag}={value}")
+            tokens += [f"{flag}={one}" for one in _values(origin, value, flags[setting].nargs)]
     return _given(tokens, layer) | switches
 
 
-def _exported_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def _values(origin: str, value: Any, nargs: str | int | None) -> list[str]:
+    """What is written for a flag, as a list; of a flag that takes one value, that value."""
+    values = value if nargs == "+" and isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in values):
+        raise UserError(f"{origin}: must be one value")
+    if not values or any(one in ("", "~", "null") for one in values):
+        raise UserError(f"{origin}: has no value; leave it out for the default")
+    return values
+
+
+def _exported_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
     """The flags that the environment gives.
 
     Other programs use the environment too, so a variable that is not one of the service's flags
     causes a warning and no error.
     """
-    names = [
-        action.dest.upper()
+    names = {
+        action.dest.upper(): action
         for action in build_server_parser()._actions
         if action.dest not in _NO_VALUES
-    ]
+    }
     for variable, value in environment.items():
         name = variable.removeprefix(ENVIRONMENT)
         if name == variable or is_service_link(name, value):
             continue
         if name in names:
-            yield f"environment: {variable}", name.lower(), value
+            several = names[name].nargs == "+" and value.split()  # spaces separate them
+            yield f"environment: {variable}", name.lower(), several or value
         else:
             near = get_close_matches(name, names, n=1)
             hint = (

@@ -3,9 +3,9 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,11 +16,25 @@ from autoregressive.cli.flags import model_options
 from autoregressive.errors import SettingError, SettingName, UserError
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
+from autoregressive.serve.web.address_settings import (
+    check_host_name,
+    check_proxies,
+    check_public_url,
+    check_socket_path,
+    check_store_has_urls,
+    check_traces_endpoint,
+    checked_certificate,
+    checked_origins,
+    checked_root_path,
+    is_header_text,
+    require,
+)
 from autoregressive.serve.web.clients import is_loopback
 from autoregressive.serve.web.connections import connection_limit
 from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TIMEOUT_FLAGS
 from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
+from autoregressive.serve.web.tolerance import Tolerance
 from autoregressive.weights.finding import ModelSettings, check_ranks, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
@@ -36,9 +50,14 @@ class ServerSettings:
     engine: EngineConfig
     engines: int
     fronts: int  # processes that answer HTTP
-    name: str  # of the model, for clients
+    names: tuple[str, ...]  # of the model, for clients; answers have the first
     host: str
     port: int
+    socket_path: Path | None  # of a Unix socket, instead of host and port
+    # The file of the chain, and that of its key unless it is in the same; None: HTTP.
+    certificate: tuple[Path, Path | None] | None
+    root_path: str  # what the service is below, without a slash at the end
+    allowed_origins: tuple[str, ...]  # sites whose pages may use the service
     api_keys: tuple[str, ...]  # clients send one of them; none: every client may use the service
     max_queue_size: int
     forwarded_allow_ips: str | None  # proxies whose X-Forwarded-For counts; None: none
@@ -48,9 +67,23 @@ class ServerSettings:
     store: Path | None
     stored_images: int
     stored_bytes: int | None  # None: no limit
+    url_key: str  # signs the URLs of stored images, in all processes
+    url_lifetime: int  # seconds
     public_url: str | None  # None: where the service listens
     docs: bool
+    tolerance: Tolerance
     log_level: str
+    traces_endpoint: str | None  # the whole URL of a collector; None: nothing is traced
+    quiet_paths: frozenset[str]  # whose requests have a line in the log only after an error
+
+    def base_url(self, address: str) -> str:
+        """What the URLs of stored images begin with.
+
+        Args:
+            address: where the service listens.
+        """
+        url = (self.public_url or address).rstrip("/")
+        return url if urlsplit(url).path.endswith(self.root_path) else url + self.root_path
 
     @property
     def public_host(self) -> str | None:
@@ -70,15 +103,10 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         for setting, flag in {**SERVICE_FLAGS, **TIMEOUT_FLAGS}.items()
     }
     host, folder, engines = said["host"], said["store_dir"], said["data_parallel_size"]
-    keys = _resolve_keys(said["api_key"], host)
-    _require(
-        # whether the system can be asked for it
-        host.isprintable() and host != "" and _parses(lambda name: name.encode("idna"), host),
-        "host",
-        host,
-        "is neither an address nor a name; 0.0.0.0 is every IPv4 address, :: every IPv6 one",
-    )
-    _check_proxies(said["forwarded_allow_ips"])
+    keys = _resolve_keys(said["api_key"], "localhost" if said["uds"] else host)
+    check_host_name(host)
+    check_socket_path(said["uds"])
+    check_proxies(said["forwarded_allow_ips"])
     engine = replace(
         engine_config(arguments, EngineConfig.max_num_seqs),
         scheduling_policy=said["scheduling_policy"],
@@ -86,24 +114,31 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     if engines > 1:
         _check_gpus(model, engines)
     check_ranks(model, engine.tensor_parallel_size, engines)
-    _check_addresses(folder, said["public_url"], host)
+    check_public_url(said["public_url"])
+    check_traces_endpoint(said["otlp_traces_endpoint"])
+    if folder is not None:
+        # `StoreClaim` looks whether it can write
+        why = f"there is no folder {folder}; make it first, or choose another"
+        require(os.path.isdir(folder), "store_dir", None, why)
+        check_store_has_urls(said["public_url"], host, said["uds"])
+    elif said["default_response_format"] == "url":
+        raise UserError(
+            SettingName("default_response_format"), " url goes with ", SettingName("store_dir")
+        )
     fronts = said["api_server_count"] or engines
     stored_bytes = _stored_bytes(arguments, model, said["store_images"], fronts)
-    name = model.gpt_model if said["served_model_name"] is None else said["served_model_name"]
-    _require(
-        name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME,
-        "served_model_name",
-        name,
-        f"must be printable, not empty, and at most {_LONGEST_NAME} characters",
-    )
     return ServerSettings(
         model=model,
         engine=engine,
         engines=engines,
         fronts=fronts,
-        name=name,
+        names=_checked_names(said["served_model_name"] or [model.gpt_model]),
         host=host,
         port=said["port"],
+        socket_path=said["uds"],
+        certificate=checked_certificate(said["ssl_certfile"], said["ssl_keyfile"]),
+        root_path=checked_root_path(said["root_path"]),
+        allowed_origins=checked_origins(said["allowed_origins"]),
         api_keys=keys,
         max_queue_size=said["max_queue_size"],
         forwarded_allow_ips=said["forwarded_allow_ips"],
@@ -118,27 +153,59 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
         store=folder,
         stored_images=said["store_images"],
         stored_bytes=stored_bytes,
+        url_key=_checked_url_key(said["url_signing_key"]),
+        url_lifetime=said["url_lifetime"],
         public_url=said["public_url"],
         docs=not arguments.disable_docs,
+        tolerance=Tolerance(
+            ignore_unknown_fields=arguments.ignore_unknown_fields,
+            allow_any_size=arguments.allow_any_size,
+            allow_any_model=arguments.allow_any_model,
+            response_format=said["default_response_format"],
+        ),
         log_level=said["log_level"],
+        traces_endpoint=said["otlp_traces_endpoint"],
+        quiet_paths=_checked_paths(said["disable_access_log_for"] or []),
     )
 
 
-def _require(holds: object, setting: str, said: object, *problem: str | SettingName) -> None:
-    """Raises a `UserError` about a setting unless a condition holds.
+def _checked_url_key(said: str | None) -> str:
+    require(
+        said is None or (is_header_text(said) and len(said) >= _LEAST_KEY),
+        "url_signing_key",
+        None,
+        f"must be printable ASCII of at least {_LEAST_KEY} characters; {_MAKES_A_KEY}",
+    )
+    return said or secrets.token_hex(32)
 
-    Args:
-        said: its value; None: the message does not show it.
-    """
-    if not holds:
-        raise UserError(SettingName(setting), ": " if said is None else f" {said}: ", *problem)
+
+def _checked_names(said: Sequence[str]) -> tuple[str, ...]:
+    for name in said:
+        require(
+            name.isprintable() and name.strip() and len(name) <= _LONGEST_NAME,
+            "served_model_name",
+            name,
+            f"must be printable, not empty, and at most {_LONGEST_NAME} characters",
+        )
+    return tuple(dict.fromkeys(said))
+
+
+def _checked_paths(said: Sequence[str]) -> frozenset[str]:
+    for path in said:
+        require(
+            path.startswith("/") and is_header_text(path) and "," not in path,
+            "disable_access_log_for",
+            path,
+            "must be a path of the service, such as /health; spaces separate several",
+        )
+    return frozenset(said)
 
 
 def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
     """The keys. Where others can reach the service, they must be too long to be guessed."""
     others = not is_loopback(host)
     if given is None:
-        _require(
+        require(
             not others,
             "host",
             host,
@@ -147,14 +214,14 @@ def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
         )
         return ()
     keys = tuple(dict.fromkeys(key.strip() for key in given.split(",")))
-    _require(
-        _is_header_text(given) and "" not in keys,
+    require(
+        is_header_text(given) and "" not in keys,
         "api_key",
         None,
         "must be printable ASCII, not empty, and without spaces around it; commas separate several "
         "keys",
     )
-    _require(
+    require(
         not others or min(map(len, keys)) >= _LEAST_KEY,
         "api_key",
         None,
@@ -164,27 +231,15 @@ def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
     return keys
 
 
-def _check_proxies(said: str | None) -> None:
-    """Checks addresses of proxies: uvicorn takes a misspelt one for a name, and trusts no proxy."""
-    networks = [] if said in (None, "*") else said.split(",")
-    _require(
-        all(_parses(ip_network, network.strip()) for network in networks),
-        "forwarded_allow_ips",
-        said,
-        "must be addresses or networks, separated by commas, such as 10.0.0.7,10.1.0.0/16, or * "
-        "alone",
-    )
-
-
 def _check_gpus(model: ModelSettings, engines: int) -> None:
     device, count, setting = model.device, torch.cuda.device_count(), "data_parallel_size"
-    _require(
+    require(
         device.type == "cuda",
         setting,
         engines,
         f"takes {engines} GPUs, and this is a CPU; leave it out",
     )
-    _require(
+    require(
         device.index in (None, 0),
         setting,
         engines,
@@ -192,39 +247,7 @@ def _check_gpus(model: ModelSettings, engines: int) -> None:
         SettingName("device"),
         f" {device} out",
     )
-    _require(count >= engines, setting, engines, f"there are {count} GPUs here")
-
-
-def _check_addresses(folder: Path | None, url: str | None, host: str) -> None:
-    _require(
-        folder is None or os.path.isdir(folder),  # `StoreClaim` looks whether it can write
-        "store_dir",
-        None,
-        f"there is no folder {folder}; make it first, or choose another",
-    )
-    if url is not None:
-        _require(
-            url.startswith(("http://", "https://")) and _is_header_text(url) and " " not in url,
-            "public_url",
-            url,
-            "must begin with http:// or https://, and be ASCII without spaces",
-        )
-        _require(
-            _parses(urlsplit, url) and urlsplit(url).hostname,
-            "public_url",
-            url,
-            "names no host; such as https://pictures.example.org",
-        )
-    elif folder is not None:
-        _require(
-            host not in ("0.0.0.0", "::"),  # noqa: S104 -- compared with
-            "store_dir",
-            None,
-            "at ",
-            SettingName("host"),
-            f" {host} the images' URLs need an address: give ",
-            SettingName("public_url"),
-        )
+    require(count >= engines, setting, engines, f"there are {count} GPUs here")
 
 
 def _stored_bytes(
@@ -233,7 +256,7 @@ def _stored_bytes(
     """How many bytes the stored images may have together, once all that is said about the store
     goes together.
     """
-    _require(
+    require(
         images >= fronts,
         "store_images",
         images,
@@ -252,7 +275,7 @@ def _stored_bytes(
             )
         stored_bytes = int(size[1]) * 1024 ** " KMGT".index(size[2] or " ")
         least = fronts * largest_picture_bytes(model.image_size)
-        _require(
+        require(
             stored_bytes >= least,
             "store_max_size",
             text,
@@ -268,16 +291,3 @@ def _stored_bytes(
                 ", the folder that images are stored in",
             )
     return stored_bytes
-
-
-def _is_header_text(text: str) -> bool:
-    """Whether it comes through an HTTP header as it is."""
-    return text.isascii() and text.isprintable() and text == text.strip() != ""
-
-
-def _parses(parse: Callable[[str], object], text: str) -> bool:
-    try:
-        parse(text)
-    except ValueError:
-        return False
-    return True

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from autoregressive.errors import Change, SettingName, UserError
 from autoregressive.models.sampling_params import SamplingParams
@@ -133,6 +133,7 @@ class Image(_OfRequest):
     """A finished image: pixels uint8 [size, size, 3], or codes int32 [tokens]."""
 
     index: int  # of the image in its request
+    drawn_at: float  # its tokens were complete
     at: float
     decode_seconds: float
     data: bytes
@@ -161,6 +162,15 @@ Event = Preparing | Ready | StartFailed | Heartbeat | LoopStats | RequestEvent
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (*Command.__args__, *Event.__args__)}
 
 
+class RequestPhase(NamedTuple):
+    """A part of what became of a request, between two moments."""
+
+    name: str
+    begun: float
+    ended: float
+    image: int | None = None  # its index in the request; None: all images
+
+
 @dataclass(eq=False)
 class ServedRequest:
     """Made where it is accepted; lives until its engine says that it holds nothing for it any more.
@@ -181,6 +191,8 @@ class ServedRequest:
     answer_bytes: int = 0  # of its images' files that wait to be sent
     image_bytes: int = 0  # that one of its images takes at most, here and in its answer
     images_here: int = 0  # that have come from the engine
+    # of its images so far: `pixels`, which tokens became, and `encoding`, as they became files
+    phases: list[RequestPhase] = field(default_factory=list)
     # takes the events, if they are read in another process
     forward: Callable[[RequestEvent], None] | None = None
     _read_bytes: int = 0  # of the image that its reader makes a file of
@@ -209,6 +221,7 @@ class ServedRequest:
             case Image():
                 self.decode_seconds += event.decode_seconds
                 self.images_here += 1
+                self.phases.append(RequestPhase("pixels", event.drawn_at, event.at, event.index))
                 self._events.pop(("Preview", event.index), None)
             case Ended():
                 self.ended = event

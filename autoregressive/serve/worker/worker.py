@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 
@@ -133,6 +133,7 @@ class ParentRequest:
     request: EngineRequest
     drawings: list[Request]  # one an image
     left: int  # images whose result has not been sent
+    drawn_at: dict[int, float] = field(default_factory=dict)  # moments, by image
     started_at: float | None = None
     told_at: float | None = None  # moment of the last `Progress`
     failure: tuple[str, str] | None = None  # outcome and message, once something went wrong
@@ -260,6 +261,7 @@ class Worker:
             if drawing.state is RequestState.FAILED:
                 self._end_early(parent, *_reason(drawing))
             elif drawing.state is RequestState.FINISHED and parent.failure is None:
+                parent.drawn_at[drawing.first_image] = time.monotonic()
                 if parent.request.pixels:
                     self._undecoded.append(drawing)
                     self._parent_of[drawing] = parent  # until its picture is sent
@@ -323,7 +325,8 @@ class Worker:
         self, parent: ParentRequest, drawing: Request, data: bytes, decode_seconds: float
     ) -> None:
         request_id, index = parent.request.request_id, drawing.first_image  # its only image
-        self._outbox.put(Image(request_id, index, time.monotonic(), decode_seconds, data))
+        drawn_at, now = parent.drawn_at[index], time.monotonic()
+        self._outbox.put(Image(request_id, index, drawn_at, now, decode_seconds, data))
         parent.left -= 1
         if parent.left == 0:
             self._drop(parent, "finished", "")
