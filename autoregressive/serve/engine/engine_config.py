@@ -22,6 +22,7 @@ _MOST = {
     "page_size": 2**20,
     "num_pages": 2**31 - 1,
     "tensor_parallel_size": 1024,
+    "engines_on_cpu": 1024,
 }
 
 
@@ -50,6 +51,8 @@ class EngineConfig:
     lookahead: LookaheadSetting = "auto"
     # processes, one a device, that share the model; a divisor of its heads and feed-forward width
     tensor_parallel_size: int = 1
+    # engines that share a CPU's threads and memory, this one among them; the service sets it
+    engines_on_cpu: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -57,6 +60,7 @@ class EngineConfig:
             ("page_size", self.page_size),
             ("num_pages", self.num_pages),
             ("tensor_parallel_size", self.tensor_parallel_size),
+            ("engines_on_cpu", self.engines_on_cpu),
         ):
             if value is not None and not (
                 isinstance(value, Integral) and 1 <= value <= _MOST[name]

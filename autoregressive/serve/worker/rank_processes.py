@@ -153,7 +153,7 @@ def _follow(
     config, device = recipe.config, recipe.devices[number]
     model = replace(recipe.model, device=device)
     gpt = load_gpt(model, recipe.checkpoint, recipe.rank(number))
-    limit_cpu_threads(gpt.config, device)
+    limit_cpu_threads(gpt.config, device, config.engines_on_cpu)
     shape = BatchShape.of(config.max_num_seqs, gpt.config.block_size, config.page_size)
     batch = Batch(shape, device)
     outbox.put(RankLoaded(pool_pages(gpt, shape, config)))

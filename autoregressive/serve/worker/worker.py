@@ -88,7 +88,7 @@ def build_engine(
         start_ranks(model, found.gpt, config, end_process) as ranks,
     ):
         models = load_models(model, found, ranks.rank)
-        limit_cpu_threads(models.gpt.config, model.device)
+        limit_cpu_threads(models.gpt.config, model.device, config.engines_on_cpu)
         engine = Engine(models.gpt, models.vq, ranks.config, ranks.make_runner, on_progress)
         engine.scheduler.check_fits(typical)
     settle_heap()
