@@ -231,6 +231,7 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
         "deterministic": True,
         "scheduling_policy": "fcfs",
         "tensor_parallel_size": 1,  # more of them: tests/engine/test_rank_processes.py
+        "engines_on_cpu": 1,
     }
     draw("--class-labels", "fox", "1", "--lookahead", "auto")
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need

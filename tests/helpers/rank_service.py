@@ -38,6 +38,16 @@ def main(watch: SignalWatch) -> int:
         return serve(settings, served, recipe, listeners, watch=watch)
 
 
+def rank_command(*flags: str) -> list[str]:
+    """Runs such a service."""
+    return [sys.executable, __file__, *_FLAGS, *flags]
+
+
+def other_ranks(pid: int) -> list[int]:
+    """The processes of ranks other than 0 that a process and its children have started."""
+    return [one for one in tree(pid) if b"\0rank-" in Path(f"/proc/{one}/cmdline").read_bytes()]
+
+
 def tree(pid: int) -> list[int]:
     """A process and all that it has started, from whichever thread."""
     found = [pid]
@@ -50,14 +60,13 @@ def tree(pid: int) -> list[int]:
 @contextmanager
 def rank_service(folder: Path, *flags: str) -> Iterator[Service]:
     """A service that is ready; killed at the end if it still runs."""
-    command = [sys.executable, __file__, *_FLAGS, *flags]
     # on a busy machine, threads that wait for each other make small steps 30 times slower
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = folder / "stderr"
     with (
         log.open("w") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            rank_command(*flags), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as process,
     ):
         assert process.stdout is not None

@@ -4,13 +4,21 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from fake_service import Service, is_alive
-from rank_service import GRID, rank_service, tree
+from rank_service import GRID, other_ranks, rank_service, tree
+
+from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.pipeline import Pipeline
+from autoregressive.weights.finding import find_weights, resolve_model
+from autoregressive.weights.options import ModelOptions
 
 pytestmark = pytest.mark.slow
 NOTICED_SECONDS = 2.0
@@ -75,6 +83,54 @@ def test_the_death_of_a_rank_ends_the_service(tmp_path: Path, rank: int, drawing
             assert service.process.wait(30) == 1
             if drawing:
                 assert waiting.result().status_code == 503
+        service.wait_for(lambda: not any(map(is_alive, processes)), 2)
+
+
+def one_process_draws(bodies: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
+    """The codes for requests of the service, by an engine without ranks."""
+    model = resolve_model(ModelOptions(gpt_model="GPT-demo", device="cpu"))
+    model = replace(model, image_size=GRID * model.downsample_size)
+    pipe = Pipeline(model, find_weights(model), EngineConfig(max_num_seqs=8, lookahead="off"))
+    drawn = []
+    for body in bodies:
+        settings = {name: value for name, value in body.items() if name != "prompt"}
+        params = replace(model.defaults.sampling, **settings)
+        drawn.append(pipe.draw([int(body["prompt"])], params).tolist())
+    return drawn
+
+
+@pytest.mark.timing
+def test_engines_of_several_ranks_draw_what_one_process_draws_and_end_together(
+    tmp_path: Path,
+) -> None:
+    """Fails if two engines of two ranks do not run beside each other, draw other codes than one
+    process, or outlive a rank of one of them.
+    """
+    bodies = [{"prompt": str(number), "seed": number, "n": 3} for number in range(6)]
+    bodies[3]["temperature"] = 0.0
+    expected = one_process_draws(bodies)
+    with rank_service(tmp_path, "--data-parallel-size", "2", "--max-num-seqs", "2") as service:
+        processes = tree(service.process.pid)
+        ranks = other_ranks(service.process.pid)
+        assert (len(processes), len(ranks)) == (7, 2)  # with two API servers
+
+        def ask_for(body: dict[str, Any]) -> httpx2.Response:
+            return httpx2.post(f"{service.url}/v1/codes", json=body, timeout=60)
+
+        def both_engines_draw() -> bool:  # a guided image has all rows of one
+            return service.gauges()["num_requests_running"] == 2
+
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            drawing = [pool.submit(ask_for, body) for body in bodies]
+            service.wait_for(both_engines_draw, 20)
+            answers = [future.result().json()["data"] for future in drawing]
+            assert [[image["codes"] for image in answer] for answer in answers] == expected
+            slow = [pool.submit(ask_for, {"prompt": "1", "n": 10}) for _ in range(2)]
+            service.wait_for(both_engines_draw, 20)
+            os.kill(ranks[1], signal.SIGKILL)
+            assert service.wait_for(lambda: health(service) == 503, 10) <= NOTICED_SECONDS
+            assert service.process.wait(30) == 1
+            assert 503 in [future.result().status_code for future in slow]
         service.wait_for(lambda: not any(map(is_alive, processes)), 2)
 
 
