@@ -36,6 +36,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(number))
 
 
+def rank_devices(first: torch.device, count: int) -> list[torch.device]:
+    """The devices of ranks that share a model: a CPU for all, or the GPUs from one on."""
+    if first.type == "cpu":
+        return [first] * count
+    return [torch.device("cuda", (first.index or 0) + number) for number in range(count)]
+
+
 def default_precision(device: torch.device) -> torch.dtype:
     """Of a transformer's weights: bf16 on a GPU that computes in it, fp16 on an older one, float32
     on a CPU.
@@ -59,16 +66,21 @@ def set_llamagen_numerics(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def limit_cpu_threads(config: GPTConfig, device: torch.device) -> None:
+def limit_cpu_threads(config: GPTConfig, device: torch.device, engines: int = 1) -> None:
     """One CPU thread where there is nothing to share: a GPU computes, or the model's products are
     too small (below a width of 512).
 
     More would spin on all cores after each operation on more than 32,768 elements on the CPU: other
     processes find no core free, and a thread that finds none holds up a step, for all of them are
-    waited for.
+    waited for. Ranks that share a model share the threads of the machine.
+
+    Args:
+        engines: that run beside each other on the machine; they share its threads, too.
     """
     if device.type == "cuda" or config.dim < 512:
         torch.set_num_threads(1)
+    elif (sharing := config.ranks * engines) > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
 
 
 @contextmanager

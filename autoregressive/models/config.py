@@ -5,7 +5,7 @@ Shapes and names are those of LlamaGen (Sun et al. 2024, arXiv:2406.06525),
 """
 
 from dataclasses import dataclass
-from math import isqrt
+from math import gcd, isqrt
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class GPTConfig:
     """Everything that fixes a transformer's parameters and positions. Field names are LlamaGen's.
 
     Raises:
-        ValueError: the heads' size is no multiple of 4, `block_size` is no square, or a field is
-            unsupported.
+        ValueError: the heads' size is no multiple of 4, `block_size` is no square, so many ranks
+            cannot share the model, or a field is unsupported.
     """
 
     dim: int
@@ -32,6 +32,9 @@ class GPTConfig:
     token_dropout_p: float = 0.1
     resid_dropout_p: float = 0.1
     ffn_dropout_p: float = 0.1
+    # processes that share the model: each has a part of the heads, of the feed-forward layer and of
+    # the logits
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.head_size % 4:
@@ -45,6 +48,8 @@ class GPTConfig:
             raise ValueError(
                 "only class-conditional models (model_type 'c2i', one class token) are supported"
             )
+        if self.ranks not in self.rank_counts:
+            raise ValueError(f"{self.ranks} ranks cannot share the model; {self.rank_counts} can")
 
     @property
     def head_size(self) -> int:
@@ -63,6 +68,36 @@ class GPTConfig:
     def grid(self) -> int:
         """Side of the square of tokens that makes an image."""
         return isqrt(self.block_size)
+
+    @property
+    def rank_counts(self) -> tuple[int, ...]:
+        """How many ranks can share the model: divisors of the heads, of the feed-forward width and
+        of the vocabulary. Products take inputs by 8, and the feed-forward product has outputs by
+        32.
+        """
+        shared = gcd(self.n_head, self.ffn_dim // 32, self.vocab_size)
+        divisors = (count for count in range(2, shared + 1) if shared % count == 0)
+        return (1, *(count for count in divisors if self.dim // count % 8 == 0))
+
+    @property
+    def heads_of_rank(self) -> int:
+        """Attention heads of one rank."""
+        return self.n_head // self.ranks
+
+    @property
+    def width_of_rank(self) -> int:
+        """Elements of the heads of one rank."""
+        return self.heads_of_rank * self.head_size
+
+    @property
+    def ffn_of_rank(self) -> int:
+        """Width of one rank's part of the feed-forward layer."""
+        return self.ffn_dim // self.ranks
+
+    @property
+    def vocabulary_of_rank(self) -> int:
+        """Tokens whose logits one rank computes."""
+        return self.vocab_size // self.ranks
 
 
 # What distinguishes one size from another; the rest of a config follows from the image and the data

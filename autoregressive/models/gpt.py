@@ -87,9 +87,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.head_size = config.n_head, config.head_size
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.n_head, self.head_size = config.heads_of_rank, config.head_size
+        self.wqkv = nn.Linear(config.dim, 3 * config.width_of_rank, bias=False)
+        self.wo = nn.Linear(config.width_of_rank, config.dim, bias=False)
         self.kv_cache: KVCache | None = None
         self.resid_dropout = nn.Dropout(config.resid_dropout_p)
 
@@ -131,9 +131,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.ffn_of_rank, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_of_rank, bias=False)
+        self.w2 = nn.Linear(config.ffn_of_rank, config.dim, bias=False)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +163,8 @@ class Transformer(nn.Module):
     """Class label and tokens -> logits of the next token.
 
     Position 0 is the class token; the token of grid cell i sits at position i + 1. Position p's
-    logits predict cell p.
+    logits predict cell p. With several ranks it holds one rank's part of the weights, and only the
+    engine runs it.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList([TransformerBlock(config) for _ in range(config.n_layer)])
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, config.vocabulary_of_rank, bias=False)
         table = rotary_table_2d(
             config.grid, config.head_size, config.rope_base, config.cls_token_num
         )
@@ -197,10 +198,7 @@ class Transformer(nn.Module):
         norms' gains to 1.
         """
         for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=std, generator=generator)
-            else:
-                nn.init.ones_(parameter)
+            init_weight(parameter, generator, std)
 
     def setup_caches(self, max_batch_size: int, max_seq_length: int, dtype: torch.dtype) -> None:
         """Allocates KV caches of [max_batch_size, heads, max_seq_length, head_size]; kept when they
@@ -233,6 +231,7 @@ class Transformer(nn.Module):
         Returns:
             float32 [batch, tokens (plus one with a class), vocab_size]
         """
+        assert self.config.ranks == 1, "one rank's part alone computes nothing"
         parts = []
         if cond_idx is not None:
             parts.append(self.cls_embedding(cond_idx))
@@ -248,6 +247,14 @@ class Transformer(nn.Module):
         for block in self.layers:
             h = block(h, rotary, input_pos, mask)
         return self.output(self.norm(h)).float()
+
+
+def init_weight(weight: Tensor, generator: torch.Generator | None, std: float = 0.02) -> None:
+    """Draws a matrix from normal(0, std), or sets a norm's gains to 1."""
+    if weight.dim() > 1:
+        nn.init.normal_(weight, std=std, generator=generator)
+    else:
+        nn.init.ones_(weight)
 
 
 def build_gpt(shape: GPTConfig, **kwargs: Any) -> Transformer:

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.pipeline import Pipeline
+    from autoregressive.serve.worker.rank_processes import RankLostError
 
-__all__ = ["Engine", "EngineConfig", "Pipeline", "SamplingParams"]
+__all__ = ["Engine", "EngineConfig", "Pipeline", "RankLostError", "SamplingParams"]
 
 _MODULES = {
     "Engine": "autoregressive.serve.engine.engine",
     "EngineConfig": "autoregressive.serve.engine.engine_config",
     "Pipeline": "autoregressive.serve.pipeline",
+    "RankLostError": "autoregressive.serve.worker.rank_processes",
     "SamplingParams": "autoregressive.models.sampling_params",
 }
 

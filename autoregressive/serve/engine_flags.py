@@ -98,6 +98,15 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         f"(default: {EngineConfig.kv_cache_dtype})",
     )
     group.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="GPUs, or processes on a CPU, that share the model: each has a part of the heads, of "
+        "the feed-forward layer and of the KV cache, so that an image is drawn sooner and a larger "
+        "model fits. N must divide the heads and the feed-forward width "
+        f"(default: {EngineConfig.tensor_parallel_size})",
+    )
+    group.add_argument(
         "--precision",
         choices=["none", "fp16", "bf16"],
         metavar="P",

@@ -51,14 +51,17 @@ class Ceilings:
 
 
 def product_elements(config: GPTConfig) -> tuple[int, ...]:
-    """Elements of the weights of each kind of matrix product in a step, all layers together."""
-    dim, ffn, layers = config.dim, config.ffn_dim, config.n_layer
+    """Elements of the weights of each kind of matrix product in a step, all layers together, on
+    each of the ranks that share the model.
+    """
+    dim, layers = config.dim, config.n_layer
+    heads, ffn = config.width_of_rank, config.ffn_of_rank
     return (
-        dim * 3 * dim * layers,  # queries, keys and values
-        dim * dim * layers,  # attention's output
+        dim * 3 * heads * layers,  # queries, keys and values
+        heads * dim * layers,  # attention's output
         dim * 2 * ffn * layers,  # gate and up
         ffn * dim * layers,  # down
-        dim * config.vocab_size,  # head
+        dim * config.vocabulary_of_rank,  # head
     )
 
 
@@ -74,10 +77,10 @@ class Floor:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token of one row, in all layers."""
-        vector_bytes = self.config.dim * self.element_bytes
+        """Bytes of the keys and values of one token of one row, in all layers, on each rank."""
+        vector_bytes = self.config.width_of_rank * self.element_bytes
         if self.kv_cache_dtype != "auto":
-            vector_bytes = self.config.dim + self.config.n_head * _SCALE_BYTES
+            vector_bytes = self.config.width_of_rank + self.config.heads_of_rank * _SCALE_BYTES
         return 2 * self.config.n_layer * vector_bytes
 
     def step_seconds(self, rows: int, kv_tokens: float) -> float:

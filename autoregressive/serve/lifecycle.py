@@ -10,8 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-import torch
-
+from autoregressive.devices import rank_devices
 from autoregressive.errors import tell
 from autoregressive.output.records import generation_record
 from autoregressive.serve.logs import ServiceLogs, service_logs
@@ -61,13 +60,16 @@ def prepare(settings: ServerSettings) -> tuple[ServedModel, Callable[[int], Make
     if model.note is not None:
         tell(model.note)
 
+    ranks = settings.engine.tensor_parallel_size
+    first_devices = rank_devices(model.device, settings.engines * ranks)[::ranks]
+    engine = replace(settings.engine, engines_on_cpu=settings.engines)
+
     def recipe(index: int) -> MakeEngine:
-        device = torch.device("cuda", index) if settings.engines > 1 else model.device
         return partial(
             build_engine,
-            replace(model, device=device),
+            replace(model, device=first_devices[index]),
             found,
-            settings.engine,
+            engine,
             model.defaults.sampling,
         )
 

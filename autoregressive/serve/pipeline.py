@@ -40,9 +40,11 @@ from autoregressive.serve.engine.memory import saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import check_device
 from autoregressive.serve.engine.scheduler import Limits, Scheduler
 from autoregressive.serve.results import GeneratedImage, GridResult, Result
+from autoregressive.serve.worker.rank_processes import ModelRanks, start_ranks
 from autoregressive.weights.finding import (
     FoundWeights,
     ModelSettings,
+    check_ranks,
     find_weights,
     missing_weights,
     resolve_model,
@@ -75,10 +77,11 @@ class Pipeline:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)
         check_device(config, model.device, found.quantization)
-        with saying_what_needs_less_memory(model):
-            self.models = load_models(model, found, config.quantization)
-        with saying_what_needs_less_memory(self.model, self.config):
-            self.engine = start_engine(self.models, config)
+        with start_ranks(model, found.gpt, config) as self._ranks:
+            with saying_what_needs_less_memory(model):
+                self.models = load_models(model, found, config.quantization, self._ranks.rank)
+            with saying_what_needs_less_memory(self.model, self.config):
+                self.engine = start_engine(self.models, self._ranks)
         self._turn = threading.Lock()
 
     @classmethod
@@ -134,6 +137,12 @@ class Pipeline:
         if missing is not None and not settings.random_weights:
             raise missing
         return cls(settings, found, engine or EngineConfig())
+
+    def close(self) -> None:
+        """Ends the processes of the other ranks, if several share the model. Nothing can be drawn
+        afterwards. The end of this process does it, too.
+        """
+        self._ranks.stop()
 
     def __call__(
         self,
@@ -343,6 +352,7 @@ class Pipeline:
             attention_backend=self.config.attention_backend,
             quantization=self.config.quantization,
             kv_cache_dtype=self.config.kv_cache_dtype,
+            tensor_parallel_size=self.config.tensor_parallel_size,
         )
         with self._turn, saying_what_needs_less_memory(self.model, self.config):
             return run_job(
@@ -383,20 +393,21 @@ def _model_option(model: str) -> dict[str, str]:
     raise SettingError("model", model, f"there is no such model or file{told}")
 
 
-def start_engine(models: LoadedModels, config: EngineConfig) -> Engine:
+def start_engine(models: LoadedModels, ranks: ModelRanks) -> Engine:
     """An engine that is ready to draw; the capture of CUDA graphs shows as a bar on a terminal.
 
     Raises:
         UserError: it does not fit on the device.
     """
-    shown = on_terminal() and config.uses_graphs(models.gpt.tok_embeddings.weight.device)
+    device = models.gpt.tok_embeddings.weight.device
+    shown = on_terminal() and ranks.config.uses_graphs(device)
     with progress_bar("preparing", " graphs", shown=shown, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return Engine(models.gpt, models.vq, config, on_progress=progress)
+        return Engine(models.gpt, models.vq, ranks.config, ranks.make_runner, progress)
 
 
 def check_fits(model: ModelSettings, config: EngineConfig, params: SamplingParams) -> None:
@@ -404,10 +415,11 @@ def check_fits(model: ModelSettings, config: EngineConfig, params: SamplingParam
     there is shows later.
 
     Raises:
-        UserError: too few rows or pages were asked for, or a backend that does not run on the
-            device.
+        UserError: too few rows or pages were asked for, a backend that does not run on the device,
+            or ranks that cannot share the model.
     """
     check_device(config, model.device)
+    check_ranks(model, config.tensor_parallel_size)
     shape = BatchShape.of(config.max_num_seqs, model.tokens_per_image, config.page_size)
     pages = config.num_pages or params.rows * shape.pages_per_row
     limits = Limits(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.errors import SettingName
+from autoregressive.models.ranks import ALONE, Rank, WeightPart
 from autoregressive.weights.compressed_layout import StoredMatrix, find_config, fold
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
@@ -102,14 +103,21 @@ class WeightSource:
         """The dtype that each weight is stored in."""
         return {name: tensor.dtype for name, tensor in self.tensors.items()}
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copies the named tensor into one of its shape, converting dtype and device.
+    def read_into(self, name: str, target: Tensor, part: WeightPart | None = None) -> None:
+        """Copies the named tensor into one of its shape, or a part of it into one of the part's
+        shape, converting dtype and device.
 
         Raises:
             CheckpointError: it is damaged.
         """
+        stored = self.tensors[name]
         with reading(self.path, damage=f"{name} cannot be read ({{}}); download or copy it again"):
-            self.tensors[name].read_into(target)
+            if part is None:
+                stored.read_into(target)
+                return
+            assert not isinstance(stored, StoredMatrix)
+            for start, piece in part.places(target):
+                stored.read_box_into(start, piece)
 
     def read_quantized(self, name: str, scheme: str, device: torch.device) -> QuantizedMatrix:
         """The named matrix as it is stored, or quantised from what is stored. Beside it, memory
@@ -141,6 +149,7 @@ def load_weights(
     ema: bool = False,
     from_fsdp: bool = False,
     quantization: str | None = None,
+    rank: Rank = ALONE,
 ) -> None:
     """Gives a model built under `torch.device("meta")` its weights, on the device and in the dtype.
 
@@ -155,6 +164,7 @@ def load_weights(
             FSDP's are not; a .safetensors file does not tell where it came from and is accepted.
         quantization: of the weights of a transformer's layers' products, "fp8", "int8" or "int4";
             None: as the checkpoint has them.
+        rank: which part of the weights the model holds; no more is read than that.
 
     Raises:
         CheckpointError: one line: the file is no checkpoint, is damaged or hostile, or belongs to
@@ -167,7 +177,11 @@ def load_weights(
             "is no FSDP checkpoint: its weights are wrapped; leave out",
             SettingName("from_fsdp"),
         )
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    parts = {name: rank.part_of(name) for name in model.state_dict()}
+    wanted = {
+        name: tensor.shape if (part := parts[name]) is None else part.whole_shape(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
     mismatch = find_mismatch(wanted, source.shapes)
     if mismatch is not None:
         raise CheckpointError(source.path, *mismatch)
@@ -184,6 +198,12 @@ def load_weights(
             f"holds {scheme} weights; use the original ones, or leave out",
             SettingName("quantization"),
         )
+    if scheme is not None and rank != ALONE:
+        raise CheckpointError(
+            source.path,
+            f"holds {scheme} weights, which are not split among processes; leave out",
+            SettingName("tensor_parallel_size"),
+        )
     model.to(dtype)
     if scheme is not None:
         with torch.no_grad():
@@ -196,7 +216,7 @@ def load_weights(
             if name in TOLERATED and source.shapes.get(name) != target.shape:
                 target.zero_()
             else:
-                source.read_into(name, target)
+                source.read_into(name, target, parts[name])
 
 
 def stored_quantization(path: Path, ema: bool) -> str | None:

@@ -6,15 +6,23 @@ the published name; else, where that was asked for, from the hub; else they are 
 `missing_weights` tells of the last case, so that noise never passes as a picture.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from autoregressive.devices import PRECISIONS, default_precision, resolve_device
-from autoregressive.errors import Change, SettingError, SettingName, UserError, missing_extra
+from autoregressive.errors import (
+    Change,
+    SettingError,
+    SettingName,
+    UserError,
+    either,
+    missing_extra,
+)
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.models.classes import ClassNames
+from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import ModelDefaults, model_defaults
 from autoregressive.weights.checkpoint import stored_quantization
 from autoregressive.weights.options import (
@@ -127,6 +135,31 @@ def resolve_model(options: ModelOptions, seed: int = 0) -> ModelSettings:
         seed=seed,
         note=note,
     )
+
+
+def check_ranks(model: ModelSettings, count: int, engines: int = 1) -> None:
+    """Checks that ranks can share a model, and that there are devices for them.
+
+    Args:
+        engines: that take so many ranks each.
+
+    Raises:
+        SettingError: they cannot, or there are too few GPUs.
+    """
+    shape = replace(GPT_SHAPES[model.gpt_model], vocab_size=model.codebook_size)
+    if count not in shape.rank_counts:
+        told = (
+            f"must divide the {shape.n_head} heads, the feed-forward width {shape.ffn_dim} and the "
+            f"{shape.vocab_size} codes of {model.gpt_model}: use {either(shape.rank_counts)}"
+        )
+        raise SettingError("tensor_parallel_size", count, told)
+    if model.device.type == "cpu" or count == 1:
+        return
+    needed, there = count * engines, torch.cuda.device_count() - (model.device.index or 0)
+    if needed > there:
+        each = f", {count} for each of {engines} engines" if engines > 1 else ""
+        told = f"takes {needed} GPUs{each}, and there are {there} from {model.device} on"
+        raise SettingError("tensor_parallel_size", count, told)
 
 
 def smaller_precision(model: ModelSettings) -> list[Change]:

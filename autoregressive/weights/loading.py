@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.gpt import GPT_models, Transformer, init_weight
+from autoregressive.models.ranks import ALONE, Rank, WeightPart
 from autoregressive.weights.checkpoint import load_weights
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 from autoregressive.weights.quantized import quantize_products
@@ -24,32 +26,49 @@ class LoadedModels:
 
 
 def load_models(
-    settings: ModelSettings, found: FoundWeights, quantization: str | None = None
+    settings: ModelSettings,
+    found: FoundWeights,
+    quantization: str | None = None,
+    rank: Rank = ALONE,
 ) -> LoadedModels:
     """Builds both models with the weights that were found, each directly on its device and in its
     dtype.
 
     Args:
         quantization: as of `load_weights`.
+        rank: whose part of the transformer is built; nothing else of it is read.
 
     Raises:
         CheckpointError: a checkpoint is damaged, belongs to another model, or is quantised in
             another way.
     """
-    gpt = _load_gpt(settings, found.gpt, quantization)
-    return LoadedModels(gpt=gpt, vq=_load_vq(settings, found.vq))
+    gpt = load_gpt(settings, found.gpt, quantization, rank)
+    return LoadedModels(gpt, _load_vq(settings, found.vq))
 
 
-def _load_gpt(settings: ModelSettings, path: Path | None, quantization: str | None) -> Transformer:
+def load_gpt(
+    settings: ModelSettings,
+    path: Path | None,
+    quantization: str | None = None,
+    rank: Rank = ALONE,
+) -> Transformer:
+    """Builds one rank's part of the transformer.
+
+    Raises:
+        CheckpointError: as `load_models`.
+    """
     with torch.device("meta"):
         model = GPT_models[settings.gpt_model](
             vocab_size=settings.codebook_size,
             block_size=settings.tokens_per_image,
             num_classes=settings.num_classes,
+            ranks=rank.count,
         )
     if path is None:
         model = model.to(settings.precision).to_empty(device=settings.device)
-        model.init_weights(torch.Generator(settings.device).manual_seed(settings.seed))
+        generator = torch.Generator(settings.device).manual_seed(settings.seed)
+        for name, parameter in model.named_parameters():
+            _draw_weight(parameter, rank.part_of(name), generator)
         if quantization is not None:
             quantize_products(model, quantization)
     else:
@@ -61,8 +80,20 @@ def _load_gpt(settings: ModelSettings, path: Path | None, quantization: str | No
             ema=settings.ema,
             from_fsdp=settings.from_fsdp,
             quantization=quantization,
+            rank=rank,
         )
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _draw_weight(weight: Tensor, part: WeightPart | None, generator: torch.Generator) -> None:
+    """Draws a parameter, or the same part of it that one rank alone would have drawn."""
+    if part is None:
+        init_weight(weight, generator)
+        return
+    whole = torch.empty(part.whole_shape(weight.shape), dtype=weight.dtype, device=weight.device)
+    init_weight(whole, generator)
+    part.copy_from(whole, weight)
 
 
 def _load_vq(settings: ModelSettings, path: Path | None) -> VQModel:

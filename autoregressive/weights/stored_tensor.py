@@ -124,19 +124,28 @@ class StoredFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills the buffer with what is there."""
+        self.read_lines(offset, len(buffer), len(buffer), buffer)
+
+    def read_lines(self, offset: int, step: int, size: int, buffer: memoryview) -> None:
+        """Fills the buffer with lines of `size` bytes, whose starts are `step` bytes apart, and
+        reads nothing between them.
+        """
         with reading(self.path), self.path.open("rb", buffering=0) as stream:
             require(
                 _identity(os.fstat(stream.fileno())) == self._identity,
                 "has changed while it was read; try again when it is complete",
             )
-            stream.seek(offset)
-            while buffer:
-                count = stream.readinto(buffer)
-                require(
-                    bool(count),
-                    "became shorter while it was read; download or copy it again",
-                )
-                buffer = buffer[count:]
+            for start in range(0, len(buffer), size or 1):
+                stream.seek(offset)
+                line = buffer[start : start + size]
+                while line:
+                    count = stream.readinto(line)
+                    require(
+                        bool(count),
+                        "became shorter while it was read; download or copy it again",
+                    )
+                    line = line[count:]
+                offset += step
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:
@@ -180,6 +189,41 @@ class StoredTensor:
             self.file.read_into(self.offset, _bytes_of(target))
         else:
             self._read_in_pieces(target.view(-1))
+
+    def read_box_into(self, start: tuple[int, ...], target: Tensor) -> None:
+        """Copies the box of the target's shape that begins at an element; see `read_into`. Of a
+        contiguous matrix no byte outside of the box is read.
+
+        Args:
+            start: an index for each dimension.
+        """
+        if target.shape == self.shape:
+            self.read_into(target)
+        elif target.numel() == 0:
+            return
+        elif self.stride is None and len(self.shape) == 2:
+            self._read_lines(start, target)
+        else:
+            stride = self.stride or contiguous_stride(self.shape)
+            whole = self._read_whole(reach(self.shape, stride)).as_strided(self.shape, stride)
+            ends = map(int.__add__, start, target.shape)
+            target.copy_(whole[tuple(map(slice, start, ends))])
+
+    def _read_lines(self, start: tuple[int, ...], target: Tensor) -> None:
+        """Copies a box of a contiguous matrix, several lines at a time."""
+        itemsize, (lines, columns) = self.dtype.itemsize, target.shape
+        step, size = self.shape[1] * itemsize, columns * itemsize
+        offset = self.offset + start[0] * step + start[1] * itemsize
+        count = max(1, min(lines, _PIECE_BYTES // size))
+        piece = torch.empty(count, columns, dtype=self.dtype)
+        for first in range(0, lines, count):
+            wanted = target[first : first + count]
+            read = _bytes_of(piece[: len(wanted)])
+            if step == size:  # whole lines: one piece of the file
+                self.file.read_into(offset + first * step, read)
+            else:
+                self.file.read_lines(offset + first * step, step, size, read)
+            wanted.copy_(piece[: len(wanted)])
 
     def _read_whole(self, count: int) -> Tensor:
         """Reads so many elements that lie one behind the other."""
@@ -262,15 +306,26 @@ class ChunkedTensor:
             BadContentError: a piece is not what it should be.
             CheckpointError: a file cannot be read.
         """
+        self.read_box_into((0,) * target.dim(), target)
+
+    def read_box_into(self, start: tuple[int, ...], target: Tensor) -> None:
+        """Copies the box of the target's shape that begins at an element; see `read_into`. Chunks
+        outside of the box are not looked at.
+        """
+        ends = tuple(map(int.__add__, start, target.shape))
         for chunk in self.chunks:
-            if 0 in chunk.sizes:
+            first = tuple(map(max, chunk.offsets, start))
+            end = tuple(map(min, chunk.ends, ends))
+            if 0 in chunk.sizes or any(map(int.__ge__, first, end)):
                 continue
             stored = chunk.find()
             require(
                 tuple(stored.shape) == chunk.sizes and stored.dtype == self.dtype,
                 f"the shards of {self.name} are damaged; copy the whole directory again",
             )
-            stored.read_into(target[tuple(map(slice, chunk.offsets, chunk.ends))])
+            in_target = map(slice, map(int.__sub__, first, start), map(int.__sub__, end, start))
+            in_chunk = tuple(map(int.__sub__, first, chunk.offsets))
+            stored.read_box_into(in_chunk, target[tuple(in_target)])
 
 
 def check_coverage(tensors: Iterable[ChunkedTensor]) -> None:

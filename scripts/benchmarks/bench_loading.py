@@ -3,7 +3,8 @@ limit.
 
     python scripts/benchmarks/bench_loading.py --gpt-model GPT-XL --kinds "flat .pt" sharded
 
-The limit: the model's own tensors on the CPU plus 20 % of the checkpoint's weights. Each load runs
+The limit: the model's own tensors on the CPU plus 20 % of the weights that it loads. With
+--tensor-parallel-size N it loads the part of one of N ranks that share the model. Each load runs
 in a fresh process; memory is RssAnon of /proc/self/status above its value before the load, sampled
 every few milliseconds. Weights are float32 in the file, and bfloat16 or quantised in the model.
 Ends in JSON; exit status 1 if a kind is over the limit.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
-from autoregressive.errors import UserError
+from autoregressive.errors import UserError, either
 
 with slow_imports(__name__):
     import torch
@@ -46,7 +47,9 @@ with slow_imports(__name__):
         script_parser,
     )
     from autoregressive.files import check_folder
+    from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.models.ranks import Rank
     from autoregressive.weights.checkpoint import load_weights
     from autoregressive.weights.quantized import weight_bytes
     from kernels import QUANTIZATIONS
@@ -66,10 +69,12 @@ _COLUMNS = {
 }
 
 
-def build_on_meta(name: str) -> Transformer:
-    """The transformer on the meta device, which takes no memory. All have the large vocabulary."""
+def build_on_meta(name: str, ranks: int = 1) -> Transformer:
+    """The transformer, or one rank's part, on the meta device, which takes no memory. All have the
+    large vocabulary.
+    """
     with torch.device("meta"):
-        return GPT_models[name](block_size=576)
+        return GPT_models[name](block_size=576, ranks=ranks)
 
 
 def random_weights(name: str) -> dict[str, Tensor]:
@@ -153,15 +158,22 @@ def sampled_peak() -> Iterator[list[int]]:
 
 
 def measure_here(
-    kind: str, name: str, path: Path, device: torch.device, quantization: str | None = None
+    kind: str,
+    name: str,
+    path: Path,
+    device: torch.device,
+    quantization: str | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
-    """Loads once in this process, which should have done nothing else."""
+    """Loads once in this process, which should have done nothing else: the last rank's part."""
     torch.zeros(1, device=device)
-    model = build_on_meta(name)
+    model = build_on_meta(name, ranks)
     elements = sum(tensor.numel() for tensor in model.state_dict().values())
     load = partial(
         load_weights, model, path, device=device, dtype=torch.bfloat16, quantization=quantization
     )
+    if ranks > 1:
+        load = partial(load, rank=Rank(ranks - 1, ranks))
     with sampled_peak() as peak:
         seconds = seconds_of(load, device)
     files = [path] if path.is_file() else list(path.iterdir())
@@ -181,7 +193,12 @@ def measure_here(
 
 
 def measure(
-    kind: str, name: str, folder: Path, device: torch.device, quantization: str | None
+    kind: str,
+    name: str,
+    folder: Path,
+    device: torch.device,
+    quantization: str | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Writes a checkpoint, loads it in a fresh process, and removes it."""
     fresh = multiprocessing.get_context("spawn")
@@ -191,7 +208,8 @@ def measure(
     ):
         path = write_checkpoint(kind, name, Path(place))
         try:
-            return process.submit(measure_here, kind, name, path, device, quantization).result()
+            way = (device, quantization, ranks)
+            return process.submit(measure_here, kind, name, path, *way).result()
         except Exception as error:  # whatever a loader raises, or the end of its process
             raise UserError(f"the process that loads {kind} failed: {error}") from error
 
@@ -214,6 +232,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="Q",
         help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' products (default: no)",
     )
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share the model, of which one is measured (default: 1)",
+    )
     add_device(parser, "cpu")
     parser.add_argument(
         "--folder",
@@ -225,6 +250,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_output(parser)
     typed = parser.parse_args(argv)
     typed.device = use_device(typed.device)
+    counts = GPT_SHAPES[typed.gpt_model].rank_counts
+    if typed.quantization is not None and typed.tensor_parallel_size > 1:
+        parser.error("--quantization: quantised weights are not split among ranks; leave it out")
+    if typed.tensor_parallel_size not in counts:
+        parser.error(f"--tensor-parallel-size {typed.tensor_parallel_size}: use {either(counts)}")
     if typed.folder is not None:
         check_folder("--folder", typed.folder)
     anonymous_bytes()
@@ -235,9 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Does what the command line says."""
     typed = parse_arguments(argv)
     name, table, measurements = typed.gpt_model, Table(_COLUMNS), []
+    way = typed.quantization, typed.tensor_parallel_size
     for kind in typed.kinds:
         print(f"{name}, {kind} ...", file=sys.stderr)
-        found = measure(kind, name, typed.folder, typed.device, typed.quantization)
+        found = measure(kind, name, typed.folder, typed.device, *way)
         measurements.append(found)
         sizes = [found[f"{size}_bytes"] / 1e6 for size in ("on_disk", "target", "peak", "limit")]
         told = "ok" if found["within_limit"] else "OVER THE LIMIT"
@@ -246,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "loading",
         "gpt_model": name,
         "quantization": typed.quantization,
+        "tensor_parallel_size": typed.tensor_parallel_size,
         "device": str(typed.device),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -27,6 +27,7 @@ from autoregressive.serve.engine import memory
 from autoregressive.serve.engine.engine import Engine, EngineTotals
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.floor import Ceilings, JobFloor, speed_lines
+from autoregressive.serve.worker.rank_processes import ModelRanks
 from autoregressive.weights.finding import ModelSettings, resolve_model
 from autoregressive.weights.loading import LoadedModels
 from autoregressive.weights.options import ModelOptions
@@ -229,6 +230,8 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
         "enforce_eager": True,
         "deterministic": True,
         "scheduling_policy": "fcfs",
+        "tensor_parallel_size": 1,  # more of them: tests/engine/test_rank_processes.py
+        "engines_on_cpu": 1,
     }
     draw("--class-labels", "fox", "1", "--lookahead", "auto")
     assert vars(seen["config"])["max_num_seqs"] == 4  # what the pictures need
@@ -486,7 +489,6 @@ def test_no_bar_for_graphs_that_a_cpu_does_not_have(
     with torch.device("meta"):
         gpt = GPT_models["GPT-demo"](vocab_size=1024, block_size=256, num_classes=64)
     gpt = gpt.to_empty(device="cpu").eval()
-    pipeline.start_engine(
-        LoadedModels(gpt, VQ_models["VQ-demo"]().eval()), EngineConfig(max_num_seqs=2)
-    )
+    ranks = ModelRanks(EngineConfig(max_num_seqs=2))
+    pipeline.start_engine(LoadedModels(gpt, VQ_models["VQ-demo"]().eval()), ranks)
     assert capsys.readouterr().err == ""

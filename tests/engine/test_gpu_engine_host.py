@@ -32,7 +32,7 @@ class ArithmeticRunner:
     def __init__(
         self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
-        self.page_size = shape.page_size
+        self.page_size, self.num_pages = shape.page_size, num_pages
         device = gpt.tok_embeddings.weight.device
         self.pages = torch.full((num_pages, shape.page_size), 10**9, device=device)  # poison
         self.weights = torch.arange(1, shape.pages_per_row * shape.page_size + 1, device=device)
@@ -40,6 +40,10 @@ class ArithmeticRunner:
         self.spans: list[torch.cuda.Event] = []
         self.steps: list[int] = []
         self.most_in_flight = 0
+
+    @property
+    def alive(self) -> bool:
+        return True
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Nothing is compiled."""

@@ -138,6 +138,21 @@ def test_a_gpu_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
             pool_pages(gpt, shape, config)
 
 
+@pytest.mark.parametrize(("ranks", "engines"), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_engines_and_ranks_on_a_cpu_share_its_memory(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, engines: int
+) -> None:
+    """Fails if several engines or ranks on a CPU take the pages of one each."""
+    monkeypatch.setattr(engine_memory, "memory_of", lambda device: (6 * GIB, 6 * GIB))
+    config = EngineConfig(tensor_parallel_size=ranks, engines_on_cpu=engines)
+    shape = BatchShape.of(config.max_num_seqs, tokens=576, page_size=16)
+    gpt_shape = GPTConfig(dim=1280, n_layer=2, n_head=20, block_size=576, ranks=ranks)
+    gpt = Transformer(gpt_shape).eval()
+    taken = ranks * engines * pool_pages(gpt, shape, config)
+    taken *= page_bytes(gpt, 16, torch.float32)
+    assert 1.45 * GIB < taken <= 1.5 * GIB  # a quarter
+
+
 def test_torchs_attention_is_reckoned_with() -> None:
     """Fails if a GPU without Triton, where attention gathers every row's keys and values, fills
     that memory with pages.

@@ -101,7 +101,7 @@ class FakeRunner:
     def __init__(
         self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
     ) -> None:
-        self.shape, self.config = shape, config
+        self.shape, self.config, self.num_pages = shape, config, num_pages
         self.pages = np.full((num_pages, shape.page_size), -12345, dtype=np.int64)  # poison
         self.spans: list[int] = []  # passes
         self.windows: list[int] = []  # of the spans
@@ -112,6 +112,10 @@ class FakeRunner:
         # share of the guesses that an oracle puts right before each pass; None: there is no oracle
         self.right_share: float | None = None
         self.random = random.Random(0)
+
+    @property
+    def alive(self) -> bool:
+        return True
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Nothing is compiled; the batch must be empty."""

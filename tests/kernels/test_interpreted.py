@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = {path.name for path in (TESTS / "interpreted").glob("test_*.py")}
-LONG = {"test_gpt_b.py", "test_engine_tokens.py"}
+LONG = {"test_gpt_b.py", "test_engine_tokens.py", "test_split_tokens.py"}
 SHARES = {**{name: [name] for name in sorted(LONG)}, "rest": sorted(FILES - LONG)}
 
 pytestmark = pytest.mark.skipif(

@@ -237,7 +237,6 @@ def test_a_flag_is_not_guessed_from_its_beginning() -> None:
         ("--max-queue-size=-1", "--max-queue-size -1: must be 0 to 1000000"),
         ("--max-queue-size=1000001", "--max-queue-size 1000001"),
         ("--data-parallel-size=0", "--data-parallel-size 0: must be 1 to"),
-        ("--data-parallel-size=2", "--data-parallel-size 2: takes 2 GPUs, and this is a CPU"),
         ("--store-images=0", "--store-images 0: must be 1 to"),
         ("--store-dir=/no/such/folder", "--store-dir"),
         ("--queue-timeout=-1", "--queue-timeout -1: must be 0 to"),

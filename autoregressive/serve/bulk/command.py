@@ -205,9 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from autoregressive.serve.bulk import on_rank, ranks
     gpus = torch.cuda.device_count() if arguments.device is None else 1
-    if gpus > 1 and not ranks.under_torchrun():
+    count = gpus // max(1, arguments.tensor_parallel_size or 1)
+    if count > 1 and not ranks.under_torchrun():
         typed = sys.argv[1:] if argv is None else argv
-        return ranks.run_ranks(gpus, [os.path.abspath(sys.argv[0]), *typed])
+        return ranks.run_ranks(count, [os.path.abspath(sys.argv[0]), *typed])
     with ranks.joined_ranks() as joined:
         return on_rank.run(arguments, _sampling(arguments), joined, _BEGAN)
 

@@ -20,6 +20,9 @@ from autoregressive.serve.bulk.options import BULK_BOUNDS, IMAGE_SIZE_EVAL
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 
+# What settings were in jobs that do not name them.
+_UNSAID = {"tensor_parallel_size": 1}
+
 
 @dataclass(frozen=True)
 class BulkJob:
@@ -33,8 +36,8 @@ class BulkJob:
         naive_batch: images of a batch of the plain loop, on which its draws depend; None: the
             engine draws.
         compiled: whether the plain loop's transformer is compiled.
-        deterministic, attention_backend, quantization, kv_cache_dtype: of the engine, as in
-            `EngineConfig`.
+        deterministic, attention_backend, quantization, kv_cache_dtype, tensor_parallel_size: of the
+            engine, as in `EngineConfig`.
     """
 
     model: ModelSettings
@@ -49,6 +52,7 @@ class BulkJob:
     attention_backend: str = EngineConfig.attention_backend
     quantization: str | None = EngineConfig.quantization
     kv_cache_dtype: str = EngineConfig.kv_cache_dtype
+    tensor_parallel_size: int = EngineConfig.tensor_parallel_size
 
     @property
     def images(self) -> int:
@@ -93,6 +97,7 @@ class BulkJob:
             # None, as a job says that was begun before there were any
             **dict.fromkeys(("quantization", "kv_cache_dtype")),
             **quantized_record(self.found, self.quantization, self.kv_cache_dtype),
+            "tensor_parallel_size": self.tensor_parallel_size,
         } | sampling_record(self.sampling)
 
 
@@ -117,8 +122,9 @@ def check_same(there: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     does not matter, if they are the same.
     """
     for name, value in settings.items():
-        if name != "labels" and there.get(name) != value:
-            raise DifferentJobError("which has ", *_difference(name, there.get(name), value))
+        found = there.get(name, _UNSAID.get(name))
+        if name != "labels" and found != value:
+            raise DifferentJobError("which has ", *_difference(name, found, value))
 
 
 def _difference(name: str, there: object, here: object) -> list[str | SettingName]:

@@ -72,7 +72,7 @@ def resolve(
         UserError: as `resolve_model`, `find_weights` and `check_fits`; there are no trained
             weights, or the labels do not fit the job.
     """
-    device = ranks.device(arguments.device)
+    device = ranks.device(arguments.device, arguments.tensor_parallel_size or 1)
     model = resolve_model(replace(model_options(arguments), device=device), sampling.seed)
     labels = make_labels(
         arguments.labels, arguments.num_fid_samples, model.num_classes, sampling.seed
@@ -102,6 +102,7 @@ def resolve(
         attention_backend=config.attention_backend,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
     return job, config
 

@@ -85,11 +85,12 @@ class Ranks:
         result = self.only_first(work)
         return work() if result is None else result
 
-    def device(self, named: str | None) -> str | None:
-        """The device of this rank.
+    def device(self, named: str | None, gpus: int = 1) -> str | None:
+        """The device of this rank, or the first of them.
 
         Args:
             named: by the user.
+            gpus: that the model of each rank is shared out to.
 
         Raises:
             UserError: all ranks would use one GPU, or there are too few.
@@ -98,9 +99,11 @@ class Ranks:
             return named
         if named is None and torch.cuda.is_available():
             there = torch.cuda.device_count()
-            if self.local >= there:
-                raise UserError(f"this machine has {there} GPUs: start no more processes on it")
-            return f"cuda:{self.local}"
+            if (self.local + 1) * gpus > there:
+                each = f", and each process takes {gpus}" if gpus > 1 else ""
+                told = f"this machine has {there} GPUs{each}: start no more processes on it"
+                raise UserError(told)
+            return f"cuda:{self.local * gpus}"
         if named is not None and named.startswith("cuda"):
             raise SettingError("device", named, "each process takes a GPU of its own: leave it out")
         return named

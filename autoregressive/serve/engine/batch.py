@@ -13,6 +13,7 @@ from math import prod
 from operator import itemgetter
 from typing import Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -48,6 +49,16 @@ class BatchShape:
         many images again may be on their way to the host.
         """
         return cls(max_rows, tokens, page_size, -(-tokens // page_size), 2 * max_rows)
+
+
+@dataclass(frozen=True)
+class BatchUpdate:
+    """A change of a batch by the host, for the batches of other ranks."""
+
+    start: int  # byte, in the buffer that the host fills
+    # slots of images that begin; None: the rows are as before
+    starting: tuple[int, ...] | None
+    content: bytes
 
 
 class Batch:
@@ -92,6 +103,8 @@ class Batch:
 
     def __init__(self, shape: BatchShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
+        # called with what other ranks' batches must `follow`
+        self.on_update: Callable[[BatchUpdate], None] | None = None
         rows = images = (shape.max_rows,)
         layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "labels": (rows, torch.int32),
@@ -159,13 +172,9 @@ class Batch:
         for table, row in zip(host["page_table"], rows, strict=False):
             # what lies behind is of an earlier row, and not read
             table[: len(row.pages)] = row.pages
-        self._upload(0, self._page_table_start + host["page_table"][: len(rows)].nbytes)
-        starting = [image.slot for image in images if image.position == 0]
-        if starting:
-            index = self._slot_index(starting)
-            self.codes.index_fill_(0, index, 0)
-            self.slot_state.index_fill_(1, index, 0)
-        torch.index_select(self.lengths, 0, self.row_slots, out=self.positions)
+        starting = tuple(image.slot for image in images if image.position == 0)
+        end = self._page_table_start + host["page_table"][: len(rows)].nbytes
+        self._carry_out(0, end, starting)
 
     def upload_limits(self, rows: Sequence[RowState], images: Sequence[ImageState]) -> None:
         """Uploads the limits of rows that are loaded, when nothing else has changed.
@@ -175,7 +184,31 @@ class Batch:
         """
         limits = self._host["limits"]
         limits[: len(rows)] = _limits(rows, images)
-        self._upload(self._limits_start, self._limits_start + limits.nbytes)
+        self._carry_out(self._limits_start, self._limits_start + limits.nbytes, None)
+
+    def follow(self, update: "BatchUpdate") -> None:
+        """Does what another rank's batch of this shape has done."""
+        start, end = update.start, update.start + len(update.content)
+        mirror = self._mirror.view(torch.uint8).numpy()
+        mirror[start:end] = np.frombuffer(update.content, dtype=np.uint8)
+        self._carry_out(start, end, update.starting)
+
+    def _carry_out(self, start: int, end: int, starting: tuple[int, ...] | None) -> None:
+        """Uploads bytes of the mirror, begins images, and tells the other ranks.
+
+        Args:
+            starting: slots of images that begin; None: the rows are as before.
+        """
+        self._upload(start, end)
+        if starting:
+            index = self._slot_index(starting)
+            self.codes.index_fill_(0, index, 0)
+            self.slot_state.index_fill_(1, index, 0)
+        if starting is not None:
+            torch.index_select(self.lengths, 0, self.row_slots, out=self.positions)
+        if self.on_update is not None:
+            content = self._mirror.view(torch.uint8)[start:end].numpy().tobytes()
+            self.on_update(BatchUpdate(start, starting, content))
 
     def fetch(self, slots: Sequence[int]) -> DeviceFuture[tuple[Tensor, ...]]:
         """Begins to copy codes and slot state of images to the host, behind the spans enqueued so
@@ -201,6 +234,12 @@ class Batch:
 
 class Runner(Protocol):
     """What runs the model's steps over a batch."""
+
+    num_pages: int  # that it has; of several ranks, the one with the fewest counts
+
+    @property
+    def alive(self) -> bool:
+        """Whether all other processes that it needs respond."""
 
     def prepare(self, batch: Batch, progress: Callable[[int, int], None] | None = None) -> None:
         """Compiles and captures all that `run` needs, with the batch still empty. Calls `progress`

@@ -1,4 +1,4 @@
-"""The engine: class labels in, codes or pixels out, any number of requests at a time on one device.
+"""The engine: class labels in, codes or pixels out, any number of requests at a time.
 
 One thread owns an engine and calls `step`, `generate` and `audit`; `submit` and `cancel` may be
 called by any. In ten lines:
@@ -86,6 +86,9 @@ class Engine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         model = gpt.config
+        if config.tensor_parallel_size != model.ranks:
+            told = f"the model is one of {model.ranks}; `Pipeline` splits it and starts the ranks"
+            raise SettingError("tensor_parallel_size", config.tensor_parallel_size, told)
         self.config, self.num_classes = config, model.num_classes
         self.device = gpt.tok_embeddings.weight.device
         self.shape = shape = BatchShape.of(config.max_num_seqs, model.block_size, config.page_size)
@@ -107,18 +110,17 @@ class Engine:
                 )
             graphs_of_pixels = 0 if self.decoder is None else self.decoder.graphs
             self.batch = Batch(shape, self.device)
-            num_pages = pool_pages(gpt, shape, config)
+            self.runner = make_runner(gpt, shape, pool_pages(gpt, shape, config), config)
             limits = Limits(
                 tokens=shape.tokens,
                 page_size=shape.page_size,
                 max_rows=shape.max_rows,
-                num_pages=num_pages,
+                num_pages=self.runner.num_pages,
                 num_slots=shape.num_slots,
                 num_classes=model.num_classes,
                 to_get_more_pages=tuple(ways_to_more_pages(config, self.device)),
             )
             self.scheduler = Scheduler(limits, config.scheduling_policy)
-            self.runner = make_runner(gpt, shape, num_pages, config)
             self.runner.prepare(
                 self.batch,
                 lambda done, total: tell(graphs_of_pixels + done, graphs_of_pixels + total),

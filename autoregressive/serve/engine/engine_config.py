@@ -17,7 +17,13 @@ SCHEDULING_POLICIES: tuple[SchedulingPolicy, ...] = get_args(SchedulingPolicy)
 LookaheadSetting = Literal["auto", "off"] | int
 MOST_LOOKAHEAD = 64
 # Rows are an axis of the kernels' grids; page numbers are int32.
-_MOST = {"max_num_seqs": 65535, "page_size": 2**20, "num_pages": 2**31 - 1}
+_MOST = {
+    "max_num_seqs": 65535,
+    "page_size": 2**20,
+    "num_pages": 2**31 - 1,
+    "tensor_parallel_size": 1024,
+    "engines_on_cpu": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,18 @@ class EngineConfig:
     quantization: str | None = None
     # of the pages: "fp8" and "int8" take half of the memory of 16 bits, "auto" is the weights' own
     kv_cache_dtype: str = "auto"
+    # processes, one a device, that share the model; a divisor of its heads and feed-forward width
+    tensor_parallel_size: int = 1
+    # engines that share a CPU's threads and memory, this one among them; the service sets it
+    engines_on_cpu: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (
             ("max_num_seqs", self.max_num_seqs),
             ("page_size", self.page_size),
             ("num_pages", self.num_pages),
+            ("tensor_parallel_size", self.tensor_parallel_size),
+            ("engines_on_cpu", self.engines_on_cpu),
         ):
             if value is not None and not (
                 isinstance(value, Integral) and 1 <= value <= _MOST[name]
@@ -70,6 +82,9 @@ class EngineConfig:
             chosen = getattr(self, name)
             if chosen not in choices:
                 raise SettingError(name, chosen, f"must be one of {', '.join(map(str, choices))}")
+        if self.quantization is not None and self.tensor_parallel_size > 1:
+            told = "quantised weights are not split among processes; leave one of both out"
+            raise SettingError("quantization", self.quantization, told)
         window = self.lookahead
         if window not in ("auto", "off") and not (
             isinstance(window, Integral)

@@ -70,4 +70,4 @@ def page_bytes(gpt: Transformer, page_size: int, dtype: torch.dtype) -> int:
 def _shape(gpt: Transformer, num_pages: int, page_size: int, dtype: torch.dtype) -> tuple[int, ...]:
     model = gpt.config
     stride = head_stride(model.head_size, dtype.itemsize)
-    return model.n_layer, 2, num_pages, model.n_head, page_size, stride
+    return model.n_layer, 2, num_pages, model.heads_of_rank, page_size, stride

@@ -20,6 +20,7 @@ from typing_extensions import override
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
+from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.kv_pages import KVPages, LayerPages
 from autoregressive.weights.quantized import join_halves, weights_of
 from kernels.operations import MANY_ROWS, FusedProducts, Operations
@@ -33,11 +34,14 @@ Empty = Callable[[str, Dims, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's parameters as the operations take them. They share the model's memory."""
+    """One layer's parameters as the operations take them. They share the model's memory.
+
+    Of several ranks each has a part of the heads and of the feed-forward layer.
+    """
 
     attention_norm: Tensor  # [width]
-    qkv: Weights  # [3 * width, width]
-    output: Weights  # [width, width]
+    qkv: Weights  # [3 * width of the heads, width]
+    output: Weights  # [width, width of the heads]
     ffn_norm: Tensor  # [width]
     gate_up: Weights  # [2 * ffn width, width]: w1 above w3
     down: Weights  # [width, ffn width]
@@ -68,7 +72,7 @@ class ModelWeights:
     class_embedding: Tensor  # [classes + 1, width]
     layers: list[LayerWeights]
     final_norm: Tensor  # [width]
-    head: Tensor  # [vocabulary, width]
+    head: Tensor  # [vocabulary, width]; of several ranks each has a part
     rotary: Tensor  # float32 [tokens + 1, head_size / 2, 2]
 
     @classmethod
@@ -106,9 +110,11 @@ class Layers(ABC):
             `draw_tokens` is kernels/sampling.py's. On Hopper `attention` and `fused` are those of
             kernels/hopper/.
         empty: gives the scratch memory; a constructor asks for all that its steps need.
+        exchange: with the other ranks, if several share the model; None, too, where only memory is
+            counted.
     """
 
-    qkv: Tensor  # [splits, rows, 3 * width]
+    qkv: Tensor  # [splits, rows, 3 * width of the heads]
     # Where the products norm their inputs: [blocks, rows], sums of the residual stream's squares.
     squares: Tensor | None = None
     headroom = 1.0  # scales what the products norm themselves, so that fp16 holds it
@@ -121,23 +127,25 @@ class Layers(ABC):
         sequences: int,
         window: int,
         empty: Empty,
+        exchange: Exchange | None = None,
     ) -> None:
         self.config, self.dtype, self.operations = config, dtype, operations
         self.sequences, self.rows = sequences, (rows := sequences * window)
-        width, heads = config.dim, config.n_head
+        self.exchange = exchange
+        width, heads = config.dim, config.heads_of_rank
         chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
         self.normed = empty("normed", (rows, width), dtype)
         self.chunk_out = empty("chunk_out", (rows, heads, chunks, config.head_size), torch.float32)
         self.chunk_stats = empty("chunk_stats", (rows, heads, chunks, 2), torch.float32)
-        self.attn_out = empty("attn_out", (rows, width), dtype)
-        self.hidden = empty("hidden", (rows, config.ffn_dim), dtype)
+        self.attn_out = empty("attn_out", (rows, config.width_of_rank), dtype)
+        self.hidden = empty("hidden", (rows, config.ffn_of_rank), dtype)
         self.logits = empty("logits", (rows, config.vocab_size), torch.float32)
         self.verdicts = empty("verdicts", (rows,), torch.int32)
-        self._allocate(empty, width, config.ffn_dim)
+        self._allocate(empty)
 
     @abstractmethod
-    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+    def _allocate(self, empty: Empty) -> None:
         """Asks for the scratch memory that only this way needs."""
 
     def run(self, weights: ModelWeights, kv_pages: KVPages, batch: Batch) -> Tensor:
@@ -229,9 +237,10 @@ class PlainLayers(Layers):
     sums, which the kernels of the norms add up.
     """
 
-    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        self.qkv = self._partials(empty, "qkv", 3 * width, width)
-        self.projected = self._partials(empty, "projected", width, width)
+    def _allocate(self, empty: Empty) -> None:
+        width, heads, ffn = self.config.dim, self.config.width_of_rank, self.config.ffn_of_rank
+        self.qkv = self._partials(empty, "qkv", 3 * heads, width)
+        self.projected = self._partials(empty, "projected", width, heads)
         self.down = self._partials(empty, "down", width, ffn)
 
     def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
@@ -248,22 +257,30 @@ class PlainLayers(Layers):
         rotary: Tensor,
         batch: Batch,
     ) -> None:
-        add_norm, eps = self.operations.add_norm, self.config.norm_eps
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
         self.product(self.attn_out, layer.output, self.projected)
-        add_norm(self.residual, self.projected, layer.ffn_norm, self.normed, eps=eps)
+        self.add(self.projected, layer.ffn_norm)
         self.gated_product(layer.gate_up)
         self.product(self.hidden, layer.down, self.down)
-        add_norm(self.residual, self.down, next_norm, self.normed, eps=eps)
+        self.add(self.down, next_norm)
+
+    def add(self, partials: Tensor, next_norm: Tensor) -> None:
+        """Adds partial sums [terms, rows, width] to the residual stream, and norms it."""
+        eps = self.config.norm_eps
+        self.operations.add_norm(self.residual, partials, next_norm, self.normed, eps=eps)
 
     @override
     def head(self, head: Tensor) -> None:
-        self.operations.whole_linear(self.normed, head, self.logits)
+        self.whole_product(head, self.logits)
 
     def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes x W^T as partial sums [splits, rows, outputs]."""
         self.operations.linear(x, weight, out)
+
+    def whole_product(self, weight: Tensor, out: Tensor) -> None:
+        """Writes `normed` W^T as float32 [rows, outputs]."""
+        self.operations.whole_linear(self.normed, weight, out)
 
     def gated_product(self, gate_up: Weights) -> None:
         """Writes `hidden` from `normed`."""
@@ -273,27 +290,71 @@ class PlainLayers(Layers):
 class LibraryLayers(PlainLayers):
     """Uses the products of cuBLAS, which are faster for many rows than those of `PlainLayers`."""
 
-    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
-        super()._allocate(empty, width, ffn)
-        self.gate_up = empty("gate_up", (self.rows, 2 * ffn), self.dtype)
+    def _allocate(self, empty: Empty) -> None:
+        super()._allocate(empty)
+        self.gate_up = empty("gate_up", (self.rows, 2 * self.config.ffn_of_rank), self.dtype)
 
     def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
         return empty(name, (1, self.rows, outputs), self.dtype)
-
-    @override
-    def head(self, head: Tensor) -> None:
-        torch.mm(self.normed, head.t(), out_dtype=torch.float32, out=self.logits)
 
     def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes x W^T [1, rows, outputs]."""
         assert isinstance(weight, Tensor)
         torch.mm(x, weight.t(), out=out[0])
 
+    def whole_product(self, weight: Tensor, out: Tensor) -> None:
+        """Writes `normed` W^T as float32 [rows, outputs]."""
+        torch.mm(self.normed, weight.t(), out_dtype=torch.float32, out=out)
+
     def gated_product(self, gate_up: Weights) -> None:
         """Writes `hidden` from `normed`."""
         assert isinstance(gate_up, Tensor)
         torch.mm(self.normed, gate_up.t(), out=self.gate_up)
         self.operations.gate(self.gate_up, self.hidden)
+
+
+class SplitLayers(PlainLayers):
+    """Carries out one rank's part of a model that several ranks share.
+
+    Before the residual stream is added to, and behind the head, the ranks exchange what they have.
+    From there on all of them hold the same bits.
+    """
+
+    def _allocate(self, empty: Empty) -> None:
+        super()._allocate(empty)
+        config, rows = self.config, self.rows
+        splits = max(len(self.projected), len(self.down))
+        self.terms = empty("terms", (splits, config.ranks, rows, config.dim), torch.float32)
+        part = rows, config.vocabulary_of_rank
+        self.own_logits = empty("own_logits", part, torch.float32)
+        self.parts = empty("parts", (config.ranks, *part), torch.float32)
+
+    @override
+    def add(self, partials: Tensor, next_norm: Tensor) -> None:
+        assert self.exchange is not None
+        memory = self.terms[: len(partials)].view(self.config.ranks, *partials.shape)
+        terms = self.exchange.collect(partials, memory)
+        super().add(terms.flatten(0, 1), next_norm)
+
+    @override
+    def head(self, head: Tensor) -> None:
+        assert self.exchange is not None
+        self.whole_product(head, self.own_logits)
+        self.exchange.gather(self.own_logits, self.parts)
+        by_rank = self.logits.unflatten(1, (self.config.ranks, -1))
+        by_rank.copy_(self.parts.transpose(0, 1))
+
+
+class SplitLibraryLayers(SplitLayers, LibraryLayers):
+    """The same with the products of cuBLAS. The terms of sums over ranks are float32."""
+
+    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+        return empty(name, (1, self.rows, outputs), torch.float32)
+
+    @override
+    def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
+        assert isinstance(weight, Tensor)
+        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out[0])
 
 
 class FusedLayers(Layers):
@@ -309,10 +370,11 @@ class FusedLayers(Layers):
         """The products of this way."""
         return operations.fused
 
-    def _allocate(self, empty: Empty, width: int, ffn: int) -> None:
+    def _allocate(self, empty: Empty) -> None:
         products = self.products_of(self.operations)
         assert products is not None
         self.products = products
+        width = self.config.dim
         self.headroom = products.headroom
         splits = products.linear_splits(3 * width, width, self.rows)
         self.qkv = empty("qkv", (splits, self.rows, 3 * width), torch.float32)
@@ -399,6 +461,7 @@ class LayersFactory:
         library: products of many rows may be a library's.
         quantized: whether the weights of the layers' products are.
         pairable: whether all of these can be paired.
+        exchange: as of `Layers`.
     """
 
     config: GPTConfig
@@ -407,26 +470,32 @@ class LayersFactory:
     library: bool
     quantized: bool = False
     pairable: bool = False
+    exchange: Exchange | None = None
 
     @property
     def pairs(self) -> bool:
         """Whether the layers take paired weights, for any number of rows."""
-        return self.pairable and self.operations.quantized is not None
+        alone = self.config.ranks == 1
+        return self.pairable and alone and self.operations.quantized is not None
 
     def kind(self, rows: int) -> type[Layers]:
         """The class that carries out a step of so many rows. This is the one place where it is
         decided.
         """
+        by_library = self.library and rows > MANY_ROWS and not self.quantized
+        if self.config.ranks > 1:
+            return SplitLibraryLayers if by_library else SplitLayers
         if self.quantized:
             return QuantizedLayers if self.pairs else PlainLayers
         if self.operations.fused is not None:
             return FusedLayers
-        return LibraryLayers if self.library and rows > MANY_ROWS else PlainLayers
+        return LibraryLayers if by_library else PlainLayers
 
     def make(self, sequences: int, window: int, empty: Empty) -> Layers:
         """The layers for passes of one size, in memory that `empty` gives."""
         kind = self.kind(sequences * window)
-        return kind(self.config, self.dtype, self.operations, sequences, window, empty)
+        settings = self.config, self.dtype, self.operations
+        return kind(*settings, sequences, window, empty, self.exchange)
 
     def plan(self, sizes: list[tuple[int, int]]) -> ScratchPlan:
         """The memory that the layers for all of these sequences and windows share."""

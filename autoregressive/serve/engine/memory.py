@@ -50,7 +50,8 @@ def pool_pages(gpt: Transformer, shape: BatchShape, config: EngineConfig) -> int
                 ways = [*_smaller_pages(config), "use a smaller model"]
             raise SettingError("num_pages", config.num_pages, f"{page}, and {there}", ways)
         return config.num_pages
-    share, reserve_bytes = _CPU_SHARE, 0
+    # ranks and engines share a host's memory
+    share, reserve_bytes = _CPU_SHARE / (gpt.config.ranks * config.engines_on_cpu), 0
     if device.type == "cuda":
         share = config.gpu_memory_utilization
         reserve_bytes = _RESERVE_BYTES + steps.scratch + steps.gathered

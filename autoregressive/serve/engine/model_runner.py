@@ -18,6 +18,7 @@ from autoregressive.errors import Change, SettingError, tell
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.kv_pages import KVPages, page_dtype
 from autoregressive.serve.engine.layers import Layers, LayersFactory, ModelWeights
 from autoregressive.serve.engine.lookahead import Lookahead
@@ -46,18 +47,25 @@ class ModelRunner:
             order, of which they tell.
         shape: the batches' sizes.
         num_pages: pages of `shape.page_size` tokens; one page number holds all layers.
+        exchange: with the other ranks, if `gpt` is one rank's part of a model.
 
     Raises:
         SettingError: the backend does not run on the model's device.
     """
 
     def __init__(
-        self, gpt: Transformer, shape: BatchShape, num_pages: int, config: EngineConfig
+        self,
+        gpt: Transformer,
+        shape: BatchShape,
+        num_pages: int,
+        config: EngineConfig,
+        exchange: Exchange | None = None,
     ) -> None:
         weight = gpt.output.weight
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
+        self.num_pages = num_pages
         self.operations = self.make_operations(gpt)
-        self._factory = layers_factory(gpt, self.operations, config)
+        self._factory = layers_factory(gpt, self.operations, config, exchange)
         if self._factory.pairs:
             pair_products(gpt)
         self.weights = ModelWeights.of(gpt)
@@ -68,6 +76,11 @@ class ModelRunner:
         # by sequences and window
         self._layers: dict[tuple[int, int], Layers] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether all other processes that it needs respond: it needs none."""
+        return True
 
     @torch.no_grad()
     @ieee_float32()
@@ -192,13 +205,24 @@ def quantize_as_configured(gpt: Transformer, config: EngineConfig) -> None:
         raise SettingError("quantization", asked, f"the weights are {there} already; leave it out")
 
 
-def layers_factory(gpt: Transformer, operations: Operations, config: EngineConfig) -> LayersFactory:
+def layers_factory(
+    gpt: Transformer,
+    operations: Operations,
+    config: EngineConfig,
+    exchange: Exchange | None = None,
+) -> LayersFactory:
     """The factory of the layers that steps use."""
     weight = gpt.output.weight
     library = weight.device.type == "cuda" and not config.deterministic
     quantized = quantization_of(gpt) is not None
     return LayersFactory(
-        gpt.config, weight.dtype, operations, library, quantized, pairable=can_be_paired(gpt)
+        gpt.config,
+        weight.dtype,
+        operations,
+        library,
+        quantized,
+        pairable=can_be_paired(gpt),
+        exchange=exchange,
     )
 
 
@@ -254,7 +278,7 @@ def model_operations(
     return select_operations(
         weight.device,
         weight.dtype,
-        model.n_head,
+        model.heads_of_rank,
         model.head_size,
         config.attention_backend,
         tell=tell,

@@ -148,7 +148,9 @@ SERVICE_FLAGS = {
         int,
         16,
     ),
-    "data_parallel_size": ServerFlag("N", "engines, one a GPU", 1, int, 1),
+    "data_parallel_size": ServerFlag(
+        "N", "engines, each on --tensor-parallel-size GPUs", 1, int, 1
+    ),
     "api_server_count": ServerFlag(
         "N", "processes that answer HTTP (default: --data-parallel-size)", None, int, 1, 64
     ),

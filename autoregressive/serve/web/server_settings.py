@@ -35,7 +35,7 @@ from autoregressive.serve.web.server_flags import ENVIRONMENT, SERVICE_FLAGS, TI
 from autoregressive.serve.web.store import largest_picture_bytes
 from autoregressive.serve.web.timeouts import Timeouts
 from autoregressive.serve.web.tolerance import Tolerance
-from autoregressive.weights.finding import ModelSettings, resolve_model
+from autoregressive.weights.finding import ModelSettings, check_ranks, resolve_model
 
 _LEAST_KEY = 16  # characters of a key, where others can reach the service
 _MAKES_A_KEY = 'this makes one: python -c "import secrets; print(secrets.token_hex(16))"'
@@ -107,8 +107,13 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     check_host_name(host)
     check_socket_path(said["uds"])
     check_proxies(said["forwarded_allow_ips"])
+    engine = replace(
+        engine_config(arguments, EngineConfig.max_num_seqs),
+        scheduling_policy=said["scheduling_policy"],
+    )
     if engines > 1:
         _check_gpus(model, engines)
+    check_ranks(model, engine.tensor_parallel_size, engines)
     check_public_url(said["public_url"])
     check_traces_endpoint(said["otlp_traces_endpoint"])
     if folder is not None:
@@ -124,10 +129,7 @@ def resolve_server_settings(arguments: argparse.Namespace) -> ServerSettings:
     stored_bytes = _stored_bytes(arguments, model, said["store_images"], fronts)
     return ServerSettings(
         model=model,
-        engine=replace(
-            engine_config(arguments, EngineConfig.max_num_seqs),
-            scheduling_policy=said["scheduling_policy"],
-        ),
+        engine=engine,
         engines=engines,
         fronts=fronts,
         names=_checked_names(said["served_model_name"] or [model.gpt_model]),
@@ -231,12 +233,8 @@ def _resolve_keys(given: str | None, host: str) -> tuple[str, ...]:
 
 def _check_gpus(model: ModelSettings, engines: int) -> None:
     device, count, setting = model.device, torch.cuda.device_count(), "data_parallel_size"
-    require(
-        device.type == "cuda",
-        setting,
-        engines,
-        f"takes {engines} GPUs, and this is a CPU; leave it out",
-    )
+    if device.type == "cpu":
+        return
     require(
         device.index in (None, 0),
         setting,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, cast
 
-from autoregressive.serve.worker.messages import KINDS
+from autoregressive.serve.worker.messages import KINDS, Heartbeat
 from autoregressive.serve.worker.process import receive_bytes
 
 _HEAD = struct.Struct("<II")  # bytes of the JSON part, and of what is behind it
@@ -30,6 +30,7 @@ _ENOUGH_BYTES = 2**20  # of pictures or codes in a frame: nothing is added behin
 _FAR_BEHIND = 64  # with more waiting messages, only the newest of those that supersede each other
 # A process that has not been heard of for so long is not well; within 2 s all others know.
 SILENT_SECONDS = 1.5
+_HEARTBEAT_SECONDS = 0.25
 TICK_SECONDS = 0.1  # between two looks at an `AwakeClock`
 _FRAMES_A_TURN = 8  # of the event loop, at most
 _NOTHING = memoryview(b"")
@@ -194,6 +195,20 @@ class Outbox:
                 self._connection.sendall(encode(batch))
             except OSError:  # the reader has gone, so the rest need not be sent either
                 return
+
+
+def start_heartbeats(outbox: Outbox, alive: Callable[[], bool] = lambda: True) -> None:
+    """Begins to send heartbeats, from a thread of its own: even while a step takes long, or hangs.
+
+    Args:
+        alive: whether all that this process needs lives; while it does not, nothing is sent.
+    """
+
+    def send() -> None:
+        while not alive() or outbox.put_if_silent(Heartbeat()):
+            time.sleep(_HEARTBEAT_SECONDS)
+
+    threading.Thread(target=send, name="heartbeat", daemon=True).start()
 
 
 def _bytes_of(message: Any) -> int:

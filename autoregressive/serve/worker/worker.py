@@ -10,7 +10,6 @@ be trusted.
 import gc
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,7 +34,6 @@ from autoregressive.serve.worker.messages import (
     Command,
     Ended,
     EngineRequest,
-    Heartbeat,
     Image,
     LoopStats,
     Preparing,
@@ -48,7 +46,8 @@ from autoregressive.serve.worker.messages import (
 )
 from autoregressive.serve.worker.previews import Previewer
 from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
-from autoregressive.serve.worker.transport import Outbox, receive
+from autoregressive.serve.worker.rank_processes import end_process, start_ranks
+from autoregressive.serve.worker.transport import Outbox, receive, start_heartbeats
 from autoregressive.weights.finding import FoundWeights, ModelSettings
 from autoregressive.weights.loading import load_models
 
@@ -58,7 +57,6 @@ MakeEngine = Callable[[Callable[[int, int], None]], Engine]
 StartProcess = Callable[[MakeEngine, str], tuple[ChildProcess, socket.socket]]  # as `start_process`
 
 STATS_SECONDS = 0.25  # between two `LoopStats`, while no step takes longer
-_HEARTBEAT_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 5.0  # for the last messages to be written
 _WATCHED_SECONDS = 0.1  # between two `Progress` of a request
 _DECODINGS_AT_ONCE = 2  # lots on a GPU; more wait, so that those on their way take bounded memory
@@ -85,10 +83,13 @@ def build_engine(
     """
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)
-    with saying_what_needs_less_memory(model, config):
-        models = load_models(model, found, config.quantization)
-        limit_cpu_threads(models.gpt.config, model.device)
-        engine = Engine(models.gpt, models.vq, config, on_progress=on_progress)
+    with (
+        saying_what_needs_less_memory(model, config),
+        start_ranks(model, found.gpt, config, end_process) as ranks,
+    ):
+        models = load_models(model, found, config.quantization, ranks.rank)
+        limit_cpu_threads(models.gpt.config, model.device, config.engines_on_cpu)
+        engine = Engine(models.gpt, models.vq, ranks.config, ranks.make_runner, on_progress)
         engine.scheduler.check_fits(typical)
     settle_heap()
     return engine
@@ -107,7 +108,8 @@ def serve(make_engine: MakeEngine, connection: socket.socket) -> None:
         Exception: as `Worker.run`, or of building the engine.
     """
     outbox = Outbox(connection, "events")
-    threading.Thread(target=_send_heartbeats, args=(outbox,), name="heartbeat", daemon=True).start()
+    engine: Engine | None = None
+    start_heartbeats(outbox, lambda: engine is None or engine.runner.alive)
     try:
         engine = make_engine(lambda done, total: outbox.put(Preparing(done, total)))
         limits = engine.scheduler.limits
@@ -118,12 +120,6 @@ def serve(make_engine: MakeEngine, connection: socket.socket) -> None:
         sys.exit(2)
     finally:
         outbox.close(_LAST_WORDS_SECONDS)
-
-
-def _send_heartbeats(outbox: Outbox) -> None:
-    """Sends heartbeats even while a step takes long, or hangs."""
-    while outbox.put_if_silent(Heartbeat()):
-        time.sleep(_HEARTBEAT_SECONDS)
 
 
 @dataclass(eq=False)
@@ -377,7 +373,7 @@ class Worker:
         for parent in self._parents.values():
             if parent.told_at is None or now - parent.told_at >= _WATCHED_SECONDS:
                 self._tell_progress(parent, now)
-        if now - self._stats_at >= STATS_SECONDS:
+        if now - self._stats_at >= STATS_SECONDS and self._engine.runner.alive:
             self._stats_at = now
             self._outbox.put(LoopStats(self._engine.scheduler.pool.used_pages))
 

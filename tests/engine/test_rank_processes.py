@@ -1,0 +1,234 @@
+"""Ranks as processes that share a model, on a CPU: what they draw, and how they start and end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoregressive.errors import SettingError, UserError
+from autoregressive.models.sampling_params import SamplingParams
+from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.pipeline import Pipeline
+from autoregressive.serve.worker import rank_processes
+from autoregressive.serve.worker.messages import StartFailed
+from autoregressive.serve.worker.process import connect
+from autoregressive.serve.worker.rank_processes import (
+    LeadingRank,
+    Prepare,
+    RankLoaded,
+    RankLostError,
+    RankRecipe,
+)
+from autoregressive.serve.worker.transport import encode, receive
+from autoregressive.weights.finding import FoundWeights, ModelSettings, check_ranks, resolve_model
+from autoregressive.weights.options import ModelOptions
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TWO = EngineConfig(max_num_seqs=8, lookahead="off", tensor_parallel_size=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other make small steps 30 times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
+def demo_settings(image_size: int | None = None) -> ModelSettings:
+    model = resolve_model(ModelOptions(gpt_model="GPT-demo", device="cpu"))
+    return model if image_size is None else replace(model, image_size=image_size)
+
+
+def small_pipeline(config: EngineConfig = TWO) -> Pipeline:
+    """The demo model with random weights and images of 16 tokens."""
+    return Pipeline(demo_settings(4 * 8), FoundWeights(None, None), config)
+
+
+def other_ranks() -> list[int]:
+    """The process ids of the other ranks."""
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
+    children = [word for task in tasks for word in (task / "children").read_text().split()]
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, command in commands.items() if b"\0rank-" in command]
+
+
+def test_two_ranks_draw_the_demo_models_greedy_codes() -> None:
+    """Fails if a model that two processes share draws another image than one process."""
+    labels = [7, 2, 9]
+    params = [SamplingParams(cfg_scale=4.0, temperature=0.0)] * 2
+    params.append(SamplingParams(cfg_scale=2.0, cfg_interval=40, seed=5))
+    drawn: list[Tensor] = []
+    for config in (replace(TWO, tensor_parallel_size=1), TWO):
+        pipe = Pipeline.from_pretrained("GPT-demo", device="cpu", engine=config)
+        drawn.append(pipe.draw(labels, params))
+        pipe.close()
+    assert all(len(codes.unique()) > 100 for codes in drawn[0])
+    assert torch.equal(*drawn)
+
+
+def test_ranks_outlive_the_thread_that_built_them_and_end_with_the_pipeline() -> None:
+    """Fails if ranks end with a thread that has ended, or are left when nobody can use them."""
+    built: list[Pipeline] = []
+    thread = threading.Thread(target=lambda: built.append(small_pipeline()))
+    thread.start()
+    thread.join()
+    pipe = built.pop()
+    assert len(other_ranks()) == 1
+    assert pipe.draw([1, 2], SamplingParams(seed=3)).shape == (2, 16)
+    assert len(other_ranks()) == 1
+    pipe.close()
+    assert other_ranks() == []
+    with pytest.raises(RankLostError, match="the other ranks have been ended"):
+        pipe.draw([1], SamplingParams(seed=3))
+
+
+def test_a_dead_rank_is_an_error_and_not_a_hang() -> None:
+    """Fails if a call waits for a rank that has died, or its error does not say so."""
+    pipe = small_pipeline()
+    (rank,) = other_ranks()
+    killer = threading.Timer(0.3, lambda: os.kill(rank, signal.SIGKILL))
+    killer.start()
+    begun = time.monotonic()
+    many = SamplingParams(seed=3, n=4)
+    with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
+        pipe.draw([1] * 400, many)
+    assert time.monotonic() - begun < 30
+    with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
+        pipe.draw([1], SamplingParams(seed=3))
+    assert other_ranks() == []
+
+
+def test_the_command_draws_with_ranks_and_leaves_nothing(tmp_path: Path) -> None:
+    """Fails if the command does not know the flag, or its end leaves a process or a complaint."""
+    command = [sys.executable, str(ROOT / "autoregressive/serve/sample_c2i.py"), "--device", "cpu"]
+    command += ["--gpt-model", "GPT-demo", "--class-labels", "fox", "--tensor-parallel-size", "2"]
+    command += ["--lookahead", "off"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "image is saved to" in done.stdout
+    assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_a_number_that_does_not_divide_the_model_is_refused_with_those_that_do() -> None:
+    """Fails if the message leaves the user to find a number that fits."""
+    told = r"tensor_parallel_size 3: must divide the 4 heads, .* of GPT-demo: use 1, 2 or 4"
+    with pytest.raises(SettingError, match=told):
+        small_pipeline(replace(TWO, tensor_parallel_size=3))
+    with pytest.raises(SettingError, match="tensor_parallel_size 0: must be a whole number"):
+        EngineConfig(tensor_parallel_size=0)
+
+
+def test_too_few_gpus_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if ranks are started for GPUs that are not there."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    model = replace(demo_settings(), device=torch.device("cuda", 1))
+    check_ranks(model, 2)
+    with pytest.raises(SettingError, match="takes 4 GPUs, and there are 3 from cuda:1 on"):
+        check_ranks(model, 4)
+    first = replace(model, device=torch.device("cuda", 0))
+    check_ranks(first, 2, engines=2)
+    with pytest.raises(SettingError, match="takes 6 GPUs, 2 for each of 3 engines, and there"):
+        check_ranks(first, 2, engines=3)
+
+
+class FakeProcess:
+    """Of a rank whose part the test plays."""
+
+    def kill(self) -> None:
+        """Nothing runs."""
+
+    def wait(self) -> None:
+        """Nothing runs."""
+
+
+@contextmanager
+def played_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LeadingRank, socket.socket]]:
+    """Rank 0 of two, and the other rank's end of its connection."""
+    ours, theirs = connect()
+    monkeypatch.setattr(rank_processes, "start_child", lambda run, name: (FakeProcess(), ours))
+    cpu = torch.device("cpu")
+    recipe = RankRecipe(demo_settings(), None, TWO, (cpu, cpu), "host")
+    leading = LeadingRank(recipe, lambda why: None)
+    yield leading, theirs
+    leading.stop()
+    theirs.close()
+
+
+@pytest.mark.parametrize(("own", "others"), [(9, 5), (5, 9)])
+def test_the_rank_with_the_least_memory_says_how_many_pages_there_are(
+    monkeypatch: pytest.MonkeyPatch, own: int, others: int
+) -> None:
+    """Fails if admission counts pages that one of the ranks does not have."""
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.sendall(encode([RankLoaded(others)]))
+        assert leading.agree(own) == 5
+        assert receive(theirs, {"Prepare": Prepare}) == [Prepare(5)]
+
+
+def test_what_a_rank_cannot_do_is_told_as_if_rank_0_could_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if a damaged file or a lack of memory on one rank is a crash."""
+    error = SettingError("num_pages", 7, "a page takes too much", ["lower it"])
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.sendall(encode([StartFailed(error.parts, error.remedies)]))
+        theirs.close()
+        with pytest.raises(UserError, match="num_pages 7: a page takes too much: lower it"):
+            leading.agree(9)
+
+
+def test_a_failure_after_the_start_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rank 0 waits for a rank whose memory has run out while it prepared."""
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.sendall(encode([RankLoaded(5)]))
+        assert leading.agree(5) == 5
+        error = UserError("cuda:1 has too little free memory")
+        theirs.sendall(encode([StartFailed(error.parts, error.remedies)]))
+        deadline = time.monotonic() + 10
+        while leading.lost is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(RankLostError, match="cuda:1 has too little free memory"):
+            leading.send([Prepare(1)])
+
+
+def test_a_rank_that_dies_while_it_loads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rank 0 waits for it for ever."""
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.close()
+        with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
+            leading.agree(9)
+
+
+def test_a_silent_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a rank that hangs counts as alive."""
+    with played_rank(monkeypatch) as (leading, theirs):
+        theirs.sendall(encode([RankLoaded(1)]))
+        leading.agree(1)
+        assert leading.alive
+        deadline = time.monotonic() + 10
+        while leading.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert leading.lost is None
+        theirs.sendall(encode([RankLoaded(1)]))
+        while not leading.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert leading.lost is None
