@@ -74,6 +74,25 @@ def test_ranks_draw_one_ranks_codes_whatever_runs_beside(
         assert torch.equal(one, several)
 
 
+@pytest.mark.parametrize("pages", ["fp8", "int8"])
+def test_ranks_have_scaled_pages(pages: str) -> None:
+    """Fails if a rank's scales are those of other heads."""
+    model, config = model_of_four_heads(64), EngineConfig(max_num_seqs=4, kv_cache_dtype=pages)
+    params = SamplingParams(cfg_scale=2.0, top_k=20, seed=5)
+    codes = [
+        Engine(model, None, config, make_runner).generate([1, 2], params, decode=False)
+        for make_runner in (ModelRunner, partial(ThreadedRanks, count=2))
+    ]
+    assert len(codes[0].unique()) > 5
+    assert torch.equal(*codes)
+
+
+def test_quantised_weights_are_not_split() -> None:
+    """Fails if ranks quantise their parts, whose scales are others than those of one process."""
+    with pytest.raises(SettingError, match="quantised weights are not split among processes"):
+        EngineConfig(quantization="int8", tensor_parallel_size=2)
+
+
 def test_a_rank_holds_the_pages_of_its_heads() -> None:
     """Fails if each rank takes the memory of the whole KV cache."""
     model, _, _ = reference_model("gpt_tiny_head64")

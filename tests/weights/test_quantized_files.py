@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.ranks import Rank
 from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
 from autoregressive.weights.conversion import convert
 from autoregressive.weights.quantized import products_of, quantization_of, weights_of
@@ -302,6 +304,16 @@ def test_a_quantised_file_of_another_model_says_which(tmp_path: Path) -> None:
         model = GPT_models["GPT-B"]()
     with pytest.raises(CheckpointError, match=r"this is GPT-demo .*; you asked for GPT-B"):
         load_weights(model, written, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_quantised_file_is_not_split_among_ranks(tmp_path: Path) -> None:
+    """Fails if a rank reads the first part of each matrix, or all of it, without a word."""
+    written = tmp_path / "written.safetensors"
+    convert(open_checkpoint(DEMO), written, None, "int8")
+    shape = replace(demo_shape(), ranks=2)
+    told = "holds int8 weights, which are not split among processes; leave out tensor_parallel_size"
+    with pytest.raises(CheckpointError, match=told):
+        loaded(written, shape, rank=Rank(1, 2))
 
 
 def test_a_file_that_is_quantised_in_another_way_is_refused() -> None:
