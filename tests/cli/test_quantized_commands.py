@@ -1,6 +1,7 @@
 """Quantised weights and pages through the command, Pipeline, bulk jobs and the service."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from autoregressive.cli.flags import model_options
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.output.images import JSON_KEY
+from autoregressive.sample import sample_c2i as naive
 from autoregressive.serve import sample_c2i
+from autoregressive.serve.bulk.command import build_bulk_parser
 from autoregressive.serve.bulk.job import BulkJob, DifferentJobError, check_same
 from autoregressive.serve.bulk.labels import make_labels
+from autoregressive.serve.bulk.on_rank import resolve
+from autoregressive.serve.bulk.ranks import Ranks
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.lifecycle import served_model
@@ -39,10 +44,12 @@ def record_of(picture: str) -> dict[str, object]:
         return json.loads(image.text[JSON_KEY])  # type: ignore[attr-defined]
 
 
-def drawn(*typed: str) -> tuple[np.ndarray, dict[str, object]]:
-    """The codes and the record of a picture that the command has drawn."""
+def drawn(
+    *typed: str, command: Callable[[list[str]], object] = sample_c2i.main
+) -> tuple[np.ndarray, dict[str, object]]:
+    """The codes and the record of a picture that a command has drawn."""
     flags = ["--class-labels", "6", "--save-codes", "codes.npy", "--output", "x.png"]
-    sample_c2i.main([*FLAGS, *flags, *typed])
+    command([*FLAGS, *flags, *typed])
     return np.load("codes.npy"), record_of("x.png")
 
 
@@ -60,6 +67,20 @@ def test_a_converted_file_draws_what_the_flag_draws(work: Path) -> None:
     assert not {"quantization", "kv_cache_dtype"} & record.keys()
     assert not np.array_equal(plain, by_flag)
     assert (plain == by_flag).mean() > 0.1  # the same picture at first
+
+
+def test_the_plain_loop_draws_from_a_quantised_file(work: Path) -> None:
+    """Fails if the plain command reads other weights from it than the engine does, or its record
+    does not say that they are quantised.
+    """
+    convert(open_checkpoint(DEMO), Path("int8.safetensors"), None, "int8")
+    likeliest = ("--gpt-ckpt", "int8.safetensors", "--temperature", "0")
+    by_engine, _ = drawn(*likeliest)
+    by_plain_loop, record = drawn(*likeliest, command=naive.main)
+    assert np.array_equal(by_plain_loop, by_engine)
+    assert (record["loop"], record["quantization"]) == ("naive", "int8")
+    unquantised, _ = drawn("--temperature", "0", command=naive.main)
+    assert not np.array_equal(unquantised, by_engine)
 
 
 def test_a_quantised_file_of_another_kind_ends_in_one_line(work: Path) -> None:
@@ -123,6 +144,24 @@ def test_a_bulk_job_goes_on_only_as_it_was_begun() -> None:
     for there, here in ((plain, quantised), (quantised, plain), (older, quantised)):
         with pytest.raises(DifferentJobError, match="quantization"):
             check_same(there, here)
+
+
+def test_a_bulk_job_of_a_quantised_file_is_known_by_it(work: Path) -> None:
+    """Fails if its settings do not say how its images are drawn, or a contradiction is found when
+    the job's folder is there, and says for ever that it is of another job.
+    """
+    convert(open_checkpoint(DEMO), Path("int8.safetensors"), None, "int8")
+    parser, flags = build_bulk_parser(), [*FLAGS, "--num-fid-samples", "2"]
+
+    def resolved(*typed: str) -> BulkJob:
+        arguments = parser.parse_args([*flags, "--gpt-ckpt", "int8.safetensors", *typed])
+        return resolve(arguments, SamplingParams(), Ranks())[0]
+
+    for typed in ([], ["--quantization", "int8"], ["--naive"]):
+        assert resolved(*typed).settings["quantization"] == "int8"
+    with refused("holds int8 weights; use the original ones, or leave out --quantization"):
+        resolved("--quantization", "fp8")
+    assert [path.name for path in work.iterdir()] == ["int8.safetensors"]
 
 
 @pytest.mark.parametrize("flag", ["--quantization", "--kv-cache-dtype"])
