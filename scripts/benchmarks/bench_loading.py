@@ -47,9 +47,9 @@ with slow_imports(__name__):
     )
     from autoregressive.files import check_folder
     from autoregressive.models.gpt import GPT_models, Transformer
+    from autoregressive.serve.engine_flags import add_quantization_flag
     from autoregressive.weights.checkpoint import load_weights
     from autoregressive.weights.quantized import weight_bytes
-    from kernels import QUANTIZATIONS
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors
@@ -208,12 +208,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="KIND",
         help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
     )
-    parser.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        metavar="Q",
-        help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' products (default: no)",
-    )
+    add_quantization_flag(parser)
     add_device(parser, "cpu")
     parser.add_argument(
         "--folder",
