@@ -14,6 +14,7 @@ Exit status 1 if a picture differs.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
@@ -36,6 +37,7 @@ with slow_imports(__name__):
         add_device,
         add_model,
         add_output,
+        add_quantization,
         give_figures,
         listed,
         lookahead,
@@ -45,7 +47,7 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS, limited_cpu_threads, now
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.models.gpt import Transformer
-    from autoregressive.output.records import device_name
+    from autoregressive.output.records import device_name, quantized_record
     from autoregressive.serve.engine.engine import Engine
     from autoregressive.serve.engine.engine_config import LookaheadSetting
     from autoregressive.serve.engine.request import Request
@@ -88,6 +90,8 @@ def draw(
         max_num_seqs=options.max_num_seqs,
         deterministic=options.deterministic,
     )
+    pages = options.kv_cache_dtype
+    config = replace(config, quantization=options.quantization, kv_cache_dtype=pages)
     engine = Engine(gpt, None, config)
     began = now(options.device)
     drawn = draw_mixed(engine, wanted, seed)
@@ -131,6 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="as the engine's flag: more than 64 positions a pass may be computed",
     )
+    add_quantization(parser)
     parser.add_argument(
         "--seed",
         type=whole_number(0),
@@ -160,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ModelOptions(typed.gpt_model, precision=typed.precision, device=str(typed.device))
     )
     found = find_weights(settings)
-    gpt = load_models(settings, found).gpt
+    gpt = load_models(settings, found, typed.quantization).gpt
     device = device_name(typed.device)
     precision = next(name for name, known in PRECISIONS.items() if known == settings.precision)
     print(f"{device}, {typed.gpt_model}, precision {precision}, trained: {found.trained}")
@@ -173,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": typed.gpt_model,
         "precision": precision,
         "trained": found.trained,
+        **quantized_record(found, typed.quantization, typed.kv_cache_dtype),
         "pictures": typed.pictures,
         "results": results,
     }

@@ -51,6 +51,7 @@ with slow_imports(__name__):
         add_device,
         add_model,
         add_output,
+        add_quantization,
         add_values,
         give_figures,
         script_parser,
@@ -82,7 +83,6 @@ with slow_imports(__name__):
     )
     from autoregressive.weights.loading import load_models
     from autoregressive.weights.options import ModelOptions
-    from kernels import KV_CACHE_DTYPES, QUANTIZATIONS
     from tokenizer.tokenizer_image.vq_model import VQModel
 
 
@@ -108,14 +108,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_font(parser)
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="256 or 384")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, metavar="Q", help="of the weights")
-    parser.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        metavar="D",
-        help="of the pages (default: auto)",
-    )
+    add_quantization(parser)
     add_values(
         parser,
         ("--images", whole_number(1), 64, "N", "real images that are compared, at most"),

@@ -15,6 +15,7 @@ others' place.
 
 With the method lookahead the table has two columns more: the seconds of the engine with lookahead
 auto, and the tokens that a pass kept. What is kept depends on the weights: random ones keep little.
+--quantization and --kv-cache-dtype are of the engine; both plain loops stay what they are.
 """
 
 import argparse
@@ -30,6 +31,7 @@ with slow_imports(__name__):
         add_device,
         add_image_size,
         add_models,
+        add_quantization,
         add_repeats,
         names,
         script_parser,
@@ -66,6 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="the same of the plain loop, which takes long (default: as --repeats)",
     )
+    add_quantization(parser)
     add_device(parser)
     parser.add_argument(
         "--output-dir",

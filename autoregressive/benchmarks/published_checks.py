@@ -326,7 +326,8 @@ def measure_speed(subject: Subject, repeats: int) -> Outcome:
     gpt, told = subject.loaded(), ("seconds", "repeats", "tokens_a_pass", "floor_seconds")
     outcome: Outcome = {"images": len(subject.labels)}
     for setting in ("off", "auto"):
-        timing = time_paged(gpt, settings, repeats, "auto" if setting == "auto" else "off")
+        config = EngineConfig(lookahead="auto" if setting == "auto" else "off")
+        timing = time_paged(gpt, settings, repeats, config)
         outcome[setting] = {name: timing[name] for name in told if name in timing}
     return outcome
 

@@ -21,6 +21,7 @@ from autoregressive.files import check_file, write_whole
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import DEMO_MODEL
 from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
+from autoregressive.serve.engine_flags import add_kv_cache_dtype_flag, add_quantization_flag
 
 PAPER_MODELS = ("GPT-B", "GPT-L", "GPT-XL", "GPT-XXL", "GPT-3B")
 # Of speedup_table.py. "lookahead" is the engine too; the table has it where it is asked for.
@@ -186,7 +187,9 @@ def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the engine's flags --deterministic and --enforce-eager."""
+    """Adds flags of the engine: --deterministic, --enforce-eager, and those of quantisation. Their
+    values go to `engine_flags.engine_config`.
+    """
     parser.add_argument(
         "--deterministic",
         action="store_true",
@@ -198,6 +201,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="launch kernels one by one, no CUDA graphs; no effect on a CPU",
     )
+    add_quantization(parser)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds --quantization and --kv-cache-dtype, as the commands have them."""
+    add_quantization_flag(parser)
+    add_kv_cache_dtype_flag(parser)
+    parser.set_defaults(kv_cache_dtype=EngineConfig.kv_cache_dtype)
 
 
 def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:

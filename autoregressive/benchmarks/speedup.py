@@ -37,11 +37,13 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
 from autoregressive.output.records import device_name
 from autoregressive.serve.engine.engine import Engine
-from autoregressive.serve.engine.engine_config import EngineConfig, LookaheadSetting
+from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.request import Request
+from autoregressive.serve.engine_flags import engine_config
 from autoregressive.serve.floor import Floor, job_floor, measure_ceilings
 from autoregressive.weights.finding import find_weights
 from autoregressive.weights.loading import load_models
+from autoregressive.weights.quantized import quantization_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _EAGER_WARM_UP_TOKENS = 16
@@ -213,14 +215,16 @@ def time_naive(gpt: Transformer, settings: Settings, repeats: int, compiled: boo
     return timed(run, lambda: run(tokens if compiled else _EAGER_WARM_UP_TOKENS), repeats, device)
 
 
-def time_paged(
-    gpt: Transformer, settings: Settings, repeats: int, lookahead: LookaheadSetting = "off"
-) -> Outcome:
-    """Times the engine until the codes are on the host."""
+def time_paged(gpt: Transformer, settings: Settings, repeats: int, config: EngineConfig) -> Outcome:
+    """Times the engine until the codes are on the host.
+
+    Args:
+        config: of the engine, whose rows are those of the job.
+    """
     device, params, precision = settings.model.device, settings.sampling, settings.model.precision
     ceilings = measure_ceilings(device, precision) if device.type == "cuda" else None
     began, rows = now(device), len(settings.labels) * params.rows
-    engine = Engine(gpt, None, EngineConfig(max_num_seqs=rows, lookahead=lookahead))
+    engine = Engine(gpt, None, replace(config, max_num_seqs=rows))
     start_seconds = now(device) - began
     drawn: list[Request] = []
 
@@ -233,7 +237,9 @@ def time_paged(
     if ceilings is None:
         return timing
     job = job_floor(
-        Floor(gpt.config, precision.itemsize, ceilings),
+        Floor(
+            gpt.config, precision.itemsize, ceilings, quantization_of(gpt), config.kv_cache_dtype
+        ),
         engine.scheduler.limits,
         [params] * len(settings.labels),
     )
@@ -249,11 +255,14 @@ def work(arguments: argparse.Namespace) -> None:
         settings = settings_for(model, arguments)
         set_llamagen_numerics(settings.model.device)
         found = find_weights(settings.model)
-        gpt = load_models(settings.model, found).gpt
         if method in ("paged", "lookahead"):
-            setting: LookaheadSetting = "auto" if method == "lookahead" else "off"
-            timing = time_paged(gpt, settings, arguments.repeats, setting)
+            gpt = load_models(settings.model, found, arguments.quantization).gpt
+            config = engine_config(
+                arguments, 1, lookahead="auto" if method == "lookahead" else "off"
+            )
+            timing = time_paged(gpt, settings, arguments.repeats, config)
         else:
+            gpt = load_models(settings.model, found).gpt
             repeats = arguments.naive_repeats if method == "naive" else arguments.repeats
             timing = time_naive(gpt, settings, repeats, compiled=method == "compile")
     except Exception as error:  # whatever it is, it goes into the table, and the others go on
@@ -306,7 +315,16 @@ def code_version() -> str:
 def options_of(arguments: argparse.Namespace) -> list[str]:
     """The flags that every fresh process gets."""
     flags = []
-    for name in ("repeats", "device", "output_dir", "image_size", "images", "naive_repeats"):
+    for name in (
+        "repeats",
+        "device",
+        "output_dir",
+        "image_size",
+        "images",
+        "naive_repeats",
+        "quantization",
+        "kv_cache_dtype",
+    ):
         value = getattr(arguments, name)
         if value is not None:
             flags += [f"--{name.replace('_', '-')}", str(value)]
@@ -342,6 +360,9 @@ def run(arguments: argparse.Namespace, script: str) -> None:
         "code": code_version(),
         "repeats": arguments.repeats,
         "naive_repeats": arguments.naive_repeats,
+        # of the engine alone
+        "quantization": arguments.quantization,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
     }
     check_own_folder("--output-dir", folder)
     models = models_for(arguments.models, on_gpu)
@@ -400,6 +421,10 @@ def write_results(shown: Outcomes, report: Mapping[str, Any], folder: Path) -> N
     if job["naive_repeats"] != job["repeats"]:
         plain = f" (the plain loop: of {job['naive_repeats']})"
     medians = f"Each time is the median of {job['repeats']} after one warm-up{plain}."
+    kinds = {"weights": job["quantization"], "keys and values": job["kv_cache_dtype"]}
+    told = [f"{name} in {kind}" for name, kind in kinds.items() if kind not in (None, "auto")]
+    if told:
+        medians += f"\nThe engine alone has {' and '.join(told)}."
     table = f"{markdown(columns, rows)}\n{medians}\n"
     picture = chart(shown, floors, job["device_name"])
     write_whole(folder / "speedup.md", lambda part: part.write_text(table, encoding="utf-8"))

@@ -32,7 +32,7 @@ def generation_record(
     pictures.
 
     Args:
-        quantization: that was asked for. What the checkpoint is counts where nothing was.
+        quantization: that was asked for; the checkpoint's counts where nothing was.
         kv_cache_dtype: of the engine's pages.
     """
     return {
@@ -63,7 +63,8 @@ def quantized_record(
     """What is quantised of the weights and of the pages, and nothing where nothing is. So what was
     made before anything could be has the same record.
     """
-    said = {"quantization": quantization or found.quantization, "kv_cache_dtype": kv_cache_dtype}
+    loaded = found.quantized_as(quantization)
+    said = {"quantization": loaded, "kv_cache_dtype": kv_cache_dtype}
     return {name: value for name, value in said.items() if value not in (None, "auto")}
 
 

@@ -4,6 +4,7 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
 from autoregressive.cli.command import OneLineParser
 from autoregressive.cli.flags import PRECISION_HELP
@@ -81,22 +82,8 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         "though they are drawn from the same probabilities. With --deterministic they are equal "
         f"(default: {EngineConfig.lookahead})",
     )
-    group.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        metavar="Q",
-        help="quantise the weights of the layers' products while they load: fp8 (half of the "
-        "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
-        "original), or int4 (a quarter; experimental) (default: as the checkpoint has them)",
-    )
-    group.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        metavar="D",
-        help="keep keys and values in int8 or fp8 (about half of the memory of 16 bits; fp8 from "
-        "compute capability 8.9 on, int8 closer to the original), or auto: as --precision says "
-        f"(default: {EngineConfig.kv_cache_dtype})",
-    )
+    add_quantization_flag(group)
+    add_kv_cache_dtype_flag(group)
     group.add_argument(
         "--tensor-parallel-size",
         type=int,
@@ -120,18 +107,45 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     )
 
 
-def engine_config(arguments: argparse.Namespace, max_num_seqs: int) -> EngineConfig:
+def add_quantization_flag(flags: argparse._ActionsContainer) -> None:
+    """Adds --quantization."""
+    flags.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        metavar="Q",
+        help="quantise the weights of the layers' products while they load: fp8 (half of the "
+        "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
+        "original), or int4 (a quarter; experimental) (default: as the checkpoint has them)",
+    )
+
+
+def add_kv_cache_dtype_flag(flags: argparse._ActionsContainer) -> None:
+    """Adds --kv-cache-dtype."""
+    flags.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        metavar="D",
+        help="keep keys and values in int8 or fp8 (about half of the memory of 16 bits; fp8 from "
+        "compute capability 8.9 on, int8 closer to the original), or auto: as --precision says "
+        f"(default: {EngineConfig.kv_cache_dtype})",
+    )
+
+
+def engine_config(
+    arguments: argparse.Namespace, max_num_seqs: int, **settings: Any
+) -> EngineConfig:
     """What was typed, and defaults for the rest.
 
     Args:
-        arguments: parsed by a parser that `add_engine_flags` was given.
+        arguments: parsed by a parser with flags of the engine.
         max_num_seqs: used where none was typed.
+        settings: used whatever was typed.
 
     Raises:
         SettingError: a value is out of range.
     """
     said = {field.name: getattr(arguments, field.name, None) for field in fields(EngineConfig)}
-    given = {name: value for name, value in said.items() if value is not None}
+    given = {name: value for name, value in (said | settings).items() if value is not None}
     return EngineConfig(**{"max_num_seqs": max_num_seqs, **given})
 
 

@@ -92,15 +92,21 @@ class Floor:
                 is written, counts as read).
         """
         seconds = kv_tokens * self.kv_bytes_per_token / self.ceilings.read_bytes_per_second
-        *layers, head = product_elements(self.config)
-        for elements in layers:
-            seconds += self.product_seconds(elements, rows, self.quantization)
-        return seconds + self.product_seconds(head, rows)
+        return seconds + sum(of_product for _, of_product in self.products(rows))
 
-    def product_seconds(self, elements: int, rows: int, quantization: str | None = None) -> float:
-        """The floor of products whose weights have so many elements."""
-        size = self.element_bytes if quantization is None else _QUANTIZED_BYTES[quantization]
-        reading = elements * size / self.ceilings.read_bytes_per_second
+    def products(self, rows: int) -> list[tuple[float, float]]:
+        """Bytes of the weights and the floor in seconds of each product, in the order of
+        `product_elements`. The head is not quantised.
+        """
+        layers_size = self.element_bytes + 0.0
+        if self.quantization is not None:
+            layers_size = _QUANTIZED_BYTES[self.quantization]
+        *layers, head = product_elements(self.config)
+        sized = [(elements, layers_size) for elements in layers] + [(head, self.element_bytes)]
+        return [(elements * size, self._seconds(elements, size, rows)) for elements, size in sized]
+
+    def _seconds(self, elements: int, element_bytes: float, rows: int) -> float:
+        reading = elements * element_bytes / self.ceilings.read_bytes_per_second
         return max(reading, 2 * elements * rows / self.ceilings.operations_per_second)
 
 

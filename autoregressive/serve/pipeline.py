@@ -76,7 +76,7 @@ class Pipeline:
         self.classes, self.defaults = model.classes, model.defaults.sampling
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)
-        check_device(config, model.device, found.quantization)
+        check_device(config, model.device, found.quantized_as(config.quantization))
         with start_ranks(model, found.gpt, config) as self._ranks:
             with saying_what_needs_less_memory(model):
                 self.models = load_models(model, found, config.quantization, self._ranks.rank)

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe.models.gpt.config,
         model.precision.itemsize,
         ceilings or Ceilings(1.0, 1.0),
-        config.quantization or found.quantization,
+        found.quantized_as(config.quantization),
         config.kv_cache_dtype,
     )
     job = job_floor(floor, pipe.engine.scheduler.limits, each)

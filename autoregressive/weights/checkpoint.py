@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from autoregressive.errors import SettingName
 from autoregressive.models.ranks import ALONE, Rank, WeightPart
-from autoregressive.weights.compressed_layout import StoredMatrix, find_config, fold
+from autoregressive.weights.compressed_layout import (
+    StoredMatrix,
+    find_config,
+    fold,
+    refuse_quantized,
+)
 from autoregressive.weights.inert_pickle import Pairs, kind_of
 from autoregressive.weights.mismatch import COMPUTED_HERE, TOLERATED, find_mismatch
 from autoregressive.weights.quantized import QuantizedLinear, products_of
@@ -124,19 +129,22 @@ class WeightSource:
         holds one matrix in float32.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or a weight is not finite.
         """
         stored = self.tensors[name]
         groups = stored.groups if isinstance(stored, StoredMatrix) else None
         matrix = empty_matrix(scheme, stored.shape, device, groups)
         if isinstance(stored, StoredMatrix):
             damage = f"{name} cannot be read ({{}}); download or copy it again"
-            with reading(self.path, damage=damage):
+            with reading(self.path, f"{name} {{}}", damage):
                 stored.read_matrix_into(matrix)
         else:
             weights = torch.empty(stored.shape, dtype=torch.float32, device=device)
             self.read_into(name, weights)
             matrix.fill(weights)
+            if not matrix.scales.isfinite().all():
+                told = f"{name} has a weight that is not finite; use another file"
+                raise CheckpointError(self.path, told)
         return matrix
 
 
@@ -191,13 +199,7 @@ def load_weights(
             raise CheckpointError(
                 source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
             )
-    scheme = source.quantization or quantization
-    if quantization not in (None, scheme):
-        raise CheckpointError(
-            source.path,
-            f"holds {scheme} weights; use the original ones, or leave out",
-            SettingName("quantization"),
-        )
+    scheme = loaded_quantization(source.path, source.quantization, quantization)
     if scheme is not None and rank != ALONE:
         raise CheckpointError(
             source.path,
@@ -219,6 +221,23 @@ def load_weights(
                 source.read_into(name, target, parts[name])
 
 
+def loaded_quantization(path: Path, stored: str | None, asked: str | None) -> str | None:
+    """How weights are quantised once they are loaded; None if they are not.
+
+    Args:
+        stored: how they are in the checkpoint.
+        asked: how they were asked for; None: as they are stored.
+
+    Raises:
+        CheckpointError: they are quantised in another way. A second quantisation would add its
+            errors to those of the first.
+    """
+    if stored is not None and asked not in (None, stored):
+        told = f"holds {stored} weights; use the original ones, or leave out"
+        raise CheckpointError(path, told, SettingName("quantization"))
+    return stored or asked
+
+
 def stored_quantization(path: Path, ema: bool) -> str | None:
     """How a checkpoint's weights are quantised; None if they are not. Nothing but .safetensors can
     be, so nothing else is opened.
@@ -226,10 +245,19 @@ def stored_quantization(path: Path, ema: bool) -> str | None:
     Raises:
         CheckpointError: as `open_checkpoint`, or they are quantised in a way that is not read here.
     """
-    there = path.is_dir() and bool(visible_names(path, SUFFIX))
-    if not there and path.suffix != SUFFIX:
-        return None
-    return open_checkpoint(path, ema=ema).quantization
+    if path.is_dir():
+        there = bool(visible_names(path, SUFFIX))
+    else:
+        there = path.is_file() and _is_safetensors(_start_of(StoredFile(path)))
+    return open_checkpoint(path, ema=ema).quantization if there else None
+
+
+def _start_of(file: StoredFile) -> bytes:
+    return file.read(0, min(file.size, 32))
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{"  # eight bytes of length, then JSON
 
 
 def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
@@ -250,7 +278,9 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> WeightSource:
 def _open_directory(path: Path, ema: bool) -> WeightSource:
     choose = functools.partial(select_flattened, ema=ema)
     if (path / METADATA_FILE).is_file():
-        return WeightSource(path, open_sharded(path, choose))
+        tensors = open_sharded(path, choose)
+        refuse_quantized(tensors)
+        return WeightSource(path, tensors)
     if (path / CONSOLIDATED_FILE).is_file():
         return open_checkpoint(path / CONSOLIDATED_FILE, ema=ema)
     if visible_names(path, SUFFIX) or visible_names(path, INDEX_SUFFIX):
@@ -271,13 +301,13 @@ def _open_directory(path: Path, ema: bool) -> WeightSource:
 
 def _open_file(path: Path, ema: bool) -> WeightSource:
     file = StoredFile(path)
-    start = file.read(0, min(file.size, 32))
+    start = _start_of(file)
     require(bool(start), "is empty; download or copy it again")
     require(
         not start.startswith(b"version https://git-lfs"),
         "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     )
-    if start[8:9] == b"{":  # eight bytes of length, then JSON
+    if _is_safetensors(start):
         tensors = read_safetensors(path).tensors
         names = select_flattened(tensors, ema)
         plain_tensors = {plain: tensors[name] for plain, name in names.items()}
@@ -309,6 +339,7 @@ def _open_pickled(path: Path, saved: TorchFile, ema: bool) -> WeightSource:
             require(type(name) is str, f"it has a name that is no text, but one {kind_of(name)}")
     values = {name: value for name, value in weights.items if name not in not_read}
     names = plain_names(values)
+    refuse_quantized(names)
     with reading(path, "is no dictionary of weights: {} is no plain tensor; use another file"):
         for name in names.values():
             require(isinstance(values[name], SavedTensor), repr(name[:100]))

@@ -8,7 +8,7 @@ of them symmetric. A file has its config in its metadata, and a folder in config
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from kernels.quantization import (
     BYTE_DTYPES,
     FP8,
     INT4_GROUP,
+    LARGEST,
     QuantizedMatrix,
     empty_matrix,
 )
@@ -42,10 +43,18 @@ _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantiz
 _SCHEMES = {("float", 8): "fp8", ("int", 8): "int8", ("int", 4): "int4"}
 _WRITTEN_FORMATS = {"fp8": "float-quantized", "int8": "pack-quantized", "int4": "pack-quantized"}
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_FP8_NAN = 0x7F  # without the sign
 _PRODUCT = re.compile(rf"layers\.\d+\.(?:{'|'.join(map(re.escape, PRODUCTS))})")
 # Names by which the files of other methods are known where there is no config.
 _OTHER_METHODS = {"qweight": "GPTQ or AWQ"}
+# What a config may say beside how weights are quantised.
+_MORE_METHODS = {
+    "transform_config": "rotated weights",
+    "sparsity_config": "sparse weights",
+    "kv_cache_scheme": "scales of keys and values",
+}
 _METHOD_NAMES = {"gptq": "GPTQ", "awq": "AWQ"}
+_COPY = "copy all of it again"
 _CONVERT = "convert the original weights with scripts/convert_checkpoint.py --quantization"
 
 
@@ -71,6 +80,7 @@ class StoredMatrix:
     Attributes:
         values: bytes as in memory, or int32 with four of int8 or eight of int4 each.
         groups: of an output's inputs, of int4.
+        stored_shape: integers [2], which packed values come with.
     """
 
     scheme: str
@@ -78,24 +88,43 @@ class StoredMatrix:
     values: Stored
     scales: Stored
     groups: int | None
+    stored_shape: Stored | None = None
 
     dtype = torch.float32  # what its numbers stand for
 
     def read_matrix_into(self, matrix: QuantizedMatrix) -> None:
-        """Copies values and scales into a matrix of this scheme and shape."""
+        """Copies values and scales into a matrix of this scheme and shape.
+
+        Raises:
+            BadContentError: a weight would not be finite, a scale is not positive, or the stored
+                shape is another one.
+        """
+        self._check_stored_shape()
         values = matrix.values
         self.values.read_into(values.view(self.values.dtype) if self._packed else values)
         if self._packed and self.scheme == "int8":
             values.view(torch.uint8).bitwise_xor_(128)  # 128 has been added to each
         scales = torch.empty(self.scales.shape, dtype=torch.float32)
         self.scales.read_into(scales)
+        fitting = (scales > 0) & (scales * LARGEST[FP8]).isfinite()
+        require(bool(fitting.all()), f"has a scale that is no positive finite number; {_COPY}")
         matrix.scales.copy_(scales.view(matrix.scales.shape) if scales.numel() > 1 else scales)
+        if self.scheme == "fp8":
+            no_number = values.view(torch.uint8) & _FP8_NAN == _FP8_NAN
+            require(not no_number.any(), f"has a weight that is no number; {_COPY}")
 
     def read_into(self, target: Tensor) -> None:
         """Copies it into a tensor of its shape, dequantised."""
         matrix = empty_matrix(self.scheme, self.shape, target.device, self.groups)
         self.read_matrix_into(matrix)
         target.copy_(matrix.dequantized(torch.float32))
+
+    def _check_stored_shape(self) -> None:
+        if self.stored_shape is not None:
+            shape = torch.empty(2, dtype=torch.int64)
+            self.stored_shape.read_into(shape)
+            told = f"has {[*self.shape]} weights, and its shape as {shape.tolist()}; {_COPY}"
+            require(shape.tolist() == [*self.shape], told)
 
     @property
     def _packed(self) -> bool:
@@ -209,11 +238,14 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
         weights.get("symmetric", True) is True and weights.get("actorder") in (None, "weight"),
         f"has zero points or reordered groups, which are not read here; {_CONVERT} int4",
     )
-    inputs = group.get("input_activations")
-    require(
-        inputs is None or (isinstance(inputs, dict) and inputs.get("dynamic") is True),
-        f"has static scales of activations, which destroy these models; {_CONVERT} fp8",
-    )
+    for side in ("input_activations", "output_activations"):
+        scales = group.get(side)
+        require(
+            scales is None or (isinstance(scales, dict) and scales.get("dynamic") is True),
+            f"has static scales of activations, which destroy these models; {_CONVERT} fp8",
+        )
+    for key, told in _MORE_METHODS.items():
+        require(not config.get(key), f"has {told}, which are not read here; {_CONVERT} {name}")
     size = weights.get("group_size") if strategy == "group" else None
     require(
         strategy != "group" or (type(size) is int and size > 0 and size % 2 == 0),
@@ -224,6 +256,31 @@ def parse_config(config: Mapping[str, Any]) -> Scheme:
 
 
 # --- the tensors ---
+
+
+def refuse_quantized(names: Iterable[str]) -> None:
+    """Refuses quantised weights in a format that says nothing of how they are.
+
+    Raises:
+        BadContentError: the names are those of parts of quantised matrices.
+    """
+    products = _quantized_products(names)
+    told = "holds quantised weights, which are read from .safetensors alone"
+    require(not products, f"{told} ({min(products, default='')}); {_CONVERT} int8")
+
+
+def _quantized_products(names: Iterable[str]) -> set[str]:
+    """The names of matrices that have parts.
+
+    Raises:
+        BadContentError: they are of another method, which their names tell.
+    """
+    parts = [(product, part) for product, _, part in (name.rpartition(".") for name in names)]
+    for _, part in parts:
+        method = _OTHER_METHODS.get(part)
+        told = f"is quantised by {method}, which is not read here; {_CONVERT} int4"
+        require(method is None, told)
+    return {product for product, part in parts if part in _PARTS}
 
 
 def fold(
@@ -243,21 +300,15 @@ def fold(
         BadContentError: a part is missing or does not fit, something else than a layer's product
             is quantised, or the config is not one that is read here.
     """
-    for name in tensors:
-        method = _OTHER_METHODS.get(name.rpartition(".")[2])
-        require(
-            method is None,
-            f"is quantised by {method}, which is not read here; {_CONVERT} int4",
-        )
-    products = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _PARTS}
+    products = _quantized_products(tensors)
     bare = [
         name
         for name, tensor in tensors.items()
-        if _PRODUCT.fullmatch(name.rpartition(".")[0])
+        if is_product_weight(name)
         and tensor.dtype in (FP8, torch.int8)
         and f"{name}_scale" not in tensors
     ]
-    require(not bare, f"has no scales for {', '.join(bare[:1])}; copy all of it again")
+    require(not bare, f"has no scales for {', '.join(bare[:1])}; {_COPY}")
     if not products:
         return dict(tensors), None
     config = find_config()
@@ -276,34 +327,34 @@ def fold(
         f"is quantised in other layers than here, where those of the layers' products are "
         f"({', '.join(mixed[:1])}); {_CONVERT} {scheme.name}",
     )
-    folded: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        product, _, part = name.rpartition(".")
-        if product not in products:
-            folded[name] = tensor
-        elif part in ("weight", "weight_packed"):
-            folded[f"{product}.weight"] = _stored_matrix(tensors, product, scheme)
-        else:
-            require(
-                part in _PARTS and _has_values(tensors, product),
-                f"has {name}, which is not read here; {_CONVERT} {scheme.name}",
-            )
+    surplus = [
+        name
+        for name in tensors
+        if name.rpartition(".")[0] in products
+        and name.rpartition(".")[2] not in ("weight", *_PARTS)
+    ]
+    told = f"has {', '.join(surplus[:1])}, which is not read here; {_CONVERT} {scheme.name}"
+    require(not surplus, told)
+    folded: dict[str, Any] = {
+        name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in products
+    }
+    for product in sorted(products):
+        folded[f"{product}.weight"] = _stored_matrix(tensors, product, scheme)
     return folded, scheme.name
 
 
-def _has_values(tensors: Mapping[str, Stored], product: str) -> bool:
-    return f"{product}.weight" in tensors or f"{product}.weight_packed" in tensors
-
-
 def _stored_matrix(tensors: Mapping[str, Stored], product: str, scheme: Scheme) -> StoredMatrix:
-    packed, scales = (tensors.get(f"{product}.{part}") for part in _PARTS[:2])
-    values = tensors.get(f"{product}.weight") if packed is None else packed
+    packed, scales, shape = (tensors.get(f"{product}.{part}") for part in _PARTS)
+    plain = tensors.get(f"{product}.weight")
+    values = plain if packed is None else packed
+    require(values is not None, f"has no weights for {product}; {_COPY}")
     assert values is not None
-    require(scales is not None, f"has no scales for {product}; copy all of it again")
+    require(packed is None or plain is None, f"has weights for {product} twice; {_COPY}")
+    require(scales is not None, f"has no scales for {product}; {_COPY}")
     assert scales is not None
     per_word = {"int8": 4, "int4": 8}.get(scheme.name)
     told = f"has {product} as {_kind(values)} and its scales as {_kind(scales)}, which is no "
-    misfit = f"{told}{scheme.name}; copy all of it again"
+    misfit = f"{told}{scheme.name}; {_COPY}"
     if packed is None:
         expected = BYTE_DTYPES.get(scheme.name)
         require(values.dtype == expected and len(values.shape) == 2, misfit)
@@ -321,7 +372,9 @@ def _stored_matrix(tensors: Mapping[str, Stored], product: str, scheme: Scheme) 
     else:
         require(tuple(scales.shape) in ((outputs, 1), (outputs,), (1,), (1, 1), ()), misfit)
     require(scales.dtype.is_floating_point, misfit)
-    return StoredMatrix(scheme.name, torch.Size((outputs, inputs)), values, scales, groups)
+    fits = shape is None or (shape.shape == (2,) and shape.dtype in (torch.int32, torch.int64))
+    require(fits, f"has no shape of two numbers for {product}; {_COPY}")
+    return StoredMatrix(scheme.name, torch.Size((outputs, inputs)), values, scales, groups, shape)
 
 
 def _kind(tensor: Stored) -> str:

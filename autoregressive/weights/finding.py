@@ -7,6 +7,7 @@ the published name; else, where that was asked for, from the hub; else they are 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from autoregressive.folders import can_be_written, in_checkout, pretrained_folde
 from autoregressive.models.classes import ClassNames
 from autoregressive.models.config import GPT_SHAPES
 from autoregressive.models.defaults import ModelDefaults, model_defaults
-from autoregressive.weights.checkpoint import stored_quantization
+from autoregressive.weights.checkpoint import loaded_quantization, stored_quantization
 from autoregressive.weights.options import (
     ModelOptions,
     check_options,
@@ -176,7 +177,31 @@ class FoundWeights:
 
     gpt: Path | None
     vq: Path | None
-    quantization: str | None = None  # of the transformer's checkpoint: fp8, int8 or int4
+    ema: bool = False  # whether the averaged weights of the transformer's checkpoint are meant
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """How the transformer's checkpoint is quantised: fp8, int8, int4, or None. The first use
+        opens it.
+
+        Raises:
+            CheckpointError: it is damaged, or quantised in a way that is not read here.
+        """
+        return None if self.gpt is None else stored_quantization(self.gpt, self.ema)
+
+    def quantized_as(self, asked: str | None) -> str | None:
+        """How the transformer's weights are quantised once they are loaded.
+
+        Args:
+            asked: as of `EngineConfig.quantization`.
+
+        Raises:
+            CheckpointError: as `quantization`, or the checkpoint is quantised in another way than
+                was asked for.
+        """
+        if self.gpt is None:
+            return asked
+        return loaded_quantization(self.gpt, self.quantization, asked)
 
     @property
     def trained(self) -> bool:
@@ -188,13 +213,13 @@ def find_weights(settings: ModelSettings) -> FoundWeights:
     """Looks where the module's docstring says, in that order; downloads if that was asked for.
 
     Raises:
-        UserError: a download failed, or a checkpoint is quantised in a way that is not read here.
+        UserError: a download failed.
     """
     if settings.random_weights:
         return FoundWeights(None, None)
     gpt = settings.gpt_ckpt or _find_published(settings, settings.published_gpt)
     vq = settings.vq_ckpt or _find_published(settings, published_file(settings.vq_model))
-    return FoundWeights(gpt, vq, None if gpt is None else stored_quantization(gpt, settings.ema))
+    return FoundWeights(gpt, vq, settings.ema)
 
 
 def _find_published(settings: ModelSettings, file: PublishedFile | None) -> Path | None:

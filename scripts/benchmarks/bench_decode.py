@@ -71,6 +71,7 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
     from autoregressive.serve.engine.model_runner import ModelRunner
+    from autoregressive.serve.engine_flags import engine_config
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
     from autoregressive.weights.options import check_image_size
     from autoregressive.weights.quantized import weight_bytes
@@ -112,13 +113,8 @@ def measure(
     vq = random_tokenizer(defaults.vq_model, device) if options.pixels else None
     if ceilings is not None:
         torch.cuda.reset_peak_memory_stats(device)
-    floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
-    config = EngineConfig(
-        max(options.rows),
-        deterministic=options.deterministic,
-        enforce_eager=options.enforce_eager,
-        lookahead="off",
-    )
+    config = engine_config(options, max(options.rows), lookahead="off")
+    floor = floor_of(gpt, config, ceilings)
     began = now(device)
     engine = Engine(gpt, vq, config)
     report: dict[str, Any] = {
@@ -167,17 +163,12 @@ def measure_lookahead(
         options.device,
         default_precision(options.device),
     )
-    floor = Floor(gpt.config, gpt.output.weight.element_size(), ceilings or Ceilings(1.0, 1.0))
     results: list[dict[str, Any]] = []
     # by rows, with lookahead off
     alone: dict[int, dict[str, Any]] = {}
     for setting in dict.fromkeys(["off", *options.lookahead]):
-        config = EngineConfig(
-            max(options.rows),
-            deterministic=options.deterministic,
-            enforce_eager=options.enforce_eager,
-            lookahead=setting,
-        )
+        config = engine_config(options, max(options.rows), lookahead=setting)
+        floor = floor_of(gpt, config, ceilings)
         engine = Engine(gpt, None, config, ModelRunner if setting == "off" else GuessingRunner)
         guessing_ms = guess_ms(engine)
         for rows in options.rows:
@@ -200,6 +191,17 @@ def measure_lookahead(
         del engine
         free_memory(options.device)  # the next engine needs it
     return {"model": model, "results": results}
+
+
+def floor_of(gpt: Transformer, config: EngineConfig, ceilings: Ceilings | None) -> Floor:
+    """The memory floor of a model in an engine. Without ceilings it counts steps alone."""
+    return Floor(
+        gpt.config,
+        gpt.output.weight.element_size(),
+        ceilings or Ceilings(1.0, 1.0),
+        config.quantization,
+        config.kv_cache_dtype,
+    )
 
 
 def lookahead_row(result: dict[str, Any], alone: dict[str, Any]) -> list[object]:

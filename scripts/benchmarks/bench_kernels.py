@@ -35,6 +35,7 @@ with slow_imports(__name__):
         add_device,
         add_models,
         add_output,
+        add_quantization,
         give_figures,
         listed,
         row_count,
@@ -43,7 +44,6 @@ with slow_imports(__name__):
     from autoregressive.devices import PRECISIONS
     from autoregressive.output.records import device_name
     from autoregressive.serve.floor import Ceilings, measure_ceilings, median_seconds
-    from kernels import KV_CACHE_DTYPES, QUANTIZATIONS
     from kernels.attention_reference import attention_reference
     from kernels.operations import select_operations, triton_runs_on
     from kernels.quantization import BYTE_DTYPES
@@ -177,19 +177,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="P",
         help="none (float32), fp16 or bf16 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        metavar="Q",
-        help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' weights (default: no)",
-    )
-    parser.add_argument(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default="auto",
-        metavar="D",
-        help="fp8 or int8 keys and values, or auto: as --precision says (default: %(default)s)",
-    )
+    add_quantization(parser)
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)

@@ -50,9 +50,9 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.gpt import GPT_models, Transformer
     from autoregressive.models.ranks import Rank
+    from autoregressive.serve.engine_flags import add_quantization_flag
     from autoregressive.weights.checkpoint import load_weights
     from autoregressive.weights.quantized import weight_bytes
-    from kernels import QUANTIZATIONS
 
 KINDS = ("flat .pt", "training .pt", ".safetensors", "sharded")
 ALLOWED_SHARE = 0.2  # of the checkpoint's weights, above the model's own CPU tensors
@@ -227,18 +227,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of checkpoints: {', '.join(map(repr, KINDS))} (default: all)",
     )
     parser.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        metavar="Q",
-        help=f"{', '.join(QUANTIZATIONS)}: quantise the layers' products (default: no)",
-    )
-    parser.add_argument(
         "--tensor-parallel-size",
         type=int,
         default=1,
         metavar="N",
         help="ranks that share the model, of which one is measured (default: 1)",
     )
+    add_quantization_flag(parser)
     add_device(parser, "cpu")
     parser.add_argument(
         "--folder",

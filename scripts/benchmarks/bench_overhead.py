@@ -32,6 +32,7 @@ from autoregressive.errors import UserError
 with slow_imports(__name__):
     from autoregressive.benchmarks.script import (
         add_model,
+        add_quantization,
         add_repeats,
         add_values,
         give_figures,
@@ -142,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(given)
     model, rows, engines = arguments.gpt_model, arguments.rows, arguments.data_parallel_size
     size = [] if arguments.image_size is None else ["--image-size", str(arguments.image_size)]
+    quantized = ["--kv-cache-dtype", arguments.kv_cache_dtype]
+    if arguments.quantization is not None:
+        quantized += ["--quantization", arguments.quantization]
     flags = ["--gpt-model", model, *size, "--random-weights", "--max-num-seqs", str(rows)]
+    flags += quantized
     # as bench_decode.py, which times the engine alone
     flags += ["--port", "0", "--max-queue-size", "10000", "--lookahead", "off"]
     process = [sys.executable, api_server.__file__, *flags]
@@ -154,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             [*process, "--data-parallel-size", str(engines)],
             engines,
         )
-    job = ("--models", model, "--rows", rows, "--images", 2 * rows, "--pixels", *size)
+    job = ("--models", model, "--rows", rows, "--images", 2 * rows, "--pixels", *size, *quantized)
     decoded = last_json(script("bench_decode.py", *job))
     alone = decoded["models"][0]["results"][0]["images_per_second"]
     lone = last_json([sys.executable, __file__, _LONE, *flags])["first_preview_seconds"]
@@ -173,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for run in result["runs"]:
             print(f"    a run: {run}", flush=True)
-    give_figures({"benchmark": "overhead", "model": model, "rows": rows, "results": results})
+    figures = {"benchmark": "overhead", "model": model, "rows": rows, "quantized": quantized}
+    give_figures(figures | {"results": results})
     return 0
 
 
@@ -232,6 +238,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--in-a-thread", action="store_true", help="also with the engine in a thread of the service"
     )
+    add_quantization(parser)
     add_repeats(parser, 3)
     return parser.parse_args(argv)
 

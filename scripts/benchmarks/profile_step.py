@@ -55,10 +55,11 @@ with slow_imports(__name__):
     from autoregressive.models.sampling_params import SamplingParams
     from autoregressive.output.records import device_name
     from autoregressive.serve.engine.batch import Batch, BatchShape
-    from autoregressive.serve.engine.engine_config import EngineConfig
-    from autoregressive.serve.engine.model_runner import ModelRunner
+    from autoregressive.serve.engine.kv_pages import LayerPages
+    from autoregressive.serve.engine.model_runner import ModelRunner, quantize_as_configured
     from autoregressive.serve.engine.request import ImageState, RowState
-    from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds, product_elements
+    from autoregressive.serve.engine_flags import engine_config
+    from autoregressive.serve.floor import Floor, measure_ceilings, median_seconds
     from kernels.operations import Operations, triton_runs_on
 
 STEPS = 16  # of a span; the context grows by as many
@@ -66,6 +67,7 @@ REPEATS = 11
 PAGE_SIZE = 16
 TOP_K = 2000  # the commands' default
 _MODEL = "GPT-XL"
+_SCALED, _LARGEST = 32.0, 127.0  # of random pages with scales; int8 holds no larger number
 _COLUMNS = {
     "operation": "<15",
     "launches": ">8.4g",
@@ -199,9 +201,8 @@ def add_floor(times: list[Figures], floor: Floor, rows: int, context: float) -> 
         context: tokens that a row attends to.
     """
     kv_bytes = round(rows * context * floor.kv_bytes_per_token)
-    known = {"attention": (kv_bytes, kv_bytes / floor.ceilings.read_bytes_per_second)}
-    for name, elements in zip(PRODUCTS, product_elements(floor.config), strict=True):
-        known[name] = (elements * floor.element_bytes, floor.product_seconds(elements, rows))
+    known = {"attention": (float(kv_bytes), kv_bytes / floor.ceilings.read_bytes_per_second)}
+    known |= zip(PRODUCTS, floor.products(rows), strict=True)
     for each in times:
         if each["operation"] in known:
             moved, seconds = known[each["operation"]]
@@ -262,8 +263,8 @@ class Span:
         self._pages = order.view(rows, -1).tolist()
         self.batch = Batch(shape, runner.device)
         runner.prepare(self.batch)
-        for pages in runner.kv_pages.pages:  # a layer at a time, for memory's sake
-            pages.normal_()  # zeros would run faster
+        for layer in runner.kv_pages.layers:  # one at a time, for memory's sake
+            fill_randomly(layer)
         self.batch.codes.random_(0, runner.model.vocab_size)
 
     def rewind(self) -> None:
@@ -284,6 +285,16 @@ class Span:
     def run(self) -> None:
         """Enqueues the span."""
         self.runner.run(self.batch, self.rows, self.rows // 2, self.steps, window=1)
+
+
+def fill_randomly(layer: LayerPages) -> None:
+    """Fills the pages of a layer with normally distributed numbers. Zeros would run faster."""
+    if layer.scales is None:
+        layer.pages.normal_()
+        return
+    numbers = torch.randn(layer.pages.shape, device=layer.pages.device)
+    layer.pages.copy_(numbers.mul_(_SCALED).clamp_(-_LARGEST, _LARGEST))
+    layer.scales.fill_(1 / _SCALED)
 
 
 def profile_on_gpu(span: Span, layers: int) -> list[Figures]:
@@ -328,9 +339,8 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
     ceilings = measure_ceilings(device, dtype) if device.type == "cuda" else None
     gpt = with_random_weights(empty_transformer(typed.gpt_model), device, dtype)
     shape = BatchShape.of(rows, gpt.config.block_size, PAGE_SIZE)
-    config = EngineConfig(
-        enforce_eager=typed.enforce_eager, deterministic=typed.deterministic, lookahead="off"
-    )
+    config = engine_config(typed, rows, lookahead="off")
+    quantize_as_configured(gpt, config)
     make_runner = TimedRunner if ceilings is None else ModelRunner
     span = Span(make_runner(gpt, shape, rows * shape.pages_per_row, config), rows, typed.context)
     report: dict[str, object] = {"mean_context": span.mean_context, "steps": span.steps}
@@ -339,7 +349,9 @@ def measure(typed: argparse.Namespace) -> dict[str, object]:
         if ceilings is None:
             times, step_seconds = profile_on_cpu(span)
         else:
-            floor = Floor(gpt.config, dtype.itemsize, ceilings)
+            floor = Floor(
+                gpt.config, dtype.itemsize, ceilings, config.quantization, config.kv_cache_dtype
+            )
             times = profile_on_gpu(span, gpt.config.n_layer)
             add_floor(times, floor, rows, span.mean_context)
             step_seconds = (

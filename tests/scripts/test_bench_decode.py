@@ -11,9 +11,11 @@ from fake_runner import tiny_gpt
 
 from autoregressive.benchmarks.guessing import GuessingRunner
 from autoregressive.benchmarks.window_times import guess_ms, time_window
+from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.floor import Floor, JobFloor, job_floor
 
 PARAMS = SamplingParams(cfg_scale=2.0, top_k=0)
 
@@ -86,3 +88,30 @@ def test_it_runs_as_typed_on_a_small_model(
         assert each["images"] == each["rows"] // 2
         seconds = each["no_guess_holds"]["seconds"]
         assert each["pass_ms"] == pytest.approx(seconds / 256 * 1e3)
+
+
+def test_quantised_weights_and_pages_are_timed(
+    small_demo: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a flag does not reach the engine, or the floor is that of 16 bits."""
+    built: list[EngineConfig] = []
+    floors: list[Floor] = []
+
+    def engine(gpt: Transformer, vq: None, config: EngineConfig) -> Engine:
+        built.append(config)
+        return Engine(gpt, vq, config)
+
+    def counted(floor: Floor, *job: object) -> JobFloor:
+        floors.append(floor)
+        return job_floor(floor, *job)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_decode, "Engine", engine)
+    monkeypatch.setattr(bench_decode, "job_floor", counted)
+    words = ["--models", "GPT-demo", "--rows", "2", "--repeats", "1", "--device", "cpu"]
+    bench_decode.main([*words, "--quantization", "int8", "--kv-cache-dtype", "fp8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "error" not in figures["models"][0]
+    for each in (built[0], floors[0]):
+        assert (each.quantization, each.kv_cache_dtype) == ("int8", "fp8")
+    options = figures["options"]
+    assert (options["quantization"], options["kv_cache_dtype"]) == ("int8", "fp8")

@@ -35,6 +35,14 @@ def test_every_setting_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     assert torch.get_num_threads() == threads
 
 
+def test_quantised_weights_and_pages_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the flags do not reach the engines, or the figures do not say what was compared."""
+    check_lookahead.main([*WORDS, "--quantization", "int8", "--kv-cache-dtype", "int8"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["quantization"], figures["kv_cache_dtype"]) == ("int8", "int8")
+    assert [result["equal"] for result in figures["results"]] == [3, 3, 3]
+
+
 def test_a_picture_that_differs_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,11 +130,30 @@ def test_the_operations_floors_are_the_steps(names: list[str]) -> None:
     } | norm
 
 
-def test_it_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 0.5), ("int4", 0.3125)])
+def test_quantised_weights_have_a_floor_of_their_own(quantization: str, share: float) -> None:
+    """Fails if quantised weights count 16 bits, or the head counts as quantised."""
+    config = GPTConfig(dim=256, n_layer=2, n_head=4)
+    floors = [Floor(config, 2, Ceilings(4e12, 8e14), scheme) for scheme in (None, quantization)]
+    plain, quantised = (
+        summed([(kernel_of(name), 10.0 * at, 0.0) for at, name in enumerate(STEP)], 2, 1)
+        for _ in floors
+    )
+    for times, floor in zip((plain, quantised), floors, strict=True):
+        add_floor(times, floor, rows=16, context=100)
+    for before, after in zip(plain, quantised, strict=True):
+        if before["operation"] in PRODUCTS:
+            expected = 1 if before["operation"] == "head" else share
+            assert after["bytes"] / before["bytes"] == expected, before["operation"]
+            assert after["floor_us"] / before["floor_us"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("flags", [(), ("--quantization", "int8", "--kv-cache-dtype", "int8")])
+def test_it_runs_on_a_cpu(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     """Fails if the script is out of step with the engine: an operation that is not called, or is
     called by another name.
     """
-    profile_step.main(["--device", "cpu", "--rows", "2", "--context", "40"])
+    profile_step.main(["--device", "cpu", "--rows", "2", "--context", "40", *flags])
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1])
     launches = {each["operation"]: each["launches"] for each in report["operations"]}

@@ -66,6 +66,7 @@ for method in words["--methods"].split(","):
         sys.exit(1)
     timing = {"seconds": 2.0, "repeats": [2.0], "floor_seconds": 1.0 if method == "paged" else None}
     timing["caches"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    timing["quantized"] = [words.get("--quantization"), words.get("--kv-cache-dtype")]
     timing["tokens_a_pass"] = 2.5 if method == "lookahead" else 1.0
     timing["read_bytes_per_second"] = 4e12 if words["--models"] == "GPT-L" else 3e12
     print(json.dumps({"timing": timing}))
@@ -198,6 +199,21 @@ def test_repeats_belong_to_the_job(stand_in: Path) -> None:
     )
     with pytest.raises(UserError, match="another job"):
         speedup_table.main([*words, "--repeats", "3"])
+
+
+def test_quantisation_belongs_to_the_job(stand_in: Path) -> None:
+    """Fails if the flags do not reach the worker, the table does not tell of them, or figures of
+    other weights are taken over.
+    """
+    words = ["--models", "GPT-B", "--device", "cpu", "--output-dir", str(stand_in)]
+    quantized = ["--quantization", "int8", "--kv-cache-dtype", "fp8"]
+    speedup_table.main([*words, *quantized])
+    told = "The engine alone has weights in int8 and keys and values in fp8."
+    assert told in (stand_in / "speedup.md").read_text()
+    outcomes = json.loads((stand_in / "speedup.json").read_text())["results"]["GPT-B"]
+    assert outcomes["paged"]["timing"]["quantized"] == ["int8", "fp8"]
+    with pytest.raises(UserError, match="another job"):
+        speedup_table.main(words)
 
 
 def test_without_a_gpu_the_demo_model_is_drawn_at_its_own_size(

@@ -22,9 +22,10 @@ from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.ranks import Rank
 from autoregressive.weights.checkpoint import CheckpointError, load_weights, open_checkpoint
 from autoregressive.weights.conversion import convert
+from autoregressive.weights.finding import FoundWeights
 from autoregressive.weights.quantized import products_of, quantization_of, weights_of
 from kernels import QUANTIZATIONS
-from kernels.quantization import QuantizedMatrix, quantize
+from kernels.quantization import FP8, QuantizedMatrix, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "tests/reference/compressed_tensors"
@@ -163,9 +164,10 @@ def test_a_converted_file_is_what_loading_makes_of_the_original(
     loaded(written, demo_shape(), scheme)  # the same again is no contradiction
 
 
-def change(
-    name: str, edit: Callable[[dict[str, Tensor], dict[str, object]], None]
-) -> Callable[[Path], Path]:
+Edit = Callable[[dict[str, Tensor], dict[str, object]], None]
+
+
+def change(name: str, edit: Edit) -> Callable[[Path], Path]:
     """Makes a copy of a folder of the library, with its tensors and its config edited."""
 
     def make(folder: Path) -> Path:
@@ -184,7 +186,7 @@ def change(
 QKV = "layers.0.attention.wqkv"
 
 
-def drop(*names: str) -> Callable[[dict[str, Tensor], dict[str, object]], None]:
+def drop(*names: str) -> Edit:
     def edit(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
         for name in names:
             del tensors[name]
@@ -192,7 +194,7 @@ def drop(*names: str) -> Callable[[dict[str, Tensor], dict[str, object]], None]:
     return edit
 
 
-def settle(key: str, value: object) -> Callable[[dict[str, Tensor], dict[str, object]], None]:
+def settle(key: str, value: object) -> Edit:
     """Changes what the config says, by the path of its keys."""
 
     def edit(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
@@ -205,13 +207,24 @@ def settle(key: str, value: object) -> Callable[[dict[str, Tensor], dict[str, ob
     return edit
 
 
+def spoil(name: str, place: int, value: float) -> Edit:
+    """Changes one number; of fp8, one byte."""
+
+    def edit(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
+        tensor = tensors[name]
+        numbers = tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
+        numbers.view(-1)[place] = value
+
+    return edit
+
+
 def gptq(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
     del tensors[f"{QKV}.weight_packed"], tensors[f"{QKV}.weight_scale"]
     tensors[f"{QKV}.qweight"] = torch.zeros(8, 192, dtype=torch.int32)
     tensors[f"{QKV}.scales"] = torch.zeros(2, 192)
 
 
-def add(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor], dict[str, object]], None]:
+def add(name: str, tensor: Tensor) -> Edit:
     def edit(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
         tensors[name] = tensor
 
@@ -229,10 +242,20 @@ def whole_product(tensors: dict[str, Tensor], config: dict[str, object]) -> None
     tensors[f"{QKV}.weight"] = torch.zeros(192, 64)
 
 
+def twice(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
+    tensors[f"{QKV}.weight"] = torch.zeros(192, 64)
+
+
+def no_values(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
+    del tensors[f"{QKV}.weight_packed"]
+
+
 def no_config(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
     config.clear()
 
 
+SCALE = f"{QKV}.weight_scale"
+NO_SCALE = f"{QKV}.weight has a scale that is no positive finite number"
 WEIGHTS = "config_groups.group_0.weights"
 BAD = {
     "no scale of fp8": (change("fp8", drop(f"{QKV}.weight_scale")), "has no scales for layers.0"),
@@ -276,6 +299,54 @@ BAD = {
         change("fp8", add("output.weight_scale", torch.ones(8, 1))),
         "(output); convert",
     ),
+    "odd groups": (change("int4", settle(f"{WEIGHTS}.group_size", 31)), "has groups of 31 inputs"),
+    "groups that do not fit": (
+        change("int4", settle(f"{WEIGHTS}.group_size", 34)),
+        "which is no int4",
+    ),
+    "a scale that is NaN": (change("fp8", spoil(SCALE, 3, float("nan"))), NO_SCALE),
+    "an infinite scale": (change("int8", spoil(SCALE, 3, float("inf"))), NO_SCALE),
+    "a scale that overflows": (change("int4", spoil(SCALE, 3, 1e37)), NO_SCALE),
+    "a negative scale": (change("int8", spoil(SCALE, 3, -1.0)), NO_SCALE),
+    "a scale of zero": (change("int4", spoil(SCALE, 3, 0.0)), NO_SCALE),
+    "scales in integers": (
+        change("int8", add(SCALE, torch.ones(192, 1, dtype=torch.int32))),
+        "which is no int8",
+    ),
+    "a weight of fp8 that is NaN": (
+        change("fp8", spoil(f"{QKV}.weight", 70, 0x7F)),
+        f"{QKV}.weight has a weight that is no number",
+    ),
+    "a negative NaN of fp8": (
+        change("fp8_tensor", spoil(f"{QKV}.weight", 70, 0xFF)),
+        "has a weight that is no number",
+    ),
+    "another shape than it says": (
+        change("int4", add(f"{QKV}.weight_shape", torch.tensor([192, 60]))),
+        f"{QKV}.weight has [192, 64] weights, and its shape as [192, 60]",
+    ),
+    "a shape that is none": (
+        change("int4", add(f"{QKV}.weight_shape", torch.tensor([192]))),
+        f"has no shape of two numbers for {QKV}",
+    ),
+    "weights packed and not": (change("int8", twice), f"has weights for {QKV} twice"),
+    "no weights": (change("int8", no_values), f"has no weights for {QKV}"),
+    "static scales of results": (
+        change("fp8", settle("config_groups.group_0.output_activations", {"dynamic": False})),
+        "static scales of activations",
+    ),
+    "rotated weights": (
+        change("fp8", settle("transform_config", {"config_groups": {"u": {"type": "hadamard"}}})),
+        "has rotated weights, which are not read here",
+    ),
+    "sparse weights": (
+        change("fp8", settle("sparsity_config", {"format": "sparse-24-bitmask"})),
+        "has sparse weights, which are not read here",
+    ),
+    "scales of keys and values": (
+        change("fp8", settle("kv_cache_scheme", {"num_bits": 8, "type": "float"})),
+        "has scales of keys and values, which are not read here",
+    ),
     "a product that is not quantised": (change("int4", whole_product), f"({QKV}); convert"),
 }
 
@@ -294,6 +365,48 @@ def test_what_cannot_be_read_is_told_in_one_line(name: str, tmp_path: Path) -> N
     assert message.startswith(str(path))
     assert "\n" not in message
     assert any(word in message for word in ("copy", "convert the original weights"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("qweight", "is quantised by GPTQ or AWQ, which is not read here; convert the original"),
+        ("weight_scale", f"are read from .safetensors alone ({QKV}); convert the original"),
+    ],
+)
+def test_quantised_weights_in_a_pickle_are_refused(name: str, told: str, tmp_path: Path) -> None:
+    """Fails if such a file is called another model's, which helps nobody."""
+    torch.save({f"{QKV}.{name}": torch.ones(192)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(tmp_path / "x.pt")
+    assert told in str(raised.value)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZATIONS)
+def test_weights_that_are_not_finite_are_not_quantised(scheme: str, tmp_path: Path) -> None:
+    """Fails if a NaN becomes a number on its way through a scheme that has none for it, or a file
+    is left that draws nothing.
+    """
+    tensors = load_file(DEMO)
+    tensors["layers.1.feed_forward.w2.weight"][5, 7] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    told = "layers.1.feed_forward.w2.weight has a weight that is not finite; use another file"
+    with pytest.raises(CheckpointError, match=told):
+        loaded(tmp_path / "nan.safetensors", demo_shape(), scheme)
+    source, written = open_checkpoint(tmp_path / "nan.safetensors"), tmp_path / "out.safetensors"
+    with pytest.raises(CheckpointError, match=told):
+        convert(source, written, None, scheme)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+
+
+def test_a_quantised_file_of_any_name_is_recognised(tmp_path: Path) -> None:
+    """Fails if pictures of a quantised file that has another suffix are recorded as others."""
+    renamed = tmp_path / "weights.bin"
+    shutil.copy(LIBRARY / "fp8/model.safetensors", renamed)
+    shutil.copy(LIBRARY / "fp8/config.json", tmp_path)
+    assert FoundWeights(renamed, None).quantization == "fp8"
+    assert FoundWeights(LIBRARY / "int4", None).quantization == "int4"
+    assert FoundWeights(DEMO, None).quantization is None
 
 
 def test_a_quantised_file_of_another_model_says_which(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def resolve(
         compiled=arguments.naive and arguments.compile,
         deterministic=config.deterministic,
         attention_backend=config.attention_backend,
-        quantization=config.quantization,
+        quantization=found.quantized_as(config.quantization),
         kv_cache_dtype=config.kv_cache_dtype,
         tensor_parallel_size=config.tensor_parallel_size,
     )
