@@ -6,7 +6,8 @@ and give the same as each other. Two neighbouring elements are a pair: 16 bits, 
 holds and the matrix unit's loads move. In registers a pair becomes two numbers in fp16, whatever
 the model's dtype is, so that even and odd elements have products of their own. Fp16 has more digits
 than bf16 for queries and weights, and the hardware converts to it. Values of a byte are exact
-there. A score is multiplied by its key's scale, and a weight by its value's: no key and no value is
+there. A query that fp16 does not hold, of more than 65,504, fails as one that is not finite does. A
+score is multiplied by its key's scale, and a weight by its value's: no key and no value is
 rounded again.
 """
 
@@ -27,8 +28,9 @@ from kernels.quantization import FP8, LARGEST
 _SLOTS = gl.constexpr(3)  # of the ring: chunks of keys, or of values
 _ROUNDING = gl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
 _LARGEST_FP8, _LARGEST_INT8 = gl.constexpr(LARGEST[FP8]), gl.constexpr(LARGEST[torch.int8])
-# Keeps weights times scales within fp16's normal numbers. A scale is 1/448, or 1/127, of a value.
-_WEIGHT_FACTOR = gl.constexpr(2.0**9)
+# Weights times scales are multiplied by about half of what makes a scale the largest element that
+# it is of. So they are normal numbers of fp16 for any values up to its largest one.
+_FACTOR_FP8, _FACTOR_INT8 = gl.constexpr(2.0**8), gl.constexpr(2.0**6)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -491,15 +493,14 @@ def _weighted_values(
 ):
     """Returns the weighted sums of even and of odd elements [PAIRS, COLUMNS]."""
     PAIRS: gl.constexpr = values.shape[1]
-    weight = (weight * (scales * _WEIGHT_FACTOR)[:, None]).to(gl.float16)
+    FACTOR: gl.constexpr = _FACTOR_FP8 if FP8 else _FACTOR_INT8
+    weight = (weight * (scales * FACTOR)[:, None]).to(gl.float16)
     weight = gl.convert_layout(weight, gl.DotOperandLayout(1, layout, 2))
     pairs = values.permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
     even, odd = unpacked(pairs, gl.float16, FP8)
     zeros = gl.zeros([PAIRS, COLUMNS], gl.float32, layout)
-    return (
-        mma_v2(even, weight, zeros) / _WEIGHT_FACTOR,
-        mma_v2(odd, weight, zeros) / _WEIGHT_FACTOR,
-    )
+    even, odd = mma_v2(even, weight, zeros), mma_v2(odd, weight, zeros)
+    return even * (1 / FACTOR), odd * (1 / FACTOR)
 
 
 @gluon.jit
