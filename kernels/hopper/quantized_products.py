@@ -162,7 +162,8 @@ class _Stream:
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
             # The tile before has been used. Until then the matrix unit reads its weights from
-            # registers, which nothing may write.
+            # registers, which nothing may write. (Half tiles with a product in flight beside them
+            # would allow it, but the assembler then serialises all products.)
             total = warpgroup_mma_wait(0, deps=(total,))
             pairs = self.weights.index(stage).reshape([self.OUTPUT_TILE, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))

@@ -165,21 +165,24 @@ def overwritten_operands(kernel: CompiledKernel) -> list[str]:
         if product is None:
             continue
         operands = set(range(int(product[1]), int(product[1]) + 4))
-        ahead, seen = [number + 1], set[int]()
+        # where to go on, and how many groups of products have been begun by then
+        ahead, seen = [(number, 0)], set[tuple[int, int]]()
         while ahead:
-            at = ahead.pop()
+            at, groups = ahead.pop()
             text = code[order[at]] if at < len(order) else "EXIT"
-            if at in seen or text.startswith(("WARPGROUP.DEPBAR", "EXIT")):
+            waits = re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d+)", text)
+            ends = text.startswith("EXIT") or (waits and int(waits[1]) < groups)
+            if ends or (at, groups) in seen:
                 continue
-            seen.add(at)
-            written = _written_registers(text)
-            if written & operands:
+            seen.add((at, groups))
+            if at != number and _written_registers(text) & operands:
                 found.append(f"{text} (operand of {code[address]})")
+            groups = min(groups + (text.startswith("HGMMA") and text.endswith("gsb0")), 4)
             jump = re.match(r"(@!?U?P\w+ )?BRA.* 0x([0-9a-f]+)", text)
             if jump is not None and int(jump[2], 16) in code:
-                ahead.append(order.index(int(jump[2], 16)))
+                ahead.append((order.index(int(jump[2], 16)), groups))
             if jump is None or jump[1] is not None:
-                ahead.append(at + 1)
+                ahead.append((at + 1, groups))
     return found
 
 
