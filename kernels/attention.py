@@ -15,6 +15,7 @@ combining chunks as in flash-decoding (Dao et al. 2023).
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,11 +24,12 @@ from triton.runtime.jit import JITFunction
 
 from kernels.linear import pdl_option
 from kernels.lookahead import row_position
-from kernels.quantization import LARGEST
+from kernels.quantization import FP8, LARGEST
 
 HEAD_SIZES = (64, 80, 96, 100, 112, 128, 256)
 _COLUMNS = tl.constexpr(8)  # least width of a matrix product; queries of one
-_ROUNDING = tl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
+LARGEST_FP8, LARGEST_INT8 = tl.constexpr(LARGEST[FP8]), tl.constexpr(LARGEST[torch.int8])
+ROUNDING = tl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
 
 
 @dataclass(frozen=True)
@@ -249,14 +251,14 @@ def _rounded(vector, DTYPE: tl.constexpr):
     """Rounds a vector [HEAD_TILE] to e4m3 or int8, and returns it with its scale, which makes the
     largest element the largest number. That of a vector which is not finite is NaN.
     """
-    LARGEST: tl.constexpr = 127.0 if tl.int8 == DTYPE else 448.0
+    LARGEST: tl.constexpr = LARGEST_INT8 if tl.int8 == DTYPE else LARGEST_FP8
     largest = tl.max(tl.abs(vector), 0)
     broken = tl.sum(vector * 0.0, 0)  # 0, or NaN
     scale = tl.where(largest > 0.0, largest / LARGEST, 1.0)
     within = tl.minimum(tl.maximum(vector / scale, -LARGEST), LARGEST)
     within = tl.where(broken == 0.0, within, 0.0)
     if tl.int8 == DTYPE:
-        within = (within + _ROUNDING) - _ROUNDING
+        within = (within + ROUNDING) - ROUNDING
     return within.to(DTYPE), scale + broken
 
 

@@ -252,13 +252,15 @@ def _gathered(cache: Cache, table: Tensor, rows: int) -> Tensor:
     """The vectors of a table's pages [rows * pages of a row], as a copy: float32 [rows, heads,
     tokens, stride].
     """
-    _, heads, page_size, stride = cache.pages.shape
-    chosen = _bits(cache.pages).index_select(0, table).view(cache.pages.dtype)
-    vectors = chosen.view(rows, -1, heads, page_size, stride).transpose(1, 2).float()
-    if cache.scales is not None:
-        scales = cache.scales.index_select(0, table).view(rows, -1, heads, page_size)
-        vectors = vectors * scales.transpose(1, 2)[..., None]
-    return vectors.reshape(rows, heads, -1, stride)
+
+    def by_head(pages: Tensor) -> Tensor:
+        """Pages [pages, heads, page_size, n] as [rows, heads, tokens, n]."""
+        chosen = pages.index_select(0, table).view(rows, -1, *pages.shape[1:])
+        return chosen.transpose(1, 2).flatten(2, 3)
+
+    # widened last: copies of what is stored take less memory
+    vectors = by_head(_bits(cache.pages)).view(cache.pages.dtype).float()
+    return vectors if cache.scales is None else vectors.mul_(by_head(cache.scales[..., None]))
 
 
 def _rotated(vectors: Tensor, angles: Tensor) -> Tensor:

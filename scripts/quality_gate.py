@@ -67,7 +67,7 @@ with slow_imports(__name__):
     from autoregressive.demo_training.judge import new_classifier, recognised, train_classifier
     from autoregressive.devices import PRECISIONS, default_precision, limited_cpu_threads
     from autoregressive.evaluation.reference import open_reference
-    from autoregressive.files import check_file, write_whole
+    from autoregressive.files import check_file, check_own_folder, write_whole
     from autoregressive.models.config import GPT_SHAPES
     from autoregressive.models.defaults import DEMO_MODEL
     from autoregressive.output.records import device_name
@@ -126,6 +126,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("there is nothing to measure: give --quantization or --kv-cache-dtype")
     if typed.judge is not None and not typed.judge.exists():
         check_file("--judge", typed.judge, ".safetensors")
+    if typed.reference is not None:
+        check_own_folder("--sample-dir", typed.sample_dir)
     typed.device = use_device(typed.device)
     return typed
 
@@ -256,8 +258,12 @@ def evaluations(
     if typed.quantization is not None:
         flags += ["--quantization", typed.quantization]
     made = {}
-    for name, engine_flags in (("plain", ()), ("quantised", tuple(flags))):
-        folder = typed.sample_dir / name
+    way = f"{typed.quantization or 'plain'}-kv-{typed.kv_cache_dtype}"
+    for name, called, engine_flags in (
+        ("plain", "plain", ()),
+        ("quantised", way, tuple(flags)),
+    ):
+        folder = typed.sample_dir / f"{settings.gpt_model}-{called}"
         folder.mkdir(parents=True, exist_ok=True)
         made[name] = measure_fid(
             subject, typed.fid, typed.reference, folder, str(typed.device), engine_flags

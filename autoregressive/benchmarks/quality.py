@@ -6,6 +6,7 @@ token is drawn from. The total variation of two distributions is the least share
 differ (0 to 1).
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -52,9 +54,12 @@ def read_images(path: Path, most: int, settings: ModelSettings, vq: VQModel) -> 
         UserError: the file cannot be read, or does not fit the model.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name][:most] for name in arrays.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, NpzFile):
+            raise ValueError("it holds one array")
+        with opened as arrays:
+            found = {name: np.atleast_1d(arrays[name])[:most] for name in arrays.files}
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise SettingError("codes", path, f"cannot be read ({error}); give an npz file") from error
     labels, codes, pictures = (found.get(name) for name in ("labels", "codes", "arr_0"))
     size, tokens = settings.image_size, settings.tokens_per_image

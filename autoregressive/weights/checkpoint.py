@@ -194,10 +194,13 @@ def load_weights(
     if mismatch is not None:
         raise CheckpointError(source.path, *mismatch)
     for name in wanted:
-        if name in source.dtypes and not source.dtypes[name].is_floating_point:
-            kind = str(source.dtypes[name]).removeprefix("torch.")
+        dtype_there = source.dtypes.get(name, dtype)
+        # of a byte they would be parts of quantised weights, without their scales
+        if not dtype_there.is_floating_point or dtype_there.itemsize < 2:
+            kind = str(dtype_there).removeprefix("torch.")
+            told = f"{name} is {kind}, and no floating-point numbers of 16 bits or more"
             raise CheckpointError(
-                source.path, f"{name} is {kind}, and no floating-point numbers; use another file"
+                source.path, f"{told}; use another file, or convert the original weights"
             )
     scheme = loaded_quantization(source.path, source.quantization, quantization)
     if scheme is not None and rank != ALONE:

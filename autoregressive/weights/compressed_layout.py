@@ -108,7 +108,8 @@ class StoredMatrix:
         self.scales.read_into(scales)
         fitting = (scales > 0) & (scales * LARGEST[FP8]).isfinite()
         require(bool(fitting.all()), f"has a scale that is no positive finite number; {_COPY}")
-        matrix.scales.copy_(scales.view(matrix.scales.shape) if scales.numel() > 1 else scales)
+        scales = scales.flatten()  # one for each output or group, or one for all
+        matrix.scales.copy_(scales.view_as(matrix.scales) if len(scales) > 1 else scales)
         if self.scheme == "fp8":
             no_number = values.view(torch.uint8) & _FP8_NAN == _FP8_NAN
             require(not no_number.any(), f"has a weight that is no number; {_COPY}")

@@ -161,10 +161,13 @@ class _Stream:
         for tile in range(first, gl.minimum(end, self.tiles)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
+            # The tile before has been used. Until then the matrix unit reads its weights from
+            # registers, which nothing may write. (Half tiles with a product in flight beside them
+            # would allow it, but the assembler then serialises all products.)
+            total = warpgroup_mma_wait(0, deps=(total,))
             pairs = self.weights.index(stage).reshape([self.OUTPUT_TILE, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
             halves = unpacked(pairs, self.values.dtype, self.FP8)
-            total = warpgroup_mma_wait(0, deps=(total,))  # the tile before has been used
             later = tile - 1 + STAGES
             if (tile > 0) & (later < self.tiles):
                 gl.thread_barrier()  # by every warp
@@ -226,7 +229,7 @@ def unpacked(pairs, dtype: gl.constexpr, FP8: gl.constexpr):
     e4m3 or int8.
     """
     return gl.inline_asm_elementwise(
-        _unpacking(dtype, FP8), "=r,=r,r", [pairs], dtype=_both(dtype), is_pure=True, pack=2
+        _unpacking(dtype, FP8), "=&r,=&r,r", [pairs], dtype=_both(dtype), is_pure=True, pack=2
     )
 
 
@@ -675,5 +678,9 @@ def stage_count(tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0
         most: tiles of a program.
         exchanged: bytes of shared memory that the cluster takes.
     """
+    assert tiles.inputs == PAIRED_INPUTS, tiles
     tile_bytes = (tiles.outputs + 2 * row_block) * PAIRED_INPUTS
-    return min(tiles.stages, most, (SHARED_MEMORY - exchanged) // tile_bytes)
+    stages = min(tiles.stages, most, (SHARED_MEMORY - exchanged) // tile_bytes)
+    # a tile is asked for when the one behind it is used
+    assert stages >= min(2, most), (tiles, row_block)
+    return stages

@@ -6,11 +6,11 @@ and give the same as each other. Two neighbouring elements are a pair: 16 bits, 
 holds and the matrix unit's loads move. In registers a pair becomes two numbers in fp16, whatever
 the model's dtype is, so that even and odd elements have products of their own. Fp16 has more digits
 than bf16 for queries and weights, and the hardware converts to it. Values of a byte are exact
-there. A score is multiplied by its key's scale, and a weight by its value's: no key and no value is
+there. A query that fp16 does not hold, of more than 65,504, fails as one that is not finite does. A
+score is multiplied by its key's scale, and a weight by its value's: no key and no value is
 rounded again.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,17 +18,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import AttentionTiles, head_stride, launch_attention
+from kernels.attention import (
+    LARGEST_FP8,
+    LARGEST_INT8,
+    ROUNDING,
+    AttentionTiles,
+    head_stride,
+    launch_attention,
+)
 from kernels.hopper.attention import COLUMNS, rotated, softmax_weights, sum_of_splits
 from kernels.hopper.many_rows_attention import takes_pages
 from kernels.hopper.quantized_products import unpacked
-from kernels.quantization import FP8, LARGEST
+from kernels.quantization import FP8
 
 _SLOTS = gl.constexpr(3)  # of the ring: chunks of keys, or of values
-_ROUNDING = gl.constexpr(1.5 * 2**23)  # float32 of this size has no fraction
-_LARGEST_FP8, _LARGEST_INT8 = gl.constexpr(LARGEST[FP8]), gl.constexpr(LARGEST[torch.int8])
-# Keeps weights times scales within fp16's normal numbers. A scale is 1/448, or 1/127, of a value.
-_WEIGHT_FACTOR = gl.constexpr(2.0**9)
+# Weights times scales are multiplied by about half of what makes a scale the largest element that
+# it is of. So they are normal numbers of fp16 for any values up to its largest one.
+_FACTOR_FP8, _FACTOR_INT8 = gl.constexpr(2.0**8), gl.constexpr(2.0**6)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -434,7 +440,7 @@ def _rounded(vector, FP8: gl.constexpr):
     """Rounds a vector [1, HEAD_TILE] to e4m3 or int8, as `kernels.attention` does. Returns pairs
     [1, PAIRS] and the scale.
     """
-    MOST: gl.constexpr = _LARGEST_FP8 if FP8 else _LARGEST_INT8
+    MOST: gl.constexpr = LARGEST_FP8 if FP8 else LARGEST_INT8
     largest = gl.max(gl.max(gl.abs(vector), 1), 0)
     broken = gl.sum(gl.sum(vector * 0.0, 1), 0)  # 0, or NaN
     scale = gl.where(largest > 0.0, largest / MOST, 1.0)
@@ -443,7 +449,7 @@ def _rounded(vector, FP8: gl.constexpr):
     if FP8:
         elements = within.to(gl.float8e4nv).to(gl.int8, bitcast=True)
     else:
-        elements = ((within + _ROUNDING) - _ROUNDING).to(gl.int8)
+        elements = ((within + ROUNDING) - ROUNDING).to(gl.int8)
     PAIRS: gl.constexpr = vector.shape[1] // 2
     even, odd = gl.split(gl.reshape(elements, [1, PAIRS, 2]))
     return (even.to(gl.int16) & 255) | (odd.to(gl.int16) << 8), scale + broken
@@ -491,15 +497,14 @@ def _weighted_values(
 ):
     """Returns the weighted sums of even and of odd elements [PAIRS, COLUMNS]."""
     PAIRS: gl.constexpr = values.shape[1]
-    weight = (weight * (scales * _WEIGHT_FACTOR)[:, None]).to(gl.float16)
+    FACTOR: gl.constexpr = _FACTOR_FP8 if FP8 else _FACTOR_INT8
+    weight = (weight * (scales * FACTOR)[:, None]).to(gl.float16)
     weight = gl.convert_layout(weight, gl.DotOperandLayout(1, layout, 2))
     pairs = values.permute((1, 0)).load(gl.DotOperandLayout(0, layout, 2))
     even, odd = unpacked(pairs, gl.float16, FP8)
     zeros = gl.zeros([PAIRS, COLUMNS], gl.float32, layout)
-    return (
-        mma_v2(even, weight, zeros) / _WEIGHT_FACTOR,
-        mma_v2(odd, weight, zeros) / _WEIGHT_FACTOR,
-    )
+    even, odd = mma_v2(even, weight, zeros), mma_v2(odd, weight, zeros)
+    return even * (1 / FACTOR), odd * (1 / FACTOR)
 
 
 @gluon.jit

@@ -234,7 +234,8 @@ def tune(
         if stage.section in sections
     ]
     compile_in_parallel(config, table, stages, capability)
-    layer_bytes = 2 * (4 * config.dim**2 + 3 * config.dim * config.ffn_dim)
+    # of a byte a weight, so that quantised ones are not in the cache, either
+    layer_bytes = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
     deep = replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes))
     chains = chains_for([stage.section for stage in stages], deep, capability)
     for stage in stages:

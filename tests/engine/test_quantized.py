@@ -19,7 +19,7 @@ from autoregressive.serve.engine.batch import BatchShape
 from autoregressive.serve.engine.engine import Engine
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
-from autoregressive.serve.engine.layers import FusedLayers, PlainLayers, QuantizedLayers
+from autoregressive.serve.engine.layers import LibraryLayers, PlainLayers, QuantizedLayers
 from autoregressive.serve.engine.memory import pool_pages
 from autoregressive.serve.engine.model_runner import ModelRunner, check_device
 from autoregressive.weights.quantized import (
@@ -212,22 +212,19 @@ def test_large_and_small_rows_take_layers_that_read_quantised_weights() -> None:
     runner = ModelRunner(model, BatchShape.of(4, 64, 4), 64, CONFIG)
     factory = replace(runner._factory, library=True)
     assert {factory.kind(rows) for rows in (1, 64, 65, 512)} == {PlainLayers}
-    assert replace(factory, quantized=False).kind(512) not in (PlainLayers, FusedLayers)
+    assert replace(factory, quantized=False).kind(512) is LibraryLayers
 
 
-@pytest.mark.parametrize(
-    ("setting", "remedy"), [("quantization", "int8"), ("kv_cache_dtype", "int8")]
-)
-def test_fp8_needs_a_gpu_that_has_it(
-    setting: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("setting", ["quantization", "kv_cache_dtype"])
+def test_fp8_needs_a_gpu_that_has_it(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an older GPU is given fp8, which it cannot convert, or is not told what it can."""
     config = EngineConfig(**{setting: "fp8"})  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
-    with pytest.raises(
-        SettingError, match=f"compute capability 8.6, and fp8 takes 8.9; use {remedy}"
-    ):
+    told = "compute capability 8.6, and fp8 takes 8.9; "
+    with pytest.raises(SettingError, match=told + "use int8"):
         check_device(config, torch.device("cuda"))
+    with pytest.raises(SettingError, match=told + "convert the original weights to int8"):
+        check_device(EngineConfig(), torch.device("cuda"), "fp8")  # of a checkpoint
     check_device(EngineConfig(quantization="int8", kv_cache_dtype="int8"), torch.device("cuda"))
     check_device(config, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))

@@ -150,6 +150,52 @@ def machine_code(kernel: CompiledKernel) -> list[str]:
     )
 
 
+def overwritten_operands(kernel: CompiledKernel) -> list[str]:
+    """Instructions that write a register which the matrix unit may still read: an operand of an
+    asynchronous product that has not been waited for.
+    """
+    lines = re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?) ;", _disassembled(kernel, "--dump-sass"), re.MULTILINE
+    )
+    code = {int(address, 16): text for address, text in lines}
+    order = sorted(code)
+    found = []
+    for number, address in enumerate(order):
+        product = re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", code[address])
+        if product is None:
+            continue
+        operands = set(range(int(product[1]), int(product[1]) + 4))
+        # where to go on, and how many groups of products have been begun by then
+        ahead, seen = [(number, 0)], set[tuple[int, int]]()
+        while ahead:
+            at, groups = ahead.pop()
+            text = code[order[at]] if at < len(order) else "EXIT"
+            waits = re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d+)", text)
+            ends = text.startswith("EXIT") or (waits and int(waits[1]) < groups)
+            if ends or (at, groups) in seen:
+                continue
+            seen.add((at, groups))
+            if at != number and _written_registers(text) & operands:
+                found.append(f"{text} (operand of {code[address]})")
+            groups = min(groups + (text.startswith("HGMMA") and text.endswith("gsb0")), 4)
+            jump = re.match(r"(@!?U?P\w+ )?BRA.* 0x([0-9a-f]+)", text)
+            if jump is not None and int(jump[2], 16) in code:
+                ahead.append((order.index(int(jump[2], 16)), groups))
+            if jump is None or jump[1] is not None:
+                ahead.append((at + 1, groups))
+    return found
+
+
+def _written_registers(text: str) -> set[int]:
+    """The registers that an instruction writes, as far as its text tells."""
+    operation = re.match(r"(?:@!?U?P\w+ )?([A-Z]\S*) (?:P\w+, )?R(\d+)", text)
+    if operation is None or operation[1].startswith(("ST", "HGMMA", "BAR", "SYNCS")):
+        return set()
+    wide = re.search(r"\.(64|128|M88\.4)\b|M88\.4", operation[1])
+    count = 4 if wide and wide[0] != ".64" else 2 if wide or ".WIDE" in operation[1] else 1
+    return set(range(int(operation[2]), int(operation[2]) + count))
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a thread of a compiled kernel holds."""

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 import torch
-from compiled import Build, launches_of, resources
+from compiled import Build, launches_of, overwritten_operands, resources
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -278,6 +278,7 @@ def test_kernels_of_quantised_weights_and_pages_compile(
         if build.name in of_quantized:
             compiled = check_compiles(build, capability, waits=capability >= 90)
             if build.name.startswith(ONLY_ON_HOPPER):
+                assert overwritten_operands(compiled) == [], build
                 # an address, where int4 leaves many partial sums
                 assert resources(compiled).local_bytes <= 8 * (weights == "int4"), build
 

@@ -190,6 +190,10 @@ BAD_FILES = {
         {"arr_0": np.zeros((1, 64, 64, 3), np.uint8), "labels": np.array([0])},
         "arr_0 must be uint8 [1, 128, 128, 3]",
     ),
+    "labels without a dimension": (
+        {"codes": np.zeros((1, 256), int), "labels": np.array(64)},
+        "must have labels [n], each 0 to 63",
+    ),
     "neither": ({"labels": np.array([0])}, "must have codes [1, 256]"),
 }
 
@@ -204,9 +208,21 @@ def test_a_file_that_does_not_fit_is_refused(
     with pytest.raises(UserError) as raised:
         read_images(tmp_path / "bad.npz", 64, *demo)  # type: ignore[arg-type]
     assert told in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(
+    demo: tuple[ModelSettings, torch.nn.Module], tmp_path: Path
+) -> None:
+    """Fails if a file that is damaged, or no npz file, ends in a traceback."""
     (tmp_path / "none.npz").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_images(tmp_path / "none.npz", 64, *demo)  # type: ignore[arg-type]
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez_compressed(tmp_path / "torn.npz", codes=np.arange(10_000))
+    content = bytearray((tmp_path / "torn.npz").read_bytes())
+    content[200:400] = bytes(200)
+    (tmp_path / "torn.npz").write_bytes(content)
+    for name in ("none.npz", "one.npy", "torn.npz", "missing.npz"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_images(tmp_path / name, 64, *demo)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +231,10 @@ def test_a_file_that_does_not_fit_is_refused(
         ([], "there is nothing to measure: give --quantization or --kv-cache-dtype"),
         (["--quantization", "int8", "--judge", "/no/x.safetensors"], "--judge"),
         (["--gpt-model", "GPT-B", "--quantization", "int8"], "there are no trained weights"),
+        (
+            ["--quantization", "int8", "--reference", __file__, "--sample-dir", __file__],
+            "this is a file; name a folder",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(typed: list[str], told: str, tmp_path: Path) -> None:

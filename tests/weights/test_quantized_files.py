@@ -85,6 +85,19 @@ def test_what_the_library_has_written_is_read(name: str, whole_folder: bool) -> 
     )
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_of_a_matrix_may_have_any_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Fails if a scale that passes the checks ends in an error of torch's."""
+
+    def reshape(tensors: dict[str, Tensor], config: dict[str, object]) -> None:
+        tensors[SCALE] = tensors[SCALE].reshape(shape)
+
+    read = matrices(loaded(change("fp8_tensor", reshape)(tmp_path)))
+    expected = matrices(loaded(LIBRARY / "fp8_tensor"))
+    for product, matrix in read.items():
+        assert torch.equal(matrix.scales, expected[product].scales)
+
+
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
 def test_a_converted_file_has_the_librarys_layout(scheme: str, tmp_path: Path) -> None:
     """Fails if a name, dtype or shape differs from those that the library gives the same model, or
@@ -298,6 +311,10 @@ BAD = {
     "a quantised head": (
         change("fp8", add("output.weight_scale", torch.ones(8, 1))),
         "(output); convert",
+    ),
+    "a head of fp8 without scales": (
+        change("fp8", add("output.weight", torch.zeros(8, 64, dtype=torch.float8_e4m3fn))),
+        "output.weight is float8_e4m3fn, and no floating-point numbers of 16 bits or more",
     ),
     "odd groups": (change("int4", settle(f"{WEIGHTS}.group_size", 31)), "has groups of 31 inputs"),
     "groups that do not fit": (

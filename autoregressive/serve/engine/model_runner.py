@@ -176,15 +176,16 @@ def check_device(
         SettingError: the backend does not run there, or fp8 does not.
     """
     asked = config.quantization or quantization
+    remedy = "use int8" if config.quantization else "convert the original weights to int8"
     for name, value, others in (
-        ("quantization", asked, "int8"),
-        ("kv_cache_dtype", config.kv_cache_dtype, "int8"),
+        ("quantization", asked, remedy),
+        ("kv_cache_dtype", config.kv_cache_dtype, "use int8"),
     ):
         if value == "fp8" and device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             if (major, minor) < _LEAST_FP8:
                 told = f"{device} has compute capability {major}.{minor}, and fp8 takes 8.9"
-                raise SettingError(name, value, f"{told}; use {others}")
+                raise SettingError(name, value, f"{told}; {others}")
     if config.attention_backend == "triton" and not triton_runs_on(device):
         told = f"{device} is no GPU of compute capability 8.0 or above; use auto or torch"
         raise SettingError("attention_backend", "triton", told)
