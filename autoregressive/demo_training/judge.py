@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from autoregressive.demo_training.emoji_data import IMAGE_SIZE, render_batch
@@ -26,6 +25,8 @@ def blurred(pixels: Tensor, size: int = QUARTER) -> Tensor:
 
 def new_classifier(emoji: int) -> nn.Module:
     """A ResNet-18 for so many emoji and, as its last class, blur."""
+    import torchvision  # brings a compiler, which looks for a folder of the user's
+
     return torchvision.models.resnet18(num_classes=emoji + 1)
 
 

@@ -126,7 +126,8 @@ def add_kv_cache_dtype_flag(flags: argparse._ActionsContainer) -> None:
         choices=KV_CACHE_DTYPES,
         metavar="D",
         help="keep keys and values in int8 or fp8 (about half of the memory of 16 bits; fp8 from "
-        "compute capability 8.9 on, int8 closer to the original), or auto: as --precision says "
+        "compute capability 8.9 on, int8 closer to the original), or auto: in the weights' "
+        "precision "
         f"(default: {EngineConfig.kv_cache_dtype})",
     )
 

@@ -220,6 +220,8 @@ def test_the_flags_reach_the_engine(work: Path, monkeypatch: pytest.MonkeyPatch)
         "gpu_memory_utilization": 0.5,
         "attention_backend": "torch",
         "lookahead": 4,
+        "quantization": "int8",
+        "kv_cache_dtype": "fp8",
     }
     values = (sampling | engine).items()
     flags = [word for name, value in values for word in (f"--{name.replace('_', '-')}", str(value))]
