@@ -36,7 +36,7 @@ def load_models(
         CheckpointError: a checkpoint is damaged, belongs to another model, or is quantised in
             another way.
     """
-    gpt = _load_gpt(settings, found.gpt, quantization)
+    gpt = _load_gpt(settings, found.gpt, found.quantized_as(quantization))
     return LoadedModels(gpt=gpt, vq=_load_vq(settings, found.vq))
 
 
