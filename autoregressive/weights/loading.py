@@ -42,7 +42,7 @@ def load_models(
         CheckpointError: a checkpoint is damaged, belongs to another model, or is quantised in
             another way.
     """
-    gpt = load_gpt(settings, found.gpt, quantization, rank)
+    gpt = load_gpt(settings, found.gpt, found.quantized_as(quantization), rank)
     return LoadedModels(gpt, _load_vq(settings, found.vq))
 
 
