@@ -190,7 +190,10 @@ def test_a_file_that_only_rank_1_cannot_read_is_told_as_by_one_process(tmp_path:
 
 def test_a_number_that_does_not_divide_the_model_is_refused_with_those_that_do() -> None:
     """Fails if the message leaves the user to find a number that fits."""
-    told = r"tensor_parallel_size 3: must divide the 4 heads, .* of GPT-demo: use 1, 2 or 4"
+    told = (
+        "tensor_parallel_size 3: must divide the 4 heads and the 1024 codes of GPT-demo, and its "
+        "feed-forward width 768 into multiples of 32: use 1, 2 or 4"
+    )
     with pytest.raises(SettingError, match=told):
         small_pipeline(replace(TWO, tensor_parallel_size=3))
     with pytest.raises(SettingError, match="tensor_parallel_size 0: must be a whole number"):

@@ -49,7 +49,7 @@ class EngineConfig:
     # Positions of an image that one pass computes: more than one takes fewer passes for the same
     # tokens. "off" is 1, and "auto" a number that suits the rows that run.
     lookahead: LookaheadSetting = "auto"
-    # processes, one a device, that share the model; a divisor of its heads and feed-forward width
+    # processes, one a device, that share the model; one of its `GPTConfig.rank_counts`
     tensor_parallel_size: int = 1
     # engines that share a CPU's threads and memory, this one among them; the service sets it
     engines_on_cpu: int = 1
