@@ -115,9 +115,9 @@ def saying_what_to_install() -> Iterator[None]:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's main function and exits.
 
-    The status is what it returns, None being 0; 2 after a `UserError` or an error of the system,
-    such as a full disk; 130 after Ctrl-C; 141 when the reader of stdout has left. Text that stdout
-    cannot encode is written with backslashes.
+    The status is what it returns, None being 0; 1 when a process that it needs has died; 2 after a
+    `UserError` or an error of the system, such as a full disk; 130 after Ctrl-C; 141 when the
+    reader of stdout has left. Text that stdout cannot encode is written with backslashes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -132,7 +132,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = 141
     except (UserError, OSError) as error:
         tell_error(error)
-        status = 2
+        status = 1 if isinstance(error, ChildProcessError) else 2
     except KeyboardInterrupt:
         status = say_interrupted()
     # What is not taken is dropped: the interpreter would try once more at its end, complain, and

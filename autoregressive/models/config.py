@@ -7,6 +7,8 @@ Shapes and names are those of LlamaGen (Sun et al. 2024, arXiv:2406.06525),
 from dataclasses import dataclass
 from math import gcd, isqrt
 
+FFN_MULTIPLE = 32  # of the feed-forward width on each rank: so many outputs the product has at once
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -72,10 +74,9 @@ class GPTConfig:
     @property
     def rank_counts(self) -> tuple[int, ...]:
         """How many ranks can share the model: divisors of the heads, of the feed-forward width and
-        of the vocabulary. Products take inputs by 8, and the feed-forward product has outputs by
-        32.
+        of the vocabulary. Products take inputs by 8.
         """
-        shared = gcd(self.n_head, self.ffn_dim // 32, self.vocab_size)
+        shared = gcd(self.n_head, self.ffn_dim // FFN_MULTIPLE, self.vocab_size)
         divisors = (count for count in range(2, shared + 1) if shared % count == 0)
         return (1, *(count for count in divisors if self.dim // count % 8 == 0))
 

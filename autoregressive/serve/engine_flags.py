@@ -90,7 +90,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
         metavar="N",
         help="GPUs, or processes on a CPU, that share the model: each has a part of the heads, of "
         "the feed-forward layer and of the KV cache, so that an image is drawn sooner and a larger "
-        "model fits. N must divide the heads and the feed-forward width "
+        "model fits. An error lists the numbers that suit the model "
         f"(default: {EngineConfig.tensor_parallel_size})",
     )
     group.add_argument(

@@ -23,7 +23,7 @@ from autoregressive.errors import (
 )
 from autoregressive.folders import can_be_written, in_checkout, pretrained_folder
 from autoregressive.models.classes import ClassNames
-from autoregressive.models.config import GPT_SHAPES
+from autoregressive.models.config import FFN_MULTIPLE, GPT_SHAPES
 from autoregressive.models.defaults import ModelDefaults, model_defaults
 from autoregressive.weights.checkpoint import loaded_quantization, stored_quantization
 from autoregressive.weights.options import (
@@ -150,8 +150,9 @@ def check_ranks(model: ModelSettings, count: int, engines: int = 1) -> None:
     shape = replace(GPT_SHAPES[model.gpt_model], vocab_size=model.codebook_size)
     if count not in shape.rank_counts:
         told = (
-            f"must divide the {shape.n_head} heads, the feed-forward width {shape.ffn_dim} and the "
-            f"{shape.vocab_size} codes of {model.gpt_model}: use {either(shape.rank_counts)}"
+            f"must divide the {shape.n_head} heads and the {shape.vocab_size} codes of "
+            f"{model.gpt_model}, and its feed-forward width {shape.ffn_dim} into multiples of "
+            f"{FFN_MULTIPLE}: use {either(shape.rank_counts)}"
         )
         raise SettingError("tensor_parallel_size", count, told)
     if model.device.type == "cpu" or count == 1:

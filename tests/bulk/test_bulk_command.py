@@ -1,5 +1,6 @@
 """The bulk command as users type it: on one process and on several, killed and started again."""
 
+import io
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from rank_service import other_ranks
 from source_tree import ROOT
 
 from autoregressive.errors import UserError
@@ -110,6 +112,26 @@ def broken_and_finished(folder: Path, how: str, seed: int) -> tuple[bytes, int]:
     assert status == 0, errors
     assert kept_images(folder) == 0
     return (folder / f"{NAME}.npz").read_bytes(), kept
+
+
+def test_ranks_that_share_the_model_draw_what_one_process_draws(
+    tmp_path: Path, unbroken: bytes
+) -> None:
+    """Fails if --tensor-parallel-size does not reach the engine of a bulk job, or changes one of
+    its images.
+    """
+    process = start(1, tmp_path, 2, "--tensor-parallel-size", "2")
+    while process.poll() is None and not other_ranks(process.pid):
+        time.sleep(0.1)
+    assert process.poll() is None, "it has drawn without the other rank"
+    status, _, errors = finish(process)
+    assert (status, errors) == (0, "")
+    found, whole = (
+        np.load(io.BytesIO(data))["arr_0"]
+        for data in ((tmp_path / f"{NAME}.npz").read_bytes(), unbroken)
+    )
+    assert len(found) == 2
+    assert np.array_equal(found, whole[:2])
 
 
 @pytest.mark.parametrize("how", ["one rank", "all", "full disk"])

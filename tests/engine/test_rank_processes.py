@@ -14,9 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from rank_service import CHECKPOINT, other_ranks, rank_command
+from safetensors.torch import load_file
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from autoregressive.errors import SettingError, UserError
+from autoregressive.models.ranks import Rank
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.pipeline import Pipeline
@@ -31,7 +38,9 @@ from autoregressive.serve.worker.rank_processes import (
     RankRecipe,
 )
 from autoregressive.serve.worker.transport import encode, receive
+from autoregressive.weights.checkpoint import CheckpointError
 from autoregressive.weights.finding import FoundWeights, ModelSettings, check_ranks, resolve_model
+from autoregressive.weights.loading import load_gpt
 from autoregressive.weights.options import ModelOptions
 
 pytestmark = pytest.mark.slow
@@ -60,14 +69,6 @@ def small_pipeline(config: EngineConfig = TWO) -> Pipeline:
     return Pipeline(demo_settings(4 * 8), FoundWeights(None, None), config)
 
 
-def other_ranks() -> list[int]:
-    """The process ids of the other ranks."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    children = [word for task in tasks for word in (task / "children").read_text().split()]
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, command in commands.items() if b"\0rank-" in command]
-
-
 def test_two_ranks_draw_the_demo_models_greedy_codes() -> None:
     """Fails if a model that two processes share draws another image than one process."""
     labels = [7, 2, 9]
@@ -89,11 +90,11 @@ def test_ranks_outlive_the_thread_that_built_them_and_end_with_the_pipeline() ->
     thread.start()
     thread.join()
     pipe = built.pop()
-    assert len(other_ranks()) == 1
+    assert len(other_ranks(os.getpid())) == 1
     assert pipe.draw([1, 2], SamplingParams(seed=3)).shape == (2, 16)
-    assert len(other_ranks()) == 1
+    assert len(other_ranks(os.getpid())) == 1
     pipe.close()
-    assert other_ranks() == []
+    assert other_ranks(os.getpid()) == []
     with pytest.raises(RankLostError, match="the other ranks have been ended"):
         pipe.draw([1], SamplingParams(seed=3))
 
@@ -101,7 +102,7 @@ def test_ranks_outlive_the_thread_that_built_them_and_end_with_the_pipeline() ->
 def test_a_dead_rank_is_an_error_and_not_a_hang() -> None:
     """Fails if a call waits for a rank that has died, or its error does not say so."""
     pipe = small_pipeline()
-    (rank,) = other_ranks()
+    (rank,) = other_ranks(os.getpid())
     killer = threading.Timer(0.3, lambda: os.kill(rank, signal.SIGKILL))
     killer.start()
     begun = time.monotonic()
@@ -111,23 +112,88 @@ def test_a_dead_rank_is_an_error_and_not_a_hang() -> None:
     assert time.monotonic() - begun < 30
     with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
         pipe.draw([1], SamplingParams(seed=3))
-    assert other_ranks() == []
+    assert other_ranks(os.getpid()) == []
+
+
+def command(*flags: str) -> list[str]:
+    """The engine's command, with two ranks that share the demo model."""
+    begin = [sys.executable, str(ROOT / "autoregressive/serve/sample_c2i.py"), "--device", "cpu"]
+    begin += ["--gpt-model", "GPT-demo", "--class-labels", "fox", "--lookahead", "off"]
+    return [*begin, "--tensor-parallel-size", "2", *flags]
 
 
 def test_the_command_draws_with_ranks_and_leaves_nothing(tmp_path: Path) -> None:
     """Fails if the command does not know the flag, or its end leaves a process or a complaint."""
-    command = [sys.executable, str(ROOT / "autoregressive/serve/sample_c2i.py"), "--device", "cpu"]
-    command += ["--gpt-model", "GPT-demo", "--class-labels", "fox", "--tensor-parallel-size", "2"]
-    command += ["--lookahead", "off"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "image is saved to" in done.stdout
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
 
 
+def test_the_death_of_a_rank_ends_the_command(tmp_path: Path) -> None:
+    """Fails if the command waits for the rank, or ends with a traceback or another status."""
+    with subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not (ranks := other_ranks(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(ranks[0], signal.SIGKILL)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (1, "sample_c2i.py: error: rank 1 of 2 has died\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_shards(number: int, port: int, folder: str) -> None:
+    """One of two processes that write a folder of the demo model's weights, half of each."""
+    init = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=init, rank=number, world_size=2)
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    weights = load_file(CHECKPOINT)
+    sharded = {
+        name: distribute_tensor(weight, mesh, [Shard(0)]) for name, weight in weights.items()
+    }
+    dcp.save(sharded, checkpoint_id=folder)
+    distributed.barrier()
+    os._exit(0)
+
+
+def damage_what_rank_1_reads(folder: Path) -> None:
+    """Overwrites the second half of the head, which no other rank of two reads."""
+    for index, place in FileSystemReader(folder).read_metadata().storage_data.items():
+        if index.fqn == "output.weight" and index.offset[0] > 0:
+            with (folder / place.relative_path).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(bytes(place.length))
+
+
+def test_a_file_that_only_rank_1_cannot_read_is_told_as_by_one_process(tmp_path: Path) -> None:
+    """Fails if the reason is lost between processes, is told twice or by a traceback, or if a
+    process is left: `run` waits for all that have its stderr.
+    """
+    shards = tmp_path / "shards"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(write_shards, (port, str(shards)), nprocs=2)
+    load_gpt(demo_settings(), shards, Rank(1, 2))
+    damage_what_rank_1_reads(shards)
+    load_gpt(demo_settings(), shards, Rank(0, 2))
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp: is damaged") as alone:
+        load_gpt(demo_settings(), shards)
+    for make in (command, rank_command):
+        told = make("--gpt-ckpt", str(shards))
+        done = subprocess.run(told, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2
+        assert done.stderr.endswith(f": error: {alone.value}\n")
+        assert done.stderr.count("error") == 1
+    assert list(tmp_path.iterdir()) == [shards]
+
+
 def test_a_number_that_does_not_divide_the_model_is_refused_with_those_that_do() -> None:
     """Fails if the message leaves the user to find a number that fits."""
-    told = r"tensor_parallel_size 3: must divide the 4 heads, .* of GPT-demo: use 1, 2 or 4"
+    told = (
+        "tensor_parallel_size 3: must divide the 4 heads and the 1024 codes of GPT-demo, and its "
+        "feed-forward width 768 into multiples of 32: use 1, 2 or 4"
+    )
     with pytest.raises(SettingError, match=told):
         small_pipeline(replace(TWO, tensor_parallel_size=3))
     with pytest.raises(SettingError, match="tensor_parallel_size 0: must be a whole number"):

@@ -1,5 +1,5 @@
 """The service on ranks that share the demo model, on a CPU, with images of 4 x 4 tokens: all of it
-is real but the size of the images, whose weights are the demo model's where they fit.
+is real but the size of the images.
 
 `python tests/helpers/rank_service.py FLAGS` runs one; `rank_service` is one for a test.
 """
@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from fake_service import Faults, Service
+from source_tree import ROOT
 
 from autoregressive.cli.command import run_command
 from autoregressive.serve.lifecycle import listen, prepare, serve
@@ -24,7 +25,10 @@ from autoregressive.serve.web.server_settings import resolve_server_settings
 
 GRID = 4
 _START_SECONDS = 120.0
-_FLAGS = ["--port", "0", "--gpt-model", "GPT-demo", "--device", "cpu", "--random-weights"]
+CHECKPOINT = ROOT / "pretrained_models" / "demo_gpt.safetensors"
+_FLAGS = ["--port", "0", "--gpt-model", "GPT-demo", "--device", "cpu"]
+# which would not be found for images of this size
+_FLAGS += ["--gpt-ckpt", str(CHECKPOINT)]
 _FLAGS += ["--tensor-parallel-size", "2", "--lookahead", "off"]
 
 
@@ -45,15 +49,21 @@ def rank_command(*flags: str) -> list[str]:
 
 def other_ranks(pid: int) -> list[int]:
     """The processes of ranks other than 0 that a process and its children have started."""
-    return [one for one in tree(pid) if b"\0rank-" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    found = []
+    for one in tree(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if b"\0rank-" in Path(f"/proc/{one}/cmdline").read_bytes():
+                found.append(one)
+    return found
 
 
 def tree(pid: int) -> list[int]:
     """A process and all that it has started, from whichever thread."""
     found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += tree(int(child))
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += tree(int(child))
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 from fake_service import Service, is_alive
-from rank_service import GRID, other_ranks, rank_service, tree
+from rank_service import CHECKPOINT, GRID, other_ranks, rank_service, tree
 
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.pipeline import Pipeline
@@ -88,7 +88,7 @@ def test_the_death_of_a_rank_ends_the_service(tmp_path: Path, rank: int, drawing
 
 def one_process_draws(bodies: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
     """The codes for requests of the service, by an engine without ranks."""
-    model = resolve_model(ModelOptions(gpt_model="GPT-demo", device="cpu"))
+    model = resolve_model(ModelOptions("GPT-demo", CHECKPOINT, device="cpu"))
     model = replace(model, image_size=GRID * model.downsample_size)
     pipe = Pipeline(model, find_weights(model), EngineConfig(max_num_seqs=8, lookahead="off"))
     drawn = []
@@ -125,11 +125,11 @@ def test_engines_of_several_ranks_draw_what_one_process_draws_and_end_together(
             service.wait_for(both_engines_draw, 20)
             answers = [future.result().json()["data"] for future in drawing]
             assert [[image["codes"] for image in answer] for answer in answers] == expected
-            slow = [pool.submit(ask_for, {"prompt": "1", "n": 10}) for _ in range(2)]
+            slow = [pool.submit(ask_for, {"prompt": "1", "n": 5}) for _ in range(2)]
             service.wait_for(both_engines_draw, 20)
             os.kill(ranks[1], signal.SIGKILL)
             assert service.wait_for(lambda: health(service) == 503, 10) <= NOTICED_SECONDS
-            assert service.process.wait(30) == 1
+            assert service.process.wait(60) == 1  # the other engine finishes what it draws
             assert 503 in [future.result().status_code for future in slow]
         service.wait_for(lambda: not any(map(is_alive, processes)), 2)
 

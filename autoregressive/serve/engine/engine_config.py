@@ -53,7 +53,7 @@ class EngineConfig:
     quantization: str | None = None
     # of the pages: "fp8" and "int8" take half of the memory of 16 bits, "auto" is the weights' own
     kv_cache_dtype: str = "auto"
-    # processes, one a device, that share the model; a divisor of its heads and feed-forward width
+    # processes, one a device, that share the model; one of its `GPTConfig.rank_counts`
     tensor_parallel_size: int = 1
     # engines that share a CPU's threads and memory, this one among them; the service sets it
     engines_on_cpu: int = 1
