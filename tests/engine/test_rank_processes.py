@@ -174,9 +174,9 @@ def test_a_file_that_only_rank_1_cannot_read_is_told_as_by_one_process(tmp_path:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(write_shards, (port, str(shards)), nprocs=2)
-    load_gpt(demo_settings(), shards, Rank(1, 2))
+    load_gpt(demo_settings(), shards, rank=Rank(1, 2))
     damage_what_rank_1_reads(shards)
-    load_gpt(demo_settings(), shards, Rank(0, 2))
+    load_gpt(demo_settings(), shards, rank=Rank(0, 2))
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp: is damaged") as alone:
         load_gpt(demo_settings(), shards)
     for make in (command, rank_command):
