@@ -195,10 +195,13 @@ def load_weights(
         raise CheckpointError(source.path, *mismatch)
     for name in wanted:
         dtype_there = source.dtypes.get(name, dtype)
-        # of a byte they would be parts of quantised weights, without their scales
-        if not dtype_there.is_floating_point or dtype_there.itemsize < 2:
+        # beside quantised weights, numbers of a byte have lost their scales
+        lost = source.quantization is not None and dtype_there.itemsize < 2
+        if lost or not dtype_there.is_floating_point:
             kind = str(dtype_there).removeprefix("torch.")
-            told = f"{name} is {kind}, and no floating-point numbers of 16 bits or more"
+            told = f"{name} is {kind}" + (
+                " without scales" if lost else ", and no floating-point numbers"
+            )
             raise CheckpointError(
                 source.path, f"{told}; use another file, or convert the original weights"
             )

@@ -314,7 +314,7 @@ BAD = {
     ),
     "a head of fp8 without scales": (
         change("fp8", add("output.weight", torch.zeros(8, 64, dtype=torch.float8_e4m3fn))),
-        "output.weight is float8_e4m3fn, and no floating-point numbers of 16 bits or more",
+        "output.weight is float8_e4m3fn without scales; use another file",
     ),
     "odd groups": (change("int4", settle(f"{WEIGHTS}.group_size", 31)), "has groups of 31 inputs"),
     "groups that do not fit": (
