@@ -15,8 +15,20 @@ _MOST_SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 _ROOT_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
 # What the service's own paths begin with. Below one of these, nobody could tell whether a proxy has
 # removed the prefix.
-OWN_PATHS = {"docs", "docs-assets", "health", "metrics", "openapi.json", "ping", "ready", "static"}
-OWN_PATHS |= {"v1", "version"}
+OWN_PATHS = frozenset(
+    {
+        "docs",
+        "docs-assets",
+        "health",
+        "metrics",
+        "openapi.json",
+        "ping",
+        "ready",
+        "static",
+        "v1",
+        "version",
+    }
+)
 # Browsers leave out the port that a scheme has anyway.
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
