@@ -308,7 +308,8 @@ class AttentionCase:
         keys, values = (
             poisoned_pages(place, dtype, pages, heads, page_size, stride) for _ in range(2)
         )
-        scales = place.random(2, pages, heads, page_size, seed=9, dtype=torch.float32).exp()
+        # Numbers of about 9 times their scales are about 1, as the queries are.
+        scales = place.random(2, pages, heads, page_size, seed=9, dtype=torch.float32).exp() / 9
         kv_scales = torch.full_like(scales, POISON) if page_dtype else None
         for sequence, position in enumerate(positions):
             for token in range(position):  # the padding of each token is zeros
