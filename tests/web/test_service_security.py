@@ -31,6 +31,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from autoregressive.serve.web import checks, guards, http_protocol
+from autoregressive.serve.web.address_settings import OWN_PATHS
 from autoregressive.serve.web.app import build_app, build_routes
 from autoregressive.serve.web.app_state import AppState, RequestBroker
 from autoregressive.serve.web.connections import Connections
@@ -187,6 +188,13 @@ def test_the_route_table_is_read_whole(tmp_path: Path) -> None:
     }
     expected |= {"/metrics", "/version", *OPEN, "/static/api.js", "/docs-assets/swagger-ui.css"}
     assert expected <= set(found)
+
+
+def test_no_prefix_can_be_a_path_of_the_services_own(tmp_path: Path) -> None:
+    """Fails if `--root-path` does not know a route: a request that a proxy has removed the prefix
+    from would have it removed once more, or everybody could use that route.
+    """
+    assert {path.split("/")[1] for path in route_table(tmp_path)} - {""} == OWN_PATHS
 
 
 def test_no_route_answers_without_the_key(locked: Service, tmp_path: Path) -> None:

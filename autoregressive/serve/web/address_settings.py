@@ -13,6 +13,22 @@ from autoregressive.errors import SettingName, UserError, missing_extra
 
 _MOST_SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 _ROOT_PATH = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)+")
+# What the service's own paths begin with. Below one of these, nobody could tell whether a proxy has
+# removed the prefix.
+OWN_PATHS = frozenset(
+    {
+        "docs",
+        "docs-assets",
+        "health",
+        "metrics",
+        "openapi.json",
+        "ping",
+        "ready",
+        "static",
+        "v1",
+        "version",
+    }
+)
 # Browsers leave out the port that a scheme has anyway.
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
@@ -119,6 +135,13 @@ def checked_root_path(said: str | None) -> str:
         "root_path",
         said,
         "must be the beginning of a path, of letters, digits and -._~, such as /images",
+    )
+    begins = path[1:].split("/")[0]
+    require(
+        begins not in OWN_PATHS,
+        "root_path",
+        said,
+        f"/{begins} is a path of the service itself; take another, such as /images",
     )
     return path
 

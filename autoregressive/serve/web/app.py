@@ -281,7 +281,7 @@ def build_routes(state: AppState, *, version: str, docs: bool, root_path: str = 
         ),
     )
     app.router.route_class = StrictRoute
-    if root_path:  # before any other route of that path, because no key is needed for it
+    if root_path:
         _add_way_to_page(app, root_path)
     app.state.adapt = partial(state.tolerance.adapt, model=state.model)
     add_openai_routes(app, state)
@@ -306,9 +306,7 @@ def _add_way_to_page(app: FastAPI, root_path: str) -> None:
         settings = request.url.query  # of the page
         return RedirectResponse(f"{root_path}/{settings and '?'}{settings}", 308)
 
-    # all methods of the routes, or a route of the same path would take the others without a key
-    methods = ["DELETE", "GET", "POST"]
-    app.add_route(root_path, lead_to_page, methods=methods, include_in_schema=False)
+    app.add_route(root_path, lead_to_page, include_in_schema=False)
 
 
 def _add_facts(app: FastAPI, model: ServedModel, version: str) -> None:
