@@ -1,0 +1,656 @@
+"""Matrix products of many rows by weights of a byte on Hopper.
+
+They do what `kernels.hopper.quantized_products` does, and every sum has the same order, so a row's
+result does not depend on which of them computed it. A program's tile is large, as those of
+`kernels.hopper.many_rows_products` are, and its warps have three jobs. One warp asks for tiles. Two
+groups of four warps have half of the outputs each: one unpacks its weights while the matrix unit
+works for the other, and they take turns.
+"""
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.hopper.cluster import (
+    cluster_sum,
+    cluster_sum_room,
+    launch_clustered,
+    meet,
+    open_exchange,
+)
+from kernels.hopper.many_rows_products import row_scales_of_many
+from kernels.hopper.products import (
+    SHARED_MEMORY,
+    SQUARES_BLOCK,
+    FusedTiles,
+    descriptor,
+    project_exchange,
+    squares_tile,
+    write_residual,
+)
+from kernels.hopper.quantized_products import (
+    GROUP,
+    pairs_descriptor,
+    times,
+    unpacked,
+    write_gated,
+)
+from kernels.quantization import PAIRED_INPUTS, QuantizedMatrix
+
+_BLOCK = gl.constexpr(SQUARES_BLOCK)
+_INPUT_TILE = gl.constexpr(PAIRED_INPUTS)
+_HALF = gl.constexpr(PAIRED_INPUTS // 2)
+_GROUP = gl.constexpr(GROUP)
+_MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
+_MOST_STAGES = 5
+# Of a thread. The launch gives every thread as many, and groups pass on what they do not need.
+_MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(232), gl.constexpr(24)
+import os
+_TURNS = gl.constexpr(int(os.environ.get("TURNS", "1")))
+
+
+@aggregate
+class _Stream:
+    """What one program multiplies, tile after tile along its inputs: where it comes from, and the
+    ring in shared memory through which it goes.
+    """
+
+    weight: tma.tensor_descriptor  # pairs [outputs, inputs / 2]; of the gated product in groups
+    x: tma.tensor_descriptor  # [rows, inputs]
+    first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
+    first_row: gl.tensor
+    first_tile: gl.tensor  # along the inputs
+    tiles: gl.tensor  # along the inputs
+    weights: gl.shared_memory_descriptor  # [2 * STAGES, the box of half a tile], pairs
+    values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
+    arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
+    used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups of warps
+    turns: gl.shared_memory_descriptor  # [2, 1], a barrier of each group
+    OUTPUTS: gl.constexpr  # of half a tile; of the gated product, gates and ups together
+    FP8: gl.constexpr  # else int8
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        weight: Any,
+        x: Any,
+        first_output: Any,
+        first_row: Any,
+        first_tile: Any,
+        tiles: Any,
+        weights: Any,
+        values: Any,
+        arrived: Any,
+        used: Any,
+        turns: Any,
+        OUTPUTS: int,
+        FP8: bool,
+    ) -> None:
+        self.weight, self.x = weight, x
+        self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
+        self.tiles = tiles
+        self.weights, self.values = weights, values
+        self.arrived, self.used, self.turns = arrived, used, turns
+        self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
+
+    @gluon.jit
+    def start(self, CLUSTER: gl.constexpr):
+        """Asks for the first tiles: for weights at once, for inputs after the wait. Before the wait
+        the programs of a cluster meet.
+        """
+        STAGES: gl.constexpr = self.arrived.shape[0]
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(self.arrived.index(stage), count=1)
+            mbarrier.init(self.used.index(stage), count=2)
+        for group in gl.static_range(2):
+            mbarrier.init(self.turns.index(group), count=1)
+        fence_async_shared()
+        gdc_launch_dependents()
+        for stage in gl.static_range(STAGES):
+            self.copy_weights(stage, stage)
+        if CLUSTER > 1:
+            meet()
+        gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+        for stage in gl.static_range(STAGES):
+            self.copy_values(stage, stage)
+
+    @gluon.jit
+    def copy_weights(self, tile, stage):
+        """Begins to copy a tile of weights. The barrier opens when one of inputs has come, too."""
+        arrived = self.arrived.index(stage)
+        ROW_TILE: gl.constexpr = self.values.shape[1]
+        wanted = tile < self.tiles
+        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE, wanted)
+        first_pair = (self.first_tile + tile) * _HALF
+        for group in gl.static_range(2):
+            target = self.weights.index(2 * stage + group)
+            first = self.first_output + group * self.weight.block_shape[0]
+            if len(self.weight.block_shape) == 4:
+                at = [first, 0, 0, first_pair]
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+            else:
+                at = [first, first_pair]
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+
+    @gluon.jit
+    def copy_values(self, tile, stage):
+        """Begins to copy a tile of inputs, in halves."""
+        first_input = (self.first_tile + tile) * _INPUT_TILE
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                self.x,
+                [self.first_row, first_input + half * _HALF],
+                self.arrived.index(stage),
+                self.values.index(2 * stage + half),
+                tile < self.tiles,
+            )
+
+    @gluon.jit
+    def part(self, group: gl.constexpr, first, end):
+        """Multiplies the tiles from `first` to before `end`, from zero. Returns float32 [OUTPUTS,
+        ROW_TILE].
+
+        Args:
+            group: of warps, 0 or 1, which calls it.
+        """
+        STAGES: gl.constexpr = self.arrived.shape[0]
+        ROW_TILE: gl.constexpr = self.values.shape[1]
+        layout: gl.constexpr = gl.NVMMADistributedLayout(
+            [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+        )
+        total = gl.zeros([self.OUTPUTS, ROW_TILE], gl.float32, layout)
+        for tile in range(first, gl.minimum(end, self.tiles)):
+            stage = tile % STAGES
+            mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
+            pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
+            pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
+            halves = unpacked(pairs, self.values.dtype, self.FP8)
+            if _TURNS > 0:
+                mbarrier.wait(self.turns.index(group), (tile + 1 - group) & 1)
+            for half in gl.static_range(2):
+                total = warpgroup_mma(
+                    halves[half],
+                    self.values.index(2 * stage + half).permute((1, 0)),
+                    total,
+                    is_async=True,
+                )
+            if _TURNS == 2:
+                mbarrier.arrive(self.turns.index(1 - group))
+            total = warpgroup_mma_wait(0, deps=(total,))
+            gl.thread_barrier()  # every warp of the group has used the tile
+            mbarrier.arrive(self.used.index(stage))
+            if _TURNS == 1:
+                mbarrier.arrive(self.turns.index(1 - group))
+        return total
+
+
+@gluon.jit
+def _stream(
+    weight,
+    x,
+    first_output,
+    first_row,
+    first_tile,  # along the inputs
+    TILES: gl.constexpr,  # along the inputs, of all programs
+    MOST: gl.constexpr,  # of one program
+    STAGES: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """The stream of a program, with its room in shared memory."""
+    weights = gl.allocate_shared_memory(
+        weight.dtype, _stages(2 * STAGES, weight.block_shape), weight.layout
+    )
+    values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    first_tile = gl.to_tensor(first_tile)
+    return _Stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        first_tile,
+        gl.minimum(TILES - first_tile, MOST),
+        weights,
+        values,
+        arrived,
+        used,
+        turns,
+        OUTPUTS,
+        FP8,
+    )
+
+
+@gluon.constexpr_function
+def _stages(stages: int, box: Any) -> list[int]:
+    return [stages, *box]
+
+
+@gluon.jit
+def _copy_tiles(stream):
+    """Asks for the tiles after the first ones, each as soon as both groups have used another."""
+    STAGES: gl.constexpr = stream.arrived.shape[0]
+    for tile in range(STAGES, stream.tiles):
+        stage = tile % STAGES
+        mbarrier.wait(stream.used.index(stage), (tile // STAGES - 1) & 1)
+        stream.copy_weights(tile, stage)
+        stream.copy_values(tile, stage)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _many_rows_quantized_linear_kernel(
+    weight,  # pairs [OUTPUTS, WIDTH / 2], as a descriptor
+    scales,  # [OUTPUTS] float32
+    x,  # [rows, WIDTH], as a descriptor
+    squares,  # [BLOCKS, rows] float32
+    out,  # [rows, OUTPUTS] float32
+    rows,
+    WIDTH: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
+    stream = _stream(
+        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+    )
+    stream.start(CLUSTER=1)
+    norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    cut: gl.constexpr = (OUTPUTS, PART, PARTS)
+    gl.warp_specialize(
+        [
+            (_linear_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
+            (_linear_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
+            (_copy_tiles, (stream,)),
+        ],
+        [4, 1],
+        [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
+    )
+
+
+@aggregate
+class _Norm:
+    """What `row_scales_of_many` takes."""
+
+    squares: gl.tensor
+    rows: gl.tensor
+    WIDTH: gl.constexpr
+    BLOCKS: gl.constexpr
+    BLOCKS_TILE: gl.constexpr
+    EPS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, squares: Any, rows: Any, WIDTH: int, BLOCKS: int, BLOCKS_TILE: int, EPS: float
+    ) -> None:
+        self.squares, self.rows = squares, rows
+        self.WIDTH, self.BLOCKS = gl.constexpr(WIDTH), gl.constexpr(BLOCKS)
+        self.BLOCKS_TILE, self.EPS = gl.constexpr(BLOCKS_TILE), gl.constexpr(EPS)
+
+    @gluon.jit
+    def scales(self, first_row, ROW_TILE: gl.constexpr, layout: gl.constexpr):
+        """What a product of rows that are not yet normed is multiplied by: float32 [ROW_TILE]."""
+        scales = row_scales_of_many(
+            self.squares,
+            first_row,
+            self.rows,
+            ROW_TILE,
+            self.WIDTH,
+            self.BLOCKS,
+            self.BLOCKS_TILE,
+            self.EPS,
+        )
+        return gl.convert_layout(scales, layout)
+
+
+@gluon.jit
+def _linear_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.constexpr):
+    """One group's half of `_many_rows_quantized_linear_kernel`."""
+    OUTPUTS: gl.constexpr = cut[0]
+    PART: gl.constexpr = cut[1]
+    PARTS: gl.constexpr = cut[2]
+    ROW_TILE: gl.constexpr = stream.values.shape[1]
+    rows = norm.rows
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+    )
+    output = stream.first_output + group * stream.OUTPUTS
+    output = output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    output_scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
+    row_scale = norm.scales(stream.first_row, ROW_TILE, gl.SliceLayout(0, layout))
+    total = times(stream.part(group, 0, PART), row_scale, output_scale)
+    for part in gl.static_range(1, PARTS):
+        its_total = stream.part(group, part * PART, (part + 1) * PART)
+        total += times(its_total, row_scale, output_scale)
+    row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
+    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    gl.store(out + at, total, mask=(row < rows)[None, :] & (output < OUTPUTS)[:, None])
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _many_rows_quantized_project_kernel(
+    weight,  # pairs [OUTPUTS, inputs / 2], as a descriptor
+    scales,  # [OUTPUTS] float32
+    x,  # [rows, inputs], as a descriptor
+    residual,  # [rows, OUTPUTS] float32
+    norm_weight,  # [OUTPUTS]
+    normed,  # [rows, OUTPUTS]
+    squares,  # [blocks, rows] float32
+    rows,
+    OUTPUTS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    PART: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CLUSTER: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    rank, first_row = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER * ROW_TILE
+    first_output = gl.program_id(1) * OUTPUT_TILE
+    room = gl.to_tensor(0)
+    if CLUSTER > 1:
+        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
+    stream = _stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        rank * (PART * PARTS),
+        TILES,
+        PART * PARTS,
+        STAGES,
+        OUTPUT_TILE // 2,
+        FP8,
+    )
+    stream.start(CLUSTER)
+    written = (residual, norm_weight, normed, squares, scales, rows)
+    cut: gl.constexpr = (OUTPUTS, PART, PARTS, CLUSTER)
+    gl.warp_specialize(
+        [
+            (_project_group, (stream, written, room, rank, gl.constexpr(0), cut)),
+            (_project_group, (stream, written, room, rank, gl.constexpr(1), cut)),
+            (_copy_tiles, (stream,)),
+        ],
+        [4, 1],
+        [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
+    )
+
+
+@gluon.jit
+def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.constexpr):
+    """One group's half of `_many_rows_quantized_project_kernel`."""
+    residual, norm_weight, normed, squares, scales, rows = written
+    OUTPUTS: gl.constexpr = cut[0]
+    PART: gl.constexpr = cut[1]
+    PARTS: gl.constexpr = cut[2]
+    CLUSTER: gl.constexpr = cut[3]
+    OWNED_ROWS: gl.constexpr = stream.values.shape[1] // CLUSTER
+    layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    first_output = stream.first_output + group * stream.OUTPUTS
+    first_row = stream.first_row + rank * OWNED_ROWS
+    output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    row = first_row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
+    norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
+    scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
+    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    grown = gl.load(residual + at, mask=mask, other=0.0)
+    total = stream.part(group, 0, PART)
+    if PARTS > 1:
+        total += stream.part(group, PART, 2 * PART)
+    if CLUSTER > 1:
+        total = cluster_sum(
+            room, rank, total, layout, CLUSTER, 2 * stream.OUTPUTS, group * stream.OUTPUTS
+        )
+    else:
+        total = gl.convert_layout(total, layout)
+    write_residual(
+        gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
+        norm_scale,
+        residual,
+        normed,
+        squares,
+        first_output,
+        first_row,
+        rows,
+        OUTPUTS,
+    )
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _many_rows_quantized_swiglu_kernel(
+    weight,  # pairs [HIDDEN / GROUP, 2, GROUP, WIDTH / 2], as a descriptor
+    scales,  # [2, HIDDEN] float32
+    x,  # [rows, WIDTH], as a descriptor
+    squares,  # [BLOCKS, rows] float32
+    out,  # [rows, HIDDEN]
+    rows,
+    WIDTH: gl.constexpr,
+    HIDDEN: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+    ROW_TILE: gl.constexpr,
+    OUTPUT_TILE: gl.constexpr,
+    TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
+    first_group = block * (OUTPUT_TILE // (2 * _GROUP))
+    stream = _stream(
+        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+    )
+    stream.start(CLUSTER=1)
+    norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    cut: gl.constexpr = (HIDDEN, TILES)
+    gl.warp_specialize(
+        [
+            (_swiglu_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
+            (_swiglu_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
+            (_copy_tiles, (stream,)),
+        ],
+        [4, 1],
+        [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
+    )
+
+
+@gluon.jit
+def _swiglu_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.constexpr):
+    """One group's half of `_many_rows_quantized_swiglu_kernel`."""
+    HIDDEN: gl.constexpr = cut[0]
+    TILES: gl.constexpr = cut[1]
+    ROW_TILE: gl.constexpr = stream.values.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
+    )
+    # A tile's outputs are eight gates, the ups of the same hidden units, the next eight gates ...
+    first_unit = stream.first_output * _GROUP + group * (stream.OUTPUTS // 2)
+    place = gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    unit = first_unit + place // (2 * _GROUP) * _GROUP + place % _GROUP
+    scale_at = place // _GROUP % 2 * HIDDEN + unit
+    output_scale = gl.load(scales + scale_at, mask=unit < HIDDEN, other=0.0)
+    row_scale = norm.scales(stream.first_row, ROW_TILE, gl.SliceLayout(0, layout))
+    total = times(stream.part(group, 0, TILES), row_scale, output_scale)
+    write_gated(total, out, first_unit, stream.first_row, norm.rows, HIDDEN)
+
+
+def many_rows_quantized_linear(
+    x: Tensor,
+    squares: Tensor,
+    weight: QuantizedMatrix,
+    out: Tensor,
+    tiles: FusedTiles,
+    *,
+    eps: float,
+) -> None:
+    """Writes norm(x) W^T: the sum of what `quantized_linear` writes in parts.
+
+    Args:
+        x, squares, weight: as of `quantized_linear`.
+        out: float32 [..., rows, outputs], written; dimensions before rows have size 1.
+        tiles: of `quantized_linear`, whose order of sums is kept.
+    """
+    rows, width = x.shape
+    outputs = weight.shape[0]
+    row_tile, output_tile = _tile(rows, outputs)
+    count = triton.cdiv(width, PAIRED_INPUTS)
+    _many_rows_quantized_linear_kernel[
+        (triton.cdiv(rows, row_tile), triton.cdiv(outputs, output_tile))
+    ](
+        pairs_descriptor(weight.values, output_tile // 2),
+        weight.scales,
+        descriptor(x, row_tile, PAIRED_INPUTS // 2),
+        squares,
+        out,
+        rows,
+        WIDTH=width,
+        OUTPUTS=outputs,
+        BLOCKS=squares.shape[0],
+        BLOCKS_TILE=squares_tile(squares),
+        EPS=eps,
+        ROW_TILE=row_tile,
+        OUTPUT_TILE=output_tile,
+        TILES=count,
+        PART=tiles.tiles(width),
+        PARTS=tiles.splits,
+        STAGES=_stage_count(count, row_tile, output_tile),
+        FP8=weight.scheme == "fp8",
+        num_warps=4,
+        launch_pdl=True,
+    )
+
+
+def many_rows_quantized_project(
+    x: Tensor,
+    weight: QuantizedMatrix,
+    residual: Tensor,
+    norm_weight: Tensor,
+    normed: Tensor,
+    squares: Tensor,
+    tiles: FusedTiles,
+) -> None:
+    """Does the same as `quantized_project`, whose `tiles` it takes to keep the order of its sums."""
+    rows, inputs = x.shape
+    width = weight.shape[0]
+    assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
+    cluster = min(2, tiles.splits)
+    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
+    assert parts <= 2, tiles
+    row_tile, output_tile = _tile(rows, width * cluster, most=128)
+    exchanged = project_exchange(output_tile, row_tile, cluster)
+    launch_clustered(
+        _many_rows_quantized_project_kernel,
+        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile)),
+        cluster,
+        exchanged,
+        pairs_descriptor(weight.values, output_tile // 2),
+        weight.scales,
+        descriptor(x, row_tile, PAIRED_INPUTS // 2),
+        residual,
+        norm_weight,
+        normed,
+        squares,
+        rows,
+        OUTPUTS=width,
+        ROW_TILE=row_tile,
+        OUTPUT_TILE=output_tile,
+        TILES=triton.cdiv(inputs, PAIRED_INPUTS),
+        PART=part,
+        PARTS=parts,
+        STAGES=_stage_count(part * parts, row_tile, output_tile, exchanged),
+        CLUSTER=cluster,
+        FP8=weight.scheme == "fp8",
+        num_warps=4,
+        launch_pdl=True,
+    )
+
+
+def many_rows_quantized_swiglu(
+    x: Tensor,
+    squares: Tensor,
+    weight: QuantizedMatrix,
+    out: Tensor,
+    tiles: FusedTiles,
+    *,
+    eps: float,
+) -> None:
+    """Does the same as `quantized_swiglu`, whose `tiles` have one program along the inputs."""
+    rows, width = x.shape
+    hidden = weight.shape[0] // 2
+    assert tiles.splits == 1 and hidden % GROUP == 0, (hidden, tiles)
+    row_tile, output_tile = _tile(rows, 2 * hidden)
+    count = triton.cdiv(width, PAIRED_INPUTS)
+    groups = weight.values.view(2, hidden // GROUP, GROUP, width).transpose(0, 1)
+    _many_rows_quantized_swiglu_kernel[
+        (triton.cdiv(rows, row_tile), triton.cdiv(2 * hidden, output_tile))
+    ](
+        pairs_descriptor(groups, output_tile // (4 * GROUP), 2, GROUP),
+        weight.scales,
+        descriptor(x, row_tile, PAIRED_INPUTS // 2),
+        squares,
+        out,
+        rows,
+        WIDTH=width,
+        HIDDEN=hidden,
+        BLOCKS=squares.shape[0],
+        BLOCKS_TILE=squares_tile(squares),
+        EPS=eps,
+        ROW_TILE=row_tile,
+        OUTPUT_TILE=output_tile,
+        TILES=count,
+        STAGES=_stage_count(count, row_tile, output_tile),
+        FP8=weight.scheme == "fp8",
+        num_warps=4,
+        launch_pdl=True,
+    )
+
+
+def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
+    """Rows and outputs of a program: as many as leave little of the GPU idle.
+
+    Args:
+        outputs: those of all programs along the inputs together.
+        most: outputs that a program may have.
+    """
+    most = min(most, int(os.environ.get('MAXOUT', '256')))
+    for row_tile, output_tile in ((128, 256), (128, 128)):
+        programs = triton.cdiv(rows, row_tile) * triton.cdiv(outputs, output_tile)
+        if output_tile <= most and programs >= 0.6 * _MULTIPROCESSORS:
+            return row_tile, output_tile
+    return 64, 128
+
+
+def _stage_count(tiles: int, row_tile: int, output_tile: int, exchanged: int = 0) -> int:
+    """Tiles that shared memory holds at once.
+
+    Args:
+        tiles: of a program.
+        exchanged: bytes of shared memory that the cluster takes.
+    """
+    tile_bytes = (output_tile + 2 * row_tile) * PAIRED_INPUTS
+    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - exchanged) // tile_bytes)
