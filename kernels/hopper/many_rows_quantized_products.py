@@ -23,20 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper.cluster import (
-    cluster_sum,
-    cluster_sum_room,
-    launch_clustered,
-    meet,
-    open_exchange,
-)
 from kernels.hopper.many_rows_products import row_scales_of_many
 from kernels.hopper.products import (
     SHARED_MEMORY,
     SQUARES_BLOCK,
     FusedTiles,
     descriptor,
-    project_exchange,
     squares_tile,
     write_residual,
 )
@@ -71,13 +63,12 @@ class _Stream:
     x: tma.tensor_descriptor  # [rows, inputs]
     first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
     first_row: gl.tensor
-    first_tile: gl.tensor  # along the inputs
-    tiles: gl.tensor  # along the inputs
     weights: gl.shared_memory_descriptor  # [2 * STAGES, the box of half a tile], pairs
     values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
     used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups of warps
     turns: gl.shared_memory_descriptor  # [2, 1], a barrier of each group
+    TILES: gl.constexpr  # along the inputs
     OUTPUTS: gl.constexpr  # of half a tile; of the gated product, gates and ups together
     FP8: gl.constexpr  # else int8
 
@@ -88,28 +79,25 @@ class _Stream:
         x: Any,
         first_output: Any,
         first_row: Any,
-        first_tile: Any,
-        tiles: Any,
         weights: Any,
         values: Any,
         arrived: Any,
         used: Any,
         turns: Any,
+        TILES: int,
         OUTPUTS: int,
         FP8: bool,
     ) -> None:
         self.weight, self.x = weight, x
-        self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
-        self.tiles = tiles
+        self.first_output, self.first_row = first_output, first_row
         self.weights, self.values = weights, values
         self.arrived, self.used, self.turns = arrived, used, turns
+        self.TILES = gl.constexpr(TILES)
         self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
 
     @gluon.jit
-    def start(self, CLUSTER: gl.constexpr):
-        """Asks for the first tiles: for weights at once, for inputs after the wait. Before the wait
-        the programs of a cluster meet.
-        """
+    def start(self):
+        """Asks for the first tiles: for weights at once, for inputs after the wait."""
         STAGES: gl.constexpr = self.arrived.shape[0]
         for stage in gl.static_range(STAGES):
             mbarrier.init(self.arrived.index(stage), count=1)
@@ -120,8 +108,6 @@ class _Stream:
         gdc_launch_dependents()
         for stage in gl.static_range(STAGES):
             self.copy_weights(stage, stage)
-        if CLUSTER > 1:
-            meet()
         gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
         for stage in gl.static_range(STAGES):
             self.copy_values(stage, stage)
@@ -131,30 +117,28 @@ class _Stream:
         """Begins to copy a tile of weights. The barrier opens when one of inputs has come, too."""
         arrived = self.arrived.index(stage)
         ROW_TILE: gl.constexpr = self.values.shape[1]
-        wanted = tile < self.tiles
-        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE, wanted)
-        first_pair = (self.first_tile + tile) * _HALF
+        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE)
+        first_pair = tile * _HALF
         for group in gl.static_range(2):
             target = self.weights.index(2 * stage + group)
             first = self.first_output + group * self.weight.block_shape[0]
             if len(self.weight.block_shape) == 4:
                 at = [first, 0, 0, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
             else:
                 at = [first, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
 
     @gluon.jit
     def copy_values(self, tile, stage):
         """Begins to copy a tile of inputs, in halves."""
-        first_input = (self.first_tile + tile) * _INPUT_TILE
+        first_input = tile * _INPUT_TILE
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 self.x,
                 [self.first_row, first_input + half * _HALF],
                 self.arrived.index(stage),
                 self.values.index(2 * stage + half),
-                tile < self.tiles,
             )
 
     @gluon.jit
@@ -171,7 +155,7 @@ class _Stream:
             [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
         )
         total = gl.zeros([self.OUTPUTS, ROW_TILE], gl.float32, layout)
-        for tile in range(first, gl.minimum(end, self.tiles)):
+        for tile in range(first, gl.minimum(end, self.TILES)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
             pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
@@ -202,9 +186,7 @@ def _stream(
     x,
     first_output,
     first_row,
-    first_tile,  # along the inputs
-    TILES: gl.constexpr,  # along the inputs, of all programs
-    MOST: gl.constexpr,  # of one program
+    TILES: gl.constexpr,  # along the inputs
     STAGES: gl.constexpr,
     OUTPUTS: gl.constexpr,
     FP8: gl.constexpr,
@@ -217,19 +199,17 @@ def _stream(
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    first_tile = gl.to_tensor(first_tile)
     return _Stream(
         weight,
         x,
         first_output,
         first_row,
-        first_tile,
-        gl.minimum(TILES - first_tile, MOST),
         weights,
         values,
         arrived,
         used,
         turns,
+        TILES,
         OUTPUTS,
         FP8,
     )
@@ -244,7 +224,7 @@ def _stages(stages: int, box: Any) -> list[int]:
 def _copy_tiles(stream):
     """Asks for the tiles after the first ones, each as soon as both groups have used another."""
     STAGES: gl.constexpr = stream.arrived.shape[0]
-    for tile in range(STAGES, stream.tiles):
+    for tile in range(STAGES, stream.TILES):
         stage = tile % STAGES
         mbarrier.wait(stream.used.index(stage), (tile // STAGES - 1) & 1)
         stream.copy_weights(tile, stage)
@@ -273,10 +253,8 @@ def _many_rows_quantized_linear_kernel(
     FP8: gl.constexpr,
 ):
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
-    stream = _stream(
-        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
-    )
-    stream.start(CLUSTER=1)
+    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    stream.start()
     norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
@@ -366,33 +344,17 @@ def _many_rows_quantized_project_kernel(
     PART: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    rank, first_row = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER * ROW_TILE
-    first_output = gl.program_id(1) * OUTPUT_TILE
-    room = gl.to_tensor(0)
-    if CLUSTER > 1:
-        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
-    stream = _stream(
-        weight,
-        x,
-        first_output,
-        first_row,
-        rank * (PART * PARTS),
-        TILES,
-        PART * PARTS,
-        STAGES,
-        OUTPUT_TILE // 2,
-        FP8,
-    )
-    stream.start(CLUSTER)
+    first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
+    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    stream.start()
     written = (residual, norm_weight, normed, squares, scales, rows)
-    cut: gl.constexpr = (OUTPUTS, PART, PARTS, CLUSTER)
+    cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
-            (_project_group, (stream, written, room, rank, gl.constexpr(0), cut)),
-            (_project_group, (stream, written, room, rank, gl.constexpr(1), cut)),
+            (_project_group, (stream, written, gl.constexpr(0), cut)),
+            (_project_group, (stream, written, gl.constexpr(1), cut)),
             (_copy_tiles, (stream,)),
         ],
         [4, 1],
@@ -401,33 +363,29 @@ def _many_rows_quantized_project_kernel(
 
 
 @gluon.jit
-def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.constexpr):
+def _project_group(stream, written, group: gl.constexpr, cut: gl.constexpr):
     """One group's half of `_many_rows_quantized_project_kernel`."""
     residual, norm_weight, normed, squares, scales, rows = written
     OUTPUTS: gl.constexpr = cut[0]
     PART: gl.constexpr = cut[1]
     PARTS: gl.constexpr = cut[2]
-    CLUSTER: gl.constexpr = cut[3]
-    OWNED_ROWS: gl.constexpr = stream.values.shape[1] // CLUSTER
+    ROW_TILE: gl.constexpr = stream.values.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-    first_output = stream.first_output + group * stream.OUTPUTS
-    first_row = stream.first_row + rank * OWNED_ROWS
-    output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
-    row = first_row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
-    norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
-    scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
-    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
-    grown = gl.load(residual + at, mask=mask, other=0.0)
     total = stream.part(group, 0, PART)
     if PARTS > 1:
         total += stream.part(group, PART, 2 * PART)
-    if CLUSTER > 1:
-        total = cluster_sum(
-            room, rank, total, layout, CLUSTER, 2 * stream.OUTPUTS, group * stream.OUTPUTS
-        )
-    else:
-        total = gl.convert_layout(total, layout)
+    if PARTS == 4:  # as the programs of a cluster add up theirs
+        other = stream.part(group, 2 * PART, 3 * PART)
+        total += other + stream.part(group, 3 * PART, 4 * PART)
+    first_output = stream.first_output + group * stream.OUTPUTS
+    output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
+    mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
+    at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
+    grown = gl.load(residual + at, mask=mask, other=0.0)
+    norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
+    scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
+    total = gl.convert_layout(total, layout)
     write_residual(
         gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
         norm_scale,
@@ -435,7 +393,7 @@ def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.con
         normed,
         squares,
         first_output,
-        first_row,
+        stream.first_row,
         rows,
         OUTPUTS,
     )
@@ -462,10 +420,8 @@ def _many_rows_quantized_swiglu_kernel(
 ):
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     first_group = block * (OUTPUT_TILE // (2 * _GROUP))
-    stream = _stream(
-        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
-    )
-    stream.start(CLUSTER=1)
+    stream = _stream(weight, x, first_group, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    stream.start()
     norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     cut: gl.constexpr = (HIDDEN, TILES)
     gl.warp_specialize(
@@ -558,16 +514,12 @@ def many_rows_quantized_project(
     rows, inputs = x.shape
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
-    cluster = min(2, tiles.splits)
-    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
-    assert parts <= 2, tiles
-    row_tile, output_tile = _tile(rows, width * cluster, most=128)
-    exchanged = project_exchange(output_tile, row_tile, cluster)
-    launch_clustered(
-        _many_rows_quantized_project_kernel,
-        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile)),
-        cluster,
-        exchanged,
+    assert tiles.splits in (1, 2, 4), tiles
+    row_tile, output_tile = _tile(rows, width, most=128)
+    count = triton.cdiv(inputs, PAIRED_INPUTS)
+    _many_rows_quantized_project_kernel[
+        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile))
+    ](
         pairs_descriptor(weight.values, output_tile // 2),
         weight.scales,
         descriptor(x, row_tile, PAIRED_INPUTS // 2),
@@ -579,11 +531,10 @@ def many_rows_quantized_project(
         OUTPUTS=width,
         ROW_TILE=row_tile,
         OUTPUT_TILE=output_tile,
-        TILES=triton.cdiv(inputs, PAIRED_INPUTS),
-        PART=part,
-        PARTS=parts,
-        STAGES=_stage_count(part * parts, row_tile, output_tile, exchanged),
-        CLUSTER=cluster,
+        TILES=count,
+        PART=tiles.tiles(inputs),
+        PARTS=tiles.splits,
+        STAGES=_stage_count(count, row_tile, output_tile),
         FP8=weight.scheme == "fp8",
         num_warps=4,
         launch_pdl=True,
@@ -634,7 +585,7 @@ def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
     """Rows and outputs of a program: as many as leave little of the GPU idle.
 
     Args:
-        outputs: those of all programs along the inputs together.
+        outputs: of the product.
         most: outputs that a program may have.
     """
     most = min(most, int(os.environ.get('MAXOUT', '256')))
@@ -645,12 +596,7 @@ def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
     return 64, 128
 
 
-def _stage_count(tiles: int, row_tile: int, output_tile: int, exchanged: int = 0) -> int:
-    """Tiles that shared memory holds at once.
-
-    Args:
-        tiles: of a program.
-        exchanged: bytes of shared memory that the cluster takes.
-    """
+def _stage_count(tiles: int, row_tile: int, output_tile: int) -> int:
+    """Tiles that shared memory holds at once, of those along the inputs."""
     tile_bytes = (output_tile + 2 * row_tile) * PAIRED_INPUTS
-    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - exchanged) // tile_bytes)
+    return min(_MOST_STAGES, tiles, SHARED_MEMORY // tile_bytes)
