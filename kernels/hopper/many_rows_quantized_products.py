@@ -23,12 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.hopper.cluster import (
+    cluster_sum,
+    cluster_sum_room,
+    join,
+    launch_clustered,
+    meet,
+    open_exchange,
+)
 from kernels.hopper.many_rows_products import row_scales_of_many
 from kernels.hopper.products import (
     SHARED_MEMORY,
     SQUARES_BLOCK,
     FusedTiles,
     descriptor,
+    project_exchange,
     squares_tile,
     write_residual,
 )
@@ -48,9 +57,9 @@ _GROUP = gl.constexpr(GROUP)
 _MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
 _MOST_STAGES = 5
 # Of a thread. The launch gives every thread as many, and groups pass on what they do not need.
-_MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(232), gl.constexpr(24)
+_MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(224), gl.constexpr(56)
 import os
-_TURNS = gl.constexpr(int(os.environ.get("TURNS", "1")))
+_TURNS = gl.constexpr(int(os.environ.get("TURNS", "3")))
 
 
 @aggregate
@@ -63,12 +72,13 @@ class _Stream:
     x: tma.tensor_descriptor  # [rows, inputs]
     first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
     first_row: gl.tensor
+    first_tile: gl.tensor  # along the inputs
+    tiles: gl.tensor  # along the inputs
     weights: gl.shared_memory_descriptor  # [2 * STAGES, the box of half a tile], pairs
     values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
     used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups of warps
     turns: gl.shared_memory_descriptor  # [2, 1], a barrier of each group
-    TILES: gl.constexpr  # along the inputs
     OUTPUTS: gl.constexpr  # of half a tile; of the gated product, gates and ups together
     FP8: gl.constexpr  # else int8
 
@@ -79,20 +89,21 @@ class _Stream:
         x: Any,
         first_output: Any,
         first_row: Any,
+        first_tile: Any,
+        tiles: Any,
         weights: Any,
         values: Any,
         arrived: Any,
         used: Any,
         turns: Any,
-        TILES: int,
         OUTPUTS: int,
         FP8: bool,
     ) -> None:
         self.weight, self.x = weight, x
-        self.first_output, self.first_row = first_output, first_row
+        self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
+        self.tiles = tiles
         self.weights, self.values = weights, values
         self.arrived, self.used, self.turns = arrived, used, turns
-        self.TILES = gl.constexpr(TILES)
         self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
 
     @gluon.jit
@@ -117,29 +128,41 @@ class _Stream:
         """Begins to copy a tile of weights. The barrier opens when one of inputs has come, too."""
         arrived = self.arrived.index(stage)
         ROW_TILE: gl.constexpr = self.values.shape[1]
-        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE)
-        first_pair = tile * _HALF
+        wanted = tile < self.tiles
+        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE, wanted)
+        first_pair = (self.first_tile + tile) * _HALF
         for group in gl.static_range(2):
             target = self.weights.index(2 * stage + group)
             first = self.first_output + group * self.weight.block_shape[0]
             if len(self.weight.block_shape) == 4:
                 at = [first, 0, 0, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
             else:
                 at = [first, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
 
     @gluon.jit
     def copy_values(self, tile, stage):
         """Begins to copy a tile of inputs, in halves."""
-        first_input = tile * _INPUT_TILE
+        first_input = (self.first_tile + tile) * _INPUT_TILE
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 self.x,
                 [self.first_row, first_input + half * _HALF],
                 self.arrived.index(stage),
                 self.values.index(2 * stage + half),
+                tile < self.tiles,
             )
+
+    @gluon.jit
+    def refill(self):
+        """Asks for the tiles after the first ones, each as soon as both groups have used another."""
+        STAGES: gl.constexpr = self.arrived.shape[0]
+        for tile in range(STAGES, self.tiles):
+            stage = tile % STAGES
+            mbarrier.wait(self.used.index(stage), (tile // STAGES - 1) & 1)
+            self.copy_weights(tile, stage)
+            self.copy_values(tile, stage)
 
     @gluon.jit
     def part(self, group: gl.constexpr, first, end):
@@ -155,13 +178,16 @@ class _Stream:
             [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
         )
         total = gl.zeros([self.OUTPUTS, ROW_TILE], gl.float32, layout)
-        for tile in range(first, gl.minimum(end, self.TILES)):
+        for tile in range(first, gl.minimum(end, self.tiles)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
             pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
             halves = unpacked(pairs, self.values.dtype, self.FP8)
-            if _TURNS > 0:
+            if _TURNS == 3:
+                if (group == 1) & (tile == 0):
+                    mbarrier.wait(self.turns.index(1), 0)
+            if (_TURNS == 1) | (_TURNS == 2):
                 mbarrier.wait(self.turns.index(group), (tile + 1 - group) & 1)
             for half in gl.static_range(2):
                 total = warpgroup_mma(
@@ -175,9 +201,86 @@ class _Stream:
             total = warpgroup_mma_wait(0, deps=(total,))
             gl.thread_barrier()  # every warp of the group has used the tile
             mbarrier.arrive(self.used.index(stage))
+            if _TURNS == 3:
+                if (group == 0) & (tile == 0):
+                    mbarrier.arrive(self.turns.index(1))
             if _TURNS == 1:
                 mbarrier.arrive(self.turns.index(1 - group))
         return total
+
+
+@aggregate
+class _Norm:
+    """What a product of rows that are not yet normed is multiplied by, which warps that do not
+    multiply find.
+    """
+
+    squares: gl.tensor  # [BLOCKS, rows] float32
+    rows: gl.tensor
+    scales: gl.shared_memory_descriptor  # [ROW_TILE] float32
+    found: gl.shared_memory_descriptor  # [1], a barrier
+    WIDTH: gl.constexpr
+    BLOCKS: gl.constexpr
+    BLOCKS_TILE: gl.constexpr
+    EPS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        squares: Any,
+        rows: Any,
+        scales: Any,
+        found: Any,
+        WIDTH: int,
+        BLOCKS: int,
+        BLOCKS_TILE: int,
+        EPS: float,
+    ) -> None:
+        self.squares, self.rows, self.scales, self.found = squares, rows, scales, found
+        self.WIDTH, self.BLOCKS = gl.constexpr(WIDTH), gl.constexpr(BLOCKS)
+        self.BLOCKS_TILE, self.EPS = gl.constexpr(BLOCKS_TILE), gl.constexpr(EPS)
+
+    @gluon.jit
+    def find(self, first_row):
+        """Writes the scales."""
+        ROW_TILE: gl.constexpr = self.scales.shape[0]
+        scales = row_scales_of_many(
+            self.squares,
+            first_row,
+            self.rows,
+            ROW_TILE,
+            self.WIDTH,
+            self.BLOCKS,
+            self.BLOCKS_TILE,
+            self.EPS,
+        )
+        self.scales.store(scales)
+        gl.thread_barrier()  # by every warp
+        mbarrier.arrive(self.found)
+
+    @gluon.jit
+    def wait(self, layout: gl.constexpr):
+        """Returns the scales, once they are found."""
+        mbarrier.wait(self.found, 0)
+        return self.scales.load(layout)
+
+
+@gluon.jit
+def _norm(
+    squares,
+    rows,
+    ROW_TILE: gl.constexpr,
+    WIDTH: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    BLOCKS_TILE: gl.constexpr,
+    EPS: gl.constexpr,
+):
+    """A norm, with its room in shared memory."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales = gl.allocate_shared_memory(gl.float32, [ROW_TILE], flat)
+    found = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(found, count=1)
+    return _Norm(squares, rows, scales, found, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
 
 
 @gluon.jit
@@ -186,7 +289,9 @@ def _stream(
     x,
     first_output,
     first_row,
-    TILES: gl.constexpr,  # along the inputs
+    first_tile,  # along the inputs
+    TILES: gl.constexpr,  # along the inputs, of all programs
+    MOST: gl.constexpr,  # of one program
     STAGES: gl.constexpr,
     OUTPUTS: gl.constexpr,
     FP8: gl.constexpr,
@@ -199,17 +304,19 @@ def _stream(
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    first_tile = gl.to_tensor(first_tile)
     return _Stream(
         weight,
         x,
         first_output,
         first_row,
+        first_tile,
+        gl.minimum(TILES - first_tile, MOST),
         weights,
         values,
         arrived,
         used,
         turns,
-        TILES,
         OUTPUTS,
         FP8,
     )
@@ -221,14 +328,18 @@ def _stages(stages: int, box: Any) -> list[int]:
 
 
 @gluon.jit
-def _copy_tiles(stream):
-    """Asks for the tiles after the first ones, each as soon as both groups have used another."""
-    STAGES: gl.constexpr = stream.arrived.shape[0]
-    for tile in range(STAGES, stream.TILES):
-        stage = tile % STAGES
-        mbarrier.wait(stream.used.index(stage), (tile // STAGES - 1) & 1)
-        stream.copy_weights(tile, stage)
-        stream.copy_values(tile, stage)
+def _copy_tiles(stream, norm):
+    """Finds the scales of the rows, then asks for the tiles after the first ones."""
+    norm.find(stream.first_row)
+    stream.refill()
+
+
+@gluon.jit
+def _copy_projected_tiles(stream, CLUSTER: gl.constexpr):
+    """Asks for the tiles after the first ones."""
+    if CLUSTER > 1:
+        join()
+    stream.refill()
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -253,54 +364,21 @@ def _many_rows_quantized_linear_kernel(
     FP8: gl.constexpr,
 ):
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
-    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    stream = _stream(
+        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+    )
+    norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     stream.start()
-    norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
             (_linear_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
             (_linear_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
-            (_copy_tiles, (stream,)),
+            (_copy_tiles, (stream, norm)),
         ],
-        [4, 1],
+        [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
     )
-
-
-@aggregate
-class _Norm:
-    """What `row_scales_of_many` takes."""
-
-    squares: gl.tensor
-    rows: gl.tensor
-    WIDTH: gl.constexpr
-    BLOCKS: gl.constexpr
-    BLOCKS_TILE: gl.constexpr
-    EPS: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, squares: Any, rows: Any, WIDTH: int, BLOCKS: int, BLOCKS_TILE: int, EPS: float
-    ) -> None:
-        self.squares, self.rows = squares, rows
-        self.WIDTH, self.BLOCKS = gl.constexpr(WIDTH), gl.constexpr(BLOCKS)
-        self.BLOCKS_TILE, self.EPS = gl.constexpr(BLOCKS_TILE), gl.constexpr(EPS)
-
-    @gluon.jit
-    def scales(self, first_row, ROW_TILE: gl.constexpr, layout: gl.constexpr):
-        """What a product of rows that are not yet normed is multiplied by: float32 [ROW_TILE]."""
-        scales = row_scales_of_many(
-            self.squares,
-            first_row,
-            self.rows,
-            ROW_TILE,
-            self.WIDTH,
-            self.BLOCKS,
-            self.BLOCKS_TILE,
-            self.EPS,
-        )
-        return gl.convert_layout(scales, layout)
 
 
 @gluon.jit
@@ -317,8 +395,9 @@ def _linear_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.conste
     output = stream.first_output + group * stream.OUTPUTS
     output = output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
     output_scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    row_scale = norm.scales(stream.first_row, ROW_TILE, gl.SliceLayout(0, layout))
-    total = times(stream.part(group, 0, PART), row_scale, output_scale)
+    total = stream.part(group, 0, PART)
+    row_scale = norm.wait(gl.SliceLayout(0, layout))
+    total = times(total, row_scale, output_scale)
     for part in gl.static_range(1, PARTS):
         its_total = stream.part(group, part * PART, (part + 1) * PART)
         total += times(its_total, row_scale, output_scale)
@@ -344,48 +423,73 @@ def _many_rows_quantized_project_kernel(
     PART: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
+    CLUSTER: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
-    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    rank, first_row = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER * ROW_TILE
+    first_output = gl.program_id(1) * OUTPUT_TILE
+    room = gl.to_tensor(0)
+    if CLUSTER > 1:
+        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
+    stream = _stream(
+        weight,
+        x,
+        first_output,
+        first_row,
+        rank * (PART * PARTS),
+        TILES,
+        PART * PARTS,
+        STAGES,
+        OUTPUT_TILE // 2,
+        FP8,
+    )
     stream.start()
     written = (residual, norm_weight, normed, squares, scales, rows)
-    cut: gl.constexpr = (OUTPUTS, PART, PARTS)
+    cut: gl.constexpr = (OUTPUTS, PART, PARTS, CLUSTER)
     gl.warp_specialize(
         [
-            (_project_group, (stream, written, gl.constexpr(0), cut)),
-            (_project_group, (stream, written, gl.constexpr(1), cut)),
-            (_copy_tiles, (stream,)),
+            (_project_group, (stream, written, room, rank, gl.constexpr(0), cut)),
+            (_project_group, (stream, written, room, rank, gl.constexpr(1), cut)),
+            (_copy_projected_tiles, (stream, gl.constexpr(CLUSTER))),
         ],
-        [4, 1],
+        [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
     )
 
 
 @gluon.jit
-def _project_group(stream, written, group: gl.constexpr, cut: gl.constexpr):
+def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.constexpr):
     """One group's half of `_many_rows_quantized_project_kernel`."""
     residual, norm_weight, normed, squares, scales, rows = written
     OUTPUTS: gl.constexpr = cut[0]
     PART: gl.constexpr = cut[1]
     PARTS: gl.constexpr = cut[2]
-    ROW_TILE: gl.constexpr = stream.values.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    CLUSTER: gl.constexpr = cut[3]
+    OWNED_ROWS: gl.constexpr = stream.values.shape[1] // CLUSTER
+    if CLUSTER > 1:
+        if group == 0:
+            meet()
+        else:
+            join()
     total = stream.part(group, 0, PART)
     if PARTS > 1:
         total += stream.part(group, PART, 2 * PART)
-    if PARTS == 4:  # as the programs of a cluster add up theirs
-        other = stream.part(group, 2 * PART, 3 * PART)
-        total += other + stream.part(group, 3 * PART, 4 * PART)
+    layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
     first_output = stream.first_output + group * stream.OUTPUTS
+    first_row = stream.first_row + rank * OWNED_ROWS
     output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
-    row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
+    row = first_row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
     mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=mask, other=0.0)
     norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
     scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    total = gl.convert_layout(total, layout)
+    if CLUSTER > 1:
+        total = cluster_sum(
+            room, rank, total, layout, CLUSTER, 2 * stream.OUTPUTS, group * stream.OUTPUTS
+        )
+    else:
+        total = gl.convert_layout(total, layout)
     write_residual(
         gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
         norm_scale,
@@ -393,7 +497,7 @@ def _project_group(stream, written, group: gl.constexpr, cut: gl.constexpr):
         normed,
         squares,
         first_output,
-        stream.first_row,
+        first_row,
         rows,
         OUTPUTS,
     )
@@ -420,17 +524,19 @@ def _many_rows_quantized_swiglu_kernel(
 ):
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     first_group = block * (OUTPUT_TILE // (2 * _GROUP))
-    stream = _stream(weight, x, first_group, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
+    stream = _stream(
+        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+    )
+    norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     stream.start()
-    norm = _Norm(squares, rows, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     cut: gl.constexpr = (HIDDEN, TILES)
     gl.warp_specialize(
         [
             (_swiglu_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
             (_swiglu_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
-            (_copy_tiles, (stream,)),
+            (_copy_tiles, (stream, norm)),
         ],
-        [4, 1],
+        [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
     )
 
@@ -450,8 +556,8 @@ def _swiglu_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.conste
     unit = first_unit + place // (2 * _GROUP) * _GROUP + place % _GROUP
     scale_at = place // _GROUP % 2 * HIDDEN + unit
     output_scale = gl.load(scales + scale_at, mask=unit < HIDDEN, other=0.0)
-    row_scale = norm.scales(stream.first_row, ROW_TILE, gl.SliceLayout(0, layout))
-    total = times(stream.part(group, 0, TILES), row_scale, output_scale)
+    total = stream.part(group, 0, TILES)
+    total = times(total, norm.wait(gl.SliceLayout(0, layout)), output_scale)
     write_gated(total, out, first_unit, stream.first_row, norm.rows, HIDDEN)
 
 
@@ -514,12 +620,16 @@ def many_rows_quantized_project(
     rows, inputs = x.shape
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
-    assert tiles.splits in (1, 2, 4), tiles
-    row_tile, output_tile = _tile(rows, width, most=128)
-    count = triton.cdiv(inputs, PAIRED_INPUTS)
-    _many_rows_quantized_project_kernel[
-        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile))
-    ](
+    cluster = min(2, tiles.splits)
+    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
+    assert parts <= 2, tiles
+    row_tile, output_tile = _tile(rows, width * cluster, most=128)
+    exchanged = project_exchange(output_tile, row_tile, cluster)
+    launch_clustered(
+        _many_rows_quantized_project_kernel,
+        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile)),
+        cluster,
+        exchanged,
         pairs_descriptor(weight.values, output_tile // 2),
         weight.scales,
         descriptor(x, row_tile, PAIRED_INPUTS // 2),
@@ -531,10 +641,11 @@ def many_rows_quantized_project(
         OUTPUTS=width,
         ROW_TILE=row_tile,
         OUTPUT_TILE=output_tile,
-        TILES=count,
-        PART=tiles.tiles(inputs),
-        PARTS=tiles.splits,
-        STAGES=_stage_count(count, row_tile, output_tile),
+        TILES=triton.cdiv(inputs, PAIRED_INPUTS),
+        PART=part,
+        PARTS=parts,
+        STAGES=_stage_count(part * parts, row_tile, output_tile, exchanged),
+        CLUSTER=cluster,
         FP8=weight.scheme == "fp8",
         num_warps=4,
         launch_pdl=True,
@@ -585,7 +696,7 @@ def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
     """Rows and outputs of a program: as many as leave little of the GPU idle.
 
     Args:
-        outputs: of the product.
+        outputs: those of all programs along the inputs together.
         most: outputs that a program may have.
     """
     most = min(most, int(os.environ.get('MAXOUT', '256')))
@@ -596,7 +707,12 @@ def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
     return 64, 128
 
 
-def _stage_count(tiles: int, row_tile: int, output_tile: int) -> int:
-    """Tiles that shared memory holds at once, of those along the inputs."""
+def _stage_count(tiles: int, row_tile: int, output_tile: int, exchanged: int = 0) -> int:
+    """Tiles that shared memory holds at once.
+
+    Args:
+        tiles: of a program.
+        exchanged: bytes of shared memory that the cluster takes.
+    """
     tile_bytes = (output_tile + 2 * row_tile) * PAIRED_INPUTS
-    return min(_MOST_STAGES, tiles, SHARED_MEMORY // tile_bytes)
+    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - 1024 - exchanged) // tile_bytes)
