@@ -62,22 +62,6 @@ def exchange_bytes(room: int) -> int:
 
 
 @gluon.jit
-def join():
-    """Lets a group of warps that did not open the exchange meet the others: every warp of a program
-    must call this or the two, `open_exchange` and `meet`.
-    """
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.relaxed.aligned; mov.u32 $0, 0;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    meet()
-
-
-@gluon.jit
 def meet():
     """Waits until every program of the cluster has opened its exchange."""
     gl.inline_asm_elementwise(
@@ -97,22 +81,10 @@ def cluster_sum_room(outputs: int, rows: int) -> int:
 
 
 @gluon.jit
-def cluster_sum(
-    room,
-    rank,
-    partial,
-    layout: gl.constexpr,
-    RANKS: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    FIRST: gl.constexpr,
-):
+def cluster_sum(room, rank, partial, layout: gl.constexpr, RANKS: gl.constexpr):
     """The cluster's sum of [outputs, rows] over 2 or 4 programs: that of the first two plus that of
     the others. Returns the rows that the program owns: [outputs, rows / RANKS]. It may be called
     once, after `meet`.
-
-    Args:
-        OUTPUTS: of the room; groups of warps may call it for a part of them each.
-        FIRST: of the part.
 
     No two threads may hold the same element: each sends what it holds, and the receiver's barrier
     counts the bytes.
@@ -120,11 +92,11 @@ def cluster_sum(
     OUTPUT_TILE: gl.constexpr = partial.shape[0]
     ROW_TILE: gl.constexpr = partial.shape[1]
     OWNED_ROWS: gl.constexpr = ROW_TILE // RANKS
-    STRIDE: gl.constexpr = OUTPUTS + _PADDING
+    STRIDE: gl.constexpr = OUTPUT_TILE + _PADDING
     source: gl.constexpr = partial.type.layout
-    output = FIRST + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, source))[:, None]
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, source))[:, None]
     row = gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, source))[None, :]
-    barrier = room + cluster_sum_room(OUTPUTS, ROW_TILE)
+    barrier = room + cluster_sum_room(OUTPUT_TILE, ROW_TILE)
     _send(
         room + 4 * ((rank * OWNED_ROWS + row % OWNED_ROWS) * STRIDE + output),
         barrier,
@@ -132,7 +104,7 @@ def cluster_sum(
         partial,
     )
     _wait(barrier)
-    output = FIRST + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
+    output = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))[:, None]
     row = gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))[None, :]
     at = room + 4 * (row * STRIDE + output)
     SENT: gl.constexpr = 4 * OWNED_ROWS * STRIDE

@@ -2,9 +2,10 @@
 
 They do what `kernels.hopper.quantized_products` does, and every sum has the same order, so a row's
 result does not depend on which of them computed it. A program's tile is large, as those of
-`kernels.hopper.many_rows_products` are, and its warps have three jobs. One warp asks for tiles. Two
-groups of four warps have half of the outputs each: one unpacks its weights while the matrix unit
-works for the other, and they take turns.
+`kernels.hopper.many_rows_products` are, and its warps are in groups. One group asks for tiles. The
+others multiply, with half of the outputs each: while one unpacks its weights, the matrix unit works
+for the other. `many_rows_quantized_project`, whose results are few, also has two such pairs of
+groups, with half of the inputs each.
 """
 
 from typing import Any
@@ -23,21 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper.cluster import (
-    cluster_sum,
-    cluster_sum_room,
-    join,
-    launch_clustered,
-    meet,
-    open_exchange,
-)
 from kernels.hopper.many_rows_products import row_scales_of_many
 from kernels.hopper.products import (
     SHARED_MEMORY,
     SQUARES_BLOCK,
     FusedTiles,
     descriptor,
-    project_exchange,
     squares_tile,
     write_residual,
 )
@@ -58,8 +50,7 @@ _MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
 _MOST_STAGES = 5
 # Of a thread. The launch gives every thread as many, and groups pass on what they do not need.
 _MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(224), gl.constexpr(56)
-import os
-_TURNS = gl.constexpr(int(os.environ.get("TURNS", "3")))
+_HALVES_MULTIPLYING_REGISTERS, _HALVES_COPYING_REGISTERS = gl.constexpr(120), gl.constexpr(24)
 
 
 @aggregate
@@ -78,7 +69,6 @@ class _Stream:
     values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
     used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups of warps
-    turns: gl.shared_memory_descriptor  # [2, 1], a barrier of each group
     OUTPUTS: gl.constexpr  # of half a tile; of the gated product, gates and ups together
     FP8: gl.constexpr  # else int8
 
@@ -95,7 +85,6 @@ class _Stream:
         values: Any,
         arrived: Any,
         used: Any,
-        turns: Any,
         OUTPUTS: int,
         FP8: bool,
     ) -> None:
@@ -103,23 +92,24 @@ class _Stream:
         self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
         self.tiles = tiles
         self.weights, self.values = weights, values
-        self.arrived, self.used, self.turns = arrived, used, turns
+        self.arrived, self.used = arrived, used
         self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
 
     @gluon.jit
     def start(self):
-        """Asks for the first tiles: for weights at once, for inputs after the wait."""
+        """Asks for the first tiles of weights. `start_values` asks for those of inputs."""
         STAGES: gl.constexpr = self.arrived.shape[0]
         for stage in gl.static_range(STAGES):
             mbarrier.init(self.arrived.index(stage), count=1)
             mbarrier.init(self.used.index(stage), count=2)
-        for group in gl.static_range(2):
-            mbarrier.init(self.turns.index(group), count=1)
         fence_async_shared()
-        gdc_launch_dependents()
         for stage in gl.static_range(STAGES):
             self.copy_weights(stage, stage)
-        gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+
+    @gluon.jit
+    def start_values(self):
+        """Asks for the first tiles of inputs."""
+        STAGES: gl.constexpr = self.arrived.shape[0]
         for stage in gl.static_range(STAGES):
             self.copy_values(stage, stage)
 
@@ -155,14 +145,13 @@ class _Stream:
             )
 
     @gluon.jit
-    def refill(self):
-        """Asks for the tiles after the first ones, each as soon as both groups have used another."""
+    def refill(self, tile):
+        """Asks for a tile as soon as both groups have used the one in its place."""
         STAGES: gl.constexpr = self.arrived.shape[0]
-        for tile in range(STAGES, self.tiles):
-            stage = tile % STAGES
-            mbarrier.wait(self.used.index(stage), (tile // STAGES - 1) & 1)
-            self.copy_weights(tile, stage)
-            self.copy_values(tile, stage)
+        stage = tile % STAGES
+        mbarrier.wait(self.used.index(stage), (tile // STAGES - 1) & 1)
+        self.copy_weights(tile, stage)
+        self.copy_values(tile, stage)
 
     @gluon.jit
     def part(self, group: gl.constexpr, first, end):
@@ -184,11 +173,6 @@ class _Stream:
             pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
             halves = unpacked(pairs, self.values.dtype, self.FP8)
-            if _TURNS == 3:
-                if (group == 1) & (tile == 0):
-                    mbarrier.wait(self.turns.index(1), 0)
-            if (_TURNS == 1) | (_TURNS == 2):
-                mbarrier.wait(self.turns.index(group), (tile + 1 - group) & 1)
             for half in gl.static_range(2):
                 total = warpgroup_mma(
                     halves[half],
@@ -196,16 +180,9 @@ class _Stream:
                     total,
                     is_async=True,
                 )
-            if _TURNS == 2:
-                mbarrier.arrive(self.turns.index(1 - group))
             total = warpgroup_mma_wait(0, deps=(total,))
             gl.thread_barrier()  # every warp of the group has used the tile
             mbarrier.arrive(self.used.index(stage))
-            if _TURNS == 3:
-                if (group == 0) & (tile == 0):
-                    mbarrier.arrive(self.turns.index(1))
-            if _TURNS == 1:
-                mbarrier.arrive(self.turns.index(1 - group))
         return total
 
 
@@ -303,7 +280,6 @@ def _stream(
     values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     first_tile = gl.to_tensor(first_tile)
     return _Stream(
         weight,
@@ -316,7 +292,6 @@ def _stream(
         values,
         arrived,
         used,
-        turns,
         OUTPUTS,
         FP8,
     )
@@ -331,15 +306,21 @@ def _stages(stages: int, box: Any) -> list[int]:
 def _copy_tiles(stream, norm):
     """Finds the scales of the rows, then asks for the tiles after the first ones."""
     norm.find(stream.first_row)
-    stream.refill()
+    STAGES: gl.constexpr = stream.arrived.shape[0]
+    for tile in range(STAGES, stream.tiles):
+        stream.refill(tile)
 
 
 @gluon.jit
-def _copy_projected_tiles(stream, CLUSTER: gl.constexpr):
-    """Asks for the tiles after the first ones."""
-    if CLUSTER > 1:
-        join()
-    stream.refill()
+def _copy_tiles_of_halves(first, second):
+    """Asks for the tiles after the first ones of two streams, of which the second may end before
+    the first one does.
+    """
+    STAGES: gl.constexpr = first.arrived.shape[0]
+    for tile in range(STAGES, first.tiles):
+        first.refill(tile)
+        if tile < second.tiles:
+            second.refill(tile)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -368,7 +349,10 @@ def _many_rows_quantized_linear_kernel(
         weight, x, first_output, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
     )
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    gdc_launch_dependents()
     stream.start()
+    gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+    stream.start_values()
     cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
@@ -398,7 +382,8 @@ def _linear_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.conste
     total = stream.part(group, 0, PART)
     row_scale = norm.wait(gl.SliceLayout(0, layout))
     total = times(total, row_scale, output_scale)
-    for part in gl.static_range(1, PARTS):
+    # unrolled, its instructions would come from memory more slowly than the weights do
+    for part in range(1, PARTS):
         its_total = stream.part(group, part * PART, (part + 1) * PART)
         total += times(its_total, row_scale, output_scale)
     row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
@@ -423,73 +408,96 @@ def _many_rows_quantized_project_kernel(
     PART: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
-    CLUSTER: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    rank, first_row = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER * ROW_TILE
-    first_output = gl.program_id(1) * OUTPUT_TILE
-    room = gl.to_tensor(0)
-    if CLUSTER > 1:
-        room = open_exchange(cluster_sum_room(OUTPUT_TILE, ROW_TILE), 4 * OUTPUT_TILE * ROW_TILE)
-    stream = _stream(
+    OUTPUTS_OF_GROUP: gl.constexpr = OUTPUT_TILE // 2
+    first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
+    first = _stream(
+        weight, x, first_output, first_row, 0, TILES, PART * PARTS, STAGES, OUTPUTS_OF_GROUP, FP8
+    )
+    second = _stream(
         weight,
         x,
         first_output,
         first_row,
-        rank * (PART * PARTS),
+        PART * PARTS,
         TILES,
         PART * PARTS,
         STAGES,
-        OUTPUT_TILE // 2,
+        OUTPUTS_OF_GROUP,
         FP8,
     )
-    stream.start()
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    sums = gl.allocate_shared_memory(gl.float32, [2, OUTPUTS_OF_GROUP, ROW_TILE], flat)
+    summed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(2):
+        mbarrier.init(summed.index(group), count=1)
+    gdc_launch_dependents()
+    first.start()
+    second.start()
+    gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+    first.start_values()
+    second.start_values()
     written = (residual, norm_weight, normed, squares, scales, rows)
-    cut: gl.constexpr = (OUTPUTS, PART, PARTS, CLUSTER)
+    cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
-            (_project_group, (stream, written, room, rank, gl.constexpr(0), cut)),
-            (_project_group, (stream, written, room, rank, gl.constexpr(1), cut)),
-            (_copy_projected_tiles, (stream, gl.constexpr(CLUSTER))),
+            (_project_group, (first, sums, summed, written, gl.constexpr(0), cut)),
+            (_project_group, (first, sums, summed, written, gl.constexpr(1), cut)),
+            (_project_other_half, (second, sums, summed, gl.constexpr(0), cut)),
+            (_project_other_half, (second, sums, summed, gl.constexpr(1), cut)),
+            (_copy_tiles_of_halves, (first, second)),
         ],
-        [4, 4],
-        [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
+        [4, 4, 4, 1],
+        [
+            _HALVES_MULTIPLYING_REGISTERS,
+            _HALVES_MULTIPLYING_REGISTERS,
+            _HALVES_MULTIPLYING_REGISTERS,
+            _HALVES_COPYING_REGISTERS,
+        ],
     )
 
 
 @gluon.jit
-def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.constexpr):
-    """One group's half of `_many_rows_quantized_project_kernel`."""
-    residual, norm_weight, normed, squares, scales, rows = written
-    OUTPUTS: gl.constexpr = cut[0]
+def _projected(stream, group: gl.constexpr, cut: gl.constexpr):
+    """The sum of a stream's one or two parts [OUTPUTS, ROW_TILE]."""
     PART: gl.constexpr = cut[1]
     PARTS: gl.constexpr = cut[2]
-    CLUSTER: gl.constexpr = cut[3]
-    OWNED_ROWS: gl.constexpr = stream.values.shape[1] // CLUSTER
-    if CLUSTER > 1:
-        if group == 0:
-            meet()
-        else:
-            join()
     total = stream.part(group, 0, PART)
     if PARTS > 1:
         total += stream.part(group, PART, 2 * PART)
+    return total
+
+
+@gluon.jit
+def _project_other_half(stream, sums, summed, group: gl.constexpr, cut: gl.constexpr):
+    """What a group multiplies of the second half of the inputs, for the one that writes the sum."""
+    sums.index(group).store(_projected(stream, group, cut))
+    gl.thread_barrier()  # by every warp
+    mbarrier.arrive(summed.index(group))
+
+
+@gluon.jit
+def _project_group(stream, sums, summed, written, group: gl.constexpr, cut: gl.constexpr):
+    """A group's outputs of `_many_rows_quantized_project_kernel`. It multiplies the first half of
+    the inputs.
+    """
+    residual, norm_weight, normed, squares, scales, rows = written
+    OUTPUTS: gl.constexpr = cut[0]
+    ROW_TILE: gl.constexpr = stream.values.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
+    total = _projected(stream, group, cut)
     first_output = stream.first_output + group * stream.OUTPUTS
-    first_row = stream.first_row + rank * OWNED_ROWS
     output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
-    row = first_row + gl.arange(0, OWNED_ROWS, layout=gl.SliceLayout(0, layout))
+    row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=mask, other=0.0)
     norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
     scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    if CLUSTER > 1:
-        total = cluster_sum(
-            room, rank, total, layout, CLUSTER, 2 * stream.OUTPUTS, group * stream.OUTPUTS
-        )
-    else:
-        total = gl.convert_layout(total, layout)
+    mbarrier.wait(summed.index(group), 0)
+    total += sums.index(group).load(total.type.layout)
+    total = gl.convert_layout(total, layout)
     write_residual(
         gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
         norm_scale,
@@ -497,7 +505,7 @@ def _project_group(stream, written, room, rank, group: gl.constexpr, cut: gl.con
         normed,
         squares,
         first_output,
-        first_row,
+        stream.first_row,
         rows,
         OUTPUTS,
     )
@@ -528,7 +536,10 @@ def _many_rows_quantized_swiglu_kernel(
         weight, x, first_group, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
     )
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    gdc_launch_dependents()
     stream.start()
+    gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
+    stream.start_values()
     cut: gl.constexpr = (HIDDEN, TILES)
     gl.warp_specialize(
         [
@@ -620,16 +631,13 @@ def many_rows_quantized_project(
     rows, inputs = x.shape
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
-    cluster = min(2, tiles.splits)
-    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
-    assert parts <= 2, tiles
-    row_tile, output_tile = _tile(rows, width * cluster, most=128)
-    exchanged = project_exchange(output_tile, row_tile, cluster)
-    launch_clustered(
-        _many_rows_quantized_project_kernel,
-        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile)),
-        cluster,
-        exchanged,
+    assert tiles.splits in (1, 2, 4), tiles
+    row_tile, output_tile = 64, 128  # the registers of so many groups hold no more
+    parts, part = max(1, tiles.splits // 2), tiles.tiles(inputs)
+    sums = 4 * row_tile * output_tile
+    _many_rows_quantized_project_kernel[
+        (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile))
+    ](
         pairs_descriptor(weight.values, output_tile // 2),
         weight.scales,
         descriptor(x, row_tile, PAIRED_INPUTS // 2),
@@ -644,8 +652,7 @@ def many_rows_quantized_project(
         TILES=triton.cdiv(inputs, PAIRED_INPUTS),
         PART=part,
         PARTS=parts,
-        STAGES=_stage_count(part * parts, row_tile, output_tile, exchanged),
-        CLUSTER=cluster,
+        STAGES=_stage_count(part * parts, row_tile, output_tile, rings=2, others=sums),
         FP8=weight.scheme == "fp8",
         num_warps=4,
         launch_pdl=True,
@@ -692,27 +699,23 @@ def many_rows_quantized_swiglu(
     )
 
 
-def _tile(rows: int, outputs: int, most: int = 256) -> tuple[int, int]:
-    """Rows and outputs of a program: as many as leave little of the GPU idle.
-
-    Args:
-        outputs: those of all programs along the inputs together.
-        most: outputs that a program may have.
-    """
-    most = min(most, int(os.environ.get('MAXOUT', '256')))
+def _tile(rows: int, outputs: int) -> tuple[int, int]:
+    """Rows and outputs of a program: as many as leave little of the GPU idle."""
     for row_tile, output_tile in ((128, 256), (128, 128)):
         programs = triton.cdiv(rows, row_tile) * triton.cdiv(outputs, output_tile)
-        if output_tile <= most and programs >= 0.6 * _MULTIPROCESSORS:
+        if programs >= 0.6 * _MULTIPROCESSORS:
             return row_tile, output_tile
     return 64, 128
 
 
-def _stage_count(tiles: int, row_tile: int, output_tile: int, exchanged: int = 0) -> int:
-    """Tiles that shared memory holds at once.
+def _stage_count(
+    tiles: int, row_tile: int, output_tile: int, rings: int = 1, others: int = 0
+) -> int:
+    """Tiles that each ring in shared memory holds at once.
 
     Args:
-        tiles: of a program.
-        exchanged: bytes of shared memory that the cluster takes.
+        tiles: that go through a ring.
+        others: bytes of shared memory that other things take.
     """
     tile_bytes = (output_tile + 2 * row_tile) * PAIRED_INPUTS
-    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - 1024 - exchanged) // tile_bytes)
+    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - others - 1024) // (rings * tile_bytes))

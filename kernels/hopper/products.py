@@ -369,7 +369,7 @@ def _fused_project_kernel(
     grown = gl.load(residual + at, mask=mask, other=0.0)
     total = share.product(started)
     if CLUSTER > 1:
-        grown += cluster_sum(room, rank, total, layout, CLUSTER, OUTPUT_TILE, 0)
+        grown += cluster_sum(room, rank, total, layout, CLUSTER)
     else:
         grown += gl.convert_layout(total, layout)
     write_residual(

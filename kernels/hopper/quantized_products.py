@@ -418,7 +418,7 @@ def _quantized_project_kernel(
     grown = gl.load(residual + at, mask=mask, other=0.0)
     total = stream.product()
     if CLUSTER > 1:
-        total = cluster_sum(room, rank, total, layout, CLUSTER, OUTPUT_TILE, 0)
+        total = cluster_sum(room, rank, total, layout, CLUSTER)
     else:
         total = gl.convert_layout(total, layout)
     write_residual(
