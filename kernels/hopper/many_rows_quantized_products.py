@@ -2,10 +2,9 @@
 
 They do what `kernels.hopper.quantized_products` does, and every sum has the same order, so a row's
 result does not depend on which of them computed it. A program's tile is large, as those of
-`kernels.hopper.many_rows_products` are, and its warps are in groups. One group asks for tiles. The
-others multiply, with half of the outputs each: while one unpacks its weights, the matrix unit works
-for the other. `many_rows_quantized_project`, whose results are few, also has two such pairs of
-groups, with half of the inputs each.
+`kernels.hopper.many_rows_products` are, and its warps are three groups. One asks for tiles. Two
+multiply: while one unpacks its weights, the matrix unit works for the other. They have half of the
+outputs each, or half of the inputs where results are few.
 """
 
 from typing import Any
@@ -50,7 +49,6 @@ _MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
 _MOST_STAGES = 5
 # Of a thread. The launch gives every thread as many, and groups pass on what they do not need.
 _MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(224), gl.constexpr(56)
-_HALVES_MULTIPLYING_REGISTERS, _HALVES_COPYING_REGISTERS = gl.constexpr(120), gl.constexpr(24)
 
 
 @aggregate
@@ -65,11 +63,12 @@ class _Stream:
     first_row: gl.tensor
     first_tile: gl.tensor  # along the inputs
     tiles: gl.tensor  # along the inputs
-    weights: gl.shared_memory_descriptor  # [2 * STAGES, the box of half a tile], pairs
+    weights: gl.shared_memory_descriptor  # [GROUPS * STAGES, the box of a group], pairs
     values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
-    used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups of warps
-    OUTPUTS: gl.constexpr  # of half a tile; of the gated product, gates and ups together
+    used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by every group
+    GROUPS: gl.constexpr  # of warps that multiply its tiles
+    OUTPUTS: gl.constexpr  # of a group; of the gated product, gates and ups together
     FP8: gl.constexpr  # else int8
 
     @gluon.constexpr_function
@@ -85,6 +84,7 @@ class _Stream:
         values: Any,
         arrived: Any,
         used: Any,
+        GROUPS: int,
         OUTPUTS: int,
         FP8: bool,
     ) -> None:
@@ -93,6 +93,7 @@ class _Stream:
         self.tiles = tiles
         self.weights, self.values = weights, values
         self.arrived, self.used = arrived, used
+        self.GROUPS = gl.constexpr(GROUPS)
         self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
 
     @gluon.jit
@@ -101,7 +102,7 @@ class _Stream:
         STAGES: gl.constexpr = self.arrived.shape[0]
         for stage in gl.static_range(STAGES):
             mbarrier.init(self.arrived.index(stage), count=1)
-            mbarrier.init(self.used.index(stage), count=2)
+            mbarrier.init(self.used.index(stage), count=self.GROUPS)
         fence_async_shared()
         for stage in gl.static_range(STAGES):
             self.copy_weights(stage, stage)
@@ -119,10 +120,12 @@ class _Stream:
         arrived = self.arrived.index(stage)
         ROW_TILE: gl.constexpr = self.values.shape[1]
         wanted = tile < self.tiles
-        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE, wanted)
+        mbarrier.expect(
+            arrived, (self.GROUPS * self.OUTPUTS + 2 * ROW_TILE) * _INPUT_TILE, wanted
+        )
         first_pair = (self.first_tile + tile) * _HALF
-        for group in gl.static_range(2):
-            target = self.weights.index(2 * stage + group)
+        for group in gl.static_range(self.GROUPS):
+            target = self.weights.index(self.GROUPS * stage + group)
             first = self.first_output + group * self.weight.block_shape[0]
             if len(self.weight.block_shape) == 4:
                 at = [first, 0, 0, first_pair]
@@ -146,7 +149,7 @@ class _Stream:
 
     @gluon.jit
     def refill(self, tile):
-        """Asks for a tile as soon as both groups have used the one in its place."""
+        """Asks for a tile as soon as every group has used the one in its place."""
         STAGES: gl.constexpr = self.arrived.shape[0]
         stage = tile % STAGES
         mbarrier.wait(self.used.index(stage), (tile // STAGES - 1) & 1)
@@ -159,7 +162,7 @@ class _Stream:
         ROW_TILE].
 
         Args:
-            group: of warps, 0 or 1, which calls it.
+            group: of warps, which calls it.
         """
         STAGES: gl.constexpr = self.arrived.shape[0]
         ROW_TILE: gl.constexpr = self.values.shape[1]
@@ -170,7 +173,7 @@ class _Stream:
         for tile in range(first, gl.minimum(end, self.tiles)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
-            pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
+            pairs = self.weights.index(self.GROUPS * stage + group).reshape([self.OUTPUTS, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
             halves = unpacked(pairs, self.values.dtype, self.FP8)
             for half in gl.static_range(2):
@@ -270,12 +273,13 @@ def _stream(
     TILES: gl.constexpr,  # along the inputs, of all programs
     MOST: gl.constexpr,  # of one program
     STAGES: gl.constexpr,
+    GROUPS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     FP8: gl.constexpr,
 ):
     """The stream of a program, with its room in shared memory."""
     weights = gl.allocate_shared_memory(
-        weight.dtype, _stages(2 * STAGES, weight.block_shape), weight.layout
+        weight.dtype, _stages(GROUPS * STAGES, weight.block_shape), weight.layout
     )
     values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -292,6 +296,7 @@ def _stream(
         values,
         arrived,
         used,
+        GROUPS,
         OUTPUTS,
         FP8,
     )
@@ -346,7 +351,7 @@ def _many_rows_quantized_linear_kernel(
 ):
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
     stream = _stream(
-        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, 2, OUTPUT_TILE // 2, FP8
     )
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     gdc_launch_dependents()
@@ -410,28 +415,18 @@ def _many_rows_quantized_project_kernel(
     STAGES: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    OUTPUTS_OF_GROUP: gl.constexpr = OUTPUT_TILE // 2
+    MOST: gl.constexpr = PART * PARTS  # tiles of half of the inputs
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
     first = _stream(
-        weight, x, first_output, first_row, 0, TILES, PART * PARTS, STAGES, OUTPUTS_OF_GROUP, FP8
+        weight, x, first_output, first_row, 0, TILES, MOST, STAGES, 1, OUTPUT_TILE, FP8
     )
     second = _stream(
-        weight,
-        x,
-        first_output,
-        first_row,
-        PART * PARTS,
-        TILES,
-        PART * PARTS,
-        STAGES,
-        OUTPUTS_OF_GROUP,
-        FP8,
+        weight, x, first_output, first_row, MOST, TILES, MOST, STAGES, 1, OUTPUT_TILE, FP8
     )
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, [2, OUTPUTS_OF_GROUP, ROW_TILE], flat)
-    summed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for group in gl.static_range(2):
-        mbarrier.init(summed.index(group), count=1)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
+    sums = gl.allocate_shared_memory(gl.float32, [OUTPUT_TILE, ROW_TILE], flat)
+    summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(summed, count=1)
     gdc_launch_dependents()
     first.start()
     second.start()
@@ -442,69 +437,61 @@ def _many_rows_quantized_project_kernel(
     cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
-            (_project_group, (first, sums, summed, written, gl.constexpr(0), cut)),
-            (_project_group, (first, sums, summed, written, gl.constexpr(1), cut)),
-            (_project_other_half, (second, sums, summed, gl.constexpr(0), cut)),
-            (_project_other_half, (second, sums, summed, gl.constexpr(1), cut)),
+            (_project_first_half, (first, sums, summed, written, cut)),
+            (_project_second_half, (second, sums, summed, cut)),
             (_copy_tiles_of_halves, (first, second)),
         ],
-        [4, 4, 4, 1],
-        [
-            _HALVES_MULTIPLYING_REGISTERS,
-            _HALVES_MULTIPLYING_REGISTERS,
-            _HALVES_MULTIPLYING_REGISTERS,
-            _HALVES_COPYING_REGISTERS,
-        ],
+        [4, 4],
+        [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
     )
 
 
 @gluon.jit
-def _projected(stream, group: gl.constexpr, cut: gl.constexpr):
+def _projected(stream, cut: gl.constexpr):
     """The sum of a stream's one or two parts [OUTPUTS, ROW_TILE]."""
     PART: gl.constexpr = cut[1]
     PARTS: gl.constexpr = cut[2]
-    total = stream.part(group, 0, PART)
+    total = stream.part(0, 0, PART)
     if PARTS > 1:
-        total += stream.part(group, PART, 2 * PART)
+        total += stream.part(0, PART, 2 * PART)
     return total
 
 
 @gluon.jit
-def _project_other_half(stream, sums, summed, group: gl.constexpr, cut: gl.constexpr):
-    """What a group multiplies of the second half of the inputs, for the one that writes the sum."""
-    sums.index(group).store(_projected(stream, group, cut))
+def _project_second_half(stream, sums, summed, cut: gl.constexpr):
+    """Multiplies the second half of the inputs, for the group that writes the sum."""
+    sums.store(_projected(stream, cut))
     gl.thread_barrier()  # by every warp
-    mbarrier.arrive(summed.index(group))
+    mbarrier.arrive(summed)
 
 
 @gluon.jit
-def _project_group(stream, sums, summed, written, group: gl.constexpr, cut: gl.constexpr):
-    """A group's outputs of `_many_rows_quantized_project_kernel`. It multiplies the first half of
-    the inputs.
+def _project_first_half(stream, sums, summed, written, cut: gl.constexpr):
+    """Multiplies the first half of the inputs, and writes what
+    `_many_rows_quantized_project_kernel` does.
     """
     residual, norm_weight, normed, squares, scales, rows = written
     OUTPUTS: gl.constexpr = cut[0]
     ROW_TILE: gl.constexpr = stream.values.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-    total = _projected(stream, group, cut)
-    first_output = stream.first_output + group * stream.OUTPUTS
-    output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    total = _projected(stream, cut)
+    output = stream.first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
     row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=mask, other=0.0)
     norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
     scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    mbarrier.wait(summed.index(group), 0)
-    total += sums.index(group).load(total.type.layout)
-    total = gl.convert_layout(total, layout)
+    mbarrier.wait(summed, 0)
+    sums.store(total + sums.load(total.type.layout))
+    gl.thread_barrier()
     write_residual(
-        gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
+        gl.fma(sums.load(layout), scale[:, None] + gl.zeros_like(grown), grown),
         norm_scale,
         residual,
         normed,
         squares,
-        first_output,
+        stream.first_output,
         stream.first_row,
         rows,
         OUTPUTS,
@@ -533,7 +520,7 @@ def _many_rows_quantized_swiglu_kernel(
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     first_group = block * (OUTPUT_TILE // (2 * _GROUP))
     stream = _stream(
-        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE // 2, FP8
+        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, 2, OUTPUT_TILE // 2, FP8
     )
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     gdc_launch_dependents()
@@ -632,13 +619,13 @@ def many_rows_quantized_project(
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
     assert tiles.splits in (1, 2, 4), tiles
-    row_tile, output_tile = 64, 128  # the registers of so many groups hold no more
+    row_tile, output_tile = 64, 128  # a group's registers hold no more
     parts, part = max(1, tiles.splits // 2), tiles.tiles(inputs)
     sums = 4 * row_tile * output_tile
     _many_rows_quantized_project_kernel[
         (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile))
     ](
-        pairs_descriptor(weight.values, output_tile // 2),
+        pairs_descriptor(weight.values, output_tile),
         weight.scales,
         descriptor(x, row_tile, PAIRED_INPUTS // 2),
         residual,
