@@ -3,8 +3,8 @@
 They do what `kernels.hopper.quantized_products` does, and every sum has the same order, so a row's
 result does not depend on which of them computed it. A program's tile is large, as those of
 `kernels.hopper.many_rows_products` are, and its warps are three groups. One asks for tiles. Two
-multiply: while one unpacks its weights, the matrix unit works for the other. They have half of the
-outputs each, or half of the inputs where results are few.
+multiply half of the outputs each: while one unpacks its weights, the matrix unit works for the
+other.
 """
 
 from typing import Any
@@ -46,7 +46,8 @@ _INPUT_TILE = gl.constexpr(PAIRED_INPUTS)
 _HALF = gl.constexpr(PAIRED_INPUTS // 2)
 _GROUP = gl.constexpr(GROUP)
 _MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
-_MOST_STAGES = 5
+_MOST_STAGES = 4
+_OTHER_MEMORY = 34 * 1024  # bytes of shared memory, for the layouts in which results are written
 # Of a thread. The launch gives every thread as many, and groups pass on what they do not need.
 _MULTIPLYING_REGISTERS, _COPYING_REGISTERS = gl.constexpr(224), gl.constexpr(56)
 
@@ -61,13 +62,11 @@ class _Stream:
     x: tma.tensor_descriptor  # [rows, inputs]
     first_output: gl.tensor  # in boxes' units: outputs, or groups of hidden units
     first_row: gl.tensor
-    first_tile: gl.tensor  # along the inputs
-    tiles: gl.tensor  # along the inputs
-    weights: gl.shared_memory_descriptor  # [GROUPS * STAGES, the box of a group], pairs
+    weights: gl.shared_memory_descriptor  # [2 * STAGES, the box of a group], pairs
     values: gl.shared_memory_descriptor  # [2 * STAGES, ROW_TILE, HALF]
     arrived: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each
-    used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by every group
-    GROUPS: gl.constexpr  # of warps that multiply its tiles
+    used: gl.shared_memory_descriptor  # [STAGES, 1], a barrier each, by both groups
+    TILES: gl.constexpr  # along the inputs
     OUTPUTS: gl.constexpr  # of a group; of the gated product, gates and ups together
     FP8: gl.constexpr  # else int8
 
@@ -78,22 +77,19 @@ class _Stream:
         x: Any,
         first_output: Any,
         first_row: Any,
-        first_tile: Any,
-        tiles: Any,
         weights: Any,
         values: Any,
         arrived: Any,
         used: Any,
-        GROUPS: int,
+        TILES: int,
         OUTPUTS: int,
         FP8: bool,
     ) -> None:
         self.weight, self.x = weight, x
-        self.first_output, self.first_row, self.first_tile = first_output, first_row, first_tile
-        self.tiles = tiles
+        self.first_output, self.first_row = first_output, first_row
         self.weights, self.values = weights, values
         self.arrived, self.used = arrived, used
-        self.GROUPS = gl.constexpr(GROUPS)
+        self.TILES = gl.constexpr(TILES)
         self.OUTPUTS, self.FP8 = gl.constexpr(OUTPUTS), gl.constexpr(FP8)
 
     @gluon.jit
@@ -102,7 +98,7 @@ class _Stream:
         STAGES: gl.constexpr = self.arrived.shape[0]
         for stage in gl.static_range(STAGES):
             mbarrier.init(self.arrived.index(stage), count=1)
-            mbarrier.init(self.used.index(stage), count=self.GROUPS)
+            mbarrier.init(self.used.index(stage), count=2)
         fence_async_shared()
         for stage in gl.static_range(STAGES):
             self.copy_weights(stage, stage)
@@ -119,37 +115,33 @@ class _Stream:
         """Begins to copy a tile of weights. The barrier opens when one of inputs has come, too."""
         arrived = self.arrived.index(stage)
         ROW_TILE: gl.constexpr = self.values.shape[1]
-        wanted = tile < self.tiles
-        mbarrier.expect(
-            arrived, (self.GROUPS * self.OUTPUTS + 2 * ROW_TILE) * _INPUT_TILE, wanted
-        )
-        first_pair = (self.first_tile + tile) * _HALF
-        for group in gl.static_range(self.GROUPS):
-            target = self.weights.index(self.GROUPS * stage + group)
+        mbarrier.expect(arrived, 2 * (self.OUTPUTS + ROW_TILE) * _INPUT_TILE)
+        first_pair = tile * _HALF
+        for group in gl.static_range(2):
+            target = self.weights.index(2 * stage + group)
             first = self.first_output + group * self.weight.block_shape[0]
             if len(self.weight.block_shape) == 4:
                 at = [first, 0, 0, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
             else:
                 at = [first, first_pair]
-                tma.async_copy_global_to_shared(self.weight, at, arrived, target, wanted)
+                tma.async_copy_global_to_shared(self.weight, at, arrived, target)
 
     @gluon.jit
     def copy_values(self, tile, stage):
         """Begins to copy a tile of inputs, in halves."""
-        first_input = (self.first_tile + tile) * _INPUT_TILE
+        first_input = tile * _INPUT_TILE
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 self.x,
                 [self.first_row, first_input + half * _HALF],
                 self.arrived.index(stage),
                 self.values.index(2 * stage + half),
-                tile < self.tiles,
             )
 
     @gluon.jit
     def refill(self, tile):
-        """Asks for a tile as soon as every group has used the one in its place."""
+        """Asks for a tile as soon as both groups have used the one in its place."""
         STAGES: gl.constexpr = self.arrived.shape[0]
         stage = tile % STAGES
         mbarrier.wait(self.used.index(stage), (tile // STAGES - 1) & 1)
@@ -162,7 +154,7 @@ class _Stream:
         ROW_TILE].
 
         Args:
-            group: of warps, which calls it.
+            group: of warps, 0 or 1, which calls it.
         """
         STAGES: gl.constexpr = self.arrived.shape[0]
         ROW_TILE: gl.constexpr = self.values.shape[1]
@@ -170,10 +162,10 @@ class _Stream:
             [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
         )
         total = gl.zeros([self.OUTPUTS, ROW_TILE], gl.float32, layout)
-        for tile in range(first, gl.minimum(end, self.tiles)):
+        for tile in range(first, gl.minimum(end, self.TILES)):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
-            pairs = self.weights.index(self.GROUPS * stage + group).reshape([self.OUTPUTS, _HALF])
+            pairs = self.weights.index(2 * stage + group).reshape([self.OUTPUTS, _HALF])
             pairs = pairs.load(gl.DotOperandLayout(0, layout, 2))
             halves = unpacked(pairs, self.values.dtype, self.FP8)
             for half in gl.static_range(2):
@@ -269,34 +261,28 @@ def _stream(
     x,
     first_output,
     first_row,
-    first_tile,  # along the inputs
-    TILES: gl.constexpr,  # along the inputs, of all programs
-    MOST: gl.constexpr,  # of one program
+    TILES: gl.constexpr,  # along the inputs
     STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
     OUTPUTS: gl.constexpr,
     FP8: gl.constexpr,
 ):
     """The stream of a program, with its room in shared memory."""
     weights = gl.allocate_shared_memory(
-        weight.dtype, _stages(GROUPS * STAGES, weight.block_shape), weight.layout
+        weight.dtype, _stages(2 * STAGES, weight.block_shape), weight.layout
     )
     values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    first_tile = gl.to_tensor(first_tile)
     return _Stream(
         weight,
         x,
         first_output,
         first_row,
-        first_tile,
-        gl.minimum(TILES - first_tile, MOST),
         weights,
         values,
         arrived,
         used,
-        GROUPS,
+        TILES,
         OUTPUTS,
         FP8,
     )
@@ -308,24 +294,18 @@ def _stages(stages: int, box: Any) -> list[int]:
 
 
 @gluon.jit
-def _copy_tiles(stream, norm):
-    """Finds the scales of the rows, then asks for the tiles after the first ones."""
-    norm.find(stream.first_row)
+def _copy_tiles(stream):
+    """Asks for the tiles after the first ones."""
     STAGES: gl.constexpr = stream.arrived.shape[0]
-    for tile in range(STAGES, stream.tiles):
+    for tile in range(STAGES, stream.TILES):
         stream.refill(tile)
 
 
 @gluon.jit
-def _copy_tiles_of_halves(first, second):
-    """Asks for the tiles after the first ones of two streams, of which the second may end before
-    the first one does.
-    """
-    STAGES: gl.constexpr = first.arrived.shape[0]
-    for tile in range(STAGES, first.tiles):
-        first.refill(tile)
-        if tile < second.tiles:
-            second.refill(tile)
+def _norm_and_copy_tiles(stream, norm):
+    """Finds the scales of the rows, then asks for the tiles after the first ones."""
+    norm.find(stream.first_row)
+    _copy_tiles(stream)
 
 
 @gluon.jit(do_not_specialize=["rows"])
@@ -350,9 +330,7 @@ def _many_rows_quantized_linear_kernel(
     FP8: gl.constexpr,
 ):
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
-    stream = _stream(
-        weight, x, first_output, first_row, 0, TILES, TILES, STAGES, 2, OUTPUT_TILE // 2, FP8
-    )
+    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     gdc_launch_dependents()
     stream.start()
@@ -363,7 +341,7 @@ def _many_rows_quantized_linear_kernel(
         [
             (_linear_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
             (_linear_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
-            (_copy_tiles, (stream, norm)),
+            (_norm_and_copy_tiles, (stream, norm)),
         ],
         [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
@@ -385,12 +363,11 @@ def _linear_group(stream, norm, scales, out, group: gl.constexpr, cut: gl.conste
     output = output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
     output_scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
     total = stream.part(group, 0, PART)
-    row_scale = norm.wait(gl.SliceLayout(0, layout))
-    total = times(total, row_scale, output_scale)
+    total = times(total, norm.wait(gl.SliceLayout(0, layout)), output_scale)
     # unrolled, its instructions would come from memory more slowly than the weights do
     for part in range(1, PARTS):
         its_total = stream.part(group, part * PART, (part + 1) * PART)
-        total += times(its_total, row_scale, output_scale)
+        total += times(its_total, norm.wait(gl.SliceLayout(0, layout)), output_scale)
     row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     gl.store(out + at, total, mask=(row < rows)[None, :] & (output < OUTPUTS)[:, None])
@@ -415,31 +392,19 @@ def _many_rows_quantized_project_kernel(
     STAGES: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    MOST: gl.constexpr = PART * PARTS  # tiles of half of the inputs
     first_row, first_output = gl.program_id(0) * ROW_TILE, gl.program_id(1) * OUTPUT_TILE
-    first = _stream(
-        weight, x, first_output, first_row, 0, TILES, MOST, STAGES, 1, OUTPUT_TILE, FP8
-    )
-    second = _stream(
-        weight, x, first_output, first_row, MOST, TILES, MOST, STAGES, 1, OUTPUT_TILE, FP8
-    )
-    flat: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
-    sums = gl.allocate_shared_memory(gl.float32, [OUTPUT_TILE, ROW_TILE], flat)
-    summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(summed, count=1)
+    stream = _stream(weight, x, first_output, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
     gdc_launch_dependents()
-    first.start()
-    second.start()
+    stream.start()
     gdc_wait()  # README, rules 1, 3 and 6: weights come before it, x after it
-    first.start_values()
-    second.start_values()
+    stream.start_values()
     written = (residual, norm_weight, normed, squares, scales, rows)
     cut: gl.constexpr = (OUTPUTS, PART, PARTS)
     gl.warp_specialize(
         [
-            (_project_first_half, (first, sums, summed, written, cut)),
-            (_project_second_half, (second, sums, summed, cut)),
-            (_copy_tiles_of_halves, (first, second)),
+            (_project_group, (stream, written, gl.constexpr(0), cut)),
+            (_project_group, (stream, written, gl.constexpr(1), cut)),
+            (_copy_tiles, (stream,)),
         ],
         [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
@@ -447,51 +412,36 @@ def _many_rows_quantized_project_kernel(
 
 
 @gluon.jit
-def _projected(stream, cut: gl.constexpr):
-    """The sum of a stream's one or two parts [OUTPUTS, ROW_TILE]."""
-    PART: gl.constexpr = cut[1]
-    PARTS: gl.constexpr = cut[2]
-    total = stream.part(0, 0, PART)
-    if PARTS > 1:
-        total += stream.part(0, PART, 2 * PART)
-    return total
-
-
-@gluon.jit
-def _project_second_half(stream, sums, summed, cut: gl.constexpr):
-    """Multiplies the second half of the inputs, for the group that writes the sum."""
-    sums.store(_projected(stream, cut))
-    gl.thread_barrier()  # by every warp
-    mbarrier.arrive(summed)
-
-
-@gluon.jit
-def _project_first_half(stream, sums, summed, written, cut: gl.constexpr):
-    """Multiplies the first half of the inputs, and writes what
-    `_many_rows_quantized_project_kernel` does.
-    """
+def _project_group(stream, written, group: gl.constexpr, cut: gl.constexpr):
+    """A group's outputs of `_many_rows_quantized_project_kernel`."""
     residual, norm_weight, normed, squares, scales, rows = written
     OUTPUTS: gl.constexpr = cut[0]
+    PART: gl.constexpr = cut[1]
+    PARTS: gl.constexpr = cut[2]
     ROW_TILE: gl.constexpr = stream.values.shape[1]
+    total = stream.part(group, 0, PART)
+    if PARTS > 1:
+        total += stream.part(group, PART, 2 * PART)
+    if PARTS == 4:  # as a cluster adds up what its programs have
+        third = stream.part(group, 2 * PART, 3 * PART)
+        total += third + stream.part(group, 3 * PART, 4 * PART)
     layout: gl.constexpr = gl.BlockedLayout([_BLOCK // 32, 1], [32, 1], [1, gl.num_warps()], [0, 1])
-    total = _projected(stream, cut)
-    output = stream.first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
+    first_output = stream.first_output + group * stream.OUTPUTS
+    output = first_output + gl.arange(0, stream.OUTPUTS, layout=gl.SliceLayout(1, layout))
     row = stream.first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=mask, other=0.0)
     norm_scale = gl.load(norm_weight + output, mask=output < OUTPUTS, other=0.0).to(gl.float32)
     scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
-    mbarrier.wait(summed, 0)
-    sums.store(total + sums.load(total.type.layout))
-    gl.thread_barrier()
+    total = gl.convert_layout(total, layout)
     write_residual(
-        gl.fma(sums.load(layout), scale[:, None] + gl.zeros_like(grown), grown),
+        gl.fma(total, scale[:, None] + gl.zeros_like(total), grown),
         norm_scale,
         residual,
         normed,
         squares,
-        stream.first_output,
+        first_output,
         stream.first_row,
         rows,
         OUTPUTS,
@@ -519,9 +469,7 @@ def _many_rows_quantized_swiglu_kernel(
 ):
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     first_group = block * (OUTPUT_TILE // (2 * _GROUP))
-    stream = _stream(
-        weight, x, first_group, first_row, 0, TILES, TILES, STAGES, 2, OUTPUT_TILE // 2, FP8
-    )
+    stream = _stream(weight, x, first_group, first_row, TILES, STAGES, OUTPUT_TILE // 2, FP8)
     norm = _norm(squares, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     gdc_launch_dependents()
     stream.start()
@@ -532,7 +480,7 @@ def _many_rows_quantized_swiglu_kernel(
         [
             (_swiglu_group, (stream, norm, scales, out, gl.constexpr(0), cut)),
             (_swiglu_group, (stream, norm, scales, out, gl.constexpr(1), cut)),
-            (_copy_tiles, (stream, norm)),
+            (_norm_and_copy_tiles, (stream, norm)),
         ],
         [4, 4],
         [_MULTIPLYING_REGISTERS, _COPYING_REGISTERS],
@@ -619,13 +567,12 @@ def many_rows_quantized_project(
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
     assert tiles.splits in (1, 2, 4), tiles
-    row_tile, output_tile = 64, 128  # a group's registers hold no more
-    parts, part = max(1, tiles.splits // 2), tiles.tiles(inputs)
-    sums = 4 * row_tile * output_tile
+    row_tile, output_tile = 64, 128  # a group's registers do not hold the parts of more
+    count = triton.cdiv(inputs, PAIRED_INPUTS)
     _many_rows_quantized_project_kernel[
         (triton.cdiv(rows, row_tile), triton.cdiv(width, output_tile))
     ](
-        pairs_descriptor(weight.values, output_tile),
+        pairs_descriptor(weight.values, output_tile // 2),
         weight.scales,
         descriptor(x, row_tile, PAIRED_INPUTS // 2),
         residual,
@@ -636,10 +583,10 @@ def many_rows_quantized_project(
         OUTPUTS=width,
         ROW_TILE=row_tile,
         OUTPUT_TILE=output_tile,
-        TILES=triton.cdiv(inputs, PAIRED_INPUTS),
-        PART=part,
-        PARTS=parts,
-        STAGES=_stage_count(part * parts, row_tile, output_tile, rings=2, others=sums),
+        TILES=count,
+        PART=tiles.tiles(inputs),
+        PARTS=tiles.splits,
+        STAGES=_stage_count(count, row_tile, output_tile),
         FP8=weight.scheme == "fp8",
         num_warps=4,
         launch_pdl=True,
@@ -695,14 +642,7 @@ def _tile(rows: int, outputs: int) -> tuple[int, int]:
     return 64, 128
 
 
-def _stage_count(
-    tiles: int, row_tile: int, output_tile: int, rings: int = 1, others: int = 0
-) -> int:
-    """Tiles that each ring in shared memory holds at once.
-
-    Args:
-        tiles: that go through a ring.
-        others: bytes of shared memory that other things take.
-    """
+def _stage_count(tiles: int, row_tile: int, output_tile: int) -> int:
+    """Tiles that shared memory holds at once, of those along the inputs."""
     tile_bytes = (output_tile + 2 * row_tile) * PAIRED_INPUTS
-    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - others - 1024) // (rings * tile_bytes))
+    return min(_MOST_STAGES, tiles, (SHARED_MEMORY - _OTHER_MEMORY) // tile_bytes)
