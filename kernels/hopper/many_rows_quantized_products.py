@@ -525,7 +525,7 @@ def many_rows_quantized_linear(
     """
     rows, width = x.shape
     outputs = weight.shape[0]
-    row_tile, output_tile = _tile(rows, outputs)
+    row_tile, output_tile = _tile(rows, outputs, most=128)  # registers hold two parts of them
     count = triton.cdiv(width, PAIRED_INPUTS)
     _many_rows_quantized_linear_kernel[
         (triton.cdiv(rows, row_tile), triton.cdiv(outputs, output_tile))
@@ -562,7 +562,7 @@ def many_rows_quantized_project(
     squares: Tensor,
     tiles: FusedTiles,
 ) -> None:
-    """Does the same as `quantized_project`, whose `tiles` it takes to keep the order of its sums."""
+    """Does the same as `quantized_project`, whose `tiles` it takes to keep the order of sums."""
     rows, inputs = x.shape
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
@@ -606,7 +606,7 @@ def many_rows_quantized_swiglu(
     rows, width = x.shape
     hidden = weight.shape[0] // 2
     assert tiles.splits == 1 and hidden % GROUP == 0, (hidden, tiles)
-    row_tile, output_tile = _tile(rows, 2 * hidden)
+    row_tile, output_tile = _tile(rows, 2 * hidden, most=256)
     count = triton.cdiv(width, PAIRED_INPUTS)
     groups = weight.values.view(2, hidden // GROUP, GROUP, width).transpose(0, 1)
     _many_rows_quantized_swiglu_kernel[
@@ -633,11 +633,15 @@ def many_rows_quantized_swiglu(
     )
 
 
-def _tile(rows: int, outputs: int) -> tuple[int, int]:
-    """Rows and outputs of a program: as many as leave little of the GPU idle."""
+def _tile(rows: int, outputs: int, most: int) -> tuple[int, int]:
+    """Rows and outputs of a program: as many as leave little of the GPU idle.
+
+    Args:
+        most: outputs that a program may have.
+    """
     for row_tile, output_tile in ((128, 256), (128, 128)):
         programs = triton.cdiv(rows, row_tile) * triton.cdiv(outputs, output_tile)
-        if programs >= 0.6 * _MULTIPROCESSORS:
+        if output_tile <= most and programs >= 0.6 * _MULTIPROCESSORS:
             return row_tile, output_tile
     return 64, 128
 
