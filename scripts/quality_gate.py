@@ -186,15 +186,16 @@ def compare(
     exact = load_models(replace(settings, precision=torch.float32), found)
     real = real_images(typed, settings, exact.vq)
     in_bf16 = replace(settings, precision=torch.bfloat16)
+    plain = load_models(in_bf16, found).gpt
     candidates = {
-        "bf16": Candidate(load_models(in_bf16, found).gpt, EngineConfig(attention_backend="torch")),
+        "bf16": Candidate(plain, EngineConfig(attention_backend="torch")),
         "quantised": Candidate(
             load_models(in_bf16, found, typed.quantization).gpt,
             EngineConfig(kv_cache_dtype=typed.kv_cache_dtype),
         ),
     }
     if triton_runs_on(typed.device):
-        candidates["bf16, kernels"] = Candidate(load_models(in_bf16, found).gpt, EngineConfig())
+        candidates["bf16_kernels"] = Candidate(plain, EngineConfig())
     with progress_bar("comparing", " positions") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -325,7 +326,7 @@ def tell_verdict(
             f"{distance.changed_greedy:.1%} of the likeliest tokens changed"
         )
     bound = "no bound" if verdict.bound is None else f"at most {verdict.bound:g}"
-    print(f"times bf16's total variation: {verdict.ratio:.2f} ({bound})")
+    print(f"times that of bf16 with torch's operations: {verdict.ratio:.2f} ({bound})")
     for name, share in (shares or {}).items():
         print(f"recognised, {name}: {share:.2%}")
     words = {True: "passed", False: "NOT PASSED", None: "experimental: reported, not passed"}

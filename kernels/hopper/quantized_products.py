@@ -38,6 +38,7 @@ from kernels.hopper.cluster import (
     meet,
     open_exchange,
 )
+from kernels.hopper.many_rows_products import stages_of
 from kernels.hopper.products import (
     SHARED_MEMORY,
     SQUARES_BLOCK,
@@ -54,8 +55,8 @@ from kernels.quantization import PAIRED_INPUTS, QuantizedMatrix
 _BLOCK = gl.constexpr(SQUARES_BLOCK)
 _INPUT_TILE = gl.constexpr(PAIRED_INPUTS)
 _HALF = gl.constexpr(PAIRED_INPUTS // 2)
-GROUP = 8  # hidden units whose gates lie above their ups in a tile
-_GROUP = gl.constexpr(GROUP)
+GATED_UNITS = 8  # hidden units whose gates lie above their ups in a tile
+_GATED_UNITS = gl.constexpr(GATED_UNITS)
 
 
 @aggregate
@@ -194,9 +195,9 @@ def _stream(
 ):
     """The stream of a program, with its room in shared memory."""
     weights = gl.allocate_shared_memory(
-        weight.dtype, _stages(STAGES, weight.block_shape), weight.layout
+        weight.dtype, stages_of(STAGES, weight.block_shape), weight.layout
     )
-    values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
+    values = gl.allocate_shared_memory(x.dtype, stages_of(2 * STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     first_tile = gl.to_tensor(first_tile)
     return _Stream(
@@ -212,11 +213,6 @@ def _stream(
         OUTPUT_TILE,
         FP8,
     )
-
-
-@gluon.constexpr_function
-def _stages(stages: int, box: Any) -> list[int]:
-    return [stages, *box]
 
 
 @gluon.jit
@@ -436,7 +432,7 @@ def _quantized_project_kernel(
 
 @gluon.jit(do_not_specialize=["rows"])
 def _quantized_swiglu_kernel(
-    weight,  # pairs [HIDDEN / GROUP, 2, GROUP, WIDTH / 2], as a descriptor
+    weight,  # pairs [HIDDEN / GATED_UNITS, 2, GATED_UNITS, WIDTH / 2], as a descriptor
     scales,  # [2, HIDDEN] float32
     x,  # [rows, WIDTH], as a descriptor
     squares,  # [BLOCKS, rows] float32
@@ -454,7 +450,7 @@ def _quantized_swiglu_kernel(
     FP8: gl.constexpr,
 ):
     OUTPUT_TILE: gl.constexpr = 2 * HIDDEN_TILE
-    GROUPS: gl.constexpr = HIDDEN_TILE // _GROUP
+    GROUPS: gl.constexpr = HIDDEN_TILE // _GATED_UNITS
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     stream = _stream(
         weight, x, block * GROUPS, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE, FP8
@@ -464,8 +460,8 @@ def _quantized_swiglu_kernel(
     )
     # A tile's outputs are eight gates, the ups of the same hidden units, the next eight gates ...
     place = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
-    unit = block * HIDDEN_TILE + place // (2 * _GROUP) * _GROUP + place % _GROUP
-    scale_at = place // _GROUP % 2 * HIDDEN + unit
+    unit = block * HIDDEN_TILE + place // (2 * _GATED_UNITS) * _GATED_UNITS + place % _GATED_UNITS
+    scale_at = place // _GATED_UNITS % 2 * HIDDEN + unit
     output_scale = gl.load(scales + scale_at, mask=unit < HIDDEN, other=0.0)
     stream.start(CLUSTER=1)
     row_scale = row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
@@ -484,8 +480,8 @@ def write_gated(total, out, first_unit, first_row, rows, HIDDEN: gl.constexpr):
     """
     HIDDEN_TILE: gl.constexpr = total.shape[0] // 2
     ROW_TILE: gl.constexpr = total.shape[1]
-    GROUPS: gl.constexpr = HIDDEN_TILE // _GROUP
-    pairs = total.reshape([GROUPS, 2, _GROUP, ROW_TILE]).permute((0, 2, 3, 1))
+    GROUPS: gl.constexpr = HIDDEN_TILE // _GATED_UNITS
+    pairs = total.reshape([GROUPS, 2, _GATED_UNITS, ROW_TILE]).permute((0, 2, 3, 1))
     gate, up = gl.split(pairs)
     hidden = (gate / (1 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
     layout: gl.constexpr = gl.BlockedLayout(
@@ -607,12 +603,12 @@ def quantized_swiglu(
     """
     rows, width = x.shape
     hidden = weight.shape[0] // 2
-    assert tiles.splits == 1 and hidden % GROUP == 0, (hidden, tiles)
+    assert tiles.splits == 1 and hidden % GATED_UNITS == 0, (hidden, tiles)
     row_block, count = row_tile(rows), triton.cdiv(width, PAIRED_INPUTS)
     grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, tiles.outputs))
-    groups = weight.values.view(2, hidden // GROUP, GROUP, width).transpose(0, 1)
+    groups = weight.values.view(2, hidden // GATED_UNITS, GATED_UNITS, width).transpose(0, 1)
     _quantized_swiglu_kernel[grid](
-        pairs_descriptor(groups, tiles.outputs // GROUP, 2, GROUP),
+        pairs_descriptor(groups, tiles.outputs // GATED_UNITS, 2, GATED_UNITS),
         weight.scales,
         descriptor(x, row_block, PAIRED_INPUTS // 2),
         squares,

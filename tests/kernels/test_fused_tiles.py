@@ -111,7 +111,8 @@ def test_products_of_paired_weights_fit(model: str) -> None:
         clusters = CLUSTERS if section is QUANTIZED_PROJECT else (1,)
         assert tiles.splits in (range(1, 8) if section is QUANTIZED_LINEAR else clusters)
         exchanged = project_exchange(tiles.outputs, MANY_ROWS, max(clusters))
-        assert stage_count(tiles, tiles.tiles(inputs), MANY_ROWS, exchanged) >= 1
+        halves = 2 if section is QUANTIZED_SWIGLU else 1
+        assert stage_count(tiles, tiles.tiles(inputs), MANY_ROWS, exchanged, halves) >= 1
 
 
 @pytest.mark.parametrize("model", PAPER_MODELS)

@@ -132,8 +132,10 @@ def builds_of(case: Case) -> list[Build]:
 def quantized_builds(capability: int, weights: str, pages: str, model: str) -> list[Build]:
     """What a model's steps launch with quantised weights and pages."""
     shape, config = GPT_SHAPES[model], EngineConfig(quantization=weights, kv_cache_dtype=pages)
-    passes = (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
-    return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, passes, config)
+    passes = [FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW]
+    if capability == 90:
+        passes.append(MOST_ROWS)  # in the largest tiles
+    return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, tuple(passes), config)
 
 
 def step_builds(
