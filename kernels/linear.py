@@ -131,21 +131,39 @@ def product(
     DTYPE: tl.constexpr = x_rows.dtype.element_ty
     early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
-        column = first_input + tile * INPUT_TILE + offset
+        first = first_input + tile * INPUT_TILE
         early_weights = early_weights + (
             _load_weights(
-                weight_rows, scales, output, column, output_mask, DTYPE, INPUTS, GROUP, WHOLE_TILES
+                weight_rows,
+                scales,
+                output,
+                first,
+                offset,
+                output_mask,
+                DTYPE,
+                INPUTS,
+                GROUP,
+                WHOLE_TILES,
             ),
         )
     if LAUNCH_PDL:
         gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
-        column = first_input + tile * INPUT_TILE + offset
+        first = first_input + tile * INPUT_TILE
         weights = _load_weights(
-            weight_rows, scales, output, column, output_mask, DTYPE, INPUTS, GROUP, WHOLE_TILES
+            weight_rows,
+            scales,
+            output,
+            first,
+            offset,
+            output_mask,
+            DTYPE,
+            INPUTS,
+            GROUP,
+            WHOLE_TILES,
         )
-        values = _load_values(x_rows, column, row_mask, INPUTS)
+        values = _load_values(x_rows, first + offset, row_mask, INPUTS)
         total = tl.dot(weights, values, total, input_precision="ieee")
     early_values: tl.tuple = ()
     for tile in tl.static_range(EARLY):
@@ -164,26 +182,79 @@ def _load_weights(
     weight_rows,
     scales,
     output,
-    column,
+    first,
+    offset,
     output_mask,
     DTYPE: tl.constexpr,
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
 ):
-    """A tile of weights [outputs, inputs], in x's dtype."""
-    mask = (column < INPUTS)[None, :]
-    if not WHOLE_TILES:
-        mask = mask & output_mask[:, None]
+    """A tile of weights [outputs, inputs], in x's dtype.
+
+    Args:
+        first: input of the tile.
+        offset: [INPUT_TILE]
+    """
     if GROUP == 0:
+        column = first + offset
+        mask = _mask(column < INPUTS, output_mask, WHOLE_TILES)
         weights = tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
     else:
-        pairs = tl.load(weight_rows + column[None, :] // 2, mask=mask, other=0)
-        digits = (pairs >> (column % 2 * 4)[None, :].to(tl.uint8)) & 15
-        at = output[:, None] * (INPUTS // GROUP) + column[None, :] // GROUP
-        scale = tl.load(scales + at, mask=mask, other=0.0)
+        digits = _load_digits(weight_rows, first, offset, output_mask, INPUTS, WHOLE_TILES)
+        scale = _load_scales(scales, output, first, offset, output_mask, INPUTS, GROUP, WHOLE_TILES)
         weights = (digits.to(tl.float32) - 8) * scale
     return weights.to(DTYPE)
+
+
+@triton.jit
+def _mask(there, output_mask, WHOLE_TILES: tl.constexpr):
+    """What exists of a tile [outputs, columns], given which columns do."""
+    mask = there[None, :]
+    if not WHOLE_TILES:
+        mask = mask & output_mask[:, None]
+    return mask
+
+
+@triton.jit
+def _load_digits(
+    weight_rows, first, offset, output_mask, INPUTS: tl.constexpr, WHOLE_TILES: tl.constexpr
+):
+    """A tile of int4's digits [outputs, inputs], 0 to 15. A byte, which has two, is loaded once."""
+    byte = first // 2 + tl.arange(0, offset.shape[0] // 2)
+    mask = _mask(byte < INPUTS // 2, output_mask, WHOLE_TILES)
+    digits = tl.load(weight_rows + byte[None, :], mask=mask, other=0)
+    return tl.interleave(digits & 15, digits >> 4)
+
+
+@triton.jit
+def _load_scales(
+    scales,
+    output,
+    first,
+    offset,
+    output_mask,
+    INPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
+):
+    """The scales of a tile of int4 weights [outputs, inputs]. Each is loaded once if a tile has
+    whole groups.
+    """
+    of_outputs = scales + output[:, None] * (INPUTS // GROUP)
+    COLUMNS: tl.constexpr = offset.shape[0]
+    if COLUMNS % GROUP == 0:
+        GROUPS: tl.constexpr = COLUMNS // GROUP
+        group = first // GROUP + tl.arange(0, GROUPS)
+        mask = _mask(group < INPUTS // GROUP, output_mask, WHOLE_TILES)
+        each = tl.load(of_outputs + group[None, :], mask=mask, other=0.0)
+        each = tl.broadcast_to(each[:, :, None], [output.shape[0], GROUPS, GROUP])
+        scale = tl.reshape(each, [output.shape[0], COLUMNS])
+    else:
+        column = first + offset
+        mask = _mask(column < INPUTS, output_mask, WHOLE_TILES)
+        scale = tl.load(of_outputs + column[None, :] // GROUP, mask=mask, other=0.0)
+    return scale
 
 
 @triton.jit

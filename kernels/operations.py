@@ -27,6 +27,11 @@ from kernels.hopper.many_rows_products import (
     many_rows_project,
     many_rows_swiglu,
 )
+from kernels.hopper.many_rows_quantized_products import (
+    many_rows_quantized_linear,
+    many_rows_quantized_project,
+    many_rows_quantized_swiglu,
+)
 from kernels.hopper.products import (
     HEADROOM,
     SQUARES_BLOCK,
@@ -381,12 +386,15 @@ def quantized_products(table: TileTable) -> FusedProducts:
     def linear_splits(outputs: int, inputs: int, rows: int) -> int:
         return 1 if rows > MANY_ROWS else table.find(QUANTIZED_LINEAR, outputs, inputs).splits
 
+    linear = _by_rows(quantized_linear, many_rows_quantized_linear)
+    project = _by_rows(quantized_project, many_rows_quantized_project)
+    swiglu = _by_rows(quantized_swiglu, many_rows_quantized_swiglu)
     return replace(
         fused,
-        linear=_tiled(quantized_linear, table, QUANTIZED_LINEAR, weight_at=2),
+        linear=_tiled(linear, table, QUANTIZED_LINEAR, weight_at=2),
         linear_splits=linear_splits,
-        project=_tiled(quantized_project, table, QUANTIZED_PROJECT),
-        swiglu=_tiled(quantized_swiglu, table, QUANTIZED_SWIGLU, weight_at=2),
+        project=_tiled(project, table, QUANTIZED_PROJECT),
+        swiglu=_tiled(swiglu, table, QUANTIZED_SWIGLU, weight_at=2),
     )
 
 

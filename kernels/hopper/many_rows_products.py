@@ -48,7 +48,7 @@ _OUTPUT_TILE = gl.constexpr(128)  # of the gated product, gates and ups together
 _INPUT_TILE = gl.constexpr(64)
 _GROUP = gl.constexpr(8)  # hidden units whose gates lie beside their ups in a tile
 _MOST_STAGES = 6
-_MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
+MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
 
 
 @aggregate
@@ -175,9 +175,9 @@ def _stream(
 ):
     """The stream of a program, with its room in shared memory."""
     weights = gl.allocate_shared_memory(
-        weight.dtype, _stages(STAGES, weight.block_shape), weight.layout
+        weight.dtype, stages_of(STAGES, weight.block_shape), weight.layout
     )
-    values = gl.allocate_shared_memory(x.dtype, _stages(STAGES, x.block_shape), x.layout)
+    values = gl.allocate_shared_memory(x.dtype, stages_of(STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     first_tile = gl.to_tensor(first_tile)
     return _Stream(
@@ -195,7 +195,8 @@ def _stream(
 
 
 @gluon.constexpr_function
-def _stages(stages: int, box: Any) -> list[int]:
+def stages_of(stages: int, box: Any) -> list[int]:
+    """The shape of a ring of tiles."""
     return [stages, *box]
 
 
@@ -513,7 +514,7 @@ def _row_tile(rows: int, outputs: int) -> int:
         outputs: those of all programs along the inputs together.
     """
     programs = triton.cdiv(rows, 128) * triton.cdiv(outputs, _OUTPUT_TILE.value)
-    return 128 if programs >= 0.6 * _MULTIPROCESSORS else 64
+    return 128 if programs >= 0.6 * MULTIPROCESSORS else 64
 
 
 def _stage_count(
@@ -527,7 +528,7 @@ def _stage_count(
             one multiplies while the other begins or ends.
     """
     memory = SHARED_MEMORY - exchanged
-    if shared and grid[0] * grid[1] > _MULTIPROCESSORS:
+    if shared and grid[0] * grid[1] > MULTIPROCESSORS:
         memory //= 2
     tile_bytes = (_OUTPUT_TILE.value + row_tile) * _INPUT_TILE.value * 2
     return min(_MOST_STAGES, tiles, memory // tile_bytes)

@@ -7,12 +7,11 @@ element j of the other half. So a register that a thread loads as two 16-bit num
 weights, in the places that the matrix unit expects of each half, and unpacking moves nothing
 between threads. Values are exact in 16 bits, and sums are multiplied by the scale of their output.
 
-Few rows and many rows have the same kernels. A row's sums have one order whatever the tile is: the
-inputs are cut into as many parts as `FusedTiles.splits` says, which are programs of their own for
-few rows, and for many rows may be one program's, one after the other.
+A row's sums have one order whatever the tile is: the inputs are cut into as many parts as
+`FusedTiles.splits` says, which are programs of their own. Many rows have kernels of their own,
+`kernels.hopper.many_rows_quantized_products`, which keep that order.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from kernels.hopper.cluster import (
     meet,
     open_exchange,
 )
-from kernels.hopper.many_rows_products import row_scales_of_many
+from kernels.hopper.many_rows_products import stages_of
 from kernels.hopper.products import (
     SHARED_MEMORY,
     SQUARES_BLOCK,
@@ -56,10 +55,8 @@ from kernels.quantization import PAIRED_INPUTS, QuantizedMatrix
 _BLOCK = gl.constexpr(SQUARES_BLOCK)
 _INPUT_TILE = gl.constexpr(PAIRED_INPUTS)
 _HALF = gl.constexpr(PAIRED_INPUTS // 2)
-_GROUP = gl.constexpr(8)  # hidden units whose gates lie above their ups in a tile
-_MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
-_FEW_ROWS = gl.constexpr(64)  # up to here, tiles are those of the table
-_MANY_ROWS_TILES = FusedTiles(outputs=128, inputs=PAIRED_INPUTS, splits=1, stages=4, warps=8)
+GATED_UNITS = 8  # hidden units whose gates lie above their ups in a tile
+_GATED_UNITS = gl.constexpr(GATED_UNITS)
 
 
 @aggregate
@@ -148,9 +145,9 @@ class _Stream:
             )
 
     @gluon.jit
-    def part(self, first, end):
-        """Multiplies the tiles from `first` to before `end`, from zero, and asks for later tiles as
-        room becomes free. Returns float32 [OUTPUT_TILE, ROW_TILE].
+    def product(self):
+        """Multiplies all tiles, and asks for later ones as room becomes free. Returns float32
+        [OUTPUT_TILE, ROW_TILE].
         """
         STAGES: gl.constexpr = self.arrived.shape[0]
         ROW_TILE: gl.constexpr = self.values.shape[1]
@@ -158,7 +155,7 @@ class _Stream:
             [3, 0], [gl.num_warps(), 1], [16, ROW_TILE, 16]
         )
         total = warpgroup_mma_init(gl.zeros([self.OUTPUT_TILE, ROW_TILE], gl.float32, layout))
-        for tile in range(first, gl.minimum(end, self.tiles)):
+        for tile in range(0, self.tiles):
             stage = tile % STAGES
             mbarrier.wait(self.arrived.index(stage), (tile // STAGES) & 1)
             # The tile before has been used. Until then the matrix unit reads its weights from
@@ -198,9 +195,9 @@ def _stream(
 ):
     """The stream of a program, with its room in shared memory."""
     weights = gl.allocate_shared_memory(
-        weight.dtype, _stages(STAGES, weight.block_shape), weight.layout
+        weight.dtype, stages_of(STAGES, weight.block_shape), weight.layout
     )
-    values = gl.allocate_shared_memory(x.dtype, _stages(2 * STAGES, x.block_shape), x.layout)
+    values = gl.allocate_shared_memory(x.dtype, stages_of(2 * STAGES, x.block_shape), x.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     first_tile = gl.to_tensor(first_tile)
     return _Stream(
@@ -216,11 +213,6 @@ def _stream(
         OUTPUT_TILE,
         FP8,
     )
-
-
-@gluon.constexpr_function
-def _stages(stages: int, box: Any) -> list[int]:
-    return [stages, *box]
 
 
 @gluon.jit
@@ -307,7 +299,7 @@ def _unpacking(dtype: Any, fp8: bool) -> str:
 
 
 @gluon.jit
-def _times(product, row_scale, output_scale):
+def times(product, row_scale, output_scale):
     """A product [outputs, rows] times the scales of its rows and outputs. No compiler fuses it with
     an addition.
     """
@@ -340,7 +332,6 @@ def _quantized_linear_kernel(
     OUTPUT_TILE: gl.constexpr,
     TILES: gl.constexpr,
     PART: gl.constexpr,
-    PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     FP8: gl.constexpr,
 ):
@@ -356,7 +347,7 @@ def _quantized_linear_kernel(
         first_row,
         split * PART,
         TILES,
-        PART * PARTS,
+        PART,
         STAGES,
         OUTPUT_TILE,
         FP8,
@@ -367,12 +358,9 @@ def _quantized_linear_kernel(
     output = first_output + gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
     output_scale = gl.load(scales + output, mask=output < OUTPUTS, other=0.0)
     stream.start(CLUSTER=1)
-    of_rows: gl.constexpr = row_scales_of_many if ROW_TILE > _FEW_ROWS else row_scales
-    row_scale = of_rows(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    row_scale = row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     row_scale = gl.convert_layout(row_scale, gl.SliceLayout(0, layout))
-    total = _times(stream.part(0, PART), row_scale, output_scale)
-    for part in gl.static_range(1, PARTS):
-        total += _times(stream.part(part * PART, (part + 1) * PART), row_scale, output_scale)
+    total = times(stream.product(), row_scale, output_scale)
     row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     at = (split * rows + row).to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     gl.store(out + at, total, mask=(row < rows)[None, :] & (output < OUTPUTS)[:, None])
@@ -393,7 +381,6 @@ def _quantized_project_kernel(
     OUTPUT_TILE: gl.constexpr,
     TILES: gl.constexpr,
     PART: gl.constexpr,
-    PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     CLUSTER: gl.constexpr,
     FP8: gl.constexpr,
@@ -414,9 +401,9 @@ def _quantized_project_kernel(
         x,
         first_output,
         first_row,
-        rank * (PART * PARTS),
+        rank * PART,
         TILES,
-        PART * PARTS,
+        PART,
         STAGES,
         OUTPUT_TILE,
         FP8,
@@ -425,9 +412,7 @@ def _quantized_project_kernel(
     mask = (output < OUTPUTS)[:, None] & (row < rows)[None, :]
     at = row.to(gl.int64)[None, :] * OUTPUTS + output[:, None]
     grown = gl.load(residual + at, mask=mask, other=0.0)
-    total = stream.part(0, PART)
-    if PARTS > 1:
-        total += stream.part(PART, 2 * PART)
+    total = stream.product()
     if CLUSTER > 1:
         total = cluster_sum(room, rank, total, layout, CLUSTER)
     else:
@@ -447,7 +432,7 @@ def _quantized_project_kernel(
 
 @gluon.jit(do_not_specialize=["rows"])
 def _quantized_swiglu_kernel(
-    weight,  # pairs [HIDDEN / GROUP, 2, GROUP, WIDTH / 2], as a descriptor
+    weight,  # pairs [HIDDEN / GATED_UNITS, 2, GATED_UNITS, WIDTH / 2], as a descriptor
     scales,  # [2, HIDDEN] float32
     x,  # [rows, WIDTH], as a descriptor
     squares,  # [BLOCKS, rows] float32
@@ -465,7 +450,7 @@ def _quantized_swiglu_kernel(
     FP8: gl.constexpr,
 ):
     OUTPUT_TILE: gl.constexpr = 2 * HIDDEN_TILE
-    GROUPS: gl.constexpr = HIDDEN_TILE // _GROUP
+    GROUPS: gl.constexpr = HIDDEN_TILE // _GATED_UNITS
     first_row, block = gl.program_id(0) * ROW_TILE, gl.program_id(1)
     stream = _stream(
         weight, x, block * GROUPS, first_row, 0, TILES, TILES, STAGES, OUTPUT_TILE, FP8
@@ -475,23 +460,36 @@ def _quantized_swiglu_kernel(
     )
     # A tile's outputs are eight gates, the ups of the same hidden units, the next eight gates ...
     place = gl.arange(0, OUTPUT_TILE, layout=gl.SliceLayout(1, layout))
-    unit = block * HIDDEN_TILE + place // (2 * _GROUP) * _GROUP + place % _GROUP
-    scale_at = place // _GROUP % 2 * HIDDEN + unit
+    unit = block * HIDDEN_TILE + place // (2 * _GATED_UNITS) * _GATED_UNITS + place % _GATED_UNITS
+    scale_at = place // _GATED_UNITS % 2 * HIDDEN + unit
     output_scale = gl.load(scales + scale_at, mask=unit < HIDDEN, other=0.0)
     stream.start(CLUSTER=1)
-    of_rows: gl.constexpr = row_scales_of_many if ROW_TILE > _FEW_ROWS else row_scales
-    row_scale = of_rows(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
+    row_scale = row_scales(squares, first_row, rows, ROW_TILE, WIDTH, BLOCKS, BLOCKS_TILE, EPS)
     row_scale = gl.convert_layout(row_scale, gl.SliceLayout(0, layout))
-    total = _times(stream.part(0, TILES), row_scale, output_scale)
-    pairs = total.reshape([GROUPS, 2, _GROUP, ROW_TILE]).permute((0, 2, 3, 1))
+    total = times(stream.product(), row_scale, output_scale)
+    write_gated(total, out, block * HIDDEN_TILE, first_row, rows, HIDDEN)
+
+
+@gluon.jit
+def write_gated(total, out, first_unit, first_row, rows, HIDDEN: gl.constexpr):
+    """Writes silu(gate) * up of hidden units, whose gates and ups lie in groups above each other.
+
+    Args:
+        total: [2 * units, ROW_TILE]
+        out: [rows, HIDDEN]
+    """
+    HIDDEN_TILE: gl.constexpr = total.shape[0] // 2
+    ROW_TILE: gl.constexpr = total.shape[1]
+    GROUPS: gl.constexpr = HIDDEN_TILE // _GATED_UNITS
+    pairs = total.reshape([GROUPS, 2, _GATED_UNITS, ROW_TILE]).permute((0, 2, 3, 1))
     gate, up = gl.split(pairs)
     hidden = (gate / (1 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
-    out_layout: gl.constexpr = gl.BlockedLayout(
+    layout: gl.constexpr = gl.BlockedLayout(
         [2, 1], [HIDDEN_TILE // 2, 64 // HIDDEN_TILE], [1, gl.num_warps()], [0, 1]
     )
-    hidden = gl.convert_layout(hidden.reshape([HIDDEN_TILE, ROW_TILE]), out_layout)
-    unit = block * HIDDEN_TILE + gl.arange(0, HIDDEN_TILE, layout=gl.SliceLayout(1, out_layout))
-    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, out_layout))
+    hidden = gl.convert_layout(hidden.reshape([HIDDEN_TILE, ROW_TILE]), layout)
+    unit = first_unit + gl.arange(0, HIDDEN_TILE, layout=gl.SliceLayout(1, layout))
+    row = first_row + gl.arange(0, ROW_TILE, layout=gl.SliceLayout(0, layout))
     at = row.to(gl.int64)[None, :] * HIDDEN + unit[:, None]
     gl.store(out + at, hidden, mask=(row < rows)[None, :] & (unit < HIDDEN)[:, None])
 
@@ -509,18 +507,16 @@ def quantized_linear(
 
     Args:
         weight: fp8 or int8, paired.
-        out: float32 [splits, rows, outputs]: of `tiles`, or one, which then is the sum of all.
+        out: float32 [tiles.splits, rows, outputs].
     """
     rows, width = x.shape
     outputs = weight.shape[0]
     sums = out.view(-1, *out.shape[-2:])
-    splits, its_tiles = len(sums), _tiles(rows, tiles)
-    assert splits in (1, tiles.splits) and sums.shape == (splits, rows, outputs), out.shape
-    row_block = _row_tile(rows, outputs * splits)
-    count, part = triton.cdiv(width, PAIRED_INPUTS), tiles.tiles(width)
-    grid = (triton.cdiv(rows, row_block), triton.cdiv(outputs, its_tiles.outputs), splits)
+    assert sums.shape == (tiles.splits, rows, outputs), (out.shape, tiles)
+    row_block, part = row_tile(rows), tiles.tiles(width)
+    grid = (triton.cdiv(rows, row_block), triton.cdiv(outputs, tiles.outputs), tiles.splits)
     _quantized_linear_kernel[grid](
-        pairs_descriptor(weight.values, its_tiles.outputs),
+        pairs_descriptor(weight.values, tiles.outputs),
         weight.scales,
         descriptor(x, row_block, PAIRED_INPUTS // 2),
         squares,
@@ -532,13 +528,12 @@ def quantized_linear(
         BLOCKS_TILE=squares_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
-        OUTPUT_TILE=its_tiles.outputs,
-        TILES=count,
+        OUTPUT_TILE=tiles.outputs,
+        TILES=triton.cdiv(width, PAIRED_INPUTS),
         PART=part,
-        PARTS=tiles.splits // splits,
-        STAGES=stage_count(its_tiles, part * (tiles.splits // splits), row_block),
+        STAGES=stage_count(tiles, part, row_block),
         FP8=weight.scheme == "fp8",
-        num_warps=its_tiles.warps,
+        num_warps=tiles.warps,
         launch_pdl=True,
     )
 
@@ -562,20 +557,16 @@ def quantized_project(
     width = weight.shape[0]
     assert squares.shape == (triton.cdiv(width, SQUARES_BLOCK), rows), squares.shape
     assert tiles.outputs % SQUARES_BLOCK == 0, tiles
-    its_tiles = _tiles(rows, tiles)
     # else two warps would hold, and send, the same sums
-    assert its_tiles.outputs >= 16 * its_tiles.warps, its_tiles
-    cluster = tiles.splits if rows <= _FEW_ROWS.value else min(2, tiles.splits)
-    parts, part = tiles.splits // cluster, tiles.tiles(inputs)
-    assert parts <= 2, tiles
-    row_block = _row_tile(rows, width * cluster)
-    exchanged = project_exchange(its_tiles.outputs, row_block, cluster)
+    assert tiles.outputs >= 16 * tiles.warps, tiles
+    row_block, part = row_tile(rows), tiles.tiles(inputs)
+    exchanged = project_exchange(tiles.outputs, row_block, tiles.splits)
     launch_clustered(
         _quantized_project_kernel,
-        (triton.cdiv(rows, row_block), triton.cdiv(width, its_tiles.outputs)),
-        cluster,
+        (triton.cdiv(rows, row_block), triton.cdiv(width, tiles.outputs)),
+        tiles.splits,
         exchanged,
-        pairs_descriptor(weight.values, its_tiles.outputs),
+        pairs_descriptor(weight.values, tiles.outputs),
         weight.scales,
         descriptor(x, row_block, PAIRED_INPUTS // 2),
         residual,
@@ -585,14 +576,13 @@ def quantized_project(
         rows,
         OUTPUTS=width,
         ROW_TILE=row_block,
-        OUTPUT_TILE=its_tiles.outputs,
+        OUTPUT_TILE=tiles.outputs,
         TILES=triton.cdiv(inputs, PAIRED_INPUTS),
         PART=part,
-        PARTS=parts,
-        STAGES=stage_count(its_tiles, part * parts, row_block, exchanged),
-        CLUSTER=cluster,
+        STAGES=stage_count(tiles, part, row_block, exchanged),
+        CLUSTER=tiles.splits,
         FP8=weight.scheme == "fp8",
-        num_warps=its_tiles.warps,
+        num_warps=tiles.warps,
         launch_pdl=True,
     )
 
@@ -613,15 +603,12 @@ def quantized_swiglu(
     """
     rows, width = x.shape
     hidden = weight.shape[0] // 2
-    assert tiles.splits == 1 and hidden % _GROUP.value == 0, (hidden, tiles)
-    its_tiles = _tiles(rows, replace(tiles, outputs=2 * tiles.outputs))
-    hidden_tile = its_tiles.outputs // 2
-    row_block = _row_tile(rows, 2 * hidden)
-    count = triton.cdiv(width, PAIRED_INPUTS)
-    grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, hidden_tile))
-    groups = weight.values.view(2, hidden // _GROUP.value, _GROUP.value, width).transpose(0, 1)
+    assert tiles.splits == 1 and hidden % GATED_UNITS == 0, (hidden, tiles)
+    row_block, count = row_tile(rows), triton.cdiv(width, PAIRED_INPUTS)
+    grid = (triton.cdiv(rows, row_block), triton.cdiv(hidden, tiles.outputs))
+    groups = weight.values.view(2, hidden // GATED_UNITS, GATED_UNITS, width).transpose(0, 1)
     _quantized_swiglu_kernel[grid](
-        pairs_descriptor(groups, hidden_tile // _GROUP.value, 2, _GROUP.value),
+        pairs_descriptor(groups, tiles.outputs // GATED_UNITS, 2, GATED_UNITS),
         weight.scales,
         descriptor(x, row_block, PAIRED_INPUTS // 2),
         squares,
@@ -633,11 +620,11 @@ def quantized_swiglu(
         BLOCKS_TILE=squares_tile(squares),
         EPS=eps,
         ROW_TILE=row_block,
-        HIDDEN_TILE=hidden_tile,
+        HIDDEN_TILE=tiles.outputs,
         TILES=count,
-        STAGES=stage_count(its_tiles, count, row_block),
+        STAGES=stage_count(tiles, count, row_block, halves=2),
         FP8=weight.scheme == "fp8",
-        num_warps=its_tiles.warps,
+        num_warps=tiles.warps,
         launch_pdl=True,
     )
 
@@ -653,33 +640,18 @@ def pairs_descriptor(values: Tensor, *box: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(values.view(torch.int16), whole, layout)
 
 
-def _tiles(rows: int, tiles: FusedTiles) -> FusedTiles:
-    """How programs cut up the product; the order of sums is that of `tiles` in any case."""
-    return tiles if rows <= _FEW_ROWS.value else _MANY_ROWS_TILES
-
-
-def _row_tile(rows: int, outputs: int) -> int:
-    """Rows of a program: of few rows all, where they fit, and of many 128, unless their programs
-    would leave much of the GPU idle.
-
-    Args:
-        outputs: those of all programs along the inputs together.
-    """
-    if rows <= _FEW_ROWS.value:
-        return row_tile(rows)
-    programs = triton.cdiv(rows, 128) * triton.cdiv(outputs, _MANY_ROWS_TILES.outputs)
-    return 128 if programs >= 0.6 * _MULTIPROCESSORS else 64
-
-
-def stage_count(tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0) -> int:
+def stage_count(
+    tiles: FusedTiles, most: int, row_block: int, exchanged: int = 0, halves: int = 1
+) -> int:
     """Tiles that shared memory holds at once.
 
     Args:
         most: tiles of a program.
         exchanged: bytes of shared memory that the cluster takes.
+        halves: 2 for the gated product, a program of which has gates and ups.
     """
     assert tiles.inputs == PAIRED_INPUTS, tiles
-    tile_bytes = (tiles.outputs + 2 * row_block) * PAIRED_INPUTS
+    tile_bytes = (halves * tiles.outputs + 2 * row_block) * PAIRED_INPUTS
     stages = min(tiles.stages, most, (SHARED_MEMORY - exchanged) // tile_bytes)
     # a tile is asked for when the one behind it is used
     assert stages >= min(2, most), (tiles, row_block)

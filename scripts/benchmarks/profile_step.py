@@ -92,16 +92,25 @@ _KERNELS = {
     "_attention_kernel": "attention",
     "_hopper_attention_kernel": "attention",
     "_many_rows_attention_kernel": "attention",
+    "_scaled_attention_kernel": "attention",
+    "_many_rows_scaled_attention_kernel": "attention",
     "_combine_kernel": "combine",
     "_add_norm_kernel": "add_norm",
     "_swiglu_kernel": "swiglu",
     "_fused_swiglu_kernel": "swiglu",
     "_many_rows_swiglu_kernel": "swiglu",
+    "_quantized_swiglu_kernel": "swiglu",
+    "_many_rows_quantized_swiglu_kernel": "swiglu",
     "_gate_kernel": "gate",
     "_draw_kernel": "draw",
 }
 # products without an `add_norm` after them
-_ADD_THEMSELVES = ("_fused_project_kernel", "_many_rows_project_kernel")
+_ADD_THEMSELVES = (
+    "_fused_project_kernel",
+    "_many_rows_project_kernel",
+    "_quantized_project_kernel",
+    "_many_rows_quantized_project_kernel",
+)
 # Every other kernel is of a product: the one that is due after these. After the down product's
 # `add_norm` a layer is over.
 _NEXT_PRODUCT = {

@@ -51,7 +51,7 @@ from kernels.linear import (
 from kernels.lookahead import row_positions_reference
 from kernels.norm import add_norm, add_norm_reference, embed, embed_reference
 from kernels.operations import MANY_ROWS, Operations, triton_operations
-from kernels.quantization import FP8, Weights, quantize
+from kernels.quantization import FP8, QuantizedMatrix, Weights, quantize
 from kernels.tiles import TileTable
 
 POISON = float("nan")
@@ -92,6 +92,19 @@ def quantized(weight: Tensor, scheme: str | None) -> tuple[Weights, Weights]:
         return weight, weight.float()
     matrix = quantize(weight, scheme)
     return matrix, matrix
+
+
+def check_int4_groups(place: Place, group: int, tiles: LinearTiles) -> None:
+    """Guards which scale a weight has in files of others, whose groups are of other sizes."""
+    outputs, inputs, x = 100, 192, place.random(5, 192, seed=1)
+    values = quantize(place.random(outputs, inputs, seed=2), "int4").values
+    scales = place.random(outputs, inputs // group, seed=3, dtype=torch.float32)
+    weight = QuantizedMatrix(values, scales)
+    out = place.poisoned(tiles.splits(inputs), len(x), outputs, dtype=torch.float32)
+    linear(x, weight, out, tiles, launch_pdl=place.launch_pdl)
+    wanted = torch.empty_like(out)
+    linear_reference(x.float(), weight, wanted)
+    assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
 
 
 def check_linear(

@@ -2,6 +2,7 @@
 torch references. Few rows and many must come out the same, bit for bit.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
@@ -9,6 +10,11 @@ import torch
 from kernel_cases import POISON, Place, relative_error
 from torch import Tensor
 
+from kernels.hopper.many_rows_quantized_products import (
+    many_rows_quantized_linear,
+    many_rows_quantized_project,
+    many_rows_quantized_swiglu,
+)
 from kernels.hopper.products import SQUARES_BLOCK, FusedTiles
 from kernels.hopper.products_reference import (
     fused_linear_reference,
@@ -20,6 +26,7 @@ from kernels.hopper.quantized_products import (
     quantized_project,
     quantized_swiglu,
 )
+from kernels.operations import MANY_ROWS
 from kernels.quantization import QuantizedMatrix, quantize
 
 _FEW = 24  # rows of the same inputs that are multiplied apart
@@ -45,12 +52,13 @@ def check_quantized_linear(
     wanted = torch.empty_like(out)
     fused_linear_reference(x.float(), squares, weight, wanted, eps=1e-5)
     assert relative_error(out.sum(0), wanted.sum(0)) < place.tolerance
-    whole = place.poisoned(1, rows, outputs, dtype=torch.float32)
-    quantized_linear(x, squares, weight, whole, tiles, eps=1e-5)
-    assert torch.equal(whole[0], reduce(add, out))
     few = place.poisoned(tiles.splits, len(x[:_FEW]), outputs, dtype=torch.float32)
     quantized_linear(x[:_FEW], squares[:, :_FEW].contiguous(), weight, few, tiles, eps=1e-5)
     assert torch.equal(few, out[:, :_FEW])
+    if rows > MANY_ROWS:
+        of_many = place.poisoned(1, rows, outputs, dtype=torch.float32)
+        many_rows_quantized_linear(x, squares, weight, of_many, tiles, eps=1e-5)
+        assert torch.equal(of_many[0], reduce(add, out))
 
 
 def check_quantized_project(
@@ -62,15 +70,15 @@ def check_quantized_project(
     residual = place.random(rows, width, seed=3, dtype=torch.float32)
     norm_weight = place.random(width, seed=4)
 
-    def run(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def run(count: int, project: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
         """Residual, normed and squares of the first rows."""
         grown, normed = residual[:count].clone(), place.poisoned(count, width)
         blocks = -(-width // SQUARES_BLOCK)
         squares = place.poisoned(blocks, count, dtype=torch.float32)
-        quantized_project(x[:count], weight, grown, norm_weight, normed, squares, tiles)
+        project(x[:count], weight, grown, norm_weight, normed, squares, tiles)
         return grown, normed, squares
 
-    grown, normed, squares = run(rows)
+    grown, normed, squares = run(rows, quantized_project)
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.full_like(squares, POISON)
     fused_project_reference(
@@ -79,10 +87,15 @@ def check_quantized_project(
     assert relative_error(grown, wanted_residual) < place.tolerance
     assert relative_error(normed, wanted) < place.tolerance
     assert relative_error(squares.sum(0), wanted_squares.sum(0)) < place.tolerance
-    few = run(min(rows, _FEW))
+    few = run(min(rows, _FEW), quantized_project)
     assert torch.equal(few[0], grown[:_FEW])
     assert torch.equal(few[1], normed[:_FEW])
     assert torch.equal(few[2], squares[:, :_FEW])
+    if rows > MANY_ROWS:
+        for of_many, of_few in zip(
+            run(rows, many_rows_quantized_project), (grown, normed, squares), strict=True
+        ):
+            assert torch.equal(of_many, of_few)
 
 
 def check_quantized_swiglu(
@@ -101,3 +114,7 @@ def check_quantized_swiglu(
     few = place.poisoned(len(x[:_FEW]), hidden)
     quantized_swiglu(x[:_FEW], squares[:, :_FEW].contiguous(), weight, few, tiles, eps=1e-5)
     assert torch.equal(few, out[:_FEW])
+    if rows > MANY_ROWS:
+        of_many = place.poisoned(rows, hidden)
+        many_rows_quantized_swiglu(x, squares, weight, of_many, tiles, eps=1e-5)
+        assert torch.equal(of_many, out)

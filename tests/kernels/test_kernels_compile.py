@@ -132,8 +132,10 @@ def builds_of(case: Case) -> list[Build]:
 def quantized_builds(capability: int, weights: str, pages: str, model: str) -> list[Build]:
     """What a model's steps launch with quantised weights and pages."""
     shape, config = GPT_SHAPES[model], EngineConfig(quantization=weights, kv_cache_dtype=pages)
-    passes = (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
-    return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, passes, config)
+    passes = [FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW]
+    if capability == 90:
+        passes.append(MOST_ROWS)  # in the largest tiles
+    return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, tuple(passes), config)
 
 
 def step_builds(
@@ -269,6 +271,7 @@ def test_kernels_of_quantised_weights_and_pages_compile(
         if weights != "int4":
             names = "linear", "project", "swiglu"
             of_weights = {f"_quantized_{name}_kernel" for name in names}
+            of_weights |= {f"_many_rows_quantized_{name}_kernel" for name in names}
     of_quantized = of_weights | of_pages
     launched = {build.name for build in builds}
     assert of_quantized <= launched
@@ -279,8 +282,10 @@ def test_kernels_of_quantised_weights_and_pages_compile(
             compiled = check_compiles(build, capability, waits=capability >= 90)
             if build.name.startswith(ONLY_ON_HOPPER):
                 assert overwritten_operands(compiled) == [], build
-                # int4's products leave many partial sums; those of a window do not fit together
-                assert weights == "int4" or resources(compiled).local_bytes == 0, build
+                # int4's products leave many partial sums; those of a window do not fit together.
+                # Warps that find the scales of GPT-3B's rows keep two numbers in memory.
+                most = 8 if build.name.startswith("_many_rows_quantized_") else 0
+                assert weights == "int4" or resources(compiled).local_bytes <= most, build
 
 
 def test_no_head_size_is_dropped() -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,6 +245,29 @@ def test_mistakes_are_told_in_one_line(typed: list[str], told: str, tmp_path: Pa
         quality_gate.main([*typed, *folder, "--device", "cpu"])
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_yardstick_is_of_torchs_operations(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a GPU's kernels, which keep more digits, make the bounds narrower than a CPU's."""
+    asked: dict[str, EngineConfig] = {}
+
+    def distances(exact: object, candidates: dict[str, Candidate], *others: object) -> object:
+        asked.update({name: candidate.config for name, candidate in candidates.items()})
+        return {}
+
+    typed = quality_gate.parse_arguments(["--quantization", "int8", "--device", "cpu"])
+    loaded = SimpleNamespace(gpt=None, vq=None)
+    monkeypatch.setattr(quality_gate, "load_models", lambda *arguments: loaded)
+    monkeypatch.setattr(quality_gate, "real_images", lambda *arguments: None)
+    monkeypatch.setattr(quality_gate, "distances", distances)
+    monkeypatch.setattr(quality_gate, "triton_runs_on", lambda device: kernels)
+    quality_gate.compare(typed, *quality_gate.find_model(typed))
+    assert asked["bf16"].attention_backend == "torch"
+    assert asked["quantised"].attention_backend == "auto"
+    assert ("bf16_kernels" in asked) == kernels
+
+
 def test_the_script_reports_and_judges(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +284,9 @@ def test_the_script_reports_and_judges(
     figures = json.loads(output.read_text())
     assert (figures["ratio"], figures["passed"]) == (pytest.approx(1.2), True)
     assert figures["distances"]["bf16"]["total_variation"] == 0.02
-    assert "times bf16's total variation: 1.20 (at most 1.5)" in capsys.readouterr().out
+    assert (
+        "times that of bf16 with torch's operations: 1.20 (at most 1.5)" in capsys.readouterr().out
+    )
     measured.update(variations(1.7))
     with pytest.raises(SystemExit) as ended:
         quality_gate.main([*flags, "--quantization", "int8"])

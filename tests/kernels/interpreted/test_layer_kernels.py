@@ -9,6 +9,7 @@ from kernel_cases import (
     check_combine,
     check_embed,
     check_gate,
+    check_int4_groups,
     check_linear,
     check_swiglu,
     check_window_is_steps,
@@ -39,6 +40,12 @@ def place(request: pytest.FixtureRequest) -> Place:
 )
 def test_linear(place: Place, rows: int, outputs: int, inputs: int, tiles: LinearTiles) -> None:
     check_linear(place, rows, outputs, inputs, tiles)
+
+
+@pytest.mark.parametrize("group", [2, 48, 64, 192])
+def test_groups_of_other_sizes(place: Place, group: int) -> None:
+    """Groups that divide a tile of 64 inputs, and others."""
+    check_int4_groups(place, group, LinearTiles(32, 64, tiles=2, early=1, stages=2, warps=4))
 
 
 @pytest.mark.parametrize("scheme", QUANTIZATIONS)
