@@ -54,7 +54,7 @@ def read_images(path: Path, most: int, settings: ModelSettings, vq: VQModel) -> 
         UserError: the file cannot be read, or does not fit the model.
     """
     try:
-        opened = np.load(path, allow_pickle=False)
+        opened = np.load(path)
         if not isinstance(opened, NpzFile):
             raise ValueError("it holds one array")
         with opened as arrays:

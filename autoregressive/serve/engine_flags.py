@@ -108,19 +108,20 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
 
 
 def add_quantization_flag(flags: argparse._ActionsContainer) -> None:
-    """Adds --quantization."""
+    """Adds --quantization, the scheme of the weights."""
     flags.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         metavar="Q",
         help="quantise the weights of the layers' products while they load: fp8 (half of the "
         "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
-        "original), or int4 (a quarter; experimental) (default: as the checkpoint has them)",
+        "original), or int4 (a quarter; experimental, and slow) (default: as the checkpoint has "
+        "them)",
     )
 
 
 def add_kv_cache_dtype_flag(flags: argparse._ActionsContainer) -> None:
-    """Adds --kv-cache-dtype."""
+    """Adds --kv-cache-dtype, what keys and values are kept in."""
     flags.add_argument(
         "--kv-cache-dtype",
         choices=KV_CACHE_DTYPES,
