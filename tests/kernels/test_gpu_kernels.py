@@ -13,6 +13,7 @@ from kernel_cases import (
     check_fused_project,
     check_fused_swiglu,
     check_gate,
+    check_int4_groups,
     check_linear,
     check_swiglu,
     check_window_is_steps,
@@ -29,6 +30,7 @@ from kernels import QUANTIZATIONS
 from kernels.attention import HEAD_SIZES, AttentionTiles
 from kernels.hopper.products import FusedTiles
 from kernels.hopper.quantized_products import quantized_project
+from kernels.linear import LinearTiles
 from kernels.quantization import FP8, QuantizedMatrix
 from kernels.tiles import (
     ATTENTION,
@@ -88,6 +90,12 @@ def test_products_of_quantized_weights(place: Place, model: str, rows: int, sche
     for outputs, inputs in ((3 * width, width), (width, width), (width, ffn)):
         check_linear(place, rows, outputs, inputs, table.find(LINEAR, outputs, inputs), scheme)
     check_swiglu(place, rows, ffn, width, table.find(SWIGLU, ffn, width), scheme)
+
+
+@pytest.mark.parametrize("group", [2, 48, 64, 192])
+def test_groups_of_other_sizes(place: Place, group: int) -> None:
+    """Groups of int4 that divide a tile of 64 inputs, and others."""
+    check_int4_groups(place, group, LinearTiles(32, 64, tiles=2, early=1, stages=2, warps=4))
 
 
 @pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
