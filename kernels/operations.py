@@ -32,6 +32,7 @@ from kernels.hopper.many_rows_quantized_products import (
     many_rows_quantized_project,
     many_rows_quantized_swiglu,
 )
+from kernels.hopper.peers import Inboxes, gather_parts
 from kernels.hopper.products import (
     HEADROOM,
     SQUARES_BLOCK,
@@ -200,6 +201,28 @@ class _Project(Protocol):
         """Writes residual, normed and squares."""
 
 
+class _ProjectOfRanks(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weights,
+        residual: Tensor,
+        norm_weight: Tensor,
+        normed: Tensor,
+        squares: Tensor,
+        inboxes: Inboxes,
+    ) -> None:
+        """Writes residual, normed and squares."""
+
+
+@dataclass(frozen=True)
+class ProductsOfRanks:
+    """What ranks that share a model have in place of others; see kernels/hopper/peers.py."""
+
+    project: _ProjectOfRanks
+    gather: Callable[[Tensor, Inboxes, Tensor], None]  # this rank's logits, inboxes, all logits
+
+
 @dataclass(frozen=True)
 class FusedProducts:
     """A layer's products where each norms its own input and adds itself to the residual stream; see
@@ -214,6 +237,7 @@ class FusedProducts:
     swiglu: _NormingProduct
     head: _NormingProduct  # out: logits [rows, outputs]
     headroom: float  # factor of every x
+    of_ranks: ProductsOfRanks | None = None
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -374,6 +398,7 @@ def fused_products(table: TileTable) -> FusedProducts:
         swiglu=_tiled(_by_rows(fused_swiglu, many_rows_swiglu), table, FUSED_SWIGLU, weight_at=2),
         head=_tiled(linear, table, FUSED_HEAD, weight_at=2),
         headroom=HEADROOM,
+        of_ranks=ProductsOfRanks(_tiled(fused_project, table, FUSED_PROJECT), gather_parts),
     )
 
 

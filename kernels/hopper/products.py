@@ -35,6 +35,7 @@ from kernels.hopper.cluster import (
     meet,
     open_exchange,
 )
+from kernels.hopper.peers import Inboxes, sum_over_ranks
 from kernels.linear import row_tile
 
 # What is not yet normed is kept this much smaller, so that a large residual stream fits into fp16:
@@ -328,6 +329,7 @@ def _fused_project_kernel(
     norm_weight,  # [OUTPUTS]
     normed,  # [rows, OUTPUTS]
     squares,  # [blocks, rows] float32
+    inboxes,  # [RANKS] int64; None if there is one rank
     rows,
     OUTPUTS: gl.constexpr,
     ROW_TILE: gl.constexpr,
@@ -336,6 +338,8 @@ def _fused_project_kernel(
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
     CLUSTER: gl.constexpr,
+    OWN: gl.constexpr,
+    RANKS: gl.constexpr,
 ):
     rank, block = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER
     first_output, first_row, first_input = (
@@ -369,9 +373,13 @@ def _fused_project_kernel(
     grown = gl.load(residual + at, mask=mask, other=0.0)
     total = share.product(started)
     if CLUSTER > 1:
-        grown += cluster_sum(room, rank, total, layout, CLUSTER)
+        term = cluster_sum(room, rank, total, layout, CLUSTER)
     else:
-        grown += gl.convert_layout(total, layout)
+        term = gl.convert_layout(total, layout)
+    if RANKS > 1:
+        size = rows.to(gl.int64) * OUTPUTS
+        term = sum_over_ranks(term, inboxes, at, mask, size, OWN, RANKS)
+    grown += term
     write_residual(
         grown,
         scale,
@@ -478,6 +486,8 @@ def fused_project(
     norm_weight: Tensor,
     normed: Tensor,
     squares: Tensor,
+    inboxes: Inboxes | None = None,
+    *,
     tiles: FusedTiles,
 ) -> None:
     """Adds x W^T to the residual stream, and prepares the next product's input.
@@ -490,6 +500,8 @@ def fused_project(
         normed: [rows, width], written: residual * norm_weight * HEADROOM.
         squares: float32 [blocks of SQUARES_BLOCK outputs, rows], written: sums of the residual's
             squares.
+        inboxes: by which ranks that share the model add up their products first, each of its part
+            of the inputs.
     """
     rows, inputs = x.shape
     width = weight.shape[0]
@@ -509,6 +521,7 @@ def fused_project(
         norm_weight,
         normed,
         squares,
+        None if inboxes is None else inboxes.addresses,
         rows,
         OUTPUTS=width,
         ROW_TILE=row_block,
@@ -517,6 +530,8 @@ def fused_project(
         TILES=tiles.tiles(inputs),
         STAGES=tiles.held(inputs, tiles.outputs, row_block, cluster=tiles.splits),
         CLUSTER=tiles.splits,
+        OWN=0 if inboxes is None else inboxes.own,
+        RANKS=1 if inboxes is None else inboxes.ranks,
         num_warps=tiles.warps,
         launch_pdl=True,
     )

@@ -7,23 +7,33 @@ import numpy as np
 import pytest
 import torch
 from conftest import reference_weights
+from fused_runners import FusedRunner
 from teacher import TINY, engine_codes, reference_model
-from threaded_ranks import ThreadedRanks
+from threaded_ranks import ThreadedRanks, ThreadPeers
 from torch import Tensor
 
 from autoregressive.errors import SettingError
 from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine import Engine, RunnerFactory
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.exchange import choose_exchange
-from autoregressive.serve.engine.layers import LayersFactory, SplitLayers, SplitLibraryLayers
+from autoregressive.serve.engine.layers import (
+    FusedSplitLayers,
+    Layers,
+    LayersFactory,
+    SplitLayers,
+    SplitLibraryLayers,
+)
 from autoregressive.serve.engine.model_runner import ModelRunner
 from kernels.operations import triton_operations
 from kernels.tiles import SWIGLU, TileTable
 
 CPU = torch.device("cpu")
+
+
+FUSED_RANKS = partial(ThreadedRanks, make_runner=FusedRunner, make_exchange=ThreadPeers)
 
 
 def model_of_four_heads(head_size: int) -> Transformer:
@@ -33,12 +43,13 @@ def model_of_four_heads(head_size: int) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("make_runner", [ThreadedRanks, FUSED_RANKS], ids=["plain", "fused"])
 @pytest.mark.parametrize("name", [name for name in TINY if "head100" not in name])
-def test_ranks_draw_llamagens_tokens(name: str) -> None:
+def test_ranks_draw_llamagens_tokens(name: str, make_runner: RunnerFactory) -> None:
     """Fails if a head, a term of a sum or a part of the logits is lost, doubled or taken for that
     of another rank, or if two ranks hold other bits than each other.
     """
-    codes, expected = engine_codes(name, CPU, "torch", ThreadedRanks)
+    codes, expected = engine_codes(name, CPU, "torch", make_runner)
     assert np.array_equal(codes, expected)
 
 
@@ -104,13 +115,21 @@ def test_a_rank_holds_the_pages_of_its_heads() -> None:
         assert runner.kv_pages.nbytes * 2 == alone.kv_pages.nbytes
 
 
-def test_a_layer_exchanges_twice_and_the_head_once() -> None:
+@pytest.mark.parametrize(
+    ("make_runner", "kind"),
+    [(ThreadedRanks, SplitLayers), (FUSED_RANKS, FusedSplitLayers)],
+    ids=["plain", "fused"],
+)
+def test_a_layer_exchanges_twice_and_the_head_once(
+    make_runner: RunnerFactory, kind: type[Layers]
+) -> None:
     """Fails if ranks exchange more than they must: each exchange holds up all of them."""
     model, _, _ = reference_model("gpt_tiny_head64")
-    engine = Engine(model, None, EngineConfig(4, lookahead="off"), ThreadedRanks)
+    engine = Engine(model, None, EngineConfig(4, lookahead="off"), make_runner)
     engine.generate([1], SamplingParams(), decode=False)
     assert isinstance(engine.runner, ThreadedRanks)
     exchange = engine.runner.runners[0]._factory.exchange
+    assert type(engine.runner.runners[0].layers_for(2, 1)) is kind
     expected = (2 * model.config.n_layer + 1) * engine.totals.passes
     assert getattr(exchange, "calls") == expected  # noqa: B009
 

@@ -2,15 +2,21 @@
 
 from dataclasses import replace
 
+import torch
+from threaded_ranks import ThreadPeers
+from torch import Tensor
+
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.model_runner import ModelRunner
+from kernels.hopper.peers import Inboxes
 from kernels.hopper.products import HEADROOM
 from kernels.hopper.products_reference import (
     fused_linear_reference,
     fused_project_reference,
     fused_swiglu_reference,
 )
-from kernels.operations import FusedProducts, Operations
+from kernels.operations import FusedProducts, Operations, ProductsOfRanks
+from kernels.quantization import Weights
 
 
 def fused_references() -> FusedProducts:
@@ -25,7 +31,34 @@ def fused_references() -> FusedProducts:
             x, squares, weight, out[None], eps=eps
         ),
         headroom=HEADROOM,
+        of_ranks=ProductsOfRanks(_project_of_ranks, _gather),
     )
+
+
+def _project_of_ranks(
+    x: Tensor,
+    weight: Weights,
+    residual: Tensor,
+    norm_weight: Tensor,
+    normed: Tensor,
+    squares: Tensor,
+    inboxes: Inboxes,
+) -> None:
+    assert isinstance(inboxes, ThreadPeers)
+    assert isinstance(weight, Tensor)
+    own = torch.nn.functional.linear(x, weight)
+    terms = own.new_empty(inboxes.ranks, *own.shape)
+    inboxes.gather(own, terms)
+    residual += terms.sum(dim=0)
+    nothing = torch.zeros_like(x)
+    fused_project_reference(nothing, weight, residual, norm_weight, normed, squares)
+
+
+def _gather(part: Tensor, inboxes: Inboxes, out: Tensor) -> None:
+    assert isinstance(inboxes, ThreadPeers)
+    parts = part.new_empty(inboxes.ranks, *part.shape)
+    inboxes.gather(part, parts)
+    out.copy_(parts.transpose(0, 1).flatten(1))
 
 
 class FusedRunner(ModelRunner):

@@ -25,7 +25,9 @@ from kernels.hopper.many_rows_products import (
     many_rows_project,
     many_rows_swiglu,
 )
+from kernels.hopper.peers import EMPTY, Inboxes, gather_parts
 from kernels.hopper.products import (
+    HEADROOM,
     SQUARES_BLOCK,
     FusedTiles,
     fused_linear,
@@ -211,7 +213,7 @@ def check_fused_project(
     wanted_residual, wanted = residual.clone(), torch.empty(rows, width, device=place.device)
     wanted_squares = torch.empty_like(squares)
     of_many = residual.clone(), place.poisoned(rows, width), torch.full_like(squares, POISON)
-    fused_project(x, weight, residual, norm_weight, normed, squares, tiles)
+    fused_project(x, weight, residual, norm_weight, normed, squares, tiles=tiles)
     fused_project_reference(
         x.float(), weight.float(), wanted_residual, norm_weight.float(), wanted, wanted_squares
     )
@@ -221,6 +223,81 @@ def check_fused_project(
     if rows > MANY_ROWS:
         many_rows_project(x, weight, of_many[0], norm_weight, *of_many[1:], tiles)
         assert all(map(torch.equal, of_many, (residual, normed, squares)))
+
+
+def check_project_of_ranks(
+    place: Place, rows: int, width: int, inputs: int, tiles: FusedTiles, ranks: int, own: int
+) -> None:
+    """Guards the sum over ranks, in their order; what is sent to the others; and that the own inbox
+    is empty again. The other ranks' terms are there already.
+    """
+    x, weight = (
+        place.random(rows, inputs, seed=1) * inputs**-0.5,
+        place.random(width, inputs, seed=2),
+    )
+    residual, norm_weight = (
+        place.random(rows, width, seed=3, dtype=torch.float32),
+        place.random(width, seed=4),
+    )
+    terms = place.random(ranks, rows, width, seed=5, dtype=torch.float32)
+    x[0, 0] = float("nan")  # of damaged weights: it must arrive, too
+    places, inboxes = inboxes_on_one_gpu(place, terms, own)
+    expected = residual.clone()
+    normed, squares = (
+        place.poisoned(rows, width),
+        place.poisoned(-(-width // SQUARES_BLOCK), rows, dtype=torch.float32),
+    )
+    fused_project(x, weight, residual, norm_weight, normed, squares, inboxes=inboxes, tiles=tiles)
+    sent = check_sent(places, own)
+    assert sent[0].isnan().all()
+    assert relative_error(sent[1:], (x.float() @ weight.float().T)[1:]) < place.tolerance
+    terms[own] = sent
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    expected += total
+    assert torch.equal(residual[1:], expected[1:])
+    assert relative_error(normed[1:], (expected * norm_weight * HEADROOM)[1:]) < place.tolerance
+    wanted_squares = expected.square().sum(dim=1)
+    assert relative_error(squares.sum(0)[1:], wanted_squares[1:]) < place.tolerance
+
+
+def check_gather(place: Place, rows: int, columns: int, ranks: int, own: int) -> None:
+    """Guards whose part goes where."""
+    parts = place.random(ranks, rows, columns, seed=1, dtype=torch.float32)
+    places, inboxes = inboxes_on_one_gpu(place, parts, own)
+    out = place.poisoned(rows, ranks * columns, dtype=torch.float32)
+    gather_parts(parts[own], inboxes, out)
+    assert torch.equal(out, parts.transpose(0, 1).flatten(1))
+    assert torch.equal(check_sent(places, own), parts[own])
+
+
+def inboxes_on_one_gpu(place: Place, numbers: Tensor, own: int) -> tuple[Tensor, Inboxes]:
+    """All ranks' inboxes: the own one has the others' numbers [ranks, rows, columns], and those of
+    the others are empty.
+
+    Returns:
+        places: int32 [ranks, ranks, rows, columns]
+    """
+    ranks = len(numbers)
+    places = torch.full((ranks, *numbers.shape), EMPTY, dtype=torch.int32, device=place.device)
+    places[own] = numbers.view(torch.int32)
+    places[own, own] = EMPTY
+    addresses = [inbox.data_ptr() for inbox in places]
+    return places, Inboxes(torch.tensor(addresses, device=place.device), own)
+
+
+def check_sent(places: Tensor, own: int) -> Tensor:
+    """Asserts that the own inbox is empty, and that each other one has the same numbers of this
+    rank and nothing else. Returns the numbers.
+    """
+    others = [rank for rank in range(len(places)) if rank != own]
+    sent = places[others[0], own].clone()
+    for rank in others:
+        assert torch.equal(places[rank, own], sent)
+        places[rank, own] = EMPTY
+    assert (places == EMPTY).all()
+    return sent.view(torch.float32)
 
 
 def check_fused_swiglu(

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from autoregressive.serve.engine.batch import Batch, BatchShape, BatchUpdate
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.model_runner import ModelRunner
+from kernels.hopper.peers import Inboxes
 
 _PATIENCE_SECONDS = 60.0
 
@@ -55,6 +57,21 @@ class ThreadExchange(Exchange):
             self._table.turn.acquire()
 
 
+class ThreadPeers(ThreadExchange):
+    """Gives itself for inboxes, which `fused_runners` takes."""
+
+    reaches_memory = True
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the model."""
+        return len(self._table.laid_out)
+
+    @override
+    def inboxes(self, name: str, size: int) -> Inboxes:
+        return cast(Inboxes, self)
+
+
 def part_of(gpt: Transformer, rank: Rank) -> Transformer:
     """One rank's part of a whole model."""
     with torch.device("meta"):
@@ -87,6 +104,8 @@ class ThreadedRanks:
         num_pages: int,
         config: EngineConfig,
         count: int = 2,
+        make_runner: type[ModelRunner] = ModelRunner,
+        make_exchange: type[ThreadExchange] = ThreadExchange,
     ) -> None:
         self.num_pages = num_pages
         self.table = Table(count)
@@ -94,8 +113,8 @@ class ThreadedRanks:
         for number in range(count):
             part = part_of(gpt, Rank(number, count))
             one = replace(config, tensor_parallel_size=count)
-            exchange = ThreadExchange(self.table, number)
-            self.runners.append(ModelRunner(part, shape, num_pages, one, exchange))
+            exchange = make_exchange(self.table, number)
+            self.runners.append(make_runner(part, shape, num_pages, one, exchange))
         self.batches = [Batch(shape, self.runners[0].device) for _ in range(count)]
         self._updates: list[BatchUpdate] = []
 

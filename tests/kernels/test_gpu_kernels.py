@@ -13,8 +13,10 @@ from kernel_cases import (
     check_fused_project,
     check_fused_swiglu,
     check_gate,
+    check_gather,
     check_int4_groups,
     check_linear,
+    check_project_of_ranks,
     check_swiglu,
     check_window_is_steps,
 )
@@ -139,6 +141,19 @@ def test_fused_products(hopper: Place, model: str, rows: int, measured: bool) ->
     check_fused_swiglu(hopper, rows, ffn, width, table.find(FUSED_SWIGLU, ffn, width))
     for inputs in (width, ffn):
         check_fused_project(hopper, rows, width, inputs, table.find(FUSED_PROJECT, width, inputs))
+
+
+@pytest.mark.parametrize(("ranks", "own"), [(2, 0), (2, 1), (4, 1)])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("rows", [2, 16, 33, 130])
+def test_products_add_up_over_ranks(
+    hopper: Place, rows: int, splits: int, ranks: int, own: int
+) -> None:
+    """Guards the exchange with the GPUs of other ranks. The inboxes are on one GPU here."""
+    check_project_of_ranks(hopper, rows, 200, 328, FusedTiles(64, 64, splits, 2, 4), ranks, own)
+    check_project_of_ranks(hopper, rows, 3200, 1600, FusedTiles(128, 64, splits, 4, 8), ranks, own)
+    check_gather(hopper, rows, 4096, ranks, own)
+    check_gather(hopper, rows, 1000, ranks, own)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])

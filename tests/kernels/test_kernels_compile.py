@@ -21,10 +21,12 @@ from autoregressive.models.config import GPT_SHAPES, GPTConfig
 from autoregressive.models.gpt import Transformer
 from autoregressive.serve.engine.batch import Batch, BatchShape
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.model_runner import ModelRunner, quantize_as_configured
 from autoregressive.serve.engine.vq_forward import VQForward
 from kernels.attention import HEAD_SIZES
 from kernels.hopper.many_rows_products import many_rows_exchange
+from kernels.hopper.peers import Inboxes
 from kernels.hopper.products import project_exchange
 from tokenizer.tokenizer_image.vq_model import VQ_CONFIGS, VQConfig, VQModel
 
@@ -101,7 +103,14 @@ QUANTIZED_CASES = [
     (90, "int4", "int8"),
     (100, "fp8", "fp8"),
 ]
-ONLY_ON_HOPPER = ("_fused_", "_hopper_", "_many_rows_", "_quantized_", "_scaled_")
+ONLY_ON_HOPPER = (
+    "_fused_",
+    "_gather_",
+    "_hopper_",
+    "_many_rows_",
+    "_quantized_",
+    "_scaled_",
+)
 
 ATTENTION_KERNELS = {"_attention_kernel", "_hopper_attention_kernel", "_combine_kernel"}
 ATTENTION_CASES = [
@@ -138,6 +147,26 @@ def quantized_builds(capability: int, weights: str, pages: str, model: str) -> l
     return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, tuple(passes), config)
 
 
+class PeersElsewhere(Exchange):
+    """One of two ranks whose GPUs reach each other's memory."""
+
+    reaches_memory = True
+
+    def gather(self, own: Tensor, parts: Tensor) -> None:
+        raise NotImplementedError
+
+    def inboxes(self, name: str, size: int) -> Inboxes:
+        return Inboxes(torch.zeros(2, dtype=torch.int64), own=1)
+
+
+@cache
+def rank_builds(model: str) -> list[Build]:
+    """What one of two ranks on Hopper launches."""
+    shape, passes = GPT_SHAPES[model], (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
+    rank = PeersElsewhere()
+    return step_builds(shape.dim, shape.n_head, 90, torch.bfloat16, passes, exchange=rank)
+
+
 def step_builds(
     width: int,
     heads: int,
@@ -145,11 +174,13 @@ def step_builds(
     dtype: torch.dtype,
     passes: tuple[tuple[int, int], ...],
     quantized: EngineConfig | None = None,
+    exchange: Exchange | None = None,
 ) -> list[Build]:
     """What steps of one layer launch.
 
     Args:
         quantized: how weights and pages are.
+        exchange: of one of two ranks that share the model.
     """
     shape = BatchShape.of(max(rows for rows, _ in passes), 576, 16)
     real = vars(Batch(shape, torch.device("cpu")))
@@ -157,7 +188,13 @@ def step_builds(
         torch.set_default_dtype(dtype)  # tensors that are not there cannot be converted
         try:
             gpt = Transformer(
-                GPTConfig(dim=width, n_layer=1, n_head=heads, block_size=shape.tokens)
+                GPTConfig(
+                    dim=width,
+                    n_layer=1,
+                    n_head=heads,
+                    block_size=shape.tokens,
+                    ranks=1 if exchange is None else 2,
+                )
             ).eval()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -172,7 +209,7 @@ def step_builds(
         for rows, window in passes:
             config = replace(quantized or EngineConfig(), lookahead=window if window > 1 else "off")
             pages = shape.max_rows * shape.pages_per_row
-            ModelRunner(gpt, shape, pages, config)._pass(batch, rows, window)
+            ModelRunner(gpt, shape, pages, config, exchange)._pass(batch, rows, window)
     return builds
 
 
@@ -202,6 +239,7 @@ def test_every_kernel_has_a_case(capability: int) -> None:
             if case[0] == capability
             for build in quantized_builds(*case, "GPT-B")
         ),
+        *(rank_builds("GPT-B") if capability == 90 else ()),
     ]
     launched = {build.name for build in builds}
     # Hopper has its own beside those that it runs in float32.
@@ -286,6 +324,20 @@ def test_kernels_of_quantised_weights_and_pages_compile(
                 # Warps that find the scales of GPT-3B's rows keep two numbers in memory.
                 most = 8 if build.name.startswith("_many_rows_quantized_") else 0
                 assert weights == "int4" or resources(compiled).local_bytes <= most, build
+
+
+@pytest.mark.parametrize("model", ["GPT-B", "GPT-3B"])
+def test_kernels_of_ranks_compile(model: str) -> None:
+    """Fails if the exchange between GPUs, or a part's size, is refused or spills registers, or if
+    ranks launch other kernels than one GPU does.
+    """
+    builds = rank_builds(model)
+    alone = {build.name for build in builds_of(Case(model, 90, passes=(FEW_ROWS, MANY_ROWS)))}
+    launched = {build.name for build in builds}
+    assert launched - alone <= {"_gather_parts_kernel"} | {"_combine_kernel"}
+    for build in builds:
+        if "RANKS" in dict(build.constants) or build.name.startswith("_fused_"):
+            assert resources(check_compiles(build, 90, waits=True)).local_bytes == 0, build
 
 
 def test_no_head_size_is_dropped() -> None:

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import GroupName
 from typing_extensions import override
 
 from autoregressive.models.ranks import Rank
+from kernels.hopper.peers import EMPTY, Inboxes
 
 ExchangeKind = Literal["host", "nccl", "peer"]
 # A rank that does not come for so long hangs, and all others fail.
@@ -38,7 +39,12 @@ _LOOPBACK = "127.0.0.1"  # ranks are processes of one host
 class Exchange(ABC):
     """The calls of one rank. Tensors are contiguous and of the same shapes on all ranks. A CUDA
     graph can hold the calls of all kinds but "host".
+
+    Attributes:
+        reaches_memory: whether kernels reach the other ranks' memory, so that there are inboxes.
     """
+
+    reaches_memory = False
 
     @abstractmethod
     def gather(self, own: Tensor, parts: Tensor) -> None:
@@ -48,6 +54,15 @@ class Exchange(ABC):
             own: of this rank.
             parts: [ranks, *own.shape]
         """
+
+    def inboxes(self, name: str, size: int) -> Inboxes:
+        """The inboxes by which kernels exchange so many numbers at most.
+
+        Args:
+            name: of the kind of exchange. The first call with a larger size makes the inboxes, on
+                all ranks together, so it must come before the capture of a graph.
+        """
+        raise NotImplementedError
 
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:
         """Collects the terms of a sum over all ranks.
@@ -110,6 +125,8 @@ class PeerExchange(Exchange):
     order of ranks.
     """
 
+    reaches_memory = True
+
     def __init__(self, store: dist.Store, rank: Rank, device: torch.device) -> None:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self._device = device
@@ -117,8 +134,23 @@ class PeerExchange(Exchange):
         self._group = dist.ProcessGroup(store, rank.number, rank.count)
         _register_process_group(_PEERS, self._group)
         _SymmetricMemory.set_group_info(_PEERS, rank.number, rank.count, store)
+        self._rank = rank
         # The last is the largest. Graphs may hold the others.
         self._shared: list[tuple[Tensor, _SymmetricMemory]] = []
+        self._inboxes: dict[str, list[tuple[Tensor, Inboxes]]] = {}
+
+    @override
+    def inboxes(self, name: str, size: int) -> Inboxes:
+        made = self._inboxes.setdefault(name, [])
+        needed = self._rank.count * size
+        if not made or made[-1][0].numel() < needed:
+            places = symmetric_memory.empty(needed, dtype=torch.float32, device=self._device)
+            places.view(torch.int32).fill_(EMPTY)
+            torch.cuda.synchronize(self._device)
+            memory = symmetric_memory.rendezvous(places, _PEERS)
+            addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=self._device)
+            made.append((places, Inboxes(addresses, self._rank.number)))
+        return made[-1][1]
 
     @override
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from autoregressive.serve.engine.batch import Batch
 from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.kv_pages import KVPages, LayerPages
 from autoregressive.weights.quantized import join_halves, weights_of
+from kernels.hopper.peers import Inboxes
 from kernels.operations import MANY_ROWS, FusedProducts, Operations
 from kernels.quantization import Weights
 
@@ -376,8 +377,9 @@ class FusedLayers(Layers):
         self.products = products
         width = self.config.dim
         self.headroom = products.headroom
-        splits = products.linear_splits(3 * width, width, self.rows)
-        self.qkv = empty("qkv", (splits, self.rows, 3 * width), torch.float32)
+        outputs = 3 * self.config.width_of_rank
+        splits = products.linear_splits(outputs, width, self.rows)
+        self.qkv = empty("qkv", (splits, self.rows, outputs), torch.float32)
         # Sums of the residual stream's squares, for a layer's attention and for its feed-forward
         # half.
         squares = products.project_blocks(width), self.rows
@@ -396,22 +398,51 @@ class FusedLayers(Layers):
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
-        products.project(
-            self.attn_out,
-            layer.output,
-            self.residual,
-            layer.ffn_norm,
-            self.normed,
-            self.ffn_squares,
-        )
+        self.project(self.attn_out, layer.output, layer.ffn_norm, self.ffn_squares)
         products.swiglu(self.normed, self.ffn_squares, layer.gate_up, self.hidden, eps=eps)
-        products.project(
-            self.hidden, layer.down, self.residual, next_norm, self.normed, self.squares
-        )
+        self.project(self.hidden, layer.down, next_norm, self.squares)
+
+    def project(self, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor) -> None:
+        """Adds x W^T to the residual stream; writes `normed` and `squares`."""
+        self.products.project(x, weight, self.residual, next_norm, self.normed, squares)
 
     @override
     def head(self, head: Tensor) -> None:
         self.products.head(self.normed, self.squares, head, self.logits, eps=self.config.norm_eps)
+
+
+class FusedSplitLayers(FusedLayers):
+    """Uses such products for one rank's part of a model, on GPUs that reach each other's memory.
+    The products that enter the residual stream add up over ranks themselves.
+
+    See kernels/hopper/peers.py.
+    """
+
+    @override
+    def _allocate(self, empty: Empty) -> None:
+        super()._allocate(empty)
+        assert self.products.of_ranks is not None
+        self.of_ranks = self.products.of_ranks
+        part = self.rows, self.config.vocabulary_of_rank
+        self.own_logits = empty("own_logits", part, torch.float32)
+
+    def inboxes(self, name: str, own: Tensor) -> Inboxes:
+        """The inboxes for tensors of that shape."""
+        assert self.exchange is not None
+        return self.exchange.inboxes(name, own.numel())
+
+    @override
+    def project(self, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor) -> None:
+        inboxes = self.inboxes("ffn" if squares is self.squares else "attention", self.residual)
+        tensors = self.residual, next_norm, self.normed, squares
+        self.of_ranks.project(x, weight, *tensors, inboxes)
+
+    @override
+    def head(self, head: Tensor) -> None:
+        eps = self.config.norm_eps
+        self.products.head(self.normed, self.squares, head, self.own_logits, eps=eps)
+        inboxes = self.inboxes("logits", self.own_logits)
+        self.of_ranks.gather(self.own_logits, inboxes, self.logits)
 
 
 class QuantizedLayers(FusedLayers):
@@ -484,6 +515,9 @@ class LayersFactory:
         """
         by_library = self.library and rows > MANY_ROWS and not self.quantized
         if self.config.ranks > 1:
+            reaches = self.exchange is not None and self.exchange.reaches_memory
+            if self.operations.fused is not None and reaches:
+                return FusedSplitLayers
             return SplitLibraryLayers if by_library else SplitLayers
         if self.quantized:
             return QuantizedLayers if self.pairs else PlainLayers
