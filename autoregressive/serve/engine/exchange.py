@@ -55,6 +55,9 @@ class Exchange(ABC):
             parts: [ranks, *own.shape]
         """
 
+    def close(self) -> None:
+        """Ends the exchange, whatever the other ranks do."""
+
     def inboxes(self, name: str, size: int) -> Inboxes:
         """The inboxes by which kernels exchange so many numbers at most.
 
@@ -109,11 +112,16 @@ class NcclExchange(Exchange):
         options._timeout = _PATIENCE
         backend = dist.ProcessGroupNCCL(store, rank.number, rank.count, options)
         backend.eager_connect_single_device(device)
+        self._backend = backend
         self._group = _group(store, rank, "NCCL", device, backend)
 
     @override
     def gather(self, own: Tensor, parts: Tensor) -> None:
         self._group._allgather_base(parts.view(-1), own.view(-1)).wait()
+
+    @override
+    def close(self) -> None:
+        self._backend.abort()  # NCCL's own end waits for the other ranks, which may have died
 
 
 class PeerExchange(Exchange):

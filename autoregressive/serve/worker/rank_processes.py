@@ -217,6 +217,7 @@ class LeadingRank(ModelRanks):
         self.lost: str | None = None
         self.alive = True
         self._store = open_store(self.rank.count)
+        self._exchange: Exchange | None = None
         self._failure: UserError | None = None  # of a rank's start
         self._num_pages: dict[int, int] = {}  # by rank, of those that are loaded
         self._agreed = False  # a failure is a loss from then on
@@ -256,9 +257,10 @@ class LeadingRank(ModelRanks):
             RankLostError: one of them does not come.
         """
         try:
-            return self._recipe.connect(0, self._store)
+            self._exchange = self._recipe.connect(0, self._store)
         except RuntimeError as error:
             raise self.explain(error) from error
+        return self._exchange
 
     def require_all(self) -> None:
         """Raises `RankLostError` once a rank is lost."""
@@ -296,6 +298,9 @@ class LeadingRank(ModelRanks):
             self.lost = self.lost or "the other ranks have been ended"
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
 
     def _watch(self) -> None:
         processes: list[ChildProcess] = []
