@@ -84,15 +84,7 @@ def add_engine_flags(parser: OneLineParser, max_num_seqs: str) -> None:
     )
     add_quantization_flag(group)
     add_kv_cache_dtype_flag(group)
-    group.add_argument(
-        "--tensor-parallel-size",
-        type=int,
-        metavar="N",
-        help="GPUs, or processes on a CPU, that share the model: each has a part of the heads, of "
-        "the feed-forward layer and of the KV cache, so that an image is drawn sooner and a larger "
-        "model fits. An error lists the numbers that suit the model "
-        f"(default: {EngineConfig.tensor_parallel_size})",
-    )
+    add_tensor_parallel_flag(group)
     group.add_argument(
         "--precision",
         choices=["none", "fp16", "bf16"],
@@ -117,6 +109,19 @@ def add_quantization_flag(flags: argparse._ActionsContainer) -> None:
         "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
         "original), or int4 (a quarter; experimental) (default: as the checkpoint has "
         "them)",
+    )
+
+
+def add_tensor_parallel_flag(flags: argparse._ActionsContainer) -> None:
+    """Adds --tensor-parallel-size."""
+    flags.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="GPUs, or processes on a CPU, that share the model: each has a part of the heads, of "
+        "the feed-forward layer and of the KV cache, so that an image is drawn sooner and a larger "
+        "model fits. An error lists the numbers that suit the model "
+        f"(default: {EngineConfig.tensor_parallel_size})",
     )
 
 

@@ -5,11 +5,13 @@ number of rows. Ends in JSON.
     python scripts/benchmarks/bench_decode.py --models GPT-XL --rows 512 --image-size 256 \\
         --images 1024 --pixels
     python scripts/benchmarks/bench_decode.py --models GPT-XL --rows 2,4,8,16,32 --lookahead 4,8,16
+    python scripts/benchmarks/bench_decode.py --models GPT-3B --rows 2,16 --tensor-parallel-size 2
 
 Guided images with random weights, from class token to last token, so over all contexts; sampling
 included. Two rows are one image. Times are medians of the repeats, after each engine has drawn one
 image. The floor is that of autoregressive/serve/floor.py; both ceilings, read bandwidth and rate of
 a matrix product, are measured in the same run, before each model, and the highest so far counts.
+The floor of several GPUs (--tensor-parallel-size) is that of each of them.
 With --pixels, decoding goes on beside the steps, and ms/step, share and images/s count it. On a CPU
 the demo model shows that it works; there is no floor then. Exit status 1 if a model failed; the
 others are measured all the same.
@@ -71,9 +73,12 @@ with slow_imports(__name__):
     from autoregressive.serve.engine.engine_config import EngineConfig
     from autoregressive.serve.engine.kv_pages import page_bytes, page_dtype
     from autoregressive.serve.engine.model_runner import ModelRunner
-    from autoregressive.serve.engine_flags import engine_config
+    from autoregressive.serve.engine_flags import add_tensor_parallel_flag, engine_config
     from autoregressive.serve.floor import Ceilings, Floor, job_floor, measure_ceilings
-    from autoregressive.weights.options import check_image_size
+    from autoregressive.serve.worker.rank_processes import start_ranks
+    from autoregressive.weights.finding import resolve_model
+    from autoregressive.weights.loading import load_gpt
+    from autoregressive.weights.options import ModelOptions, check_image_size
     from autoregressive.weights.quantized import weight_bytes
 
 _ROWS, _CPU_ROWS = [2, 16, 64, 256, 512], [2]
@@ -106,20 +111,44 @@ def measure(
     """All numbers of rows of one model, with one engine."""
     device: torch.device = options.device
     defaults = model_defaults(model)
-    params = defaults.sampling
-    gpt = with_random_weights(
-        empty_transformer(model, options.image_size), device, default_precision(device)
+    settings = resolve_model(
+        ModelOptions(
+            gpt_model=model,
+            image_size=options.image_size,
+            device=str(device),
+            random_weights=True,
+        )
     )
     vq = random_tokenizer(defaults.vq_model, device) if options.pixels else None
-    if ceilings is not None:
-        torch.cuda.reset_peak_memory_stats(device)
     config = engine_config(options, max(options.rows), lookahead="off")
-    floor = floor_of(gpt, config, ceilings)
-    began = now(device)
-    engine = Engine(gpt, vq, config)
+    with start_ranks(settings, None, config) as ranks:
+        gpt = load_gpt(settings, None, rank=ranks.rank)
+        if ceilings is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+        floor = floor_of(gpt, config, ceilings)
+        began = now(device)
+        engine = Engine(gpt, vq, ranks.config, ranks.make_runner)
+    try:
+        return time_engine(engine, gpt, model, options, floor, ceilings, table, now(device) - began)
+    finally:
+        ranks.stop()
+
+
+def time_engine(
+    engine: Engine,
+    gpt: Transformer,
+    model: str,
+    options: argparse.Namespace,
+    floor: Floor,
+    ceilings: Ceilings | None,
+    table: Table,
+    start_seconds: float,
+) -> dict[str, Any]:
+    """All numbers of rows of an engine that has been started."""
+    device, params = engine.device, model_defaults(model).sampling
     report: dict[str, Any] = {
         "model": model,
-        "start_seconds": now(device) - began,
+        "start_seconds": start_seconds,
         "results": [],
     }
     engine.generate([0], params, decode=options.pixels)
@@ -297,6 +326,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "their table instead (default: none)",
     )
     add_engine_flags(parser)
+    add_tensor_parallel_flag(parser)
+    parser.set_defaults(tensor_parallel_size=EngineConfig.tensor_parallel_size)
     add_device(parser)
     add_output(parser)
     typed = parser.parse_args(argv)
@@ -309,6 +340,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, given in (("--pixels", typed.pixels), ("--images", typed.images)):
         if typed.lookahead is not None and given:
             raise UserError(f"{flag}: does not go with --lookahead")
+    if typed.tensor_parallel_size > 1:
+        if typed.lookahead is not None:
+            raise UserError("--lookahead: does not go with --tensor-parallel-size")
+        if len(typed.models) > 1:  # ranks meet through each other's memory once in a process
+            raise UserError("--tensor-parallel-size: goes with one of --models")
     if typed.images is not None and len(typed.rows) > 1:
         raise UserError(f"--images {typed.images}: goes with one number of --rows")
     return typed

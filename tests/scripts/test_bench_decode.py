@@ -3,6 +3,7 @@ timed, and what the table says of it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import bench_decode
@@ -11,11 +12,14 @@ from fake_runner import tiny_gpt
 
 from autoregressive.benchmarks.guessing import GuessingRunner
 from autoregressive.benchmarks.window_times import guess_ms, time_window
+from autoregressive.errors import UserError
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.sampling_params import SamplingParams
-from autoregressive.serve.engine.engine import Engine
+from autoregressive.serve.engine.engine import Engine, RunnerFactory
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.floor import Floor, JobFloor, job_floor
+from autoregressive.serve.worker.rank_processes import ModelRanks
+from autoregressive.weights.finding import ModelSettings
 
 PARAMS = SamplingParams(cfg_scale=2.0, top_k=0)
 
@@ -97,9 +101,9 @@ def test_quantised_weights_and_pages_are_timed(
     built: list[EngineConfig] = []
     floors: list[Floor] = []
 
-    def engine(gpt: Transformer, vq: None, config: EngineConfig) -> Engine:
+    def engine(gpt: Transformer, vq: None, config: EngineConfig, runner: RunnerFactory) -> Engine:
         built.append(config)
-        return Engine(gpt, vq, config)
+        return Engine(gpt, vq, config, runner)
 
     def counted(floor: Floor, *job: object) -> JobFloor:
         floors.append(floor)
@@ -115,3 +119,39 @@ def test_quantised_weights_and_pages_are_timed(
         assert (each.quantization, each.kv_cache_dtype) == ("int8", "fp8")
     options = figures["options"]
     assert (options["quantization"], options["kv_cache_dtype"]) == ("int8", "fp8")
+
+
+def test_the_flag_for_ranks_starts_and_ends_them(
+    small_demo: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the flag does not reach the ranks, or they outlive the figures."""
+    asked: list[int] = []
+    stopped: list[str] = []
+
+    class Ranks(ModelRanks):
+        def stop(self) -> None:
+            stopped.append("stopped")
+
+    def start(model: ModelSettings, path: None, config: EngineConfig) -> ModelRanks:
+        asked.append(config.tensor_parallel_size)
+        return Ranks(replace(config, tensor_parallel_size=1))
+
+    monkeypatch.setattr(bench_decode, "start_ranks", start)
+    words = ["--models", "GPT-demo", "--rows", "2", "--repeats", "1", "--device", "cpu"]
+    bench_decode.main([*words, "--tensor-parallel-size", "2"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "error" not in figures["models"][0]
+    assert (asked, stopped) == ([2], ["stopped"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "GPT-B,GPT-L"], "goes with one of --models"),
+        (["--lookahead", "2"], "does not go with --tensor-parallel-size"),
+    ],
+)
+def test_what_ranks_do_not_go_with(words: list[str], message: str) -> None:
+    """Fails if figures are told that were not measured as it was asked for."""
+    with pytest.raises(UserError, match=message):
+        bench_decode.main([*words, "--device", "cpu", "--tensor-parallel-size", "2"])
