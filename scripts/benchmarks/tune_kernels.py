@@ -8,6 +8,9 @@ candidates are tried while the others keep the best found so far, in turn. Setti
 on the number of rows nor on the context, so the mean of 16 rows and 2, and of three contexts,
 decides. What the table says of other models' shapes stays. Needs a GPU of compute capability 8.0 or
 above.
+
+With --tensor-parallel-size it tunes the layers of one of so many ranks, which share the model.
+Nothing is exchanged then.
 """
 
 import argparse
@@ -21,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from autoregressive.cli.command import run_command, slow_imports
-from autoregressive.errors import UserError
+from autoregressive.errors import UserError, either
 
 with slow_imports(__name__):
     import torch
     from torch import Tensor
+    from typing_extensions import override
 
     from autoregressive.benchmarks.harness import with_random_weights
     from autoregressive.benchmarks.script import (
@@ -47,12 +51,15 @@ with slow_imports(__name__):
     from autoregressive.models.config import GPT_SHAPES, GPTConfig
     from autoregressive.models.gpt import Transformer
     from autoregressive.serve.engine.batch import Batch, BatchShape
+    from autoregressive.serve.engine.exchange import Exchange
     from autoregressive.serve.engine.kv_pages import LayerPages
     from autoregressive.serve.engine.layers import LayersFactory, ModelWeights
+    from autoregressive.serve.engine_flags import add_tensor_parallel_flag
     from autoregressive.serve.floor import median_seconds
     from autoregressive.weights.quantized import pair_products, quantize_products
     from kernels import tiles as tile_tables
     from kernels.attention import head_stride
+    from kernels.hopper.peers import Inboxes
     from kernels.operations import MANY_ROWS, triton_operations
     from kernels.tiles import SECTIONS, TileTable, read_table, tile_table
 
@@ -63,7 +70,23 @@ _CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _COLD_HEAD_BYTES = 100e6
 _ON_HOPPER = ("fused_", "quantized_")  # sections that only compute capability 9.0 uses
+# what ranks that share a model tune: their heads take the rule's tiles
+_OF_RANKS = ("fused_linear", "fused_project", "fused_swiglu", "attention")
 _OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
+
+
+class NoOtherRank(Exchange):
+    """Stands for the other ranks, of which there are none."""
+
+    reaches_memory = True
+
+    @override
+    def gather(self, own: Tensor, parts: Tensor) -> None:
+        raise NotImplementedError
+
+    @override
+    def inboxes(self, name: str, size: int) -> Inboxes:
+        return Inboxes(torch.zeros(1, dtype=torch.int64, device="cuda"), own=0)
 
 
 class Chain:
@@ -98,7 +121,7 @@ class Chain:
         )
         self.batch.positions.fill_(_CONTEXTS[0])
         self.batch.limits.fill_(_TOKENS)
-        shape = (config.n_layer, 2, pages, config.n_head, _PAGE_SIZE)
+        shape = (config.n_layer, 2, pages, config.heads_of_rank, _PAGE_SIZE)
         self.kv_pages = (
             torch.randn(
                 *shape, head_stride(config.head_size, dtype.itemsize), device=device, dtype=dtype
@@ -112,7 +135,7 @@ class Chain:
         """
         operations = triton_operations(
             table,
-            self.config.n_head,
+            self.config.heads_of_rank,
             self.config.head_size,
             launch_pdl=self.capability >= (9, 0),
             hopper=self.capability == (9, 0),
@@ -128,6 +151,7 @@ class Chain:
             library=False,
             quantized=self.quantized,
             pairable=self.quantized,
+            exchange=None if self.config.ranks == 1 else NoOtherRank(),
         )
         layers, weights = factory.make(rows, 1, filled), self.weights
         layers.normed.normal_()
@@ -159,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name in arguments.models:
         shape = GPT_SHAPES[name]
-        config = GPTConfig(dim=shape.dim, n_layer=1, n_head=shape.n_head, block_size=_TOKENS)
+        config = replace(shape, n_layer=1, block_size=_TOKENS, ranks=arguments.tensor_parallel_size)
         table = tune(config, table, capability, name, arguments.sections)
         write_table(table, path, torch.cuda.get_device_name())
     print(json.dumps({"benchmark": "tune_kernels", "models": arguments.models, "table": str(path)}))
@@ -176,9 +200,10 @@ class TunedSection:
 
 def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
     """The settings to tune, in their order."""
-    width, ffn, vocabulary = config.dim, config.ffn_dim, config.vocab_size
+    width, heads, ffn = config.dim, config.width_of_rank, config.ffn_of_rank
+    vocabulary = config.vocabulary_of_rank
     candidates = list(attention_candidates(config.head_size, hopper))
-    attention = TunedSection("attention", (config.n_head, config.head_size), candidates)
+    attention = TunedSection("attention", (config.heads_of_rank, config.head_size), candidates)
 
     def stage(
         section: str, outputs: int, inputs: int, candidates: Callable[..., Any]
@@ -194,9 +219,9 @@ def stages_of(config: GPTConfig, hopper: bool) -> list[TunedSection]:
         parts = partial(quantized_candidates, splits=range(1, 7))
         layer = [
             stage("fused_project", width, ffn, most_4),
-            stage("fused_project", width, width, most_4),
+            stage("fused_project", width, heads, most_4),
             stage("fused_swiglu", ffn, width, pairs),
-            stage("fused_linear", 3 * width, width, most_6),
+            stage("fused_linear", 3 * heads, width, most_6),
             attention,
         ]
         quantized = [
@@ -235,7 +260,7 @@ def tune(
     ]
     compile_in_parallel(config, table, stages, capability)
     # of a byte a weight, so that quantised ones are not in the cache, either
-    layer_bytes = 4 * config.dim**2 + 3 * config.dim * config.ffn_dim
+    layer_bytes = config.dim * (4 * config.width_of_rank + 3 * config.ffn_of_rank)
     deep = replace(config, n_layer=2 + int(_COLD_BYTES / layer_bytes))
     chains = chains_for([stage.section for stage in stages], deep, capability)
     for stage in stages:
@@ -371,6 +396,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"of {', '.join(SECTIONS)}, with commas between them (default: all that this GPU uses)"
         ),
     )
+    add_tensor_parallel_flag(parser)
+    parser.set_defaults(tensor_parallel_size=1)
     add_output(
         parser,
         "the table (default: that of this GPU's architecture in kernels/, which the engine reads)",
@@ -383,14 +410,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     used = [
         name for name in SECTIONS if name == "attention" or name.startswith(_ON_HOPPER) == hopper
     ]
+    if typed.tensor_parallel_size > 1:
+        check_ranks(typed)
+        used = list(_OF_RANKS)
     typed.sections = typed.sections or used
     unused = [section for section in typed.sections if section not in used]
     if unused:
-        raise UserError(f"--sections {','.join(unused)}: this GPU uses {', '.join(used)}")
+        of = "this GPU uses" if typed.tensor_parallel_size == 1 else "ranks tune"
+        raise UserError(f"--sections {','.join(unused)}: {of} {', '.join(used)}")
     if typed.output is None:
         typed.output = Path(tile_tables.__file__).parent / f"tiles_sm{major}{minor}.json"
         check_file("--output", typed.output, ".json")
     return typed
+
+
+def check_ranks(typed: argparse.Namespace) -> None:
+    """Raises `UserError` where so many ranks cannot share a model, or have no tiles to tune."""
+    for name in typed.models:
+        counts = GPT_SHAPES[name].rank_counts
+        if typed.tensor_parallel_size not in counts:
+            given = f"--tensor-parallel-size {typed.tensor_parallel_size}"
+            raise UserError(f"{given}: {name} takes {either(counts)}")
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise UserError("--tensor-parallel-size: ranks are tuned on compute capability 9.0 alone")
 
 
 if __name__ == "__main__":

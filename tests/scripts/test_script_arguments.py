@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -475,6 +476,20 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(
     assert set(asked[1]) == {stage.section for stage in stages}
     with pytest.raises(UserError, match="--sections linear: this GPU uses attention, fused_linear"):
         run("tune_kernels", *words, "--sections", "attention,linear")
+    ranks = "--tensor-parallel-size"
+    run("tune_kernels", *words, ranks, "2")
+    of_ranks = tune_kernels.stages_of(replace(config, ranks=2), hopper=True)
+    assert {(stage.section, stage.key) for stage in of_ranks if stage.section in asked[2]} == {
+        ("attention", (8, 64)),
+        ("fused_linear", (1536, 1024)),
+        ("fused_project", (1024, 512)),
+        ("fused_project", (1024, 1408)),
+        ("fused_swiglu", (1408, 1024)),
+    }
+    with pytest.raises(UserError, match="--sections fused_head: ranks tune fused_linear"):
+        run("tune_kernels", *words, "--sections", "fused_head", ranks, "2")
+    with pytest.raises(UserError, match=f"{ranks} 3: GPT-L takes 1, 2, 4 or 8"):
+        run("tune_kernels", *words, ranks, "3")
 
 
 def test_a_model_that_cannot_be_timed_costs_neither_the_others_nor_the_status(
