@@ -33,7 +33,7 @@ _BLOCK = 1024  # numbers of a program of `gather_parts`
 class Inboxes:
     """The inboxes of one kind of exchange, as one rank sees them."""
 
-    addresses: Tensor  # int64 [ranks], of each rank's inbox
+    addresses: tuple[int, ...]  # of each rank's inbox; multiples of 16
     own: int  # number of this rank
 
     @property
@@ -44,8 +44,8 @@ class Inboxes:
 
 @gluon.jit
 def _inbox(inboxes, RANK: gl.constexpr):
-    """The address of a rank's inbox."""
-    return gl.multiple_of(gl.load(inboxes + RANK).to(gl.pointer_type(gl.int32)), 16)
+    """The beginning of a rank's inbox."""
+    return gl.multiple_of(inboxes[RANK].to(gl.pointer_type(gl.int32)), 16)
 
 
 @gluon.jit
@@ -53,7 +53,7 @@ def send(numbers, inboxes, at, mask, size, OWN: gl.constexpr, RANKS: gl.constexp
     """Sends numbers to all other ranks.
 
     Args:
-        inboxes: int64 [RANKS], addresses.
+        inboxes: the addresses of RANKS inboxes.
         at: their places, of `size`.
     """
     bits = numbers.to(gl.int32, bitcast=True)
@@ -64,11 +64,17 @@ def send(numbers, inboxes, at, mask, size, OWN: gl.constexpr, RANKS: gl.constexp
 
 
 @gluon.jit
+def _any_empty(bits):
+    empty = (bits == _EMPTY).to(gl.int32)
+    return gl.sum(empty.reshape([empty.shape[0] * empty.shape[1]]), 0) > 0
+
+
+@gluon.jit
 def receive(inboxes, at, mask, size, OWN: gl.constexpr, RANK: gl.constexpr):
     """Waits for what another rank has sent, and empties the places."""
     place = _inbox(inboxes, OWN) + (RANK * size + at)
     bits = gl.load(place, mask=mask, other=0, volatile=True)
-    while gl.sum(gl.sum((bits == _EMPTY).to(gl.int32), 1), 0) > 0:
+    while _any_empty(bits):
         bits = gl.load(place, mask=mask, other=0, volatile=True)
     gl.store(place, gl.full_like(bits, _EMPTY), mask=mask)
     return bits.to(gl.float32, bitcast=True)
@@ -90,7 +96,7 @@ def sum_over_ranks(term, inboxes, at, mask, size, OWN: gl.constexpr, RANKS: gl.c
 @gluon.jit(do_not_specialize=["rows"])
 def _gather_parts_kernel(
     part,  # [rows, COLUMNS] float32
-    inboxes,  # [RANKS] int64
+    inboxes,  # addresses
     out,  # [rows, RANKS, COLUMNS] float32
     rows,
     COLUMNS: gl.constexpr,

@@ -329,7 +329,7 @@ def _fused_project_kernel(
     norm_weight,  # [OUTPUTS]
     normed,  # [rows, OUTPUTS]
     squares,  # [blocks, rows] float32
-    inboxes,  # [RANKS] int64; None if there is one rank
+    inboxes,  # addresses of RANKS inboxes; None if there is one rank
     rows,
     OUTPUTS: gl.constexpr,
     ROW_TILE: gl.constexpr,

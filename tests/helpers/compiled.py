@@ -42,7 +42,8 @@ class Build:
     """What Triton compiles for one launch; launches that share it share the machine code."""
 
     kernel: JITFunction
-    types: tuple[tuple[str, str], ...]  # of every argument, "constexpr" included
+    # of every argument, "constexpr" included; of a tuple those of its members
+    types: tuple[tuple[str, str | tuple[str, ...]], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[str, ...]  # arguments that are multiples of 16
     options: tuple[tuple[str, Any], ...]
@@ -55,7 +56,8 @@ class Build:
         values = dict(zip(kernel.arg_names, positional, strict=False)) | {
             k: v for k, v in named.items() if k in kernel.arg_names
         }
-        types, constants, aligned = {}, {}, []
+        types: dict[str, str | tuple[str, ...]] = {}
+        constants, aligned = {}, []
         for parameter in kernel.params:
             name, value = parameter.name, values[parameter.name]
             specialised = not parameter.do_not_specialize
@@ -73,6 +75,8 @@ class Build:
                 types[name] = (
                     f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
                 )
+            elif isinstance(value, tuple):  # of addresses
+                types[name] = ("i64",) * len(value)
             elif isinstance(value, float):
                 types[name] = "fp32"
             else:

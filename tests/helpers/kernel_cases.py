@@ -283,8 +283,7 @@ def inboxes_on_one_gpu(place: Place, numbers: Tensor, own: int) -> tuple[Tensor,
     places = torch.full((ranks, *numbers.shape), EMPTY, dtype=torch.int32, device=place.device)
     places[own] = numbers.view(torch.int32)
     places[own, own] = EMPTY
-    addresses = [inbox.data_ptr() for inbox in places]
-    return places, Inboxes(torch.tensor(addresses, device=place.device), own)
+    return places, Inboxes(tuple(inbox.data_ptr() for inbox in places), own)
 
 
 def check_sent(places: Tensor, own: int) -> Tensor:

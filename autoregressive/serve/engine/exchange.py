@@ -156,8 +156,7 @@ class PeerExchange(Exchange):
             places.view(torch.int32).fill_(EMPTY)
             torch.cuda.synchronize(self._device)
             memory = symmetric_memory.rendezvous(places, _PEERS)
-            addresses = torch.tensor(memory.buffer_ptrs, dtype=torch.int64, device=self._device)
-            made.append((places, Inboxes(addresses, self._rank.number)))
+            made.append((places, Inboxes(tuple(memory.buffer_ptrs), self._rank.number)))
         return made[-1][1]
 
     @override
