@@ -224,12 +224,14 @@ class FakeProcess:
 
 
 @contextmanager
-def played_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LeadingRank, socket.socket]]:
+def played_rank(
+    monkeypatch: pytest.MonkeyPatch, device: str = "cpu"
+) -> Iterator[tuple[LeadingRank, socket.socket]]:
     """Rank 0 of two, and the other rank's end of its connection."""
     ours, theirs = connect()
     monkeypatch.setattr(rank_processes, "start_child", lambda run, name: (FakeProcess(), ours))
-    cpu = torch.device("cpu")
-    recipe = RankRecipe(demo_settings(), None, TWO, (cpu, cpu), "host")
+    devices = (torch.device(device),) * 2
+    recipe = RankRecipe(demo_settings(), None, TWO, devices, "host")
     leading = LeadingRank(recipe, lambda why: None)
     yield leading, theirs
     leading.stop()
@@ -298,3 +300,27 @@ def test_a_silent_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert leading.lost is None
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_gpu_finishes_before_the_other_ranks_end(
+    monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    """Fails if the GPU of rank 0 is left waiting for numbers of ranks that are gone, or a rank that
+    hangs keeps rank 0 from its end.
+    """
+    done: list[str] = []
+    forever = threading.Event()
+
+    def synchronize(device: torch.device) -> None:
+        done.append(f"finished {device}")
+        if hangs:
+            forever.wait()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(FakeProcess, "kill", lambda process: done.append("ended"))
+    monkeypatch.setattr(rank_processes, "_LAST_SPANS_SECONDS", 0.2)
+    with played_rank(monkeypatch, "cuda:0"):
+        pass
+    assert done == ["finished cuda:0", "ended"]
+    forever.set()

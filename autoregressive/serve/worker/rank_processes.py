@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
@@ -61,6 +61,7 @@ from autoregressive.weights.loading import load_gpt
 # The service hears of a rank that is silent for so long in time to say so within 2 s.
 _SILENT_SECONDS = 0.5
 _LAST_WORDS_SECONDS = 5.0  # for a rank's last messages to be written
+_LAST_SPANS_SECONDS = 5.0  # for a GPU to finish what it was told, unless another rank hangs
 _LOSS_SECONDS = 1.0  # at most from the failure of an exchange until the loss behind it is known
 
 
@@ -294,6 +295,8 @@ class LeadingRank(ModelRanks):
 
     @override
     def stop(self) -> None:
+        if self.lost is None:
+            self._wait_for_spans()
         with self._changed:
             self.lost = self.lost or "the other ranks have been ended"
         if threading.current_thread() is not self._thread:
@@ -301,6 +304,22 @@ class LeadingRank(ModelRanks):
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
+
+    def _wait_for_spans(self) -> None:
+        """Waits until this rank's GPU has done what all of them were told. Without the others it
+        would wait for their numbers for ever.
+        """
+        device = self._recipe.devices[0]
+        if device.type != "cuda":
+            return
+
+        def work() -> None:
+            with suppress(RuntimeError):  # of CUDA: nothing goes on there
+                torch.cuda.synchronize(device)
+
+        waiting = threading.Thread(target=work, daemon=True)
+        waiting.start()
+        waiting.join(_LAST_SPANS_SECONDS)
 
     def _watch(self) -> None:
         processes: list[ChildProcess] = []
