@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.devices import PRECISIONS, default_precision, resolve_device
+from autoregressive.devices import PRECISIONS, default_precision, rank_devices, resolve_device
 from autoregressive.errors import (
     Change,
     SettingError,
@@ -145,7 +145,7 @@ def check_ranks(model: ModelSettings, count: int, engines: int = 1) -> None:
         engines: that take so many ranks each.
 
     Raises:
-        SettingError: they cannot, or there are too few GPUs.
+        SettingError: they cannot, or there are too few GPUs, or GPUs of several kinds.
     """
     shape = replace(GPT_SHAPES[model.gpt_model], vocab_size=model.codebook_size)
     if count not in shape.rank_counts:
@@ -157,11 +157,19 @@ def check_ranks(model: ModelSettings, count: int, engines: int = 1) -> None:
         raise SettingError("tensor_parallel_size", count, told)
     if model.device.type == "cpu" or count == 1:
         return
-    needed, there = count * engines, torch.cuda.device_count() - (model.device.index or 0)
+    first = torch.device("cuda", model.device.index or 0)
+    needed, there = count * engines, torch.cuda.device_count() - first.index
     if needed > there:
         each = f", {count} for each of {engines} engines" if engines > 1 else ""
         told = f"takes {needed} GPUs{each}, and there are {there} from {model.device} on"
         raise SettingError("tensor_parallel_size", count, told)
+    for engine in range(engines):
+        ranks = rank_devices(torch.device("cuda", first.index + engine * count), count)
+        kinds = [torch.cuda.get_device_capability(device) for device in ranks]
+        if len(set(kinds)) > 1:  # they would round otherwise, and draw other tokens
+            versions = ", ".join(f"{major}.{minor}" for major, minor in kinds)
+            told = f"takes GPUs of one kind, and from {ranks[0]} on their compute capabilities are "
+            raise SettingError("tensor_parallel_size", count, told + versions)
 
 
 def smaller_precision(model: ModelSettings) -> list[Change]:

@@ -71,7 +71,11 @@ def _any_empty(bits):
 
 @gluon.jit
 def receive(inboxes, at, mask, size, OWN: gl.constexpr, RANK: gl.constexpr):
-    """Waits for what another rank has sent, and empties the places."""
+    """Waits for what another rank has sent, and empties the places.
+
+    Where more threads than one hold a number, Triton counts and stores that of the first of them
+    alone. The others may have looked too early.
+    """
     place = _inbox(inboxes, OWN) + (RANK * size + at)
     bits = gl.load(place, mask=mask, other=0, volatile=True)
     while _any_empty(bits):

@@ -84,9 +84,7 @@ class NoOtherRank(Exchange):
     def gather(self, own: Tensor, parts: Tensor) -> None:
         raise NotImplementedError
 
-    @override
-    def inboxes(self, name: str, size: int) -> Inboxes:
-        return Inboxes((0,), own=0)
+    inboxes = dict.fromkeys(("attention", "ffn"), Inboxes((0,), own=0))
 
 
 class Chain:
@@ -151,9 +149,10 @@ class Chain:
             library=False,
             quantized=self.quantized,
             pairable=self.quantized,
-            exchange=None if self.config.ranks == 1 else NoOtherRank(),
+            reaches_memory=True,
         )
-        layers, weights = factory.make(rows, 1, filled), self.weights
+        layers = factory.make(rows, 1, filled, NoOtherRank())
+        weights = self.weights
         layers.normed.normal_()
 
         def run() -> None:
@@ -411,7 +410,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         name for name in SECTIONS if name == "attention" or name.startswith(_ON_HOPPER) == hopper
     ]
     if typed.tensor_parallel_size > 1:
-        check_ranks(typed)
+        check_rank_counts(typed)
         used = list(_OF_RANKS)
     typed.sections = typed.sections or used
     unused = [section for section in typed.sections if section not in used]
@@ -424,7 +423,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return typed
 
 
-def check_ranks(typed: argparse.Namespace) -> None:
+def check_rank_counts(typed: argparse.Namespace) -> None:
     """Raises `UserError` where so many ranks cannot share a model, or have no tiles to tune."""
     for name in typed.models:
         counts = GPT_SHAPES[name].rank_counts

@@ -1,13 +1,20 @@
 """Ranks that share a model, on GPUs: greedy float32 tokens equal those of one rank."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import os
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from fake_service import Service, is_alive
+from own_process import in_its_own_process
+from rank_service import rank_service, tree
 from torch import Tensor
 
 from autoregressive.models.sampling_params import SamplingParams
@@ -66,12 +73,6 @@ def codes_on_two_gpus(kind: ExchangeKind, name: str, **how: Any) -> Tensor:
     return greedy_codes(name, TWO_GPUS, eager=False, **how)
 
 
-def in_its_own_process(function: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
-    """What the function returns there."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments, **named).result(timeout=120)
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_two_ranks_on_one_gpu_draw_one_ranks_tokens(name: str) -> None:
     """Fails if a kernel, the pages or the exchange take a rank's part for the whole model."""
@@ -107,3 +108,33 @@ def test_products_exchange_from_captured_graphs(images: int) -> None:
     codes = in_its_own_process(codes_on_two_gpus, "peer", "GPT-L", **how)
     alike = (codes[:, :6] == expected[:, :6]).all(dim=1)
     assert alike.float().mean() >= 0.5
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_rank_ends_the_service(tmp_path: Path, rank: int) -> None:
+    """Fails if a GPU that waits for a dead rank's numbers keeps its process."""
+
+    def draw(service: Service) -> int:
+        status = 200
+        while status == 200:
+            body = {"prompt": "1", "n": 10}
+            status = httpx2.post(f"{service.url}/v1/codes", json=body, timeout=60).status_code
+        return status
+
+    def health(service: Service) -> int:
+        try:
+            return int(httpx2.get(f"{service.url}/health", timeout=5).status_code)
+        except httpx2.TransportError:
+            return 0
+
+    with rank_service(tmp_path, "--device", "cuda", "--max-num-seqs", "8") as service:
+        processes = tree(service.process.pid)
+        with ThreadPoolExecutor(1) as pool:
+            drawing = pool.submit(draw, service)
+            time.sleep(1)
+            os.kill(processes[1 + rank], signal.SIGKILL)
+            assert service.wait_for(lambda: health(service) == 503, 10) <= 2
+            assert service.process.wait(30) == 1
+            assert drawing.result() == 503
+        service.wait_for(lambda: not any(map(is_alive, processes)), 5)

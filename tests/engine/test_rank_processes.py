@@ -203,6 +203,7 @@ def test_a_number_that_does_not_divide_the_model_is_refused_with_those_that_do()
 def test_too_few_gpus_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if ranks are started for GPUs that are not there."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = replace(demo_settings(), device=torch.device("cuda", 1))
     check_ranks(model, 2)
     with pytest.raises(SettingError, match="takes 4 GPUs, and there are 3 from cuda:1 on"):
@@ -211,6 +212,20 @@ def test_too_few_gpus_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) 
     check_ranks(first, 2, engines=2)
     with pytest.raises(SettingError, match="takes 6 GPUs, 2 for each of 3 engines, and there"):
         check_ranks(first, 2, engines=3)
+
+
+def test_gpus_of_several_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if ranks round in different ways, so that they would draw different tokens, or if
+    engines must be alike.
+    """
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    newer = {torch.device("cuda", 2), torch.device("cuda", 3)}
+    kind = lambda device: (9, 0) if device in newer else (8, 0)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_capability", kind)
+    first = replace(demo_settings(), device=torch.device("cuda", 0))
+    check_ranks(first, 2, engines=2)
+    with pytest.raises(SettingError, match=r"of one kind.* 8\.0, 8\.0, 9\.0, 9\.0"):
+        check_ranks(first, 4)
 
 
 class FakeProcess:

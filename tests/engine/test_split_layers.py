@@ -128,7 +128,7 @@ def test_a_layer_exchanges_twice_and_the_head_once(
     engine = Engine(model, None, EngineConfig(4, lookahead="off"), make_runner)
     engine.generate([1], SamplingParams(), decode=False)
     assert isinstance(engine.runner, ThreadedRanks)
-    exchange = engine.runner.runners[0]._factory.exchange
+    exchange = engine.runner.runners[0].exchange
     assert type(engine.runner.runners[0].layers_for(2, 1)) is kind
     expected = (2 * model.config.n_layer + 1) * engine.totals.passes
     assert getattr(exchange, "calls") == expected  # noqa: B009
@@ -148,6 +148,17 @@ def test_the_kernels_take_every_part(name: str, itemsize: int) -> None:
         assert factory.kind(64) is SplitLayers
         assert factory.kind(65) is SplitLibraryLayers
         assert factory.plan([(64, 1), (512, 1)]).bytes > 0
+        fused = triton_operations(
+            table, part.heads_of_rank, part.head_size, launch_pdl=True, hopper=True
+        )
+        factory = replace(factory, operations=fused)
+        assert factory.kind(64) is SplitLayers
+        factory = replace(factory, reaches_memory=True)
+        assert factory.kind(64) is factory.kind(512) is FusedSplitLayers
+        shared = factory.plan([(64, 1), (512, 1)]).shared
+        terms = ranks * 512 * part.dim
+        logits = 512 * part.vocab_size
+        assert shared == {"attention": terms, "ffn": terms, "logits": logits}
 
 
 def test_an_engine_without_its_ranks_is_refused() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from threaded_ranks import ThreadPeers
+from threaded_ranks import ThreadInboxes
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
@@ -44,21 +44,16 @@ def _project_of_ranks(
     squares: Tensor,
     inboxes: Inboxes,
 ) -> None:
-    assert isinstance(inboxes, ThreadPeers)
+    assert isinstance(inboxes, ThreadInboxes)
     assert isinstance(weight, Tensor)
-    own = torch.nn.functional.linear(x, weight)
-    terms = own.new_empty(inboxes.ranks, *own.shape)
-    inboxes.gather(own, terms)
-    residual += terms.sum(dim=0)
+    residual += inboxes.gather(torch.nn.functional.linear(x, weight)).sum(dim=0)
     nothing = torch.zeros_like(x)
     fused_project_reference(nothing, weight, residual, norm_weight, normed, squares)
 
 
 def _gather(part: Tensor, inboxes: Inboxes, out: Tensor) -> None:
-    assert isinstance(inboxes, ThreadPeers)
-    parts = part.new_empty(inboxes.ranks, *part.shape)
-    inboxes.gather(part, parts)
-    out.copy_(parts.transpose(0, 1).flatten(1))
+    assert isinstance(inboxes, ThreadInboxes)
+    out.copy_(inboxes.gather(part).transpose(0, 1).flatten(1))
 
 
 class FusedRunner(ModelRunner):

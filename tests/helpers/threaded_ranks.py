@@ -1,9 +1,9 @@
 """Ranks that share a model as threads of this process: the real layers, runners and batches."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -58,18 +58,38 @@ class ThreadExchange(Exchange):
 
 
 class ThreadPeers(ThreadExchange):
-    """Gives itself for inboxes, which `fused_runners` takes."""
+    """Has inboxes, which `fused_runners` takes."""
 
     reaches_memory = True
 
-    @property
-    def ranks(self) -> int:
-        """Ranks that share the model."""
-        return len(self._table.laid_out)
+    def __init__(self, table: Table, number: int) -> None:
+        super().__init__(table, number)
+        self.last = ""  # name of the inbox that was used last
+        self.ranks = len(table.laid_out)
 
     @override
-    def inboxes(self, name: str, size: int) -> Inboxes:
-        return cast(Inboxes, self)
+    def open(self, shared: Mapping[str, int]) -> None:
+        self.inboxes = {
+            name: cast(Inboxes, ThreadInboxes(self, name, count)) for name, count in shared.items()
+        }
+
+
+@dataclass(frozen=True)
+class ThreadInboxes:
+    """One inbox of each rank, which must be used as those of GPUs."""
+
+    exchange: ThreadPeers
+    name: str
+    places: int
+
+    def gather(self, own: Tensor) -> Tensor:
+        """What each rank has, in the order of ranks."""
+        assert self.exchange.last != self.name, "no other inbox was used in between"
+        self.exchange.last = self.name
+        parts = own.new_empty(self.exchange.ranks, *own.shape)
+        assert parts.numel() <= self.places
+        self.exchange.gather(own, parts)
+        return parts
 
 
 def part_of(gpt: Transformer, rank: Rank) -> Transformer:

@@ -9,9 +9,10 @@ which. Every rank makes the same calls in the same order.
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import combinations
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from kernels.hopper.peers import EMPTY, Inboxes
 ExchangeKind = Literal["host", "nccl", "peer"]
 # A rank that does not come for so long hangs, and all others fail.
 _PATIENCE = timedelta(seconds=300)
+TERMS = "terms"  # the part of shared memory for `collect` and `gather`
 _PEERS = GroupName("llamagen ranks")  # by which torch's operations find the group
 _LOOPBACK = "127.0.0.1"  # ranks are processes of one host
 
@@ -41,10 +43,12 @@ class Exchange(ABC):
     graph can hold the calls of all kinds but "host".
 
     Attributes:
-        reaches_memory: whether kernels reach the other ranks' memory, so that there are inboxes.
+        reaches_memory: whether kernels reach the other ranks' memory.
+        inboxes: by which kernels exchange numbers then, by the names that `open` was given.
     """
 
     reaches_memory = False
+    inboxes: Mapping[str, Inboxes] = MappingProxyType({})
 
     @abstractmethod
     def gather(self, own: Tensor, parts: Tensor) -> None:
@@ -55,17 +59,15 @@ class Exchange(ABC):
             parts: [ranks, *own.shape]
         """
 
-    def close(self) -> None:  # noqa: B027 (most need not do anything)
-        """Ends the exchange, whatever the other ranks do."""
-
-    def inboxes(self, name: str, size: int) -> Inboxes:
-        """The inboxes by which kernels exchange so many numbers at most.
+    def open(self, shared: Mapping[str, int]) -> None:  # noqa: B027 (as below)
+        """Takes the memory that ranks reach, on all of them together. It comes before all else.
 
         Args:
-            name: of the kind of exchange. The first call with a larger size makes the inboxes, on
-                all ranks together, so it must come before the capture of a graph.
+            shared: float32 numbers of each part, by name.
         """
-        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027 (most need not do anything)
+        """Ends the exchange, whatever the other ranks do."""
 
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:
         """Collects the terms of a sum over all ranks.
@@ -125,12 +127,13 @@ class NcclExchange(Exchange):
 
 
 class PeerExchange(Exchange):
-    """Reads the other GPUs' memory in the kernel that needs it: torch's symmetric memory, in one
-    shot, without NVLink's multicast.
+    """Goes through memory that all GPUs reach: torch's symmetric memory, without NVLink's
+    multicast.
 
-    Each kernel tells the other ranks that its term is there, waits for theirs, and tells them again
-    when it has read, so that the memory can be written anew. torch's one-shot kernel adds in the
-    order of ranks.
+    Hopper's products have inboxes there (kernels/hopper/peers.py). For other layers torch's
+    one-shot kernel reads the terms of all ranks. It tells the other ranks that its term is there,
+    waits for theirs, adds in the order of ranks, and tells them again when it has read, so that the
+    memory can be written anew.
     """
 
     reaches_memory = True
@@ -143,21 +146,20 @@ class PeerExchange(Exchange):
         _register_process_group(_PEERS, self._group)
         _SymmetricMemory.set_group_info(_PEERS, rank.number, rank.count, store)
         self._rank = rank
-        # The last is the largest. Graphs may hold the others.
-        self._shared: list[tuple[Tensor, _SymmetricMemory]] = []
-        self._inboxes: dict[str, list[tuple[Tensor, Inboxes]]] = {}
+        self._shared: dict[str, tuple[Tensor, _SymmetricMemory]] = {}
 
     @override
-    def inboxes(self, name: str, size: int) -> Inboxes:
-        made = self._inboxes.setdefault(name, [])
-        needed = self._rank.count * size
-        if not made or made[-1][0].numel() < needed:
-            places = symmetric_memory.empty(needed, dtype=torch.float32, device=self._device)
-            places.view(torch.int32).fill_(EMPTY)
+    def open(self, shared: Mapping[str, int]) -> None:
+        inboxes = {}
+        for name, count in shared.items():
+            numbers = symmetric_memory.empty(count, dtype=torch.float32, device=self._device)
+            numbers.view(torch.int32).fill_(EMPTY)
             torch.cuda.synchronize(self._device)
-            memory = symmetric_memory.rendezvous(places, _PEERS)
-            made.append((places, Inboxes(tuple(memory.buffer_ptrs), self._rank.number)))
-        return made[-1][1]
+            memory = symmetric_memory.rendezvous(numbers, _PEERS)
+            assert memory.buffer_ptrs[self._rank.number] == numbers.data_ptr()
+            self._shared[name] = numbers, memory
+            inboxes[name] = Inboxes(tuple(memory.buffer_ptrs), self._rank.number)
+        self.inboxes = inboxes
 
     @override
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:
@@ -178,16 +180,10 @@ class PeerExchange(Exchange):
         memory.barrier(channel=1)  # all have read
 
     def _shared_like(self, own: Tensor) -> tuple[Tensor, _SymmetricMemory]:
-        """Memory of the tensor's shape that the other ranks can read. The first call for so many
-        elements makes it, on all ranks together, so it must come before the capture of a graph.
-        """
+        """Memory of the tensor's shape that the other ranks can read."""
         assert own.dtype == torch.float32
-        count = own.numel()
-        if not self._shared or self._shared[-1][0].numel() < count:
-            made = symmetric_memory.empty(count, dtype=torch.float32, device=self._device)
-            self._shared.append((made, symmetric_memory.rendezvous(made, _PEERS)))
-        buffer, memory = self._shared[-1]
-        return buffer[:count].view(own.shape), memory
+        buffer, memory = self._shared[TERMS]
+        return buffer[: own.numel()].view(own.shape), memory
 
 
 def choose_exchange(devices: Sequence[torch.device]) -> ExchangeKind:

@@ -20,10 +20,9 @@ from typing_extensions import override
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import Transformer, TransformerBlock
 from autoregressive.serve.engine.batch import Batch
-from autoregressive.serve.engine.exchange import Exchange
+from autoregressive.serve.engine.exchange import TERMS, Exchange
 from autoregressive.serve.engine.kv_pages import KVPages, LayerPages
 from autoregressive.weights.quantized import join_halves, weights_of
-from kernels.hopper.peers import Inboxes
 from kernels.operations import MANY_ROWS, FusedProducts, Operations
 from kernels.quantization import Weights
 
@@ -133,6 +132,8 @@ class Layers(ABC):
         self.config, self.dtype, self.operations = config, dtype, operations
         self.sequences, self.rows = sequences, (rows := sequences * window)
         self.exchange = exchange
+        # float32 numbers of each part of the memory that the ranks' GPUs reach, by name
+        self.shared: dict[str, int] = {}
         width, heads = config.dim, config.heads_of_rank
         chunks = operations.attention_chunks(config.block_size)
         self.residual = empty("residual", (rows, width), torch.float32)
@@ -329,6 +330,7 @@ class SplitLayers(PlainLayers):
         part = rows, config.vocabulary_of_rank
         self.own_logits = empty("own_logits", part, torch.float32)
         self.parts = empty("parts", (config.ranks, *part), torch.float32)
+        self.shared = {TERMS: max(splits * rows * config.dim, self.own_logits.numel())}
 
     @override
     def add(self, partials: Tensor, next_norm: Tensor) -> None:
@@ -398,12 +400,18 @@ class FusedLayers(Layers):
         products, eps = self.products, self.config.norm_eps
         products.linear(self.normed, self.squares, layer.qkv, self.qkv, eps=eps)
         self.attend(kv_pages, rotary, batch)
-        self.project(self.attn_out, layer.output, layer.ffn_norm, self.ffn_squares)
+        self.project("attention", self.attn_out, layer.output, layer.ffn_norm, self.ffn_squares)
         products.swiglu(self.normed, self.ffn_squares, layer.gate_up, self.hidden, eps=eps)
-        self.project(self.hidden, layer.down, next_norm, self.squares)
+        self.project("ffn", self.hidden, layer.down, next_norm, self.squares)
 
-    def project(self, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor) -> None:
-        """Adds x W^T to the residual stream; writes `normed` and `squares`."""
+    def project(
+        self, name: str, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor
+    ) -> None:
+        """Adds x W^T to the residual stream; writes `normed` and `squares`.
+
+        Args:
+            name: of the half of the layer, "attention" or "ffn".
+        """
         self.products.project(x, weight, self.residual, next_norm, self.normed, squares)
 
     @override
@@ -425,15 +433,16 @@ class FusedSplitLayers(FusedLayers):
         self.of_ranks = self.products.of_ranks
         part = self.rows, self.config.vocabulary_of_rank
         self.own_logits = empty("own_logits", part, torch.float32)
-
-    def inboxes(self, name: str, own: Tensor) -> Inboxes:
-        """The inboxes for tensors of that shape."""
-        assert self.exchange is not None
-        return self.exchange.inboxes(name, own.numel())
+        terms, logits = self.residual.numel(), self.own_logits.numel()
+        sizes = {"attention": terms, "ffn": terms, "logits": logits}
+        self.shared = {name: self.config.ranks * size for name, size in sizes.items()}
 
     @override
-    def project(self, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor) -> None:
-        inboxes = self.inboxes("ffn" if squares is self.squares else "attention", self.residual)
+    def project(
+        self, name: str, x: Tensor, weight: Weights, next_norm: Tensor, squares: Tensor
+    ) -> None:
+        assert self.exchange is not None
+        inboxes = self.exchange.inboxes[name]
         tensors = self.residual, next_norm, self.normed, squares
         self.of_ranks.project(x, weight, *tensors, inboxes)
 
@@ -441,7 +450,8 @@ class FusedSplitLayers(FusedLayers):
     def head(self, head: Tensor) -> None:
         eps = self.config.norm_eps
         self.products.head(self.normed, self.squares, head, self.own_logits, eps=eps)
-        inboxes = self.inboxes("logits", self.own_logits)
+        assert self.exchange is not None
+        inboxes = self.exchange.inboxes["logits"]
         self.of_ranks.gather(self.own_logits, inboxes, self.logits)
 
 
@@ -464,6 +474,8 @@ class ScratchPlan:
     def __init__(self) -> None:
         # by name and dtype, the most of any number of rows
         self._elements: dict[tuple[str, torch.dtype], int] = {}
+        # float32 numbers that ranks share, by name, the most of any number of rows
+        self.shared: dict[str, int] = {}
 
     def count(self, name: str, dims: Dims, dtype: torch.dtype) -> Tensor:
         """Returns a tensor without memory; see `Empty`."""
@@ -473,7 +485,8 @@ class ScratchPlan:
     @property
     def bytes(self) -> int:
         """Bytes of all that was asked for."""
-        return sum(elements * dtype.itemsize for (_, dtype), elements in self._elements.items())
+        own = sum(elements * dtype.itemsize for (_, dtype), elements in self._elements.items())
+        return own + 4 * sum(self.shared.values())
 
     def allocate(self, device: torch.device) -> Empty:
         """Takes the memory. Returns what gives the layers their part of it."""
@@ -492,7 +505,7 @@ class LayersFactory:
         library: products of many rows may be a library's.
         quantized: whether the weights of the layers' products are.
         pairable: whether all of these can be paired.
-        exchange: as of `Layers`.
+        reaches_memory: as of `Exchange`.
     """
 
     config: GPTConfig
@@ -501,7 +514,7 @@ class LayersFactory:
     library: bool
     quantized: bool = False
     pairable: bool = False
-    exchange: Exchange | None = None
+    reaches_memory: bool = False
 
     @property
     def pairs(self) -> bool:
@@ -515,8 +528,7 @@ class LayersFactory:
         """
         by_library = self.library and rows > MANY_ROWS and not self.quantized
         if self.config.ranks > 1:
-            reaches = self.exchange is not None and self.exchange.reaches_memory
-            if self.operations.fused is not None and reaches:
+            if self.operations.fused is not None and self.reaches_memory:
                 return FusedSplitLayers
             return SplitLibraryLayers if by_library else SplitLayers
         if self.quantized:
@@ -525,15 +537,19 @@ class LayersFactory:
             return FusedLayers
         return LibraryLayers if by_library else PlainLayers
 
-    def make(self, sequences: int, window: int, empty: Empty) -> Layers:
+    def make(
+        self, sequences: int, window: int, empty: Empty, exchange: Exchange | None = None
+    ) -> Layers:
         """The layers for passes of one size, in memory that `empty` gives."""
         kind = self.kind(sequences * window)
         settings = self.config, self.dtype, self.operations
-        return kind(*settings, sequences, window, empty, self.exchange)
+        return kind(*settings, sequences, window, empty, exchange)
 
     def plan(self, sizes: list[tuple[int, int]]) -> ScratchPlan:
         """The memory that the layers for all of these sequences and windows share."""
         plan = ScratchPlan()
         for sequences, window in sizes:
-            self.make(sequences, window, plan.count)
+            layers = self.make(sequences, window, plan.count)
+            for name, count in layers.shared.items():
+                plan.shared[name] = max(plan.shared.get(name, 0), count)
         return plan

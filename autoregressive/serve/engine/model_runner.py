@@ -65,7 +65,8 @@ class ModelRunner:
         self.model, self.shape, self.config, self.device = gpt.config, shape, config, weight.device
         self.num_pages = num_pages
         self.operations = self.make_operations(gpt)
-        self._factory = layers_factory(gpt, self.operations, config, exchange)
+        reaches_memory = exchange is not None and exchange.reaches_memory
+        self._factory = layers_factory(gpt, self.operations, config, reaches_memory)
         if self._factory.pairs:
             pair_products(gpt)
         self.weights = ModelWeights.of(gpt)
@@ -73,6 +74,9 @@ class ModelRunner:
         self._sizes = pass_sizes(gpt, shape, config)
         plan = self._factory.plan(self._sizes)
         self._scratch = plan.allocate(self.device)
+        self.exchange = exchange
+        if exchange is not None:
+            exchange.open(plan.shared)
         # by sequences and window
         self._layers: dict[tuple[int, int], Layers] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -152,7 +156,7 @@ class ModelRunner:
         """The layers that carry out passes of one size."""
         size = sequences, window
         if size not in self._layers:
-            self._layers[size] = self._factory.make(*size, self._scratch)
+            self._layers[size] = self._factory.make(*size, self._scratch, self.exchange)
         return self._layers[size]
 
     def make_operations(self, gpt: Transformer) -> Operations:
@@ -210,7 +214,7 @@ def layers_factory(
     gpt: Transformer,
     operations: Operations,
     config: EngineConfig,
-    exchange: Exchange | None = None,
+    reaches_memory: bool = False,
 ) -> LayersFactory:
     """The factory of the layers that steps use."""
     weight = gpt.output.weight
@@ -223,7 +227,7 @@ def layers_factory(
         library,
         quantized,
         pairable=can_be_paired(gpt),
-        exchange=exchange,
+        reaches_memory=reaches_memory,
     )
 
 
@@ -317,7 +321,10 @@ class StepBytes:
         """
         operations = model_operations(gpt, config, tell=_nobody)
         sizes = pass_sizes(gpt, shape, config)
-        scratch = layers_factory(gpt, operations, config).plan(sizes).bytes
+        # of ranks, whichever way of their exchange takes more
+        ways = (False,) if gpt.config.ranks == 1 else (False, True)
+        factories = (layers_factory(gpt, operations, config, way) for way in ways)
+        scratch = max(factory.plan(sizes).bytes for factory in factories)
         if operations.attention is not attention_reference:
             return cls(scratch, 0)
         # Beside the keys in float32, two copies of the values and, of narrower ones, a third in
@@ -325,7 +332,7 @@ class StepBytes:
         tokens = shape.max_rows * shape.pages_per_row * shape.page_size
         window = max(window for _, window in sizes)
         stride = head_stride(gpt.config.head_size, page_dtype(gpt, config).itemsize)
-        gathered = 12 * tokens * gpt.config.n_head * (stride + window)
+        gathered = 12 * tokens * gpt.config.heads_of_rank * (stride + window)
         if quantization_of(gpt) is not None:
             # torch's products make float32 of the weights, and then the products' dtype
             model = gpt.config
