@@ -147,6 +147,9 @@ def quantized_builds(capability: int, weights: str, pages: str, model: str) -> l
     return step_builds(shape.dim, shape.n_head, capability, torch.bfloat16, tuple(passes), config)
 
 
+RANK_PASSES = (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
+
+
 class PeersElsewhere(Exchange):
     """One of two ranks whose GPUs reach each other's memory."""
 
@@ -161,9 +164,8 @@ class PeersElsewhere(Exchange):
 @cache
 def rank_builds(model: str) -> list[Build]:
     """What one of two ranks on Hopper launches."""
-    shape, passes = GPT_SHAPES[model], (FEW_ROWS, MOST_OWN_ROWS, MANY_ROWS, WINDOW)
-    rank = PeersElsewhere()
-    return step_builds(shape.dim, shape.n_head, 90, torch.bfloat16, passes, exchange=rank)
+    shape, rank = GPT_SHAPES[model], PeersElsewhere()
+    return step_builds(shape.dim, shape.n_head, 90, torch.bfloat16, RANK_PASSES, exchange=rank)
 
 
 def step_builds(
@@ -331,12 +333,16 @@ def test_kernels_of_ranks_compile(model: str) -> None:
     ranks launch other kernels than one GPU does.
     """
     builds = rank_builds(model)
-    alone = {build.name for build in builds_of(Case(model, 90, passes=(FEW_ROWS, MANY_ROWS)))}
+    alone = {build.name for build in builds_of(Case(model, 90, passes=RANK_PASSES))}
     launched = {build.name for build in builds}
-    assert launched - alone <= {"_gather_parts_kernel"} | {"_combine_kernel"}
+    assert launched - alone == {"_gather_parts_kernel"}
+    assert alone - launched == {"_many_rows_project_kernel"}
     for build in builds:
         if "RANKS" in dict(build.constants) or build.name.startswith("_fused_"):
-            assert resources(check_compiles(build, 90, waits=True)).local_bytes == 0, build
+            compiled = check_compiles(build, 90, waits=True)
+            # the parts' kernel keeps a few scalars in memory
+            most = 16 if build.name == "_gather_parts_kernel" else 0
+            assert resources(compiled).local_bytes <= most, build
 
 
 def test_no_head_size_is_dropped() -> None:
