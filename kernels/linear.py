@@ -79,11 +79,10 @@ def _linear_kernel(
         x + row[None, :] * INPUTS,
         first_input,
         offset,
-        output_mask,
+        None if OUTPUTS % OUTPUT_TILE == 0 else output_mask,
         row_mask,
         INPUTS=INPUTS,
         GROUP=GROUP,
-        WHOLE_TILES=OUTPUTS % OUTPUT_TILE == 0,
         OUTPUT_TILE=OUTPUT_TILE,
         ROW_TILE=ROW_TILE,
         INPUT_TILE=INPUT_TILE,
@@ -110,11 +109,10 @@ def product(
     x_rows,  # [1, ROW_TILE] pointers
     first_input,
     offset,  # [INPUT_TILE]
-    output_mask,  # [OUTPUT_TILE]
+    existing,  # [OUTPUT_TILE], which outputs do; None: all of them
     row_mask,  # [ROW_TILE]
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,  # inputs that share a scale, of int4; else 0
-    WHOLE_TILES: tl.constexpr,  # all outputs exist, and need no mask
     OUTPUT_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     INPUT_TILE: tl.constexpr,
@@ -132,36 +130,17 @@ def product(
     early_weights: tl.tuple = ()
     for tile in tl.static_range(EARLY):
         first = first_input + tile * INPUT_TILE
-        early_weights = early_weights + (
-            _load_weights(
-                weight_rows,
-                scales,
-                output,
-                first,
-                offset,
-                output_mask,
-                DTYPE,
-                INPUTS,
-                GROUP,
-                WHOLE_TILES,
-            ),
+        weights = _load_weights(
+            weight_rows, scales, output, first, offset, existing, DTYPE, INPUTS, GROUP
         )
+        early_weights = early_weights + (weights,)
     if LAUNCH_PDL:
         gdc_wait()  # README, rules 1 and 3: weights come before it, x after it
     total = tl.zeros([OUTPUT_TILE, ROW_TILE], tl.float32)
     for tile in tl.range(EARLY, TILES, num_stages=STAGES):
         first = first_input + tile * INPUT_TILE
         weights = _load_weights(
-            weight_rows,
-            scales,
-            output,
-            first,
-            offset,
-            output_mask,
-            DTYPE,
-            INPUTS,
-            GROUP,
-            WHOLE_TILES,
+            weight_rows, scales, output, first, offset, existing, DTYPE, INPUTS, GROUP
         )
         values = _load_values(x_rows, first + offset, row_mask, INPUTS)
         total = tl.dot(weights, values, total, input_precision="ieee")
@@ -172,7 +151,7 @@ def product(
     for tile in tl.static_range(EARLY):
         total = tl.dot(early_weights[tile], early_values[tile], total, input_precision="ieee")
     if scales is not None and GROUP == 0:
-        scale = tl.load(scales + output, mask=None if WHOLE_TILES else output_mask)
+        scale = tl.load(scales + output, mask=existing)
         total = total * scale[:, None]
     return total
 
@@ -184,59 +163,50 @@ def _load_weights(
     output,
     first,
     offset,
-    output_mask,
+    existing,
     DTYPE: tl.constexpr,
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
 ):
     """A tile of weights [outputs, inputs], in x's dtype.
 
     Args:
         first: input of the tile.
         offset: [INPUT_TILE]
+        existing: [OUTPUT_TILE], which outputs exist; None: all of them.
     """
     if GROUP == 0:
         column = first + offset
-        mask = _mask(column < INPUTS, output_mask, WHOLE_TILES)
+        mask = _mask(column < INPUTS, existing)
         weights = tl.load(weight_rows + column[None, :], mask=mask, other=0.0)
     else:
-        digits = _load_digits(weight_rows, first, offset, output_mask, INPUTS, WHOLE_TILES)
-        scale = _load_scales(scales, output, first, offset, output_mask, INPUTS, GROUP, WHOLE_TILES)
+        digits = _load_digits(weight_rows, first, offset, existing, INPUTS)
+        scale = _load_scales(scales, output, first, offset, existing, INPUTS, GROUP)
         weights = (digits.to(tl.float32) - 8) * scale
     return weights.to(DTYPE)
 
 
 @triton.jit
-def _mask(there, output_mask, WHOLE_TILES: tl.constexpr):
-    """What exists of a tile [outputs, columns], given which columns do."""
+def _mask(there, existing):
+    """What exists of a tile [outputs, columns], given which columns and outputs do."""
     mask = there[None, :]
-    if not WHOLE_TILES:
-        mask = mask & output_mask[:, None]
+    if existing is not None:
+        mask = mask & existing[:, None]
     return mask
 
 
 @triton.jit
-def _load_digits(
-    weight_rows, first, offset, output_mask, INPUTS: tl.constexpr, WHOLE_TILES: tl.constexpr
-):
+def _load_digits(weight_rows, first, offset, existing, INPUTS: tl.constexpr):
     """A tile of int4's digits [outputs, inputs], 0 to 15. A byte, which has two, is loaded once."""
     byte = first // 2 + tl.arange(0, offset.shape[0] // 2)
-    mask = _mask(byte < INPUTS // 2, output_mask, WHOLE_TILES)
+    mask = _mask(byte < INPUTS // 2, existing)
     digits = tl.load(weight_rows + byte[None, :], mask=mask, other=0)
     return tl.interleave(digits & 15, digits >> 4)
 
 
 @triton.jit
 def _load_scales(
-    scales,
-    output,
-    first,
-    offset,
-    output_mask,
-    INPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
+    scales, output, first, offset, existing, INPUTS: tl.constexpr, GROUP: tl.constexpr
 ):
     """The scales of a tile of int4 weights [outputs, inputs]. Each is loaded once if a tile has
     whole groups.
@@ -246,13 +216,13 @@ def _load_scales(
     if COLUMNS % GROUP == 0:
         GROUPS: tl.constexpr = COLUMNS // GROUP
         group = first // GROUP + tl.arange(0, GROUPS)
-        mask = _mask(group < INPUTS // GROUP, output_mask, WHOLE_TILES)
+        mask = _mask(group < INPUTS // GROUP, existing)
         each = tl.load(of_outputs + group[None, :], mask=mask, other=0.0)
         each = tl.broadcast_to(each[:, :, None], [output.shape[0], GROUPS, GROUP])
         scale = tl.reshape(each, [output.shape[0], COLUMNS])
     else:
         column = first + offset
-        mask = _mask(column < INPUTS, output_mask, WHOLE_TILES)
+        mask = _mask(column < INPUTS, existing)
         scale = tl.load(of_outputs + column[None, :] // GROUP, mask=mask, other=0.0)
     return scale
 
@@ -403,7 +373,6 @@ def _swiglu_kernel(
         row_mask,
         INPUTS=INPUTS,
         GROUP=GROUP,
-        WHOLE_TILES=True,
         OUTPUT_TILE=2 * HIDDEN_TILE,
         ROW_TILE=ROW_TILE,
         INPUT_TILE=INPUT_TILE,

@@ -49,6 +49,15 @@ class TeacherForced:
         return self.runner.layers_for(self.rows).logits.view(self.rows // 2, 2, -1).clone()
 
     def guided_logits(self, position: int | Tensor, scale: float) -> Tensor:
-        """Float32 [images, vocab_size]."""
+        """What the engine would draw each image's token from, before temperature
+        and filters.
+
+        Args:
+            position: as of `logits`.
+            scale: of the guidance; 1: the conditional logits.
+
+        Returns:
+            float32 [images, vocab_size]
+        """
         conditional, unconditional = self.logits(position).unbind(1)
         return unconditional + (conditional - unconditional) * scale

@@ -107,8 +107,7 @@ def add_quantization_flag(flags: argparse._ActionsContainer) -> None:
         metavar="Q",
         help="quantise the weights of the layers' products while they load: fp8 (half of the "
         "memory of 16 bits; on GPUs from compute capability 8.9 on), int8 (half; closer to the "
-        "original), or int4 (a quarter; experimental) (default: as the checkpoint has "
-        "them)",
+        "original), or int4 (a quarter; experimental) (default: as the checkpoint has them)",
     )
 
 
