@@ -71,7 +71,7 @@ _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _COLD_HEAD_BYTES = 100e6
 _ON_HOPPER = ("fused_", "quantized_")  # sections that only compute capability 9.0 uses
 # what ranks that share a model tune: their heads take the rule's tiles
-_OF_RANKS = ("fused_linear", "fused_project", "fused_swiglu", "attention")
+_OF_RANKS = ("fused_linear", "fused_project", "fused_swiglu")
 _OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
 
 

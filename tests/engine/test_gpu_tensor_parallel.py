@@ -88,13 +88,14 @@ needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs
 
 
 @needs_two_gpus
-@pytest.mark.parametrize("kind", ["nccl", "peer"])
-def test_two_gpus_draw_one_ranks_tokens_from_captured_graphs(kind: ExchangeKind) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("nccl", "GPT-L"), *(("peer", name) for name in SIZES)])
+def test_two_gpus_draw_one_ranks_tokens_from_captured_graphs(kind: ExchangeKind, name: str) -> None:
     """Fails if an exchange within a captured graph reads what another rank has not written yet, or
     has overwritten.
     """
-    expected = greedy_codes("GPT-L", ONE_GPU, eager=False)
-    assert torch.equal(in_its_own_process(codes_on_two_gpus, kind, "GPT-L"), expected)
+    expected = greedy_codes(name, ONE_GPU, eager=False)
+    torch.cuda.empty_cache()
+    assert torch.equal(in_its_own_process(codes_on_two_gpus, kind, name, seconds=240), expected)
 
 
 @needs_two_gpus

@@ -480,7 +480,6 @@ def test_the_tuner_tunes_the_sections_that_it_is_told(
     run("tune_kernels", *words, ranks, "2")
     of_ranks = tune_kernels.stages_of(replace(config, ranks=2), hopper=True)
     assert {(stage.section, stage.key) for stage in of_ranks if stage.section in asked[2]} == {
-        ("attention", (8, 64)),
         ("fused_linear", (1536, 1024)),
         ("fused_project", (1024, 512)),
         ("fused_project", (1024, 1408)),

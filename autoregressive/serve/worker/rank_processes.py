@@ -209,6 +209,7 @@ class LeadingRank(ModelRanks):
     Attributes:
         lost: how a rank was lost, once one is.
         alive: whether all ranks have been heard of in the last half of a second.
+        drop_graphs: called before the exchange ends, which may wait until no graph holds its calls.
     """
 
     def __init__(self, recipe: RankRecipe, on_loss: Callable[[str], None]) -> None:
@@ -217,6 +218,7 @@ class LeadingRank(ModelRanks):
         self.make_runner: RunnerFactory = partial(LeadingRunner, self)
         self.lost: str | None = None
         self.alive = True
+        self.drop_graphs: Callable[[], None] | None = None
         self._store = open_store(self.rank.count)
         self._exchange: Exchange | None = None
         self._failure: UserError | None = None  # of a rank's start
@@ -301,6 +303,8 @@ class LeadingRank(ModelRanks):
             self.lost = self.lost or "the other ranks have been ended"
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self.drop_graphs is not None:
+            self.drop_graphs()
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
@@ -398,6 +402,7 @@ class LeadingRunner(ModelRunner):
         self.ranks = ranks
         fewest = ranks.agree(num_pages)
         super().__init__(gpt, shape, fewest, config, ranks.connect())
+        ranks.drop_graphs = self._graphs.clear
         self._updates: list[BatchUpdate] = []  # that the other ranks have not been told of
         weakref.finalize(self, ranks.stop)
 
