@@ -148,6 +148,7 @@ def save_results(
     loop: Loop,
     quantization: str | None = None,
     kv_cache_dtype: str = "auto",
+    tensor_parallel_size: int = 1,
 ) -> None:
     """Writes every file that was asked for, the grid last. Then prints where it is, and the times.
 
@@ -156,7 +157,7 @@ def save_results(
         pixels: [images, 3, height, width] in -1..1
         seconds: of the sampling, and of the decoding.
         loop: which one drew the codes.
-        quantization, kv_cache_dtype: as of `generation_record`.
+        quantization, kv_cache_dtype, tensor_parallel_size: as of `generation_record`.
 
     Raises:
         UserError: the pixels are not finite, or a file cannot be written; files written before
@@ -175,6 +176,7 @@ def save_results(
         compiled=settings.compile and loop == "naive",  # the engine has no use for it
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
+        tensor_parallel_size=tensor_parallel_size,
     )
     grid = settings.grid(trained=found.trained)
     if settings.codes is not None:

@@ -95,6 +95,7 @@ def served_model(settings: ServerSettings, found: FoundWeights) -> ServedModel:
             loop="paged",
             quantization=settings.engine.quantization,
             kv_cache_dtype=settings.engine.kv_cache_dtype,
+            tensor_parallel_size=settings.engine.tensor_parallel_size,
         ),
     )
 

@@ -142,7 +142,8 @@ class Pipeline:
         """Ends the processes of the other ranks, if several share the model. Nothing can be drawn
         afterwards. The end of this process does it, too.
         """
-        self._ranks.stop()
+        with self._turn:
+            self._ranks.stop()
 
     def __call__(
         self,
@@ -272,6 +273,7 @@ class Pipeline:
             "paged",
             quantization=self.config.quantization,
             kv_cache_dtype=self.config.kv_cache_dtype,
+            tensor_parallel_size=self.config.tensor_parallel_size,
         )
 
     def draw(

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loop="paged",
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
     # The steps do not depend on the ceilings.
     floor = Floor(

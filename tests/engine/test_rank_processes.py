@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from autoregressive.errors import SettingError, UserError
 from autoregressive.models.ranks import Rank
 from autoregressive.models.sampling_params import SamplingParams
 from autoregressive.serve.engine.engine_config import EngineConfig
+from autoregressive.serve.engine.exchange import Exchange
+from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.pipeline import Pipeline
 from autoregressive.serve.worker import rank_processes
 from autoregressive.serve.worker.messages import StartFailed
@@ -317,25 +320,75 @@ def test_a_silent_rank_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert leading.lost is None
 
 
-@pytest.mark.parametrize("hangs", [False, True])
+class FakeEvent:
+    """The end of a span on a GPU, which comes at the third look at it, or never."""
+
+    def __init__(self, comes: bool) -> None:
+        self.comes, self.looks = comes, 0
+
+    def query(self) -> bool:
+        """Whether it has come."""
+        self.looks += 1
+        return self.comes and self.looks >= 3
+
+
+@pytest.mark.parametrize("comes", [True, False])
 def test_a_gpu_finishes_before_the_other_ranks_end(
-    monkeypatch: pytest.MonkeyPatch, hangs: bool
+    monkeypatch: pytest.MonkeyPatch, comes: bool
 ) -> None:
     """Fails if the GPU of rank 0 is left waiting for numbers of ranks that are gone, or a rank that
     hangs keeps rank 0 from its end.
     """
-    done: list[str] = []
-    forever = threading.Event()
+    looks: list[int] = []
+    event = FakeEvent(comes)
+    monkeypatch.setattr(FakeProcess, "kill", lambda process: looks.append(event.looks))
+    monkeypatch.setattr(rank_processes, "_LAST_SPAN_SECONDS", 0.2)
+    with played_rank(monkeypatch) as (leading, _):
+        monkeypatch.setattr(leading, "last_span", event)
+    assert looks == [3] if comes else looks[0] > 3
 
-    def synchronize(device: torch.device) -> None:
-        done.append(f"finished {device}")
-        if hangs:
-            forever.wait()
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(FakeProcess, "kill", lambda process: done.append("ended"))
-    monkeypatch.setattr(rank_processes, "_LAST_SPANS_SECONDS", 0.2)
-    with played_rank(monkeypatch, "cuda:0"):
-        pass
-    assert done == ["finished cuda:0", "ended"]
-    forever.set()
+def test_ranks_go_on_together_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rank 0 leaves a span that the other ranks have begun."""
+    pipe = small_pipeline()
+    greedy = SamplingParams(temperature=0.0)
+    expected = pipe.draw([3, 5], greedy)
+    one_pass, passes = ModelRunner._pass, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            signal.raise_signal(signal.SIGINT)
+        one_pass(*arguments)
+
+    monkeypatch.setattr(ModelRunner, "_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.draw([1], greedy)
+    assert passes > 2
+    assert torch.equal(pipe.draw([3, 5], greedy), expected)
+    pipe.close()
+
+
+def test_a_rank_that_dies_before_the_ranks_meet_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if rank 0 waits for it as for one that is slow."""
+    meet = LeadingRank.connect
+
+    def kill_and_meet(leading: LeadingRank) -> Exchange:
+        (rank,) = other_ranks(os.getpid())
+        os.kill(rank, signal.SIGKILL)
+        return meet(leading)
+
+    monkeypatch.setattr(LeadingRank, "connect", kill_and_meet)
+    begun = time.monotonic()
+    with pytest.raises(RankLostError, match="rank 1 of 2 has died"):
+        small_pipeline()
+    assert time.monotonic() - begun < 30
+    assert other_ranks(os.getpid()) == []
+
+
+def test_pictures_say_how_many_ranks_drew_them() -> None:
+    """Fails if a picture cannot be made again because it does not tell the order of its sums."""
+    pipe = small_pipeline()
+    assert pipe([1]).images[0].record["tensor_parallel_size"] == 2
+    pipe.close()

@@ -103,10 +103,10 @@ class ModelRunner:
         for done, (sequences, window) in enumerate(reversed(self._sizes)):
             self._pass(batch, sequences, window)
             torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # no name besides, which a failure would keep
+            self._graphs[sequences, window] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[sequences, window], pool=pool):
                 self._pass(batch, sequences, window)
-            self._graphs[sequences, window] = graph
             if progress is not None:
                 progress(done + 1, len(self._sizes))
 

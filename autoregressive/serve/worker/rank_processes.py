@@ -10,18 +10,19 @@ ranks cannot go on without one of them, so its loss ends the engine.
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -61,7 +62,8 @@ from autoregressive.weights.loading import load_gpt
 # The service hears of a rank that is silent for so long in time to say so within 2 s.
 _SILENT_SECONDS = 0.5
 _LAST_WORDS_SECONDS = 5.0  # for a rank's last messages to be written
-_LAST_SPANS_SECONDS = 5.0  # for a GPU to finish what it was told, unless another rank hangs
+_LAST_SPAN_SECONDS = 5.0  # for a GPU to finish what it was told, unless another rank hangs
+_POLL_SECONDS = 0.01
 _LOSS_SECONDS = 1.0  # at most from the failure of an exchange until the loss behind it is known
 
 
@@ -209,6 +211,7 @@ class LeadingRank(ModelRanks):
     Attributes:
         lost: how a rank was lost, once one is.
         alive: whether all ranks have been heard of in the last half of a second.
+        last_span: of this rank's GPU.
         drop_graphs: called before the exchange ends, which may wait until no graph holds its calls.
     """
 
@@ -218,6 +221,7 @@ class LeadingRank(ModelRanks):
         self.make_runner: RunnerFactory = partial(LeadingRunner, self)
         self.lost: str | None = None
         self.alive = True
+        self.last_span: torch.cuda.Event | None = None
         self.drop_graphs: Callable[[], None] | None = None
         self._store = open_store(self.rank.count)
         self._exchange: Exchange | None = None
@@ -259,11 +263,27 @@ class LeadingRank(ModelRanks):
         Raises:
             RankLostError: one of them does not come.
         """
-        try:
-            self._exchange = self._recipe.connect(0, self._store)
-        except RuntimeError as error:
-            raise self.explain(error) from error
-        return self._exchange
+        met: list[Exchange | RuntimeError] = []
+
+        def meet() -> None:
+            try:
+                met.append(self._recipe.connect(0, self._store))
+            except RuntimeError as error:
+                met.append(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        # in a thread, because it waits for a rank that has died as for one that is slow
+        threading.Thread(target=meet, name="meeting", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: met or self.lost)
+        if not met:
+            self.require_all()
+        (result,) = met
+        if isinstance(result, RuntimeError):
+            raise self.explain(result) from result
+        self._exchange = result
+        return result
 
     def require_all(self) -> None:
         """Raises `RankLostError` once a rank is lost."""
@@ -298,7 +318,7 @@ class LeadingRank(ModelRanks):
     @override
     def stop(self) -> None:
         if self.lost is None:
-            self._wait_for_spans()
+            self._wait_for_last_span()
         with self._changed:
             self.lost = self.lost or "the other ranks have been ended"
         if threading.current_thread() is not self._thread:
@@ -309,21 +329,16 @@ class LeadingRank(ModelRanks):
             self._exchange.close()
             self._exchange = None
 
-    def _wait_for_spans(self) -> None:
+    def _wait_for_last_span(self) -> None:
         """Waits until this rank's GPU has done what all of them were told. Without the others it
         would wait for their numbers for ever.
         """
-        device = self._recipe.devices[0]
-        if device.type != "cuda":
+        if self.last_span is None:
             return
-
-        def work() -> None:
-            with suppress(RuntimeError):  # of CUDA: nothing goes on there
-                torch.cuda.synchronize(device)
-
-        waiting = threading.Thread(target=work, daemon=True)
-        waiting.start()
-        waiting.join(_LAST_SPANS_SECONDS)
+        deadline = time.monotonic() + _LAST_SPAN_SECONDS
+        with suppress(RuntimeError):  # of CUDA: nothing goes on there
+            while not self.last_span.query() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
 
     def _watch(self) -> None:
         processes: list[ChildProcess] = []
@@ -423,12 +438,32 @@ class LeadingRunner(ModelRunner):
         Raises:
             RankLostError: a rank is lost, or this one could not do what the others do.
         """
-        self.ranks.send([*self._updates, Span(rows, images, passes, window)])
-        self._updates.clear()
-        try:
-            super().run(batch, rows, images, passes, window)
-        except Exception as error:
-            raise self.ranks.explain(error) from error
+        with _interrupt_held():  # else the others would have begun what this rank has not
+            self.ranks.send([*self._updates, Span(rows, images, passes, window)])
+            self._updates.clear()
+            try:
+                super().run(batch, rows, images, passes, window)
+                if self.device.type == "cuda":
+                    self.ranks.last_span = torch.cuda.current_stream(self.device).record_event()
+            except Exception as error:
+                raise self.ranks.explain(error) from error
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Lets Ctrl-C interrupt after the block what it would have interrupted in it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *received: held.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])
 
 
 def start_ranks(
