@@ -164,10 +164,11 @@ class PeerExchange(Exchange):
     @override
     def collect(self, own: Tensor, terms: Tensor) -> Tensor:
         shared, _ = self._shared_like(own)
+        # torch's `one_shot_all_reduce_copy_out` would copy, too, but tells the other ranks that a
+        # block's numbers are there before all warps of the block have written theirs.
+        shared.copy_(own)
         total = terms[:1]
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(
-            shared, own, "sum", _PEERS, total.view(own.shape)
-        )
+        torch.ops.symm_mem.one_shot_all_reduce_out(shared, "sum", _PEERS, total.view(own.shape))
         return total
 
     @override
