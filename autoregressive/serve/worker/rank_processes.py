@@ -263,12 +263,12 @@ class LeadingRank(ModelRanks):
         Raises:
             RankLostError: one of them does not come.
         """
-        met: list[Exchange | RuntimeError] = []
+        met: list[Exchange | Exception] = []
 
         def meet() -> None:
             try:
                 met.append(self._recipe.connect(0, self._store))
-            except RuntimeError as error:
+            except Exception as error:
                 met.append(error)
             with self._changed:
                 self._changed.notify_all()
@@ -280,7 +280,7 @@ class LeadingRank(ModelRanks):
         if not met:
             self.require_all()
         (result,) = met
-        if isinstance(result, RuntimeError):
+        if isinstance(result, Exception):
             raise self.explain(result) from result
         self._exchange = result
         return result
