@@ -31,15 +31,10 @@ from autoregressive.serve.engine.exchange import Exchange
 from autoregressive.serve.engine.model_runner import ModelRunner
 from autoregressive.serve.pipeline import Pipeline
 from autoregressive.serve.worker import rank_processes
+from autoregressive.serve.worker.following_rank import Prepare, RankLoaded, RankRecipe
 from autoregressive.serve.worker.messages import StartFailed
 from autoregressive.serve.worker.process import connect
-from autoregressive.serve.worker.rank_processes import (
-    LeadingRank,
-    Prepare,
-    RankLoaded,
-    RankLostError,
-    RankRecipe,
-)
+from autoregressive.serve.worker.rank_processes import LeadingRank, RankLostError
 from autoregressive.serve.worker.transport import encode, receive
 from autoregressive.weights.checkpoint import CheckpointError
 from autoregressive.weights.finding import FoundWeights, ModelSettings, check_ranks, resolve_model

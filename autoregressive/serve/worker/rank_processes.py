@@ -1,9 +1,8 @@
-"""The processes of the ranks that share one model (tensor parallelism): one a device.
+"""The ranks that share one model (tensor parallelism): one process a device.
 
 Rank 0 is the process that owns the engine: it alone has the scheduler, the requests and the
-tokenizer. It starts the others, which have their part of the model, a batch and a runner. Before
-each span rank 0 sends them what it has changed in its batch and how many passes follow, and no
-answer is waited for. All ranks draw the same tokens from the same logits, so nothing comes back.
+tokenizer. It starts the others (following_rank.py). Before each span it sends them what it has
+changed in its batch and how many passes follow, and no answer is waited for.
 
 A rank says that it lives by heartbeats, and that it has ended by the end of its connection. The
 ranks cannot go on without one of them, so its loss ends the engine.
@@ -12,13 +11,12 @@ ranks cannot go on without one of them, so its loss ends the engine.
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,153 +24,48 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch.distributed import Store
 from typing_extensions import override
 
-from autoregressive.devices import limit_cpu_threads, rank_devices
+from autoregressive.devices import rank_devices
 from autoregressive.errors import UserError, tell
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.ranks import ALONE, Rank
+from autoregressive.models.ranks import ALONE
 from autoregressive.serve.engine.batch import Batch, BatchShape, BatchUpdate
 from autoregressive.serve.engine.engine import RunnerFactory
 from autoregressive.serve.engine.engine_config import EngineConfig
 from autoregressive.serve.engine.exchange import (
     Exchange,
-    ExchangeKind,
     choose_exchange,
-    connect,
-    join_store,
     open_store,
 )
-from autoregressive.serve.engine.memory import pool_pages, saying_what_needs_less_memory
 from autoregressive.serve.engine.model_runner import ModelRunner
-from autoregressive.serve.worker.messages import Heartbeat, StartFailed
-from autoregressive.serve.worker.process import ChildProcess, settle_heap, start_child
+from autoregressive.serve.worker.following_rank import (
+    FROM_RANK,
+    LOSS_SECONDS,
+    Prepare,
+    RankLoaded,
+    RankRecipe,
+    Span,
+    follow,
+)
+from autoregressive.serve.worker.messages import StartFailed
+from autoregressive.serve.worker.process import ChildProcess, start_child
 from autoregressive.serve.worker.transport import (
     TICK_SECONDS,
     AwakeClock,
-    Outbox,
     encode,
     receive,
-    start_heartbeats,
 )
 from autoregressive.weights.finding import ModelSettings, check_ranks
-from autoregressive.weights.loading import load_gpt
 
 # The service hears of a rank that is silent for so long in time to say so within 2 s.
 _SILENT_SECONDS = 0.5
-_LAST_WORDS_SECONDS = 5.0  # for a rank's last messages to be written
 _LAST_SPAN_SECONDS = 5.0  # for a GPU to finish what it was told, unless another rank hangs
-_POLL_SECONDS = 0.01
-_LOSS_SECONDS = 1.0  # at most from the failure of an exchange until the loss behind it is known
-
-
-@dataclass(frozen=True)
-class RankLoaded:
-    """A rank's message: its part is loaded, and its memory holds so many pages."""
-
-    num_pages: int
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Rank 0's message: each rank has so many pages. They may meet now."""
-
-    num_pages: int
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rank 0's message: the arguments of `Runner.run`."""
-
-    rows: int
-    images: int
-    passes: int
-    window: int
-
-
-_TO_RANK: dict[str, type] = {kind.__name__: kind for kind in (Prepare, BatchUpdate, Span)}
-_FROM_RANK: dict[str, type] = {kind.__name__: kind for kind in (RankLoaded, StartFailed, Heartbeat)}
+_POLL_SECONDS = 0.01  # between two looks whether it has
 
 
 class RankLostError(ChildProcessError):
     """The ranks cannot go on, because one of them has died or is out of step with the others."""
-
-
-@dataclass(frozen=True)
-class RankRecipe:
-    """What the ranks are built of."""
-
-    model: ModelSettings
-    checkpoint: Path | None  # of the transformer; None: random weights
-    config: EngineConfig
-    devices: tuple[torch.device, ...]  # by rank
-    exchange: ExchangeKind
-
-    def rank(self, number: int) -> Rank:
-        """One of the ranks."""
-        return Rank(number, len(self.devices))
-
-    def connect(self, number: int, store: Store) -> Exchange:
-        """Joins the ranks as one of them; waits for the others."""
-        return connect(self.exchange, store, self.rank(number), self.devices[number])
-
-
-def follow(recipe: RankRecipe, number: int, port: int, connection: socket.socket) -> None:
-    """The life of a rank other than 0: it does what rank 0 tells until its connection ends.
-
-    Args:
-        port: of the store by which the ranks find each other.
-
-    Raises:
-        SystemExit: its part could not be loaded, for a reason that the user can mend.
-        EOFError: rank 0 has gone.
-        Exception: it cannot go on.
-    """
-    outbox = Outbox(connection, "events")
-    start_heartbeats(outbox)
-    device = recipe.devices[number]
-    try:
-        with (
-            saying_what_needs_less_memory(replace(recipe.model, device=device), recipe.config),
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-        ):
-            _follow(recipe, number, port, connection, outbox)
-    except UserError as error:
-        outbox.put(StartFailed(error.parts, error.remedies))
-        sys.exit(2)
-    except RuntimeError:
-        # Another rank's loss shows here, too, and rank 0 then ends this process. It tells nothing
-        # of its own meanwhile.
-        time.sleep(_LOSS_SECONDS)
-        raise
-    finally:
-        outbox.close(_LAST_WORDS_SECONDS)
-
-
-def _follow(
-    recipe: RankRecipe, number: int, port: int, connection: socket.socket, outbox: Outbox
-) -> NoReturn:
-    config, device = recipe.config, recipe.devices[number]
-    model = replace(recipe.model, device=device)
-    gpt = load_gpt(model, recipe.checkpoint, rank=recipe.rank(number))
-    limit_cpu_threads(gpt.config, device, config.engines_on_cpu)
-    shape = BatchShape.of(config.max_num_seqs, gpt.config.block_size, config.page_size)
-    batch = Batch(shape, device)
-    outbox.put(RankLoaded(pool_pages(gpt, shape, config)))
-    (prepare,) = receive(connection, _TO_RANK)
-    exchange = recipe.connect(number, join_store(port, recipe.rank(number).count))
-    runner = ModelRunner(gpt, shape, prepare.num_pages, config, exchange)
-    runner.prepare(batch)
-    settle_heap()
-    with torch.no_grad():
-        while True:
-            for message in receive(connection, _TO_RANK):
-                match message:
-                    case BatchUpdate():
-                        batch.follow(message)
-                    case Span(rows=rows, images=images, passes=passes, window=window):
-                        runner.run(batch, rows, images, passes, window)
 
 
 class ModelRanks:
@@ -309,7 +202,7 @@ class LeadingRank(ModelRanks):
         its consequences, or the error.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.lost, _LOSS_SECONDS)
+            self._changed.wait_for(lambda: self.lost, LOSS_SECONDS)
             if self.lost is None:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 self.lost = f"the ranks are out of step with each other ({reason})"
@@ -362,7 +255,7 @@ class LeadingRank(ModelRanks):
 
     def _take(self, connection: socket.socket) -> None:
         try:
-            messages = receive(connection, _FROM_RANK)
+            messages = receive(connection, FROM_RANK)
         except EOFError:
             self._lose(f"rank {self._connections[connection]} of {self.rank.count} has died")
             return
