@@ -37,33 +37,29 @@ def generation_record(
         kv_cache_dtype: of the engine's pages.
         tensor_parallel_size: ranks that share the model, whose number changes the order of sums.
     """
-    ranks = {} if tensor_parallel_size == 1 else {"tensor_parallel_size": tensor_parallel_size}
-    return (
-        {
-            "program": PROGRAM,
-            "version": program_version(),
-            "torch": torch.__version__,
-            "device": device_name(model.device),
-            "loop": loop,
-            "trained": found.trained,
-            "model": model.gpt_model,
-            "weights": weights_name(found.gpt),
-            "ema": model.ema,
-            "tokenizer": model.vq_model,
-            "tokenizer_weights": weights_name(found.vq),
-            "image_size": model.image_size,
-            "downsample_size": model.downsample_size,
-            "codebook_size": model.codebook_size,
-            "codebook_embed_dim": model.codebook_embed_dim,
-            "num_classes": model.num_classes,
-            "precision": next(
-                name for name, dtype in PRECISIONS.items() if dtype == model.precision
-            ),
-            "compile": compiled,
-        }
-        | quantized_record(found, quantization, kv_cache_dtype)
-        | ranks
-    )
+    record = {
+        "program": PROGRAM,
+        "version": program_version(),
+        "torch": torch.__version__,
+        "device": device_name(model.device),
+        "loop": loop,
+        "trained": found.trained,
+        "model": model.gpt_model,
+        "weights": weights_name(found.gpt),
+        "ema": model.ema,
+        "tokenizer": model.vq_model,
+        "tokenizer_weights": weights_name(found.vq),
+        "image_size": model.image_size,
+        "downsample_size": model.downsample_size,
+        "codebook_size": model.codebook_size,
+        "codebook_embed_dim": model.codebook_embed_dim,
+        "num_classes": model.num_classes,
+        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.precision),
+        "compile": compiled,
+    } | quantized_record(found, quantization, kv_cache_dtype)
+    if tensor_parallel_size > 1:
+        record["tensor_parallel_size"] = tensor_parallel_size
+    return record
 
 
 def quantized_record(
