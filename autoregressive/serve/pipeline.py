@@ -139,8 +139,9 @@ class Pipeline:
         return cls(settings, found, engine or EngineConfig())
 
     def close(self) -> None:
-        """Ends the processes of the other ranks, if several share the model. Nothing can be drawn
-        afterwards. The end of this process does it, too.
+        """Ends the processes of the other ranks, if several share the model, when the call of
+        another thread is done. Nothing can be drawn afterwards. The end of this process does it,
+        too.
         """
         with self._turn:
             self._ranks.stop()

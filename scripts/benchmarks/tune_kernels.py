@@ -70,7 +70,8 @@ _CONTEXTS = (96, 288, 480)
 _COLD_BYTES = 300e6  # weights of a chain: several times the second-level cache
 _COLD_HEAD_BYTES = 100e6
 _ON_HOPPER = ("fused_", "quantized_")  # sections that only compute capability 9.0 uses
-# what ranks that share a model tune: their heads take the rule's tiles
+# What ranks that share a model tune. Their attention has the tiles of the nearest number of heads,
+# and their part of the output head has the rule's.
 _OF_RANKS = ("fused_linear", "fused_project", "fused_swiglu")
 _OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
 

@@ -103,7 +103,7 @@ class ModelRunner:
         for done, (sequences, window) in enumerate(reversed(self._sizes)):
             self._pass(batch, sequences, window)
             torch.cuda.synchronize(self.device)
-            # no name besides, which a failure would keep
+            # Nothing else holds the graph, so that it is freed with the others if this fails.
             self._graphs[sequences, window] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graphs[sequences, window], pool=pool):
                 self._pass(batch, sequences, window)
