@@ -28,6 +28,7 @@ _LITTLE_SHARED_MEMORY = (
     (12, 0),
     (12, 1),
 )
+_MULTIPROCESSORS = 132  # of an H100 or H200
 Tiles = TypeVar("Tiles")
 
 
@@ -84,24 +85,25 @@ def attention_rule(heads: int, head_size: int, table: "TileTable") -> AttentionT
 
 
 def fused_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
-    """Gives a program sixty-four outputs, and splits the inputs until there are a hundred programs,
-    as long as each has two tiles.
+    """Gives a program sixty-four outputs, and splits the inputs until there is a program for every
+    multiprocessor, as long as each has two tiles.
     """
     splits = 1
-    while splits < 4 and outputs // 64 * splits < 100 and inputs >= 256 * splits:
+    while splits < 4 and outputs // 64 * splits < _MULTIPROCESSORS and inputs >= 256 * splits:
         splits *= 2
-    return FusedTiles(outputs=64, inputs=64, splits=splits, stages=8, warps=4)
+    tile, stages = (128, 5) if inputs >= 256 * splits else (64, 8)
+    return FusedTiles(outputs=64, inputs=tile, splits=splits, stages=stages, warps=4)
 
 
 def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
     """The rule of products whose result nothing adds up."""
-    return lambda *_: FusedTiles(outputs, inputs=64, splits=1, stages=8, warps=4)
+    return lambda *_: FusedTiles(outputs, inputs=128, splits=1, stages=4, warps=4)
 
 
 def quantized_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
     """As `fused_rule`, by tiles of a block of paired inputs."""
-    splits = 1
-    while splits < 4 and outputs // 64 * splits < 100 and inputs >= 4 * PAIRED_INPUTS * splits:
+    splits, least = 1, 4 * PAIRED_INPUTS
+    while splits < 4 and outputs // 64 * splits < _MULTIPROCESSORS and inputs >= least * splits:
         splits *= 2
     return FusedTiles(outputs=64, inputs=PAIRED_INPUTS, splits=splits, stages=8, warps=4)
 

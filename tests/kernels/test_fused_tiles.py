@@ -134,13 +134,13 @@ def test_measured_settings_are_found(model: str) -> None:
 @pytest.mark.parametrize("inputs", [64, 200, 256, 512, 768, 1336, 3200, 8704])
 def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None:
     """Fails if no cluster has such a size, or inputs are split below two tiles a program or though
-    programs are many.
+    every multiprocessor has a program.
     """
     tiles = TileTable().find(FUSED_PROJECT, outputs, inputs)
     check_runs("fused_project", inputs, tiles)
     if tiles.splits > 1:
         assert tiles.tiles(inputs) >= 2
-        assert outputs // tiles.outputs * (tiles.splits // 2) < 100
+        assert outputs // tiles.outputs * (tiles.splits // 2) < 132
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
