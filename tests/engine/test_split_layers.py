@@ -53,6 +53,26 @@ def test_ranks_draw_llamagens_tokens(name: str, make_runner: RunnerFactory) -> N
     assert np.array_equal(codes, expected)
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if "head100" not in name])
+def test_ranks_draw_llamagens_tokens_by_a_librarys_products(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails as the test above, where passes of many rows take the products of cuBLAS."""
+    calls: list[torch.dtype] = []
+
+    def mm(x: Tensor, weight: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> None:
+        """A CPU's product, which has no `out_dtype`."""
+        assert out.dtype == (out_dtype or x.dtype)
+        out.copy_(x @ weight)
+        calls.append(out.dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(LayersFactory, "kind", lambda factory, rows: SplitLibraryLayers)
+    codes, expected = engine_codes(name, CPU, "torch", ThreadedRanks)
+    assert np.array_equal(codes, expected)
+    assert calls
+
+
 @pytest.mark.parametrize("lookahead", [3, "auto"])
 @pytest.mark.parametrize(("ranks", "head_size"), [(2, 64), (4, 64), (2, 100)])
 def test_ranks_draw_one_ranks_codes_whatever_runs_beside(
@@ -147,7 +167,8 @@ def test_the_kernels_take_every_part(name: str, itemsize: int) -> None:
         factory = LayersFactory(part, torch.float32, operations, library=True)
         assert factory.kind(64) is SplitLayers
         assert factory.kind(65) is SplitLibraryLayers
-        assert factory.plan([(64, 1), (512, 1)]).bytes > 0
+        one_term, own_logits = 512 * part.dim, 512 * part.vocabulary_of_rank
+        assert factory.plan([(64, 1), (512, 1)]).shared == {"terms": max(one_term, own_logits)}
         fused = triton_operations(
             table, part.heads_of_rank, part.head_size, launch_pdl=True, hopper=True
         )

@@ -242,13 +242,17 @@ class PlainLayers(Layers):
     def _allocate(self, empty: Empty) -> None:
         width, heads, ffn = self.config.dim, self.config.width_of_rank, self.config.ffn_of_rank
         self.qkv = self._partials(empty, "qkv", 3 * heads, width)
-        self.projected = self._partials(empty, "projected", width, heads)
-        self.down = self._partials(empty, "down", width, ffn)
+        self.projected = self._terms(empty, "projected", width, heads)
+        self.down = self._terms(empty, "down", width, ffn)
 
     def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
         """Memory for what `product` writes."""
         splits = self.operations.linear_splits(outputs, inputs)
         return empty(name, (splits, self.rows, outputs), torch.float32)
+
+    def _terms(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+        """Memory for what `project` writes."""
+        return self._partials(empty, name, outputs, inputs)
 
     @override
     def layer(
@@ -261,16 +265,16 @@ class PlainLayers(Layers):
     ) -> None:
         self.product(self.normed, layer.qkv, self.qkv)
         self.attend(kv_pages, rotary, batch)
-        self.product(self.attn_out, layer.output, self.projected)
+        self.project(self.attn_out, layer.output, self.projected)
         self.add(self.projected, layer.ffn_norm)
         self.gated_product(layer.gate_up)
-        self.product(self.hidden, layer.down, self.down)
+        self.project(self.hidden, layer.down, self.down)
         self.add(self.down, next_norm)
 
-    def add(self, partials: Tensor, next_norm: Tensor) -> None:
-        """Adds partial sums [terms, rows, width] to the residual stream, and norms it."""
+    def add(self, terms: Tensor, next_norm: Tensor) -> None:
+        """Adds terms [terms, rows, width] to the residual stream, and norms it."""
         eps = self.config.norm_eps
-        self.operations.add_norm(self.residual, partials, next_norm, self.normed, eps=eps)
+        self.operations.add_norm(self.residual, terms, next_norm, self.normed, eps=eps)
 
     @override
     def head(self, head: Tensor) -> None:
@@ -279,6 +283,10 @@ class PlainLayers(Layers):
     def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         """Writes x W^T as partial sums [splits, rows, outputs]."""
         self.operations.linear(x, weight, out)
+
+    def project(self, x: Tensor, weight: Weights, out: Tensor) -> None:
+        """Writes x W^T as terms for `add` [terms, rows, width]."""
+        self.product(x, weight, out)
 
     def whole_product(self, weight: Tensor, out: Tensor) -> None:
         """Writes `normed` W^T as float32 [rows, outputs]."""
@@ -319,25 +327,31 @@ class SplitLayers(PlainLayers):
     """Carries out one rank's part of a model that several ranks share.
 
     Before the residual stream is added to, and behind the head, the ranks exchange what they have.
-    From there on all of them hold the same bits.
+    From there on all of them hold the same bits. What they exchange for a sum is one term of each:
+    the product is written in one piece, because all splits would be many times the bytes.
     """
 
     def _allocate(self, empty: Empty) -> None:
         super()._allocate(empty)
         config, rows = self.config, self.rows
-        splits = max(len(self.projected), len(self.down))
-        self.terms = empty("terms", (splits, config.ranks, rows, config.dim), torch.float32)
+        self.terms = empty("terms", (config.ranks, rows, config.dim), torch.float32)
         part = rows, config.vocabulary_of_rank
         self.own_logits = empty("own_logits", part, torch.float32)
         self.parts = empty("parts", (config.ranks, *part), torch.float32)
-        self.shared = {TERMS: max(splits * rows * config.dim, self.own_logits.numel())}
+        self.shared = {TERMS: max(rows * config.dim, self.own_logits.numel())}
 
     @override
-    def add(self, partials: Tensor, next_norm: Tensor) -> None:
+    def _terms(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
+        return empty(name, (1, self.rows, outputs), torch.float32)
+
+    @override
+    def project(self, x: Tensor, weight: Weights, out: Tensor) -> None:
+        self.operations.whole_linear(x, weight, out[0])
+
+    @override
+    def add(self, terms: Tensor, next_norm: Tensor) -> None:
         assert self.exchange is not None
-        memory = self.terms[: len(partials)].view(self.config.ranks, *partials.shape)
-        terms = self.exchange.collect(partials, memory)
-        super().add(terms.flatten(0, 1), next_norm)
+        super().add(self.exchange.collect(terms[0], self.terms), next_norm)
 
     @override
     def head(self, head: Tensor) -> None:
@@ -351,11 +365,8 @@ class SplitLayers(PlainLayers):
 class SplitLibraryLayers(SplitLayers, LibraryLayers):
     """The same with the products of cuBLAS. The terms of sums over ranks are float32."""
 
-    def _partials(self, empty: Empty, name: str, outputs: int, inputs: int) -> Tensor:
-        return empty(name, (1, self.rows, outputs), torch.float32)
-
     @override
-    def product(self, x: Tensor, weight: Weights, out: Tensor) -> None:
+    def project(self, x: Tensor, weight: Weights, out: Tensor) -> None:
         assert isinstance(weight, Tensor)
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out[0])
 
