@@ -224,7 +224,7 @@ def add_norm(
 
     Args:
         residual: float32 [rows, width], updated.
-        partials: [splits, rows, width]
+        partials: [splits, rows, width]; or of ranks [ranks, rows, width], a whole term of each.
         norm_weight: [width]
         normed: [rows, width], written: x / rms(x) * norm_weight.
     """

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from kernels.attention import AttentionTiles
-from kernels.hopper.products import FusedTiles
+from kernels.hopper.products import MULTIPROCESSORS, FusedTiles
 from kernels.linear import LinearTiles, SwigluTiles
 from kernels.quantization import PAIRED_INPUTS, Weights
 
@@ -28,7 +28,6 @@ _LITTLE_SHARED_MEMORY = (
     (12, 0),
     (12, 1),
 )
-_MULTIPROCESSORS = 132  # of an H100 or H200
 Tiles = TypeVar("Tiles")
 
 
@@ -86,13 +85,14 @@ def attention_rule(heads: int, head_size: int, table: "TileTable") -> AttentionT
 
 def fused_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
     """Gives a program sixty-four outputs, and splits the inputs until there is a program for every
-    multiprocessor, as long as each has two tiles.
+    multiprocessor, as long as each has 128 of them. A tile has 128 inputs where each program has
+    two such tiles, else 64.
     """
     splits = 1
-    while splits < 4 and outputs // 64 * splits < _MULTIPROCESSORS and inputs >= 256 * splits:
+    while splits < 4 and outputs // 64 * splits < MULTIPROCESSORS and inputs >= 256 * splits:
         splits *= 2
-    tile, stages = (128, 5) if inputs >= 256 * splits else (64, 8)
-    return FusedTiles(outputs=64, inputs=tile, splits=splits, stages=stages, warps=4)
+    tile_inputs, stages = (128, 5) if inputs >= 256 * splits else (64, 8)
+    return FusedTiles(outputs=64, inputs=tile_inputs, splits=splits, stages=stages, warps=4)
 
 
 def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
@@ -103,7 +103,7 @@ def _unsplit(outputs: int) -> Callable[[int, int, "TileTable"], FusedTiles]:
 def quantized_rule(outputs: int, inputs: int, table: "TileTable") -> FusedTiles:
     """As `fused_rule`, by tiles of a block of paired inputs."""
     splits, least = 1, 4 * PAIRED_INPUTS
-    while splits < 4 and outputs // 64 * splits < _MULTIPROCESSORS and inputs >= least * splits:
+    while splits < 4 and outputs // 64 * splits < MULTIPROCESSORS and inputs >= least * splits:
         splits *= 2
     return FusedTiles(outputs=64, inputs=PAIRED_INPUTS, splits=splits, stages=8, warps=4)
 
@@ -153,7 +153,7 @@ class TileTable:
     # by a section's name, then by the two keys of the section
     measured: Mapping[str, Mapping[tuple[int, int], Any]] = field(default_factory=dict)
     itemsize: int = 2  # bytes of a weight, and of a key
-    shared_memory: int = 163 * 1024  # bytes that a program may have; the rules keep to it
+    shared_memory: int = 163 * 1024  # bytes that a program of kernels for all GPUs may have
 
     def find(self, section: Section[Tiles], first: int, second: int) -> Tiles:
         """The setting for the two keys of a section: the measured one, else what its rule says."""

@@ -35,6 +35,7 @@ from kernels.hopper.cluster import (
 )
 from kernels.hopper.products import (
     HEADROOM,
+    MULTIPROCESSORS,
     SHARED_MEMORY,
     SQUARES_BLOCK,
     FusedTiles,
@@ -48,7 +49,6 @@ _OUTPUT_TILE = gl.constexpr(128)  # of the gated product, gates and ups together
 _INPUT_TILE = gl.constexpr(64)
 _GROUP = gl.constexpr(8)  # hidden units whose gates lie beside their ups in a tile
 _MOST_STAGES = 6
-MULTIPROCESSORS = 132  # of an H100 or H200; it decides nothing but speed
 
 
 @aggregate

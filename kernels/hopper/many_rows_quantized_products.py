@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.hopper.many_rows_products import MULTIPROCESSORS, row_scales_of_many, stages_of
+from kernels.hopper.many_rows_products import row_scales_of_many, stages_of
 from kernels.hopper.products import (
+    MULTIPROCESSORS,
     SHARED_MEMORY,
     SQUARES_BLOCK,
     FusedTiles,

@@ -73,7 +73,7 @@ _ON_HOPPER = ("fused_", "quantized_")  # sections that only compute capability 9
 # What ranks that share a model tune. Their attention has the tiles of the nearest number of heads,
 # and their part of the output head has the rule's.
 _OF_RANKS = ("fused_linear", "fused_project", "fused_swiglu")
-_OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer has
+_OF_HEAD = ("whole_linear", "fused_head")  # sections of what no layer of one GPU has
 
 
 class NoOtherRank(Exchange):

@@ -23,6 +23,7 @@ from autoregressive.serve.engine.layers import (
     FusedSplitLayers,
     Layers,
     LayersFactory,
+    ScratchPlan,
     SplitLayers,
     SplitLibraryLayers,
 )
@@ -58,19 +59,20 @@ def test_ranks_draw_llamagens_tokens_by_a_librarys_products(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails as the test above, where passes of many rows take the products of cuBLAS."""
-    calls: list[torch.dtype] = []
+    asked: list[torch.dtype | None] = []
 
     def mm(x: Tensor, weight: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> None:
         """A CPU's product, which has no `out_dtype`."""
-        assert out.dtype == (out_dtype or x.dtype)
         out.copy_(x @ weight)
-        calls.append(out.dtype)
+        asked.append(out_dtype)
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(LayersFactory, "kind", lambda factory, rows: SplitLibraryLayers)
     codes, expected = engine_codes(name, CPU, "torch", ThreadedRanks)
     assert np.array_equal(codes, expected)
-    assert calls
+    # of each layer the output and the down product, and the head, beside two other products
+    layers = reference_model(name)[0].config.n_layer
+    assert asked.count(torch.float32) * (4 * layers + 1) == len(asked) * (2 * layers + 1) > 0
 
 
 @pytest.mark.parametrize("lookahead", [3, "auto"])
@@ -180,6 +182,22 @@ def test_the_kernels_take_every_part(name: str, itemsize: int) -> None:
         terms = ranks * 512 * part.dim
         logits = 512 * part.vocab_size
         assert shared == {"attention": terms, "ffn": terms, "logits": logits}
+
+
+@pytest.mark.parametrize(("rows", "qkv"), [(64, torch.float32), (65, torch.bfloat16)])
+def test_a_rank_sends_one_float32_term(rows: int, qkv: torch.dtype) -> None:
+    """Fails if ranks exchange the partial sums of all splits, or round their terms."""
+    part = replace(GPT_SHAPES["GPT-3B"], ranks=2)
+    operations = triton_operations(
+        TileTable(), part.heads_of_rank, part.head_size, launch_pdl=False
+    )
+    factory = LayersFactory(part, torch.bfloat16, operations, library=True)
+    layers = factory.make(rows, 1, ScratchPlan().count)
+    assert isinstance(layers, SplitLayers)
+    assert layers.qkv.dtype == qkv
+    for term in (layers.projected, layers.down):
+        assert term.dtype == torch.float32
+        assert term.shape == (1, rows, part.dim)
 
 
 def test_an_engine_without_its_ranks_is_refused() -> None:

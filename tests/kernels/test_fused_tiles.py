@@ -143,6 +143,21 @@ def test_the_rule_splits_no_further_than_pays(outputs: int, inputs: int) -> None
         assert outputs // tiles.outputs * (tiles.splits // 2) < 132
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tiles"),
+    [
+        (3200, 4352, FusedTiles(outputs=64, inputs=128, splits=4, stages=5, warps=4)),
+        (9600, 3200, FusedTiles(outputs=64, inputs=128, splits=1, stages=5, warps=4)),
+        (768, 384, FusedTiles(outputs=64, inputs=64, splits=2, stages=8, warps=4)),
+    ],
+)
+def test_the_rule_fills_the_multiprocessors(outputs: int, inputs: int, tiles: FusedTiles) -> None:
+    """Fails if a model that was not measured runs by fewer programs or narrower tiles than it
+    could: GPT-3B took 1.8 times as long by them.
+    """
+    assert TileTable().find(FUSED_PROJECT, outputs, inputs) == tiles
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     """Fails if a section is written and not read, or read and not written, or a setting ends up
     under another shape.

@@ -272,7 +272,7 @@ class PlainLayers(Layers):
         self.add(self.down, next_norm)
 
     def add(self, terms: Tensor, next_norm: Tensor) -> None:
-        """Adds terms [terms, rows, width] to the residual stream, and norms it."""
+        """Adds terms [count, rows, width] to the residual stream, and norms it."""
         eps = self.config.norm_eps
         self.operations.add_norm(self.residual, terms, next_norm, self.normed, eps=eps)
 
@@ -285,7 +285,7 @@ class PlainLayers(Layers):
         self.operations.linear(x, weight, out)
 
     def project(self, x: Tensor, weight: Weights, out: Tensor) -> None:
-        """Writes x W^T as terms for `add` [terms, rows, width]."""
+        """Writes x W^T as terms [count, rows, width], which `add` takes."""
         self.product(x, weight, out)
 
     def whole_product(self, weight: Tensor, out: Tensor) -> None:
@@ -327,14 +327,14 @@ class SplitLayers(PlainLayers):
     """Carries out one rank's part of a model that several ranks share.
 
     Before the residual stream is added to, and behind the head, the ranks exchange what they have.
-    From there on all of them hold the same bits. What they exchange for a sum is one term of each:
-    the product is written in one piece, because all splits would be many times the bytes.
+    From there on all of them hold the same bits. Each rank sends one term of a sum. So its product
+    is written in one piece: the partial sums of all splits would be many times as many bytes.
     """
 
     def _allocate(self, empty: Empty) -> None:
         super()._allocate(empty)
         config, rows = self.config, self.rows
-        self.terms = empty("terms", (config.ranks, rows, config.dim), torch.float32)
+        self.terms_of_ranks = empty("terms", (config.ranks, rows, config.dim), torch.float32)
         part = rows, config.vocabulary_of_rank
         self.own_logits = empty("own_logits", part, torch.float32)
         self.parts = empty("parts", (config.ranks, *part), torch.float32)
@@ -351,7 +351,7 @@ class SplitLayers(PlainLayers):
     @override
     def add(self, terms: Tensor, next_norm: Tensor) -> None:
         assert self.exchange is not None
-        super().add(self.exchange.collect(terms[0], self.terms), next_norm)
+        super().add(self.exchange.collect(terms[0], self.terms_of_ranks), next_norm)
 
     @override
     def head(self, head: Tensor) -> None:
