@@ -5,6 +5,7 @@ with.
 import json
 import os
 import re
+import signal
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
@@ -35,8 +36,11 @@ _STARTERS = re.compile(
 
 def pytest_configure() -> None:
     """Where processes share the work (`pytest -n`), each and what it starts gets one thread: more
-    would wait for each other.
+    would wait for each other. Ctrl-C interrupts the tests that send it also where the shell has
+    started pytest in its background, and so without.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
