@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import resource
+import select
 import selectors
 import socket
 import subprocess
@@ -228,8 +229,12 @@ def test_drawings_do_not_take_all_connections(tmp_path: Path) -> None:
         body = {"prompt": "cat", "n": 1}
 
         def draw() -> None:
-            with httpx2.Client(base_url=service.url, timeout=60) as client:
-                statuses[client.post("/v1/codes", json=body).status_code] += 1
+            """Draws once the connections that look at the gauges leave room for it."""
+            status = 503
+            while status == 503:
+                with httpx2.Client(base_url=service.url, timeout=60) as client:
+                    status = client.post("/v1/codes", json=body).status_code
+            statuses[status] += 1
 
         callers = [threading.Thread(target=draw, daemon=True) for _ in range(17)]
         # One after the other: a connection that has not sent its request yet may be shed for a new
@@ -246,6 +251,30 @@ def test_drawings_do_not_take_all_connections(tmp_path: Path) -> None:
         for caller in callers:
             caller.join(30)
         assert statuses == {200: 17}
+
+
+def test_bodies_that_come_at_once_do_not_take_all_connections(tmp_path: Path) -> None:
+    """Fails if requests are counted only before their bodies have come."""
+    with running_service(
+        tmp_path, "--max-connections", "20", "--max-num-seqs", "2", "--step-timeout", "600"
+    ) as service:
+        service.faults.set("hang")
+        content = json.dumps({"prompt": "cat"}).encode()
+        head = "POST /v1/codes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        clients = [socket.create_connection(address(service)) for _ in range(19)]
+        for client in clients:
+            client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode())
+        time.sleep(1)  # until all heads are read
+        for client in clients:
+            client.sendall(content)
+        answered, _, _ = select.select(clients, [], [], 10)
+        assert answered
+        for client in answered:
+            assert client.recv(4096).startswith(b"HTTP/1.1 503")
+        probe(service, 0.3)
+        for client in clients:
+            client.close()
+        service.faults.clear("hang")
 
 
 # Memory

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autoregressive.serve.web.api_errors import ApiError, ended_early, internal_error
 from autoregressive.serve.web.app_state import DRAWING_PATHS, REQUESTS, Turns, context_of
+from autoregressive.serve.web.connections import Connections
 from autoregressive.serve.web.http_protocol import headers_too_large
 from autoregressive.serve.worker.messages import ServedRequest
 
@@ -163,8 +164,8 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
         ApiError: connections hold too much, or the body is too large.
     """
     context = context_of(scope)
-    if keeps and context.connections is not None and (why := context.connections.overload):
-        raise ApiError(503, why, "overloaded", None, 5)
+    if keeps:
+        _check_overload(context.connections)
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(value.isdigit() and int(value) > MOST_BODY_BYTES for value in lengths):
         raise _body_too_large()
@@ -182,8 +183,15 @@ async def _read_body(scope: Scope, receive: Receive, *, keeps: bool) -> bytes | 
             parts.append(part)
             context.body_bytes = size
         more = message.get("more_body", False)
+    if keeps:  # again: many bodies may have come at once, each after its head
+        _check_overload(context.connections)
     context.body_bytes *= 2  # the framework keeps the bytes, and their content
     return b"".join(parts)
+
+
+def _check_overload(connections: Connections | None) -> None:
+    if connections is not None and (why := connections.overload):
+        raise ApiError(503, why, "overloaded", None, 5)
 
 
 def _body_too_large() -> ApiError:
