@@ -230,10 +230,9 @@ def test_drawings_do_not_take_all_connections(tmp_path: Path) -> None:
 
         def draw() -> None:
             """Draws once the connections that look at the gauges leave room for it."""
-            status = 503
-            while status == 503:
-                with httpx2.Client(base_url=service.url, timeout=60) as client:
-                    status = client.post("/v1/codes", json=body).status_code
+            with httpx2.Client(base_url=service.url, timeout=60) as client:
+                while (status := client.post("/v1/codes", json=body).status_code) == 503:
+                    time.sleep(0.05)
             statuses[status] += 1
 
         callers = [threading.Thread(target=draw, daemon=True) for _ in range(17)]
@@ -255,13 +254,18 @@ def test_drawings_do_not_take_all_connections(tmp_path: Path) -> None:
 
 def test_bodies_that_come_at_once_do_not_take_all_connections(tmp_path: Path) -> None:
     """Fails if requests are counted only before their bodies have come."""
-    with running_service(
-        tmp_path, "--max-connections", "20", "--max-num-seqs", "2", "--step-timeout", "600"
-    ) as service:
+    with (
+        running_service(
+            tmp_path, "--max-connections", "20", "--max-num-seqs", "2", "--step-timeout", "600"
+        ) as service,
+        contextlib.ExitStack() as opened,
+    ):
         service.faults.set("hang")
         content = json.dumps({"prompt": "cat"}).encode()
         head = "POST /v1/codes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        clients = [socket.create_connection(address(service)) for _ in range(19)]
+        clients = [
+            opened.enter_context(socket.create_connection(address(service))) for _ in range(19)
+        ]
         for client in clients:
             client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode())
         time.sleep(1)  # until all heads are read
@@ -272,8 +276,6 @@ def test_bodies_that_come_at_once_do_not_take_all_connections(tmp_path: Path) ->
         for client in answered:
             assert client.recv(4096).startswith(b"HTTP/1.1 503")
         probe(service, 0.3)
-        for client in clients:
-            client.close()
         service.faults.clear("hang")
 
 
